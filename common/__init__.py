@@ -1,0 +1,1 @@
+"""What cogprep and cogtrain must agree on, and nothing else."""

@@ -1,0 +1,213 @@
+"""A CogVideoX checkpoint: built in, a local diffusers folder, or the hub.
+
+Opening one reads JSON only, so that a wrong model is refused before any weight
+is loaded or downloaded. Parts are fetched when they are first loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import ModelError
+from .families import BUILTIN_NAMES, FAMILIES, VAE_SPATIAL, Family, Resolution, check_resolution, family_of
+from .tiny import NATIVE as BUILTIN_NATIVE
+from .tiny import builtin_folder
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel, SchedulerMixin
+    from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
+
+
+@dataclass(frozen=True)
+class WeightsIdentity:
+    """What a part's output depends on: two hashes; the id and revision are for the reader."""
+
+    id: str
+    revision: str | None
+    config_sha256: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Configs are the parts' own JSON."""
+
+    name: str  # as the user typed it
+    root: Path
+    revision: str | None  # commit on the hub
+    family: Family
+    transformer_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any]
+    text_config: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any]
+    on_hub: bool
+
+    @property
+    def native(self) -> Resolution:
+        """The size this checkpoint was trained at, and generates at by default."""
+        if self.name in BUILTIN_NAMES:
+            return BUILTIN_NATIVE
+        if self.family.patch_t is not None:  # 1.5's sample sizes are upper bounds of its positions
+            return self.family.native
+        config = self.transformer_config
+        return Resolution(
+            config["sample_frames"], config["sample_height"] * VAE_SPATIAL, config["sample_width"] * VAE_SPATIAL
+        )
+
+    def check_resolution(self, resolution: Resolution) -> None:
+        """Refuse a size that this checkpoint cannot take (`families.check_resolution`)."""
+        check_resolution(self.family, self.native, self.transformer_config, resolution)
+
+    def folder(self, part: Part) -> Path:
+        """The part's folder, fetched first if the checkpoint lives on the hub."""
+        if self.on_hub:
+            _fetch(self.name, [f"{part}/*"], self.revision)
+        return self.root / part
+
+    def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+        from diffusers import AutoencoderKLCogVideoX
+
+        return self._load("vae", AutoencoderKLCogVideoX, torch_dtype=dtype).eval().requires_grad_(False)
+
+    def load_transformer(self, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+        from diffusers import CogVideoXTransformer3DModel
+
+        return self._load("transformer", CogVideoXTransformer3DModel, torch_dtype=dtype)
+
+    def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
+        from transformers import T5EncoderModel
+
+        return self._load("text_encoder", T5EncoderModel, dtype=dtype).eval().requires_grad_(False)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import T5Tokenizer
+
+        return self._load("tokenizer", T5Tokenizer)
+
+    def load_scheduler(self) -> SchedulerMixin:
+        """The checkpoint's own sampler: DDIM for 2B, DPM for the others."""
+        import diffusers
+
+        return self._load("scheduler", getattr(diffusers, self.scheduler_config["_class_name"]))
+
+    def _load(self, part: Part, cls: Any, **options: Any) -> Any:
+        folder = self.folder(part)
+        try:
+            return cls.from_pretrained(folder, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"the {part} of {self.name} cannot be loaded: {str(error).splitlines()[0]}",
+                where=str(folder),
+                fix="fetch the checkpoint again, or try --model tiny",
+            ) from error
+
+    def identity(self, part: Part) -> WeightsIdentity:
+        """Hashes of a part's config and weights (about 2 GB/s a core; free in the hub's cache)."""
+        folder = self.folder(part)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # Keys that start with "_" say who wrote the file, not what it means.
+        facts = json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True)
+        return WeightsIdentity(
+            id=self.name,
+            revision=self.revision,
+            config_sha256=hashlib.sha256(facts.encode()).hexdigest(),
+            weights_sha256=_weights_sha256(folder),
+        )
+
+
+def _weights_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise ModelError("no weights in the folder", where=str(folder), fix="fetch the checkpoint again")
+    for file in files:
+        # The hub's cache stores a large file under its own sha256.
+        blob = file.resolve().name if file.is_symlink() else ""
+        if not re.fullmatch(r"[0-9a-f]{64}", blob):
+            with file.open("rb") as stream:
+                blob = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.name} {blob}\n".encode())
+    return digest.hexdigest()
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """Open a checkpoint by name, without its weights.
+
+    Args:
+        name: a built-in form (``tiny``, ...), a local diffusers folder, or a hub id.
+
+    Raises:
+        ModelError: it cannot be found or is no CogVideoX; says where it was looked for.
+    """
+    on_hub = False
+    revision = None
+    if name in BUILTIN_NAMES:
+        root = builtin_folder(name)
+    elif Path(name).expanduser().is_dir():
+        root = Path(name).expanduser().resolve()
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/", "~")):
+        root = _fetch(name, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*"], None)
+        on_hub, revision = True, root.name
+    else:
+        raise ModelError(
+            f"no model {name!r}",
+            where="it is neither a built-in form, nor a folder, nor a hub id (owner/name)",
+            fix="--model " + " | ".join([*BUILTIN_NAMES, *(family.hub_id for family in FAMILIES)]),
+        )
+    configs = {
+        part: _read_json(root / part / file, name)
+        for part, file in {
+            "transformer": "config.json",
+            "vae": "config.json",
+            "text_encoder": "config.json",
+            "scheduler": "scheduler_config.json",
+        }.items()
+    }
+    return Checkpoint(
+        name=name,
+        root=root,
+        revision=revision,
+        family=family_of(configs["transformer"], where=str(root / "transformer" / "config.json")),
+        transformer_config=configs["transformer"],
+        vae_config=configs["vae"],
+        text_config=configs["text_encoder"],
+        scheduler_config=configs["scheduler"],
+        on_hub=on_hub,
+    )
+
+
+def _read_json(path: Path, name: str) -> Mapping[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name} is not a whole diffusers checkpoint: {path.parent.name}/{path.name} is missing or damaged",
+            where=str(path),
+            fix="fetch it again; it needs transformer, vae, text_encoder, tokenizer and scheduler",
+        ) from error
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def _fetch(name: str, patterns: list[str], revision: str | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=10))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(
+            f"model {name} cannot be had: {type(error).__name__}",
+            where=f"looked in {constants.HF_HUB_CACHE} and on the hub ({constants.ENDPOINT})",
+            fix=f"check the name and the network, or `hf download {name}` on a machine that has one "
+            "and pass the folder as --model; --model tiny needs no download",
+        ) from error

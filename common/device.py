@@ -1,0 +1,48 @@
+"""Which device and number type the work runs on; and libraries that keep quiet."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from .families import Family
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def pick_device(local_rank: int = 0) -> torch.device:
+    """The GPU of this rank, or the CPU. Call it before any model is loaded.
+
+    It also tells DeepSpeed, which diffusers and transformers import on their
+    own, that there is no GPU; otherwise DeepSpeed logs its guess to stdout.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return torch.device("cpu")
+
+
+def default_precision(family: Family, device: torch.device) -> Precision:
+    """The family's own on a GPU; fp32 on a CPU, where half precision saves memory but seldom time."""
+    return family.precision if device.type == "cuda" else "fp32"
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def quiet_libraries() -> None:
+    """Switch off the progress bars and chatter of transformers and diffusers; we draw our own."""
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

@@ -1,0 +1,51 @@
+"""One tree of errors for the person at the keyboard. Programming faults are asserts.
+
+Each message has three parts: what is wrong, where, and what to type. Only the
+two command lines catch these; everything else lets them pass.
+"""
+
+from __future__ import annotations
+
+
+class CogError(Exception):
+    """Something the user can put right. The command line prints it and exits with 2.
+
+    Args:
+        what: the fault in one sentence.
+        where: file and line, option, or shard it was found in.
+        fix: what to type or change next.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"where: {self.where}")
+        if self.fix:
+            lines.append(f"do:    {self.fix}")
+        return "\n".join(lines)
+
+
+class SettingError(CogError):
+    """A setting that cannot be: out of range, unknown, or against another one."""
+
+
+class DataRootError(CogError):
+    """The data root or its lists cannot be trusted (not one clip's own fault)."""
+
+
+class ModelError(CogError):
+    """A checkpoint that is not there, or not the one that is needed."""
+
+
+class ShardError(CogError):
+    """A shard that is damaged, missing, foreign, or not committed."""
+
+
+class RunError(CogError):
+    """A training run that cannot start, go on, or be resumed as asked."""

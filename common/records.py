@@ -1,0 +1,175 @@
+"""The record of a shard: ``NNNNNN.parquet`` beside ``NNNNNN.tar``.
+
+A shard counts only once its record exists. One row stands for one planned
+sample, rejected ones too. Offsets and hashes cover a sample's whole extent in
+the tar (headers, members and padding, one contiguous range), so one read gives
+a sample and one hash answers for every byte of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .contract import Contract
+from .errors import ShardError
+from .files import commit_bytes
+
+# Members of a sample: <key>.json and <key>.safetensors. Tensors in the latter:
+LATENT_MEAN = "latent_mean"  # (C, F', h, w), unscaled posterior mean; or the sample itself
+LATENT_STD = "latent_std"  # (C, F', h, w), posterior standard deviation; absent with --posterior sample
+TEXT = "text"  # (L, D), last hidden state of T5
+IMAGE_MEAN = "image_mean"  # (K, C, 1, h, w), K pre-noised first frames (I2V)
+IMAGE_STD = "image_std"
+IMAGE_CLEAN_MEAN = "image_clean_mean"  # (C, 1, h, w), the first frame as it is (I2V)
+IMAGE_CLEAN_STD = "image_clean_std"
+
+_METADATA_KEY = b"cogtune"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One planned sample. Offsets are bytes from the start of the tar; times are seconds."""
+
+    key: str  # digits, letters, underscores
+    status: str  # "ok" or "rejected"
+    reason: str  # why it was rejected, else empty
+    bucket: str  # FxHxW
+    offset: int  # of the extent; -1 when rejected, like the four below
+    size: int
+    json_offset: int
+    json_size: int
+    tensors_offset: int
+    tensors_size: int
+    sha256: bytes  # of the extent
+    caption: str
+    caption_tokens: int
+    caption_truncated: bool
+    source: str  # as the list names it
+    source_line: int  # from 1
+    source_size: int
+    source_mtime_ns: int
+    source_sha256: bytes
+    image: str  # as the list names it; empty without one
+    image_sha256: bytes
+    frames: list[int]  # indices of the source frames picked
+    effective_fps: float  # of the picked frames, in source time
+    crop_box: list[int]  # left, top, right, bottom in the upright, square-pixel source
+    colour: str  # decision, for example "bt709 limited (tagged)"
+    tiled: bool  # whether the VAE ran in tiles
+
+
+_TYPES: dict[str, pa.DataType] = {
+    "str": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "bytes": pa.binary(),
+    "list[int]": pa.list_(pa.int32()),
+}
+SCHEMA = pa.schema([pa.field(field.name, _TYPES[str(field.type)], nullable=False) for field in fields(SampleRow)])
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a record says of its tar as a whole."""
+
+    number: int
+    tar_size: int
+    tar_sha256: str
+    contract: Contract
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    header: ShardHeader
+    rows: Sequence[SampleRow]
+
+
+def tar_name(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
+def record_name(number: int) -> str:
+    return f"{number:06d}.parquet"
+
+
+def write_record(record: ShardRecord, path: Path) -> None:
+    """Commit a record. From here on the shard counts."""
+    commit_bytes(path, record_bytes(record))
+
+
+def record_bytes(record: ShardRecord) -> bytes:
+    """The record as Parquet. The same record gives the same bytes."""
+    header = {
+        "number": record.header.number,
+        "tar_size": record.header.tar_size,
+        "tar_sha256": record.header.tar_sha256,
+        "contract": record.header.contract.to_json(),
+    }
+    columns = {field.name: [getattr(row, field.name) for row in record.rows] for field in fields(SampleRow)}
+    table = pa.table(columns, schema=SCHEMA.with_metadata({_METADATA_KEY: json.dumps(header)}))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def read_record(path: Path) -> ShardRecord:
+    """Read a whole record.
+
+    Raises:
+        ShardError: damaged, or no record of ours.
+    """
+    header, table = read_table(path)
+    return ShardRecord(header, [SampleRow(**row) for row in table.to_pylist()])
+
+
+def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tuple[ShardHeader, pa.Table]:
+    """Header and rows of a record, with only the columns that are needed.
+
+    Raises:
+        ShardError: damaged, or no record of ours.
+    """
+    where = str(path) if isinstance(path, Path) else "record"
+    try:
+        table = pq.read_table(path, columns=columns)
+        header = json.loads(table.schema.metadata[_METADATA_KEY])
+    except FileNotFoundError as error:
+        raise ShardError(
+            "the record is missing",
+            where=where,
+            fix="`cogprep encode` finishes an interrupted folder; `cogprep index OUT` says what else is there",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"the record is damaged: {error}",
+            where=where,
+            fix="remove it and run `cogprep encode` again; it makes this shard anew",
+        ) from error
+    contract = Contract.from_json(header.pop("contract"), where=where)
+    return ShardHeader(contract=contract, **header), table
+
+
+def split_extent(extent: bytes, row: SampleRow | dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """The json and the safetensors bytes of a sample, from its extent.
+
+    Args:
+        row: gives offset, json_offset, json_size, tensors_offset, tensors_size.
+    """
+    get = row.__getitem__ if isinstance(row, dict) else lambda name: getattr(row, name)
+    start = get("offset")
+    info = extent[get("json_offset") - start :][: get("json_size")]
+    tensors = extent[get("tensors_offset") - start :][: get("tensors_size")]
+    return json.loads(info), tensors
+
+
+def extent_intact(extent: bytes, sha256: bytes) -> bool:
+    return hashlib.sha256(extent).digest() == sha256

@@ -1,0 +1,161 @@
+"""The built-in model: a complete small CogVideoX that needs no download.
+
+``--model tiny`` (and four more forms, one a family) is written once into the
+user's cache as an ordinary diffusers folder: tokenizer, T5 encoder, VAE,
+transformer, scheduler, in the real classes. From there on it is loaded like
+any other checkpoint. Weights are random, and the same on every machine: each
+tensor comes from a generator seeded with its own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .device import quiet_libraries
+from .families import FAMILIES, Family, Resolution
+
+if TYPE_CHECKING:
+    import torch
+
+NATIVE = Resolution(17, 64, 96)
+_TEXT_DIM = 64
+# 1.5 cuts its positions from a table of this many latents; large enough for 49x480x720.
+_SLICE_SAMPLE = (96, 170)
+
+_VAE: dict[str, Any] = {
+    "block_out_channels": (16, 32, 32, 32),
+    "layers_per_block": 1,
+    "latent_channels": 16,
+    "norm_num_groups": 8,
+    "sample_height": 480,  # tile sizes derive from these; small ones break shapes
+    "sample_width": 720,
+}
+_T5: dict[str, Any] = {
+    "vocab_size": 2048,
+    "d_model": _TEXT_DIM,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+}
+_TRANSFORMER: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "time_embed_dim": 64,
+    "text_embed_dim": _TEXT_DIM,
+}
+_SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+
+
+def cache_root() -> Path:
+    """Where built-in models are kept: ``$COGTUNE_CACHE``, else the user's cache folder."""
+    if explicit := os.environ.get("COGTUNE_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cogtune"
+
+
+def builtin_folder(name: str) -> Path:
+    """The diffusers folder of a built-in form; made at first use, then only looked up.
+
+    Args:
+        name: ``tiny``, ``tiny-2b``, ``tiny-i2v``, ``tiny-1.5`` or ``tiny-1.5-i2v``.
+    """
+    family = next(family for family in FAMILIES if family.builtin == name)
+    # The recipe names the folder, so that a newer version of this file never meets old weights.
+    recipe = json.dumps([_VAE, _T5, _TRANSFORMER, _SCHEDULER, _SLICE_SAMPLE, str(NATIVE), str(family)])
+    digest = hashlib.sha256(recipe.encode() + Path(__file__).read_bytes() + _vocabulary_text().encode()).hexdigest()
+    folder = cache_root() / f"{name}-{digest[:12]}"
+    if (folder / "model_index.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    try:
+        _write(family, scratch)
+        try:
+            scratch.rename(folder)  # whole or not at all; another process may have been first
+        except OSError:
+            if not (folder / "model_index.json").exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _vocabulary_text() -> str:
+    # 2,000 pieces learned with tokenizers' UnigramTrainer from the docstrings of Python 3.11's
+    # standard library and a list of words for scenes; the captions of real data sets, 500 to
+    # 600 characters long, take 190 to 220 of them.
+    return resources.files("cogcommon").joinpath("tiny_vocab.json").read_text(encoding="utf-8")
+
+
+def _write(family: Family, folder: Path) -> None:
+    import diffusers
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    quiet_libraries()
+    vocabulary = [(piece, score) for piece, score in json.loads(_vocabulary_text())]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=family.text_tokens)
+
+    vae = diffusers.AutoencoderKLCogVideoX(
+        scaling_factor=family.scaling_factor, invert_scale_latents=family.invert_image_scale, **_VAE
+    )
+    text_encoder = T5EncoderModel(T5Config(**_T5))
+    height, width = _SLICE_SAMPLE if family.patch_t else (NATIVE.latent_height, NATIVE.latent_width)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        in_channels=family.in_channels,
+        out_channels=family.latent_channels,
+        sample_height=height,
+        sample_width=width,
+        sample_frames=NATIVE.frames,
+        patch_size_t=family.patch_t,
+        patch_bias=family.patch_t is None,
+        ofs_embed_dim=_TEXT_DIM if family.ofs else None,
+        max_text_seq_length=family.text_tokens,
+        use_rotary_positional_embeddings=family.positions != "sincos",
+        use_learned_positional_embeddings=family.positions == "rope+learned",
+        **_TRANSFORMER,
+    )
+    for model in (vae, text_encoder, transformer):
+        _fill(model)
+    scheduler_class = diffusers.CogVideoXDDIMScheduler if family.ddim else diffusers.CogVideoXDPMScheduler
+    scheduler = scheduler_class(snr_shift_scale=family.snr_shift, **_SCHEDULER)
+    pipeline_class = diffusers.CogVideoXImageToVideoPipeline if family.task == "i2v" else diffusers.CogVideoXPipeline
+    pipeline = pipeline_class(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+    pipeline.save_pretrained(folder)
+
+
+def _fill(model: torch.nn.Module) -> None:
+    """Matrices and kernels normal with variance 1/fan_in, norms one, biases zero."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+            generator = torch.Generator().manual_seed(seed)
+            if tensor.ndim >= 2:
+                values = torch.randn(tensor.shape, generator=generator)
+                tensor.copy_(values / math.sqrt(math.prod(tensor.shape[1:])))
+            else:
+                tensor.fill_(0.0 if name.endswith("bias") else 1.0)
