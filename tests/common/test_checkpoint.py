@@ -1,0 +1,79 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "copy"
+    shutil.copytree(open_checkpoint("tiny").root, folder)
+    return folder
+
+
+def test_the_built_in_model_is_the_same_every_time(tmp_path, monkeypatch):
+    first = open_checkpoint("tiny")
+    monkeypatch.setenv("COGTUNE_CACHE", str(tmp_path))
+    second = open_checkpoint("tiny")
+    assert second.root.parent == tmp_path
+    for part in ("vae", "text_encoder", "transformer"):
+        assert first.identity(part) == second.identity(part)
+    assert not list(tmp_path.glob(".*")), "no scratch folder stays behind"
+
+
+def test_forms_share_their_vae_weights_but_not_its_scale():
+    vae_5b, vae_2b = (open_checkpoint(name).identity("vae") for name in ("tiny", "tiny-2b"))
+    assert vae_5b.weights_sha256 == vae_2b.weights_sha256
+    assert vae_5b.config_sha256 != vae_2b.config_sha256
+
+
+def test_a_local_folder_is_a_checkpoint_with_the_same_identity(copied):
+    here, there = open_checkpoint("tiny"), open_checkpoint(str(copied))
+    assert there.family is here.family
+    assert there.identity("vae").weights_sha256 == here.identity("vae").weights_sha256
+
+
+def test_identity_sees_a_changed_weight_and_a_changed_config(copied, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(copied, folder)
+    before = open_checkpoint(str(folder)).identity("vae")
+    weights = next((folder / "vae").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    after = open_checkpoint(str(folder)).identity("vae")
+    assert after.weights_sha256 != before.weights_sha256
+    assert after.config_sha256 != before.config_sha256
+
+
+def test_a_folder_with_a_part_missing_says_which(copied, tmp_path):
+    folder = tmp_path / "part"
+    shutil.copytree(copied, folder)
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(ModelError, match="scheduler/scheduler_config.json"):
+        open_checkpoint(str(folder))
+
+
+def test_damaged_weights_are_one_message(copied, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(copied, folder)
+    next((folder / "transformer").glob("*.safetensors")).write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="the transformer of"):
+        open_checkpoint(str(folder)).load_transformer(torch.float32)
+
+
+def test_long_captions_fit_the_text_length():
+    caption = (
+        "A black and white animated scene unfolds with a curious, round-bodied mouse observing a tethered, cow-like "
+        "character in a rural landscape. The cow's distress sparks no reaction from the mouse, who remains "
+        "stationary. The scene shifts to the mouse's dynamic run across a bridge, showcasing exaggerated gestures."
+    )
+    tokens = open_checkpoint("tiny").load_tokenizer()(caption).input_ids
+    assert len(tokens) < len(caption) / 2.2
+    assert tokens.count(2) == 0, "no unknown pieces in plain English"

@@ -1,0 +1,96 @@
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cogcommon.errors import SettingError
+from cogcommon.settings import add_command, resolve, setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    shards: list[str] = setting([], "Shards.")
+    validate_shards: list[str] = setting([], "Held out.")
+    steps: int | None = setting(None, "Steps.", shown="10 epochs")
+    lr: float = setting(1e-4, "Learning rate.")
+    strategy: Literal["ddp", "zero2"] = setting("ddp", "Strategy.")
+    strict: bool = setting(False, "Strict.")
+    out: Path | None = setting(None, "Folder.")
+    config: Path | None = setting(None, "File.")
+
+
+def run(*words):
+    got = []
+    app = typer.Typer(add_completion=False)
+    add_command(app, "go", Settings, got.append, "Go.")
+    add_command(app, "other", Settings, got.append, "Other.")
+    result = CliRunner().invoke(app, ["go", *words])
+    return result, (got[0] if got else None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--shards", "a", "b", "c", "--validate-shards", "v", "w", "--steps", "2"],
+        ["--shards=a", "b", "c", "--steps", "2", "--validate-shards", "v", "w"],
+        ["--steps", "2", "--validate-shards", "v", "--shards", "a", "b", "--validate-shards", "w", "--shards", "c"],
+        ["--validate-shards", "v", "--validate-shards", "w", "--shards", "a", "b", "c", "--steps=2"],
+    ],
+)
+def test_an_unquoted_glob_reaches_the_option_it_stands_behind(words):
+    result, settings = run(*words)
+    assert result.exit_code == 0, result.output
+    assert settings.shards == ["a", "b", "c"]
+    assert settings.validate_shards == ["v", "w"]
+    assert settings.steps == 2
+
+
+@pytest.mark.parametrize("words", [["x", "--shards", "a"], ["--steps", "2", "x"], ["--shards", "a", "--strict", "x"]])
+def test_any_other_stray_word_is_an_error(words):
+    result, settings = run(*words)
+    assert result.exit_code == 2
+    assert settings is None
+
+
+def test_a_negative_number_is_a_value():
+    assert run("--lr", "-1")[1].lr == -1
+
+
+def test_a_switch_can_be_switched_off():
+    assert run("--strict")[1].strict is True
+    assert run("--no-strict")[1].strict is False
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('lr = 1\nsteps = 5\nshards = ["a"]\nvalidate-shards = "v"\nout = "x"\nstrict = true\n')
+    settings = run("--config", str(file), "--steps", "7")[1]
+    assert (settings.lr, settings.steps, settings.shards, settings.strict) == (1.0, 7, ["a"], True)
+    assert settings.validate_shards == ["v"] and settings.out == Path("x") and settings.strategy == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("stepz = 5", "stepz"),
+        ('steps = "five"', "steps"),
+        ('strategy = "zero9"', "strategy"),
+        ("lr = true", "lr"),
+        ("lr = ", "TOML"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_key(tmp_path, text, told):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(SettingError) as caught:
+        resolve(Settings, {}, file)
+    assert told in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_help_shows_every_option_with_its_default():
+    text = run("--help")[0].output
+    for word in ("--validate-shards", "10 epochs", "0.0001", "ddp|zero2", "off"):
+        assert word in text
