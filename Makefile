@@ -13,9 +13,14 @@ venv: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-# Draw clips, encode them, train a LoRA on the built-in model, export it, generate with it.
+# The main job on the built-in model: draw clips, encode them, train a LoRA, generate with it.
 demo: venv
-	$(BIN)/python -m cogprep.demo
+	rm -rf demo
+	$(BIN)/python -m cogprep.draw demo/clips --clips 28
+	$(BIN)/cogprep encode --data-root demo/clips --resolution 17x64x96 --model tiny --holdout 4 --shard-samples 8 --out demo/shards
+	$(BIN)/cogtrain lora --shards demo/shards/*.tar --validate-shards demo/shards/val/*.tar --steps 120 --validate-every 40 --lr 1e-3 --batch-size 4 --out demo/run
+	$(BIN)/cogtrain generate --run demo/run --prompt "A red ring moves from left to right on warm sand." --steps 20 --out demo/videos
+	@echo; echo "look at: demo/videos, demo/run/report.html"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
 
 check: venv
 	$(BIN)/ruff check .
