@@ -56,7 +56,7 @@ def test_a_folder_with_a_part_missing_says_which(copied, tmp_path):
     folder = tmp_path / "part"
     shutil.copytree(copied, folder)
     (folder / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(ModelError, match="scheduler/scheduler_config.json"):
+    with pytest.raises(ModelError, match=r"scheduler/scheduler_config\.json"):
         open_checkpoint(str(folder))
 
 
