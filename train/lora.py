@@ -1,0 +1,300 @@
+"""LoRA on the transformer, and its file: fp32, in diffusers' keys, with the scale folded in.
+
+A LoRA layer computes ``W x + alpha/rank * B A x`` (Hu et al. 2021,
+arXiv:2106.09685). The file that diffusers and ComfyUI load has no reliable
+place for alpha: most loaders take it to be the rank, and the adapter acts
+rank/alpha times too strongly. So the file holds ``(alpha/rank) B``, which is
+exact with every loader. Stored as fp32; bf16 would cost 1.7e-4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.checkpoint import Checkpoint
+from cogcommon.errors import ModelError, RunError, SettingError
+from cogcommon.files import commit_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
+TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")  # attention only: 59.0 M weights at rank 128 (2B), 132.1 M (5B)
+
+_ADAPTER = "default"
+_PREFIX = "transformer."
+_FACTS = "cogtune"  # entry of the file's own metadata; other loaders pass over it
+
+
+def attach(
+    transformer: CogVideoXTransformer3DModel,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] = TARGET_MODULES,
+    dropout: float = 0.0,
+    *,
+    seed: int = 42,
+) -> None:
+    """Freeze the transformer and put fp32 adapters of rank ``rank`` beside its linear layers.
+
+    B starts at zero; each A comes from a generator of its own, seeded by name,
+    so that every rank and every run begins with the same weights.
+
+    Args:
+        target_modules: names, or ends of names, of linear layers.
+        dropout: of the adapters' input, 0 to 1.
+
+    Raises:
+        SettingError: a target that the transformer does not have, or a number out of range.
+    """
+    import torch
+    from peft import LoraConfig
+
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise SettingError(
+            f"rank {rank}, alpha {alpha:g}, dropout {dropout:g} cannot be",
+            where="--rank, --alpha, --lora-dropout",
+            fix="rank from 1, alpha above 0, dropout from 0 to below 1",
+        )
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in target_modules:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            block = "transformer_blocks.0."
+            known = sorted(name.removeprefix(block) for name in linear if name.startswith(block))
+                {name.split("attn1.")[-1].split("ff.")[-1] for name in linear if "transformer_blocks" in name}
+            )
+            raise SettingError(
+                f"the transformer has no linear layer called {target!r}",
+                where="--target-modules",
+                fix="layers of a block: " + ", ".join(known),
+            )
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules)), _ADAPTER
+    )
+    with torch.no_grad():
+        for name, layer in _layers(transformer):
+            # peft makes them in the base's type; bf16 weights would lose updates smaller than 2^-9 of themselves.
+            layer.lora_A[_ADAPTER].float()
+            layer.lora_B[_ADAPTER].float()
+            weight = layer.lora_A[_ADAPTER].weight
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            bound = 1 / math.sqrt(weight.shape[1])  # as torch.nn.Linear starts
+            weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
+
+
+def _layers(transformer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def state_dict(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters as the file holds them: fp32, on the CPU, alpha/rank folded into B.
+
+    Under ZeRO-3 call it on every rank with the trainable weights gathered.
+
+    Returns:
+        ``transformer.<layer>.lora_A.weight`` (rank, in) and ``...lora_B.weight`` (out, rank).
+    """
+    import torch
+
+    state: dict[str, torch.Tensor] = {}
+    for name, layer in _layers(transformer):
+        a, b = layer.lora_A[_ADAPTER].weight.detach(), layer.lora_B[_ADAPTER].weight.detach()
+        assert a.numel() and b.numel(), "partitioned weights: gather them first"
+        scale = layer.scaling[_ADAPTER]
+        state[f"{_PREFIX}{name}.lora_A.weight"] = a.to("cpu", torch.float32, copy=True).contiguous()
+        state[f"{_PREFIX}{name}.lora_B.weight"] = (b.to("cpu", torch.float32) * scale).contiguous()
+    assert state, "no adapters attached"
+    return state
+
+
+def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, str]) -> Path:
+    """Write ``pytorch_lora_weights.safetensors``, whole or not at all.
+
+    Args:
+        state: from `state_dict`.
+        facts: what the reader should know (``base_model``, ``family``, ``rank``,
+            ``alpha``, ...); kept in the file's metadata under a name of ours.
+
+    Returns:
+        The file.
+    """
+    from safetensors.torch import save as to_bytes
+
+    path = folder / FILE
+    metadata = {"format": "pt", _FACTS: json.dumps(dict(facts), sort_keys=True)}
+    folder.mkdir(parents=True, exist_ok=True)
+    commit_bytes(path, to_bytes(dict(state), metadata=metadata))
+    return path
+
+
+def read_facts(file: Path) -> dict[str, str]:
+    """What `save` wrote beside the weights; empty for a file of another tool.
+
+    Raises:
+        ModelError: no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            facts = json.loads((opened.metadata() or {}).get(_FACTS, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"not a LoRA file: {error}", where=str(file), fix=f"give a {FILE}") from error
+    assert isinstance(facts, dict)
+    return facts
+
+
+def load_file(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file.
+
+    Raises:
+        ModelError: no safetensors file, or no LoRA in diffusers' keys.
+    """
+    from safetensors.torch import load_file as load
+
+    read_facts(file)
+    state = load(file)
+    if not state or not all(name.startswith(_PREFIX) and ".lora_" in name for name in state):
+        odd = next((name for name in state if not name.startswith(_PREFIX) or ".lora_" not in name), "no tensor")
+        raise ModelError(
+            f"not a LoRA of a CogVideoX transformer in diffusers' keys ({odd})",
+            where=str(file),
+            fix=f"give the {FILE} of a run",
+        )
+    return state
+
+
+def check_fits(file: Path, checkpoint: Checkpoint, transformer: torch.nn.Module) -> None:
+    """Refuse a LoRA that was made for another transformer.
+
+    Raises:
+        ModelError: names the first layer that is missing or of another shape, or
+            the family for which the file says it was trained.
+    """
+    trained_for = read_facts(file).get("family", checkpoint.family.name)
+    modules = dict(transformer.named_modules())
+    fault = None
+    if trained_for != checkpoint.family.name:
+        fault = f"it was trained for {trained_for}"
+    for name, tensor in load_file(file).items():
+        layer = name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0]
+        if fault or not name.endswith(("lora_A.weight", "lora_B.weight")):
+            continue
+        weight = getattr(modules.get(layer), "weight", None)
+        side = 1 if ".lora_A." in name else 0  # A meets the layer's input, B its output
+        if weight is None:
+            fault = f"the model has no layer {layer}"
+        elif weight.shape[side] != tensor.shape[side]:
+            fault = f"{layer} is {weight.shape[side]} wide in the model and {tensor.shape[side]} in the file"
+    if fault:
+        raise ModelError(
+            f"this LoRA is not for {checkpoint.name} ({checkpoint.family.name}): {fault}",
+            where=str(file),
+            fix="give the --model that it was trained on",
+        )
+
+
+def load(file: Path, checkpoint: Checkpoint, transformer: CogVideoXTransformer3DModel) -> None:
+    """Put a LoRA file onto a plain transformer, as diffusers' pipelines do; adapters in fp32.
+
+    Raises:
+        ModelError: not a LoRA file, or one for another model.
+    """
+    check_fits(file, checkpoint, transformer)
+    transformer.load_lora_adapter(load_file(file), prefix="transformer", adapter_name=_ADAPTER)
+    for _, layer in _layers(transformer):
+        layer.lora_A[_ADAPTER].float()
+        layer.lora_B[_ADAPTER].float()
+
+
+def merge(transformer: CogVideoXTransformer3DModel) -> None:
+    """Add the adapters into the weights and take them off. Sums in fp32, then rounds once."""
+    import torch
+
+    with torch.no_grad():
+        for _, layer in _layers(transformer):
+            weight = layer.get_base_layer().weight
+            delta = layer.lora_B[_ADAPTER].weight.float() @ layer.lora_A[_ADAPTER].weight.float()
+            weight.copy_(weight.float() + layer.scaling[_ADAPTER] * delta)
+    transformer.unload_lora()
+
+
+def probe(transformer: CogVideoXTransformer3DModel) -> torch.Tensor:
+    """What a transformer answers to one fixed input; fp32, on the CPU.
+
+    It serves to compare two sets of weights, so the input is as small as the
+    structure allows and goes without RoPE, which has no weights. Under ZeRO-3
+    call it on every rank.
+    """
+    import torch
+
+    config = transformer.config
+    device = next(transformer.parameters()).device
+    dtype = transformer.patch_embed.text_proj.weight.dtype
+    learned = config.use_learned_positional_embeddings  # these exist at one height and width only
+    height, width = (config.sample_height, config.sample_width) if learned else (8, 8)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    latent_BFCHW = normal(1, config.patch_size_t or 1, config.in_channels, height, width)
+    text_BLD = normal(1, config.max_text_seq_length, config.text_embed_dim)
+    was_training = transformer.training
+    transformer.eval()
+    with torch.no_grad():
+        output = transformer(
+            hidden_states=latent_BFCHW,
+            encoder_hidden_states=text_BLD,
+            timestep=torch.tensor([500], device=device),
+            ofs=normal(1) if config.ofs_embed_dim else None,
+            return_dict=False,
+        )[0]
+    transformer.train(was_training)
+    return output.float().cpu()
+
+
+def difference(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((expected - got).abs().max() / expected.abs().max())
+
+
+def check(
+    file: Path, checkpoint: Checkpoint, expected: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Load the file into a fresh transformer of the same checkpoint and compare one forward pass.
+
+    Args:
+        expected: `probe` of the live model, taken with its base in ``dtype`` on ``device``.
+
+    Returns:
+        The largest difference, relative to the largest value: about 1e-7 in fp32.
+
+    Raises:
+        RunError: the file does not give the model that was trained.
+    """
+    import torch
+
+    transformer = checkpoint.load_transformer(dtype).to(device)
+    load(file, checkpoint, transformer)
+    found = difference(expected, probe(transformer.to(device)))
+    allowed = 1e-5 if dtype == torch.float32 else 2e-2  # half precision: one flipped rounding, 42 layers deep
+    if not found <= allowed:
+        raise RunError(
+            f"the exported LoRA does not answer as the trained model does: {found:.1e} off, {allowed:.0e} allowed",
+            where=str(file),
+            fix="do not use this file; the checkpoints of the run still hold the weights: `cogtrain export --run RUN`",
+        )
+    return found
