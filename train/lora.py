@@ -67,8 +67,6 @@ def attach(
         if not any(name == target or name.endswith("." + target) for name in linear):
             block = "transformer_blocks.0."
             known = sorted(name.removeprefix(block) for name in linear if name.startswith(block))
-                {name.split("attn1.")[-1].split("ff.")[-1] for name in linear if "transformer_blocks" in name}
-            )
             raise SettingError(
                 f"the transformer has no linear layer called {target!r}",
                 where="--target-modules",
