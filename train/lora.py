@@ -210,11 +210,16 @@ def load(file: Path, checkpoint: Checkpoint, transformer: CogVideoXTransformer3D
     Raises:
         ModelError: not a LoRA file, or one for another model.
     """
+    import torch
+
     check_fits(file, checkpoint, transformer)
-    transformer.load_lora_adapter(load_file(file), prefix="transformer", adapter_name=_ADAPTER)
-    for _, layer in _layers(transformer):
-        layer.lora_A[_ADAPTER].float()
-        layer.lora_B[_ADAPTER].float()
+    state = load_file(file)
+    transformer.load_lora_adapter(dict(state), prefix="transformer", adapter_name=_ADAPTER)
+    with torch.no_grad():
+        for name, layer in _layers(transformer):
+            # diffusers has just rounded them to the base's type.
+            for side, linear in (("lora_A", layer.lora_A[_ADAPTER]), ("lora_B", layer.lora_B[_ADAPTER])):
+                linear.float().weight.copy_(state[f"{_PREFIX}{name}.{side}.weight"])
 
 
 def merge(transformer: CogVideoXTransformer3DModel) -> None:

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.device import pick_device
 from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.families import BUILTIN_NAMES
 from cogtrain import lora
-from safetensors.torch import load_file, save_file
 
 CPU = pick_device()
 RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly
