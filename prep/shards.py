@@ -1,0 +1,310 @@
+"""Writing shards: a tar and its record, there whole or not at all.
+
+A sample is one contiguous run of bytes in the tar, its extent: two headers, the
+json, the safetensors, padding. A tar is extents back to back and zeros at the
+end, so a shard is rewritten by copying extents, and one hash answers for all of
+a sample. What a killed writer leaves behind is its temporary tar; the next one
+takes the whole extents in it over, so only the clips in flight are lost.
+
+The names a shard goes through, and what each means::
+
+    .000007.tar.tmp     being written, locked by its writer (a rewrite locks it too, and leaves it empty)
+    000007.tar          whole, but without its record it does not count
+    000007.parquet      the record: from here on the shard is committed
+    000007.tar.new      a rewrite without some samples, whole
+    000007.parquet.new  its record: from here on the rewrite will be finished by whoever comes next
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from cogcommon.contract import Contract
+from cogcommon.errors import CogError, ShardError
+from cogcommon.files import commit, commit_bytes, fsync_folder
+from cogcommon.records import (
+    SampleRow,
+    ShardHeader,
+    ShardRecord,
+    extent_intact,
+    read_record,
+    record_bytes,
+    record_name,
+    tar_name,
+    write_record,
+)
+
+from .extents import FOUND_FIELDS, Extent, finish_tar, make_extent, whole_extents
+
+if TYPE_CHECKING:
+    import torch
+
+class ShardBusy(Exception):
+    """Another live process writes this shard."""
+
+
+class ShardDone(Exception):
+    """The shard was committed by somebody else in the meantime."""
+
+
+def temporary_name(number: int) -> str:
+    return f".{number:06d}.tar.tmp"
+
+
+def committed_shards(folder: Path) -> list[int]:
+    """Numbers of the shards that have a record, ascending."""
+    return sorted(int(path.stem) for path in folder.glob("[0-9]*.parquet") if path.stem.isdigit())
+
+
+class ShardWriter:
+    """One shard from lock to commit.
+
+    Args:
+        folder: where shards go; it exists.
+        number: of the shard.
+        contract: of every sample in it.
+        planned: keys of its samples; what a killed writer left is taken over only if it is planned.
+
+    Raises:
+        ShardBusy: another live process writes it.
+        ShardDone: its record exists already.
+        ShardError: the disk is full, or another fault of the file system.
+    """
+
+    def __init__(self, folder: Path, number: int, contract: Contract, planned: Collection[str]) -> None:
+        self.folder = folder
+        self.number = number
+        self.contract = contract
+        self._rows: list[SampleRow] = []
+        self._left_behind: dict[str, Extent] = {}
+        with disk_errors(folder / tar_name(number)):
+            self._stream = _open_locked(folder / temporary_name(number))
+            try:
+                _finish_rewrite(folder, number)
+                if (folder / record_name(number)).exists():
+                    (folder / temporary_name(number)).unlink(missing_ok=True)
+                    raise ShardDone
+                self._take_over(set(planned))
+            except BaseException:
+                self._stream.close()
+                raise
+
+    def left_behind(self) -> set[str]:
+        """Keys of the samples that a killed writer finished; pass them to `add_left_behind`."""
+        return set(self._left_behind)
+
+    def add(self, row: SampleRow, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Append an encoded sample. The row's extent is filled in here."""
+        extent = make_extent(row, tensors)
+        with disk_errors(self.folder / tar_name(self.number)):
+            offset = self._stream.tell()
+            self._stream.write(extent.data)
+        self._rows.append(extent.placed(row, offset))
+
+    def add_left_behind(self, row: SampleRow) -> None:
+        """Count a sample that a killed writer finished; what encoding found out comes from its json."""
+        extent = self._left_behind[row.key]
+        found = {name: extent.info[name] for name in FOUND_FIELDS}
+        self._rows.append(extent.placed(dataclasses.replace(row, **found), extent.offset))
+
+    def add_rejected(self, row: SampleRow) -> None:
+        """A planned sample that has no tensors: its row keeps the reason."""
+        assert row.status == "rejected" and row.reason and row.offset == -1
+        self._rows.append(row)
+
+    def commit(self) -> ShardRecord:
+        """Finish the tar, give it its name, then write the record."""
+        path = self.folder / tar_name(self.number)
+        with disk_errors(path):
+            size, digest = finish_tar(self._stream)
+            commit(self.folder / temporary_name(self.number), path)
+            record = ShardRecord(ShardHeader(self.number, size, digest, self.contract), self._rows)
+            write_record(record, self.folder / record_name(self.number))
+        self._stream.close()
+        return record
+
+    def abandon(self) -> None:
+        """Let go of the shard. What was written stays for the next writer."""
+        # Closing flushes; on a full disk that fails again, and the first error is the one to show.
+        with suppress(OSError):
+            self._stream.close()
+
+    def _take_over(self, planned: set[str]) -> None:
+        """Keep whole, planned extents of the temporary tar, or of a tar that never got its record."""
+        uncommitted = self.folder / tar_name(self.number)
+        end = 0
+        for extent in whole_extents(self._stream):
+            if extent.info["key"] not in planned:
+                break
+            self._left_behind[extent.info["key"]] = dataclasses.replace(extent, data=b"")
+            end = extent.offset + extent.size
+        self._stream.truncate(end)
+        self._stream.seek(end)
+        if end == 0 and uncommitted.exists():
+            with uncommitted.open("rb") as stream:
+                for extent in whole_extents(stream):
+                    if extent.info["key"] in planned:
+                        offset = self._stream.tell()
+                        self._stream.write(extent.data)
+                        self._left_behind[extent.info["key"]] = dataclasses.replace(extent, offset=offset, data=b"")
+
+
+def _open_locked(path: Path) -> IO[bytes]:
+    """Open a temporary tar for this process alone. The lock goes with the process, however it ends."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, its writer may have renamed or removed it.
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return os.fdopen(descriptor, "r+b", buffering=1 << 20)
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ShardBusy from None
+        os.close(descriptor)
+
+
+def locked_elsewhere(path: Path) -> bool:
+    """Whether a live process holds a temporary tar."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
+def drop_samples(folder: Path, number: int, keep: Collection[str]) -> ShardRecord | None:
+    """Rewrite a committed shard without the samples that are gone, from its own bytes.
+
+    Args:
+        keep: keys that stay, in any order; nothing else stays.
+
+    Returns:
+        The new record; None if nothing stays and the shard was removed.
+
+    Raises:
+        ShardBusy: another live process writes it.
+        ShardError: the shard is damaged, or the disk is full.
+    """
+    tar, record_path = folder / tar_name(number), folder / record_name(number)
+    new_tar, new_record = _new(tar), _new(record_path)
+    # The lock is held to the end: whoever comes by must not take a half-written rewrite for a left one.
+    with disk_errors(tar), _locked(folder, number):
+        _finish_rewrite(folder, number)
+        old = read_record(record_path)
+        rows = [row for row in old.rows if row.key in keep]
+        if not rows:
+            remove_shard(folder, number)
+            return None
+        with new_tar.open("w+b", buffering=1 << 20) as sink:
+            placed = list(_copied(old, rows, tar, sink))
+            size, digest = finish_tar(sink)
+        record = ShardRecord(ShardHeader(number, size, digest, old.header.contract), placed)
+        commit_bytes(new_record, record_bytes(record))
+        _finish_rewrite(folder, number)
+    return record
+
+
+def _copied(old: ShardRecord, rows: Sequence[SampleRow], tar: Path, sink: IO[bytes]) -> Iterator[SampleRow]:
+    with tar.open("rb") as source:
+        for row in rows:
+            if row.status != "ok":
+                yield row
+                continue
+            source.seek(row.offset)
+            data = source.read(row.size)
+            if not extent_intact(data, row.sha256):
+                raise ShardError(
+                    f"sample {row.key} is damaged",
+                    where=f"{tar}, bytes {row.offset} to {row.offset + row.size}",
+                    fix=f"remove {tar.name} and {record_name(old.header.number)} and run `cogprep encode` again",
+                )
+            shift = sink.tell() - row.offset
+            sink.write(data)
+            yield dataclasses.replace(
+                row,
+                offset=row.offset + shift,
+                json_offset=row.json_offset + shift,
+                tensors_offset=row.tensors_offset + shift,
+            )
+
+
+def remove_shard(folder: Path, number: int) -> None:
+    """Remove a shard: first the record, so that it stops counting, then the tar."""
+    (folder / record_name(number)).unlink(missing_ok=True)
+    fsync_folder(folder)
+    (folder / tar_name(number)).unlink(missing_ok=True)
+    fsync_folder(folder)
+
+
+def settle(folder: Path) -> None:
+    """Finish, or undo, the rewrites that a killed process left half-way. Live ones are left alone."""
+    for number in sorted({int(path.name[:6]) for path in folder.glob("[0-9]*.new") if path.name[:6].isdigit()}):
+        try:
+            with disk_errors(folder), _locked(folder, number):
+                _finish_rewrite(folder, number)
+        except ShardBusy:
+            continue
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(path.name + ".new")
+
+
+@contextmanager
+def _locked(folder: Path, number: int) -> Iterator[None]:
+    """Hold the lock of a committed shard."""
+    path = folder / temporary_name(number)
+    with _open_locked(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _finish_rewrite(folder: Path, number: int) -> None:
+    """Carry out a rewrite whose record is there, drop one whose record is not. Needs the lock."""
+    tar, record = folder / tar_name(number), folder / record_name(number)
+    if _new(record).exists():
+        if _new(tar).exists():
+            record.unlink(missing_ok=True)
+            fsync_folder(folder)
+            commit(_new(tar), tar)
+        commit(_new(record), record)
+    else:
+        _new(tar).unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full disk or a file system that refuses is one clear message.
+
+    Raises:
+        ShardError: in place of the OSError.
+    """
+    try:
+        yield
+    except CogError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ShardError(
+                "the disk is full" if error.errno == errno.ENOSPC else f"no more room: {error.strerror}",
+                where=str(path),
+                fix="make room and run the same command again; what was committed stays good",
+            ) from error
+        raise ShardError(
+            f"the file system refuses: {error.strerror or error}", where=str(error.filename or path)
+        ) from error

@@ -1,0 +1,159 @@
+"""Fixtures that several sides use: the built-in models, and small real shards without an encode."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cogcommon.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract, tool_version
+from cogcommon.families import Resolution
+from cogcommon.files import commit_bytes
+from cogcommon.records import SampleRow, tar_name
+from cogcommon.tiny import NATIVE
+
+ShardMaker = Callable[..., list[Path]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_cpu_device() -> None:
+    from cogcommon.device import pick_device, quiet_libraries
+
+    pick_device()
+    quiet_libraries()
+
+
+@pytest.fixture
+def make_shards() -> ShardMaker:
+    """``make_shards(folder, form="tiny", ...) -> tars``; see `write_random_shards`."""
+    return write_random_shards
+
+
+def write_random_shards(
+    folder: Path,
+    form: str = "tiny",
+    *,
+    resolutions: tuple[Resolution, ...] = (NATIVE,),
+    samples: int = 6,
+    per_shard: int = 2,
+    posterior: str = "moments",
+    image_variants: int = 2,
+    captions: tuple[str, ...] = (),
+    seed: int = 0,
+) -> list[Path]:
+    """Commit shards of random latents with the real writer, as an encode with a built-in form would.
+
+    Args:
+        folder: made if missing.
+        form: built-in form; an I2V form gets image latents.
+        resolutions: one bucket each; every bucket gets ``samples`` samples.
+        samples: in each bucket.
+        per_shard: samples a shard; a shard never mixes buckets.
+        posterior: "moments" or "sample".
+        image_variants: pre-noised image latents (I2V).
+        captions: used in turn; "caption N" when empty.
+        seed: of all random tensors.
+
+    Returns:
+        The tars, in order. contract.json and the empty caption lie beside them.
+    """
+    import safetensors.torch
+    import torch
+
+    from cogprep.shards import ShardWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_checkpoint(form)
+    generator = torch.Generator().manual_seed(seed)
+    text_dim = checkpoint.text_config["d_model"]
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    empty = safetensors.torch.save({"text": normal(checkpoint.family.text_tokens, text_dim)})
+    contract = random_contract(checkpoint, resolutions, posterior, image_variants)
+    contract = dataclasses.replace(contract, empty_caption_sha256=hashlib.sha256(empty).hexdigest())
+    commit_bytes(folder / EMPTY_CAPTION_FILE, empty)
+    commit_bytes(folder / CONTRACT_FILE, contract.to_json().encode())
+
+    tars = []
+    line = 0
+    for resolution in resolutions:
+        latent = (16, resolution.latent_frames, resolution.latent_height, resolution.latent_width)
+        still = (16, 1, *latent[2:])
+        for start in range(0, samples, per_shard):
+            number = len(tars)
+            writer = ShardWriter(folder, number, contract, ())
+            for _ in range(start, min(start + per_shard, samples)):
+                line += 1
+                tensors = {"latent_mean": normal(*latent), "text": normal(checkpoint.family.text_tokens, text_dim)}
+                if checkpoint.family.task == "i2v":
+                    tensors["image_mean"] = normal(image_variants, *still)
+                    tensors["image_clean_mean"] = normal(*still)
+                if posterior == "moments":
+                    stds = {name.replace("_mean", "_std"): t for name, t in tensors.items() if name != "text"}
+                    tensors |= {name: torch.rand(t.shape, generator=generator) * 0.1 for name, t in stds.items()}
+                caption = captions[(line - 1) % len(captions)] if captions else f"caption {line}"
+                writer.add(_row(contract, line, caption, resolution), tensors)
+            writer.commit()
+            tars.append(folder / tar_name(number))
+    return tars
+
+
+def random_contract(
+    checkpoint: Checkpoint, resolutions: tuple[Resolution, ...], posterior: str, image_variants: int
+) -> Contract:
+    family = checkpoint.family
+    return Contract(
+        family=family.name,
+        task=family.task,
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        vae=checkpoint.identity("vae"),
+        text_encoder=checkpoint.identity("text_encoder"),
+        scaling_factor=checkpoint.vae_config["scaling_factor"],
+        posterior=posterior,  # type: ignore[arg-type]
+        image_variants=image_variants if family.task == "i2v" else 0,
+        tiling="off",
+        dtype="float32",
+        text_tokens=family.text_tokens,
+        text_dim=checkpoint.text_config["d_model"],
+        settings={"resolution": [str(resolution) for resolution in resolutions]},
+        tool_version=tool_version(),
+    )
+
+
+def _row(contract: Contract, line: int, caption: str, resolution: Resolution) -> SampleRow:
+    content = hashlib.sha256(f"{contract.fingerprint} {line} {caption}".encode())
+    return SampleRow(
+        key=content.hexdigest()[:32],
+        status="ok",
+        reason="",
+        bucket=str(resolution),
+        offset=-1,
+        size=-1,
+        json_offset=-1,
+        json_size=-1,
+        tensors_offset=-1,
+        tensors_size=-1,
+        sha256=b"",
+        caption=caption,
+        caption_tokens=3,
+        caption_truncated=False,
+        source=f"videos/{line:02d}.mp4",
+        source_line=line,
+        source_size=1000,
+        source_mtime_ns=0,
+        source_sha256=content.digest(),
+        image="",
+        image_sha256=b"",
+        frames=list(range(resolution.frames)),
+        effective_fps=8.0,
+        crop_box=[0, 0, resolution.width, resolution.height],
+        colour="bt709 limited (tagged)",
+        tiled=False,
+    )
