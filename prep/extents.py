@@ -146,5 +146,3 @@ def finish_tar(stream: IO[bytes]) -> tuple[int, str]:
     os.fsync(stream.fileno())
     stream.seek(0)
     return total, hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-
-

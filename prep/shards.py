@@ -46,6 +46,7 @@ from .extents import FOUND_FIELDS, Extent, finish_tar, make_extent, whole_extent
 if TYPE_CHECKING:
     import torch
 
+
 class ShardBusy(Exception):
     """Another live process writes this shard."""
 
