@@ -1,0 +1,156 @@
+"""The lists of a data root: line n of every list belongs to sample n.
+
+A pairing that cannot be trusted is worth nothing, so a list with any fault
+yields no samples at all; and all faults are found at once, not one a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogcommon.errors import DataRootError
+from cogcommon.families import Task
+
+_SHOWN = 20  # faults an error message prints; `validate --json` has them all
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A clip and its caption, as the lists name them; nothing has been opened yet."""
+
+    line: int  # in every list, from 1
+    caption: str  # with the id token in front
+    source: str  # relative to the data root, or absolute
+    image: str  # likewise; empty without one
+
+
+@dataclass(frozen=True, order=True)
+class ListFault:
+    """Why the lists cannot be paired."""
+
+    file: str
+    line: int  # from 1; 0 for the file as a whole
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.what}" if self.line else f"{self.file}: {self.what}"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the lists say. ``samples`` is empty when there is any fault."""
+
+    root: Path
+    samples: Sequence[Sample]
+    faults: Sequence[ListFault]
+    images_unused: bool = False  # images.txt is there, but the task is T2V
+
+    def trusted(self) -> DataSet:
+        """The data set itself, if its lists can be trusted.
+
+        Raises:
+            DataRootError: with every fault of every list.
+        """
+        if self.faults:
+            lines = [str(fault) for fault in self.faults[:_SHOWN]]
+            if len(self.faults) > _SHOWN:
+                lines.append(f"and {len(self.faults) - _SHOWN} more")
+            raise DataRootError(
+                "the lists cannot be trusted: " + _plural(len(self.faults), "fault"),
+                where="\n       ".join([str(self.root), *lines]),
+                fix="put these right (line n of every list is one sample); nothing was encoded",
+            )
+        return self
+
+
+def read_lists(
+    root: Path,
+    *,
+    task: Task,
+    prompts: str = "prompts.txt",
+    videos: str = "videos.txt",
+    images: str | None = None,
+    id_token: str = "",
+) -> DataSet:
+    """Read and pair the lists of a data root.
+
+    Args:
+        root: the folder that list entries are relative to.
+        task: T2V reads no images.
+        prompts: name of the list of captions, one a line.
+        videos: name of the list of clips.
+        images: name of the list of first frames; None means images.txt if it is there.
+        id_token: put in front of every caption.
+
+    Raises:
+        DataRootError: the root is no folder.
+    """
+    if not root.is_dir():
+        raise DataRootError(
+            "the data root is not a folder" if root.exists() else "there is no such data root",
+            where=str(root),
+            fix="--data-root takes the folder that holds prompts.txt and videos.txt",
+        )
+    names = {"captions": prompts, "clips": videos}
+    if task == "i2v" and (images is not None or (root / "images.txt").exists()):
+        names["images"] = images or "images.txt"
+    faults: list[ListFault] = []
+    columns: dict[str, list[str]] = {}
+    for column, name in names.items():
+        entries = _read_list(root / name, name, faults)
+        if entries is not None:
+            columns[column] = entries
+    counts = {names[column]: len(entries) for column, entries in columns.items()}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        faults.append(
+            ListFault(
+                max(counts, key=lambda name: counts[name]),
+                min(counts.values()) + 1,
+                f"unpaired from here: {said} lines",
+            )
+        )
+    unused = task == "t2v" and (root / (images or "images.txt")).exists()
+    if faults:
+        return DataSet(root, (), sorted(faults), unused)
+    stills = columns.get("images") or [""] * len(columns["clips"])
+    samples = [
+        Sample(line, f"{id_token} {caption}" if id_token else caption, clip, still)
+        for line, (caption, clip, still) in enumerate(
+            zip(columns["captions"], columns["clips"], stills, strict=True), 1
+        )
+    ]
+    return DataSet(root, samples, (), unused)
+
+
+def _read_list(path: Path, name: str, faults: list[ListFault]) -> list[str] | None:
+    """The entries of one list; None if it cannot be read."""
+    try:
+        # utf-8-sig: a byte order mark is no part of the first entry.
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        faults.append(ListFault(name, 0, "no such list"))
+        return None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        faults.append(ListFault(name, line, "not UTF-8; save the list as UTF-8"))
+        return None
+    except OSError as error:
+        faults.append(ListFault(name, 0, f"cannot be read: {error.strerror}"))
+        return None
+    # Not splitlines(): it also cuts at form feeds and at Unicode separators, which captions contain.
+    entries = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    while entries and not entries[-1]:
+        entries.pop()
+    if not entries:
+        faults.append(ListFault(name, 0, "the list is empty"))
+    # Dropping a blank line would shift every later pair, so it is a fault.
+    faults += [ListFault(name, line, "blank line") for line, entry in enumerate(entries, 1) if not entry]
+    faults += [ListFault(name, line, "a NUL byte") for line, entry in enumerate(entries, 1) if "\0" in entry]
+    return entries
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,147 @@
+"""The settings of `cogprep`: what is encoded, how it is cut, and how the work is spread."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cogcommon.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.device import Precision
+from cogcommon.errors import SettingError
+from cogcommon.families import Resolution, Task
+from cogcommon.settings import setting
+
+DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
+
+Frames = Literal["auto", "even", "fps", "head", "reference"]
+Short = Literal["reject", "repeat"]
+Fit = Literal["crop", "stretch", "pad"]
+Crop = Literal["center", "random", "top", "bottom"]
+Posterior = Literal["moments", "sample"]
+Tiling = Literal["off", "on", "auto"]
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What decides the plan: `validate` shows it, `encode` carries it out."""
+
+    data_root: Path | None = setting(None, "folder with prompts.txt, videos.txt and the clips", section="Data")
+    prompts: str = setting("prompts.txt", "name of the list of captions", section="Data")
+    videos: str = setting("videos.txt", "name of the list of clips", section="Data")
+    images: str | None = setting(
+        None,
+        "name of the list of first frames (I2V)",
+        shown="images.txt if present, else the first used frame",
+        section="Data",
+    )
+    id_token: str = setting("", "word put in front of every caption", shown="none", section="Data")
+    out: Path = setting(Path("out"), "folder for the shards", section="Data")
+
+    model: str | None = setting(
+        None,
+        "hub id, diffusers folder, or built in: tiny, tiny-2b, tiny-i2v, tiny-1.5, tiny-1.5-i2v",
+        shown=f"{DEFAULT_MODEL['t2v']}, or -5b-I2V with --task i2v",
+        section="Model",
+    )
+    task: Task | None = setting(None, "text or image to video", shown="the model's", section="Model")
+
+    resolution: list[str] = setting(
+        [],
+        "frames x height x width; several make buckets, each clip goes to the one whose shape fits it best",
+        shown="required",
+        section="Cut",
+    )
+    frames: Frames = setting(
+        "auto",
+        "which frames: at the family's fps where the clip is long enough, else spread over its time (auto)",
+        section="Cut",
+    )
+    start: int = setting(0, "first source frame", section="Cut")
+    stride: int = setting(1, "use every n-th source frame", section="Cut")
+    short: Short = setting(
+        "reject", "a clip with too few frames is rejected, or its last frame repeated", section="Cut"
+    )
+    fit: Fit = setting("crop", "scale to cover and cut (crop), fit inside black bars (pad), or distort", section="Cut")
+    crop: Crop = setting("center", "which part --fit crop keeps", section="Cut")
+
+    holdout: int = setting(0, "clips that go to OUT/val for validation, chosen by content", section="Shards")
+    shard_samples: int | None = setting(None, "samples a shard", shown="by --shard-bytes", section="Shards")
+    shard_bytes: str = setting("1GB", "size of a shard, as 500MB or 2GB", section="Shards")
+    posterior: Posterior = setting("moments", "store the posterior's mean and std, or one sample", section="Encode")
+    image_variants: int = setting(4, "pre-noised first frames stored per clip (I2V)", section="Encode")
+    precision: Precision | None = setting(
+        None, "number type of VAE and T5", shown="the family's on a GPU, fp32 on a CPU", section="Encode"
+    )
+    seed: int = setting(42, "of every random choice", section="Encode")
+    workers: int | None = setting(None, "decode processes", shown="by cores", section="Work")
+
+    def __post_init__(self) -> None:
+        if self.data_root is None:
+            raise SettingError("no data root", where="--data-root", fix="--data-root FOLDER, the one with prompts.txt")
+        if not self.resolution:
+            raise SettingError("no resolution", where="--resolution", fix="for example --resolution 49x480x720")
+        for name, least in {
+            "start": 0, "stride": 1, "holdout": 0, "shard_samples": 1, "image_variants": 1, "workers": 1,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                flag = "--" + name.replace("_", "-")
+                raise SettingError(f"{value} is too small", where=flag, fix=f"{flag} {least} or more")
+        _ = self.shard_size, self.buckets
+
+    @property
+    def root(self) -> Path:
+        assert self.data_root is not None  # __post_init__
+        return self.data_root
+
+    @property
+    def buckets(self) -> tuple[Resolution, ...]:
+        """The resolutions, each once, in the order given."""
+        return tuple(dict.fromkeys(Resolution.parse(text) for text in self.resolution))
+
+    @property
+    def shard_size(self) -> int:
+        """--shard-bytes in bytes; k, M and G are powers of 1000 as on the label of a disk."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)B?\s*", self.shard_bytes, re.IGNORECASE)
+        if not match or float(match[1]) == 0:
+            raise SettingError(
+                f"{self.shard_bytes!r} is not a size", where="--shard-bytes", fix="for example --shard-bytes 500MB"
+            )
+        return int(float(match[1]) * 1000 ** {"": 0, "k": 1, "m": 2, "g": 3}[match[2].lower()])
+
+    def open_model(self) -> Checkpoint:
+        """The checkpoint that is meant, checked against task and resolutions. No weights are read.
+
+        Raises:
+            ModelError: there is no such model.
+            SettingError: the model is of the other task, or cannot take a size.
+        """
+        checkpoint = open_checkpoint(self.model or DEFAULT_MODEL[self.task or "t2v"])
+        family = checkpoint.family
+        if self.task and self.task != family.task:
+            raise SettingError(
+                f"{checkpoint.name} is a {family.task} model",
+                where=f"--task {self.task}",
+                fix=f"leave --task out, or name a {self.task} model, for example --model {DEFAULT_MODEL[self.task]}",
+            )
+        for bucket in self.buckets:
+            checkpoint.check_resolution(bucket)
+        return checkpoint
+
+
+@dataclass(frozen=True)
+class EncodeSettings(PlanSettings):
+    """Every option of `cogprep encode`."""
+
+    tiling: Tiling = setting("auto", "run the VAE in tiles: only when memory asks for it (auto)", section="Encode")
+    gpus: str = setting("all", "GPUs of this host to use: all or a number", section="Work")
+    worker: str | None = setting(
+        None,
+        "take slice i of n (i/n) of the planned shards",
+        shown="1/1, or from RANK and WORLD_SIZE, or an srun step",
+        section="Work",
+    )
+    strict: bool = setting(False, "exit with 2 if any clip was rejected", section="Work")
+    json: bool = setting(False, "print the report as JSON", section="Work")

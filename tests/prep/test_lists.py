@@ -1,0 +1,84 @@
+"""Lists: paired as they stand, or not at all, with every fault named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cogcommon.errors import DataRootError
+from cogprep.lists import read_lists
+
+
+def lay(root: Path, **lists: str | bytes) -> Path:
+    for name, content in lists.items():
+        data = content.encode() if isinstance(content, str) else content
+        (root / f"{name}.txt").write_bytes(data)
+    return root
+
+
+def faults(root: Path, task="t2v", **names) -> list[str]:
+    return [str(fault) for fault in read_lists(root, task=task, **names).faults]
+
+
+def test_lines_are_paired(tmp_path):
+    data = read_lists(lay(tmp_path, prompts="a cat\na dog\n", videos="a.mp4\nsub/b.mp4"), task="t2v").trusted()
+    assert [(s.line, s.caption, s.source, s.image) for s in data.samples] == [
+        (1, "a cat", "a.mp4", ""),
+        (2, "a dog", "sub/b.mp4", ""),
+    ]
+
+
+def test_bom_crlf_and_trailing_newlines_are_no_content(tmp_path):
+    lay(tmp_path, prompts="\ufeffa cat\r\na dog\r\n\r\n".encode(), videos="a.mp4\nb.mp4\n\n\n")
+    assert [s.caption for s in read_lists(tmp_path, task="t2v").samples] == ["a cat", "a dog"]
+
+
+def test_only_newlines_end_a_line(tmp_path):
+    """str.splitlines would also cut at these, and shift every later pair."""
+    lay(tmp_path, prompts="one\u2028still one\x0cand\x85\ntwo\n", videos="a.mp4\nb.mp4\n")
+    assert [s.caption for s in read_lists(tmp_path, task="t2v").samples] == ["one\u2028still one\x0cand", "two"]
+
+
+def test_all_faults_at_once(tmp_path):
+    lay(tmp_path, prompts="a\n\nb\nc\n", videos="\na.mp4\nb.mp4\n", images=b"x.png\n\xff\n")
+    assert faults(tmp_path, "i2v") == [
+        "images.txt:2: not UTF-8; save the list as UTF-8",
+        "prompts.txt:2: blank line",
+        "prompts.txt:4: unpaired from here: prompts.txt has 4, videos.txt has 3 lines",
+        "videos.txt:1: blank line",
+    ]
+
+
+def test_a_fault_yields_no_samples_and_one_message(tmp_path):
+    data = read_lists(lay(tmp_path, prompts="a\n\nb\n", videos="a.mp4\nb.mp4\nc.mp4\n"), task="t2v")
+    assert data.samples == ()
+    with pytest.raises(DataRootError, match="1 fault") as caught:
+        data.trusted()
+    assert "prompts.txt:2: blank line" in str(caught.value)
+
+
+def test_missing_and_empty_lists(tmp_path):
+    assert faults(tmp_path) == ["prompts.txt: no such list", "videos.txt: no such list"]
+    lay(tmp_path, prompts="", videos="\n\n")
+    assert faults(tmp_path) == ["prompts.txt: the list is empty", "videos.txt: the list is empty"]
+
+
+def test_a_root_that_is_none(tmp_path):
+    with pytest.raises(DataRootError, match="no such data root"):
+        read_lists(tmp_path / "absent", task="t2v")
+
+
+def test_images_only_for_i2v_and_only_where_there_are_some(tmp_path):
+    lay(tmp_path, prompts="a\n", videos="a.mp4\n")
+    assert read_lists(tmp_path, task="i2v").samples[0].image == ""
+    assert faults(tmp_path, "i2v", images="stills.txt") == ["stills.txt: no such list"]
+    lay(tmp_path, images="a.png\n")
+    assert read_lists(tmp_path, task="i2v").samples[0].image == "a.png"
+    t2v = read_lists(tmp_path, task="t2v")
+    assert t2v.samples[0].image == "" and t2v.images_unused
+
+
+def test_the_id_token_leads_every_caption(tmp_path):
+    lay(tmp_path, prompts="a cat\n", videos="a.mp4\n")
+    assert read_lists(tmp_path, task="t2v", id_token="DSNY").samples[0].caption == "DSNY a cat"
