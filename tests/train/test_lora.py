@@ -16,18 +16,6 @@ CPU = pick_device()
 RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly
 
 
-def live_model(name="tiny", **options):
-    checkpoint = open_checkpoint(name)
-    transformer = checkpoint.load_transformer(torch.float32)
-    lora.attach(transformer, **({"rank": RANK, "alpha": ALPHA} | options))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in sorted(transformer.named_parameters()):
-            if parameter.requires_grad and (parameter == 0).all():
-                parameter.copy_(2 * torch.randn(parameter.shape, generator=generator))
-    return checkpoint, transformer
-
-
 def pipeline_of(checkpoint):
     import diffusers
 
@@ -36,7 +24,7 @@ def pipeline_of(checkpoint):
 
 
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
-def test_the_file_loads_through_the_pipeline_and_answers_as_the_live_model(tmp_path, name):
+def test_the_file_loads_through_the_pipeline_and_answers_as_the_live_model(tmp_path, name, live_model):
     checkpoint, transformer = live_model(name)
     expected = lora.probe(transformer)
     base = lora.probe(checkpoint.load_transformer(torch.float32))
@@ -49,7 +37,7 @@ def test_the_file_loads_through_the_pipeline_and_answers_as_the_live_model(tmp_p
     assert lora.check(file, checkpoint, expected, CPU, torch.float32) < 1e-5
 
 
-def test_a_file_without_the_folded_scale_is_refused(tmp_path):
+def test_a_file_without_the_folded_scale_is_refused(tmp_path, live_model):
     checkpoint, transformer = live_model()
     file = lora.save(lora.state_dict(transformer), tmp_path, {})
     lost = {key: t * (RANK / ALPHA) if "lora_B" in key else t for key, t in load_file(file).items()}
@@ -75,7 +63,7 @@ def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp
     assert found < 1e-2
 
 
-def test_the_start_depends_on_the_seed_and_the_layer_alone():
+def test_the_start_depends_on_the_seed_and_the_layer_alone(live_model):
     torch.manual_seed(1)
     first = lora.state_dict(live_model(seed=3)[1])
     torch.manual_seed(2)
@@ -87,7 +75,7 @@ def test_the_start_depends_on_the_seed_and_the_layer_alone():
     assert not torch.equal(first[name], first[name.replace("to_q", "to_k")])
 
 
-def test_merged_weights_answer_as_the_adapters_do(tmp_path):
+def test_merged_weights_answer_as_the_adapters_do(tmp_path, live_model):
     checkpoint, transformer = live_model()
     lora.save(lora.state_dict(transformer), tmp_path, {})
     loaded = checkpoint.load_transformer(torch.float32)
@@ -97,7 +85,7 @@ def test_merged_weights_answer_as_the_adapters_do(tmp_path):
     assert lora.difference(lora.probe(transformer), lora.probe(loaded)) < 1e-5
 
 
-def test_merging_into_half_precision_rounds_once(tmp_path):
+def test_merging_into_half_precision_rounds_once(tmp_path, live_model):
     checkpoint, transformer = live_model()
     state = lora.state_dict(transformer)
     lora.save(state, tmp_path, {})
@@ -110,7 +98,7 @@ def test_merging_into_half_precision_rounds_once(tmp_path):
     assert torch.equal(loaded.get_submodule(name).weight, (weight.float() + delta).bfloat16())
 
 
-def test_a_lora_of_another_model_is_refused_in_words(tmp_path):
+def test_a_lora_of_another_model_is_refused_in_words(tmp_path, live_model):
     _, transformer = live_model("tiny")
     state = lora.state_dict(transformer)
     i2v = open_checkpoint("tiny-1.5-i2v")
@@ -152,7 +140,7 @@ def test_bad_settings_are_refused_in_words():
         lora.attach(transformer, 0, 2)
 
 
-def test_other_targets_and_the_metadata_reach_the_file(tmp_path):
+def test_other_targets_and_the_metadata_reach_the_file(tmp_path, live_model):
     from safetensors import safe_open
 
     checkpoint, transformer = live_model(target_modules=["to_q", "ff.net.2"])

@@ -1,0 +1,172 @@
+"""generate: tuned and base video of one seed, for all five forms, from a run, a file or a folder."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import CogError
+from cogcommon.families import BUILTIN_NAMES, Resolution
+from cogcommon.settings import add_command
+from cogtrain import generate, lora
+from cogtrain.pipeline import Request, draw, load_pipeline, to_base
+from cogtrain.sheet import Column, contact_sheet, side_by_side
+from cogtrain.tuned import find
+
+SMALL = ["--prompt", "a red ball rolls to the left", "--steps", "2", "--resolution", "17x64x96"]
+
+
+def command(*words):
+    app = typer.Typer(add_completion=False)
+    add_command(app, "generate", generate.GenerateSettings, generate.run, "Generate.")
+    add_command(app, "other", generate.GenerateSettings, generate.run, "Other.")
+    return CliRunner().invoke(app, ["generate", *map(str, words)])
+
+
+def fault(*words):
+    error = command(*words).exception
+    assert isinstance(error, CogError), error
+    return str(error)
+
+
+@pytest.fixture
+def make_run(tmp_path, live_model):
+    def make(name="tiny"):
+        checkpoint, transformer = live_model(name)
+        run = tmp_path / f"run-{name}"
+        lora.save(lora.state_dict(transformer), run, {"family": checkpoint.family.name, "base_model": name})
+        (run / "config.toml").write_text(f'model = "{name}"\n')
+        return run
+
+    return make
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 200, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def frames_of(path: Path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)]), float(stream.average_rate)
+
+
+@pytest.mark.parametrize("name", BUILTIN_NAMES)
+def test_every_form_draws_tuned_and_base_from_a_run(tmp_path, make_run, picture, name):
+    run = make_run(name)
+    image = ["--image", picture] if "i2v" in name else []
+    result = command("--run", run, *SMALL, *image, "--out", tmp_path / "videos")
+    assert result.exception is None, result.exception
+    tuned, fps = frames_of(tmp_path / "videos/tuned.mp4")
+    base, _ = frames_of(tmp_path / "videos/base.mp4")
+    assert tuned.shape == base.shape == (17, 64, 96, 3)
+    assert fps == open_checkpoint(name).family.fps
+    assert (tuned != base).any()
+    assert frames_of(tmp_path / "videos/side-by-side.mp4")[0].shape[0] == 17
+    assert Image.open(tmp_path / "videos/contact-sheet.png").width > 1000
+
+
+def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run):
+    """Against the plain diffusers pipeline, called as its documentation says."""
+    from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+
+    tuned = find(make_run(), None, None, None)
+    request = Request("a ball", None, Resolution(17, 64, 96), 3, 6.0, 7, 226, True)
+    pipeline = load_pipeline(tuned, torch.float32)
+    steps = []
+    with_lora = draw(pipeline, request, lambda: steps.append(1))
+    assert len(steps) == 3
+    to_base(pipeline, tuned, torch.float32)
+    base = draw(pipeline, request, lambda: None)
+
+    plain = CogVideoXPipeline.from_pretrained(tuned.checkpoint.root)
+    plain.scheduler = CogVideoXDPMScheduler.from_config(plain.scheduler.config, timestep_spacing="trailing")
+
+    def expected():
+        video = plain(
+            prompt="a ball", num_frames=17, height=64, width=96, num_inference_steps=3, guidance_scale=6.0,
+            use_dynamic_cfg=True, generator=torch.Generator().manual_seed(7), output_type="np",
+        ).frames[0]  # fmt: skip
+        return (video * 255).round().astype(np.uint8)
+
+    assert np.array_equal(base, expected())
+    plain.load_lora_weights(tuned.lora_file.parent)
+    assert np.array_equal(with_lora, expected())
+    assert not np.array_equal(with_lora, base)
+
+
+def test_a_fully_tuned_transformer_is_used_and_the_base_is_read_from_the_checkpoint(tmp_path):
+    checkpoint = open_checkpoint("tiny-2b")
+    transformer = checkpoint.load_transformer(torch.float32)
+    with torch.no_grad():
+        transformer.proj_out.weight.mul_(1.2)
+    transformer.save_pretrained(tmp_path / "transformer")
+    (tmp_path / "config.toml").write_text('model = "tiny-2b"\n')
+    by_run = command("--run", tmp_path, *SMALL, "--out", tmp_path / "a", "--json")
+    assert by_run.exception is None, by_run.exception
+    files = json.loads(by_run.stdout)["files"]
+    video = frames_of(files["tuned"])[0].astype(float)
+    to_base = np.abs(video - frames_of(files["base"])[0]).mean()
+    assert to_base > 5
+
+    by_folder = command(
+        "--transformer", tmp_path / "transformer", "--model", "tiny-2b", *SMALL, "--no-base", "--out", tmp_path / "b"
+    )
+    assert by_folder.exception is None, by_folder.exception
+    assert np.abs(video - frames_of(tmp_path / "b/tuned.mp4")[0]).mean() < to_base / 3  # x264's own rounding
+    assert not (tmp_path / "b/base.mp4").exists()
+    assert "not one of tiny:" in fault("--transformer", tmp_path / "transformer", "--model", "tiny", *SMALL)
+
+
+def test_what_does_not_go_together_is_said_in_words(tmp_path, make_run, picture):
+    run, i2v = make_run("tiny"), make_run("tiny-1.5-i2v")
+    file = run / lora.FILE
+    assert "no tuned weights were named" in fault(*SMALL)
+    assert "named twice" in fault("--run", run, "--lora", file, *SMALL)
+    assert "none was given" in fault("--run", i2v, *SMALL)
+    assert "no use for an image" in fault("--run", run, *SMALL, "--image", picture)
+    assert "cannot be read" in fault("--run", i2v, *SMALL, "--image", file)
+    assert "trained for 5b" in fault("--lora", file, "--model", "tiny-2b", *SMALL)
+    assert "no prompt" in fault("--run", run)
+    assert "8N+1" in fault("--run", run, "--prompt", "x", "--resolution", "16x64x96")
+    assert "no such file" in fault("--lora", tmp_path / "none.safetensors", *SMALL)
+    assert "not a run folder" in fault("--run", tmp_path, *SMALL)
+    file.unlink()
+    assert "no exported weights yet" in fault("--run", run, *SMALL)
+
+
+def test_the_image_is_cut_and_not_stretched(make_run, picture):
+    """A circle in a wide picture stays a circle."""
+    from PIL import ImageDraw
+
+    wide = Image.new("RGB", (400, 100), "black")
+    ImageDraw.Draw(wide).ellipse((160, 10, 240, 90), fill="white")
+    wide.save(picture)
+    settings = generate.GenerateSettings(run=make_run("tiny-i2v"), prompt="x", image=picture)
+    request = generate._request(settings, open_checkpoint("tiny-i2v"))
+    white = np.asarray(request.image)[..., 0] > 127
+    assert request.image.size == (96, 64)
+    assert abs(np.ptp(white.any(0).nonzero()[0]) - np.ptp(white.any(1).nonzero()[0])) <= 1
+
+
+def test_sheets_hold_the_frames_where_they_say():
+    red = np.zeros((17, 64, 96, 3), np.uint8)
+    red[..., 0] = 200
+    blue = red[..., ::-1]
+    beside = side_by_side([Column("tuned", red), Column("base", blue)])
+    assert beside.shape[0] == 17
+    assert beside.shape[1] % 2 == beside.shape[2] % 2 == 0
+    assert np.array_equal(beside[:, -64:, :96], red)
+    assert np.array_equal(beside[:, -64:, -96:], blue)
+    sheet = np.asarray(contact_sheet("word " * 200, "facts", [Column("tuned", red), Column("base", blue)], 8))
+    assert (sheet == (200, 0, 0)).all(-1).sum() == (sheet == (0, 0, 200)).all(-1).sum() > 6 * 200 * 100

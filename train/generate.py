@@ -1,0 +1,165 @@
+"""`cogtrain generate`: a video from the tuned model, and the same seed from the base model beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cogcommon.checkpoint import Checkpoint
+from cogcommon.device import Precision, default_precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.errors import SettingError
+from cogcommon.families import Resolution
+from cogcommon.settings import setting
+from cogcommon.video import write_mp4
+
+from .pipeline import Request, draw, load_pipeline, place, to_base
+from .sheet import Column, contact_sheet, side_by_side
+from .tuned import find
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """The options of `cogtrain generate`."""
+
+    run: Path | None = setting(None, "Run folder to take weights and model from.", section="Weights")
+    lora: Path | None = setting(None, "LoRA file, instead of a run.", section="Weights")
+    transformer: Path | None = setting(None, "Diffusers transformer folder, instead of a run.", section="Weights")
+    model: str | None = setting(
+        None, "Base checkpoint: built-in form, folder, or hub id.", shown="as trained", section="Weights"
+    )
+    prompt: str = setting("", "What the video shows; with the id token, if training had one.", section="Video")
+    image: Path | None = setting(None, "First frame (I2V only); cut to the video's shape.", section="Video")
+    resolution: str | None = setting(None, "FxHxW of the video.", shown="the model's own", section="Video")
+    steps: int = setting(50, "Sampling steps.", section="Video")
+    guidance: float = setting(6.0, "Classifier-free guidance scale; 1 switches it off.", section="Video")
+    seed: int = setting(42, "Of the noise, the same for tuned and base.", section="Video")
+    fps: float | None = setting(None, "Frames a second of the video.", shown="the family's", section="Video")
+    base: bool = setting(True, "Also draw the video of the base model.", section="Video")
+    precision: Precision | None = setting(None, "fp32, bf16 or fp16.", shown="the family's, fp32 on a CPU")
+    out: Path | None = setting(None, "Folder for the videos.", shown="RUN/generated/<prompt>-<seed>")
+    json: bool = setting(False, "Print the result as JSON.")
+
+
+def run(settings: GenerateSettings) -> None:
+    """Generate, write the files, and say where they are.
+
+    Raises:
+        SettingError, ModelError, RunError: the options do not go together, or weights are missing.
+    """
+    tuned = find(settings.run, settings.lora, settings.transformer, settings.model)
+    checkpoint = tuned.checkpoint
+    request = _request(settings, checkpoint)
+    device = pick_device()
+    precision = settings.precision or default_precision(checkpoint.family, device)
+    fps = settings.fps or float(checkpoint.family.fps)
+    folder = settings.out or _default_folder(settings)
+    console = Console(stderr=settings.json, highlight=False)
+
+    quiet_libraries()
+    dtype = dtype_of(precision)
+    pipeline = load_pipeline(tuned, dtype)
+    place(pipeline, device, request.resolution)
+    started = time.monotonic()
+    with _progress(console, "tuned", settings.steps) as advance:
+        columns = [Column("tuned", draw(pipeline, request, advance))]
+    if settings.base:
+        to_base(pipeline, tuned, dtype)
+        place(pipeline, device, request.resolution)
+        with _progress(console, "base", settings.steps) as advance:
+            columns.append(Column("base", draw(pipeline, request, advance)))
+    seconds = time.monotonic() - started
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {column.label: folder / f"{column.label}.mp4" for column in columns}
+    for column in columns:
+        write_mp4(files[column.label], column.frames_FHWC, fps)
+    if len(columns) > 1:
+        files["side by side"] = folder / "side-by-side.mp4"
+        write_mp4(files["side by side"], side_by_side(columns), fps)
+    weights = tuned.lora_file or tuned.transformer_folder
+    facts = (
+        f"{weights} on {checkpoint.name}  ·  {request.resolution}  ·  {settings.steps} steps  ·  "
+        f"guidance {settings.guidance:g}  ·  seed {settings.seed}  ·  {precision}"
+    )
+    files["contact sheet"] = folder / "contact-sheet.png"
+    contact_sheet(request.prompt, facts, columns, fps).save(files["contact sheet"])
+    if settings.json:
+        print(json.dumps({"files": {name: str(file) for name, file in files.items()}, "seconds": round(seconds, 1)}))
+        return
+    for name, file in files.items():
+        console.print(f"{name:<14} {file}", soft_wrap=True)
+
+
+def _request(settings: GenerateSettings, checkpoint: Checkpoint) -> Request:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not settings.prompt.strip():
+        raise SettingError("there is no prompt", where="--prompt", fix='--prompt "what the video shows"')
+    if settings.steps < 1:
+        raise SettingError(f"{settings.steps} steps cannot be", where="--steps", fix="--steps 50")
+    resolution = Resolution.parse(settings.resolution) if settings.resolution else checkpoint.native
+    checkpoint.check_resolution(resolution)
+    family = checkpoint.family
+    image = None
+    if family.task == "i2v" and settings.image is None:
+        raise SettingError(f"{checkpoint.name} animates an image; none was given", where="--image", fix="--image FILE")
+    if settings.image is not None:
+        if family.task == "t2v":
+            raise SettingError(
+                f"{checkpoint.name} makes video from text alone; it has no use for an image",
+                where=f"--image {settings.image}",
+                fix="leave --image out, or use weights of an I2V model",
+            )
+        try:
+            with Image.open(settings.image) as opened:
+                upright = ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise SettingError(
+                "the image cannot be read", where=str(settings.image), fix="give a PNG or JPEG"
+            ) from error
+        # Scaled to cover and cut, as the encoder does; the pipeline alone would stretch it.
+        image = ImageOps.fit(upright, (resolution.width, resolution.height), Image.Resampling.LANCZOS)
+    return Request(
+        prompt=settings.prompt,
+        image=image,
+        resolution=resolution,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        seed=settings.seed,
+        text_tokens=int(checkpoint.transformer_config["max_text_seq_length"]),
+        dynamic_guidance=not family.ddim,
+    )
+
+
+def _default_folder(settings: GenerateSettings) -> Path:
+    words = re.sub(r"[^a-z0-9]+", "-", settings.prompt.lower()).strip("-")[:40].rstrip("-")
+    return (settings.run or Path()) / "generated" / f"{words or 'video'}-{settings.seed}"
+
+
+@contextmanager
+def _progress(console: Console, label: str, steps: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal; elsewhere ten plain lines."""
+    if console.is_terminal:
+        from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+        with Progress(*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn(),
+                      console=console) as bar:  # fmt: skip
+            task = bar.add_task(label, total=steps)
+            yield lambda: bar.advance(task)
+        return
+    done, started = 0, time.monotonic()
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if done % max(1, steps // 10) == 0 or done == steps:
+            console.print(f"{label}: step {done}/{steps}, {(time.monotonic() - started) / done:.2f} s/step")
+
+    yield advance

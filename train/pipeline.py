@@ -1,0 +1,160 @@
+"""The diffusers pipeline of a checkpoint with tuned weights in it: loaded, placed on a device, run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cogcommon.checkpoint import Checkpoint
+from cogcommon.errors import ModelError
+from cogcommon.families import Resolution
+from cogcommon.video import Frames
+
+from . import lora
+from .tuned import Tuned
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+# Peak of an untiled decode (fp16 or bf16) over the frame's pixels; it works on two latent frames at a time.
+_DECODE_BYTES_PER_PIXEL = 60_000
+_STEP_BYTES = 3 << 30  # activations of one step with guidance
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw, the same for both models."""
+
+    prompt: str
+    image: Image | None
+    resolution: Resolution
+    steps: int
+    guidance: float
+    seed: int
+    text_tokens: int
+    dynamic_guidance: bool
+
+
+def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
+    """The diffusers pipeline of the checkpoint, with the tuned weights in it, on the CPU.
+
+    Raises:
+        ModelError: the weights are of another model.
+    """
+    import diffusers
+
+    checkpoint = tuned.checkpoint
+    family = checkpoint.family
+    if tuned.transformer_folder:
+        transformer = _load_tuned_transformer(tuned.transformer_folder, checkpoint, dtype)
+    else:
+        transformer = checkpoint.load_transformer(dtype)
+    if tuned.lora_file:
+        lora.check_fits(tuned.lora_file, checkpoint, transformer)
+    name = "CogVideoXImageToVideoPipeline" if family.task == "i2v" else "CogVideoXPipeline"
+    # Published sampler, trailing spacing: the last step must start from pure noise (abar = 0), as in training.
+    sampler = diffusers.CogVideoXDDIMScheduler if family.ddim else diffusers.CogVideoXDPMScheduler
+    pipeline = getattr(diffusers, name)(
+        tokenizer=checkpoint.load_tokenizer(),
+        text_encoder=checkpoint.load_text_encoder(dtype),
+        vae=checkpoint.load_vae(dtype),
+        transformer=transformer.eval(),
+        scheduler=sampler.from_config(dict(checkpoint.scheduler_config), timestep_spacing="trailing"),
+    )
+    if tuned.lora_file:
+        pipeline.load_lora_weights(tuned.lora_file.parent, weight_name=tuned.lora_file.name)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load_tuned_transformer(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from diffusers import CogVideoXTransformer3DModel
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        transformer = CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the tuned transformer cannot be loaded: {str(error).splitlines()[0]}",
+            where=str(folder),
+            fix="give the `transformer` folder of a run",
+        ) from error
+    for key, ours in checkpoint.transformer_config.items():
+        if not key.startswith("_") and config.get(key) != ours:
+            raise ModelError(
+                f"this transformer is not one of {checkpoint.name}: {key} is {config.get(key)}, there {ours}",
+                where=str(folder / "config.json"),
+                fix="give the --model that it was trained from",
+            )
+    return transformer
+
+
+def to_base(pipeline: DiffusionPipeline, tuned: Tuned, dtype: torch.dtype) -> None:
+    """Put the untouched weights back: adapters off, or the checkpoint's own transformer."""
+    if tuned.lora_file:
+        pipeline.unload_lora_weights()
+    else:
+        pipeline.remove_all_hooks()
+        pipeline.transformer = None  # first let the tuned one go
+        pipeline.register_modules(transformer=tuned.checkpoint.load_transformer(dtype).eval())
+
+
+def place(pipeline: DiffusionPipeline, device: torch.device, resolution: Resolution) -> None:
+    """Put the pipeline on the device; on a small GPU one part, or one layer, at a time."""
+    import torch
+
+    if device.type == "cpu":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    sizes = [
+        sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
+        for part in pipeline.components.values()
+        if isinstance(part, torch.nn.Module)
+    ]
+    decode = resolution.height * resolution.width * _DECODE_BYTES_PER_PIXEL
+    if sum(sizes) + decode < free:
+        pipeline.to(device)
+    elif max(sizes) + _STEP_BYTES < free:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=device)
+    if decode > free:
+        pipeline.vae.enable_tiling()
+
+
+def draw(pipeline: DiffusionPipeline, request: Request, advance: Callable[[], None]) -> Frames:
+    """One video, uint8 RGB (F, H, W, 3). The seed alone decides the noise.
+
+    Args:
+        advance: called after every step.
+    """
+    import torch
+
+    def after_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        advance()
+        return tensors
+
+    options: dict[str, Any] = {"image": request.image} if request.image is not None else {}
+    result = pipeline(
+        prompt=request.prompt,
+        num_frames=request.resolution.frames,
+        height=request.resolution.height,
+        width=request.resolution.width,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        use_dynamic_cfg=request.dynamic_guidance,
+        max_sequence_length=request.text_tokens,  # 226 by default, which is wrong for 1.5
+        generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
+        output_type="np",
+        callback_on_step_end=after_step,
+        **options,
+    )
+    frames: Frames = (np.asarray(result.frames[0]) * 255).round().astype(np.uint8)
+    return frames

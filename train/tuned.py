@@ -1,0 +1,80 @@
+"""Where tuned weights lie: a run folder, a LoRA file, or a transformer folder."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogcommon.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.errors import RunError, SettingError
+
+from . import lora
+
+CONFIG_FILE = "config.toml"  # of a run folder: its settings, resolved
+TRANSFORMER = "transformer"  # the folder that full fine-tuning exports
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Tuned weights and the checkpoint they belong to."""
+
+    checkpoint: Checkpoint
+    lora_file: Path | None  # one of the two
+    transformer_folder: Path | None
+
+
+def find(run: Path | None, lora_file: Path | None, transformer: Path | None, model: str | None) -> Tuned:
+    """Find the weights that exactly one of the three names.
+
+    Args:
+        run: a run folder with its export.
+        lora_file: a LoRA file, or a folder with one.
+        transformer: a diffusers ``transformer`` folder.
+        model: the base checkpoint; else what the run or the file says.
+
+    Raises:
+        SettingError: none or several were given.
+        RunError: nothing to use there.
+        ModelError: the base checkpoint cannot be had.
+    """
+    given = [flag for flag, path in (("--run", run), ("--lora", lora_file), ("--transformer", transformer)) if path]
+    if len(given) != 1:
+        raise SettingError(
+            "no tuned weights were named" if not given else "tuned weights were named twice",
+            where=" and ".join(given) or "--run, --lora, --transformer",
+            fix="give one of --run RUN, --lora FILE, --transformer DIR",
+        )
+    if run:
+        model = model or _model_of(run)
+        lora_file = run / lora.FILE if (run / lora.FILE).is_file() else None
+        transformer = run / TRANSFORMER if (run / TRANSFORMER / "config.json").is_file() else None
+        if not lora_file and not transformer:
+            raise RunError(
+                "the run has no exported weights yet",
+                where=str(run),
+                fix="let it finish, or export a checkpoint: `cogtrain export --run RUN/checkpoint-N`",
+            )
+    elif lora_file:
+        lora_file = lora_file / lora.FILE if lora_file.is_dir() else lora_file
+        if not lora_file.is_file():
+            raise RunError("no such file", where=str(lora_file), fix=f"--lora RUN/{lora.FILE}")
+        model = model or lora.read_facts(lora_file).get("base_model")
+    elif transformer and not (transformer / "config.json").is_file():
+        raise RunError("not a transformer folder", where=str(transformer), fix="--transformer RUN/transformer")
+    if not model:
+        raise SettingError(
+            "the base model is not known: these weights do not say it",
+            where=str(lora_file or transformer),
+            fix="--model with the checkpoint that they were trained on",
+        )
+    return Tuned(open_checkpoint(model), lora_file, None if lora_file else transformer)
+
+
+def _model_of(run: Path) -> str:
+    try:
+        return str(tomllib.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))["model"])
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(
+            f"not a run folder: no {CONFIG_FILE} that names a model", where=str(run), fix="give the folder of a run"
+        ) from error
