@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.errors import RunError, SettingError
 
 from . import lora
+from .run_folder import read_settings
 
-CONFIG_FILE = "config.toml"  # of a run folder: its settings, resolved
 TRANSFORMER = "transformer"  # the folder that full fine-tuning exports
 
 
@@ -46,7 +45,7 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
             fix="give one of --run RUN, --lora FILE, --transformer DIR",
         )
     if run:
-        model = model or _model_of(run)
+        model = model or read_settings(run).get("model")
         lora_file = run / lora.FILE if (run / lora.FILE).is_file() else None
         transformer = run / TRANSFORMER if (run / TRANSFORMER / "config.json").is_file() else None
         if not lora_file and not transformer:
@@ -69,12 +68,3 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
             fix="--model with the checkpoint that they were trained on",
         )
     return Tuned(open_checkpoint(model), lora_file, None if lora_file else transformer)
-
-
-def _model_of(run: Path) -> str:
-    try:
-        return str(tomllib.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))["model"])
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            f"not a run folder: no {CONFIG_FILE} that names a model", where=str(run), fix="give the folder of a run"
-        ) from error
