@@ -1,0 +1,36 @@
+"""What is known of one clip, and why a clip was refused. Plain data, no reader needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why one clip cannot be used, in words for its owner. It travels to the report as a value."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClipFacts:
+    """What a file says of itself without being decoded (but for its first frame).
+
+    ``width`` and ``height`` are those a player shows: upright, with square pixels.
+    Times are seconds, ``sha256`` is of the file's whole content.
+    """
+
+    width: int
+    height: int
+    frames: int
+    duration_s: float  # from the first frame's start to the last one's end
+    fps: float  # mean over the clip
+    variable_rate: bool
+    interlaced: bool
+    rotation: int  # degrees that a player turns the picture clockwise: 0, 90, 180, 270
+    sar: float  # width of a stored pixel over its height
+    codec: str
+    colour: str  # matrix, range, and how we know: "bt709 limited (tagged)"
+    size: int
+    mtime_ns: int
+    sha256: bytes

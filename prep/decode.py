@@ -1,0 +1,102 @@
+"""From a file to the pixels the VAE sees: pick frames, scale, cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cogcommon.families import Resolution
+from PIL import Image, ImageOps
+
+from .clip import Fault
+from .cut import Cut, Placement, pick_frames, place
+from .media import BadClip, Pixels, Video, refuse_special
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip as it is encoded: uint8 RGB, upright, at its bucket's size."""
+
+    frames_FHWC: Pixels
+    indices: tuple[int, ...]  # source frame of each frame
+    effective_fps: float  # of the picked frames, in source time
+    crop_box: tuple[int, int, int, int]  # left, top, right, bottom in the upright, square-pixel source
+    colour: str
+    image_HWC: Pixels | None = None  # the image of its own (I2V), under the same cut
+
+
+def decode_clip(
+    path: Path, resolution: Resolution, cut: Cut, family_fps: float, key: str, image: Path | None = None
+) -> Clip | Fault:
+    """Decode a clip for one bucket.
+
+    Args:
+        family_fps: the rate the model was trained at (`cut.pick_frames`).
+        key: the sample's key; it seeds the random crop.
+        image: a picture of its own for I2V; without it the caller takes the first frame.
+    """
+    try:
+        with Video(path) as video:
+            picked = pick_frames(video.times_s, resolution.frames, cut, family_fps)
+            if isinstance(picked, Fault):
+                return picked
+            placement = place(*video.display_size, resolution, cut, key)
+            clip_FHWC = np.zeros((resolution.frames, resolution.height, resolution.width, 3), np.uint8)
+            distinct = sorted(set(picked.indices))
+            scaled = video.frames(distinct, placement.width, placement.height)
+            for slot, frame_HWC in enumerate(scaled):
+                _cut(frame_HWC, placement, clip_FHWC[slot])
+            clip_FHWC[len(distinct) :] = clip_FHWC[len(distinct) - 1]  # --short repeat
+            image_HWC = None if image is None else read_image(image, resolution, cut, key)
+            return Clip(
+                clip_FHWC, picked.indices, picked.effective_fps, placement.box, video.colour.decision, image_HWC
+            )
+    except BadClip as bad:
+        return Fault(str(bad))
+
+
+def image_size(path: Path) -> tuple[int, int] | Fault:
+    """Upright width and height of a picture, without decoding it."""
+    try:
+        refuse_special(path)
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: 5 to 8 are quarter turns
+            return (image.height, image.width) if turned else (image.width, image.height)
+    except BadClip as bad:
+        return Fault(f"image: {bad}")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return Fault(f"image: not a picture that can be opened ({error})")
+
+
+def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels:
+    """A picture scaled and cut as its clip is: (height, width, 3) uint8 RGB.
+
+    Raises:
+        BadClip: it cannot be read.
+    """
+    try:
+        refuse_special(path)
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            placement = place(upright.width, upright.height, resolution, cut, key)
+            if "A" in upright.getbands() or "transparency" in upright.info:
+                straight = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", straight.size, (0, 0, 0, 255)), straight)
+            scaled = upright.convert("RGB").resize((placement.width, placement.height), Image.Resampling.BICUBIC)
+    except BadClip as bad:
+        raise BadClip(f"image: {bad}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadClip(f"image: cannot be read ({error})") from error
+    image_HWC = np.zeros((resolution.height, resolution.width, 3), np.uint8)
+    _cut(np.asarray(scaled), placement, image_HWC)
+    return image_HWC
+
+
+def _cut(scaled_HWC: Pixels, placement: Placement, into_HWC: Pixels) -> None:
+    """Copy the picture out of the scaled source; what the source does not cover stays black."""
+    height, width = into_HWC.shape[:2]
+    top, left = max(placement.top, 0), max(placement.left, 0)
+    part = scaled_HWC[top : top + height, left : left + width]
+    down, across = max(-placement.top, 0), max(-placement.left, 0)
+    into_HWC[down : down + part.shape[0], across : across + part.shape[1]] = part

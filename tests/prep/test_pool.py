@@ -1,0 +1,84 @@
+"""The decode pool: order, a bounded window, and children that crash, hang or raise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cogprep.clip import Fault
+from cogprep.pool import Pool
+
+sys.path.insert(0, str(Path(__file__).parent))  # spawned children inherit sys.path
+import pool_tasks
+
+
+def test_results_keep_the_order_of_the_tasks_and_runs_follow_each_other():
+    with Pool(2) as pool:
+        assert list(pool.run(pool_tasks.square, ((n,) for n in range(20)))) == [n * n for n in range(20)]
+        assert list(pool.run(pool_tasks.square, [])) == []
+        assert list(pool.run(pool_tasks.square, [(3,)])) == [9]
+
+
+def test_arrays_arrive_whole_and_writable():
+    with Pool(1) as pool:
+        for number, result in enumerate(pool.run(pool_tasks.array_of, ((n,) for n in range(5)))):
+            assert result["array"].shape == (300, 300)
+            assert (result["array"] == number).all()
+            assert result["empty"].shape == (0, 3)
+            result["array"] += 1
+
+
+def test_a_crash_a_hang_and_an_exception_cost_one_task_each():
+    with Pool(2, timeout_s=2.0) as pool:
+        tasks = ["a", "crash", "b", "hang", "c", "raise", "exit", "d"]
+        results = list(pool.run(pool_tasks.act, ((task,) for task in tasks)))
+    assert [r for r in results if not isinstance(r, Fault)] == ["a", "b", "c", "d"]
+    assert "signal 11 SIGSEGV" in results[1].reason
+    assert "no result in 2 s" in results[3].reason
+    assert "ValueError: an odd file" in results[5].reason
+    assert "exit code 3" in results[6].reason
+
+
+def test_tasks_are_read_no_further_ahead_than_the_window():
+    read = []
+
+    def tasks():
+        for number in range(100):
+            read.append(number)
+            yield (number,)
+
+    with Pool(1) as pool:
+        results = pool.run(pool_tasks.square, tasks(), window=3)
+        for taken in range(1, 11):
+            next(results)
+            assert len(read) <= taken + 3
+        results.close()  # a caller that stops early leaves a pool that still works
+        assert list(pool.run(pool_tasks.square, [(5,)])) == [25]
+
+
+def test_children_end_with_the_pool():
+    with Pool(2) as pool:
+        ids = set(pool.run(pool_tasks.process_id, [() for _ in range(4)]))
+        assert all(Path(f"/proc/{i}").exists() for i in ids)
+    assert not any(Path(f"/proc/{i}").exists() for i in ids)
+
+
+def test_a_shared_mapping_is_freed_with_its_last_array():
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("reads /proc")
+
+    def mapped():
+        return Path("/proc/self/maps").read_text().count("cogprep-clip")
+
+    with Pool(1) as pool:
+        result = next(pool.run(pool_tasks.array_of, [(1,)]))
+        assert isinstance(result["array"], np.ndarray)
+        assert mapped() == 1
+        del result
+        deadline = time.monotonic() + 5
+        while mapped() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert mapped() == 0
