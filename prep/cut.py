@@ -24,25 +24,20 @@ Short = Literal["reject", "repeat"]
 Fit = Literal["crop", "stretch", "pad"]
 Crop = Literal["center", "random", "top", "bottom"]
 
-FRAMES_HELP = (
-    "Which frames are used. auto: the family's own speed (8 or 16 fps) from the first frame on where the clip is "
-    "long enough, else spread evenly over the whole clip. even: always spread over the whole clip. fps: the family's "
-    "own speed, and a clip too short or too slow for it is rejected. head: the first frames, one after the other. "
-    "reference: range(0, n, n // F)[:F], as the original guide picks. Frames are picked by their time, and none twice."
-)
-START_HELP = "Seconds to skip at the beginning of every clip, before frames are picked."
-STRIDE_HELP = "Keep only every n-th frame of the source, before frames are picked."
-SHORT_HELP = "A clip with too few frames: reject it, or repeat its last frame."
-FIT_HELP = (
-    "How a clip of another shape fills the picture. crop: scale to cover, then cut (shape kept). "
-    "stretch: distort. pad: scale to fit, black around it (shape kept)."
-)
-CROP_HELP = "Which part `--fit crop` keeps; random is drawn from the seed and the clip's content."
-
 
 @dataclass(frozen=True)
 class Cut:
-    """How clips are cut in time and space; part of what identifies a latent."""
+    """How clips are cut in time and space; part of what identifies a latent.
+
+    ``frames`` is one of
+
+    - ``auto``: the family's own rate from the first frame on where the clip is long
+      enough for it, else spread evenly over the whole clip;
+    - ``even``: spread evenly, in time, from the first frame to the last;
+    - ``fps``: the family's own rate; a clip too short or too slow for it is a fault;
+    - ``head``: the first frames, one after the other;
+    - ``reference``: ``range(0, n, n // F)[:F]``, as the original guide picks.
+    """
 
     frames: FrameMode = "auto"
     start: float = 0.0  # seconds skipped before picking

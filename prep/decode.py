@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cogcommon.families import Resolution
 from PIL import Image, ImageOps
+
+from cogcommon.families import Resolution
 
 from .clip import Fault
 from .cut import Cut, Placement, pick_frames, place

@@ -13,12 +13,10 @@ from cogcommon.errors import SettingError
 from cogcommon.families import Resolution, Task
 from cogcommon.settings import setting
 
+from .cut import Crop, Fit, FrameMode, Short
+
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
 
-Frames = Literal["auto", "even", "fps", "head", "reference"]
-Short = Literal["reject", "repeat"]
-Fit = Literal["crop", "stretch", "pad"]
-Crop = Literal["center", "random", "top", "bottom"]
 Posterior = Literal["moments", "sample"]
 Tiling = Literal["off", "on", "auto"]
 
@@ -53,18 +51,22 @@ class PlanSettings:
         shown="required",
         section="Cut",
     )
-    frames: Frames = setting(
+    frames: FrameMode = setting(
         "auto",
-        "which frames: at the family's fps where the clip is long enough, else spread over its time (auto)",
+        "which frames, by their time and none twice. auto: at the family's 8 or 16 fps where the clip is long enough, "
+        "else spread over the clip; even: always spread; fps: at the family's rate, or the clip is rejected; "
+        "head: the first ones in a row; reference: every (n // F)-th, as the original guide picks",
         section="Cut",
     )
-    start: int = setting(0, "first source frame", section="Cut")
-    stride: int = setting(1, "use every n-th source frame", section="Cut")
+    start: float = setting(0.0, "seconds skipped at the beginning of every clip", section="Cut")
+    stride: int = setting(1, "only every n-th source frame is there to be picked", section="Cut")
     short: Short = setting(
         "reject", "a clip with too few frames is rejected, or its last frame repeated", section="Cut"
     )
     fit: Fit = setting("crop", "scale to cover and cut (crop), fit inside black bars (pad), or distort", section="Cut")
-    crop: Crop = setting("center", "which part --fit crop keeps", section="Cut")
+    crop: Crop = setting(
+        "center", "which part --fit crop keeps; random is drawn from --seed and the clip's content", section="Cut"
+    )
 
     holdout: int = setting(0, "clips that go to OUT/val for validation, chosen by content", section="Shards")
     shard_samples: int | None = setting(None, "samples a shard", shown="by --shard-bytes", section="Shards")

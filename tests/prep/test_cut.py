@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from cogcommon.families import Resolution
 from cogprep.clip import ClipFacts, Fault
 from cogprep.cut import Cut, best_bucket, pick_frames, place

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from cogprep.clip import Fault
 from cogprep.pool import Pool
 
