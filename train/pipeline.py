@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cogcommon.checkpoint import Checkpoint
-from cogcommon.errors import ModelError
 from cogcommon.families import Resolution
 from cogcommon.video import Frames
 
-from . import lora
+from . import lora, sft
 from .tuned import Tuned
 
 if TYPE_CHECKING:
@@ -53,7 +49,7 @@ def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
     checkpoint = tuned.checkpoint
     family = checkpoint.family
     if tuned.transformer_folder:
-        transformer = _load_tuned_transformer(tuned.transformer_folder, checkpoint, dtype)
+        transformer = sft.load(tuned.transformer_folder, checkpoint, dtype)
     else:
         transformer = checkpoint.load_transformer(dtype)
     if tuned.lora_file:
@@ -72,28 +68,6 @@ def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
         pipeline.load_lora_weights(tuned.lora_file.parent, weight_name=tuned.lora_file.name)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _load_tuned_transformer(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from diffusers import CogVideoXTransformer3DModel
-
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        transformer = CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the tuned transformer cannot be loaded: {str(error).splitlines()[0]}",
-            where=str(folder),
-            fix="give the `transformer` folder of a run",
-        ) from error
-    for key, ours in checkpoint.transformer_config.items():
-        if not key.startswith("_") and config.get(key) != ours:
-            raise ModelError(
-                f"this transformer is not one of {checkpoint.name}: {key} is {config.get(key)}, there {ours}",
-                where=str(folder / "config.json"),
-                fix="give the --model that it was trained from",
-            )
-    return transformer
 
 
 def to_base(pipeline: DiffusionPipeline, tuned: Tuned, dtype: torch.dtype) -> None:

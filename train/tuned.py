@@ -8,10 +8,8 @@ from pathlib import Path
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.errors import RunError, SettingError
 
-from . import lora
+from . import lora, sft
 from .run_folder import read_settings
-
-TRANSFORMER = "transformer"  # the folder that full fine-tuning exports
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
     if run:
         model = model or read_settings(run).get("model")
         lora_file = run / lora.FILE if (run / lora.FILE).is_file() else None
-        transformer = run / TRANSFORMER if (run / TRANSFORMER / "config.json").is_file() else None
+        transformer = run / sft.FOLDER if (run / sft.FOLDER / "config.json").is_file() else None
         if not lora_file and not transformer:
             raise RunError(
                 "the run has no exported weights yet",

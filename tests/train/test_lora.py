@@ -11,6 +11,7 @@ from cogcommon.device import pick_device
 from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.families import BUILTIN_NAMES
 from cogtrain import lora
+from cogtrain.probe import difference, probe
 
 CPU = pick_device()
 RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly
@@ -26,14 +27,14 @@ def pipeline_of(checkpoint):
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
 def test_the_file_loads_through_the_pipeline_and_answers_as_the_live_model(tmp_path, name, live_model):
     checkpoint, transformer = live_model(name)
-    expected = lora.probe(transformer)
-    base = lora.probe(checkpoint.load_transformer(torch.float32))
-    assert lora.difference(base, expected) > 0.05, "the adapter must matter, or the test shows nothing"
+    expected = probe(transformer)
+    base = probe(checkpoint.load_transformer(torch.float32))
+    assert difference(base, expected) > 0.05, "the adapter must matter, or the test shows nothing"
 
     file = lora.save(lora.state_dict(transformer), tmp_path, {"family": checkpoint.family.name})
     pipeline = pipeline_of(checkpoint)
     pipeline.load_lora_weights(tmp_path)
-    torch.testing.assert_close(lora.probe(pipeline.transformer), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(probe(pipeline.transformer), expected, atol=1e-5, rtol=1e-5)
     assert lora.check(file, checkpoint, expected, CPU, torch.float32) < 1e-5
 
 
@@ -43,7 +44,7 @@ def test_a_file_without_the_folded_scale_is_refused(tmp_path, live_model):
     lost = {key: t * (RANK / ALPHA) if "lora_B" in key else t for key, t in load_file(file).items()}
     save_file(lost, file)
     with pytest.raises(RunError, match="does not answer"):
-        lora.check(file, checkpoint, lora.probe(transformer), CPU, torch.float32)
+        lora.check(file, checkpoint, probe(transformer), CPU, torch.float32)
 
 
 def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp_path):
@@ -59,7 +60,7 @@ def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp
     assert len(state) == 2 * 4 * 2  # A and B, four projections, two layers
     assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in state)
     assert lora.read_facts(tmp_path / lora.FILE) == {"base_model": "tiny"}
-    found = lora.check(tmp_path / lora.FILE, checkpoint, lora.probe(transformer), CPU, torch.bfloat16)
+    found = lora.check(tmp_path / lora.FILE, checkpoint, probe(transformer), CPU, torch.bfloat16)
     assert found < 1e-2
 
 
@@ -82,7 +83,7 @@ def test_merged_weights_answer_as_the_adapters_do(tmp_path, live_model):
     lora.load(tmp_path / lora.FILE, checkpoint, loaded)
     lora.merge(loaded)
     assert not any("lora" in name for name in loaded.state_dict())
-    assert lora.difference(lora.probe(transformer), lora.probe(loaded)) < 1e-5
+    assert difference(probe(transformer), probe(loaded)) < 1e-5
 
 
 def test_merging_into_half_precision_rounds_once(tmp_path, live_model):
@@ -152,4 +153,4 @@ def test_other_targets_and_the_metadata_reach_the_file(tmp_path, live_model):
     assert set(metadata) == {"format", "cogtune"}
     assert json.loads(metadata["cogtune"]) == {"rank": "4"}
     assert "transformer.transformer_blocks.1.ff.net.2.lora_B.weight" in names
-    assert lora.check(file, checkpoint, lora.probe(transformer), CPU, torch.float32) < 1e-5
+    assert lora.check(file, checkpoint, probe(transformer), CPU, torch.float32) < 1e-5

@@ -1,0 +1,56 @@
+"""Two transformers compared by what they answer to one fixed input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+
+def probe(transformer: CogVideoXTransformer3DModel) -> torch.Tensor:
+    """What a transformer answers to one fixed input; fp32, on the CPU.
+
+    It serves to compare two sets of weights, so the input is as small as the
+    structure allows and goes without RoPE, which has no weights. Under ZeRO-3
+    call it on every rank.
+    """
+    import torch
+
+    config = transformer.config
+    device = next(transformer.parameters()).device
+    dtype = transformer.patch_embed.text_proj.weight.dtype
+    learned = config.use_learned_positional_embeddings  # these exist at one height and width only
+    height, width = (config.sample_height, config.sample_width) if learned else (8, 8)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    latent_BFCHW = normal(1, config.patch_size_t or 1, config.in_channels, height, width)
+    text_BLD = normal(1, config.max_text_seq_length, config.text_embed_dim)
+    was_training = transformer.training
+    transformer.eval()
+    with torch.no_grad():
+        output = transformer(
+            hidden_states=latent_BFCHW,
+            encoder_hidden_states=text_BLD,
+            timestep=torch.tensor([500], device=device),
+            ofs=normal(1) if config.ofs_embed_dim else None,
+            return_dict=False,
+        )[0]
+    transformer.train(was_training)
+    return output.float().cpu()
+
+
+def difference(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((expected - got).abs().max() / expected.abs().max())
+
+
+def limit(dtype: torch.dtype) -> float:
+    """The `difference` that rounding alone may make between equal weights."""
+    import torch
+
+    return 1e-5 if dtype == torch.float32 else 2e-2  # half precision: a flipped rounding, up to 42 layers deep
