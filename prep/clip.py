@@ -12,6 +12,10 @@ class Fault:
     reason: str
 
 
+class BadClip(Exception):
+    """Inside the reader only: unwinds to `media.probe` or `decode.decode_clip`, which return a `Fault`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClipFacts:
     """What a file says of itself without being decoded (but for its first frame).

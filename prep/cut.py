@@ -94,7 +94,7 @@ def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: floa
     if len(candidates) < count:
         if cut.short == "reject":
             thinned = "" if len(candidates) == len(times_s) else f" after --start and --stride (of {len(times_s)})"
-            return Fault(f"too short: {len(candidates)} frames{thinned}, {count} are needed")
+            return Fault(f"too short: {_frames(len(candidates))}{thinned}, {count} are needed")
         repeated = [*candidates, *[candidates[-1]] * (count - len(candidates))]
         return Picked(tuple(repeated), _rate([times_s[i] for i in candidates], family_fps))
     times = [times_s[index] for index in candidates]
@@ -136,6 +136,10 @@ def _nearest(times: Sequence[float], targets: Sequence[float]) -> list[int]:
         most = min(chosen[index], most - 1)
         chosen[index] = most
     return chosen
+
+
+def _frames(count: int) -> str:
+    return "1 frame" if count == 1 else f"{count} frames"
 
 
 def _interval(times: Sequence[float]) -> float:

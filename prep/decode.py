@@ -10,9 +10,10 @@ from PIL import Image, ImageOps
 
 from cogcommon.families import Resolution
 
-from .clip import Fault
+from .clip import BadClip, Fault
 from .cut import Cut, Placement, pick_frames, place
-from .media import BadClip, Pixels, Video, refuse_special
+from .media import Video, refuse_special
+from .picture import Pixels
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
-"""Reading video: the one module that knows PyAV.
+"""Reading video: the one module that opens files with PyAV.
 
-What a player does is done here, once: the picture is turned upright, its pixels
-made square, its colours converted by the matrix and range it was made with.
 A file that cannot be trusted becomes a `Fault`; nothing here raises for a bad clip
 but `BadClip`, which `probe` and `decode.decode_clip` turn into that value.
 
@@ -17,67 +15,27 @@ import os
 import stat
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any
 
 import av
-import numpy as np
+from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
-from .clip import ClipFacts, Fault
+from .clip import BadClip, ClipFacts, Fault
+from .picture import Colour, Pixels, Turn, colour_of, to_rgb, turn_of
 
 __all__ = ["BadClip", "ClipFacts", "Fault", "Pixels", "Video", "hash_file", "probe", "refuse_special"]
-
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 # The file protocol alone: a playlist called clip.mp4 must not reach other files or the network.
 _OPTIONS = {"protocol_whitelist": "file"}
 _NO_VIDEO = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg "plays" text files as video
 _HEADED = ("matroska", "mov", "flv", "avi")  # formats whose header states a duration that can be believed
-_SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-
-# AVColorSpace and AVColorTransferCharacteristic, ITU-T H.273.
-_RGB, _BT709, _UNSPECIFIED, _FCC, _BT470BG, _SMPTE170M, _SMPTE240M, _BT2020 = 0, 1, 2, 4, 5, 6, 7, 9
-_MATRICES = {
-    _BT709: ("bt709", Colorspace.ITU709),
-    _FCC: ("fcc", Colorspace.FCC),
-    _BT470BG: ("bt601", Colorspace.ITU601),
-    _SMPTE170M: ("bt601", Colorspace.ITU601),
-    _SMPTE240M: ("smpte240m", Colorspace.SMPTE240M),
-    _BT2020: ("bt2020", Colorspace.BT2020),
-}
-_HDR = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
-
-
-class BadClip(Exception):
-    """A clip that cannot be used; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class _Colour:
-    matrix: Colorspace
-    range: ColorRange
-    decision: str
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """From the stored picture to the upright one: transpose first, then mirror."""
-
-    transpose: bool = False
-    mirror_x: bool = False
-    mirror_y: bool = False
-    degrees: int = 0  # clockwise, for the record
-
-    def apply(self, pixels_HWC: Pixels) -> Pixels:
-        turned = pixels_HWC.swapaxes(0, 1) if self.transpose else pixels_HWC
-        return turned[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 
 
 def probe(path: Path) -> ClipFacts | Fault:
@@ -136,28 +94,8 @@ class Video:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stat = refuse_special(path)
+        self._container, self._stream = _open(path)
         try:
-            # "file:" keeps a colon or a percent sign in a name from meaning something;
-            # a title that is not UTF-8 is no reason to refuse a clip.
-            self._container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="ignore")
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise BadClip(f"not a video that can be opened: {_words(error)}") from error
-        try:
-            streams = [
-                stream
-                for stream in self._container.streams.video
-                # the cover picture of a song is no clip
-                if not stream.disposition & av.stream.Disposition.attached_pic
-                and stream.codec_context is not None
-                and stream.codec_context.name not in _NO_VIDEO
-            ]
-            if not streams:
-                sound = bool(self._container.streams.audio)
-                raise BadClip("there is only sound in it, no video" if sound else "there is no video in it")
-            self._stream = streams[0]
-            codec = self._stream.codec_context
-            codec.thread_count = 1  # the pool runs one file per core; set before the first decode
-            codec.options = {"err_detect": "explode"}
             self._read_packets()
         except BaseException:
             self._container.close()
@@ -202,10 +140,11 @@ class Video:
             raise BadClip(f"cut short: {packets} of {promised} frames are in the file")
         self._check_end(last_end)
         known = [stamp for stamp in stamps if stamp is not None]
-        if len(known) == len(stamps) and len(set(known)) == len(known):
+        ordered = self._container.format.name != "avi"  # AVI stores no order of display; FFmpeg counts packets
+        if ordered and len(known) == len(stamps) and len(set(known)) == len(known):
             self._stamps: list[int] | None = sorted(stamp for stamp in known if first_key is None or stamp >= first_key)
             self.times_s = tuple(stamp * base for stamp in self._stamps)
-        else:  # no time stamps to trust (old AVI): the mean rate is all there is
+        else:  # no times to trust: the mean rate is all there is
             rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
             self._stamps = None
             self.times_s = tuple(index / rate for index in range(len(stamps)))
@@ -236,12 +175,12 @@ class Video:
         raise BadClip("not one frame can be decoded")
 
     @cached_property
-    def colour(self) -> _Colour:
-        return _colour_of(self.first_frame)
+    def colour(self) -> Colour:
+        return colour_of(self.first_frame)
 
     @cached_property
-    def turn(self) -> _Turn:
-        return _turn_of(self.first_frame)
+    def turn(self) -> Turn:
+        return turn_of(self.first_frame)
 
     @cached_property
     def sar(self) -> float:
@@ -300,7 +239,7 @@ class Video:
                 continue
             if (frame.width, frame.height) != (self.first_frame.width, self.first_frame.height):
                 raise BadClip(f"the picture size changes at frame {index}, to {frame.width}x{frame.height}")
-            yield self.turn.apply(_to_rgb(scaler, frame, across, down, self.colour))
+            yield self.turn.apply(to_rgb(scaler, frame, across, down, self.colour))
             next_wanted = next(wanted, None)
             if next_wanted is None:
                 return
@@ -309,11 +248,10 @@ class Video:
 
     def _decode(self) -> Iterator[tuple[int, VideoFrame]]:
         """Every frame with its index into ``times_s``, from the first on."""
+        container, stream = _open(self.path)  # anew: not every format can be wound back
         expected = 0
         try:
-            # backward to the first packet, whatever its time
-            self._container.seek(-(2**62), backward=True, any_frame=False, stream=self._stream)
-            for frame in self._container.decode(self._stream):
+            for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise BadClip(f"frame {expected} is damaged")
                 if self._stamps is not None:
@@ -326,73 +264,38 @@ class Video:
                 expected += 1
         except av.error.FFmpegError as error:
             raise BadClip(f"damaged: frame {expected} cannot be decoded ({_words(error)})") from error
+        finally:
+            container.close()
 
 
-def _colour_of(frame: VideoFrame) -> _Colour:
-    """Matrix and range of a clip. Tags are trusted; without them the size decides.
-
-    Raises:
-        BadClip: HDR, which needs tone mapping that we do not do.
-    """
-    if frame.color_trc in _HDR:
-        raise BadClip(
-            f"HDR ({_HDR[frame.color_trc]}): the colours would come out flat and grey; convert it to SDR first"
-        )
-    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-    range_ = ColorRange.JPEG if full else ColorRange.MPEG
-    words = "full" if full else "limited"
-    if any(component.is_alpha for component in frame.format.components):
-        words += ", alpha over black"
-    if frame.format.is_rgb or frame.format.has_palette or frame.colorspace == _RGB:
-        return _Colour(Colorspace.DEFAULT, ColorRange.JPEG, f"rgb {words.replace('limited', 'full')}")
-    if frame.colorspace in _MATRICES:
-        name, matrix = _MATRICES[frame.colorspace]
-        return _Colour(matrix, range_, f"{name} {words} (tagged)")
-    # Cameras and editors leave HD untagged and mean BT.709; swscale alone would take BT.601.
-    if frame.height > 576 or frame.width >= 1280:
-        return _Colour(Colorspace.ITU709, range_, f"bt709 {words} (untagged HD)")
-    return _Colour(Colorspace.ITU601, range_, f"bt601 {words} (untagged SD)")
-
-
-def _turn_of(frame: VideoFrame) -> _Turn:
-    """The display matrix of a frame as a transpose and two mirrors.
-
-    The matrix maps a stored point (x, y), y downward, to (a x + c y, b x + d y);
-    ISO/IEC 14496-12, 8.3.2. A phone held upright writes a quarter turn.
+def _open(path: Path) -> tuple[InputContainer, VideoStream]:
+    """The file and its video stream.
 
     Raises:
-        BadClip: an angle between quarter turns.
+        BadClip: it cannot be opened, or has no video.
     """
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return _Turn()
-    a, b, _u, c, d = np.frombuffer(data, np.int32)[:5].tolist()
-    if not b and not c and a and d:
-        return _Turn(mirror_x=a < 0, mirror_y=d < 0, degrees=180 if a < 0 and d < 0 else 0)
-    if not a and not d and b and c:
-        return _Turn(transpose=True, mirror_x=c < 0, mirror_y=b < 0, degrees=90 if b > 0 else 270)
-    raise BadClip(f"turned by {-frame.rotation} degrees; only quarter turns can be undone")
-
-
-def _to_rgb(scaler: VideoReformatter, frame: VideoFrame, width: int, height: int, colour: _Colour) -> Pixels:
-    """Scale and convert in one pass: (height, width, 3) uint8 RGB, alpha laid over black as players do."""
-    alpha = any(component.is_alpha for component in frame.format.components)
-    scaled = scaler.reformat(
-        frame,
-        width=width,
-        height=height,
-        format="rgba" if alpha else "rgb24",
-        src_colorspace=colour.matrix,
-        src_color_range=colour.range,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=_SCALER,
-        threads=1,
-    )
-    rgb: Pixels = scaled.to_ndarray().astype(np.uint8, copy=False)
-    if alpha:
-        opacity = rgb[..., 3:].astype(np.uint16)
-        return ((rgb[..., :3] * opacity + 127) // 255).astype(np.uint8)
-    return rgb
+    try:
+        # "file:" keeps a colon in a name from meaning a protocol;
+        # a title that is not UTF-8 is no reason to refuse a clip.
+        container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="ignore")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise BadClip(f"not a video that can be opened: {_words(error)}") from error
+    streams = [
+        stream
+        for stream in container.streams.video
+        # the cover picture of a song is no clip
+        if not stream.disposition & av.stream.Disposition.attached_pic
+        and stream.codec_context is not None
+        and stream.codec_context.name not in _NO_VIDEO
+    ]
+    if not streams:
+        sound = bool(container.streams.audio)
+        container.close()
+        raise BadClip("there is only sound in it, no video" if sound else "there is no video in it")
+    codec = streams[0].codec_context
+    codec.thread_count = 1  # the pool runs one file per core; set before the first decode
+    codec.options = {"err_detect": "explode"}
+    return container, streams[0]
 
 
 def _words(error: Exception) -> str:
