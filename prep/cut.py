@@ -171,7 +171,7 @@ def place(width: int, height: int, resolution: Resolution, cut: Cut, key: str) -
     scaled_height = max(resolution.height, round(height * scale))
     over_x, over_y = scaled_width - resolution.width, scaled_height - resolution.height
     share_x, share_y = _shares(cut, key)
-    left, top = round(over_x * share_x), round(over_y * share_y)
+    left, top = int(over_x * share_x), int(over_y * share_y)
     box = (
         round(left / scaled_width * width),
         round(top / scaled_height * height),

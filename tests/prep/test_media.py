@@ -1,0 +1,545 @@
+"""Every odd kind of clip gets its reason or its right pixels; none raises."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import sys
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogcommon.families import Resolution
+from cogprep.cut import Cut
+from cogprep.decode import Clip, decode_clip
+from cogprep.media import Fault, Video, probe
+from cogprep.pool import Pool
+
+sys.path.insert(0, str(Path(__file__).parent))
+from corpus import (
+    BT601,
+    BT709,
+    BT2020,
+    FPS,
+    FRAMES,
+    FULL,
+    HEIGHT,
+    HLG,
+    LIMITED,
+    PQ,
+    WIDTH,
+    card,
+    cards,
+    cut_short,
+    damage,
+    write,
+    write_sound,
+)
+
+SIZE = Resolution(9, 64, 96)
+OPAQUE = [np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)]) for picture in cards()]
+SD = {"matrix": BT601, "tag": None}
+
+
+def decode(path: Path, cut: Cut | None = None, resolution: Resolution = SIZE) -> Clip | Fault:
+    return decode_clip(path, resolution, cut or Cut(), 8, "key")
+
+
+FAST = {"crf": "6", "preset": "ultrafast"}
+
+
+def enlarged(pictures: list[np.ndarray], times: int) -> list[np.ndarray]:
+    return [picture.repeat(times, 0).repeat(times, 1) for picture in pictures]
+
+
+def rotated(quarter_turns: int) -> list[np.ndarray]:
+    return [np.rot90(picture, quarter_turns) for picture in cards()]
+
+
+def times_at_two_rates() -> list[float]:
+    return [index / 24 if index < 15 else 15 / 24 + (index - 15) / 8 for index in range(FRAMES)]
+
+
+def with_edit_list(folder: Path) -> Path:
+    """A copy that begins in the middle of a group of pictures: an edit list hides what leads up to it."""
+    source, path = write(folder / "whole.mp4", cards()), folder / "edited.mp4"
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        ticks = round(6 / FPS / old.streams.video[0].time_base)
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.pts -= ticks
+                packet.dts -= ticks
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
+def with_bad_title(folder: Path) -> Path:
+    path = folder / "title.mkv"
+    write(folder / "plain.mp4", cards())
+    with av.open(str(folder / "plain.mp4")) as old, av.open(str(path), "w") as new:
+        new.metadata["title"] = "ABCDEFGH"
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    path.write_bytes(path.read_bytes().replace(b"ABCDEFGH", b"\xff\xfe\xe9\xe8\xff\xfe\xe9\xe8"))
+    return path
+
+
+def linked(folder: Path) -> Path:
+    (folder / "link.mp4").symlink_to(write(folder / "target.mp4", cards()))
+    return folder / "link.mp4"
+
+
+def renamed(folder: Path, name: str) -> Path:
+    return Path(shutil.copy(write(folder / "a.mp4", cards()), folder / name))
+
+
+# A clip that can be used: how it is made, and how its colours are decided.
+GOOD = {
+    "h264 in mp4": (lambda d: write(d / "a.mp4", cards()), "bt709 limited (tagged)"),
+    "index at the end": (lambda d: write(d / "a.mp4", cards(), movflags=""), "bt709 limited (tagged)"),
+    "fragmented mp4": (lambda d: write(d / "a.mp4", cards(), movflags="frag_keyframe+empty_moov"), "bt709"),
+    "with sound": (lambda d: write(d / "a.mp4", cards(), sound=True), "bt709"),
+    "open groups of pictures": (
+        lambda d: write(d / "a.mp4", cards(), options={"crf": "6", "x264-params": "open-gop=1:keyint=8:bframes=3"}),
+        "bt709",
+    ),
+    "rotated by 90": (lambda d: write(d / "a.mp4", rotated(-1), rotate=90), "bt709"),
+    "rotated by 180": (lambda d: write(d / "a.mp4", rotated(2), rotate=180), "bt709"),
+    "rotated by 270": (lambda d: write(d / "a.mp4", rotated(1), rotate=-90), "bt709"),
+    "mirrored": (lambda d: write(d / "a.mp4", [p[:, ::-1] for p in cards()], mirror=True), "bt709"),
+    "wide pixels": (lambda d: write(d / "a.mp4", cards(WIDTH // 2, HEIGHT), sar=Fraction(2)), "bt709"),
+    "wide pixels, rotated": (
+        lambda d: write(d / "a.mp4", [np.rot90(p, -1) for p in cards(WIDTH, HEIGHT // 2)], rotate=90, sar=Fraction(2)),
+        "bt709",
+    ),
+    "odd width and height": (lambda d: write(d / "a.mkv", cards(WIDTH + 3, HEIGHT + 3), codec="ffv1"), "bt709"),
+    "4K": (lambda d: write(d / "a.mp4", enlarged(cards(960, 640, 9), 4), fps=8, options=FAST), "bt709"),
+    "10 bit h264": (lambda d: write(d / "a.mp4", cards(), pix_fmt="yuv420p10le"), "bt709"),
+    "10 bit hevc": (lambda d: write(d / "a.mp4", cards(), codec="libx265", pix_fmt="yuv420p10le"), "bt709"),
+    "4:2:2": (lambda d: write(d / "a.mp4", cards(), pix_fmt="yuv422p"), "bt709"),
+    "4:4:4": (lambda d: write(d / "a.mp4", cards(), pix_fmt="yuv444p"), "bt709"),
+    "full range": (lambda d: write(d / "a.mp4", cards(), range_=FULL), "bt709 full (tagged)"),
+    "tagged bt601": (lambda d: write(d / "a.mp4", cards(), matrix=BT601, tag=BT601), "bt601 limited (tagged)"),
+    "tagged bt2020, not HDR": (lambda d: write(d / "a.mp4", cards(), matrix=BT2020, tag=BT2020), "bt2020"),
+    "untagged SD": (lambda d: write(d / "a.mp4", cards(), tag_range=False, **SD), "bt601 limited (untagged SD)"),
+    "mjpeg": (
+        lambda d: write(
+            d / "a.avi", cards(), codec="mjpeg", pix_fmt="yuvj420p", range_=FULL,
+            options={"qmin": "1", "qmax": "2"}, **SD,
+        ),
+        "bt601 full",
+    ),
+    "alpha in prores": (
+        lambda d: write(d / "a.mov", OPAQUE, codec="prores_ks", pix_fmt="yuva444p10le", options={"profile": "4"}),
+        "bt709 limited, alpha over black (tagged)",
+    ),
+    "alpha in png": (
+        lambda d: write(d / "a.mov", OPAQUE, codec="png", pix_fmt="rgba", tag=None),
+        "rgb full, alpha over black",
+    ),
+    "rgb, run lengths": (lambda d: write(d / "a.mov", OPAQUE, codec="qtrle", pix_fmt="argb", tag=None), "rgb full"),
+    "vp9 in webm": (lambda d: write(d / "a.webm", cards(), codec="libvpx-vp9", options={"crf": "10"}), "bt709"),
+    "vp8 with hidden frames": (
+        lambda d: write(
+            d / "a.webm", cards(), codec="libvpx",
+            options={"crf": "4", "b": "2M", "auto-alt-ref": "1", "lag-in-frames": "16"}, **SD,
+        ),
+        "bt601",
+    ),
+    "av1 in mkv": (
+        lambda d: write(d / "a.mkv", cards(), codec="libsvtav1", options={"crf": "10", "preset": "10"}), "bt709"
+    ),
+    "gif": (lambda d: write(d / "a.gif", cards(), codec="gif", pix_fmt="rgb8", tag=None, fps=25), "rgb full"),
+    "mpeg-4 in avi": (
+        lambda d: write(d / "a.avi", cards(), codec="mpeg4", options={"qmin": "1", "qmax": "2"}, **SD), "bt601"
+    ),
+    "b frames in avi": (lambda d: write(d / "a.avi", cards(), options={"crf": "6", "bf": "3"}), "bt709"),
+    "mpeg-2, interlaced": (
+        lambda d: write(
+            d / "a.mpg", cards(), codec="mpeg2video", fps=25,
+            options={"flags": "+ilme+ildct", "qmin": "1", "qmax": "2"}, **SD,
+        ),
+        "bt601",
+    ),
+    "mpeg transport stream": (lambda d: write(d / "a.ts", cards()), "bt709"),
+    "raw h264": (lambda d: write(d / "a.h264", cards()), "bt709"),
+    "mkv": (lambda d: write(d / "a.mkv", cards()), "bt709"),
+    "two rates": (lambda d: write(d / "a.mp4", cards(), times=times_at_two_rates()), "bt709"),
+    "wrong extension": (lambda d: renamed(d, "a.txt"), "bt709"),
+    "no extension": (lambda d: renamed(d, "clip"), "bt709"),
+    "a name in unicode": (lambda d: renamed(d, "été 雪 🎬.mp4"), "bt709"),
+    "a name with spaces and dots": (lambda d: renamed(d, "a clip.v1.final.mp4"), "bt709"),
+    "a name that looks like a pattern": (lambda d: renamed(d, "http:%03d*?.mp4"), "bt709"),
+    "a link": (linked, "bt709"),
+    "a title that is not UTF-8": (with_bad_title, "bt709"),
+}  # fmt: skip
+
+
+def index_shown(picture_HWC: np.ndarray) -> float:
+    """The index of the card a picture shows, from where its white bar is."""
+    bright = picture_HWC.astype(float).min(axis=2).mean(axis=0)
+    columns = np.flatnonzero(bright > (bright.max() + np.median(bright)) / 2)
+    return (columns.mean() + 0.5) / picture_HWC.shape[1] * FRAMES - 0.5
+
+
+def assert_shows(picture_HWC: np.ndarray, index: int, frames: int = FRAMES) -> None:
+    """The picture is card ``index``: colours, place and direction of everything."""
+    height, width = picture_HWC.shape[:2]
+    expected = card(index, width, height, frames).astype(float)
+    found = picture_HWC.astype(float)
+    # the colours away from edges, where chroma subsampling blurs
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    far_x = (np.abs(x - 0.5) > 0.08) & (np.abs(x - (index + 0.5) / frames) > 0.11) & (x > 0.04) & (x < 0.96)
+    far_y = (np.abs(y - 0.5) > 0.08) & (y > 0.04) & (y < 0.96)
+    flat = np.ix_(far_y, far_x)
+    assert np.abs(found[flat] - expected[flat]).max() <= 14
+    assert np.abs(found[flat] - expected[flat]).mean() <= 4
+    assert index_shown(picture_HWC) * frames / FRAMES == pytest.approx(index, abs=0.6)
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_good_clip_gives_its_right_pixels(kind, tmp_path):
+    make, colour = GOOD[kind]
+    path = make(tmp_path)
+    frames = 9 if kind == "4K" else FRAMES
+    facts = probe(path)
+    assert not isinstance(facts, Fault), facts
+    assert facts.width / facts.height == pytest.approx(1.5, abs=0.04)
+    assert facts.frames == frames
+    clip = decode(path)
+    assert isinstance(clip, Clip), clip
+    assert clip.frames_FHWC.shape == (9, 64, 96, 3)
+    assert clip.colour == facts.colour
+    assert clip.colour.startswith(colour)
+    for index, picture in zip(clip.indices, clip.frames_FHWC, strict=True):
+        # gif has 256 colours only
+        if kind != "gif":
+            assert_shows(picture, index, frames)
+        else:
+            assert index_shown(picture) == pytest.approx(index, abs=0.6)
+
+
+def test_an_edit_list_hides_frames_as_it_does_in_a_player(tmp_path):
+    path = with_edit_list(tmp_path)
+    with av.open(str(path)) as container:
+        played = sum(1 for _ in container.decode(video=0))
+    assert probe(path).frames == played
+    clip = decode(path, Cut(frames="head"))
+    assert_shows(clip.frames_FHWC[0], FRAMES - played)
+
+
+def test_two_rates_are_picked_by_time(tmp_path):
+    path = write(tmp_path / "a.mp4", cards(), times=times_at_two_rates())
+    clip = decode(path)
+    assert probe(path).variable_rate
+    assert clip.indices == (0, 3, 6, 9, 12, 15, 16, 17, 18)
+    assert clip.effective_fps == pytest.approx(8, abs=0.01)
+
+
+def zero_frames(folder: Path) -> Path:
+    path = folder / "a.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        file.start_encoding()
+    return path
+
+
+def cover_picture(folder: Path) -> Path:
+    """A song with a cover picture, as ID3 stores it: FFmpeg shows it as a video stream of one frame."""
+    cover = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(cover, "JPEG")
+    body = b"\0image/jpeg\0\3\0" + cover.getvalue()
+    frame = b"APIC" + len(body).to_bytes(4, "big") + b"\0\0" + body
+    size = bytes((len(frame) >> shift) & 0x7F for shift in (21, 14, 7, 0))
+    silence = (b"\xff\xfb\x90\x00" + bytes(413)) * 40  # MPEG-1 layer 3, 128 kbit/s, 44.1 kHz
+    path = folder / "song.mp3"
+    path.write_bytes(b"ID3\3\0\0" + size + frame + silence)
+    return path
+
+
+def with_text(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def two_sizes(folder: Path) -> Path:
+    first, second = write(folder / "a.h264", cards(frames=20)), write(folder / "b.h264", cards(96, 64))
+    (folder / "c.h264").write_bytes(first.read_bytes() + second.read_bytes())
+    return folder / "c.h264"
+
+
+def special(folder: Path, make) -> Path:
+    make(folder / "clip.mp4")
+    return folder / "clip.mp4"
+
+
+def picture(folder: Path) -> Path:
+    Image.fromarray(card(0)).save(folder / "a.png")
+    return (folder / "a.png").rename(folder / "a.mp4")
+
+
+PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n/etc/hostname\n#EXT-X-ENDLIST\n"
+TOO_SHORT = r"too short: 1 frame, 9 are needed"
+
+# A clip that cannot be used: how it is made, and the reason it gets.
+BAD = {
+    "empty": (lambda d: with_text(d, "a.mp4", ""), r"the file is empty \(0 bytes\)"),
+    "text": (lambda d: with_text(d, "a.mp4", "not a video\n" * 50), "not a video that can be opened"),
+    "a list as a clip": (lambda d: with_text(d, "a.txt", "not a video\n" * 50), "no video|not a video"),
+    "a web page": (lambda d: with_text(d, "a.mp4", "<!doctype html><h1>404</h1>"), "not a video"),
+    "a playlist of other files": (lambda d: with_text(d, "a.m3u8", PLAYLIST), "not a video|no video"),
+    "only a header": (
+        lambda d: cut_short(write(d / "b.mp4", cards()), d / "a.mp4", 0.001), "not a video"),
+    "cut short, index at the end": (
+        lambda d: cut_short(write(d / "b.mp4", cards(), movflags=""), d / "a.mp4"), "not a video"),
+    "cut short, index in front": (
+        lambda d: cut_short(write(d / "b.mp4", cards()), d / "a.mp4"), "cut short"),
+    "cut short by one percent": (
+        lambda d: cut_short(write(d / "b.mp4", cards()), d / "a.mp4", 0.99), "cut short"),
+    "cut short between two frames": (lambda d: cut_between(write(d / "b.mp4", cards()), d / "a.mp4"), "cut short"),
+    "cut short, fragmented": (
+        lambda d: cut_short(write(d / "b.mp4", cards(), movflags="frag_keyframe+empty_moov"), d / "a.mp4"),
+        "cut short"),
+    "cut short, mkv": (
+        lambda d: cut_short(write(d / "b.mkv", cards()), d / "a.mkv"), r"the header says 1\.\d s, the data ends at"),
+    "cut short, webm": (
+        lambda d: cut_short(write(d / "b.webm", cards(), codec="libvpx-vp9"), d / "a.webm"), "cut short"),
+    "cut short, avi": (
+        lambda d: cut_short(write(d / "b.avi", cards(), codec="mpeg4", **SD), d / "a.avi"), "cut short"),
+    "flipped bytes": (lambda d: damage(write(d / "b.mp4", cards()), d / "a.mp4"), "damaged"),
+    "an unfinished download": (lambda d: damage(write(d / "b.mp4", cards()), d / "a.mp4", zeros=True), "damaged"),
+    "only sound": (lambda d: write_sound(d / "a.m4a"), "only sound"),
+    "a song with a cover": (cover_picture, "only sound"),
+    "zero frames": (zero_frames, "no frames|no video"),
+    "one frame": (lambda d: write(d / "a.mp4", cards()[:1]), TOO_SHORT),
+    "a picture": (picture, TOO_SHORT),
+    "HDR, PQ": (
+        lambda d: write(d / "a.mp4", cards(), pix_fmt="yuv420p10le", matrix=BT2020, tag=BT2020, trc=PQ), r"HDR \(PQ"),
+    "HDR, HLG": (
+        lambda d: write(d / "a.mp4", cards(), pix_fmt="yuv420p10le", matrix=BT2020, tag=BT2020, trc=HLG), r"HDR \(HLG"),
+    "turned by 45 degrees": (lambda d: write(d / "a.mp4", cards(), rotate=45), "only quarter turns"),
+    "a size that changes": (two_sizes, r"the picture size changes at frame \d+, to 96x64"),
+    "missing": (lambda d: d / "a.mp4", "the file is missing"),
+    "a link to nothing": (lambda d: special(d, lambda p: p.symlink_to("nowhere")), "a link that points nowhere"),
+    "a link to itself": (lambda d: special(d, lambda p: p.symlink_to(p)), "symbolic links|link"),
+    "a folder": (lambda d: special(d, Path.mkdir), "a folder, not a file"),
+    "a pipe": (lambda d: special(d, os.mkfifo), "not a regular file"),
+    "a device": (lambda d: special(d, lambda p: p.symlink_to("/dev/zero")), "not a regular file"),
+    "a file as a folder": (lambda d: with_text(d, "a", "x") / "b.mp4", "Not a directory"),
+    "a name of 300 letters": (lambda d: d / ("a" * 300 + ".mp4"), "File name too long"),
+    "a NUL in the name": (lambda d: d / "a\0.mp4", "null byte"),
+}  # fmt: skip
+
+
+def cut_between(source: Path, path: Path) -> Path:
+    """Cut where a packet ends, so that no packet is incomplete."""
+    with av.open(str(source)) as container:
+        packets = [packet for packet in container.demux() if packet.size]
+        end = packets[19].pos + packets[19].size
+    path.write_bytes(source.read_bytes()[:end])
+    return path
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_clip_gives_its_reason(kind, tmp_path):
+    make, reason = BAD[kind]
+    path = make(tmp_path)
+    fault = decode(path)
+    assert isinstance(fault, Fault), kind
+    assert re.search(reason, fault.reason), fault.reason
+    probe(path)  # may find it already; must not raise
+    assert str(tmp_path) not in fault.reason  # whoever reports it names the file
+
+
+def test_a_file_that_may_not_be_read(tmp_path_factory):
+    path = write(tmp_path_factory.mktemp("private") / "a.mp4", cards())
+    path.chmod(0)
+    assert as_nobody(lambda: probe(path).reason) == "cannot be read: Permission denied"
+
+
+def as_nobody(ask) -> str:
+    """The answer of a child that is not root, since root may read everything."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setuid(65534)
+            os.write(into, ask().encode())
+        finally:
+            os._exit(0)
+    os.close(into)
+    os.waitpid(child, 0)
+    with os.fdopen(out) as answer:
+        return answer.read()
+
+
+def test_the_whole_corpus_through_the_pool_ends_no_run(tmp_path):
+    kinds = {**BAD, **{kind: GOOD[kind] for kind in ("h264 in mp4", "gif", "rotated by 90")}}
+    paths = []
+    for number, (make, _) in enumerate(kinds.values()):
+        (tmp_path / str(number)).mkdir()
+        paths.append(make(tmp_path / str(number)))
+    with Pool(2) as pool:
+        results = list(pool.run(decode, ((path,) for path in paths)))
+    assert [isinstance(result, Fault) for result in results] == [True] * len(BAD) + [False] * 3
+    assert not any("ended the decoder" in result.reason for result in results[: len(BAD)])
+
+
+def test_alpha_is_laid_over_black(tmp_path):
+    half = [np.dstack([picture, np.full(picture.shape[:2], 128, np.uint8)]) for picture in cards()]
+    clip = decode(write(tmp_path / "a.mov", half, codec="png", pix_fmt="rgba", tag=None))
+    whole = decode(write(tmp_path / "b.mov", OPAQUE, codec="png", pix_fmt="rgba", tag=None))
+    assert np.abs(clip.frames_FHWC - whole.frames_FHWC * (128 / 255)).max() <= 1.5
+
+
+# Saturated colours at 720p: the wrong matrix is off by more than 10 in one of them.
+PATCHES = [(200, 30, 30), (30, 180, 40), (30, 40, 200), (200, 180, 20)]
+
+
+def patches() -> list[np.ndarray]:
+    picture = np.repeat(np.array(PATCHES, np.uint8)[None], 4, 0).repeat(180, 0).repeat(320, 1)
+    return [picture] * 9
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ({"matrix": BT709, "tag": BT709}, "bt709 limited (tagged)"),
+        ({"matrix": BT709, "tag": None, "tag_range": False}, "bt709 limited (untagged HD)"),
+        ({"matrix": BT601, "tag": BT601}, "bt601 limited (tagged)"),
+        ({"matrix": BT709, "tag": BT709, "range_": FULL}, "bt709 full (tagged)"),
+        ({"matrix": BT2020, "tag": BT2020, "range_": LIMITED}, "bt2020 limited (tagged)"),
+    ],
+)
+def test_colours_of_hd_clips(written, said, tmp_path):
+    path = write(tmp_path / "a.mp4", patches(), fps=8, options={"crf": "4", "preset": "ultrafast"}, **written)
+    clip = decode(path, resolution=Resolution(9, 720, 1280))
+    assert clip.colour == said
+    found = clip.frames_FHWC[4, 360, 160::320].astype(int)
+    assert np.abs(found - PATCHES).max() <= 3, found
+
+
+def test_the_colour_test_would_notice_a_wrong_matrix_or_range(tmp_path):
+    for wrong in ({"matrix": BT601, "tag": BT709}, {"matrix": BT709, "tag": BT709, "range_": FULL, "tag_range": False}):
+        path = write(tmp_path / "a.mp4", patches(), fps=8, options={"crf": "4", "preset": "ultrafast"}, **wrong)
+        clip = decode(path, resolution=Resolution(9, 720, 1280))
+        assert np.abs(clip.frames_FHWC[4, 360, 160::320].astype(int) - PATCHES).max() > 10
+
+
+def disc(width: int, height: int) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width]
+    inside = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (0.25 * min(width, height)) ** 2
+    return np.where(inside[..., None], 230, 25).astype(np.uint8).repeat(3, 2)
+
+
+def roundness(picture_HWC: np.ndarray) -> float:
+    bright = picture_HWC[..., 1] > 128
+    return float(bright.any(axis=0).sum() / bright.any(axis=1).sum())
+
+
+@pytest.mark.parametrize("size", [(640, 360), (360, 640), (400, 400), (720, 300)])
+def test_a_disc_stays_round(size, tmp_path):
+    path = write(tmp_path / "a.mp4", [disc(*size)] * 9, fps=8)
+    resolution = Resolution(9, 240, 360)
+    for fit in ("crop", "pad"):
+        assert roundness(decode(path, Cut(fit=fit), resolution).frames_FHWC[0]) == pytest.approx(1, abs=0.03)
+    stretched = roundness(decode(path, Cut(fit="stretch"), resolution).frames_FHWC[0])
+    assert abs(stretched - 1) > 0.1  # so this test does notice a stretch
+
+
+def psnr(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / ((found.astype(float) - expected) ** 2).mean()))
+
+
+def lanczos_psnr(path: Path, resolution: Resolution) -> float:
+    """Our crop-resize against PIL's Lanczos on the same decoded frames; the worst frame."""
+    clip = decode(path, Cut(frames="head"), resolution)
+    with av.open(str(path)) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in islice(container.decode(video=0), 9)]
+    worst = np.inf
+    for found, picture_HWC in zip(clip.frames_FHWC, pictures, strict=True):
+        height, width = picture_HWC.shape[:2]
+        scale = max(resolution.width / width, resolution.height / height)
+        scaled = Image.fromarray(picture_HWC).resize((round(width * scale), round(height * scale)), Image.LANCZOS)
+        left, top = (scaled.width - resolution.width) // 2, (scaled.height - resolution.height) // 2
+        cut = scaled.crop((left, top, left + resolution.width, top + resolution.height))
+        worst = min(worst, psnr(found, np.asarray(cut)))
+    return worst
+
+
+def landscape(width: int, height: int, shift: int) -> np.ndarray:
+    """Noise with the spectrum of natural pictures (amplitude 1/f), moving sideways."""
+    rng = np.random.default_rng(3)
+    fy, fx = np.meshgrid(np.fft.fftfreq(height), np.fft.rfftfreq(width), indexing="ij")
+    spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / (np.hypot(fx, fy) + 1 / width)
+    picture = np.fft.irfft2(spectrum, (height, width))
+    picture = np.clip(128 + 45 * picture / picture.std(), 0, 255)
+    return np.roll(picture, shift, 1)[..., None].repeat(3, 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("resolution", [Resolution(9, 480, 720), Resolution(9, 256, 384)], ids=str)
+def test_scaling_equals_lanczos_above_40_db(resolution, tmp_path):
+    pictures = [landscape(1280, 720, 4 * index) for index in range(9)]
+    path = write(tmp_path / "a.mp4", pictures, fps=8, options={"crf": "10", "preset": "ultrafast"})
+    assert lanczos_psnr(path, resolution) > 40
+
+
+@pytest.mark.parametrize("resolution", [Resolution(9, 480, 720), Resolution(9, 256, 384)], ids=str)
+def test_scaling_of_real_clips_equals_lanczos_above_40_db(resolution, real_clips):
+    for path in real_clips:
+        assert lanczos_psnr(path, resolution) > 40
+
+
+def test_flipped_bytes_are_found(tmp_path):
+    """30 files with 20 flipped bytes each: every one is refused, or its used frames are unharmed."""
+    source = write(tmp_path / "a.mp4", cards())
+    whole = decode(source, Cut(frames="even")).frames_FHWC
+    refused = 0
+    for seed in range(30):
+        result = decode(damage(source, tmp_path / "b.mp4", seed=seed, bytes_=20), Cut(frames="even"))
+        refused += isinstance(result, Fault)
+        assert isinstance(result, Fault) or psnr(result.frames_FHWC, whole) > 30
+    assert refused >= 27
+
+
+def test_the_image_of_a_clip_goes_through_the_same_cut(tmp_path):
+    pictures = cards(192, 96)
+    path = write(tmp_path / "a.mp4", pictures)
+    Image.fromarray(pictures[0]).resize((384, 192)).save(tmp_path / "a.png")
+    for cut in (Cut(), Cut(crop="random"), Cut(fit="pad"), Cut(fit="stretch")):
+        clip = decode_clip(path, SIZE, cut, 8, "key", tmp_path / "a.png")
+        assert psnr(clip.image_HWC, clip.frames_FHWC[0]) > 22
+    assert decode_clip(path, SIZE, Cut(), 8, "key", tmp_path / "b.png") == Fault("image: the file is missing")
+
+
+def test_frames_are_bit_equal_on_a_second_run(tmp_path):
+    path = write(tmp_path / "a.mp4", cards())
+    first, second = decode(path), decode(path)
+    assert np.array_equal(first.frames_FHWC, second.frames_FHWC)
+
+
+def test_only_what_is_needed_is_decoded(tmp_path):
+    """Damage behind the last used frame does no harm."""
+    source = write(tmp_path / "a.mp4", cards(), options={"crf": "6", "g": "10", "bf": "0"})
+    with Video(source) as video:
+        assert len(video.times_s) == FRAMES
+    data = bytearray(source.read_bytes())
+    data[-60:-20] = bytes(40)
+    (tmp_path / "b.mp4").write_bytes(bytes(data))
+    assert isinstance(decode(tmp_path / "b.mp4", Cut(frames="head")), Clip)
+    assert isinstance(decode(tmp_path / "b.mp4", Cut(frames="even")), Fault)
