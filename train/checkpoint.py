@@ -1,0 +1,167 @@
+"""Checkpoints of a run: ``checkpoint-N/``, whole or not there.
+
+A checkpoint holds what was trained, the optimizer's state and ``state.json``.
+The position in the order of samples is its step alone: everything else about
+it is a function of the settings and the shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.errors import RunError
+from cogcommon.files import fsync_folder
+
+from .strategy import Runtime
+
+if TYPE_CHECKING:
+    import torch
+
+STATE_FILE = "state.json"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint says of the run it belongs to.
+
+    ``facts`` must be the same when it is resumed, by name as messages show them.
+    """
+
+    step: int  # optimizer steps made
+    world: int
+    facts: Mapping[str, Any]
+    settings: Mapping[str, Any]  # of the run, for the note of what was changed
+    schema: int = _SCHEMA
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint on disk."""
+
+    folder: Path
+    state: RunState
+
+
+def folder_name(step: int) -> str:
+    return f"checkpoint-{step}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    named = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit() and (path / STATE_FILE).exists()]
+    return sorted(named, key=lambda path: int(path.name[11:]))
+
+
+def find(path: Path) -> Found:
+    """A checkpoint folder, or the latest one of a run folder.
+
+    Raises:
+        RunError: there is none.
+    """
+    folder = path
+    if not (path / STATE_FILE).exists():
+        checkpoints = list_checkpoints(path)
+        if not checkpoints:
+            raise RunError(
+                "no checkpoint to resume" if path.is_dir() else "no such folder to resume",
+                where=f"--resume {path}",
+                fix="give a run folder or one of its checkpoint-N folders",
+            )
+        folder = checkpoints[-1]
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if state.get("schema") != _SCHEMA:
+            raise ValueError(f"schema {state.get('schema')}, this version reads {_SCHEMA}")
+        return Found(folder, RunState(**state))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"a damaged checkpoint: {error}", where=str(folder), fix="resume an older one") from error
+
+
+def check_same(found: Found, facts: Mapping[str, Any], world: int, batch_size: int) -> None:
+    """Refuse to go on with another run than the checkpoint's.
+
+    Raises:
+        RunError: names the first fact that differs, and what to change.
+    """
+    for name, now in facts.items():
+        then: Any = found.state.facts.get(name)
+        if then == now:
+            continue
+        fix = f"set {name} back, or start a new run with another --out"
+        if name == "global batch":
+            per_step = world * batch_size
+            fix = (
+                f"--accumulate {then // per_step}"
+                if then % per_step == 0
+                else f"choose --batch-size and --accumulate so that {world} x batch size x accumulate is {then}"
+            )
+        elif name == "shards":
+            fix = "give the shards that the run began with, or start a new run with another --out"
+        raise RunError(
+            f"the checkpoint was made with another {name}: {_short(then)} then, {_short(now)} now",
+            where=str(found.folder),
+            fix=fix,
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def save(
+    runtime: Runtime,
+    model: Any,
+    optimizer: Any,
+    average: list[torch.Tensor] | None,
+    state: RunState,
+    run: Path,
+    keep: int,
+) -> Path:
+    """Write a checkpoint; every rank calls it. The oldest go once the new one is whole.
+
+    Args:
+        average: this rank's part of the moving average of the weights.
+    """
+    final = run / folder_name(state.step)
+    temporary = run / f".{final.name}.tmp"
+    if runtime.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    runtime.wait()
+    runtime.save_state(model, optimizer, temporary)
+    if average is not None:
+        runtime.save_average(average, temporary)
+    runtime.wait()
+    if runtime.main:
+        (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        _fsync_tree(temporary)
+        if final.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(final)
+        temporary.rename(final)
+        fsync_folder(run)
+        for old in list_checkpoints(run)[:-keep]:
+            if old != final:
+                shutil.rmtree(old)
+    runtime.wait()
+    return final
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        else:
+            fsync_folder(path)
+    fsync_folder(folder)

@@ -1,0 +1,60 @@
+"""The command line of cogtrain. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from cogcommon.settings import add_command, run_app
+
+from .settings import LoraSettings, TrainSettings
+
+app = typer.Typer(
+    name="cogtrain",
+    help="Fine-tune CogVideoX on the shards that cogprep encode wrote.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps commands commands, also while there is one only."""
+
+
+def train(settings: TrainSettings) -> None:
+    """Start a run; in several processes where there are several GPUs."""
+    from .launch import join_environment, relaunch, wanted_processes
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from cogcommon.device import pick_device, quiet_libraries
+
+    joined = join_environment()
+    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
+    from .run import open_run
+
+    world = int(os.environ["WORLD_SIZE"]) if joined else wanted_processes(settings)
+    run = open_run(settings, device, world)
+    if world > 1 and not joined:
+        sys.exit(relaunch(world))
+    quiet_libraries()
+    from .loop import Stopped
+    from .loop import train as train_run
+    from .signals import StopRequest
+
+    with StopRequest().listening() as stop:
+        try:
+            train_run(run, stop)
+        except Stopped as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"stopped; to resume: {stopped.command}", flush=True)
+            sys.exit(stopped.code)
+
+
+add_command(app, "lora", LoraSettings, train, help="Train a LoRA.")
+
+
+def main() -> None:
+    run_app(app)

@@ -1,0 +1,115 @@
+"""How the processes of a run come to be: ours, torchrun's, accelerate's or srun's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from cogcommon.errors import RunError, SettingError
+
+from .settings import TrainSettings
+
+_SLURM_PORTS = (29500, 4096)  # first port, and how many
+
+
+def join_environment() -> bool:
+    """Whether somebody has started this process as one of several, or as the one of a launcher.
+
+    torchrun and accelerate set RANK and WORLD_SIZE. srun sets SLURM_*, which
+    count only inside a step of more than one task: a batch script's own
+    process has them too.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ or tasks < 2:
+        return False
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    first, count = _SLURM_PORTS
+    os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=str(tasks))
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+    os.environ.setdefault("MASTER_PORT", str(first + job % count))
+    return True
+
+
+def first_host(nodes: str) -> str:
+    """The first host of SLURM's list: ``gpu[007-009,12],big1`` is ``gpu007``."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    return (match.group(1) + (match.group(2) or "")) if match else "127.0.0.1"
+
+
+def wanted_processes(settings: TrainSettings) -> int:
+    """``--nproc``, else the GPUs of this host, at least one.
+
+    Raises:
+        SettingError: more than there are GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if settings.nproc is not None and 0 < gpus < settings.nproc:
+        raise SettingError(f"{settings.nproc} processes on {gpus} GPUs", where="--nproc", fix=f"--nproc {gpus}")
+    return settings.nproc or max(1, gpus)
+
+
+def relaunch(processes: int) -> int:
+    """Run this command again in ``processes`` processes, through torch's elastic launcher.
+
+    Returns:
+        The exit code: 0, or that of the process that ended first.
+
+    Raises:
+        RunError: a process was killed.
+    """
+    # The launcher would pass a signal on and kill everything 30 s later, which is too soon to save a
+    # large model. We pass it on ourselves and let the processes end by themselves.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP"
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        run_id=str(os.getpid()),
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    passed = {number: signal.signal(number, _pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        elastic_launch(config, sys.executable)("-m", "cogtrain", *sys.argv[1:])
+        return 0
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        raise RunError(
+            f"process {rank} of {processes} was killed by signal {-failure.exitcode}",
+            where="its own last lines stand above; the system's log says whether memory ran out",
+            fix="the same command with --out and the folder of the run continues from its last checkpoint",
+        ) from error
+    finally:
+        for number, handler in passed.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    for pid in subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False
+    ).stdout.split():
+        try:
+            os.kill(int(pid), number)
+        except ProcessLookupError:
+            continue

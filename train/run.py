@@ -1,0 +1,242 @@
+"""A run before it starts: everything that can be refused is refused here, before any weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.device import default_precision
+from cogcommon.errors import RunError, SettingError, ShardError
+from cogcommon.files import commit_bytes
+
+from .checkpoint import Found, check_same, find, list_checkpoints
+from .method import Method, method_of
+from .order import Order
+from .settings import Precision, TrainSettings
+from .sources import ShardSet, check_alike, check_model, open_shards
+from .strategy import Strategy, choose, deepspeed_config
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can start."""
+
+    settings: TrainSettings
+    method: Method
+    shards: ShardSet
+    held_out: ShardSet | None
+    checkpoint: Checkpoint  # of the base model
+    order: Order
+    steps: int
+    strategy: Strategy
+    precision: Precision
+    world: int
+    resume: Found | None
+    notes: tuple[str, ...]  # what the user should know, one sentence each
+
+    @property
+    def global_batch(self) -> int:
+        return self.order.global_batch
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint."""
+        return {
+            "method": self.method.name,
+            "base model": f"{self.checkpoint.family.name} {self.checkpoint.name}",
+            "shards": self.shards.fingerprint,
+            "global batch": self.global_batch,
+            "--seed": self.settings.seed,
+            "--strategy": self.strategy,
+            "--precision": self.precision,
+            "--optimizer": self.settings.optimizer,
+            **self.method.facts(),
+        }
+
+
+def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
+    """Check the settings, the shards and the model against each other.
+
+    Args:
+        device: that this process trains on.
+        world: processes of the run.
+
+    Raises:
+        CogError: anything that the user can put right.
+    """
+    notes: list[str] = []
+    method = method_of(settings)
+    strategy = choose(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
+    _check_strategy(settings, strategy)
+    shards = open_shards(settings.shards)
+    checkpoint = open_checkpoint(settings.model or shards.contract.model)
+    check_model(shards.contract, checkpoint, shards.shards[0].shown)
+    for bucket in shards.buckets:
+        checkpoint.check_resolution(bucket)
+    if settings.caption_dropout:
+        shards.empty_caption()
+    precision = settings.precision or default_precision(checkpoint.family, device)
+    if precision == "fp16" and device.type == "cpu":
+        raise SettingError("fp16 needs a GPU", where="--precision fp16", fix="--precision bf16 or fp32")
+    deepspeed_config(settings, strategy, precision, world)
+    held_out = None
+    if settings.validate_shards:
+        held_out = open_shards(settings.validate_shards, "--validate-shards")
+        check_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
+        total = len(shards)
+        shards = shards.without(held_out)
+        if len(shards) < total:
+            notes.append(f"{total - len(shards)} samples of --shards are held out for validation and not trained")
+    order = _order(settings, shards, world, notes)
+    steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * order.steps_per_epoch
+    run = Run(
+        settings=settings,
+        method=method,
+        shards=shards,
+        held_out=held_out,
+        checkpoint=checkpoint,
+        order=order,
+        steps=steps,
+        strategy=strategy,
+        precision=precision,
+        world=world,
+        resume=_find_resume(settings),
+        notes=tuple(notes),
+    )
+    if run.resume is not None:
+        check_same(run.resume, run.facts(), world, settings.batch_size)
+        changed = _changed(run.resume, settings)
+        if changed:
+            notes.append("changed since the checkpoint: " + ", ".join(changed))
+    return dataclasses.replace(run, notes=tuple(notes))
+
+
+def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
+    if settings.deepspeed is not None and strategy == "ddp":
+        raise SettingError(
+            "a DeepSpeed file has no meaning for --strategy ddp",
+            where=f"--deepspeed {settings.deepspeed}, --strategy ddp",
+            fix="leave one of them out",
+        )
+    if settings.nvme is not None and not strategy.endswith("-offload"):
+        raise SettingError(
+            f"--nvme is where an -offload strategy puts things; {strategy} offloads nothing",
+            where="--nvme, --strategy",
+            fix="--strategy zero3-offload",
+        )
+    if settings.nvme is not None and strategy != "zero3-offload":
+        raise SettingError(
+            f"{strategy} offloads to host memory only",
+            where="--nvme, --strategy",
+            fix="--strategy zero3-offload",
+        )
+
+
+def _order(settings: TrainSettings, shards: ShardSet, world: int, notes: list[str]) -> Order:
+    size = world * settings.batch_size * settings.accumulate
+    order = Order(shards.shard_of, shards.bucket_of, size, settings.seed)
+    parts = f"{world} process{'es' * (world > 1)} x batch size {settings.batch_size} x accumulate {settings.accumulate}"
+    if world > len(shards):
+        raise ShardError(
+            f"{world} processes and only {len(shards)} samples to train on",
+            where="--nproc, --shards",
+            fix=f"--nproc {len(shards)} or fewer",
+        )
+    if order.steps_per_epoch == 0:
+        raise ShardError(
+            f"a step takes {size} samples ({parts}), and no resolution has as many ({len(shards)} in all)",
+            where="--batch-size, --accumulate, --shards",
+            fix="a smaller --batch-size or --accumulate",
+        )
+    for index in order.too_small_buckets():
+        notes.append(
+            f"{int((shards.bucket_of == index).sum())} samples of {shards.buckets[index]} are never trained: "
+            f"a step takes {size} of one resolution"
+        )
+    if order.left_over:
+        notes.append(f"each epoch leaves out {order.left_over} of {len(shards)} samples, other ones each time")
+    return order
+
+
+def _find_resume(settings: TrainSettings) -> Found | None:
+    if settings.resume == "never":
+        return None
+    if settings.resume != "auto":
+        return find(Path(settings.resume))
+    if settings.out is not None and list_checkpoints(settings.out):
+        return find(settings.out)
+    return None
+
+
+# They say where and how long, not what is trained.
+_FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "shards",
+         "validate_shards", "save_every", "keep", "validate_every", "validate_videos", "tracker", "model",
+         "memory", "deepspeed", "on_nonfinite", "strategy", "precision"}  # fmt: skip
+
+
+def _changed(found: Found, settings: TrainSettings) -> list[str]:
+    now = settings_json(settings)
+    return [
+        f"{settings.option(name)} {found.state.settings.get(name)} -> {value}"
+        for name, value in now.items()
+        if name not in _FREE and name in found.state.settings and found.state.settings[name] != value
+    ]
+
+
+def settings_json(settings: TrainSettings) -> dict[str, Any]:
+    """The settings as JSON values."""
+    plain = dataclasses.asdict(settings)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def run_folder(run: Run) -> Path:
+    """Where the run lives: as asked, where it is resumed, else a new time-stamped one."""
+    if run.settings.out is not None:
+        return run.settings.out
+    if run.resume is not None:
+        return run.resume.folder.parent
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{run.checkpoint.family.name}-{run.method.name}-{stamp}"
+
+
+def write_config(run: Run, folder: Path) -> None:
+    """``config.toml``: every setting, as ``--config`` reads it."""
+    lines = [f"# cogtrain {run.method.name} --config {folder / 'config.toml'}"]
+    resolved = dataclasses.replace(
+        run.settings,
+        out=folder,
+        model=run.checkpoint.name,
+        precision=run.precision,
+        strategy=run.strategy,
+        config=None,
+        steps=run.steps,
+        epochs=None,
+    )
+    lines += [f"{name} = {_toml(value)}" for name, value in settings_json(resolved).items() if value is not None]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        commit_bytes(folder / "config.toml", ("\n".join(lines) + "\n").encode())
+    except OSError as error:
+        raise RunError(f"cannot write the run: {error.strerror}", where=str(folder), fix="another --out") from error
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def world_of_environment() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

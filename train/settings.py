@@ -1,0 +1,140 @@
+"""Every setting of a training run, once. Help, TOML and DeepSpeed's dict derive from these fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cogcommon.errors import SettingError
+from cogcommon.settings import flag_of, setting
+
+Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+Memory = Literal["auto", "fast", "low"]
+Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
+LrSchedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_DATA, _RUN, _OPTIM, _LORA = "Data", "Run", "Optimization", "LoRA"
+_HARDWARE, _SAVE, _VALIDATE = "Hardware", "Checkpoints", "Validation"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What LoRA and full fine-tuning have in common."""
+
+    shards: list[str] = setting([], "tars, globs, brace ranges or URLs of the training shards", section=_DATA)
+    model: str | None = setting(
+        None, "another checkpoint of the same family", shown="the one the shards were made for", section=_DATA
+    )
+    caption_dropout: float = setting(0.0, "share of samples trained with the empty caption", section=_DATA)
+    config: Path | None = setting(None, "TOML file of settings; options win over it", section=_RUN)
+    out: Path | None = setting(None, "folder of the run", shown="runs/<family>-<method>-<time>", section=_RUN)
+    steps: int | None = setting(None, "optimizer steps to train", shown="from --epochs", section=_RUN)
+    epochs: int | None = setting(None, "passes over the samples", shown="10", section=_RUN)
+    seed: int = setting(42, "of the order of samples and of everything drawn for them", section=_RUN)
+    tracker: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "also send metrics to this tracker (metrics.jsonl is always written)", section=_RUN
+    )
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop", "when a loss is not finite: stop, or leave the samples out; both name them", section=_RUN
+    )
+
+    batch_size: int = setting(1, "samples a process and accumulation step", section=_OPTIM)
+    accumulate: int = setting(1, "accumulation steps an optimizer step", section=_OPTIM)
+    lr: float = setting(1e-4, "peak learning rate", section=_OPTIM)
+    lr_schedule: LrSchedule = setting(
+        "constant", "after the warm-up; linear and cosine end at zero at the last step", section=_OPTIM
+    )
+    warmup: int | None = setting(
+        None, "steps of linear warm-up", shown="100, at most a tenth of the run", section=_OPTIM
+    )
+    optimizer: Optimizer = setting("adamw", "adamw8bit needs bitsandbytes, prodigy needs prodigyopt", section=_OPTIM)
+    beta1: float = setting(0.9, "first beta of the optimizer", section=_OPTIM)
+    beta2: float = setting(0.95, "second beta of the optimizer", section=_OPTIM)
+    eps: float = setting(1e-8, "epsilon of the optimizer", section=_OPTIM)
+    weight_decay: float = setting(1e-4, "decoupled weight decay", section=_OPTIM)
+    max_grad_norm: float = setting(1.0, "clip the norm of all gradients to this; 0 leaves them", section=_OPTIM)
+    timesteps: Literal["uniform", "stratified"] = setting(
+        "uniform", "stratified spreads the timesteps of each global batch over the whole range", section=_OPTIM
+    )
+    loss_weighting: Literal["none", "min-snr"] = setting("none", "weight of the loss over timesteps", section=_OPTIM)
+    min_snr_gamma: float = setting(5.0, "gamma of --loss-weighting min-snr", section=_OPTIM)
+    ema: float = setting(
+        0.0, "decay of an exponential moving average of the weights, which is then exported; 0 keeps none",
+        section=_OPTIM,
+    )  # fmt: skip
+
+    precision: Precision | None = setting(
+        None, "type the transformer computes in", shown="the family's on a GPU (2B fp16, else bf16), fp32 on a CPU",
+        section=_HARDWARE,
+    )  # fmt: skip
+    strategy: Strategy = setting(
+        "auto", "how weights and optimizer states are spread over processes", shown="ddp for LoRA; for sft zero2, "
+        "with offload on one GPU", section=_HARDWARE,
+    )  # fmt: skip
+    deepspeed: Path | None = setting(None, "DeepSpeed JSON merged into the derived one", section=_HARDWARE)
+    nvme: Path | None = setting(
+        None, "folder on a fast local disk that takes what an -offload strategy moves off the GPU", section=_HARDWARE
+    )
+    memory: Memory = setting(
+        "auto", "fast recomputes nothing; auto recomputes each block; low also keeps the blocks' inputs in "
+        "host memory", section=_HARDWARE,
+    )  # fmt: skip
+    nproc: int | None = setting(None, "processes on this host", shown="its GPUs", section=_HARDWARE)
+
+    resume: str = setting(
+        "auto", "auto continues what is in --out, never starts anew, a path continues that checkpoint", section=_SAVE
+    )
+    save_every: int = setting(200, "steps between checkpoints", section=_SAVE)
+    keep: int = setting(3, "checkpoints to keep", section=_SAVE)
+
+    validate_shards: list[str] = setting([], "held-out shards; none of their samples is trained", section=_VALIDATE)
+    validate_every: int = setting(200, "steps between validations", section=_VALIDATE)
+    validate_videos: int = setting(0, "videos to make at each validation", section=_VALIDATE)
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise SettingError(
+                f"--steps {self.steps} and --epochs {self.epochs} both say how long to train",
+                where="--steps, --epochs",
+                fix="give one of them",
+            )
+        least = {
+            "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "nproc": 1, "save_every": 1,
+            "keep": 1, "validate_every": 1, "validate_videos": 0, "lr": 0, "eps": 0, "weight_decay": 0,
+            "max_grad_norm": 0, "min_snr_gamma": 0, "caption_dropout": 0, "beta1": 0, "beta2": 0, "ema": 0,
+        }  # fmt: skip
+        below = {"beta1": 1, "beta2": 1, "ema": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= lowest:  # a NaN too
+                raise SettingError(f"{value} is too small", where=self.option(name), fix=f"at least {lowest}")
+            if value is not None and name in below and value >= below[name]:
+                raise SettingError(f"{value} is too large", where=self.option(name), fix=f"below {below[name]}")
+        if self.caption_dropout > 1:
+            raise SettingError(f"{self.caption_dropout} is too large", where="--caption-dropout", fix="0 to 1")
+
+    def option(self, name: str) -> str:
+        """The option that sets a field, as typed."""
+        return next(flag_of(field) for field in dataclasses.fields(self) if field.name == name)
+
+
+@dataclass(frozen=True)
+class LoraSettings(TrainSettings):
+    """Settings of ``cogtrain lora``."""
+
+    rank: int = setting(128, "rank of the adapters", section=_LORA)
+    alpha: float | None = setting(None, "strength of the adapters is alpha/rank", shown="rank/2", section=_LORA)
+    target_modules: list[str] = setting(
+        ["to_q", "to_k", "to_v", "to_out.0"], "linear layers that get an adapter", section=_LORA
+    )
+    lora_dropout: float = setting(0.0, "dropout of the adapters' input", section=_LORA)
+
+
+@dataclass(frozen=True)
+class SftSettings(TrainSettings):
+    """Settings of ``cogtrain sft``."""
+
+    lr: float = setting(1e-5, "peak learning rate", section=_OPTIM)
