@@ -9,7 +9,8 @@ import typer
 
 from cogcommon.settings import add_command, run_app
 
-from .settings import LoraSettings, TrainSettings
+from .generate import GenerateSettings
+from .settings import LoraSettings, SftSettings, TrainSettings
 
 app = typer.Typer(
     name="cogtrain",
@@ -53,7 +54,15 @@ def train(settings: TrainSettings) -> None:
             sys.exit(stopped.code)
 
 
+def generate(settings: GenerateSettings) -> None:
+    from .generate import run
+
+    run(settings)
+
+
 add_command(app, "lora", LoraSettings, train, help="Train a LoRA.")
+add_command(app, "sft", SftSettings, train, help="Train all weights (full fine-tuning).")
+add_command(app, "generate", GenerateSettings, generate, help="Make a video, and the base model's beside it.")
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from cogcommon.contract import tool_version
 from cogcommon.errors import CogError, RunError
 
 from . import checkpoint as checkpoints
@@ -17,8 +20,9 @@ from .draws import seed_of
 from .inputs import Objective
 from .optim import learning_rate, make_optimizer
 from .order import Slot, rank_slots
-from .progress import RunLog, StepMetrics, cut_metrics, peak_gib
+from .progress import RunLog, cut_metrics, peak_gib
 from .run import Run, run_folder, settings_json, write_config
+from .run_folder import CONFIG_FILE, Facts, StepLine
 from .signals import StopRequest
 from .strategy import Runtime, start
 
@@ -76,9 +80,12 @@ def train(run: Run, stop: StopRequest) -> Path:
         ahead=_AHEAD,
         pin=runtime.device.type == "cuda",
     )
+    trainable = sum(_size(parameter) for parameter in trained)
+    if runtime.main:
+        _facts(run, runtime, trainable).write(folder)
     with RunLog(folder if runtime.main else None, run.steps, done) as log, ExitStack() as closing:
         closing.callback(batches.close)
-        _greet(run, log, folder, done, sum(parameter.numel() for parameter in trained))
+        _greet(run, log, folder, done, trainable)
         for step in range(done + 1, run.steps + 1):
             began = time.perf_counter()
             torch.manual_seed(seed_of(settings.seed, step, str(runtime.rank), "dropout"))  # in the network
@@ -97,7 +104,7 @@ def train(run: Run, stop: StopRequest) -> Path:
                     optimizer.zero_grad()
             seconds = time.perf_counter() - began
             log.step(
-                StepMetrics(
+                StepLine(
                     step=step,
                     epoch=(step - 1) // run.order.steps_per_epoch,
                     loss=sum(losses) / len(losses),
@@ -114,7 +121,7 @@ def train(run: Run, stop: StopRequest) -> Path:
                 saved = checkpoints.save(runtime, model, optimizer, None, state, folder, settings.keep)
                 log.say(f"saved {saved}")
             if signal and step < run.steps:
-                raise Stopped(128 + signal, f"cogtrain {run.method.name} --config {folder / 'config.toml'}")
+                raise Stopped(128 + signal, f"cogtrain {run.method.name} --config {folder / CONFIG_FILE}")
     _export(run, runtime, model, folder)
     return folder
 
@@ -187,6 +194,38 @@ def _greet(run: Run, log: RunLog, folder: Path, done: int, trained: int) -> None
     log.say(f"continues {run.resume.folder} after step {done}" if run.resume else f"writes {folder}")
 
 
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Numbers in a weight, also where ZeRO-3 has left a part of it here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _facts(run: Run, runtime: Runtime, trainable: int) -> Facts:
+    import torch
+
+    counts = np.bincount(run.shards.bucket_of, minlength=len(run.shards.buckets))
+    gpu = runtime.device.type == "cuda"
+    return Facts(
+        model=run.checkpoint.name,
+        revision=run.checkpoint.revision,
+        family=run.checkpoint.family.name,
+        task=run.checkpoint.family.task,
+        method=run.method.name,
+        contract_fingerprint=run.shards.contract.fingerprint,
+        shards_fingerprint=run.shards.fingerprint,
+        shards=len(run.shards.shards),
+        samples={str(bucket): int(count) for bucket, count in zip(run.shards.buckets, counts, strict=True)},
+        held_out=len(run.held_out) if run.held_out else 0,
+        steps=run.steps,
+        processes=run.world,
+        global_batch=run.global_batch,
+        strategy=run.strategy,
+        precision=run.precision,
+        device=torch.cuda.get_device_name(runtime.device) if gpu else "CPU",
+        trainable=trainable,
+        version=tool_version(),
+    )
+
+
 def _export(run: Run, runtime: Runtime, model: Any, folder: Path) -> None:
     facts = {
         "base_model": run.checkpoint.name,
@@ -197,8 +236,10 @@ def _export(run: Run, runtime: Runtime, model: Any, folder: Path) -> None:
         "shards": run.shards.fingerprint,
         "contract": run.shards.contract.fingerprint,
     }
-    written = run.method.export(runtime, model, run.checkpoint, folder, facts)
-    if written is not None:
+    exported = run.method.export(runtime, model, run.checkpoint, folder, facts)
+    if exported is not None:
         log = RunLog(folder, run.steps, run.steps)
-        log.say(f"wrote {written}")
+        log.say(
+            f"wrote {exported.path}; loaded back, its answer is within {exported.difference:.1e} of the trained model's"
+        )
         log.say(f'next: cogtrain generate --run {folder} --prompt "..."')

@@ -6,12 +6,15 @@ is exported. Everything else is the same run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cogcommon.checkpoint import Checkpoint
 
-from . import lora
+from . import lora, sft
+from .probe import probe
 from .settings import LoraSettings, TrainSettings
 from .strategy import Runtime
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 class Method(Protocol):
     """How a transformer is made ready to be trained, and what comes of it."""
 
-    name: str
+    name: Literal["lora", "sft"]
     full: bool  # every weight is trained
 
     def weight_dtype(self, dtype: torch.dtype, sharded: bool) -> torch.dtype:
@@ -39,14 +42,24 @@ class Method(Protocol):
         ...
 
     def export(
-        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: dict[str, str]
-    ) -> Path | None:
-        """Write the weights; every rank calls it, rank 0 writes.
+        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str]
+    ) -> Exported | None:
+        """Write the weights, load them back and compare; every rank calls it, rank 0 writes.
+
+        The model cannot be trained further: it makes room for the one that is loaded.
 
         Returns:
             What was written, on rank 0.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file or folder, and how far its answer is from the trained model's (relative; `probe`)."""
+
+    path: Path
+    difference: float
 
 
 class Lora:
@@ -55,7 +68,7 @@ class Lora:
     An fp32 base would cost 20.8 GiB instead of 10.4 for 5B.
     """
 
-    name = "lora"
+    name: Literal["lora", "sft"] = "lora"
     full = False
 
     def __init__(self, settings: LoraSettings) -> None:
@@ -79,18 +92,23 @@ class Lora:
         }
 
     def export(
-        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: dict[str, str]
-    ) -> Path | None:
-        state = lora.state_dict(runtime.plain(model), runtime.full_weight())
+        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str]
+    ) -> Exported | None:
+        plain = runtime.plain(model)
+        state = lora.state_dict(plain, runtime.full_weight())
+        expected = probe(plain)
         if not runtime.main:
             return None
-        return lora.save(state, folder, facts | {"rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"})
+        known = {"rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"}
+        file = lora.save(state, folder, {**facts, **known})
+        runtime.release(plain)
+        return Exported(file, lora.check(file, checkpoint, expected, runtime.device, runtime.dtype))
 
 
 class Sft:
     """Every weight; held in fp32, by DDP in the model itself, by ZeRO in the optimizer."""
 
-    name = "sft"
+    name: Literal["lora", "sft"] = "sft"
     full = True
 
     def weight_dtype(self, dtype: torch.dtype, sharded: bool) -> torch.dtype:
@@ -105,9 +123,16 @@ class Sft:
         return {}
 
     def export(
-        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: dict[str, str]
-    ) -> Path | None:
-        raise NotImplementedError
+        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str]
+    ) -> Exported | None:
+        plain = runtime.plain(model)
+        state = sft.state_dict(plain, runtime.dtype, runtime.full_weight(), keep=runtime.main)
+        expected = probe(plain)
+        if not runtime.main:
+            return None
+        written = sft.save(state, checkpoint, folder)
+        runtime.release(plain)
+        return Exported(written, sft.check(written, checkpoint, state, expected, runtime.device))
 
 
 def method_of(settings: TrainSettings) -> Method:

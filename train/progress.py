@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,26 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cogcommon.files import commit_bytes
 
+from .run_folder import METRICS_FILE, StepLine
+
 if TYPE_CHECKING:
     import torch
 
-METRICS_FILE = "metrics.jsonl"
 _LINE_EVERY = 5.0  # seconds between plain lines
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One line of metrics.jsonl. ``lr`` is the rate of this step, ``peak_gib`` of this process so far."""
-
-    step: int  # from 1
-    epoch: int  # from 0
-    loss: float
-    lr: float
-    grad_norm: float
-    s_per_step: float
-    samples_per_s: float
-    peak_gib: float
 
 
 def peak_gib(device: torch.device) -> float:
@@ -110,7 +97,7 @@ class RunLog:
             self.console.print(text, markup=False)
             self.console.file.flush()
 
-    def step(self, metrics: StepMetrics) -> None:
+    def step(self, metrics: StepLine) -> None:
         self._done = metrics.step
         self.write(asdict(metrics))
         if self.folder is None:

@@ -18,6 +18,7 @@ from cogcommon.files import commit_bytes
 from .checkpoint import Found, check_same, find, list_checkpoints
 from .method import Method, method_of
 from .order import Order
+from .run_folder import CONFIG_FILE
 from .settings import Precision, TrainSettings
 from .sources import ShardSet, check_alike, check_model, open_shards
 from .strategy import Strategy, choose, deepspeed_config
@@ -211,7 +212,7 @@ def run_folder(run: Run) -> Path:
 
 def write_config(run: Run, folder: Path) -> None:
     """``config.toml``: every setting, as ``--config`` reads it."""
-    lines = [f"# cogtrain {run.method.name} --config {folder / 'config.toml'}"]
+    lines = [f"# cogtrain {run.method.name} --config {folder / CONFIG_FILE}"]
     resolved = dataclasses.replace(
         run.settings,
         out=folder,
@@ -225,7 +226,7 @@ def write_config(run: Run, folder: Path) -> None:
     lines += [f"{name} = {_toml(value)}" for name, value in settings_json(resolved).items() if value is not None]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        commit_bytes(folder / "config.toml", ("\n".join(lines) + "\n").encode())
+        commit_bytes(folder / CONFIG_FILE, ("\n".join(lines) + "\n").encode())
     except OSError as error:
         raise RunError(f"cannot write the run: {error.strerror}", where=str(folder), fix="another --out") from error
 

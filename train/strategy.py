@@ -369,8 +369,13 @@ class Runtime:
         return [tensors[name] for name in sorted(tensors)]
 
     def plain(self, model: Any) -> Any:
-        """The transformer inside the wrappers."""
-        return self.accelerator.unwrap_model(model)
+        """The transformer inside the wrappers, also inside those around its forward."""
+        return self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+    def release(self, model: torch.nn.Module) -> None:
+        """Take a model off the GPU, where it is held by nobody but us."""
+        if not self.sharded:
+            model.to("cpu")
 
 
 def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: bool) -> Runtime:

@@ -48,3 +48,9 @@ def test_every_form_trains(tmp_path, make_shards, form):
     make_shards(tmp_path / "out", form, samples=2)
     cogtrain("lora", "--shards", "out", "--steps", 2, "--rank", 4, "--out", "run", cwd=tmp_path)
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_full_fine_tuning(tmp_path, make_shards):
+    make_shards(tmp_path / "out", samples=2)
+    cogtrain("sft", "--shards", "out", "--steps", 2, "--out", "run", cwd=tmp_path)
+    assert (tmp_path / "run" / "transformer" / "config.json").exists()
