@@ -1,0 +1,103 @@
+import itertools
+
+import pytest
+import torch
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import ShardError
+from cogcommon.families import Resolution
+from cogtrain.data import Collator, prefetch, read_sample
+from cogtrain.draws import Draws
+from cogtrain.inputs import Objective
+from cogtrain.order import Slot
+from cogtrain.sources import open_shards
+
+
+def opened(tmp_path, make_shards, form="tiny", **options):
+    make_shards(tmp_path / "out", form, **options)
+    shards = open_shards([str(tmp_path / "out")])
+    return shards, Objective.of(open_checkpoint(form))
+
+
+@pytest.mark.parametrize("form", ["tiny", "tiny-1.5-i2v"])
+def test_a_batch_is_the_samples_and_their_draws(tmp_path, make_shards, form):
+    shards, objective = opened(tmp_path, make_shards, form, samples=2)
+    samples = [read_sample(shards, index) for index in (1, 0)]
+    batch = Collator(objective, seed=7)(samples, [Slot(1, 3, 0), Slot(0, 3, 1)])
+    assert batch.keys == tuple(sample.key for sample in samples)
+    for row, sample in enumerate(samples):
+        draws = Draws(7, 3, sample.key)
+        expected = sample.latent_mean + sample.latent_std * draws.normal(tuple(sample.latent_mean.shape), "posterior")
+        assert torch.equal(batch.latent_BFCHW[row], expected.transpose(0, 1))
+        assert torch.equal(batch.noise_BFCHW[row], draws.normal(tuple(batch.noise_BFCHW[row].shape), "noise"))
+        assert batch.timestep_B[row] == draws.timestep(1000)
+        assert torch.equal(batch.text_BLD[row], sample.text)
+    assert batch.noise_BFCHW.shape[1] == (6 if form == "tiny-1.5-i2v" else 5)
+    assert (batch.image_BFCHW is None) == (form == "tiny")
+
+
+def test_an_image_variant_is_drawn_by_epoch_and_the_clean_one_is_for_validation(tmp_path, make_shards):
+    shards, objective = opened(tmp_path, make_shards, "tiny-i2v", samples=1, image_variants=3, posterior="sample")
+    sample = read_sample(shards, 0)
+    seen = set()
+    for epoch in range(30):
+        image = Collator(objective, 0)([sample], [Slot(0, epoch, 0)]).image_BFCHW[0, 0]
+        (match,) = [k for k in range(3) if torch.equal(image, sample.image_mean[k, :, 0])]
+        seen.add(match)
+    assert seen == {0, 1, 2}
+    held_out = Collator(objective, 0, held_out=True)([sample], [Slot(0, 0, 0)])
+    assert torch.equal(held_out.image_BFCHW[0, 0], sample.image_clean_mean[:, 0])
+    assert torch.equal(held_out.latent_BFCHW[0].transpose(0, 1), sample.latent_mean)
+
+
+def test_caption_dropout_takes_the_stored_empty_caption_as_often_as_asked(tmp_path, make_shards):
+    shards, objective = opened(tmp_path, make_shards, samples=1)
+    sample = read_sample(shards, 0)
+    empty = torch.zeros_like(sample.text)
+    collate = Collator(objective, 0, caption_dropout=0.3, empty_text=empty)
+    dropped = sum(bool((collate([sample], [Slot(0, epoch, 0)]).text_BLD == 0).all()) for epoch in range(200))
+    assert 40 <= dropped <= 80  # 60 expected, standard deviation 6.5
+    plain = Collator(objective, 0)([sample], [Slot(0, 0, 0)])
+    assert torch.equal(collate([sample], [Slot(0, 0, 0)]).noise_BFCHW, plain.noise_BFCHW)  # nothing else moves
+
+
+def test_prefetch_keeps_the_order_and_raises_when_the_turn_comes(tmp_path, make_shards):
+    shards, objective = opened(tmp_path, make_shards, samples=6)
+    places = [[Slot(index, 0, 0)] for index in (4, 2, 0, 5, 1, 3)]
+    collate = Collator(objective, 0)
+    batches = list(prefetch(shards, iter(places), collate, ahead=3, pin=False))
+    assert [batch.keys[0] for batch in batches] == [shards.extent(place[0].sample).key for place in places]
+    bad = shards.shards[shards.extent(0).shard]
+    with open(bad.path, "r+b") as stream:
+        stream.seek(shards.extent(0).offset + 3000)
+        stream.write(b"x" * 8)
+    reading = prefetch(shards, iter(places), collate, ahead=3, pin=False)
+    assert len(list(itertools.islice(reading, 2))) == 2
+    with pytest.raises(ShardError, match="not what was written") as caught:
+        next(reading)
+    assert caught.value.where == bad.shown
+
+
+def test_prefetch_reads_only_so_far_ahead(tmp_path, make_shards):
+    shards, objective = opened(tmp_path, make_shards, samples=6)
+    taken = []
+
+    def places():
+        for index in range(6):
+            taken.append(index)
+            yield [Slot(index, 0, 0)]
+
+    reading = prefetch(shards, places(), Collator(objective, 0), ahead=2, pin=False)
+    next(reading)
+    assert len(taken) == 3
+    reading.close()
+
+
+def test_buckets_keep_their_shapes(tmp_path, make_shards):
+    sizes = (Resolution(17, 64, 96), Resolution(9, 96, 64))
+    shards, objective = opened(tmp_path, make_shards, resolutions=sizes, samples=2)
+    assert set(shards.buckets) == set(sizes)
+    for index in range(4):
+        bucket = shards.buckets[shards.bucket_of[index]]
+        batch = Collator(objective, 0)([read_sample(shards, index)], [Slot(index, 0, 0)])
+        assert batch.latent_BFCHW.shape == (1, bucket.latent_frames, 16, bucket.latent_height, bucket.latent_width)
