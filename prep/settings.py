@@ -13,7 +13,8 @@ from cogcommon.errors import SettingError
 from cogcommon.families import Resolution, Task
 from cogcommon.settings import setting
 
-from .cut import Crop, Fit, FrameMode, Short
+from .cut import Crop, Cut, Fit, FrameMode, Short
+from .lists import DataSet, read_lists
 
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
 
@@ -72,6 +73,7 @@ class PlanSettings:
     shard_samples: int | None = setting(None, "samples a shard", shown="by --shard-bytes", section="Shards")
     shard_bytes: str = setting("1GB", "size of a shard, as 500MB or 2GB", section="Shards")
     posterior: Posterior = setting("moments", "store the posterior's mean and std, or one sample", section="Encode")
+    tiling: Tiling = setting("auto", "run the VAE in tiles: only when memory asks for it (auto)", section="Encode")
     image_variants: int = setting(4, "pre-noised first frames stored per clip (I2V)", section="Encode")
     precision: Precision | None = setting(
         None, "number type of VAE and T5", shown="the family's on a GPU, fp32 on a CPU", section="Encode"
@@ -113,6 +115,30 @@ class PlanSettings:
             )
         return int(float(match[1]) * 1000 ** {"": 0, "k": 1, "m": 2, "g": 3}[match[2].lower()])
 
+    @property
+    def cut(self) -> Cut:
+        """How clips are cut in time and space."""
+        return Cut(
+            frames=self.frames,
+            start=self.start,
+            stride=self.stride,
+            short=self.short,
+            fit=self.fit,
+            crop=self.crop,
+            seed=self.seed,
+        )
+
+    def read_lists(self, task: Task) -> DataSet:
+        """The data root's lists, with their faults (`lists.read_lists`)."""
+        return read_lists(
+            self.root,
+            task=task,
+            prompts=self.prompts,
+            videos=self.videos,
+            images=self.images,
+            id_token=self.id_token,
+        )
+
     def open_model(self) -> Checkpoint:
         """The checkpoint that is meant, checked against task and resolutions. No weights are read.
 
@@ -137,7 +163,6 @@ class PlanSettings:
 class EncodeSettings(PlanSettings):
     """Every option of `cogprep encode`."""
 
-    tiling: Tiling = setting("auto", "run the VAE in tiles: only when memory asks for it (auto)", section="Encode")
     gpus: str = setting("all", "GPUs of this host to use: all or a number", section="Work")
     worker: str | None = setting(
         None,

@@ -1,11 +1,89 @@
-"""Real clips for the tests that want them: a data root named by COGTUNE_CLIPS."""
+"""Clips for the tests: a small data set drawn here, and real clips where COGTUNE_CLIPS names some."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from cogcommon.video import write_mp4
+from cogprep.encode import encode
+from cogprep.report import Report
+from cogprep.settings import EncodeSettings
+
+SIZE = "9x64x96"
+
+
+def _draw_clip(path: Path, seed: int, *, frames: int = 20, height: int = 72, width: int = 128, fps: float = 8) -> Path:
+    """Smooth coloured waves that move; every seed and every frame differs."""
+    y, x = np.mgrid[0:height, 0:width] / 40.0
+    waves = [
+        np.stack([127 + 120 * np.sin((1 + channel) * x + y * (seed + 1) + time / 3) for channel in range(3)], -1)
+        for time in range(frames)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(path, np.stack(waves).astype(np.uint8), fps)
+    return path
+
+
+def _lay_lists(root: Path, captions: list[str], videos: list[str], images: list[str] | None = None) -> None:
+    (root / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
+    (root / "videos.txt").write_text("".join(f"{video}\n" for video in videos), encoding="utf-8")
+    if images is not None:
+        (root / "images.txt").write_text("".join(f"{image}\n" for image in images), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def draw_clip() -> Callable[..., Path]:
+    """``draw_clip(path, seed, frames=, height=, width=, fps=)`` writes an mp4 of moving waves."""
+    return _draw_clip
+
+
+@pytest.fixture(scope="session")
+def lay_lists() -> Callable[..., None]:
+    """``lay_lists(root, captions, videos, images)`` writes prompts.txt, videos.txt and images.txt."""
+    return _lay_lists
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """Five clips, drawn once; copy before changing anything."""
+    folder = tmp_path_factory.mktemp("drawn")
+    for index in range(5):
+        _draw_clip(folder / f"{index}.mp4", index)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path, drawn: Path) -> Path:
+    """A data root of five clips with captions."""
+    root = tmp_path / "ds"
+    root.mkdir()
+    for clip in drawn.glob("*.mp4"):
+        (root / clip.name).write_bytes(clip.read_bytes())
+    _lay_lists(root, [f"wave number {index}" for index in range(5)], [f"{index}.mp4" for index in range(5)])
+    return root
+
+
+@pytest.fixture
+def run_encode(root: Path, tmp_path: Path) -> Callable[..., Report]:
+    """``run_encode(**settings)`` encodes the data root to ``tmp_path/out``, two samples a shard."""
+
+    def run(**settings) -> Report:
+        given = {
+            "data_root": root,
+            "out": tmp_path / "out",
+            "model": "tiny",
+            "resolution": [SIZE],
+            "shard_samples": 2,
+            "workers": 1,
+        }
+        return encode(EncodeSettings(**(given | settings)))
+
+    return run
 
 
 @pytest.fixture(scope="session")

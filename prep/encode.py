@@ -1,0 +1,270 @@
+"""`cogprep encode`: from a folder of clips and captions to committed shards.
+
+The main path, in the order things happen::
+
+    lists -> contract -> survey (probe, hash) -> plan -> drop what is gone
+          -> for each round: T5 over its captions, then decode -> VAE -> shards
+          -> report
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from cogcommon.checkpoint import Checkpoint
+from cogcommon.contract import EMPTY_CAPTION_FILE, Contract, tool_version
+from cogcommon.device import Precision, default_precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.errors import DataRootError
+from cogcommon.records import TEXT
+
+from .engine import Engine, Outcome
+from .output import SPLITS, Origin, check_contract, commit_contract, guard_foreign_root, scan, split_folder
+from .plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
+from .pool import Pool, default_workers
+from .progress import Clock, Progress
+from .report import Report, make_report, show
+from .settings import EncodeSettings, PlanSettings
+from .shards import ShardBusy, disk_errors, drop_samples, settle
+from .survey import Survey, survey
+from .text import TextEncoder, TextStore
+from .vae import LatentEncoder
+from .workers import choose_slice
+
+if TYPE_CHECKING:
+    import torch
+
+# T5 runs over the captions of a round, then makes room for the VAE. A round's embeddings lie in a
+# scratch file: 17,000 captions of T5-XXL in bf16, a day of encoding between two loads of T5.
+_ROUND_TEXT_BYTES = 32_000_000_000
+
+
+def run(settings: EncodeSettings) -> None:
+    """The command: encode, report, and say how it went."""
+    report = encode(settings)
+    path = report.write(settings.out)
+    if settings.json:
+        print(report.to_json())
+    else:
+        show(report, Console(), path)
+    if not report.usable:
+        raise DataRootError(
+            "not one clip could be used", where=str(settings.root), fix=f"see the reasons above, or in {path}"
+        )
+    if settings.strict and report.rejected:
+        raise DataRootError(f"{report.rejected} clips were rejected", where=str(path), fix="or leave --strict out")
+
+
+def encode(settings: EncodeSettings) -> Report:
+    """Bring the output folder in line with the data root.
+
+    Raises:
+        DataRootError: the lists cannot be trusted.
+        SettingError: the folder was encoded with other settings; a size that the model cannot take.
+        ModelError: the model cannot be had.
+        ShardError: the disk is full, or a committed shard is damaged.
+    """
+    clock = Clock()
+    part = choose_slice(settings.worker, os.environ)
+    checkpoint = settings.open_model()
+    data = settings.read_lists(checkpoint.family.task).trusted()
+    if data.images_unused:
+        _say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} makes video from text alone")
+    if part.count > 1:
+        _say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
+    device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
+    precision = settings.precision or default_precision(checkpoint.family, device)
+    with clock("weights"):
+        contract = make_contract(settings, checkpoint, precision)
+
+    out = settings.out
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:
+            settle(split_folder(out, split))
+    established = check_contract(out, contract)
+    outcome = Outcome()
+    with Pool(settings.workers or default_workers()) as pool:
+        with clock("probe"):
+            found, plan = survey_and_plan(settings, contract, pool)
+        origin = Origin.of(settings)
+        if plan.dropped and not plan.reused:
+            guard_foreign_root(out, origin)
+        with clock("drop"), disk_errors(out):
+            origin.write(out)
+            dropped = _drop_gone(settings, part.of(plan.drops), outcome)
+        shards = part.of(plan.shards)
+        models = Models(checkpoint, device, precision, settings)
+        if shards or (established and not (out / EMPTY_CAPTION_FILE).exists()):
+            for round_ in rounds(shards, contract):
+                with TextStore(out) as text:
+                    with clock("text"):
+                        contract = models.embed_captions(round_, text, contract)
+                    total = sum(len(shard.samples) for shard in round_)
+                    with clock("encode"), Progress("Encoding", total) as bar:
+                        Engine(
+                            out=out,
+                            root=settings.root,
+                            contract=contract,
+                            cut=settings.cut,
+                            latents=models.latents,
+                            text=text,
+                            pool=pool,
+                            outcome=outcome,
+                            advance=lambda bar=bar: bar.advance(outcome.waits_for),  # type: ignore[misc]
+                        ).encode(round_)
+    return make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device.type)
+
+
+def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool) -> tuple[Survey, Plan]:
+    """Identify every sample of the data root and place it.
+
+    Raises:
+        DataRootError: the lists cannot be trusted.
+        ShardError: a record is damaged.
+    """
+    data = settings.read_lists(contract.task).trusted()
+    committed = scan(settings.out)
+    with Progress("Probing", len({sample.source for sample in data.samples})) as bar:
+        found = survey(
+            data,
+            committed,
+            contract,
+            buckets=settings.buckets,
+            cut=settings.cut,
+            holdout=settings.holdout,
+            pool=pool,
+            advance=bar.advance,
+        )
+    chunk = {
+        bucket: settings.shard_samples or max(1, settings.shard_size // sample_bytes(contract, bucket))
+        for bucket in settings.buckets
+    }
+    plan = make_plan(
+        found.candidates,
+        found.keys,
+        found.splits,
+        found.buckets,
+        committed,
+        bucket_order=settings.buckets,
+        chunk=chunk,
+    )
+    return found, plan
+
+
+def make_contract(settings: PlanSettings, checkpoint: Checkpoint, precision: Precision) -> Contract:
+    """What shards of these settings and weights promise. Hashes the weights, loads none."""
+    family = checkpoint.family
+    cut: dict[str, object] = {
+        "resolution": sorted(map(str, settings.buckets)),
+        "id_token": settings.id_token,
+        "frames": settings.frames,
+        "start": settings.start,
+        "stride": settings.stride,
+        "short": settings.short,
+        "fit": settings.fit,
+        "crop": settings.crop,
+    }
+    if settings.crop == "random" or settings.posterior == "sample" or family.task == "i2v":
+        cut["seed"] = settings.seed
+    return Contract(
+        family=family.name,
+        task=family.task,
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        vae=checkpoint.identity("vae"),
+        text_encoder=checkpoint.identity("text_encoder"),
+        scaling_factor=checkpoint.vae_config["scaling_factor"],
+        posterior=settings.posterior,
+        image_variants=settings.image_variants if family.task == "i2v" else 0,
+        tiling=settings.tiling,
+        dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],  # type: ignore[arg-type]
+        text_tokens=family.text_tokens,
+        text_dim=checkpoint.text_config["d_model"],
+        settings=cut,
+        tool_version=tool_version(),
+    )
+
+
+def rounds(shards: Sequence[PlannedShard], contract: Contract) -> Iterator[list[PlannedShard]]:
+    """Shards in groups whose embeddings fit into the scratch file; without shards, one empty group."""
+    text_bytes = contract.text_tokens * contract.text_dim * (4 if contract.dtype == "float32" else 2)
+    group: list[PlannedShard] = []
+    captions = 0
+    for shard in shards:
+        if group and (captions + len(shard.samples)) * text_bytes > _ROUND_TEXT_BYTES:
+            yield group
+            group, captions = [], 0
+        group.append(shard)
+        captions += len(shard.samples)
+    yield group
+
+
+class Models:
+    """T5 for as long as a pass takes; the VAE from its first use on."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, precision: Precision, settings: PlanSettings
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        self._dtype = dtype_of(precision)
+        self._settings = settings
+        self._latents: LatentEncoder | None = None
+
+    def embed_captions(self, shards: Sequence[PlannedShard], text: TextStore, contract: Contract) -> Contract:
+        """Fill the store with the captions of the shards, and commit the contract with its empty caption.
+
+        Returns:
+            The contract as the folder has it.
+        """
+        import safetensors.torch
+        import torch
+
+        quiet_libraries()
+        captions = {planned.sample.caption: None for shard in shards for planned in shard.samples}
+        encoder = TextEncoder(self._checkpoint, self._device, self._dtype)
+        empty_LD, _ = encoder.encode("")
+        with disk_errors(self._settings.out):
+            contract = commit_contract(self._settings.out, contract, safetensors.torch.save({TEXT: empty_LD}))
+        with Progress("Captions", len(captions), "captions") as bar:
+            text.fill(captions, encoder, bar.advance)
+        del encoder  # T5-XXL is 9.5 GB; the VAE comes next
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return contract
+
+    @property
+    def latents(self) -> LatentEncoder:
+        if self._latents is None:
+            settings = self._settings
+            self._latents = LatentEncoder(
+                self._checkpoint.load_vae(self._dtype).to(self._device),
+                self._device,
+                posterior=settings.posterior,
+                tiling=settings.tiling,
+                image_variants=settings.image_variants,
+                seed=settings.seed,
+            )
+        return self._latents
+
+
+def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome) -> int:
+    """Rewrite the shards that have lost samples; gives how many samples were dropped."""
+    dropped = 0
+    for drop in drops:
+        try:
+            drop_samples(split_folder(settings.out, drop.split), drop.number, drop.keep)
+            dropped += drop.dropped
+        except ShardBusy:
+            outcome.busy.append((drop.split, drop.number))
+    return dropped
+
+
+def _say(line: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)

@@ -1,0 +1,295 @@
+"""Encode planned shards: decode pool -> VAE -> writer, all three at once.
+
+`Engine.encode` takes any shards of a plan and commits them; it knows nothing of
+workers, ranks or divisions, so that whatever hands out shards can call it. Clips
+are decoded ahead across shard borders, in bounded number; the VAE runs in the
+calling thread; hashing and writing in a thread of their own. Samples reach a
+shard in planned order, so the same plan gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cogcommon.contract import Contract
+from cogcommon.families import Resolution
+from cogcommon.records import SampleRow
+
+from .clip import Fault
+from .cut import Cut
+from .decode import Clip, decode_clip
+from .output import Split, split_folder
+from .plan import PlannedSample, PlannedShard, Rejected
+from .pool import Pool
+from .shards import ShardBusy, ShardDone, ShardWriter
+from .text import TextStore
+from .vae import LatentEncoder, Latents
+
+_WRITE_AHEAD = 4  # encoded samples that wait for the disk; 6 MB each at 49x480x720
+_DECODED_BYTES = 2 << 30  # decoded clips that wait for the VAE; 51 MB each at 49x480x720
+
+
+@dataclass
+class Outcome:
+    """What came of the shards; counts are samples, times are seconds."""
+
+    encoded: int = 0
+    recovered: int = 0  # taken over from what a killed run had written
+    rejected: list[Rejected] = field(default_factory=list)
+    busy: list[tuple[Split, int]] = field(default_factory=list)  # shards that another process writes
+    tiled: int = 0
+    truncated: int = 0  # captions longer than the model's text
+    decode_wait_s: float = 0.0  # the VAE waited for clips
+    vae_s: float = 0.0
+    write_wait_s: float = 0.0  # the VAE waited for the disk
+
+    @property
+    def waits_for(self) -> str:
+        """Which side the work waits for most, in words."""
+        sides = {"decoding": self.decode_wait_s, "the VAE": self.vae_s, "the disk": self.write_wait_s}
+        return f"waiting for {max(sides, key=lambda side: sides[side])}"
+
+
+@dataclass(frozen=True)
+class _Decode:
+    writer: ShardWriter
+    planned: PlannedSample
+
+
+@dataclass(frozen=True)
+class _LeftBehind:
+    writer: ShardWriter
+    planned: PlannedSample
+
+
+@dataclass(frozen=True)
+class _Commit:
+    writer: ShardWriter
+
+
+class Engine:
+    """Encodes shards of one contract on one device.
+
+    Args:
+        out: the output folder; it exists.
+        root: the data root, which sources are relative to.
+        contract: of every shard.
+        cut: how clips are cut.
+        latents: the VAE.
+        text: holds the embedding of every caption that will be asked for.
+        pool: decode children.
+        outcome: counts and times are added to it.
+        advance: called after each sample.
+    """
+
+    def __init__(
+        self,
+        *,
+        out: Path,
+        root: Path,
+        contract: Contract,
+        cut: Cut,
+        latents: LatentEncoder,
+        text: TextStore,
+        pool: Pool,
+        outcome: Outcome,
+        advance: Callable[[], None],
+    ) -> None:
+        self._out = out
+        self._root = root
+        self._contract = contract
+        self._cut = cut
+        self._latents = latents
+        self._text = text
+        self._pool = pool
+        self._outcome = outcome
+        self._advance = advance
+        self._open: list[ShardWriter] = []
+
+    def encode(self, shards: Sequence[PlannedShard]) -> None:
+        """Encode and commit shards; what came of them is added to the outcome.
+
+        Raises:
+            ShardError: the disk is full. What was committed stays good.
+        """
+        steps: deque[_Decode | _LeftBehind | _Commit] = deque()
+
+        def requests() -> Iterator[tuple[Any, ...]]:
+            for step in self._steps(shards):
+                steps.append(step)
+                if isinstance(step, _Decode):
+                    yield self._request(step.planned)
+
+        try:
+            with _WriteThread() as thread:
+                clips = self._pool.run(decode_clip, requests(), window=self._window(shards))
+                while True:
+                    started = time.perf_counter()
+                    clip = next(clips, None)
+                    self._outcome.decode_wait_s += time.perf_counter() - started
+                    while steps and not isinstance(step := steps[0], _Decode):
+                        self._pass(steps.popleft(), thread)
+                    if clip is None:
+                        break
+                    step = steps.popleft()
+                    assert isinstance(step, _Decode)
+                    self._encode_one(step, clip, thread)
+                assert not steps
+        finally:
+            for writer in self._open:
+                writer.abandon()
+            self._open.clear()
+
+    def _steps(self, shards: Iterable[PlannedShard]) -> Iterator[_Decode | _LeftBehind | _Commit]:
+        """What to do, in order. A shard is locked when its first clip is about to be decoded."""
+        for shard in shards:
+            try:
+                folder = split_folder(self._out, shard.split)
+                folder.mkdir(parents=True, exist_ok=True)
+                writer = ShardWriter(folder, shard.number, self._contract, {p.key for p in shard.samples})
+            except ShardBusy:
+                self._outcome.busy.append((shard.split, shard.number))
+                continue
+            except ShardDone:  # another process was first
+                continue
+            self._open.append(writer)
+            left_behind = writer.left_behind()
+            for planned in shard.samples:
+                yield (_LeftBehind if planned.key in left_behind else _Decode)(writer, planned)
+            yield _Commit(writer)
+
+    def _request(self, planned: PlannedSample) -> tuple[Any, ...]:
+        sample = planned.sample
+        image = self._root / sample.image if sample.image else None
+        fps = self._contract.family_row.fps
+        return self._root / sample.source, planned.bucket, self._cut, fps, planned.key, image
+
+    def _window(self, shards: Sequence[PlannedShard]) -> int:
+        largest = max((_clip_bytes(shard.bucket) for shard in shards), default=1)
+        return max(2, min(2 * self._pool.workers, _DECODED_BYTES // largest))
+
+    def _pass(self, step: _Decode | _LeftBehind | _Commit, thread: _WriteThread) -> None:
+        """Steps that need no clip."""
+        writer = step.writer
+        if isinstance(step, _LeftBehind):
+            row = planned_row(step.planned)
+            thread.submit(lambda: writer.add_left_behind(row))
+            self._outcome.recovered += 1
+            self._advance()
+        else:
+            thread.submit(lambda: self._commit(writer))
+
+    def _commit(self, writer: ShardWriter) -> None:
+        writer.commit()
+        self._open.remove(writer)
+
+    def _encode_one(self, step: _Decode, clip: Clip | Fault, thread: _WriteThread) -> None:
+        started = time.perf_counter()
+        writer, row = step.writer, planned_row(step.planned)
+        if isinstance(clip, Fault):
+            self._outcome.rejected.append(Rejected(step.planned.sample, clip.reason))
+            rejected = replace(row, status="rejected", reason=clip.reason)
+            task: Callable[[], None] = lambda: writer.add_rejected(rejected)  # noqa: E731
+        else:
+            image = None
+            if self._contract.task == "i2v":
+                image = clip.frames_FHWC[0] if clip.image_HWC is None else clip.image_HWC
+            latents = self._latents.encode(row.key, clip.frames_FHWC, image)
+            row = replace(
+                row,
+                frames=list(clip.indices),
+                effective_fps=clip.effective_fps,
+                crop_box=list(clip.crop_box),
+                colour=clip.colour,
+                tiled=latents.tiled,
+            )
+            self._outcome.encoded += 1
+            self._outcome.tiled += latents.tiled
+            task = lambda: self._write(writer, row, latents)  # noqa: E731
+        encoded = time.perf_counter()
+        thread.submit(task)
+        self._outcome.vae_s += encoded - started
+        self._outcome.write_wait_s += time.perf_counter() - encoded
+        self._advance()
+
+    def _write(self, writer: ShardWriter, row: SampleRow, latents: Latents) -> None:
+        text_LD, facts = self._text.read(row.caption)
+        self._outcome.truncated += facts.truncated
+        row = replace(row, caption_tokens=facts.tokens, caption_truncated=facts.truncated)
+        writer.add(row, {**latents.tensors, "text": text_LD})
+
+
+def planned_row(planned: PlannedSample) -> SampleRow:
+    """The row of a sample before anything is known but the plan."""
+    return SampleRow(
+        key=planned.key,
+        status="ok",
+        reason="",
+        bucket=str(planned.bucket),
+        offset=-1,
+        size=-1,
+        json_offset=-1,
+        json_size=-1,
+        tensors_offset=-1,
+        tensors_size=-1,
+        sha256=b"",
+        caption=planned.sample.caption,
+        caption_tokens=0,
+        caption_truncated=False,
+        source=planned.sample.source,
+        source_line=planned.sample.line,
+        source_size=planned.clip.size,
+        source_mtime_ns=planned.clip.mtime_ns,
+        source_sha256=planned.clip.sha256,
+        image=planned.sample.image,
+        image_sha256=planned.image_sha256,
+        frames=[],
+        effective_fps=0.0,
+        crop_box=[],
+        colour="",
+        tiled=False,
+    )
+
+
+def _clip_bytes(bucket: Resolution) -> int:
+    return bucket.frames * bucket.height * bucket.width * 3
+
+
+class _WriteThread:
+    """Runs tasks in order in a thread of its own; the first error comes back to the caller."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_WRITE_AHEAD)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="cogprep-writer", daemon=True)
+
+    def __enter__(self) -> _WriteThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        self._tasks.put(None)
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Hand over a task; waits while the queue is full. Raises what an earlier task raised."""
+        if self._error is not None:
+            raise self._error
+        self._tasks.put(task)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            if self._error is None:
+                try:
+                    task()
+                except BaseException as error:
+                    self._error = error

@@ -1,0 +1,174 @@
+"""The output folder: what is committed in it, and the contract that everything in it shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
+from cogcommon.errors import DataRootError, SettingError, ShardError
+from cogcommon.files import commit_bytes
+from cogcommon.records import read_table, record_name
+
+from .settings import PlanSettings
+from .shards import committed_shards
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+ORIGIN_FILE = "origin.json"
+
+_SCANNED = ["key", "status", "reason", "source", "source_size", "source_mtime_ns", "source_sha256"]
+
+
+def split_folder(out: Path, split: Split) -> Path:
+    return out if split == "train" else out / "val"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A sample that a committed shard holds, or has rejected."""
+
+    number: int
+    reason: str  # why it was rejected; empty if it is there
+    source_sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """A file as it was when its content was hashed."""
+
+    size: int
+    mtime_ns: int
+    sha256: bytes
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Everything that the records of a folder say, by split and key."""
+
+    samples: Mapping[Split, Mapping[str, Placed]]
+    hashes: Mapping[str, Hashed]  # by source, as the list names it
+
+    @property
+    def empty(self) -> bool:
+        return not any(self.samples.values())
+
+
+def scan(out: Path) -> Committed:
+    """Read the records of a folder. Costs about 0.5 KB of memory a sample.
+
+    Raises:
+        ShardError: a record is damaged.
+    """
+    samples: dict[Split, dict[str, Placed]] = {split: {} for split in SPLITS}
+    hashes: dict[str, Hashed] = {}
+    for split, number, path in records_in(out):
+        _, table = read_table(path, _SCANNED)
+        columns = (table.column(name).to_pylist() for name in _SCANNED)
+        for key, _status, reason, source, size, mtime_ns, sha256 in zip(*columns, strict=True):
+            samples[split][key] = Placed(number, reason, sha256)
+            hashes[source] = Hashed(size, mtime_ns, sha256)
+    return Committed(samples, hashes)
+
+
+def records_in(out: Path) -> Iterator[tuple[Split, int, Path]]:
+    """Split, number and record of every committed shard of a folder."""
+    for split in SPLITS:
+        folder = split_folder(out, split)
+        for number in committed_shards(folder):
+            yield split, number, folder / record_name(number)
+
+
+def read_contract(out: Path) -> Contract | None:
+    """The folder's contract; None where there is none yet.
+
+    Raises:
+        ShardError: damaged, or of another schema version.
+    """
+    path = out / CONTRACT_FILE
+    return Contract.from_json(path.read_bytes(), where=str(path)) if path.exists() else None
+
+
+def check_contract(out: Path, ours: Contract) -> Contract | None:
+    """The folder's contract if it agrees with ours, None if there is none.
+
+    Raises:
+        SettingError: it differs; the message names every difference and the choices.
+    """
+    theirs = read_contract(out)
+    if theirs is not None and theirs.fingerprint != ours.fingerprint:
+        raise SettingError(
+            f"{out} was encoded with other settings; the two never mix",
+            where="\n       ".join(f"{line} ({CONTRACT_FILE})" for line in ours.differences(theirs)),
+            fix=f"give the old settings back; or keep both, with --out ANOTHER; or start over, "
+            f"with `cogprep clean-cache --out {out} --all`",
+        )
+    return theirs
+
+
+def commit_contract(out: Path, ours: Contract, empty_caption: bytes) -> Contract:
+    """Write contract and empty caption, unless another worker was first: then theirs count.
+
+    Raises:
+        SettingError: theirs differs from ours.
+    """
+    path = out / EMPTY_CAPTION_FILE
+    commit_bytes(path, empty_caption, exclusive=True)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    ours = dataclasses.replace(ours, empty_caption_sha256=digest)
+    commit_bytes(out / CONTRACT_FILE, ours.to_json().encode(), exclusive=True)
+    theirs = check_contract(out, ours)
+    assert theirs is not None
+    if theirs.empty_caption_sha256 != digest:
+        raise ShardError(
+            f"{EMPTY_CAPTION_FILE} is not the one that the contract names",
+            where=str(path),
+            fix=f"remove {path} and run the same command again on the device that made these shards",
+        )
+    return theirs
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a folder's samples came from, so that `clean-cache` and `verify` can look again."""
+
+    data_root: str
+    prompts: str
+    videos: str
+    images: str | None
+    id_token: str
+
+    @classmethod
+    def of(cls, settings: PlanSettings) -> Origin:
+        return cls(str(settings.root.resolve()), settings.prompts, settings.videos, settings.images, settings.id_token)
+
+    def write(self, out: Path) -> None:
+        commit_bytes(out / ORIGIN_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+
+
+def read_origin(out: Path) -> Origin | None:
+    """Where the folder came from; None if it does not say."""
+    try:
+        return Origin(**json.loads((out / ORIGIN_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def guard_foreign_root(out: Path, origin: Origin) -> None:
+    """Refuse to drop every sample because another data root was named by mistake.
+
+    Raises:
+        DataRootError: the folder was encoded from another data root.
+    """
+    before = read_origin(out)
+    if before is not None and before.data_root != origin.data_root:
+        raise DataRootError(
+            f"{out} holds nothing of this data root, and would lose all that it holds",
+            where=f"{origin.data_root}; {out} was encoded from {before.data_root}",
+            fix=f"--out ANOTHER; or start over, with `cogprep clean-cache --out {out} --all`",
+        )

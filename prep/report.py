@@ -1,0 +1,184 @@
+"""What `encode` did: ``report.json``, and the summary that ends the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from cogcommon.checkpoint import Checkpoint
+from cogcommon.files import commit_bytes
+from cogcommon.records import record_name, tar_name
+
+from .engine import Outcome
+from .output import Split, split_folder
+from .plan import Plan, Rejected
+from .pool import default_workers
+from .progress import in_words
+from .settings import EncodeSettings
+from .survey import Survey
+from .workers import Slice
+
+_SHOWN = 20  # rejected clips that the summary lists; the report has them all
+
+Bound = Literal["decode", "vae", "disk", "nothing"]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A sample without tensors: where the lists name it, and why."""
+
+    line: int
+    source: str
+    caption: str
+    reason: str
+
+    @classmethod
+    def of(cls, rejected: Rejected) -> Rejection:
+        sample = rejected.sample
+        return cls(sample.line, sample.source, sample.caption, rejected.reason)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts are samples; ``seconds`` is by stage. What is not of this worker's slice is not counted."""
+
+    encoded: int
+    recovered: int
+    reused: int
+    rejected: int
+    dropped: int
+    rejections: Sequence[Rejection]
+    seconds: dict[str, float]
+    clips_per_minute: float
+    bound_by: Bound
+    advice: str
+    tiled: int
+    captions_truncated: int
+    worker: str
+    busy: Sequence[str]  # shards that another process writes
+    unfinished: Sequence[str]  # planned shards that have no record yet
+    usable: bool  # whether the folder holds, or will hold, any sample
+    out: str
+    data_root: str
+    model: str
+    device: str
+
+    def write(self, out: Path) -> Path:
+        """Write the report: report.json, or one beside it for a slice of a divided run."""
+        index, _, count = self.worker.partition("/")
+        name = "report.json" if count == "1" else f"report-{index}-of-{count}.json"
+        commit_bytes(out / name, self.to_json().encode())
+        return out / name
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+
+
+def make_report(
+    settings: EncodeSettings,
+    checkpoint: Checkpoint,
+    part: Slice,
+    found: Survey,
+    plan: Plan,
+    outcome: Outcome,
+    dropped: int,
+    seconds: dict[str, float],
+    device: str,
+) -> Report:
+    """Put together what every stage found out."""
+    rejected = sorted([*found.rejected, *plan.rejected, *outcome.rejected], key=lambda r: r.sample.line)
+    bound = what_bound(outcome.decode_wait_s, outcome.vae_s, outcome.write_wait_s)
+    encode_s = seconds.get("encode", 0.0)
+    unfinished = [
+        shard_label(shard.split, shard.number)
+        for shard in plan.shards
+        if not (split_folder(settings.out, shard.split) / record_name(shard.number)).exists()
+    ]
+    waits = {"decode_wait": outcome.decode_wait_s, "vae": outcome.vae_s, "write_wait": outcome.write_wait_s}
+    return Report(
+        encoded=outcome.encoded,
+        recovered=outcome.recovered,
+        reused=plan.reused,
+        rejected=len(rejected),
+        dropped=dropped,
+        rejections=[Rejection.of(sample) for sample in rejected],
+        seconds={name: round(value, 3) for name, value in {**seconds, **waits}.items()},
+        clips_per_minute=round(60 * outcome.encoded / encode_s, 2) if encode_s else 0.0,
+        bound_by=bound,
+        advice=advice_for(bound, settings.workers or default_workers(), default_workers(), device),
+        tiled=outcome.tiled,
+        captions_truncated=outcome.truncated,
+        worker=str(part),
+        busy=[shard_label(split, number) for split, number in outcome.busy],
+        unfinished=unfinished,
+        usable=bool(plan.reused or outcome.encoded or outcome.recovered or unfinished or part.count > 1),
+        out=str(settings.out),
+        data_root=str(settings.root),
+        model=checkpoint.name,
+        device=device,
+    )
+
+
+def shard_label(split: Split, number: int) -> str:
+    """A shard as people look for it in the folder: 000003.tar, val/000000.tar."""
+    return tar_name(number) if split == "train" else f"{split}/{tar_name(number)}"
+
+
+def what_bound(decode_wait_s: float, vae_s: float, write_wait_s: float) -> Bound:
+    """Which side the run waited for most."""
+    sides: dict[Bound, float] = {"decode": decode_wait_s, "vae": vae_s, "disk": write_wait_s}
+    most = max(sides, key=lambda side: sides[side])
+    return most if sides[most] > 0 else "nothing"
+
+
+def advice_for(bound: Bound, workers: int, cores: int, device: str) -> str:
+    """What would make the next run faster."""
+    if bound == "decode":
+        if workers < cores:
+            return f"the VAE waited for clips: --workers {cores} uses every core"
+        return "the VAE waited for clips: more cores, or clips of a smaller size, would help"
+    if bound == "vae":
+        return "the VAE was busy throughout" + (": a GPU would help" if device == "cpu" else ": more GPUs would help")
+    if bound == "disk":
+        return "the VAE waited for the disk: a faster disk for --out would help"
+    return ""
+
+
+def show(report: Report, console: Console, report_path: Path) -> None:
+    """The summary, readable in 80 columns."""
+    if report.rejections:
+        table = Table(title=f"rejected: {report.rejected}", title_justify="left", title_style="bold yellow")
+        table.add_column("line", justify="right")
+        table.add_column("clip", overflow="fold")
+        table.add_column("reason", overflow="fold")
+        for rejection in report.rejections[:_SHOWN]:
+            table.add_row(str(rejection.line), rejection.source, rejection.reason)
+        if len(report.rejections) > _SHOWN:
+            table.add_row("", f"and {len(report.rejections) - _SHOWN} more", str(report_path))
+        console.print(table)
+    parts = [f"encoded {report.encoded}"]
+    for name, count in {
+        "recovered": report.recovered, "reused": report.reused, "rejected": report.rejected, "dropped": report.dropped,
+    }.items():  # fmt: skip
+        if count:
+            parts.append(f"{name} {count}")
+    console.print(f"[bold]{', '.join(parts)}[/] in {in_words(report.seconds['total'])}", highlight=False)
+    if report.encoded:
+        console.print(f"{report.clips_per_minute:.1f} clips/min; {report.advice}", highlight=False)
+    if report.captions_truncated:
+        console.print(f"captions cut at the model's text length: {report.captions_truncated}", highlight=False)
+    if report.tiled:
+        console.print(f"memory was short: the VAE ran in tiles for {report.tiled} clips", highlight=False)
+    if report.busy:
+        console.print(f"another process writes {', '.join(report.busy)}; left to it", highlight=False)
+    if report.unfinished:
+        shown = ", ".join(report.unfinished[:8]) + (" ..." if len(report.unfinished) > 8 else "")
+        console.print(f"not finished yet: {shown}; run the other slices, or this command without --worker")
+    console.print(f"shards in {report.out}, details in {report_path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,138 @@
+"""What the clips of a data set are: their content hashes, and their shapes where buckets must be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogcommon.contract import Contract
+from cogcommon.families import Resolution
+
+from .clip import ClipFacts, Fault
+from .cut import Cut, best_bucket
+from .lists import DataSet, Sample
+from .media import hash_file, probe
+from .output import Committed, Hashed, Split
+from .plan import Candidate, Rejected, choose_splits, with_keys
+from .pool import Pool
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Every sample of a data set: a candidate with its key and split, or rejected."""
+
+    candidates: Sequence[Candidate]
+    keys: Sequence[str]
+    splits: Sequence[Split]
+    buckets: dict[str, Resolution]  # by key, of the candidates that are not committed
+    rejected: Sequence[Rejected]
+
+
+def survey(
+    data: DataSet,
+    committed: Committed,
+    contract: Contract,
+    *,
+    buckets: Sequence[Resolution],
+    cut: Cut,
+    holdout: int,
+    pool: Pool,
+    advance: Callable[[], None],
+) -> Survey:
+    """Identify every sample by content, opening only what was not seen before.
+
+    A file of unchanged size and time keeps its hash. Others are probed and hashed in the pool.
+
+    Args:
+        committed: remembers hashes, and says what needs no bucket.
+        advance: called for each distinct file, opened or not.
+    """
+    root = data.root
+    known: dict[str, Hashed] = {}
+    for source in dict.fromkeys(sample.source for sample in data.samples):
+        if (before := committed.hashes.get(source)) and _unchanged(root / source, before):
+            known[source] = before
+            advance()
+    facts: dict[str, ClipFacts | Fault] = {}
+    _probe_into(facts, [s.source for s in data.samples if s.source not in known], root, pool, advance)
+    images = _hash_images(data.samples, root, pool)
+
+    candidates, rejected = _candidates(data.samples, known, facts, images)
+    keys, splits = with_keys(candidates, contract), choose_splits(candidates, holdout, committed)
+    if len(buckets) > 1:
+        # An edited caption: the clip's hash is known, but its shape is not.
+        unseen = [
+            candidate.sample.source
+            for candidate, key, split in zip(candidates, keys, splits, strict=True)
+            if key not in committed.samples[split] and candidate.sample.source not in facts
+        ]
+        _probe_into(facts, unseen, root, pool, advance)
+        if any(isinstance(facts[source], Fault) for source in unseen):
+            candidates, rejected = _candidates(data.samples, known, facts, images)
+            keys, splits = with_keys(candidates, contract), choose_splits(candidates, holdout, committed)
+
+    chosen: dict[str, Resolution] = {}
+    for candidate, key, split in zip(candidates, keys, splits, strict=True):
+        if key in committed.samples[split]:
+            continue
+        if len(buckets) == 1:
+            chosen[key] = buckets[0]
+        else:
+            found = facts[candidate.sample.source]
+            assert isinstance(found, ClipFacts)
+            chosen[key] = best_bucket(found, buckets, cut, contract.family_row.fps)
+    return Survey(candidates, keys, splits, chosen, rejected)
+
+
+def _probe_into(
+    facts: dict[str, ClipFacts | Fault],
+    sources: Sequence[str],
+    root: Path,
+    pool: Pool,
+    advance: Callable[[], None],
+) -> None:
+    distinct = list(dict.fromkeys(sources))
+    for source, found in zip(distinct, pool.run(probe, ((root / source,) for source in distinct)), strict=True):
+        facts[source] = found
+        advance()
+
+
+def _hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | Fault]:
+    distinct = list(dict.fromkeys(sample.image for sample in samples if sample.image))
+    return dict(zip(distinct, pool.run(_image_hash, ((root / image,) for image in distinct)), strict=True))
+
+
+def _image_hash(path: Path) -> bytes | Fault:
+    try:
+        return hash_file(path)
+    except OSError as error:
+        return Fault(f"image {path.name}: cannot be read: {error.strerror}")
+
+
+def _candidates(
+    samples: Sequence[Sample],
+    known: dict[str, Hashed],
+    facts: dict[str, ClipFacts | Fault],
+    images: dict[str, bytes | Fault],
+) -> tuple[list[Candidate], list[Rejected]]:
+    candidates: list[Candidate] = []
+    rejected: list[Rejected] = []
+    for sample in samples:
+        found = facts.get(sample.source) or known[sample.source]
+        image = images[sample.image] if sample.image else b""
+        if isinstance(found, Fault):
+            rejected.append(Rejected(sample, found.reason))
+        elif isinstance(image, Fault):
+            rejected.append(Rejected(sample, image.reason))
+        else:
+            candidates.append(Candidate(sample, Hashed(found.size, found.mtime_ns, found.sha256), image))
+    return candidates, rejected
+
+
+def _unchanged(path: Path, before: Hashed) -> bool:
+    try:
+        now = path.stat()
+    except (OSError, ValueError):
+        return False
+    return (now.st_size, now.st_mtime_ns) == (before.size, before.mtime_ns)

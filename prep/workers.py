@@ -1,0 +1,63 @@
+"""Which part of the planned shards this process takes. The division is fixed: no barrier, no message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cogcommon.errors import SettingError
+
+from .plan import Drop, PlannedShard
+
+S = TypeVar("S", PlannedShard, Drop)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Worker ``index`` (from 1) of ``count``; ``source`` is where that was said."""
+
+    index: int
+    count: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def takes(self, number: int) -> bool:
+        return number % self.count == self.index - 1
+
+    def of(self, shards: Iterable[S]) -> list[S]:
+        return [shard for shard in shards if self.takes(shard.number)]
+
+    def split(self, part: int, parts: int) -> Slice:
+        """The ``part``-th (from 0) of ``parts`` equal parts of this slice, for several GPUs of a host."""
+        return Slice((self.index - 1) * parts + part + 1, self.count * parts, self.source)
+
+
+def choose_slice(worker: str | None, environment: Mapping[str, str]) -> Slice:
+    """The slice asked for, or the one that the launcher's environment implies.
+
+    SLURM_* is believed only inside an srun step of more than one task: an sbatch script's own shell
+    has SLURM_PROCID=0 and SLURM_NTASKS=8 too, and would encode an eighth and call it done.
+
+    Raises:
+        SettingError: ``worker`` is not i/n with 1 <= i <= n.
+    """
+    if worker is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", worker)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise SettingError(
+                f"{worker!r} is not a slice", where="--worker", fix="for example --worker 1/8 up to --worker 8/8"
+            )
+        return Slice(int(match[1]), int(match[2]), "--worker")
+    for rank, size, source, counts in (
+        ("RANK", "WORLD_SIZE", "RANK and WORLD_SIZE", True),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "the srun step", "SLURM_STEP_ID" in environment),
+    ):
+        if counts and environment.get(rank, "").isdigit() and environment.get(size, "").isdigit():
+            index, count = int(environment[rank]) + 1, int(environment[size])
+            if count > 1 and index <= count:
+                return Slice(index, count, source)
+    return Slice(1, 1, "default")
