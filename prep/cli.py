@@ -6,7 +6,7 @@ import typer
 
 from cogcommon.settings import add_command, run_app
 
-from .settings import EncodeSettings
+from .settings import EncodeSettings, ValidateSettings
 
 app = typer.Typer(
     name="cogprep",
@@ -21,12 +21,25 @@ def _cogprep() -> None:
     """Turn a folder of clips and captions into shards that cogtrain reads."""
 
 
+def _validate(settings: ValidateSettings) -> None:
+    from .validate import run
+
+    run(settings)
+
+
 def _encode(settings: EncodeSettings) -> None:
     from .encode import run
 
     run(settings)
 
 
+add_command(
+    app,
+    "validate",
+    ValidateSettings,
+    _validate,
+    "Find every fault of a data root before a GPU is used, and show what encode would make of it.",
+)
 add_command(
     app,
     "encode",

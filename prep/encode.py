@@ -20,6 +20,7 @@ from cogcommon.checkpoint import Checkpoint
 from cogcommon.contract import EMPTY_CAPTION_FILE, Contract, tool_version
 from cogcommon.device import Precision, default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import DataRootError
+from cogcommon.families import Resolution
 from cogcommon.records import TEXT
 
 from .engine import Engine, Outcome
@@ -141,7 +142,7 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool) -> t
             advance=bar.advance,
         )
     chunk = {
-        bucket: settings.shard_samples or max(1, settings.shard_size // sample_bytes(contract, bucket))
+        bucket: settings.shard_samples or max(1, settings.shard_size // _sample_bytes(contract, bucket))
         for bucket in settings.buckets
     }
     plan = make_plan(
@@ -154,6 +155,17 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool) -> t
         chunk=chunk,
     )
     return found, plan
+
+
+def _sample_bytes(contract: Contract, bucket: Resolution) -> int:
+    return sample_bytes(
+        contract.family_row,
+        bucket,
+        item_bytes=4 if contract.dtype == "float32" else 2,
+        posterior=contract.posterior,
+        image_variants=contract.image_variants,
+        text_dim=contract.text_dim,
+    )
 
 
 def make_contract(settings: PlanSettings, checkpoint: Checkpoint, precision: Precision) -> Contract:

@@ -6,7 +6,7 @@ yields no samples at all; and all faults are found at once, not one a run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +40,15 @@ class ListFault:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the lists say. ``samples`` is empty when there is any fault."""
+    """What the lists say. ``samples`` is empty when there is any fault; ``columns`` is what could be read.
+
+    ``columns`` has the entries of "captions", "clips" and "images", line by line.
+    """
 
     root: Path
     samples: Sequence[Sample]
     faults: Sequence[ListFault]
+    columns: Mapping[str, Sequence[str]]
     images_unused: bool = False  # images.txt is there, but the task is T2V
 
     def trusted(self) -> DataSet:
@@ -114,7 +118,7 @@ def read_lists(
         )
     unused = task == "t2v" and (root / (images or "images.txt")).exists()
     if faults:
-        return DataSet(root, (), sorted(faults), unused)
+        return DataSet(root, (), sorted(faults), columns, unused)
     stills = columns.get("images") or [""] * len(columns["clips"])
     samples = [
         Sample(line, f"{id_token} {caption}" if id_token else caption, clip, still)
@@ -122,7 +126,7 @@ def read_lists(
             zip(columns["captions"], columns["clips"], stills, strict=True), 1
         )
     ]
-    return DataSet(root, samples, (), unused)
+    return DataSet(root, samples, (), columns, unused)
 
 
 def _read_list(path: Path, name: str, faults: list[ListFault]) -> list[str] | None:

@@ -15,6 +15,7 @@ import os
 import stat
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -116,12 +117,14 @@ class Video:
         stamps: list[int | None] = []
         last_end = 0.0
         packets, first_key, keyed = 0, None, False
+        promised = len(self._stream.index_entries) or self._stream.frames
         try:
             for packet in self._container.demux():
                 if packet.size == 0:
                     continue
                 if packet.is_corrupt:
-                    raise BadClip(f"damaged or cut short: packet {packets} is incomplete")
+                    of = f" of {promised}" if promised > packets else ""
+                    raise BadClip(f"damaged or cut short: frame {packets}{of} is incomplete")
                 if packet.pts is not None:
                     last_end = max(last_end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index != self._stream.index:
@@ -134,8 +137,7 @@ class Video:
                 if keyed and not packet.is_discard and not hidden:
                     stamps.append(packet.pts)
         except av.error.FFmpegError as error:
-            raise BadClip(f"damaged or cut short after {packets} packets: {_words(error)}") from error
-        promised = len(self._stream.index_entries) or self._stream.frames
+            raise BadClip(f"damaged or cut short after {packets} frames: {_words(error)}") from error
         if "matroska" not in self._container.format.name and packets < promised:
             raise BadClip(f"cut short: {packets} of {promised} frames are in the file")
         self._check_end(last_end)
@@ -220,6 +222,24 @@ class Video:
             mtime_ns=self._stat.st_mtime_ns,
             sha256=digest,
         )
+
+    def glimpses(self, count: int, size: int = 320) -> list[Pixels]:
+        """Up to ``count`` key frames from all over the clip: upright RGB, the long side at most ``size`` pixels."""
+        scaler = VideoReformatter()
+        width, height = self.display_size
+        scale = min(1.0, size / max(width, height))
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        across, down = (height, width) if self.turn.transpose else (width, height)
+        found = {0: self.first_frame}
+        self._stream.codec_context.skip_frame = "NONKEY"
+        with suppress(av.error.FFmpegError):  # not every format can be wound; the first frame is there
+            for part in range(1, count):
+                index = len(self.times_s) * part // count
+                self._container.seek(self._stamps[index] if self._stamps else 0, stream=self._stream)
+                frame = next(self._container.decode(self._stream), None)
+                if frame is not None and frame.pts is not None:
+                    found[frame.pts] = frame
+        return [self.turn.apply(to_rgb(scaler, frame, across, down, self.colour)) for frame in found.values()]
 
     def frames(self, indices: Sequence[int], width: int, height: int) -> Iterator[Pixels]:
         """The frames at ``indices`` (ascending, distinct), upright, scaled to ``width`` x ``height``.

@@ -25,7 +25,7 @@ _MATRICES = {
     _SMPTE240M: ("smpte240m", Colorspace.SMPTE240M),
     _BT2020: ("bt2020", Colorspace.BT2020),
 }
-_HDR = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
+_HDR = {16: "PQ, SMPTE 2084", 18: "HLG, ARIB STD-B67"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cogcommon.contract import Contract
-from cogcommon.families import Resolution
+from cogcommon.families import Family, Resolution
 
 from .lists import Sample
 from .output import SPLITS, Committed, Hashed, Split
@@ -170,10 +170,18 @@ def make_plan(
     return Plan(shards, drops, reused, rejected)
 
 
-def sample_bytes(contract: Contract, bucket: Resolution) -> int:
-    """Size of a sample's tensors, for chunking by bytes."""
-    width = 4 if contract.dtype == "float32" else 2
-    parts = 2 if contract.posterior == "moments" else 1
-    frame = contract.family_row.latent_channels * bucket.latent_height * bucket.latent_width
-    images = contract.image_variants + 1 if contract.task == "i2v" else 0
-    return width * (parts * frame * (bucket.latent_frames + images) + contract.text_tokens * contract.text_dim)
+def sample_bytes(
+    family: Family, bucket: Resolution, *, item_bytes: int, posterior: str, image_variants: int, text_dim: int
+) -> int:
+    """Size of a sample's tensors.
+
+    Args:
+        item_bytes: of one number: 2 for bf16 and fp16, 4 for fp32.
+        posterior: "moments" stores two numbers a latent, "sample" one.
+        image_variants: pre-noised first frames, beside the clean one (I2V only).
+        text_dim: width of T5's hidden state.
+    """
+    parts = 2 if posterior == "moments" else 1
+    frame = family.latent_channels * bucket.latent_height * bucket.latent_width
+    images = image_variants + 1 if family.task == "i2v" else 0
+    return item_bytes * (parts * frame * (bucket.latent_frames + images) + family.text_tokens * text_dim)

@@ -172,3 +172,10 @@ class EncodeSettings(PlanSettings):
     )
     strict: bool = setting(False, "exit with 2 if any clip was rejected", section="Work")
     json: bool = setting(False, "print the report as JSON", section="Work")
+
+
+@dataclass(frozen=True)
+class ValidateSettings(PlanSettings):
+    """Every option of `cogprep validate`: the plan's, so that what is looked at is what is encoded."""
+
+    json: bool = setting(False, "print everything as JSON", section="Work")

@@ -1,0 +1,185 @@
+"""What `validate` found out, as a page of 80 columns and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from cogcommon.families import Resolution
+
+from .advice import Advice
+from .progress import in_words
+
+_SHOWN = 20  # faults that the page lists; --json has them all
+_SHOWN_LINES = 3  # examples of one kind of advice
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Finding:
+    """A fault, where the lists name it."""
+
+    file: str
+    line: int  # from 1; 0 for the list as a whole
+    entry: str  # what the list says there
+    what: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """What `encode` would make of one bucket. Shares are of the source picture, 0 to 1."""
+
+    resolution: Resolution
+    clips: int
+    source_frames: tuple[int, int]  # of its clips, least and most
+    fps: tuple[float, float]  # effective, least and most
+    loss: tuple[float, float]  # cut away, mean and most
+    shards: int
+    bytes: int
+    gpu_s: float | None  # of the VAE on one H200; None for a built-in model
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Everything `validate` says of a data root."""
+
+    data_root: str
+    model: str
+    family: str
+    family_fps: int
+    precision: str
+    lines: int
+    usable: int
+    validation: int  # samples held out
+    faults: Sequence[Finding]
+    advice: Sequence[Advice]
+    plan: Sequence[BucketPlan]  # empty when the lists cannot be paired
+    notes: Sequence[str]
+    seconds: float
+
+    def to_json(self) -> str:
+        values = dataclasses.asdict(self)
+        for bucket, row in zip(self.plan, values["plan"], strict=True):
+            row["resolution"] = str(bucket.resolution)
+        return json.dumps(values, indent=1, ensure_ascii=False)
+
+
+def show(verdict: Verdict, console: Console) -> None:
+    """Print the page: faults, advice, plan."""
+    console.print(
+        f"[bold]{escape(verdict.data_root)}[/]: {_count(verdict.lines, 'clip')} for {escape(verdict.model)} "
+        f"[dim]({verdict.family}, {verdict.family_fps} fps), looked at in {in_words(verdict.seconds)}[/]"
+    )
+    if verdict.faults:
+        _show_faults(verdict, console)
+    else:
+        console.print("\n[bold green]no faults[/]")
+    if verdict.advice:
+        _show_advice(verdict, console)
+    if verdict.plan:
+        _show_plan(verdict, console)
+    for note in verdict.notes:
+        console.print(f"\n[dim]{escape(note)}[/]")
+
+
+def _show_faults(verdict: Verdict, console: Console) -> None:
+    console.print(f"\n[bold red]{_count(len(verdict.faults), 'fault')}[/]")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(no_wrap=True, style="cyan")
+    table.add_column(overflow="fold", max_width=24)
+    table.add_column(overflow="fold")
+    for fault in verdict.faults[:_SHOWN]:
+        table.add_row(escape(fault.place), escape(fault.entry), escape(fault.what))
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+    if len(verdict.faults) > _SHOWN:
+        console.print(f"  and {len(verdict.faults) - _SHOWN} more; --json lists them all")
+
+
+def _show_advice(verdict: Verdict, console: Console) -> None:
+    console.print("\n[bold yellow]advice[/] [dim](nothing here stops an encode)[/]")
+    for advice in verdict.advice:
+        count = f", {_count(len(advice.lines), 'clip')}" if advice.lines else ""
+        console.print(Padding(f"[yellow]{advice.kind}[/]{count}: {escape(advice.what)}", (0, 0, 0, 2), expand=False))
+        for text in _examples(advice):
+            console.print(Padding(text, (0, 0, 0, 6), expand=False))
+        if advice.fix:
+            console.print(Padding(f"[dim]->[/] {escape(advice.fix)}", (0, 0, 0, 4), expand=False))
+
+
+def _examples(advice: Advice) -> Iterator[str]:
+    more = len(advice.lines) - _SHOWN_LINES
+    if not any(detail for _, detail in advice.lines):  # lines alone fit on one
+        numbers = ", ".join(str(line) for line, _ in advice.lines[: 4 * _SHOWN_LINES])
+        more -= 3 * _SHOWN_LINES
+        if advice.lines:
+            yield f"[dim]line{'s' if len(advice.lines) > 1 else ''} {numbers}[/]"
+    else:
+        for line, detail in advice.lines[:_SHOWN_LINES]:
+            yield f"[dim]line {line}[/]  {escape(detail)}"
+    if more > 0:
+        yield f"[dim]and {more} more[/]"
+
+
+def _show_plan(verdict: Verdict, console: Console) -> None:
+    held = f", {verdict.validation} of them held out for validation" if verdict.validation else ""
+    console.print(
+        f"\n[bold]plan[/]: {_count(verdict.usable, 'clip')}{held}; the family's rate is {verdict.family_fps} fps"
+    )
+    timed = any(row.gpu_s is not None for row in verdict.plan)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("bucket", style="cyan", no_wrap=True)
+    for name in ("clips", "frames", "fps", "cut away", "shards", "size", *(["GPU time"] if timed else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in verdict.plan:
+        table.add_row(
+            str(row.resolution),
+            str(row.clips),
+            f"{row.resolution.frames} of {_range(row.source_frames, '.0f')}" if row.clips else "",
+            _range(row.fps, ".3g") if row.clips else "",
+            _loss(row) if row.clips else "",
+            str(row.shards),
+            in_bytes(row.bytes) if row.clips else "",
+            in_words(row.gpu_s) if row.clips and row.gpu_s is not None else "",
+        )
+    if len(verdict.plan) > 1:
+        table.add_section()
+        table.add_row(
+            "all", str(sum(row.clips for row in verdict.plan)), "", "", "",
+            str(sum(row.shards for row in verdict.plan)), in_bytes(sum(row.bytes for row in verdict.plan)),
+            in_words(sum(row.gpu_s or 0.0 for row in verdict.plan)),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _range(ends: tuple[float, float], form: str) -> str:
+    low, high = (format(end, form) for end in ends)
+    return low if low == high else f"{low}-{high}"
+
+
+def _loss(row: BucketPlan) -> str:
+    mean, most = (f"{share:.0%}" for share in row.loss)
+    return mean if mean == most else f"{mean}, most {most}"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def in_bytes(size: float) -> str:
+    """A size as disks are labelled: powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

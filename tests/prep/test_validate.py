@@ -1,0 +1,220 @@
+"""`cogprep validate`: every fault with its line, advice that is true, a plan that encode keeps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cogcommon.errors import DataRootError
+from cogcommon.families import Resolution
+from cogcommon.records import read_record
+from cogprep.cli import app
+from cogprep.look import inside_bars
+from cogprep.settings import EncodeSettings, ValidateSettings
+from cogprep.validate import validate
+
+sys.path.insert(0, str(Path(__file__).parent))
+from corpus import cards, cut_short, write, write_sound
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Twelve good, odd and bad clips with their lists."""
+    root = tmp_path_factory.mktemp("ds")
+    (root / "videos").mkdir()
+    make = {
+        "good.mp4": lambda p: write(p, cards(frames=60)),
+        "again.mp4": lambda p: write(p, cards(frames=60)),
+        "fast.mp4": lambda p: write(p, cards(frames=30), fps=60),
+        "long.mp4": lambda p: write(p, cards(frames=60), options={"crf": "20"}),
+        "turned.mp4": lambda p: write(p, [np.rot90(c, -1) for c in cards(frames=60)], rotate=90),
+        "tall.mp4": lambda p: write(p, cards(96, 144, 60)),
+        "barred.mp4": lambda p: write(p, [letterboxed(c, 12) for c in cards(frames=60)]),
+        "small.mp4": lambda p: write(p, cards(48, 32, 60)),
+        "cut.mp4": lambda p: cut_short(root / "videos/good.mp4", p),
+        "sound.m4a": write_sound,
+        "one.mp4": lambda p: write(p, cards()[:1]),
+        "missing.mp4": lambda p: None,
+    }
+    for name, write_clip in make.items():
+        write_clip(root / "videos" / name)
+    captions = [f"a card with a bar, number {number}" for number in range(len(make))]
+    captions[3] = "the quick brown fox jumps over the lazy dog " * 40
+    captions[1] = captions[0]
+    (root / "videos.txt").write_text("".join(f"videos/{name}\n" for name in make))
+    (root / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions))
+    return root
+
+
+def letterboxed(picture, bar):
+    picture = picture.copy()
+    picture[:bar] = picture[-bar:] = 0
+    return picture
+
+
+@pytest.fixture
+def settings(root, tmp_path):
+    return ValidateSettings(
+        data_root=root, resolution=["17x64x96"], model="tiny", out=tmp_path / "out", workers=2, precision="fp32"
+    )
+
+
+@pytest.fixture(scope="module")
+def verdict(root, tmp_path_factory):
+    return validate(
+        ValidateSettings(
+            data_root=root, resolution=["17x64x96", "17x96x64"], model="tiny",
+            out=tmp_path_factory.mktemp("out"), workers=2, precision="fp32", shard_samples=2, holdout=1,
+        )
+    )  # fmt: skip
+
+
+def test_every_fault_is_named_with_file_line_and_reason(verdict):
+    assert [(fault.file, fault.line, fault.entry) for fault in verdict.faults] == [
+        ("videos.txt", 9, "videos/cut.mp4"),
+        ("videos.txt", 10, "videos/sound.m4a"),
+        ("videos.txt", 11, "videos/one.mp4"),
+        ("videos.txt", 12, "videos/missing.mp4"),
+    ]
+    for fault, reason in zip(verdict.faults, ["cut short", "only sound", "too short: 1 frame", "missing"], strict=True):
+        assert reason in fault.what
+    assert (verdict.lines, verdict.usable) == (12, 8)
+
+
+def test_advice_names_the_lines_it_is_about(verdict):
+    lines = {advice.kind: [line for line, _ in advice.lines] for advice in verdict.advice}
+    assert lines == {
+        "few clips": [],
+        "speed": [3],
+        "black bars": [7],
+        "long captions": [4],
+        "duplicates": [2],
+        "enlarged": [8],
+        "turned or stretched": [5],
+    }
+    details = {advice.kind: [detail for _, detail in advice.lines] for advice in verdict.advice}
+    assert details["speed"] == ["33.1 fps, 4.1x slow motion"]  # 16 intervals over 29 of a 60th
+    assert details["black bars"] == ["crop=144:68:0:14"]
+    assert details["duplicates"] == ["as line 1, videos/good.mp4"]
+    assert details["turned or stretched"] == ["turned by 270 degrees: used as 144x96"]
+    tokens, cut = details["long captions"][0].split(": ")
+    assert int(tokens.split()[0]) > 226
+    kept, lost = cut.strip(".").split(" | ")
+    assert f"{kept} {lost}".replace("...", "") in "the quick brown fox jumps over the lazy dog " * 40
+
+
+def test_the_plan_says_bucket_frames_rate_and_loss(verdict):
+    wide, tall = verdict.plan
+    assert (wide.resolution, wide.clips, tall.resolution, tall.clips) == (
+        Resolution(17, 64, 96), 7, Resolution(17, 96, 64), 1,
+    )  # fmt: skip
+    assert wide.source_frames == (30, 60)
+    assert wide.fps[0] == pytest.approx(8, abs=0.1)
+    assert wide.fps[1] == pytest.approx(16 / (29 / 60), abs=0.1)
+    assert wide.loss == (0, 0)
+
+
+def test_encode_keeps_the_plan(settings, root):
+    """Shards, samples, held out samples and the size of the tensors are what encode then writes."""
+    from cogprep.encode import encode
+
+    # without the clip of one frame: encode finds that out when it decodes, and has planned a place for it
+    for name in ("videos.txt", "prompts.txt"):
+        kept = [line for number, line in enumerate((root / name).read_text().splitlines(), 1) if number != 11]
+        (root / f"some-{name}").write_text("\n".join(kept))
+    chosen = {
+        "prompts": "some-prompts.txt", "videos": "some-videos.txt", "shard_samples": 3, "holdout": 1,
+        "resolution": ["17x64x96", "17x96x64"],
+    }  # fmt: skip
+    verdict = validate(replace(settings, **chosen))
+    fields = {name: getattr(settings, name) for name in ("data_root", "model", "out", "workers", "precision")}
+    report = encode(EncodeSettings(**fields, **chosen))
+    records = [read_record(path) for path in settings.out.rglob("[0-9]*.parquet")]
+    rows = [row for record in records for row in record.rows if row.status == "ok"]
+    assert report.rejected == len(verdict.faults)
+    assert len(rows) == verdict.usable
+    assert len(records) == sum(row.shards for row in verdict.plan)
+    assert sum(len(read_record(path).rows) for path in (settings.out / "val").glob("*.parquet")) == verdict.validation
+    for bucket in verdict.plan:
+        inside = [row for row in rows if row.bucket == str(bucket.resolution)]
+        assert len(inside) == bucket.clips
+        written = sum(row.tensors_size for row in inside)
+        assert bucket.bytes == pytest.approx(written, rel=0.01)  # a safetensors header a sample
+        rates = [row.effective_fps for row in inside]
+        assert (min(rates), max(rates)) == pytest.approx(bucket.fps)
+
+
+def test_unpaired_lists_are_named_beside_the_faults_of_clips(settings, root):
+    (root / "short.txt").write_text("one\n\ntwo\n")
+    verdict = validate(replace(settings, prompts="short.txt"))
+    places = [(fault.file, fault.line) for fault in verdict.faults]
+    assert places[:2] == [("short.txt", 2), ("videos.txt", 4)]
+    assert ("videos.txt", 9) in places
+    assert verdict.plan == ()
+    assert "no plan" in verdict.notes[0]
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, ["validate", *map(str, words)])
+
+
+def test_faults_exit_with_2_and_advice_does_not(root, tmp_path):
+    base = ["--model", "tiny", "--resolution", "17x64x96", "--data-root"]
+    failed = invoke(*base, root)
+    assert isinstance(failed.exception, DataRootError)  # run_app prints it and exits with 2
+    assert "4 faults" in str(failed.exception)
+    (tmp_path / "videos").symlink_to(root / "videos")
+    (tmp_path / "videos.txt").write_text("videos/good.mp4\nvideos/barred.mp4\n")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    passed = invoke(*base, tmp_path)
+    assert passed.exit_code == 0
+    assert "black bars" in passed.output
+    assert "no faults" in passed.output
+
+
+def test_the_page_is_readable_in_80_columns_and_json_has_everything(root, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    base = ["--model", "tiny", "--resolution", "17x64x96", "--data-root", root]
+    page = invoke(*base)
+    lines = page.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    header = next(line for line in lines if "bucket" in line)
+    assert header.split() == ["bucket", "clips", "frames", "fps", "cut", "away", "shards", "size"]
+    told = json.loads(invoke(*base, "--json").stdout)
+    assert len(told["faults"]) == 4
+    assert told["plan"][0]["resolution"] == "17x64x96"
+
+
+def test_gpu_time_is_given_for_real_models_only(settings):
+    from cogcommon.checkpoint import open_checkpoint
+    from cogprep.validate import gpu_seconds
+
+    tiny = open_checkpoint("tiny")
+    assert gpu_seconds(settings, tiny, Resolution(49, 480, 720), 10) is None
+    real = replace(tiny, name="THUDM/CogVideoX-5b")
+    assert gpu_seconds(settings, real, Resolution(49, 480, 720), 10) == pytest.approx(9.6)
+    assert gpu_seconds(settings, real, Resolution(81, 768, 1360), 1) == pytest.approx(0.96 * 741 / 149, rel=0.01)
+
+
+def dark_with_bright(height=90, width=160, left=0, top=0):
+    picture = np.full((height, width, 3), 6, np.uint8)
+    picture[top : height - top, left : width - left] = 120
+    return picture
+
+
+def test_bars_are_told_from_dark_pictures():
+    assert inside_bars([dark_with_bright(left=20)], 160, 90) == (22, 0, 138, 90)
+    assert inside_bars([dark_with_bright(top=10)] * 3, 320, 180) == (0, 22, 320, 158)
+    assert inside_bars([dark_with_bright()], 160, 90) is None
+    assert inside_bars([np.zeros((90, 160, 3), np.uint8)], 160, 90) is None
+    night = dark_with_bright()
+    night[:40] = 8  # a dark sky over a lit street: one side only
+    assert inside_bars([night], 160, 90) is None
+    # bars are black in every picture: one bright one clears them
+    assert inside_bars([dark_with_bright(left=20), dark_with_bright()], 160, 90) is None
