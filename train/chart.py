@@ -92,7 +92,7 @@ def _range(lines: Sequence[Line]) -> tuple[float, float]:
         of_line = sorted(y for _, y in line.points)
         if line.trimmed and len(of_line) >= 50:
             of_line = of_line[len(of_line) // 100 : len(of_line) - len(of_line) // 50]
-        values += [of_line[0], of_line[-1]]
+        values += [of_line[0], of_line[-1], *([0.0] if line.style == "plain" else [])]
     low, high = min(values), max(values)
     if low == high:
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
