@@ -9,8 +9,7 @@ import typer
 
 from cogcommon.settings import add_command, run_app
 
-from .generate import GenerateSettings
-from .settings import LoraSettings, SftSettings, TrainSettings
+from .settings import GenerateSettings, LoraSettings, SftSettings, TrainSettings
 
 app = typer.Typer(
     name="cogtrain",

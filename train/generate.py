@@ -7,44 +7,20 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from cogcommon.checkpoint import Checkpoint
-from cogcommon.device import Precision, default_precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import SettingError
 from cogcommon.families import Resolution
-from cogcommon.settings import setting
 from cogcommon.video import write_mp4
 
 from .pipeline import Request, draw, load_pipeline, place, to_base
+from .settings import GenerateSettings
 from .sheet import Column, contact_sheet, side_by_side
 from .tuned import find
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """The options of `cogtrain generate`."""
-
-    run: Path | None = setting(None, "Run folder to take weights and model from.", section="Weights")
-    lora: Path | None = setting(None, "LoRA file, instead of a run.", section="Weights")
-    transformer: Path | None = setting(None, "Diffusers transformer folder, instead of a run.", section="Weights")
-    model: str | None = setting(
-        None, "Base checkpoint: built-in form, folder, or hub id.", shown="as trained", section="Weights"
-    )
-    prompt: str = setting("", "What the video shows; with the id token, if training had one.", section="Video")
-    image: Path | None = setting(None, "First frame (I2V only); cut to the video's shape.", section="Video")
-    resolution: str | None = setting(None, "FxHxW of the video.", shown="the model's own", section="Video")
-    steps: int = setting(50, "Sampling steps.", section="Video")
-    guidance: float = setting(6.0, "Classifier-free guidance scale; 1 switches it off.", section="Video")
-    seed: int = setting(42, "Of the noise, the same for tuned and base.", section="Video")
-    fps: float | None = setting(None, "Frames a second of the video.", shown="the family's", section="Video")
-    base: bool = setting(True, "Also draw the video of the base model.", section="Video")
-    precision: Precision | None = setting(None, "fp32, bf16 or fp16.", shown="the family's, fp32 on a CPU")
-    out: Path | None = setting(None, "Folder for the videos.", shown="RUN/generated/<prompt>-<seed>")
-    json: bool = setting(False, "Print the result as JSON.")
 
 
 def run(settings: GenerateSettings) -> None:

@@ -21,10 +21,12 @@ from .inputs import Objective
 from .optim import learning_rate, make_optimizer
 from .order import Slot, rank_slots
 from .progress import RunLog, cut_metrics, peak_gib
+from .report import write_report
 from .run import Run, run_folder, settings_json, write_config
 from .run_folder import CONFIG_FILE, Facts, StepLine
 from .signals import StopRequest
 from .strategy import Runtime, start
+from .validate import Validation
 
 if TYPE_CHECKING:
     import torch
@@ -68,10 +70,11 @@ def train(run: Run, stop: StopRequest) -> Path:
     transformer.to(runtime.device)
     optimizer = make_optimizer(trained, settings, runtime.device, on_host=run.strategy.endswith("-offload"))
     model, optimizer = runtime.prepare(transformer, optimizer)
-    done = 0
+    done = run.resume.state.step if run.resume else 0
+    log = RunLog(folder if runtime.main else None, run.steps, done)
+    validation = Validation.begin(run, runtime, model, folder, log)  # it measures the base model, so before the resume
     if run.resume is not None:
         runtime.load_state(model, optimizer, run.resume.folder)
-        done = run.resume.state.step
     objective = Objective.of(run.checkpoint, settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None)
     batches = prefetch(
         run.shards,
@@ -83,7 +86,7 @@ def train(run: Run, stop: StopRequest) -> Path:
     trainable = sum(_size(parameter) for parameter in trained)
     if runtime.main:
         _facts(run, runtime, trainable).write(folder)
-    with RunLog(folder if runtime.main else None, run.steps, done) as log, ExitStack() as closing:
+    with log, ExitStack() as closing:
         closing.callback(batches.close)
         _greet(run, log, folder, done, trainable)
         for step in range(done + 1, run.steps + 1):
@@ -116,10 +119,14 @@ def train(run: Run, stop: StopRequest) -> Path:
                 )
             )
             signal = runtime.agree(stop.signal)
+            if validation and not signal and (step % settings.validate_every == 0 or step == run.steps):
+                log.validation(validation.measure(model, step))
             if signal or step % settings.save_every == 0 or step == run.steps:
                 state = checkpoints.RunState(step, runtime.world, run.facts(), settings_json(settings))
                 saved = checkpoints.save(runtime, model, optimizer, None, state, folder, settings.keep)
                 log.say(f"saved {saved}")
+                if runtime.main:
+                    write_report(folder)
             if signal and step < run.steps:
                 raise Stopped(128 + signal, f"cogtrain {run.method.name} --config {folder / CONFIG_FILE}")
     _export(run, runtime, model, folder)

@@ -12,6 +12,7 @@ from cogcommon.families import Resolution
 from cogcommon.video import Frames
 
 from . import lora, sft
+from .sample import sampler_of
 from .tuned import Tuned
 
 if TYPE_CHECKING:
@@ -55,14 +56,12 @@ def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
     if tuned.lora_file:
         lora.check_fits(tuned.lora_file, checkpoint, transformer)
     name = "CogVideoXImageToVideoPipeline" if family.task == "i2v" else "CogVideoXPipeline"
-    # Published sampler, trailing spacing: the last step must start from pure noise (abar = 0), as in training.
-    sampler = diffusers.CogVideoXDDIMScheduler if family.ddim else diffusers.CogVideoXDPMScheduler
     pipeline = getattr(diffusers, name)(
         tokenizer=checkpoint.load_tokenizer(),
         text_encoder=checkpoint.load_text_encoder(dtype),
         vae=checkpoint.load_vae(dtype),
         transformer=transformer.eval(),
-        scheduler=sampler.from_config(dict(checkpoint.scheduler_config), timestep_spacing="trailing"),
+        scheduler=sampler_of(checkpoint),
     )
     if tuned.lora_file:
         pipeline.load_lora_weights(tuned.lora_file.parent, weight_name=tuned.lora_file.name)

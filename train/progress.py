@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cogcommon.files import commit_bytes
 
-from .run_folder import METRICS_FILE, StepLine
+from .run_folder import METRICS_FILE, StepLine, ValidationLine
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ class RunLog:
             self._task = self._bar.add_task("", total=steps, completed=done, note="")
 
     def __enter__(self) -> RunLog:
+        self._started = time.perf_counter()
         if self._bar is not None:
             self._bar.start()
         return self
@@ -113,6 +114,14 @@ class RunLog:
             self._last_line = now
             left = (now - self._started) / max(1, self._done - self._at_start) * (self.steps - self._done)
             self.say(f"step {metrics.step}/{self.steps}  {note}  ETA {clock(left)}")
+
+    def validation(self, line: ValidationLine) -> None:
+        self.write(asdict(line))
+        change = 100 * (line.val_loss / line.base_val_loss - 1)
+        self.say(
+            f"step {line.step}/{self.steps}  held-out loss {line.val_loss:.4f}, base model {line.base_val_loss:.4f} "
+            f"({change:+.1f} %)"
+        )
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -138,3 +138,31 @@ class SftSettings(TrainSettings):
     """Settings of ``cogtrain sft``."""
 
     lr: float = setting(1e-5, "peak learning rate", section=_OPTIM)
+
+
+_WEIGHTS, _VIDEO = "Weights", "Video"
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Settings of ``cogtrain generate``."""
+
+    run: Path | None = setting(None, "run folder to take weights and model from", section=_WEIGHTS)
+    lora: Path | None = setting(None, "LoRA file, instead of a run", section=_WEIGHTS)
+    transformer: Path | None = setting(None, "diffusers transformer folder, instead of a run", section=_WEIGHTS)
+    model: str | None = setting(
+        None, "base checkpoint: a built-in form, a folder, or a hub id", shown="as trained", section=_WEIGHTS
+    )
+    prompt: str = setting("", "what the video shows; with the id token, if training had one", section=_VIDEO)
+    image: Path | None = setting(None, "first frame (I2V only); cut to the video's shape", section=_VIDEO)
+    resolution: str | None = setting(None, "FxHxW of the video", shown="the model's own", section=_VIDEO)
+    steps: int = setting(50, "sampling steps", section=_VIDEO)
+    guidance: float = setting(6.0, "scale of classifier-free guidance; 1 switches it off", section=_VIDEO)
+    seed: int = setting(42, "of the noise, the same for tuned and base", section=_VIDEO)
+    fps: float | None = setting(None, "frames a second of the video", shown="the family's", section=_VIDEO)
+    base: bool = setting(True, "also draw the video of the base model", section=_VIDEO)
+    precision: Precision | None = setting(
+        None, "type the model computes in", shown="the family's on a GPU, fp32 on a CPU"
+    )
+    out: Path | None = setting(None, "folder for the videos", shown="RUN/generated/<prompt>-<seed>")
+    json: bool = setting(False, "print the result as JSON")

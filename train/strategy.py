@@ -226,6 +226,11 @@ class Runtime:
         """Optimizer states, and perhaps more, are spread by DeepSpeed."""
         return self.config is not None
 
+    @property
+    def whole(self) -> bool:
+        """Every process holds all weights."""
+        return STAGE[self.strategy] < 3
+
     def agree(self, value: int) -> int:
         """The largest of all ranks' values; over the CPU, so that no GPU waits."""
         if self.world == 1:

@@ -29,3 +29,19 @@ def live_model() -> Callable:
         return checkpoint, transformer
 
     return make
+
+
+@pytest.fixture
+def train_here() -> Callable:
+    """train_here(settings) -> run folder; the whole run, in this process."""
+    from accelerate.state import AcceleratorState
+
+    from cogtrain.loop import train
+    from cogtrain.run import open_run
+    from cogtrain.signals import StopRequest
+
+    def run(settings):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return train(open_run(settings, torch.device("cpu"), 1), StopRequest())
+
+    return run

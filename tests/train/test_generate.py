@@ -17,6 +17,7 @@ from cogcommon.families import BUILTIN_NAMES, Resolution
 from cogcommon.settings import add_command
 from cogtrain import generate, lora
 from cogtrain.pipeline import Request, draw, load_pipeline, to_base
+from cogtrain.settings import GenerateSettings
 from cogtrain.sheet import Column, contact_sheet, side_by_side
 from cogtrain.tuned import find
 
@@ -25,8 +26,8 @@ SMALL = ["--prompt", "a red ball rolls to the left", "--steps", "2", "--resoluti
 
 def command(*words):
     app = typer.Typer(add_completion=False)
-    add_command(app, "generate", generate.GenerateSettings, generate.run, "Generate.")
-    add_command(app, "other", generate.GenerateSettings, generate.run, "Other.")
+    add_command(app, "generate", GenerateSettings, generate.run, "Generate.")
+    add_command(app, "other", GenerateSettings, generate.run, "Other.")
     return CliRunner().invoke(app, ["generate", *map(str, words)])
 
 
@@ -152,7 +153,7 @@ def test_the_image_is_cut_and_not_stretched(make_run, picture):
     wide = Image.new("RGB", (400, 100), "black")
     ImageDraw.Draw(wide).ellipse((160, 10, 240, 90), fill="white")
     wide.save(picture)
-    settings = generate.GenerateSettings(run=make_run("tiny-i2v"), prompt="x", image=picture)
+    settings = GenerateSettings(run=make_run("tiny-i2v"), prompt="x", image=picture)
     request = generate._request(settings, open_checkpoint("tiny-i2v"))
     white = np.asarray(request.image)[..., 0] > 127
     assert request.image.size == (96, 64)

@@ -1,0 +1,67 @@
+"""Videos made during training are those of diffusers' pipelines."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.families import BUILTIN_NAMES
+from cogtrain.inputs import Objective
+from cogtrain.sample import Conditions, decode, load_decoder, sample, sampler_of
+
+
+@pytest.mark.parametrize("name", BUILTIN_NAMES)
+def test_the_video_is_the_pipelines(name):
+    checkpoint = open_checkpoint(name)
+    i2v = checkpoint.family.task == "i2v"
+    cls = CogVideoXImageToVideoPipeline if i2v else CogVideoXPipeline
+    pipeline = cls.from_pretrained(checkpoint.root)
+    pipeline.scheduler = sampler_of(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()
+    objective = Objective.of(checkpoint)
+
+    tokens, width = checkpoint.family.text_tokens, checkpoint.transformer_config["text_embed_dim"]
+    draw = torch.Generator().manual_seed(0)
+    text, empty = torch.randn(2, 1, tokens, width, generator=draw)
+    noise = torch.randn(1, objective.padded_frames(5), 16, 8, 12, generator=draw)
+    mine, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    image, options = None, {}
+    if i2v:
+        picture = torch.rand(1, 3, 64, 96, generator=draw)
+        options["image"] = picture
+        with torch.no_grad():
+            encoded = pipeline.vae.encode((picture * 2 - 1)[:, :, None]).latent_dist.sample(mine)
+        image = encoded.transpose(1, 2)  # the pipeline draws it from the same generator, first
+    expected = pipeline(
+        prompt_embeds=text, negative_prompt_embeds=empty, latents=noise, num_frames=17, height=64, width=96,
+        num_inference_steps=4, guidance_scale=6.0, use_dynamic_cfg=not checkpoint.family.ddim, generator=theirs,
+        max_sequence_length=tokens, output_type="np", **options,
+    ).frames[0]  # fmt: skip
+
+    latent = sample(
+        pipeline.transformer, objective, checkpoint, Conditions(noise, text, empty, image), mine, torch.float32, steps=4
+    )
+    video = decode(load_decoder(checkpoint, torch.float32), latent, 5)
+    assert video.shape == (17, 64, 96, 3)
+    assert np.abs(video.astype(int) - (expected * 255).round()).max() <= 1
+
+
+def test_guidance_and_the_caption_matter():
+    checkpoint = open_checkpoint("tiny")
+    transformer, objective = checkpoint.load_transformer(torch.float32), Objective.of(checkpoint)
+    draw = torch.Generator().manual_seed(0)
+    text, other, empty = torch.randn(3, 1, 226, 64, generator=draw)
+    noise = torch.randn(1, 5, 16, 8, 12, generator=draw)
+
+    def drawn(text, guidance):
+        conditions = Conditions(noise, text, empty, None)
+        generator = torch.Generator().manual_seed(1)
+        return sample(
+            transformer, objective, checkpoint, conditions, generator, torch.float32, steps=2, guidance=guidance
+        )
+
+    assert (drawn(text, 6.0) - drawn(text, 1.0)).abs().max() > 1e-3
+    assert (drawn(text, 6.0) - drawn(other, 6.0)).abs().max() > 1e-3
+    assert torch.equal(drawn(text, 6.0), drawn(text, 6.0))

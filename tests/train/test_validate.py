@@ -1,0 +1,149 @@
+"""Held-out loss and videos: right, the same on any number of processes, and no trace in training."""
+
+import functools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import av
+import pytest
+import torch
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import ShardError
+from cogtrain.data import read_sample
+from cogtrain.diffusion import Schedule
+from cogtrain.draws import Draws
+from cogtrain.inputs import Objective
+from cogtrain.run_folder import read_metrics, read_run
+from cogtrain.sample import sample
+from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.sources import open_shards
+from cogtrain.validate import TIMESTEPS
+
+
+def lines(run):
+    return read_metrics(run / "metrics.jsonl")
+
+
+@pytest.fixture
+def shards(tmp_path, make_shards):
+    """Folders of training and of held-out shards; three held-out samples, so that two ranks share unequally."""
+    make_shards(tmp_path / "out", samples=4)
+    make_shards(tmp_path / "held", samples=3, seed=9, captions=("a", "b", "c"))
+    return {"shards": [str(tmp_path / "out")], "validate_shards": [str(tmp_path / "held")]}
+
+
+def base_loss(held_out):
+    """The base model's loss, stated anew."""
+    checkpoint = open_checkpoint("tiny")
+    transformer, objective = checkpoint.load_transformer(torch.float32).eval(), Objective.of(checkpoint)
+    abar = Schedule.from_config(checkpoint.scheduler_config).abar_T
+    losses = []
+    for index in range(len(held_out)):
+        stored = read_sample(held_out, index)
+        x0 = 0.7 * stored.latent_mean.transpose(0, 1)[None]
+        noise = Draws(0, 0, stored.key).normal(tuple(x0.shape[1:]), "noise")[None]
+        for t in TIMESTEPS:
+            a, s = float(abar[t].sqrt()), float((1 - abar[t]).sqrt())
+            inputs = objective.model_inputs(
+                a * x0 + s * noise, None, stored.text[None], torch.tensor([t]), torch.float32
+            )
+            with torch.no_grad():
+                predicted = transformer(**inputs, return_dict=False)[0]
+            losses.append(float((predicted - (a * noise - s * x0)).square().mean()))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("method", [LoraSettings, SftSettings])
+def test_the_base_line_is_the_base_models_and_an_untrained_run_stays_on_it(tmp_path, shards, train_here, method):
+    run = train_here(method(**shards, out=tmp_path / "run", steps=1, lr=0.0))
+    _, (line,) = lines(run)
+    assert line.val_loss == line.base_val_loss
+    assert math.isclose(line.base_val_loss, base_loss(open_shards(shards["validate_shards"])), rel_tol=1e-6)
+
+
+def test_training_does_not_notice_a_validation(tmp_path, shards, train_here, monkeypatch):
+    """Losses are bit-equal; and there is no text encoder to be had."""
+    monkeypatch.setattr("cogtrain.validate.sample", functools.partial(sample, steps=2))
+    base = tmp_path / "model"
+    shutil.copytree(open_checkpoint("tiny").root, base)
+    for weights in (base / "text_encoder").glob("*.safetensors"):
+        weights.unlink()
+    common = {"shards": shards["shards"], "model": str(base), "steps": 3, "rank": 4, "lr": 1e-2, "lora_dropout": 0.1}
+    without = train_here(LoraSettings(**common, out=tmp_path / "without"))
+    settings = {"validate_shards": shards["validate_shards"], "validate_every": 1, "validate_videos": 1}
+    run = train_here(LoraSettings(**common, **settings, out=tmp_path / "with"))
+
+    steps, validations = lines(run)
+    expected, none = lines(without)
+    assert [(s.loss, s.grad_norm) for s in steps] == [(s.loss, s.grad_norm) for s in expected]
+    assert (without / "pytorch_lora_weights.safetensors").stat().st_size > 0
+    assert not none
+    assert [v.step for v in validations] == [1, 2, 3]
+    assert len({v.val_loss for v in validations}) == 3
+    assert len({v.base_val_loss for v in validations}) == 1
+
+    assert sorted(p.name for p in (run / "validation").glob("step-*")) == [f"step-00000{n}" for n in range(4)]
+    with av.open(str(run / "validation/step-000003/0.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 17
+    assert len(json.loads((run / "validation/captions.json").read_text())) == 1
+    page = (run / "report.html").read_text()
+    assert 'src="validation/step-000000/0.mp4"' in page
+    assert "base model, held out" in page
+    assert read_run(run).facts.held_out == 3
+
+
+def test_the_base_line_of_full_fine_tuning_is_remembered(tmp_path, shards, train_here, monkeypatch):
+    settings = {**shards, "out": tmp_path / "run", "validate_every": 1, "lr": 1e-2}
+    train_here(SftSettings(**settings, steps=1))
+    remembered = json.loads((tmp_path / "run/validation/base.json").read_text())
+    run = train_here(SftSettings(**settings, steps=2))
+    _, validations = lines(run)
+    assert [v.step for v in validations] == [1, 2]
+    assert {v.base_val_loss for v in validations} == {remembered["loss"]}
+    assert (run / "validation/base.json").read_text() == json.dumps(remembered)
+
+
+def test_other_held_out_shards_are_measured_anew(tmp_path, shards, train_here, make_shards):
+    settings = {"shards": shards["shards"], "out": tmp_path / "run", "rank": 4}
+    train_here(LoraSettings(**settings, validate_shards=shards["validate_shards"], steps=1, lr=1e-2))
+    make_shards(tmp_path / "other", samples=2, seed=5, captions=("x", "y"))
+    run = train_here(LoraSettings(**settings, validate_shards=[str(tmp_path / "other")], steps=2, lr=1e-2))
+    _, (first, second) = lines(run)
+    assert first.base_val_loss != second.base_val_loss
+    # The base model was measured although the run had already trained a step.
+    assert math.isclose(second.base_val_loss, base_loss(open_shards([str(tmp_path / "other")])), rel_tol=1e-6)
+
+
+def test_a_damaged_held_out_sample_is_named(tmp_path, shards, train_here):
+    tar = tmp_path / "held/000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[5000] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(ShardError, match="not what was written") as caught:
+        train_here(LoraSettings(**shards, out=tmp_path / "run", steps=1))
+    assert "held/000001.tar" in caught.value.where
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_two_processes_find_what_one_finds(tmp_path, shards, train_here, strategy):
+    """The base line bit for bit; and each video is drawn once, under ZeRO-3 from gathered weights."""
+    one = train_here(LoraSettings(**shards, out=tmp_path / "one", steps=1, batch_size=2, lr=1e-2, validate_videos=0))
+    words = ["--batch-size", 1, "--lr", 1e-2, "--steps", 1, "--nproc", 2, "--strategy", strategy]
+    words += ["--validate-videos", 1] if strategy == "zero3" else []
+    subprocess.run(
+        [sys.executable, "-m", "cogtrain", "lora", "--shards", *shards["shards"], "--validate-shards",
+         *shards["validate_shards"], "--out", str(tmp_path / "two"), *map(str, words)],
+        check=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=300,
+    )  # fmt: skip
+    (_, (mine,)), (_, (theirs,)) = lines(one), lines(tmp_path / "two")
+    assert theirs.base_val_loss == mine.base_val_loss
+    assert math.isclose(theirs.val_loss, mine.val_loss, rel_tol=1e-5)
+    assert theirs.val_loss != theirs.base_val_loss
+    if strategy == "zero3":
+        for step in ("step-000000", "step-000001"):
+            assert sorted(p.name for p in (tmp_path / "two/validation" / step).iterdir()) == ["0.mp4"]

@@ -1,0 +1,214 @@
+"""Whether a run learns: loss and videos of held-out samples, with the base model's beside them.
+
+Every number is a function of the samples and the weights alone. Each sample is
+measured once, by one rank, in a batch of its own, so the value does not depend
+on the number of processes; nothing here draws from a generator of training's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.errors import CogError, RunError
+from cogcommon.files import commit_bytes
+from cogcommon.video import write_mp4
+
+from .data import Collator, StoredSample, read_sample
+from .draws import Draws
+from .inputs import Objective
+from .order import Slot
+from .progress import RunLog
+from .run import Run
+from .run_folder import VALIDATION, ValidationLine
+from .sample import Conditions, decode, load_decoder, sample
+from .sources import ShardSet
+from .strategy import Runtime
+
+if TYPE_CHECKING:
+    import torch
+
+TIMESTEPS = (125, 375, 625, 875)  # the middles of four equal parts
+_SEED = 0  # of the noise: the same in every run, so that runs can be compared
+_BASE_FILE = "base.json"
+CAPTIONS_FILE = "captions.json"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Measures a model on held-out samples.
+
+    Args:
+        objective: without any weighting of the loss.
+        base_loss: of the untouched base model.
+    """
+
+    run: Run
+    runtime: Runtime
+    held_out: ShardSet
+    objective: Objective
+    folder: Path
+    base_loss: float
+
+    @classmethod
+    def begin(cls, run: Run, runtime: Runtime, model: torch.nn.Module, folder: Path, log: RunLog) -> Validation | None:
+        """Measure the base model, unless this run has done so before; None without held-out samples.
+
+        Call it when nothing has been trained or resumed yet: LoRA's B is zero
+        and full fine-tuning's weights are the checkpoint's, so ``model`` is the
+        base model. Every rank calls it.
+
+        Raises:
+            ShardError: a held-out sample is damaged.
+        """
+        if run.held_out is None:
+            return None
+        validation = cls(run, runtime, run.held_out, Objective.of(run.checkpoint), folder / VALIDATION, math.nan)
+        known = validation._remembered()
+        if known is None:
+            log.say(f"validation: {len(run.held_out)} held-out samples at {len(TIMESTEPS)} timesteps; base model first")
+            known = validation.loss(model)
+            if validation.videos:
+                validation.draw(model, 0)
+            validation._remember(known)
+        return dataclasses.replace(validation, base_loss=known)
+
+    def _remembered(self) -> float | None:
+        """The base model's loss as rank 0 finds it in the run folder."""
+        found = ""
+        path = self.folder / _BASE_FILE
+        if self.runtime.main and path.exists():
+            found = path.read_text(encoding="utf-8")
+        known = json.loads(self.runtime.tell(found) or "{}")
+        return known["loss"] if known.get("facts") == self._facts() else None
+
+    def _remember(self, loss: float) -> None:
+        if self.runtime.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            commit_bytes(self.folder / _BASE_FILE, json.dumps({"facts": self._facts(), "loss": loss}).encode())
+
+    def _facts(self) -> list[Any]:
+        """What the base model's loss and videos depend on."""
+        return [self.held_out.fingerprint, self.run.checkpoint.name, self.run.precision, [*TIMESTEPS], self.videos]
+
+    @property
+    def videos(self) -> int:
+        return min(self.run.settings.validate_videos, len(self.held_out))
+
+    def measure(self, model: torch.nn.Module, step: int) -> ValidationLine:
+        """Loss, and videos where asked for; every rank calls it."""
+        line = ValidationLine(step, self.loss(model), self.base_loss)
+        if self.videos:
+            self.draw(model, step)
+        return line
+
+    def loss(self, model: torch.nn.Module) -> float:
+        """Mean velocity loss over all held-out samples and `TIMESTEPS`, at the posteriors' means."""
+        import torch
+
+        collate = Collator(self.objective, _SEED, held_out=True)
+        rounds = -(-len(self.held_out) // self.runtime.world)
+        rows = []
+        with self._evaluating(model) as plain:
+            for number in range(rounds):
+                index = number * self.runtime.world + self.runtime.rank
+                # A rank that has none left repeats the first: under ZeRO-3 all ranks run every forward pass.
+                stored = self._read(index if index < len(self.held_out) else 0)
+                row = []
+                for timestep in TIMESTEPS:
+                    batch = collate([stored], [Slot(index, 0, 0)], [timestep]).to(self.runtime.device)
+                    with self.runtime.accelerator.autocast():
+                        row.append(self.objective.losses(plain, batch, self.runtime.dtype)[0])
+                rows.append(torch.stack(row))
+        losses_RT = self.runtime.accelerator.gather(torch.stack(rows)).double().cpu()  # rank by rank
+        by_sample = losses_RT.view(self.runtime.world, rounds, -1).transpose(0, 1).reshape(-1, len(TIMESTEPS))
+        values = by_sample[: len(self.held_out)].flatten().tolist()
+        return math.fsum(values) / len(values)
+
+    def draw(self, model: torch.nn.Module, step: int) -> None:
+        """Write ``validation/step-N/i.mp4`` for the first held-out samples, each on one rank."""
+        import safetensors.torch
+        import torch
+
+        folder = self.folder / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        device = self.runtime.device
+        empty = safetensors.torch.load(self.held_out.empty_caption())["text"]
+        captions = []
+        with self._evaluating(model) as live:
+            transformer = self._whole(live)
+            vae = None
+            for index in range(self.videos):
+                stored = self._read(index)
+                captions.append(stored.caption)
+                if index % self.runtime.world != self.runtime.rank:
+                    continue
+                frames = stored.latent_mean.shape[1]
+                shape = (self.objective.padded_frames(frames), 16, *stored.latent_mean.shape[2:])
+                draws = Draws(_SEED, 0, stored.key)
+                image = stored.image_clean_mean
+                conditions = Conditions(
+                    noise_BFCHW=draws.normal(shape, "noise")[None].to(device),
+                    text_BLD=stored.text[None].to(device),
+                    empty_BLD=empty[None].to(device),
+                    image_BFCHW=None if image is None else image.float().transpose(0, 1)[None].to(device),
+                )
+                with self.runtime.accelerator.autocast():
+                    latent = sample(
+                        transformer, self.objective, self.run.checkpoint, conditions,
+                        torch.Generator().manual_seed(_SEED), self.runtime.dtype,
+                    )  # fmt: skip
+                vae = vae or load_decoder(self.run.checkpoint, self.runtime.dtype)
+                write_mp4(folder / f"{index}.mp4", decode(vae, latent, frames), self.run.checkpoint.family.fps)
+        if self.runtime.main:
+            commit_bytes(self.folder / CAPTIONS_FILE, json.dumps(captions, ensure_ascii=False).encode())
+        self.runtime.wait()
+
+    def _whole(self, live: Any) -> torch.nn.Module:
+        """The model with all its weights here. Under ZeRO-3 a copy, gathered once; else the live one."""
+        import torch
+
+        if self.runtime.whole:
+            return live  # type: ignore[no-any-return]
+        copy = self.run.checkpoint.load_transformer(self.runtime.dtype)
+        self.run.method.apply(copy)
+        read = self.runtime.full_weight()
+        into = dict(copy.named_parameters())
+        with torch.no_grad():
+            for name, parameter in live.named_parameters():
+                if parameter.requires_grad:  # the frozen ones are the checkpoint's
+                    into[name].copy_(read(parameter))
+        return copy.to(self.runtime.device).eval()  # type: ignore[no-any-return]
+
+    def _read(self, index: int) -> StoredSample:
+        """A held-out sample; when any rank cannot read its own, all stop together."""
+        fault: CogError | None = None
+        stored = None
+        try:
+            stored = read_sample(self.held_out, index)
+        except CogError as error:
+            fault = error
+        if self.runtime.agree(int(fault is not None)):
+            raise fault or RunError("another process of the run could not read a held-out sample")
+        assert stored is not None
+        return stored
+
+    @contextmanager
+    def _evaluating(self, model: torch.nn.Module) -> Iterator[Any]:
+        """The plain model in evaluation mode, without gradients; back as it was afterwards."""
+        import torch
+
+        plain = self.runtime.plain(model)
+        was = plain.training
+        plain.eval()
+        try:
+            with torch.no_grad():
+                yield plain
+        finally:
+            plain.train(was)
