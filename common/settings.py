@@ -24,7 +24,13 @@ S = TypeVar("S")
 
 
 def setting(
-    default: Any, help: str, *, shown: str | None = None, flag: str | None = None, section: str | None = None
+    default: Any,
+    help: str,
+    *,
+    shown: str | None = None,
+    flag: str | None = None,
+    section: str | None = None,
+    positional: bool = False,
 ) -> Any:
     """Declare a setting.
 
@@ -34,15 +40,20 @@ def setting(
         shown: what help prints as the default, where the value alone would not say it.
         flag: the option's name if it is not the field's.
         section: heading under which ``--help`` lists it.
+        positional: a bare word on the command line (``cogprep inspect OUT``), not an option. Never a list:
+            the words after another list option would land in it without a sound.
     """
-    metadata = {"help": help, "shown": shown, "flag": flag, "section": section}
+    assert not (positional and isinstance(default, list))
+    metadata = {"help": help, "shown": shown, "flag": flag, "section": section, "positional": positional}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
-    """The option a field is set with, as typed: ``--data-root``."""
+    """What a field is set with, as typed: ``--data-root``, or ``OUT`` where it is positional."""
+    if field.metadata.get("positional"):
+        return field.name.upper()
     return field.metadata.get("flag") or "--" + field.name.replace("_", "-")
 
 
@@ -175,12 +186,15 @@ def add_command(app: typer.Typer, name: str, cls: type[S], run: Callable[[S], No
         flag = flag_of(field)
         if annotation is bool:
             flag = f"{flag}/--no-{flag[2:]}"
-        option = typer.Option(
-            flag,
-            help=field.metadata["help"],
-            show_default=shown_default(field),
-            rich_help_panel=field.metadata.get("section"),
-        )
+        shared = {
+            "help": field.metadata["help"],
+            "show_default": shown_default(field),
+            "rich_help_panel": field.metadata.get("section"),
+        }
+        if field.metadata.get("positional"):
+            option: Any = typer.Argument(metavar=f"[{flag}]", **shared)
+        else:
+            option = typer.Option(flag, **shared)
         parameters.append(
             inspect.Parameter(
                 field.name,

@@ -94,3 +94,21 @@ def test_help_shows_every_option_with_its_default():
     text = run("--help")[0].output
     for word in ("--validate-shards", "10 epochs", "0.0001", "ddp|zero2", "off"):
         assert word in text
+
+
+def test_a_positional_setting_is_a_bare_word(tmp_path):
+    @dataclass(frozen=True)
+    class Settings:
+        out: Path = setting(Path("out"), "a folder", positional=True)
+        names: list[str] = setting([], "some words")
+
+    seen = []
+    app = typer.Typer()
+    add_command(app, "show", Settings, seen.append, "Show it.")
+    for words in ([], ["here"], ["here", "--names", "a", "b"], ["--names=a", "b"]):
+        assert CliRunner().invoke(app, words).exit_code == 0, words
+    assert [(str(given.out), given.names) for given in seen] == [
+        ("out", []), ("here", []), ("here", ["a", "b"]), ("out", ["a", "b"]),
+    ]  # fmt: skip
+    assert "[OUT]" in CliRunner().invoke(app, ["--help"]).output
+    assert CliRunner().invoke(app, ["one", "two"]).exit_code == 2
