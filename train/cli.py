@@ -9,7 +9,7 @@ import typer
 
 from cogcommon.settings import add_command, run_app
 
-from .settings import GenerateSettings, LoraSettings, SftSettings, TrainSettings
+from .settings import ExportSettings, GenerateSettings, LoraSettings, SftSettings, TrainSettings
 
 app = typer.Typer(
     name="cogtrain",
@@ -59,9 +59,16 @@ def generate(settings: GenerateSettings) -> None:
     run(settings)
 
 
+def export(settings: ExportSettings) -> None:
+    from .export import run
+
+    run(settings)
+
+
 add_command(app, "lora", LoraSettings, train, help="Train a LoRA.")
 add_command(app, "sft", SftSettings, train, help="Train all weights (full fine-tuning).")
 add_command(app, "generate", GenerateSettings, generate, help="Make a video, and the base model's beside it.")
+add_command(app, "export", ExportSettings, export, help="Write the weights of a run for others to load, and compare.")
 
 
 def main() -> None:

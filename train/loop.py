@@ -15,6 +15,7 @@ from cogcommon.contract import tool_version
 from cogcommon.errors import CogError, RunError
 
 from . import checkpoint as checkpoints
+from .card import write_card
 from .data import Batch, Collator, prefetch
 from .draws import seed_of
 from .inputs import Objective
@@ -23,7 +24,7 @@ from .order import Slot, rank_slots
 from .progress import RunLog, cut_metrics, peak_gib
 from .report import write_report
 from .run import Run, run_folder, settings_json, write_config
-from .run_folder import CONFIG_FILE, Facts, StepLine
+from .run_folder import CONFIG_FILE, Facts, StepLine, read_run
 from .signals import StopRequest
 from .strategy import Runtime, start
 from .validate import Validation
@@ -245,6 +246,7 @@ def _export(run: Run, runtime: Runtime, model: Any, folder: Path) -> None:
     }
     exported = run.method.export(runtime, model, run.checkpoint, folder, facts)
     if exported is not None:
+        write_card(folder, read_run(folder), "transformer" if run.method.full else "lora", run.steps)
         log = RunLog(folder, run.steps, run.steps)
         log.say(
             f"wrote {exported.path}; loaded back, its answer is within {exported.difference:.1e} of the trained model's"

@@ -166,3 +166,18 @@ class GenerateSettings:
     )
     out: Path | None = setting(None, "folder for the videos", shown="RUN/generated/<prompt>-<seed>")
     json: bool = setting(False, "print the result as JSON")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of ``cogtrain export``."""
+
+    run: Path | None = setting(None, "run folder, or a checkpoint-N in it", shown="required")
+    to: Literal["diffusers", "peft", "merged"] = setting(
+        "diffusers",
+        "LoRA file or transformer folder; PEFT adapter folder; or transformer folder with the LoRA merged in",
+    )
+    model: str | None = setting(None, "base checkpoint, where it lies elsewhere now", shown="as trained")
+    precision: Precision | None = setting(None, "type of merged weights", shown="the run's")
+    out: Path | None = setting(None, "folder to write", shown="RUN/exported/<to>")
+    json: bool = setting(False, "print the result as JSON")

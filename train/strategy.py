@@ -418,3 +418,22 @@ def _single_process_environment() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What was trained, whole and in fp32, from a checkpoint of any strategy and any number of processes.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    import safetensors.torch
+
+    try:
+        if (checkpoint / _WEIGHTS).exists():
+            return safetensors.torch.load_file(checkpoint / _WEIGHTS)
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG)
+        return state
+    except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise RunError(f"the checkpoint cannot be read: {str(error).splitlines()[0]}", where=str(checkpoint)) from error

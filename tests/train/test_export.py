@@ -1,0 +1,128 @@
+"""Export: the libraries that load the weights get the model that was trained."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from peft import PeftModel
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import CogError, RunError
+from cogtrain import export, lora
+from cogtrain.probe import difference, probe
+from cogtrain.settings import ExportSettings, LoraSettings, SftSettings
+from cogtrain.sft import load
+
+
+def fresh():
+    return open_checkpoint("tiny").load_transformer(torch.float32)
+
+
+@pytest.fixture
+def lora_run(tmp_path, make_shards, train_here):
+    """Two steps with a checkpoint after each; alpha/rank is 0.25, and the rate high enough to matter."""
+    make_shards(tmp_path / "out", samples=4)
+    return train_here(
+        LoraSettings(
+            shards=[str(tmp_path / "out")], out=tmp_path / "run", steps=2, save_every=1, rank=4, alpha=1.0, lr=0.3
+        )
+    )
+
+
+def through_pipeline(folder):
+    pipeline = CogVideoXPipeline.from_pretrained(open_checkpoint("tiny").root)
+    pipeline.load_lora_weights(folder)
+    return pipeline.transformer
+
+
+LOADERS = {
+    "diffusers": through_pipeline,
+    "peft": lambda folder: PeftModel.from_pretrained(fresh(), folder).get_base_model(),
+    "merged": lambda folder: CogVideoXTransformer3DModel.from_pretrained(folder / "transformer"),
+}
+
+
+def test_every_form_of_a_lora_answers_as_the_run(lora_run, capsys):
+    expected = probe(through_pipeline(lora_run))
+    assert difference(probe(fresh()), expected) > 1e-3
+    for form, loaded in LOADERS.items():
+        export.run(ExportSettings(run=lora_run, to=form, json=True))
+        said = json.loads(capsys.readouterr().out)
+        folder = lora_run / "exported" / form
+        assert said["difference"] < 1e-5
+        assert said["step"] == 2
+        assert difference(expected, probe(loaded(folder))) < 1e-5, form
+        card = (folder / "README.md").read_text()
+        assert 'base_model: "tiny"' in card
+        assert "| steps | 2 of 2 |" in card
+        assert "| training loss, smoothed | " in card
+    config = json.loads((lora_run / "exported/peft/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4
+
+
+def test_an_earlier_checkpoint_gives_its_own_weights(lora_run, capsys):
+    first, second = lora_run / "checkpoint-1", lora_run / "checkpoint-2"
+    for checkpoint in (first, second):
+        export.run(ExportSettings(run=checkpoint))
+    assert "step 1" in capsys.readouterr().out
+    last = lora.load_file(lora_run / lora.FILE)
+    of_first, of_second = (lora.load_file(c / "exported/diffusers" / lora.FILE) for c in (first, second))
+    assert all(torch.equal(last[name], of_second[name]) for name in last)
+    assert any(not torch.equal(last[name], of_first[name]) for name in last)
+    assert "| steps | 1 of 2 |" in (first / "exported/diffusers/README.md").read_text()
+
+
+def test_the_run_has_a_card_whose_code_runs(lora_run, monkeypatch):
+    card = (lora_run / "README.md").read_text()
+    assert "run/pytorch" not in card
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(lora_run.parent)
+    code = code.replace('from_pretrained("tiny"', f'from_pretrained("{open_checkpoint("tiny").root}"')
+    exec(code, space := {})
+    assert difference(probe(through_pipeline(lora_run)), probe(space["pipe"].transformer)) == 0
+
+
+def test_full_fine_tuning(tmp_path, make_shards, train_here):
+    make_shards(tmp_path / "out", samples=2)
+    settings = {"shards": [str(tmp_path / "out")], "out": tmp_path / "run", "save_every": 1}
+    run = train_here(SftSettings(**settings, steps=2, lr=1e-2))
+    for source in (run, run / "checkpoint-2"):
+        export.run(ExportSettings(run=source, precision="bf16", out=tmp_path / "written"))
+        written = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "written/transformer")
+        trained = dict(load(run / "transformer", open_checkpoint("tiny"), torch.float32).named_parameters())
+        assert all(torch.equal(p, trained[name].bfloat16().float()) for name, p in written.float().named_parameters())
+    with pytest.raises(CogError, match="no adapter"):
+        export.run(ExportSettings(run=run, to="peft"))
+
+
+def test_what_cannot_be_exported_is_said_in_words(tmp_path, lora_run):
+    (lora_run / lora.FILE).unlink()
+    with pytest.raises(RunError, match="has not finished") as caught:
+        export.run(ExportSettings(run=lora_run))
+    assert caught.value.fix == f"--run {lora_run / 'checkpoint-2'}"
+    (lora_run / "checkpoint-2/weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(RunError, match="cannot be read"):
+        export.run(ExportSettings(run=lora_run / "checkpoint-2"))
+    with pytest.raises(CogError, match="no run was named"):
+        export.run(ExportSettings())
+    with pytest.raises(RunError, match="not a run folder"):
+        export.run(ExportSettings(run=tmp_path))
+
+
+def test_from_a_zero3_checkpoint(tmp_path, make_shards):
+    """The parts of two processes, put together by DeepSpeed's own means, are what the run exported."""
+    make_shards(tmp_path / "out", samples=2)
+    subprocess.run(
+        [sys.executable, "-m", "cogtrain", "lora", "--shards", "out", "--out", "run", "--steps", "1", "--rank", "4",
+         "--lr", "0.1", "--nproc", "2", "--strategy", "zero3"],
+        check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    run = tmp_path / "run"
+    export.run(ExportSettings(run=run / "checkpoint-1"))
+    mine, theirs = lora.load_file(run / lora.FILE), lora.load_file(run / "checkpoint-1/exported/diffusers" / lora.FILE)
+    assert any(tensor.abs().max() > 0 for name, tensor in mine.items() if "lora_B" in name)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)

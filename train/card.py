@@ -1,0 +1,106 @@
+"""The model card that goes with exported weights: ``README.md``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from cogcommon.files import commit_bytes
+
+from .chart import number, smoothed
+from .run_folder import CARD_FILE, Run
+
+Kind = Literal["lora", "peft", "transformer"]
+
+_LOAD = 'pipe = {pipeline}.from_pretrained("{model}", torch_dtype=torch.{dtype})'
+_USE: dict[Kind, str] = {
+    "lora": _LOAD + '\npipe.load_lora_weights("{folder}")',
+    "peft": _LOAD + '\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")',
+    "transformer": "transformer = CogVideoXTransformer3DModel.from_pretrained(\n"
+    '    "{folder}/transformer", torch_dtype=torch.{dtype}\n)\n'
+    + _LOAD.replace('"{model}",', '"{model}", transformer=transformer,'),
+}
+
+
+def write_card(folder: Path, run: Run, kind: Kind, step: int) -> Path:
+    """Write the card beside the weights.
+
+    Args:
+        folder: that holds the weights.
+        kind: of weights.
+        step: at which the weights are.
+    """
+    path = folder / CARD_FILE
+    commit_bytes(path, card(run, kind, step, folder.name).encode())
+    return path
+
+
+def card(run: Run, kind: Kind, step: int, folder: str) -> str:
+    """The card, as Markdown with the header that model hubs read."""
+    facts = run.facts
+    i2v = facts.task == "i2v"
+    pipeline = "CogVideoXImageToVideoPipeline" if i2v else "CogVideoXPipeline"
+    dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[facts.precision]
+    names = {"lora": "", "peft": "", "transformer": ", CogVideoXTransformer3DModel"}[kind]
+    use = _USE[kind].format(pipeline=pipeline, model=facts.model, dtype=dtype, folder=folder)
+    peft_import = "from peft import PeftModel\n" if kind == "peft" else ""
+    method = "LoRA" if facts.method == "lora" else "Full fine-tuning"
+    header = {
+        "base_model": facts.model,
+        "library_name": "peft" if kind == "peft" else "diffusers",
+        "pipeline_tag": "image-to-video" if i2v else "text-to-video",
+        "tags": ["cogvideox", *(["lora"] if kind != "transformer" else [])],
+    }
+    yaml = "\n".join(f"{name}: {json.dumps(value)}" for name, value in header.items())
+    sizes = ", ".join(f"{bucket} ({count:,})" for bucket, count in facts.samples.items())
+    rows = {
+        "base model": facts.model + (f" at `{facts.revision}`" if facts.revision else ""),
+        "family": f"{facts.family}, {facts.task}",
+        "steps": f"{step:,} of {facts.steps:,}",
+        "global batch": f"{facts.global_batch:,}",
+        "samples": f"{sum(facts.samples.values()):,}: {sizes}",
+        "shards' fingerprint": f"`{facts.shards_fingerprint}`",
+        "encoding's fingerprint": f"`{facts.contract_fingerprint}`",
+        **_losses(run, step),
+        "trained with": f"cogtrain {facts.version}, {facts.strategy}, {facts.precision}, {facts.device}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in run.settings.items())
+    return f"""---
+{yaml}
+---
+
+# {method} of {facts.model}
+
+```python
+import torch
+from diffusers import {pipeline}{names}
+{peft_import}
+{use}
+```
+
+| | |
+|---|---|
+{table}
+
+The settings of the run:
+
+```toml
+{settings}
+```
+"""
+
+
+def _losses(run: Run, step: int) -> dict[str, str]:
+    rows = {}
+    losses = [(line.step, line.loss) for line in run.steps if line.loss is not None and line.step <= step]
+    if losses:
+        rows["training loss, smoothed"] = number(smoothed(losses)[-1][1])
+    validations = [line for line in run.validations if line.step <= step]
+    if validations:
+        last = validations[-1]
+        rows["held-out loss"] = (
+            f"{number(last.val_loss)} at step {last.step:,}; the base model's is {number(last.base_val_loss)}"
+        )
+    return rows
