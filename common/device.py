@@ -27,6 +27,13 @@ def pick_device(local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
+def visible_gpus() -> int:
+    """GPUs of this host that this process may use; asking does not start CUDA."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def default_precision(family: Family, device: torch.device) -> Precision:
     """The family's own on a GPU; fp32 on a CPU, where half precision saves memory but seldom time."""
     return family.precision if device.type == "cuda" else "fp32"

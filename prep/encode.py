@@ -18,12 +18,13 @@ from rich.console import Console
 
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.contract import EMPTY_CAPTION_FILE, Contract, tool_version
-from cogcommon.device import Precision, default_precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.device import Precision, default_precision, dtype_of, pick_device, quiet_libraries, visible_gpus
 from cogcommon.errors import DataRootError
 from cogcommon.families import Resolution
 from cogcommon.records import TEXT
 
 from .engine import Engine, Outcome
+from .gpus import encode_in_parts, gpu_count
 from .output import SPLITS, Origin, check_contract, commit_contract, guard_foreign_root, scan, split_folder
 from .plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
 from .pool import Pool, default_workers
@@ -34,7 +35,7 @@ from .shards import ShardBusy, disk_errors, drop_samples, settle
 from .survey import Survey, survey
 from .text import TextEncoder, TextStore
 from .vae import LatentEncoder
-from .workers import choose_slice
+from .workers import choose_slice, local_rank
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,26 @@ def run(settings: EncodeSettings) -> None:
 
 
 def encode(settings: EncodeSettings) -> Report:
-    """Bring the output folder in line with the data root.
+    """Bring the output folder in line with the data root, on every GPU that is ours to use.
+
+    Raises:
+        CogError: as `encode_slice`.
+        RunError: one of several processes failed.
+    """
+    part = choose_slice(settings.worker, os.environ)
+    if part.count > 1:
+        _say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
+    # Under a launcher there is one process a GPU already.
+    parts = gpu_count(settings.gpus, visible_gpus()) if part.source in ("default", "--worker") else 1
+    if parts > 1:
+        # A wrong setting or list is said once, not by every process.
+        settings.read_lists(settings.open_model().family.task).trusted()
+        return encode_in_parts(settings, part, parts)
+    return encode_slice(settings)
+
+
+def encode_slice(settings: EncodeSettings) -> Report:
+    """Encode this process's slice of the planned shards, on one device.
 
     Raises:
         DataRootError: the lists cannot be trusted.
@@ -75,9 +95,7 @@ def encode(settings: EncodeSettings) -> Report:
     data = settings.read_lists(checkpoint.family.task).trusted()
     if data.images_unused:
         _say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} makes video from text alone")
-    if part.count > 1:
-        _say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
-    device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
     precision = settings.precision or default_precision(checkpoint.family, device)
     with clock("weights"):
         contract = make_contract(settings, checkpoint, precision)
@@ -97,7 +115,8 @@ def encode(settings: EncodeSettings) -> Report:
             guard_foreign_root(out, origin)
         with clock("drop"), disk_errors(out):
             origin.write(out)
-            dropped = _drop_gone(settings, part.of(plan.drops), outcome)
+            # No clip at all can be read: rather a disk that is not there than an order to drop everything.
+            dropped = _drop_gone(settings, part.of(plan.drops), outcome) if found.candidates else 0
         shards = part.of(plan.shards)
         models = Models(checkpoint, device, precision, settings)
         if shards or (established and not (out / EMPTY_CAPTION_FILE).exists()):

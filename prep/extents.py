@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What the json member says beside key and tensors_sha256: only what follows from the content of
 # the input, never a time or a line number, so that the same input gives the same bytes.
-_INFO_FIELDS = (
+INFO_FIELDS = (
     "caption",
     "caption_tokens",
     "caption_truncated",
@@ -77,7 +77,7 @@ def make_extent(row: SampleRow, tensors: Mapping[str, torch.Tensor]) -> Extent:
 
     payload = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
     info = {"key": row.key, "tensors_sha256": hashlib.sha256(payload).hexdigest()}
-    info |= {name: getattr(row, name) for name in _INFO_FIELDS}
+    info |= {name: getattr(row, name) for name in INFO_FIELDS}
     text = json.dumps(info, sort_keys=True, ensure_ascii=False).encode()
     sink = io.BytesIO()
     writer = webdataset.TarWriter(sink, user="cogprep", group="cogprep", encoder=False, mtime=0)
@@ -146,3 +146,14 @@ def finish_tar(stream: IO[bytes]) -> tuple[int, str]:
     os.fsync(stream.fileno())
     stream.seek(0)
     return total, hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def tar_end_whole(stream: IO[bytes], end: int) -> tuple[int, str] | None:
+    """Size and sha256 of a tar whose extents end at ``end``; None if what follows is not an end mark."""
+    stream.seek(end)
+    tail = stream.read()
+    whole = len(tail) >= 2 * tarfile.BLOCKSIZE and (end + len(tail)) % tarfile.RECORDSIZE == 0 and not any(tail)
+    if not whole:
+        return None
+    stream.seek(0)
+    return end + len(tail), hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]

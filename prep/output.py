@@ -12,9 +12,11 @@ from typing import Literal
 
 from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.errors import DataRootError, SettingError, ShardError
+from cogcommon.families import Task
 from cogcommon.files import commit_bytes
 from cogcommon.records import read_table, record_name
 
+from .lists import DataSet, read_lists
 from .settings import PlanSettings
 from .shards import committed_shards
 
@@ -146,6 +148,21 @@ class Origin:
     @classmethod
     def of(cls, settings: PlanSettings) -> Origin:
         return cls(str(settings.root.resolve()), settings.prompts, settings.videos, settings.images, settings.id_token)
+
+    def read_lists(self, task: Task) -> DataSet:
+        """The lists as they are now.
+
+        Raises:
+            DataRootError: the data root is gone.
+        """
+        return read_lists(
+            Path(self.data_root),
+            task=task,
+            prompts=self.prompts,
+            videos=self.videos,
+            images=self.images,
+            id_token=self.id_token,
+        )
 
     def write(self, out: Path) -> None:
         commit_bytes(out / ORIGIN_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())

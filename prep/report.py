@@ -71,11 +71,15 @@ class Report:
     device: str
 
     def write(self, out: Path) -> Path:
-        """Write the report: report.json, or one beside it for a slice of a divided run."""
+        """Write the report: report.json, or one of its own for a slice of a divided run."""
         index, _, count = self.worker.partition("/")
-        name = "report.json" if count == "1" else f"report-{index}-of-{count}.json"
-        commit_bytes(out / name, self.to_json().encode())
-        return out / name
+        path = out / self.name_of(Slice(int(index), int(count), ""))
+        commit_bytes(path, self.to_json().encode())
+        return path
+
+    @staticmethod
+    def name_of(part: Slice) -> str:
+        return "report.json" if part.count == 1 else f"report-{part.index}-of-{part.count}.json"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)

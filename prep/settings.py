@@ -179,3 +179,14 @@ class ValidateSettings(PlanSettings):
     """Every option of `cogprep validate`: the plan's, so that what is looked at is what is encoded."""
 
     json: bool = setting(False, "print everything as JSON", section="Work")
+
+
+@dataclass(frozen=True)
+class CleanSettings:
+    """Every option of `cogprep clean-cache`."""
+
+    out: Path = setting(Path("out"), "folder with the shards")
+    all: bool = setting(False, "remove everything derived, not only what is stale or half-written")
+    dry_run: bool = setting(False, "list, and remove nothing")
+    yes: bool = setting(False, "remove without asking")
+    json: bool = setting(False, "print the list as JSON")

@@ -202,7 +202,7 @@ def drop_samples(folder: Path, number: int, keep: Collection[str]) -> ShardRecor
     tar, record_path = folder / tar_name(number), folder / record_name(number)
     new_tar, new_record = _new(tar), _new(record_path)
     # The lock is held to the end: whoever comes by must not take a half-written rewrite for a left one.
-    with disk_errors(tar), _locked(folder, number):
+    with disk_errors(tar), lock_shard(folder, number):
         _finish_rewrite(folder, number)
         old = read_record(record_path)
         rows = [row for row in old.rows if row.key in keep]
@@ -254,7 +254,7 @@ def settle(folder: Path) -> None:
     """Finish, or undo, the rewrites that a killed process left half-way. Live ones are left alone."""
     for number in sorted({int(path.name[:6]) for path in folder.glob("[0-9]*.new") if path.name[:6].isdigit()}):
         try:
-            with disk_errors(folder), _locked(folder, number):
+            with disk_errors(folder), lock_shard(folder, number):
                 _finish_rewrite(folder, number)
         except ShardBusy:
             continue
@@ -265,14 +265,20 @@ def _new(path: Path) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path, number: int) -> Iterator[None]:
-    """Hold the lock of a committed shard."""
+def lock_shard(folder: Path, number: int) -> Iterator[None]:
+    """Hold a shard that is not being written but for its record or its rewrite.
+
+    Raises:
+        ShardBusy: another live process writes it.
+    """
     path = folder / temporary_name(number)
-    with _open_locked(path):
+    with _open_locked(path) as stream:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            # A killed writer's work may lie in it; that is for the next one.
+            if os.fstat(stream.fileno()).st_size == 0:
+                path.unlink(missing_ok=True)
 
 
 def _finish_rewrite(folder: Path, number: int) -> None:

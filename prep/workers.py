@@ -36,6 +36,14 @@ class Slice:
         return Slice((self.index - 1) * parts + part + 1, self.count * parts, self.source)
 
 
+def local_rank(environment: Mapping[str, str]) -> int:
+    """Which GPU of this host is ours, as the launcher says; 0 without one."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if environment.get(name, "").isdigit() and (name == "LOCAL_RANK" or "SLURM_STEP_ID" in environment):
+            return int(environment[name])
+    return 0
+
+
 def choose_slice(worker: str | None, environment: Mapping[str, str]) -> Slice:
     """The slice asked for, or the one that the launcher's environment implies.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,20 +69,50 @@ def root(tmp_path: Path, drawn: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def encoded_once(drawn: Path, tmp_path_factory) -> Path:
+    """A data root and its shards, made once: five clips, two a shard. Copy before changing anything."""
+    folder = tmp_path_factory.mktemp("encoded")
+    shutil.copytree(drawn, folder / "ds")
+    _lay_lists(folder / "ds", [f"wave number {index}" for index in range(5)], [f"{index}.mp4" for index in range(5)])
+    encode(_settings(folder))
+    return folder
+
+
+@pytest.fixture
+def encoded(encoded_once: Path, tmp_path: Path) -> Path:
+    """A copy of `encoded_once`, with all times kept: ``ds`` and ``out``."""
+    folder = tmp_path / "encoded"
+    shutil.copytree(encoded_once, folder)
+    origin = folder / "out" / "origin.json"
+    origin.write_text(origin.read_text().replace(str(encoded_once), str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings_of() -> Callable[..., EncodeSettings]:
+    """``settings_of(folder, **changes)``: encode ``folder/ds`` to ``folder/out``, two samples a shard."""
+    return _settings
+
+
+def _settings(folder: Path, **changes) -> EncodeSettings:
+    given = {
+        "data_root": folder / "ds",
+        "out": folder / "out",
+        "model": "tiny",
+        "resolution": [SIZE],
+        "shard_samples": 2,
+        "workers": 1,
+    }
+    return EncodeSettings(**(given | changes))
+
+
 @pytest.fixture
 def run_encode(root: Path, tmp_path: Path) -> Callable[..., Report]:
     """``run_encode(**settings)`` encodes the data root to ``tmp_path/out``, two samples a shard."""
 
     def run(**settings) -> Report:
-        given = {
-            "data_root": root,
-            "out": tmp_path / "out",
-            "model": "tiny",
-            "resolution": [SIZE],
-            "shard_samples": 2,
-            "workers": 1,
-        }
-        return encode(EncodeSettings(**(given | settings)))
+        return encode(_settings(tmp_path, **settings))
 
     return run
 

@@ -1,0 +1,5 @@
+"""``python -m cogprep`` is the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,198 @@
+"""`cogprep clean-cache`: remove what an output folder no longer needs, and nothing else.
+
+What goes: what a killed run left half-written, tars and records without their
+other half, samples that the data root no longer has, and with --all everything
+that was derived. Only names that cogprep itself gives, in OUT and OUT/val, are
+ever touched, and never a file that a live process writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
+from cogcommon.errors import DataRootError, SettingError
+from cogcommon.families import Resolution
+from cogcommon.records import read_table, record_name, tar_name
+
+from .cut import Cut
+from .output import ORIGIN_FILE, SPLITS, read_contract, read_origin, records_in, scan, split_folder
+from .plan import Drop
+from .pool import Pool, default_workers
+from .settings import CleanSettings
+from .shards import ShardBusy, disk_errors, drop_samples, locked_elsewhere, settle, temporary_name
+from .survey import survey
+
+# The temporary file of a commit, .NAME.PROCESS.tmp, and what one shard may leave behind.
+_COMMIT = re.compile(r"\..+\.(?P<process>\d+)\.tmp")
+_SHARD = re.compile(r"\.?(?P<number>\d{6})\.(?P<kind>tar|parquet|tar\.new|parquet\.new|tar\.tmp)")
+_OF_THE_FOLDER = re.compile(rf"{CONTRACT_FILE}|{EMPTY_CAPTION_FILE}|{ORIGIN_FILE}|report(-\d+-of-\d+)?\.json")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One thing to remove: a file, or samples of a shard."""
+
+    path: Path
+    why: str
+    size: int  # bytes that it frees
+    drop: Drop | None = None  # rewrite the shard; the file stays
+
+
+def run(settings: CleanSettings) -> None:
+    """The command: find, list, ask, remove.
+
+    Raises:
+        SettingError: there is something to remove, but no terminal to ask on and no --yes.
+    """
+    console = Console(stderr=settings.json, highlight=False, soft_wrap=True)
+    out = settings.out
+    if not settings.dry_run:
+        for split in SPLITS:
+            settle(split_folder(out, split))  # a rewrite that only lacks its last renames is nobody's rubbish
+    removals = list(find_removals(out, everything=settings.all, say=console.print))
+    if settings.json:
+        print(json.dumps([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals], indent=1))
+    else:
+        for removal in removals:
+            console.print(f"{removal.path}: {removal.why}, {removal.size / 1e6:.1f} MB", markup=False)
+    if not removals:
+        console.print(f"nothing to remove in {out}", markup=False)
+        return
+    total = f"{len(removals)} things, {sum(removal.size for removal in removals) / 1e6:.1f} MB"
+    if settings.dry_run:
+        console.print(f"would remove {total}", markup=False)
+        return
+    if not settings.yes:
+        if not sys.stdin.isatty():
+            raise SettingError(
+                f"nothing was removed ({total})", where="there is no terminal to ask on", fix="add --yes"
+            )
+        if input(f"remove {total}? [y/N] ").strip().lower() not in ("y", "yes"):
+            console.print("nothing was removed")
+            return
+    in_use = carry_out(out, removals)
+    left = f"; {in_use} in use by a live process and left alone" if in_use else ""
+    console.print(f"removed {total}{left}", markup=False)
+
+
+def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) -> Iterator[Removal]:
+    """What can go. Nothing is called stale where the data root cannot be read.
+
+    Raises:
+        SettingError: ``out`` is the data root itself.
+        ShardError: a record is damaged.
+    """
+    if not out.is_dir():
+        return
+    origin = read_origin(out)
+    if origin is not None and out.resolve() == Path(origin.data_root):
+        raise SettingError(
+            "this folder is the data root itself", where=str(out), fix="--out takes the folder of shards"
+        )
+    for split in SPLITS:
+        yield from _files(split_folder(out, split), everything)
+    if not everything:
+        yield from _stale(out, say)
+
+
+def _files(folder: Path, everything: bool) -> Iterator[Removal]:
+    """Half-written files and orphans of a folder; with ``everything`` all that is ours."""
+    present = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+    for name, path in sorted(present.items()):
+        if path.is_symlink() or not path.is_file():
+            continue
+        size = path.stat().st_size
+        if (commit := _COMMIT.fullmatch(name)) and not _alive(int(commit["process"])):
+            yield Removal(path, "half-written", size)
+        elif everything and _OF_THE_FOLDER.fullmatch(name):
+            yield Removal(path, "of the folder", size)
+        elif shard := _SHARD.fullmatch(name):
+            number, kind = int(shard["number"]), shard["kind"]
+            if f"{record_name(number)}.new" in present:
+                continue  # a rewrite that the next writer finishes
+            # A writer locks its temporary tar, and between renaming it and the record the tar itself.
+            if locked_elsewhere(folder / temporary_name(number)) or locked_elsewhere(folder / tar_name(number)):
+                continue
+            if kind.endswith(("new", "tmp")):
+                yield Removal(path, "half-written", size)
+            elif everything:
+                yield Removal(path, "a shard" if kind == "tar" else "its record", size)
+            elif kind == "tar" and record_name(number) not in present:
+                yield Removal(path, "a tar without a record", size)
+            elif kind == "parquet" and tar_name(number) not in present:
+                yield Removal(path, "a record without a tar", size)
+
+
+def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
+    """Samples whose clip, caption or image the data root no longer has, by content."""
+    keys = current_keys(out)
+    if keys is None:
+        say("the data root cannot be read, so no sample is called stale")
+        return
+    for split, number, path in records_in(out):
+        tar = path.with_suffix(".tar")
+        if not tar.exists():
+            continue
+        _, table = read_table(path, ["key", "size"])
+        sizes = dict(zip(table.column("key").to_pylist(), table.column("size").to_pylist(), strict=True))
+        gone = sizes.keys() - keys
+        if gone:
+            freed = sum(max(sizes[key], 0) for key in gone)
+            drop = Drop(split, number, frozenset(sizes.keys() & keys), len(gone))
+            yield Removal(tar, f"{len(gone)} of {len(sizes)} samples are no longer in the data root", freed, drop)
+
+
+def current_keys(out: Path) -> set[str] | None:
+    """Keys of every sample that the data root has now; None where it cannot be read."""
+    contract, origin = read_contract(out), read_origin(out)
+    if contract is None:
+        return set()
+    try:
+        data = None if origin is None else origin.read_lists(contract.task)
+    except DataRootError:
+        return None
+    if data is None or data.faults:
+        return None
+    buckets = [Resolution.parse(contract.settings["resolution"][0])]  # with one, no shape is looked at
+    with Pool(default_workers()) as pool:
+        found = survey(
+            data, scan(out), contract, buckets=buckets, cut=Cut(), holdout=0, pool=pool, advance=lambda: None
+        )
+    return set(found.keys) or None
+
+
+def carry_out(out: Path, removals: Sequence[Removal]) -> int:
+    """Remove; gives how many were in use after all. Records go before their tars, so that nothing half counts."""
+    in_use = 0
+    with disk_errors(out):
+        for removal in sorted(removals, key=lambda removal: removal.path.suffix != ".parquet"):
+            if removal.drop is None:
+                removal.path.unlink(missing_ok=True)
+                continue
+            try:
+                drop_samples(split_folder(out, removal.drop.split), removal.drop.number, removal.drop.keep)
+            except ShardBusy:
+                in_use += 1
+        for folder in (split_folder(out, "val"), out):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+    return in_use
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,154 @@
+"""`cogprep inspect`: what is in a folder of shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cogcommon.contract import CONTRACT_FILE, Contract
+from cogcommon.errors import ShardError
+from cogcommon.records import read_table, tar_name
+
+from .output import SPLITS, Split, read_contract, records_in, split_folder
+from .shards import committed_shards
+
+_ROWS = 5
+_COLUMNS = [
+    "status",
+    "reason",
+    "bucket",
+    "size",
+    "caption",
+    "caption_truncated",
+    "source",
+    "source_sha256",
+    "effective_fps",
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample, as `inspect` shows a few of."""
+
+    shard: str
+    source: str
+    bucket: str
+    effective_fps: float
+    caption: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Counts are samples unless they say otherwise; sizes are bytes."""
+
+    out: str
+    contract: Contract
+    shards: Mapping[Split, int]
+    samples: Mapping[Split, int]
+    clips: int  # distinct by content
+    buckets: Mapping[str, int]
+    tar_bytes: int
+    rejected: Mapping[str, int]  # by reason
+    captions_truncated: int
+    uncommitted: Sequence[str]  # tars without a record
+    rows: Sequence[Row]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+
+
+def run(out: Path, *, as_json: bool) -> None:
+    """The command."""
+    contents = inspect(out)
+    if as_json:
+        print(contents.to_json())
+    else:
+        show(contents, Console(highlight=False))
+
+
+def inspect(out: Path) -> Contents:
+    """Read every record of a folder, no tar.
+
+    Raises:
+        ShardError: no shards there, or a damaged record.
+    """
+    contract = read_contract(out)
+    if contract is None:
+        raise ShardError(
+            "no shards here" if out.is_dir() else "there is no such folder",
+            where=str(out / CONTRACT_FILE),
+            fix="name the --out of `cogprep encode`",
+        )
+    shards: Counter[Split] = Counter()
+    samples: Counter[Split] = Counter()
+    buckets: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    clips: set[bytes] = set()
+    rows: list[Row] = []
+    tar_bytes = truncated = 0
+    for split, number, path in records_in(out):
+        header, table = read_table(path, _COLUMNS)
+        tar_bytes += header.tar_size
+        shards[split] += 1
+        for row in table.to_pylist():
+            if row["status"] != "ok":
+                rejected[row["reason"]] += 1
+                continue
+            samples[split] += 1
+            buckets[row["bucket"]] += 1
+            clips.add(row["source_sha256"])
+            truncated += row["caption_truncated"]
+            if len(rows) < _ROWS:
+                label = tar_name(number) if split == "train" else f"{split}/{tar_name(number)}"
+                rows.append(Row(label, row["source"], row["bucket"], row["effective_fps"], row["caption"]))
+    uncommitted = [
+        str(path.relative_to(out))
+        for split in SPLITS
+        for path in sorted(split_folder(out, split).glob("[0-9]*.tar"))
+        if path.stem.isdigit() and int(path.stem) not in committed_shards(split_folder(out, split))
+    ]
+    return Contents(
+        str(out), contract, shards, samples, len(clips), buckets, tar_bytes, rejected, truncated, uncommitted, rows
+    )
+
+
+def show(contents: Contents, console: Console) -> None:
+    """For people, in 80 columns."""
+    contract = contents.contract
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("model", escape(f"{contract.model} ({contract.family}, {contract.task})"))
+    for split in SPLITS:
+        if contents.shards.get(split):
+            facts.add_row(split, f"{contents.samples.get(split, 0)} samples in {contents.shards[split]} shards")
+    facts.add_row("clips", f"{contents.clips} different ones")
+    facts.add_row("buckets", ", ".join(f"{bucket}: {count}" for bucket, count in sorted(contents.buckets.items())))
+    facts.add_row("size", f"{contents.tar_bytes / 1e6:.1f} MB")
+    stored = f"{contract.dtype}, posterior {contract.posterior}, text {contract.text_tokens}x{contract.text_dim}"
+    if contract.image_variants:
+        stored += f", {contract.image_variants} image variants"
+    facts.add_row("stored", stored)
+    facts.add_row("settings", escape(", ".join(f"{name} {value}" for name, value in contract.settings.items())))
+    facts.add_row("fingerprint", contract.fingerprint[:16])
+    if contents.captions_truncated:
+        facts.add_row("captions cut", str(contents.captions_truncated))
+    console.print(facts)
+    for reason, count in sorted(contents.rejected.items()):
+        console.print(f"[yellow]rejected {count}[/]: {escape(reason)}")
+    for name in contents.uncommitted:
+        console.print(f"[yellow]{name} has no record[/]: `cogprep encode` finishes it, `cogprep index` recovers it")
+    if contents.rows:
+        table = Table("shard", "clip", "bucket", "fps", "caption", box=None, padding=(0, 1))
+        for row in contents.rows:
+            caption = row.caption if len(row.caption) <= 32 else row.caption[:31] + "…"
+            table.add_row(row.shard, escape(row.source), row.bucket, f"{row.effective_fps:.2f}", escape(caption))
+        console.print(table)

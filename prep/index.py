@@ -1,0 +1,139 @@
+"""`cogprep index`: put back what the shards themselves still prove.
+
+A tar whose record is lost gets a new one, if the tar is whole: every extent in
+it carries the hash of its tensors. A lost contract.json comes back from any
+record. What only the data root knows (times and hashes of the clips) stays
+empty; the next `cogprep encode` recognises the samples by their keys.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cogcommon.contract import CONTRACT_FILE, Contract
+from cogcommon.errors import ShardError
+from cogcommon.files import commit_bytes
+from cogcommon.records import SampleRow, ShardHeader, ShardRecord, read_table, record_name, tar_name, write_record
+
+from .extents import INFO_FIELDS, tar_end_whole, whole_extents
+from .output import SPLITS, read_contract, records_in, split_folder
+from .shards import ShardBusy, committed_shards, disk_errors, lock_shard, locked_elsewhere, settle
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What was put back, and what cannot be."""
+
+    contract: bool
+    records: list[str]
+    broken: list[str]  # tars that are not whole
+    samples: int  # in all committed shards
+
+
+def run(out: Path, *, as_json: bool) -> None:
+    """The command.
+
+    Raises:
+        ShardError: a tar without a record is not whole, or there is no contract to be had.
+    """
+    done = index(out)
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(done.__dict__, indent=1))
+    if done.contract:
+        console.print(f"put back {CONTRACT_FILE}")
+    for name in done.records:
+        console.print(f"put back the record of {name}")
+    console.print(f"{done.samples} samples are committed in {out}")
+    if done.broken:
+        raise ShardError(
+            f"{len(done.broken)} tars are not whole and have no record",
+            where=", ".join(done.broken),
+            fix="run the `cogprep encode` command again: it keeps what is whole in them and makes the rest",
+        )
+
+
+def index(out: Path) -> Indexed:
+    """Rebuild records and contract of a folder from what is there.
+
+    Raises:
+        ShardError: there is neither a contract nor a record to take it from.
+    """
+    with disk_errors(out):
+        for split in SPLITS:
+            settle(split_folder(out, split))
+        contract = read_contract(out)
+        rebuilt = contract is None
+        if contract is None:
+            contract = _contract_of_a_record(out)
+            commit_bytes(out / CONTRACT_FILE, contract.to_json().encode(), exclusive=True)
+        records: list[str] = []
+        broken: list[str] = []
+        for split in SPLITS:
+            folder = split_folder(out, split)
+            have = set(committed_shards(folder))
+            for tar in sorted(folder.glob("[0-9]*.tar")):
+                if not tar.stem.isdigit() or int(tar.stem) in have or locked_elsewhere(tar):
+                    continue
+                try:
+                    with lock_shard(folder, int(tar.stem)):
+                        whole = _put_back(folder, int(tar.stem), contract)
+                except ShardBusy:
+                    continue
+                (records if whole else broken).append(str(tar.relative_to(out)))
+        samples = sum(read_table(path, ["key"])[1].num_rows for _, _, path in records_in(out))
+    return Indexed(rebuilt, records, broken, samples)
+
+
+def _put_back(folder: Path, number: int, contract: Contract) -> bool:
+    """Write the record of a tar, if the tar is whole."""
+    rows: list[SampleRow] = []
+    with (folder / tar_name(number)).open("rb") as stream:
+        end = 0
+        for extent in whole_extents(stream):
+            if not extent.info.keys() >= set(INFO_FIELDS):
+                return False
+            rows.append(extent.placed(_row(extent.info), extent.offset))
+            end = extent.offset + extent.size
+        ending = tar_end_whole(stream, end)
+    if ending is None:
+        return False
+    size, digest = ending
+    write_record(ShardRecord(ShardHeader(number, size, digest, contract), rows), folder / record_name(number))
+    return True
+
+
+def _row(info: object) -> SampleRow:
+    assert isinstance(info, dict)
+    return SampleRow(
+        key=info["key"],
+        status="ok",
+        reason="",
+        offset=-1,
+        size=-1,
+        json_offset=-1,
+        json_size=-1,
+        tensors_offset=-1,
+        tensors_size=-1,
+        sha256=b"",
+        source_line=0,
+        source_size=-1,
+        source_mtime_ns=-1,
+        source_sha256=b"",
+        image_sha256=b"",
+        **{name: info[name] for name in INFO_FIELDS},
+    )
+
+
+def _contract_of_a_record(out: Path) -> Contract:
+    for _, _, path in records_in(out):
+        return read_table(path, ["key"])[0].contract
+    raise ShardError(
+        "neither a contract nor a record is left",
+        where=str(out),
+        fix="`cogprep encode` with the same settings keeps what is whole and makes the rest",
+    )

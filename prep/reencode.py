@@ -1,0 +1,106 @@
+"""Encode samples of a finished folder again, to see how far apart two encodes are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.contract import Contract
+from cogcommon.device import Precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.errors import ShardError
+from cogcommon.families import Resolution
+from cogcommon.records import TEXT, SampleRow, ShardRecord, split_extent
+
+from .clip import Fault
+from .cut import Cut
+from .decode import decode_clip
+from .output import read_origin
+from .pool import Pool
+from .text import TextEncoder
+from .vae import LatentEncoder
+from .verify import Difference, load_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+_PRECISION: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def encode_again(
+    out: Path, contract: Contract, shards: Sequence[tuple[Path, ShardRecord]], *, count: int, workers: int
+) -> list[Difference]:
+    """Encode ``count`` samples, spread over the folder, from their clips.
+
+    Raises:
+        ShardError: the folder does not say where its clips are, or a clip is not the one that was encoded.
+        ModelError: the model cannot be had.
+    """
+    origin = read_origin(out)
+    if origin is None:
+        raise ShardError("the folder does not say where its clips are", where=str(out / "origin.json"))
+    root = Path(origin.data_root)
+    everything = [(tar, row) for tar, record in shards for row in record.rows if row.status == "ok"]
+    count = min(count, len(everything))
+    if not count:
+        return []
+    chosen = [everything[index * len(everything) // count] for index in range(count)]
+    latents, text = _models(contract)
+    cut = cut_of(contract)
+    tasks = (
+        (
+            root / row.source,
+            Resolution.parse(row.bucket),
+            cut,
+            contract.family_row.fps,
+            row.key,
+            root / row.image if row.image else None,
+        )
+        for _, row in chosen
+    )
+    differences = []
+    with Pool(workers) as pool:
+        for (tar, row), clip in zip(chosen, pool.run(decode_clip, tasks), strict=True):
+            if isinstance(clip, Fault):
+                raise ShardError(f"{row.source} cannot be decoded again: {clip.reason}", where=str(root / row.source))
+            image = clip.frames_FHWC[0] if clip.image_HWC is None else clip.image_HWC
+            again = latents.encode(row.key, clip.frames_FHWC, image if contract.task == "i2v" else None).tensors
+            again[TEXT], _ = text.encode(row.caption)
+            differences.append(_compare(row, _stored(tar, row), again))
+    return differences
+
+
+def cut_of(contract: Contract) -> Cut:
+    """How the clips of a folder were cut."""
+    settings: dict[str, Any] = dict(contract.settings)
+    names = ("frames", "start", "stride", "short", "fit", "crop", "seed")
+    return Cut(**{name: settings[name] for name in names if name in settings})
+
+
+def _models(contract: Contract) -> tuple[LatentEncoder, TextEncoder]:
+    device = pick_device()
+    quiet_libraries()
+    checkpoint = open_checkpoint(contract.model)
+    dtype = dtype_of(_PRECISION[contract.dtype])
+    latents = LatentEncoder(
+        checkpoint.load_vae(dtype).to(device),
+        device,
+        posterior=contract.posterior,
+        tiling=contract.tiling,
+        image_variants=contract.image_variants,
+        seed=contract.settings.get("seed", 0),
+    )
+    return latents, TextEncoder(checkpoint, device, dtype)
+
+
+def _stored(tar: Path, row: SampleRow) -> dict[str, torch.Tensor]:
+    with tar.open("rb") as stream:
+        stream.seek(row.offset)
+        return load_tensors(split_extent(stream.read(row.size), row)[1])
+
+
+def _compare(row: SampleRow, stored: dict[str, torch.Tensor], again: dict[str, torch.Tensor]) -> Difference:
+    by_name = {name: (stored[name].double() - again[name].double()).abs().max().item() for name in stored}
+    worst = max(by_name, key=lambda name: by_name[name])
+    return Difference(row.source, by_name[worst], worst)

@@ -1,0 +1,136 @@
+"""`clean-cache`: what goes, what stays, and when it asks."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogcommon.errors import SettingError
+from cogcommon.records import read_record
+from cogprep import clean
+from cogprep.clean import run
+from cogprep.settings import CleanSettings
+from cogprep.shards import ShardWriter
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def cleaned(out: Path, **options) -> set[str]:
+    """Run with --yes; gives the names that went."""
+    before = names(out)
+    run(CleanSettings(out=out, **({"yes": True} | options)))
+    return before - (names(out) if out.exists() else set())
+
+
+def test_nothing_to_remove_asks_nothing(encoded, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    before = names(encoded)
+    run(CleanSettings(out=encoded / "out"))
+    run(CleanSettings(out=tmp_path / "no such folder"))
+    assert names(encoded) == before and capsys.readouterr().out.count("nothing to remove") == 2
+
+
+def test_half_written_and_orphaned_files_go(encoded):
+    out = encoded / "out"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (".000009.tar.tmp", f".report.json.{gone.pid}.tmp", "000008.tar", "000001.tar.new"):
+        (out / name).write_bytes(b"half")
+    shutil.copy(out / "000000.parquet", out / "000007.parquet")
+    (out / f".contract.json.{os.getpid()}.tmp").write_bytes(b"of a live process")
+    (out / "000003.tar.backup").write_bytes(b"somebody's own")
+    (out / "notes.txt").write_bytes(b"somebody's own")
+    assert cleaned(out) == {
+        ".000009.tar.tmp", f".report.json.{gone.pid}.tmp", "000008.tar", "000001.tar.new", "000007.parquet",
+    }  # fmt: skip
+
+
+def test_what_a_live_writer_holds_stays(encoded):
+    out = encoded / "out"
+    contract = read_record(out / "000000.parquet").header.contract
+    writer = ShardWriter(out, 5, contract, ())
+    assert cleaned(out) == set()
+    before = names(encoded / "ds")
+    assert ".000005.tar.tmp" not in cleaned(out, all=True)
+    assert names(out) == {".000005.tar.tmp"} and names(encoded / "ds") == before
+    writer.abandon()
+    assert cleaned(out) == {".000005.tar.tmp"} and not out.exists()
+
+
+def test_a_rewrite_that_lacks_its_last_renames_is_finished_not_removed(encoded):
+    out = encoded / "out"
+    (out / "000000.tar").rename(out / "000000.tar.new")
+    (out / "000000.parquet").rename(out / "000000.parquet.new")
+    run(CleanSettings(out=out, dry_run=True))
+    assert (out / "000000.tar.new").exists()
+    assert cleaned(out) == {"000000.tar.new", "000000.parquet.new"}
+    assert (out / "000000.tar").exists() and (out / "000000.parquet").exists()
+
+
+def test_stale_samples_go_and_the_rest_of_their_shard_stays(encoded, lay_lists):
+    lay_lists(encoded / "ds", ["wave number 0", "wave number 1", "changed"], ["0.mp4", "1.mp4", "2.mp4"])
+    (encoded / "ds" / "1.mp4").write_bytes((encoded / "ds" / "4.mp4").read_bytes())
+    out = encoded / "out"
+    assert cleaned(out) == {"000001.parquet", "000001.tar", "000002.parquet", "000002.tar"}
+    assert [row.caption for row in read_record(out / "000000.parquet").rows] == ["wave number 0"]
+
+
+@pytest.mark.parametrize("loss", ["data root", "a list", "origin", "every clip"])
+def test_nothing_is_stale_where_the_data_root_cannot_be_read(encoded, loss, capsys):
+    if loss == "data root":
+        (encoded / "ds").rename(encoded / "elsewhere")
+    elif loss == "a list":
+        (encoded / "ds" / "videos.txt").unlink()
+    elif loss == "origin":
+        (encoded / "out" / "origin.json").unlink()
+    else:
+        for clip in (encoded / "ds").glob("*.mp4"):
+            clip.unlink()
+    assert cleaned(encoded / "out") == set()
+    assert "no sample is called stale" in capsys.readouterr().out
+
+
+def test_all_removes_everything_derived_but_nothing_else(encoded):
+    out = encoded / "out"
+    (out / "notes.txt").write_text("mine")
+    before = names(encoded / "ds")
+    cleaned(out, all=True)
+    assert names(out) == {"notes.txt"} and names(encoded / "ds") == before
+
+
+def test_it_asks_and_takes_no_for_an_answer(encoded, monkeypatch):
+    out = encoded / "out"
+    (out / "000008.tar").write_bytes(b"half")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(clean.sys, "stdin", terminal)
+    monkeypatch.setattr("builtins.input", lambda _: "")
+    assert cleaned(out, yes=False) == set()
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert cleaned(out, yes=False) == {"000008.tar"}
+
+
+def test_without_a_terminal_it_lists_and_fails(encoded, monkeypatch, capsys):
+    out = encoded / "out"
+    (out / "000008.tar").write_bytes(b"half")
+    monkeypatch.setattr(clean.sys, "stdin", io.StringIO())
+    with pytest.raises(SettingError, match="nothing was removed"):
+        run(CleanSettings(out=out))
+    assert "000008.tar" in capsys.readouterr().out and (out / "000008.tar").exists()
+
+
+def test_the_data_root_itself_is_refused(encoded):
+    root = encoded / "ds"
+    shutil.copy(encoded / "out" / "origin.json", root / "origin.json")
+    (root / "000008.tar").write_bytes(b"the user's own")
+    with pytest.raises(SettingError, match="data root itself"):
+        run(CleanSettings(out=root, yes=True, all=True))
+    assert (root / "000008.tar").exists()
