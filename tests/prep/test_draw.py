@@ -2,7 +2,8 @@ import av
 import numpy as np
 import pytest
 
-from cogprep.draw import COLOURS, MOTIONS, SHAPES, Scene, draw, scenes, write_data_set
+from cogcommon.scenes import COLOURS, MOTIONS, SHAPES, Scene, draw, scenes
+from cogprep.draw import HEIGHT, TIMES, WIDTH, write_data_set
 
 
 def centre_of(frame_HWC, colour):
@@ -20,7 +21,7 @@ def centre_of(frame_HWC, colour):
     ],
 )
 def test_a_shape_moves_as_its_caption_says(motion, axis, sign):
-    video = draw(Scene("square", "red", motion, "a plain gray background"))
+    video = draw(Scene("square", "red", motion, "a plain gray background"), TIMES, HEIGHT, WIDTH)
     first, last = centre_of(video[0], "red"), centre_of(video[-1], "red")
     assert sign * (last[axis] - first[axis]) > video.shape[1 + axis] / 3
     assert abs(last[1 - axis] - first[1 - axis]) < 2
@@ -29,7 +30,8 @@ def test_a_shape_moves_as_its_caption_says(motion, axis, sign):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_seen_and_differs_from_the_others(shape):
     frames = {
-        name: draw(Scene(name, "blue", "grows slowly", "a plain gray background"), frames=3)[1] for name in SHAPES
+        name: draw(Scene(name, "blue", "grows slowly", "a plain gray background"), [0.5], HEIGHT, WIDTH)[0]
+        for name in SHAPES
     }
     mine = frames.pop(shape)
     assert (abs(mine.astype(int) - COLOURS["blue"]).max(-1) < 10).mean() > 0.02
@@ -44,7 +46,7 @@ def test_the_files_show_the_drawn_colours_and_the_lists_pair(tmp_path):
     for name, scene in zip(names, scenes(3, 5), strict=True):
         with av.open(tmp_path / name) as container:
             decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-        drawn = draw(scene)
+        drawn = draw(scene, TIMES, HEIGHT, WIDTH)
         assert decoded.shape == drawn.shape
         assert abs(decoded.astype(int) - drawn).mean() < 4
 
