@@ -116,7 +116,17 @@ def inspect(out: Path) -> Contents:
         if path.stem.isdigit() and int(path.stem) not in committed_shards(split_folder(out, split))
     ]
     return Contents(
-        str(out), contract, shards, samples, len(clips), buckets, tar_bytes, rejected, truncated, uncommitted, rows
+        out=str(out),
+        contract=contract,
+        shards=dict(shards),
+        samples=dict(samples),
+        clips=len(clips),
+        buckets=dict(buckets),
+        tar_bytes=tar_bytes,
+        rejected=dict(rejected),
+        captions_truncated=truncated,
+        uncommitted=uncommitted,
+        rows=rows,
     )
 
 

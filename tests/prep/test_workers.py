@@ -1,0 +1,82 @@
+"""The division of work: fixed, complete, and taken from the launcher only where it is one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from cogcommon.errors import RunError, SettingError
+from cogprep.gpus import encode_in_parts, gpu_count
+from cogprep.workers import Slice, choose_slice, local_rank
+
+
+@pytest.mark.parametrize(
+    "worker, environment, expected",
+    [
+        (None, {}, "1/1"),
+        ("3/8", {"RANK": "0", "WORLD_SIZE": "2"}, "3/8"),
+        (None, {"RANK": "2", "WORLD_SIZE": "4"}, "3/4"),
+        (None, {"RANK": "0", "WORLD_SIZE": "1"}, "1/1"),
+        (None, {"RANK": "5"}, "1/1"),
+        # the shell of an sbatch script of 8 tasks, and inside srun
+        (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, "1/1"),
+        (None, {"SLURM_PROCID": "6", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}, "7/8"),
+        (None, {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, "1/1"),
+    ],
+)
+def test_where_the_slice_comes_from(worker, environment, expected):
+    assert str(choose_slice(worker, environment)) == expected
+
+
+@pytest.mark.parametrize("wrong", ["0/4", "5/4", "1", "a/b", "-1/4", "1/0"])
+def test_a_slice_that_is_none(wrong):
+    with pytest.raises(SettingError, match="not a slice"):
+        choose_slice(wrong, {})
+
+
+def test_every_division_takes_every_shard_once():
+    for count in (1, 2, 3, 8):
+        for number in range(50):
+            assert sum(Slice(index + 1, count, "").takes(number) for index in range(count)) == 1
+    parts = [Slice(2, 3, "").split(part, 4) for part in range(4)]
+    assert {str(part) for part in parts} == {"5/12", "6/12", "7/12", "8/12"}
+
+
+def test_the_gpu_of_a_process():
+    assert local_rank({"LOCAL_RANK": "3"}) == 3
+    assert local_rank({"SLURM_LOCALID": "2"}) == 0
+    assert local_rank({"SLURM_LOCALID": "2", "SLURM_STEP_ID": "0"}) == 2
+
+
+def test_how_many_gpus():
+    assert [gpu_count("all", found) for found in (0, 1, 8)] == [1, 1, 8]
+    assert gpu_count("2", 8) == 2 and gpu_count("1", 0) == 1
+    for wrong in ("9", "0", "some"):
+        with pytest.raises(SettingError):
+            gpu_count(wrong, 8)
+
+
+def tars(out: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.tar"))}
+
+
+def test_two_processes_of_one_host_give_the_same_bytes_and_one_report(encoded, settings_of):
+    out = encoded / "new"
+    (encoded / "ds" / "3.mp4").write_bytes(b"no video")
+    report = encode_in_parts(settings_of(encoded, out=out), Slice(1, 1, "default"), 2)
+    assert (report.encoded, report.rejected, report.unfinished, report.worker) == (4, 1, [], "1/1")
+    report.write(out)
+    assert json.loads((out / "report.json").read_text())["encoded"] == 4
+    assert {name: digest for name, digest in tars(out).items() if name == "000000.tar"} == {
+        "000000.tar": tars(encoded / "out")["000000.tar"]
+    }
+
+
+def test_a_process_that_fails_is_named(encoded, settings_of, capfd):
+    (encoded / "new").write_text("a file where the folder should be")
+    with pytest.raises(RunError, match="2 of 2 processes failed") as caught:
+        encode_in_parts(settings_of(encoded, out=encoded / "new"), Slice(1, 1, "default"), 2)
+    assert "slice 1/2" in str(caught.value) and "[gpu 0] error" in capfd.readouterr().err
