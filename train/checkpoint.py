@@ -136,9 +136,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     runtime.wait()
-    runtime.save_state(model, optimizer, temporary)
-    if average is not None:
-        runtime.save_average(average, temporary)
+    runtime.save_state(model, optimizer, average, temporary)
     runtime.wait()
     if runtime.main:
         (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")

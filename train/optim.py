@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import SettingError
 
+from . import zero
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -61,9 +62,7 @@ def make_optimizer(
         )
     if settings.optimizer == "adamw":
         if on_host:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **common)
+            return zero.host_adam(parameters, **common)
         return torch.optim.AdamW(parameters, fused=device.type == "cuda", **common)
     if settings.optimizer == "adamw8bit":
         return _adamw8bit()(parameters, **common)

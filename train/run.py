@@ -21,7 +21,7 @@ from .order import Order
 from .run_folder import CONFIG_FILE
 from .settings import Precision, TrainSettings
 from .sources import ShardSet, check_alike, check_model, open_shards
-from .strategy import Strategy, choose, deepspeed_config
+from .zero_config import Strategy, choose, deepspeed_config
 
 if TYPE_CHECKING:
     import torch

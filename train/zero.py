@@ -1,0 +1,76 @@
+"""All that knows DeepSpeed's engine: weights, masters, checkpoints, another number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_TAG = "state"  # DeepSpeed's folder inside a checkpoint
+
+
+def host_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+    """AdamW that steps in host memory. Its own default for the weight decay is 0."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+
+
+def full_weight(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A trained weight whole and in fp32, from the optimizer's masters; to be called on every rank."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weight = safe_get_full_fp32_param(parameter)
+    assert weight is not None, "not a trained weight"
+    return weight
+
+
+def save(engine: Any, folder: Path) -> None:
+    """Write the engine's state into a checkpoint; every rank calls it. What is frozen is left out."""
+    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=_partly_frozen(engine))
+
+
+def load(engine: Any, folder: Path) -> None:
+    """Read the engine's state back.
+
+    Raises:
+        RuntimeError, OSError, ...: DeepSpeed's own.
+    """
+    path, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not _partly_frozen(engine))
+    if path is None:
+        raise FileNotFoundError("DeepSpeed finds no state in it")
+
+
+def _partly_frozen(engine: Any) -> bool:
+    return any(not parameter.requires_grad for parameter in engine.module.parameters())
+
+
+def convert(folder: Path, into: Path) -> None:
+    """Make a checkpoint loadable on another number of processes (DeepSpeed's universal checkpoint).
+
+    Args:
+        folder: a checkpoint.
+        into: is replaced.
+    """
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    shutil.rmtree(into, ignore_errors=True)
+    (into / _TAG).mkdir(parents=True)
+    options = argparse.Namespace(
+        input_folder=str(folder / _TAG),
+        output_folder=str(into / _TAG),
+        num_extract_workers=1,  # more would be child processes, which cost more than they save here
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(options)
