@@ -59,6 +59,14 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name[11:]))
 
 
+def clear(run: Path, *, keep: bool) -> None:
+    """Remove what a killed run left half-written, and, for a run that starts anew, its checkpoints."""
+    for path in run.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(path)
+    for path in [] if keep else list_checkpoints(run):
+        shutil.rmtree(path)
+
+
 def find(path: Path) -> Found:
     """A checkpoint folder, or the latest one of a run folder.
 

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from cogcommon.errors import CogError
 from cogcommon.settings import add_command, run_app
 
 from .settings import ExportSettings, GenerateSettings, LoraSettings, SftSettings, TrainSettings
@@ -36,10 +37,16 @@ def train(settings: TrainSettings) -> None:
     from .run import open_run
 
     world = int(os.environ["WORLD_SIZE"]) if joined else wanted_processes(settings)
-    run = open_run(settings, device, world)
+    try:
+        run = open_run(settings, device, world)
+    except CogError:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(2)  # every rank finds the same fault; the first one says it
+        raise
     if world > 1 and not joined:
         sys.exit(relaunch(world))
     quiet_libraries()
+    from .guard import PeerFailed
     from .loop import Stopped
     from .loop import train as train_run
     from .signals import StopRequest
@@ -47,6 +54,8 @@ def train(settings: TrainSettings) -> None:
     with StopRequest().listening() as stop:
         try:
             train_run(run, stop)
+        except PeerFailed:
+            sys.exit(2)  # the one that has failed says why
         except Stopped as stopped:
             if os.environ.get("RANK", "0") == "0":
                 print(f"stopped; to resume: {stopped.command}", flush=True)

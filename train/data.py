@@ -53,6 +53,12 @@ class Batch:
     def pin(self) -> Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def blank(self) -> Batch:
+        """The same shapes, all zeros."""
+        import torch
+
+        return self._each(torch.zeros_like)
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return dataclasses.replace(
             self,

@@ -59,6 +59,17 @@ class Order:
 
     def epoch(self, epoch: int) -> Ints:
         """Sample indices of an epoch's batches: (steps_per_epoch, global_batch)."""
+        if epoch not in self._epochs:
+            while len(self._epochs) > 2:  # the reader is ahead of the loop, by one epoch at most
+                self._epochs.pop(min(self._epochs))
+            self._epochs[epoch] = self._shuffled(epoch)
+        return self._epochs[epoch]
+
+    @cached_property
+    def _epochs(self) -> dict[int, Ints]:
+        return {}
+
+    def _shuffled(self, epoch: int) -> Ints:
         rng = np.random.Generator(np.random.PCG64(seed_of(self.seed, epoch, "", "order")))
         shards = np.unique(self.shard_of)
         place = np.empty(int(shards[-1]) + 1, np.int64)

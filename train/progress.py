@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cogcommon.files import commit_bytes
 
 from .run_folder import METRICS_FILE, StepLine, ValidationLine
+from .tracker import Name, open_tracker
 
 if TYPE_CHECKING:
     import torch
@@ -58,11 +59,13 @@ class RunLog:
         folder: of the run; None on ranks other than 0, which show and write nothing.
         steps: of the whole run.
         done: steps that were made before.
+        tracker: gets the numbers of metrics.jsonl, too.
     """
 
-    def __init__(self, folder: Path | None, steps: int, done: int) -> None:
+    def __init__(self, folder: Path | None, steps: int, done: int, tracker: Name = "none") -> None:
         self.folder = folder
         self.steps = steps
+        self._tracker = open_tracker(tracker, folder) if folder is not None else None
         self.console = Console(soft_wrap=True, highlight=False)
         self._done = done
         self._at_start = done
@@ -91,6 +94,8 @@ class RunLog:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     def say(self, text: str) -> None:
         """One line for the reader, above the bar."""
@@ -125,6 +130,8 @@ class RunLog:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
+        if self._tracker is not None:
+            self._tracker.log({name: value for name, value in line.items() if name != "step"}, line["step"])
         if self.folder is not None:
             with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")

@@ -21,6 +21,7 @@ from .order import Order
 from .run_folder import CONFIG_FILE
 from .settings import Precision, TrainSettings
 from .sources import ShardSet, check_alike, check_model, open_shards
+from .tracker import check_installed
 from .zero_config import Strategy, choose, deepspeed_config
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
     method = method_of(settings)
     strategy = choose(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
     _check_strategy(settings, strategy)
+    check_installed(settings.tracker)
     shards = open_shards(settings.shards)
     checkpoint = open_checkpoint(settings.model or shards.contract.model)
     check_model(shards.contract, checkpoint, shards.shards[0].shown)
@@ -128,6 +130,12 @@ def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
             "a DeepSpeed file has no meaning for --strategy ddp",
             where=f"--deepspeed {settings.deepspeed}, --strategy ddp",
             fix="leave one of them out",
+        )
+    if settings.ema and strategy != "ddp":
+        raise SettingError(
+            f"--ema averages weights that every process holds; {strategy} spreads them",
+            where="--ema, --strategy",
+            fix="--strategy ddp, or leave --ema out",
         )
     if settings.nvme is not None and not strategy.endswith("-offload"):
         raise SettingError(

@@ -75,11 +75,6 @@ class Runtime:
         """Optimizer states, and perhaps more, are spread by DeepSpeed."""
         return self.config is not None
 
-    @property
-    def whole(self) -> bool:
-        """Every process holds all weights."""
-        return STAGE[self.strategy] < 3
-
     def agree(self, value: int) -> int:
         """The largest of all ranks' values; over the CPU, so that no GPU waits."""
         if self.world == 1:
@@ -186,7 +181,7 @@ class Runtime:
         import torch
 
         trained = self._trained(model)
-        files = {_WEIGHTS: list(trained.values())}
+        files: dict[str, list[torch.Tensor]] = {_WEIGHTS: [*trained.values()]}
         if average is not None:
             files[_AVERAGE] = list(average)
         for file, into in files.items():
@@ -259,7 +254,7 @@ def _single_process_environment() -> None:
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """What was trained, whole and in fp32, from a checkpoint of any strategy and any number of processes.
+    """What is exported, whole and in fp32, from a checkpoint of any strategy and any number of processes.
 
     Raises:
         RunError: it is damaged.
@@ -267,11 +262,9 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     import safetensors.torch
 
     try:
-        if (checkpoint / _WEIGHTS).exists():
-            return safetensors.torch.load_file(checkpoint / _WEIGHTS)
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_TAG)
-        return state
+        for file in (_AVERAGE, _WEIGHTS):
+            if (checkpoint / file).exists():
+                return safetensors.torch.load_file(checkpoint / file)
+        return zero.read_weights(checkpoint)
     except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise RunError(f"the checkpoint cannot be read: {str(error).splitlines()[0]}", where=str(checkpoint)) from error

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import io
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,14 @@ def load(engine: Any, folder: Path) -> None:
     path, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not _partly_frozen(engine))
     if path is None:
         raise FileNotFoundError("DeepSpeed finds no state in it")
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What was trained, whole and in fp32, put together from all ranks' files."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
+    return state
 
 
 def _partly_frozen(engine: Any) -> bool:

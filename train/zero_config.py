@@ -175,5 +175,3 @@ def _contradiction(settings: TrainSettings, key: str, theirs: Any, ours: Any, op
         where=f"{settings.deepspeed}: {key}, against {option}",
         fix=f'make them equal, or write "auto" for {key}',
     )
-
-

@@ -1,0 +1,88 @@
+"""What a run says of itself at its start and at its end, to the reader and in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cogcommon.contract import tool_version
+
+from .method import Exported
+from .progress import RunLog
+from .run import Run
+from .run_folder import Facts
+from .strategy import Runtime
+
+if TYPE_CHECKING:
+    import torch
+
+
+def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
+    log.say(
+        f"{run.method.name} of {run.checkpoint.name} ({run.checkpoint.family.name}): {trainable:,} weights trained, "
+        f"{run.precision}, {run.strategy}, {run.world} process{'es' * (run.world > 1)}"
+    )
+    buckets = ", ".join(str(bucket) for bucket in run.shards.buckets)
+    log.say(
+        f"{len(run.shards)} samples of {buckets} in {len(run.shards.shards)} shards; global batch {run.global_batch}, "
+        f"{run.order.steps_per_epoch} steps an epoch, {run.steps} steps"
+    )
+    for note in run.notes:
+        log.say(f"note: {note}")
+    if run.resume is not None:
+        log.say(f"continues {run.resume.folder} after step {run.resume.state.step}")
+    log.say(f"writes {folder}")
+
+
+def ending(log: RunLog, folder: Path, exported: Exported) -> None:
+    log.say(
+        f"wrote {exported.path}; loaded back, its answer is within {exported.difference:.1e} of the trained model's"
+    )
+    log.say(f'next: cogtrain generate --run {folder} --prompt "..."')
+
+
+def facts(run: Run, runtime: Runtime, trainable: int) -> Facts:
+    import torch
+
+    counts = np.bincount(run.shards.bucket_of, minlength=len(run.shards.buckets))
+    gpu = runtime.device.type == "cuda"
+    return Facts(
+        model=run.checkpoint.name,
+        revision=run.checkpoint.revision,
+        family=run.checkpoint.family.name,
+        task=run.checkpoint.family.task,
+        method=run.method.name,
+        contract_fingerprint=run.shards.contract.fingerprint,
+        shards_fingerprint=run.shards.fingerprint,
+        shards=len(run.shards.shards),
+        samples={str(bucket): int(count) for bucket, count in zip(run.shards.buckets, counts, strict=True)},
+        held_out=len(run.held_out) if run.held_out else 0,
+        steps=run.steps,
+        processes=run.world,
+        global_batch=run.global_batch,
+        strategy=run.strategy,
+        precision=run.precision,
+        device=torch.cuda.get_device_name(runtime.device) if gpu else "CPU",
+        trainable=trainable,
+        version=tool_version(),
+    )
+
+
+def weights_file_facts(run: Run) -> dict[str, str]:
+    """What an exported file says of where it comes from."""
+    return {
+        "base_model": run.checkpoint.name,
+        "revision": run.checkpoint.revision or "",
+        "family": run.checkpoint.family.name,
+        "method": run.method.name,
+        "steps": str(run.steps),
+        "shards": run.shards.fingerprint,
+        "contract": run.shards.contract.fingerprint,
+    }
+
+
+def count_weights(trained: list[torch.nn.Parameter]) -> int:
+    """Numbers in some weights, also where ZeRO-3 has left a part of them here."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)

@@ -1,0 +1,42 @@
+"""tensorboard and wandb, through accelerate; neither is imported unless asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from cogcommon.errors import SettingError
+
+Name = Literal["none", "tensorboard", "wandb"]
+
+
+class Tracker(Protocol):
+    def log(self, values: Mapping[str, Any], step: int | None) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def check_installed(name: Name) -> None:
+    """Raises:
+    SettingError: the package is not there.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise SettingError(
+            f"--tracker {name} needs a package that is not installed", where="--tracker", fix=f"pip install {name}"
+        )
+
+
+def open_tracker(name: Name, folder: Path) -> Tracker | None:
+    """A tracker of the run in ``folder``; on rank 0."""
+    if name == "none":
+        return None
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    if name == "tensorboard":
+        tracker = TensorBoardTracker("tensorboard", folder)
+    else:
+        tracker = WandBTracker(folder.name, dir=str(folder))
+    tracker.start()
+    return tracker  # type: ignore[no-any-return]
