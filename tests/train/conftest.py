@@ -1,6 +1,11 @@
 """A transformer with adapters that matter, as training would leave it."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,5 +48,27 @@ def train_here() -> Callable:
     def run(settings):
         AcceleratorState._reset_state(reset_partial_state=True)
         return train(open_run(settings, torch.device("cpu"), 1), StopRequest())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable:
+    """run_ranks(world, cases, folder) -> {case name: [what each rank saw]}; see worker.py."""
+
+    def run(world, cases, folder, timeout=600):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cases.json").write_text(json.dumps(cases, default=str))
+        worker = Path(__file__).with_name("worker.py")
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
+             str(worker), str(folder / "cases.json"), str(folder)],
+            capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        return {
+            case["name"]: [json.loads((folder / f"{case['name']}-{rank}.json").read_text()) for rank in range(world)]
+            for case in cases
+        }
 
     return run

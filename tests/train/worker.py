@@ -1,0 +1,74 @@
+"""One rank of a test's process group: runs several trainings one after the other and writes down what it saw.
+
+Usage: torchrun ... worker.py CASES.json OUT. A case is {"name", "method", "settings"}; rank r writes
+OUT/<name>-<r>.json with the samples it took, what was drawn for them, and the live optimizer's values.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from cogcommon.device import pick_device, quiet_libraries
+
+device = pick_device(int(os.environ["LOCAL_RANK"]))
+quiet_libraries()
+
+from accelerate.state import AcceleratorState  # noqa: E402
+
+from cogtrain import loop  # noqa: E402
+from cogtrain.inputs import Objective  # noqa: E402
+from cogtrain.run import open_run  # noqa: E402
+from cogtrain.settings import LoraSettings, SftSettings  # noqa: E402
+from cogtrain.signals import StopRequest  # noqa: E402
+from cogtrain.strategy import Runtime  # noqa: E402
+
+
+def digest(tensor):
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def main(cases, out):
+    seen = {}
+    losses, prepare = Objective.losses, Runtime.prepare
+
+    def watched_losses(self, transformer, batch, dtype):
+        if transformer.training:
+            for row, key in enumerate(batch.keys):
+                seen["samples"].append([key, int(batch.timestep_B[row]), digest(batch.noise_BFCHW[row])])
+        return losses(self, transformer, batch, dtype)
+
+    def watched_prepare(self, *args, **named):
+        model, optimizer = prepare(self, *args, **named)
+        group = {k: v for k, v in optimizer.param_groups[0].items() if k in ("lr", "betas", "eps", "weight_decay")}
+        seen["optimizer"] = {
+            "kind": type(getattr(optimizer.optimizer, "optimizer", optimizer.optimizer)).__name__,
+            **group,
+        }
+        if self.sharded:
+            seen["engine"] = {
+                "clip": model.gradient_clipping(),
+                "accumulate": model.gradient_accumulation_steps(),
+                "micro": model.train_micro_batch_size_per_gpu(),
+                "batch": model.train_batch_size(),
+                "stage": model.zero_optimization_stage(),
+                "optimizer offload": str(getattr(model.zero_offload_optimizer(), "device", None)),
+                "parameter offload": str(getattr(model.zero_offload_param(), "device", None)),
+            }
+        return model, optimizer
+
+    Objective.losses, Runtime.prepare = watched_losses, watched_prepare
+    rank = os.environ["RANK"]
+    for case in cases:
+        seen.clear()
+        seen["samples"] = []
+        AcceleratorState._reset_state(reset_partial_state=True)
+        cls = {"lora": LoraSettings, "sft": SftSettings}[case["method"]]
+        settings = {k: Path(v) if k in ("out", "deepspeed", "nvme") else v for k, v in case["settings"].items()}
+        run = open_run(cls(**settings), device, int(os.environ["WORLD_SIZE"]))
+        loop.train(run, StopRequest())
+        (out / f"{case['name']}-{rank}.json").write_text(json.dumps(seen))
+
+
+main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
