@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full test-gpu check venv clean
+.PHONY: demo test test-full test-gpu check readme venv clean
 
 venv: .venv/ready
 
@@ -39,3 +39,7 @@ test-gpu: venv
 
 clean:
 	rm -rf .venv build demo *.egg-info
+
+# Write the README's tables of options anew from the settings.
+readme: venv
+	$(BIN)/python tests/test_readme.py --write
