@@ -73,6 +73,11 @@ class Validation:
         known = validation._remembered()
         if known is None:
             log.say(f"validation: {len(run.held_out)} held-out samples at {len(TIMESTEPS)} timesteps; base model first")
+            if validation.videos and not runtime.whole:
+                log.say(
+                    f"validation videos: {run.strategy} gathers the weights once, into a copy on each process "
+                    "that draws; if that is too much, --validate-videos 0"
+                )
             known = validation.loss(model)
             if validation.videos:
                 validation.draw(model, 0)
@@ -170,21 +175,25 @@ class Validation:
             commit_bytes(self.folder / CAPTIONS_FILE, json.dumps(captions, ensure_ascii=False).encode())
         self.runtime.wait()
 
-    def _whole(self, live: Any) -> torch.nn.Module:
+    def _whole(self, live: Any) -> Any:
         """The model with all its weights here. Under ZeRO-3 a copy, gathered once; else the live one."""
         import torch
 
         if self.runtime.whole:
-            return live  # type: ignore[no-any-return]
-        copy = self.run.checkpoint.load_transformer(self.runtime.dtype)
-        self.run.method.apply(copy)
+            return live
         read = self.runtime.full_weight()
+        trained = [(name, parameter) for name, parameter in live.named_parameters() if parameter.requires_grad]
+        if self.runtime.rank >= self.videos:  # nothing to draw here, but the others need this rank's parts
+            for _, parameter in trained:
+                read(parameter)
+            return None
+        copy = self.run.checkpoint.load_transformer(self.runtime.dtype)  # frozen weights are the checkpoint's
+        self.run.method.apply(copy)
         into = dict(copy.named_parameters())
         with torch.no_grad():
-            for name, parameter in live.named_parameters():
-                if parameter.requires_grad:  # the frozen ones are the checkpoint's
-                    into[name].copy_(read(parameter))
-        return copy.to(self.runtime.device).eval()  # type: ignore[no-any-return]
+            for name, parameter in trained:
+                into[name].copy_(read(parameter))
+        return copy.to(self.runtime.device).eval()
 
     def _read(self, index: int) -> StoredSample:
         """A held-out sample; when any rank cannot read its own, all stop together."""
