@@ -26,7 +26,7 @@ class Line:
 
 def smoothed(points: Points, share: float = 0.04) -> list[tuple[float, float]]:
     """Exponential average over about this share of the run, from where it has seen a quarter of that."""
-    length = max(1.0, len(points) * share)
+    length = max(1.0, len(points) * share, min(8, len(points) / 4))
     keep = 1 - 1 / length
     total = weight = 0.0
     result = []

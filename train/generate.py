@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cogcommon.checkpoint import Checkpoint
 from cogcommon.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import SettingError
 from cogcommon.families import Resolution
@@ -20,7 +19,7 @@ from cogcommon.video import write_mp4
 from .pipeline import Request, draw, load_pipeline, place, to_base
 from .settings import GenerateSettings
 from .sheet import Column, contact_sheet, side_by_side
-from .tuned import find
+from .tuned import Tuned, find
 
 
 def run(settings: GenerateSettings) -> None:
@@ -31,7 +30,7 @@ def run(settings: GenerateSettings) -> None:
     """
     tuned = find(settings.run, settings.lora, settings.transformer, settings.model)
     checkpoint = tuned.checkpoint
-    request = _request(settings, checkpoint)
+    request = _request(settings, tuned)
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
@@ -73,14 +72,15 @@ def run(settings: GenerateSettings) -> None:
         console.print(f"{name:<14} {file}", soft_wrap=True)
 
 
-def _request(settings: GenerateSettings, checkpoint: Checkpoint) -> Request:
+def _request(settings: GenerateSettings, tuned: Tuned) -> Request:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not settings.prompt.strip():
         raise SettingError("there is no prompt", where="--prompt", fix='--prompt "what the video shows"')
     if settings.steps < 1:
         raise SettingError(f"{settings.steps} steps cannot be", where="--steps", fix="--steps 50")
-    resolution = Resolution.parse(settings.resolution) if settings.resolution else checkpoint.native
+    checkpoint = tuned.checkpoint
+    resolution = Resolution.parse(settings.resolution) if settings.resolution else tuned.resolution
     checkpoint.check_resolution(resolution)
     family = checkpoint.family
     image = None

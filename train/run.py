@@ -86,7 +86,7 @@ def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
     check_model(shards.contract, checkpoint, shards.shards[0].shown)
     for bucket in shards.buckets:
         checkpoint.check_resolution(bucket)
-    if settings.caption_dropout:
+    if settings.caption_dropout or settings.validate_videos:  # guidance needs it too
         shards.empty_caption()
     precision = settings.precision or default_precision(checkpoint.family, device)
     if precision == "fp16" and device.type == "cpu":

@@ -155,7 +155,9 @@ class GenerateSettings:
     )
     prompt: str = setting("", "what the video shows; with the id token, if training had one", section=_VIDEO)
     image: Path | None = setting(None, "first frame (I2V only); cut to the video's shape", section=_VIDEO)
-    resolution: str | None = setting(None, "FxHxW of the video", shown="the model's own", section=_VIDEO)
+    resolution: str | None = setting(
+        None, "FxHxW of the video", shown="the run's, else the model's own", section=_VIDEO
+    )
     steps: int = setting(50, "sampling steps", section=_VIDEO)
     guidance: float = setting(6.0, "scale of classifier-free guidance; 1 switches it off", section=_VIDEO)
     seed: int = setting(42, "of the noise, the same for tuned and base", section=_VIDEO)

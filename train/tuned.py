@@ -7,9 +7,10 @@ from pathlib import Path
 
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.errors import RunError, SettingError
+from cogcommon.families import Resolution
 
 from . import lora, sft
-from .run_folder import read_settings
+from .run_folder import FACTS_FILE, read_run, read_settings
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Tuned:
     checkpoint: Checkpoint
     lora_file: Path | None  # one of the two
     transformer_folder: Path | None
+    resolution: Resolution  # the run's, of its most samples; else the checkpoint's own
 
 
 def find(run: Path | None, lora_file: Path | None, transformer: Path | None, model: str | None) -> Tuned:
@@ -65,4 +67,13 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
             where=str(lora_file or transformer),
             fix="--model with the checkpoint that they were trained on",
         )
-    return Tuned(open_checkpoint(model), lora_file, None if lora_file else transformer)
+    checkpoint = open_checkpoint(model)
+    trained_at = _resolution_of(run) if run else None
+    return Tuned(checkpoint, lora_file, None if lora_file else transformer, trained_at or checkpoint.native)
+
+
+def _resolution_of(run: Path) -> Resolution | None:
+    if not (run / FACTS_FILE).exists():
+        return None
+    samples = read_run(run).facts.samples
+    return Resolution.parse(max(samples, key=lambda bucket: samples[bucket]))

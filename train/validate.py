@@ -144,7 +144,9 @@ class Validation:
         folder = self.folder / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         device = self.runtime.device
-        empty = safetensors.torch.load(self.held_out.empty_caption())["text"]
+        empty = safetensors.torch.load(self.run.shards.empty_caption())[
+            "text"
+        ]  # encode writes none beside held-out ones
         captions = []
         with self._evaluating(model) as live:
             transformer = self._whole(live)

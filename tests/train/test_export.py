@@ -12,10 +12,12 @@ from peft import PeftModel
 
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import CogError, RunError
+from cogcommon.families import Resolution
 from cogtrain import export, lora
 from cogtrain.probe import difference, probe
 from cogtrain.settings import ExportSettings, LoraSettings, SftSettings
 from cogtrain.sft import load
+from cogtrain.tuned import find
 
 
 def fresh():
@@ -62,6 +64,14 @@ def test_every_form_of_a_lora_answers_as_the_run(lora_run, capsys):
         assert "| training loss, smoothed | " in card
     config = json.loads((lora_run / "exported/peft/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
+
+
+def test_generate_draws_at_the_size_of_the_run(tmp_path, make_shards, train_here):
+    size = Resolution(9, 64, 64)
+    make_shards(tmp_path / "out", samples=1, resolutions=(size,))
+    run = train_here(LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "run", steps=1, rank=4))
+    assert find(run, None, None, None).resolution == size
+    assert find(None, run / lora.FILE, None, None).resolution == open_checkpoint("tiny").native
 
 
 def test_an_earlier_checkpoint_gives_its_own_weights(lora_run, capsys):

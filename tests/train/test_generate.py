@@ -154,7 +154,7 @@ def test_the_image_is_cut_and_not_stretched(make_run, picture):
     ImageDraw.Draw(wide).ellipse((160, 10, 240, 90), fill="white")
     wide.save(picture)
     settings = GenerateSettings(run=make_run("tiny-i2v"), prompt="x", image=picture)
-    request = generate._request(settings, open_checkpoint("tiny-i2v"))
+    request = generate._request(settings, find(settings.run, None, None, None))
     white = np.asarray(request.image)[..., 0] > 127
     assert request.image.size == (96, 64)
     assert abs(np.ptp(white.any(0).nonzero()[0]) - np.ptp(white.any(1).nonzero()[0])) <= 1
