@@ -192,7 +192,7 @@ def add_command(app: typer.Typer, name: str, cls: type[S], run: Callable[[S], No
             "rich_help_panel": field.metadata.get("section"),
         }
         if field.metadata.get("positional"):
-            option: Any = typer.Argument(metavar=f"[{flag}]", **shared)
+            option: Any = typer.Argument(metavar=flag, **shared)
         else:
             option = typer.Option(flag, **shared)
         parameters.append(

@@ -2,7 +2,7 @@
 
 What goes: what a killed run left half-written, tars and records without their
 other half, samples that the data root no longer has, and with --all everything
-that was derived. Only names that cogprep itself gives, in OUT and OUT/val, are
+that was derived. Only names that cogprep itself gives, in OUT, OUT/val and OUT/preview, are
 ever touched, and never a file that a live process writes.
 """
 
@@ -34,6 +34,7 @@ from .survey import survey
 # The temporary file of a commit, .NAME.PROCESS.tmp, and what one shard may leave behind.
 _COMMIT = re.compile(r"\..+\.(?P<process>\d+)\.tmp")
 _SHARD = re.compile(r"\.?(?P<number>\d{6})\.(?P<kind>tar|parquet|tar\.new|parquet\.new|tar\.tmp)")
+_PREVIEW = re.compile(r"index\.html|sheet-\d+\.png")
 _OF_THE_FOLDER = re.compile(rf"{CONTRACT_FILE}|{EMPTY_CAPTION_FILE}|{ORIGIN_FILE}|report(-\d+-of-\d+)?\.json")
 
 
@@ -100,7 +101,9 @@ def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) ->
         )
     for split in SPLITS:
         yield from _files(split_folder(out, split), everything)
-    if not everything:
+    if everything:
+        yield from _preview(out / "preview")
+    else:
         yield from _stale(out, say)
 
 
@@ -130,6 +133,14 @@ def _files(folder: Path, everything: bool) -> Iterator[Removal]:
                 yield Removal(path, "a tar without a record", size)
             elif kind == "parquet" and tar_name(number) not in present:
                 yield Removal(path, "a record without a tar", size)
+
+
+def _preview(folder: Path) -> Iterator[Removal]:
+    """The pages that `cogprep preview` drew."""
+    if folder.is_dir() and not folder.is_symlink():
+        for path in sorted(folder.iterdir()):
+            if _PREVIEW.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                yield Removal(path, "a preview", path.stat().st_size)
 
 
 def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
@@ -182,7 +193,7 @@ def carry_out(out: Path, removals: Sequence[Removal]) -> int:
                 drop_samples(split_folder(out, removal.drop.split), removal.drop.number, removal.drop.keep)
             except ShardBusy:
                 in_use += 1
-        for folder in (split_folder(out, "val"), out):
+        for folder in (out / "preview", split_folder(out, "val"), out):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
     return in_use

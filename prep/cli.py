@@ -9,7 +9,7 @@ import typer
 
 from cogcommon.settings import add_command, run_app
 
-from .settings import CleanSettings, EncodeSettings, ValidateSettings
+from .settings import CleanSettings, EncodeSettings, PreviewSettings, ValidateSettings
 
 app = typer.Typer(
     name="cogprep",
@@ -58,12 +58,25 @@ def _clean(settings: CleanSettings) -> None:
     run(settings)
 
 
+def _preview(settings: PreviewSettings) -> None:
+    from .preview import run
+
+    run(settings)
+
+
 add_command(
     app,
     "clean-cache",
     CleanSettings,
     _clean,
     "Remove what is stale, orphaned or half-written from a folder of shards. Never touches the data root.",
+)
+add_command(
+    app,
+    "preview",
+    PreviewSettings,
+    _preview,
+    "Draw what was encoded: the source with what was cut, and the decoded latents beside it.",
 )
 
 

@@ -190,3 +190,28 @@ class CleanSettings:
     dry_run: bool = setting(False, "list, and remove nothing")
     yes: bool = setting(False, "remove without asking")
     json: bool = setting(False, "print the list as JSON")
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    """Every option of `cogprep preview`."""
+
+    out: Path = setting(Path("out"), "folder with shards", positional=True)
+    to: Path | None = setting(None, "folder for the page and the sheets", shown="OUT/preview")
+    samples: int | None = setting(
+        None, "samples shown, from all over the folder", shown="8, or 3 of a large size on a CPU"
+    )
+    frames: int = setting(9, "frames decoded of each sample, from its first: 9, 17, ...")
+    model: str | None = setting(None, "checkpoint to decode with", shown="the one that encoded the folder")
+    json: bool = setting(False, "print paths and PSNR as JSON")
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise SettingError(f"{self.samples} is too small", where="--samples", fix="--samples 1 or more")
+        if self.frames < 9 or self.frames % 8 != 1:
+            low = max(9, (self.frames - 1) // 8 * 8 + 1)
+            raise SettingError(
+                f"{self.frames} frames: the VAE decodes 8N+1 (9, 17, 25, ...)",
+                where=f"--frames {self.frames}",
+                fix=f"--frames {low} or {low + 8}",
+            )

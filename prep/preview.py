@@ -1,0 +1,226 @@
+"""`cogprep preview OUT`: what was encoded, to be looked at.
+
+For a few samples from all over the folder: the source frame with what was cut,
+the pixels that went into the VAE, and what the VAE makes of the stored latent.
+The source side is made again from the data root, by the same code as encode.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.contract import Contract
+from cogcommon.device import default_precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.errors import ModelError, ShardError
+from cogcommon.families import Resolution
+from cogcommon.records import (
+    IMAGE_CLEAN_MEAN,
+    IMAGE_MEAN,
+    LATENT_MEAN,
+    SampleRow,
+    extent_intact,
+    read_record,
+    record_name,
+    split_extent,
+    tar_name,
+)
+
+from .clip import Fault
+from .cut import Cut
+from .output import Split, read_contract, read_origin, records_in, split_folder
+from .picture import Pixels
+from .pool import Pool
+from .preview_page import Preview, Shown, write_html
+from .preview_sheet import write_sheets
+from .progress import Progress
+from .settings import PreviewSettings
+from .source_view import view_source
+
+T = TypeVar("T")
+
+# On two cores the built-in VAE decodes 9 frames of 480x720 in 12 s, and CogVideoX's own in minutes.
+_CPU_PIXELS = 256 * 384
+_SAMPLES, _FEW = 8, 3
+
+
+def run(settings: PreviewSettings) -> None:
+    """The command: make the pages and say where they are."""
+    preview = make_preview(settings)
+    folder = settings.to or settings.out / "preview"
+    folder.mkdir(parents=True, exist_ok=True)
+    page = write_html(preview, folder / "index.html")
+    sheets = write_sheets(preview, folder)
+    if settings.json:
+        print(json.dumps(_told(preview, page, sheets), indent=1, ensure_ascii=False))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for shown in preview.shown:
+        said = shown.source.reason if isinstance(shown.source, Fault) else f"PSNR {shown.psnr:.1f} dB"
+        console.print(f"{shown.shard}  {shown.row.source}  {said}", markup=False)
+    console.print(f"\n[bold]open {page}[/]")
+    console.print("or   " + ", ".join(map(str, sheets)), markup=False)
+
+
+def _told(preview: Preview, page: Path, sheets: Sequence[Path]) -> dict[str, Any]:
+    samples = [
+        {
+            "key": shown.row.key,
+            "shard": shown.shard,
+            "source": shown.row.source,
+            "psnr": shown.psnr,
+            "reason": shown.source.reason if isinstance(shown.source, Fault) else "",
+        }
+        for shown in preview.shown
+    ]
+    return {"page": str(page), "sheets": [str(sheet) for sheet in sheets], "samples": samples}
+
+
+def make_preview(settings: PreviewSettings) -> Preview:
+    """Choose samples, decode the beginnings of their latents, make their source side again.
+
+    Raises:
+        ShardError: the folder holds no samples, or a damaged one.
+        ModelError: the VAE that encoded it cannot be had.
+    """
+    out = settings.out
+    contract = read_contract(out)
+    records = [] if contract is None else list(records_in(out))
+    chosen = choose(records, settings.samples or _SAMPLES)
+    if contract is None or not chosen:
+        raise ShardError(
+            "nothing has been encoded there", where=str(out), fix="`cogprep encode`, or name another folder"
+        )
+    cut = _cut_of(contract)
+    origin = read_origin(out)
+    roots = Path(origin.data_root) if origin else Path()
+    latents = Decoder(settings.model, contract)
+    if settings.samples is None and any(latents.frugal(Resolution.parse(row.bucket)) for *_, row in chosen):
+        chosen = choose(records, _FEW)
+    shown = []
+    with Pool(1) as pool, Progress("Decoding", len(chosen), "samples") as bar:
+        sources = pool.run(
+            view_source,
+            (
+                (roots / row.source, row.source_sha256, Resolution.parse(row.bucket), cut, contract.family_row.fps,
+                 row.key, settings.frames)
+                for _, _, row in chosen
+            ),
+        )  # fmt: skip
+        for (split, number, row), source in zip(chosen, sources, strict=True):
+            tensors = read_tensors(split_folder(out, split), number, row)
+            decoded = latents.frames(tensors[LATENT_MEAN], settings.frames)
+            images = []
+            if IMAGE_CLEAN_MEAN in tensors:
+                images.append(("clean", latents.frames(tensors[IMAGE_CLEAN_MEAN], 1)[0]))
+                images.append(("noised", latents.frames(tensors[IMAGE_MEAN][0], 1)[0]))
+            score = None if isinstance(source, Fault) else psnr(source.frames_FHWC[: len(decoded)], decoded)
+            label = tar_name(number) if split == "train" else f"{split}/{tar_name(number)}"
+            shown.append(Shown(label, row, source, decoded, images, score))
+            bar.advance()
+    return Preview(out, contract, len(records), shown)
+
+
+def choose(records: Sequence[tuple[Split, int, Path]], count: int) -> list[tuple[Split, int, SampleRow]]:
+    """Up to ``count`` samples, evenly from all over the folder. Opens at most ``count`` records."""
+    places: list[tuple[Split, int, SampleRow]] = []
+    for split, number, path in _evenly(records, count):
+        places += [(split, number, row) for row in read_record(path).rows if row.status == "ok"]
+    return _evenly(places, count)
+
+
+def _evenly(things: Sequence[T], count: int) -> list[T]:
+    """From the first to the last."""
+    count = min(count, len(things))
+    return [things[index * (len(things) - 1) // max(1, count - 1)] for index in range(count)]
+
+
+def read_tensors(folder: Path, number: int, row: SampleRow) -> dict[str, Any]:
+    """The tensors of a sample, by name.
+
+    Raises:
+        ShardError: its bytes are not those that the record names.
+    """
+    import safetensors.torch
+
+    tar = folder / tar_name(number)
+    try:
+        with tar.open("rb") as stream:
+            stream.seek(row.offset)
+            extent = stream.read(row.size)
+    except OSError as error:
+        raise ShardError(f"the shard cannot be read: {error.strerror}", where=str(tar)) from error
+    if not extent_intact(extent, row.sha256):
+        raise ShardError(
+            f"sample {row.key} is damaged",
+            where=f"{tar}, bytes {row.offset} to {row.offset + row.size}",
+            fix=f"remove {tar.name} and {record_name(number)} and run `cogprep encode` again",
+        )
+    return safetensors.torch.load(split_extent(extent, row)[1])
+
+
+class Decoder:
+    """The VAE of a folder's contract, decoding the beginnings of latents.
+
+    Raises:
+        ModelError: it cannot be had, or is another one than encoded the folder.
+    """
+
+    def __init__(self, model: str | None, contract: Contract) -> None:
+        self._device = pick_device()
+        quiet_libraries()
+        checkpoint = open_checkpoint(model or contract.model)
+        vae = checkpoint.identity("vae")
+        theirs = contract.vae
+        if (vae.config_sha256, vae.weights_sha256) != (theirs.config_sha256, theirs.weights_sha256):
+            raise ModelError(
+                f"the VAE of {checkpoint.name} is not the one that encoded this folder",
+                where=f"weights {vae.weights_sha256[:12]} here, {theirs.weights_sha256[:12]} in the contract",
+                fix=f"--model with the checkpoint that `cogprep encode` used ({contract.model})",
+            )
+        self._dtype = dtype_of(default_precision(checkpoint.family, self._device))
+        self._vae = checkpoint.load_vae(self._dtype).to(self._device)
+
+    def frugal(self, bucket: Resolution) -> bool:
+        """Whether decoding takes long here: large pictures on a CPU."""
+        return self._device.type == "cpu" and bucket.height * bucket.width > _CPU_PIXELS
+
+    def frames(self, latent_CFHW: Any, count: int) -> Pixels:
+        """Decode the first ``count`` frames (9, 17, ...) of an unscaled latent; or an image latent's one.
+
+        The VAE is causal and decodes latent frames in twos, the first time three (for the odd number that
+        a clip has), so an odd number of leading latent frames gives the very frames of the whole. One alone
+        would not: its norms span the first three.
+
+        Returns:
+            (count, H, W, 3) uint8 RGB.
+        """
+        import torch
+
+        latent_frames = min(latent_CFHW.shape[1], (count - 1) // 4 + 1)
+        part = latent_CFHW[None, :, :latent_frames].to(self._device, self._dtype)
+        with torch.inference_mode():
+            pixels_CFHW = self._vae.decode(part).sample[0].float()
+        scaled = ((pixels_CFHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        frames: Pixels = scaled.permute(1, 2, 3, 0).cpu().numpy()
+        return frames
+
+
+def psnr(ours: Pixels, theirs: Pixels) -> float:
+    """Peak signal-to-noise ratio in dB; 99 for equal pixels."""
+    error = np.square(ours.astype(np.float32) - theirs).mean()
+    return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-9))))
+
+
+def _cut_of(contract: Contract) -> Cut:
+    settings = contract.settings
+    return Cut(
+        **{name: settings[name] for name in ("frames", "start", "stride", "short", "fit", "crop")},
+        seed=settings.get("seed", Cut.seed),
+    )
