@@ -28,7 +28,7 @@ from .output import ORIGIN_FILE, SPLITS, read_contract, read_origin, records_in,
 from .plan import Drop
 from .pool import Pool, default_workers
 from .settings import CleanSettings
-from .shards import ShardBusy, disk_errors, drop_samples, locked_elsewhere, settle, temporary_name
+from .shards import ShardBusy, disk_errors, drop_samples, finish_rewrites, locked_elsewhere, temporary_name
 from .survey import survey
 
 # The temporary file of a commit, .NAME.PROCESS.tmp, and what one shard may leave behind.
@@ -58,7 +58,7 @@ def run(settings: CleanSettings) -> None:
     out = settings.out
     if not settings.dry_run:
         for split in SPLITS:
-            settle(split_folder(out, split))  # a rewrite that only lacks its last renames is nobody's rubbish
+            finish_rewrites(split_folder(out, split))  # a rewrite that only lacks its last renames is nobody's rubbish
     removals = list(find_removals(out, everything=settings.all, say=console.print))
     if settings.json:
         print(json.dumps([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals], indent=1))

@@ -251,13 +251,23 @@ def remove_shard(folder: Path, number: int) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Finish, or undo, the rewrites that a killed process left half-way. Live ones are left alone."""
+    """Make a folder fit for writing: finish rewrites, and remove records whose tar is gone.
+
+    What a live process works on is left alone.
+    """
+    finish_rewrites(folder)
+    for number in committed_shards(folder):
+        if not (folder / tar_name(number)).exists():
+            with suppress(ShardBusy), disk_errors(folder), lock_shard(folder, number):
+                if not (folder / tar_name(number)).exists():
+                    remove_shard(folder, number)
+
+
+def finish_rewrites(folder: Path) -> None:
+    """Finish, or undo, the rewrites that a killed process left half-way."""
     for number in sorted({int(path.name[:6]) for path in folder.glob("[0-9]*.new") if path.name[:6].isdigit()}):
-        try:
-            with disk_errors(folder), lock_shard(folder, number):
-                _finish_rewrite(folder, number)
-        except ShardBusy:
-            continue
+        with suppress(ShardBusy), disk_errors(folder), lock_shard(folder, number):
+            _finish_rewrite(folder, number)
 
 
 def _new(path: Path) -> Path:

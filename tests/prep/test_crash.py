@@ -55,10 +55,14 @@ def start(folder: Path, *more: str) -> subprocess.Popen:
     )
 
 
-def kill_group(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+def kill_group(process: subprocess.Popen) -> bool:
+    """Kill it with its children; gives whether it was still running."""
+    running = process.poll() is None
+    if running:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stderr.close()
+    return running
 
 
 def finish(folder: Path, *more: str) -> dict:
@@ -92,11 +96,10 @@ def kill_at_random(folder: Path, undisturbed: dict[str, str], kills: int, seed: 
         for path in out.rglob("*"):
             if path.is_file() and draw.random() < 0.7:  # begin with a folder that lacks something
                 path.unlink()
-        for _ in range(2):
+        for _ in range(3):
             process = start(folder)
-            time.sleep(draw.uniform(0.3, 1.0) * usual)
-            killed += process.poll() is None
-            kill_group(process)
+            time.sleep(draw.uniform(0.2, 0.9) * usual)
+            killed += kill_group(process)
         before = samples_on_disk(out)
         report = finish(folder)
         assert tars(out) == undisturbed, f"after {killed} kills (seed {seed})"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon.errors import SettingError
+from cogcommon.errors import SettingError, ShardError
 from cogcommon.records import read_record
 from cogprep.encode import encode
 
@@ -196,3 +196,14 @@ def test_other_weights_under_the_same_name_are_another_vae(encoded, again, tmp_p
     with pytest.raises(SettingError, match="other settings") as caught:
         again(model=str(model))
     assert "vae.weights_sha256" in str(caught.value)
+
+
+def test_a_tar_that_was_removed_is_made_again_and_one_that_was_cut_is_named(encoded, again):
+    before = bytes_of(encoded)
+    (encoded / "out" / "000001.tar").unlink()
+    assert again() == (2, 3, 0, 0)
+    assert bytes_of(encoded) == before
+    tar = encoded / "out" / "000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(ShardError, match=r"000001.tar has \d+ bytes"):
+        again()
