@@ -15,6 +15,7 @@ _FEW_CLIPS = 25  # what the original guide and users of LoRA call the least
 _SPEED = 1.25  # played faster or slower than this, motion no longer looks natural
 _MUCH_CUT = 0.35
 _ENLARGED = 1.5
+_OTHER_SHAPE = 0.03
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Looked:
 
     sample: Sample
     look: Look
+    image: tuple[int, int] | None = None  # width and height of its own first frame (I2V)
 
 
 def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Family) -> list[Advice]:
@@ -55,6 +57,7 @@ def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Fam
         _twice(looked),
         _same_caption(looked),
         _much_cut(looked),
+        _other_shape(looked),
         _enlarged(looked),
         _interlaced(looked),
         _variable(looked),
@@ -137,6 +140,17 @@ def _much_cut(looked: Sequence[Looked]) -> Advice | None:
         if one.look.loss > _MUCH_CUT
     ]
     return _of("much cut away", "these have another shape", "a second --resolution of their shape, or --fit pad", lines)
+
+
+def _other_shape(looked: Sequence[Looked]) -> Advice | None:
+    lines = []
+    for one in looked:
+        if one.image is not None:
+            width, height = one.image
+            facts = one.look.facts
+            if abs(width / height / (facts.width / facts.height) - 1) > _OTHER_SHAPE:
+                lines.append((one.sample.line, f"image {width}x{height}, clip {facts.width}x{facts.height}"))
+    return _of("image of another shape", "it is cut otherwise than its clip", "use a frame of the clip itself", lines)
 
 
 def _enlarged(looked: Sequence[Looked]) -> Advice | None:

@@ -67,9 +67,9 @@ def validate(settings: ValidateSettings) -> Verdict:
     looks, images = look_at_all(settings, data, family.fps)
     faults = find_faults(settings, data, looks, images)
     looked = [
-        Looked(sample, found)
+        Looked(sample, found, image)
         for sample in data.samples
-        if isinstance(found := looks[sample.source], Look) and not isinstance(images.get(sample.image), Fault)
+        if isinstance(found := looks[sample.source], Look) and not isinstance(image := images.get(sample.image), Fault)
     ]
     quiet_libraries()
     cuts = cut_captions([one.sample for one in looked], checkpoint.load_tokenizer(), family.text_tokens)

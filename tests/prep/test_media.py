@@ -380,6 +380,27 @@ def test_the_whole_corpus_through_the_pool_ends_no_run(tmp_path):
     assert not any("ended the decoder" in result.reason for result in results[: len(BAD)])
 
 
+def test_encode_names_every_bad_clip_and_encodes_the_rest(tmp_path):
+    from cogprep.encode import encode
+    from cogprep.settings import EncodeSettings
+
+    makers = {kind: make for kind, (make, _) in BAD.items() if kind != "a NUL in the name"}  # the lists refuse that
+    makers |= {kind: GOOD[kind][0] for kind in ("rotated by 90", "vp9 in webm")}
+    entries = []
+    for number, make in enumerate(makers.values()):
+        (tmp_path / str(number)).mkdir()
+        entries.append(str(make(tmp_path / str(number)).relative_to(tmp_path)))
+    (tmp_path / "videos.txt").write_text("\n".join(entries))
+    (tmp_path / "prompts.txt").write_text("\n".join(makers))
+    settings = EncodeSettings(data_root=tmp_path, out=tmp_path / "out", resolution=["9x64x96"], model="tiny", workers=2)
+    report = encode(settings)
+    assert (report.encoded, report.rejected) == (2, len(BAD) - 1)
+    for rejection in report.rejections:
+        assert re.search(BAD[rejection.caption][1], rejection.reason), rejection
+    again = encode(settings)  # what was rejected is remembered or found again, never encoded
+    assert (again.encoded, again.reused, again.rejected) == (0, 2, len(BAD) - 1)
+
+
 def test_alpha_is_laid_over_black(tmp_path):
     half = [np.dstack([picture, np.full(picture.shape[:2], 128, np.uint8)]) for picture in cards()]
     clip = decode(write(tmp_path / "a.mov", half, codec="png", pix_fmt="rgba", tag=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -65,6 +66,32 @@ def test_children_end_with_the_pool():
         ids = set(pool.run(pool_tasks.process_id, [() for _ in range(4)]))
         assert all(Path(f"/proc/{i}").exists() for i in ids)
     assert not any(Path(f"/proc/{i}").exists() for i in ids)
+
+
+_HANGING_PARENT = """
+import sys
+sys.path.insert(0, {folder!r})
+import pool_tasks
+from cogprep.pool import Pool
+if __name__ == "__main__":
+    with Pool(1) as pool:
+        print(next(pool.run(pool_tasks.process_id, [()])), flush=True)
+        next(pool.run(pool_tasks.act, [("hang",)]))
+"""
+
+
+def test_a_busy_child_ends_when_its_parent_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(_HANGING_PARENT.format(folder=str(Path(__file__).parent)))
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    child = Path("/proc") / parent.stdout.readline().strip()
+    assert child.exists()
+    time.sleep(0.5)  # let it take the second task
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while child.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not child.exists()
 
 
 def test_a_shared_mapping_is_freed_with_its_last_array():

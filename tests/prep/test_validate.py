@@ -160,6 +160,23 @@ def test_unpaired_lists_are_named_beside_the_faults_of_clips(settings, root):
     assert "no plan" in verdict.notes[0]
 
 
+def test_images_are_looked_at_for_i2v(settings, root):
+    from PIL import Image
+
+    for name, size in {"right.png": (288, 192), "square.png": (96, 96)}.items():
+        Image.new("RGB", size, "red").save(root / name)
+    (root / "three.txt").write_text("videos/good.mp4\nvideos/fast.mp4\nvideos/long.mp4\n")
+    (root / "captions.txt").write_text("one\ntwo\nthree\n")
+    (root / "stills.txt").write_text("right.png\nsquare.png\nnone.png\n")
+    verdict = validate(
+        replace(settings, model="tiny-i2v", videos="three.txt", prompts="captions.txt", images="stills.txt")
+    )
+    assert [(f.file, f.line, f.what) for f in verdict.faults] == [("stills.txt", 3, "image: the file is missing")]
+    shapes = next(advice for advice in verdict.advice if advice.kind == "image of another shape")
+    assert shapes.lines == [(2, "image 96x96, clip 144x96")]
+    assert verdict.usable == 2
+
+
 def invoke(*words):
     return CliRunner().invoke(app, ["validate", *map(str, words)])
 
