@@ -26,6 +26,7 @@ from .run import Run, run_folder, settings_json, write_config
 from .run_folder import CONFIG_FILE, StepLine, read_run
 from .signals import StopRequest
 from .strategy import Runtime, start
+from .tracker import open_tracker
 from .validate import Validation
 
 if TYPE_CHECKING:
@@ -65,15 +66,15 @@ def train(run: Run, stop: StopRequest) -> Path:
         checkpoints.clear(folder, keep=run.resume is not None)
     with ExitStack() as closing:
         try:
-            log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, done, settings.tracker))
+            tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
+            log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, done, tracker))
             model, optimizer, trained = _model(run, runtime)
             trainable = announce.count_weights(trained)
             announce.beginning(run, log, folder, trainable)
             if runtime.main:
                 announce.facts(run, runtime, trainable).write(folder)
-            validation = Validation.begin(
-                run, runtime, model, folder, log
-            )  # measures the base model: before the resume
+            # It measures the base model, so it comes before the resume.
+            validation = Validation.begin(run, runtime, model, folder, log)
             average = Average(trained, settings.ema) if settings.ema else None
             shadow = average.shadow if average else None
             if run.resume is not None:
@@ -119,7 +120,9 @@ def train(run: Run, stop: StopRequest) -> Path:
                 )
                 signal = runtime.agree(stop.signal)
                 if validation and not signal and (step % settings.validate_every == 0 or step == run.steps):
-                    log.validation(validation.measure(model, step))
+                    with average.in_place() if average else nullcontext():  # what would be exported
+                        line = validation.measure(model, step)
+                    log.validation(line)
                 if signal or step % settings.save_every == 0 or step == run.steps:
                     state = checkpoints.RunState(step, runtime.world, run.facts(), settings_json(settings))
                     saved = checkpoints.save(runtime, model, optimizer, shadow, state, folder, settings.keep)

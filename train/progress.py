@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cogcommon.files import commit_bytes
 
 from .run_folder import METRICS_FILE, StepLine, ValidationLine
-from .tracker import Name, open_tracker
+from .tracker import Tracker
 
 if TYPE_CHECKING:
     import torch
@@ -62,10 +62,10 @@ class RunLog:
         tracker: gets the numbers of metrics.jsonl, too.
     """
 
-    def __init__(self, folder: Path | None, steps: int, done: int, tracker: Name = "none") -> None:
+    def __init__(self, folder: Path | None, steps: int, done: int, tracker: Tracker | None = None) -> None:
         self.folder = folder
         self.steps = steps
-        self._tracker = open_tracker(tracker, folder) if folder is not None else None
+        self._tracker = tracker
         self.console = Console(soft_wrap=True, highlight=False)
         self._done = done
         self._at_start = done

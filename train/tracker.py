@@ -28,8 +28,12 @@ def check_installed(name: Name) -> None:
         )
 
 
-def open_tracker(name: Name, folder: Path) -> Tracker | None:
-    """A tracker of the run in ``folder``; on rank 0."""
+def open_tracker(name: Name, folder: Path, settings: Mapping[str, Any]) -> Tracker | None:
+    """A tracker of the run in ``folder``, told the settings; on rank 0.
+
+    Args:
+        settings: of the run, of any types.
+    """
     if name == "none":
         return None
     from accelerate.tracking import TensorBoardTracker, WandBTracker
@@ -39,4 +43,12 @@ def open_tracker(name: Name, folder: Path) -> Tracker | None:
     else:
         tracker = WandBTracker(folder.name, dir=str(folder))
     tracker.start()
+    tracker.store_init_configuration({key: _plain(value) for key, value in settings.items()})
     return tracker  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> int | float | str | bool:
+    """What tensorboard's hyper-parameters may be; a Path or a list makes it raise at the start of the run."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return value if isinstance(value, int | float | str | bool) else str(value)

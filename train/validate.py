@@ -24,7 +24,7 @@ from .data import Collator, StoredSample, read_sample
 from .draws import Draws
 from .inputs import Objective
 from .order import Slot
-from .progress import RunLog
+from .progress import RunLog, peak_gib
 from .run import Run
 from .run_folder import VALIDATION, ValidationLine
 from .sample import Conditions, decode, load_decoder, sample
@@ -54,6 +54,7 @@ class Validation:
     held_out: ShardSet
     objective: Objective
     folder: Path
+    log: RunLog
     base_loss: float
 
     @classmethod
@@ -69,7 +70,7 @@ class Validation:
         """
         if run.held_out is None:
             return None
-        validation = cls(run, runtime, run.held_out, Objective.of(run.checkpoint), folder / VALIDATION, math.nan)
+        validation = cls(run, runtime, run.held_out, Objective.of(run.checkpoint), folder / VALIDATION, log, math.nan)
         known = validation._remembered()
         if known is None:
             log.say(f"validation: {len(run.held_out)} held-out samples at {len(TIMESTEPS)} timesteps; base model first")
@@ -108,9 +109,16 @@ class Validation:
 
     def measure(self, model: torch.nn.Module, step: int) -> ValidationLine:
         """Loss, and videos where asked for; every rank calls it."""
+        before = peak_gib(self.runtime.device)
         line = ValidationLine(step, self.loss(model), self.base_loss)
         if self.videos:
             self.draw(model, step)
+        after = peak_gib(self.runtime.device)
+        if self.runtime.device.type == "cuda" and after > before:
+            self.log.say(
+                f"validation raised the peak from {before:.1f} to {after:.1f} GiB"
+                + ("; --validate-videos 0 lowers it" if self.videos else "")
+            )
         return line
 
     def loss(self, model: torch.nn.Module) -> float:

@@ -14,6 +14,7 @@ import torch
 
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import ShardError
+from cogtrain import lora
 from cogtrain.data import read_sample
 from cogtrain.diffusion import Schedule
 from cogtrain.draws import Draws
@@ -37,10 +38,12 @@ def shards(tmp_path, make_shards):
     return {"shards": [str(tmp_path / "out")], "validate_shards": [str(tmp_path / "held")]}
 
 
-def base_loss(held_out):
-    """The base model's loss, stated anew."""
+def stated_loss(held_out, lora_file=None):
+    """The held-out loss of the base model, or with a LoRA file on it, stated anew."""
     checkpoint = open_checkpoint("tiny")
     transformer, objective = checkpoint.load_transformer(torch.float32).eval(), Objective.of(checkpoint)
+    if lora_file:
+        lora.load(lora_file, checkpoint, transformer)
     abar = Schedule.from_config(checkpoint.scheduler_config).abar_T
     losses = []
     for index in range(len(held_out)):
@@ -63,7 +66,16 @@ def test_the_base_line_is_the_base_models_and_an_untrained_run_stays_on_it(tmp_p
     run = train_here(method(**shards, out=tmp_path / "run", steps=1, lr=0.0))
     _, (line,) = lines(run)
     assert line.val_loss == line.base_val_loss
-    assert math.isclose(line.base_val_loss, base_loss(open_shards(shards["validate_shards"])), rel_tol=1e-6)
+    assert math.isclose(line.base_val_loss, stated_loss(open_shards(shards["validate_shards"])), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_last_value_is_that_of_the_exported_weights(tmp_path, shards, train_here, ema):
+    run = train_here(LoraSettings(**shards, out=tmp_path / "run", steps=4, lr=0.1, rank=4, ema=ema))
+    _, (line,) = lines(run)
+    assert line.val_loss != line.base_val_loss
+    stated = stated_loss(open_shards(shards["validate_shards"]), run / lora.FILE)
+    assert math.isclose(line.val_loss, stated, rel_tol=1e-6)
 
 
 def test_training_does_not_notice_a_validation(tmp_path, shards, train_here, monkeypatch):
@@ -116,7 +128,7 @@ def test_other_held_out_shards_are_measured_anew(tmp_path, shards, train_here, m
     _, (first, second) = lines(run)
     assert first.base_val_loss != second.base_val_loss
     # The base model was measured although the run had already trained a step.
-    assert math.isclose(second.base_val_loss, base_loss(open_shards([str(tmp_path / "other")])), rel_tol=1e-6)
+    assert math.isclose(second.base_val_loss, stated_loss(open_shards([str(tmp_path / "other")])), rel_tol=1e-6)
 
 
 def test_a_damaged_held_out_sample_is_named(tmp_path, shards, train_here):
