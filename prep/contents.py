@@ -18,6 +18,7 @@ from cogcommon.errors import ShardError
 from cogcommon.records import read_table, tar_name
 
 from .output import SPLITS, Split, read_contract, records_in, split_folder
+from .settings import InspectSettings
 from .shards import committed_shards
 
 _ROWS = 5
@@ -65,10 +66,10 @@ class Contents:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
 
 
-def run(out: Path, *, as_json: bool) -> None:
+def run(settings: InspectSettings) -> None:
     """The command."""
-    contents = inspect(out)
-    if as_json:
+    contents = inspect(settings.out)
+    if settings.json:
         print(contents.to_json())
     else:
         show(contents, Console(highlight=False))

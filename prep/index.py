@@ -21,6 +21,7 @@ from cogcommon.records import SampleRow, ShardHeader, ShardRecord, read_table, r
 
 from .extents import INFO_FIELDS, tar_end_whole, whole_extents
 from .output import SPLITS, read_contract, records_in, split_folder
+from .settings import IndexSettings
 from .shards import ShardBusy, committed_shards, disk_errors, lock_shard, locked_elsewhere, settle
 
 
@@ -34,21 +35,21 @@ class Indexed:
     samples: int  # in all committed shards
 
 
-def run(out: Path, *, as_json: bool) -> None:
+def run(settings: IndexSettings) -> None:
     """The command.
 
     Raises:
         ShardError: a tar without a record is not whole, or there is no contract to be had.
     """
-    done = index(out)
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    if as_json:
+    done = index(settings.out)
+    console = Console(stderr=settings.json, highlight=False, soft_wrap=True)
+    if settings.json:
         print(json.dumps(done.__dict__, indent=1))
     if done.contract:
         console.print(f"put back {CONTRACT_FILE}")
     for name in done.records:
         console.print(f"put back the record of {name}")
-    console.print(f"{done.samples} samples are committed in {out}")
+    console.print(f"{done.samples} samples are committed in {settings.out}")
     if done.broken:
         raise ShardError(
             f"{len(done.broken)} tars are not whole and have no record",

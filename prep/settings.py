@@ -215,3 +215,35 @@ class PreviewSettings:
                 where=f"--frames {self.frames}",
                 fix=f"--frames {low} or {low + 8}",
             )
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """Every option of `cogprep inspect`."""
+
+    out: Path = setting(Path("out"), "folder with the shards", positional=True)
+    json: bool = setting(False, "print everything as JSON")
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """Every option of `cogprep index`."""
+
+    out: Path = setting(Path("out"), "folder with the shards", positional=True)
+    json: bool = setting(False, "print what was put back as JSON")
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """Every option of `cogprep verify`."""
+
+    out: Path = setting(Path("out"), "folder with the shards", positional=True)
+    reencode: int = setting(0, "encode this many samples again and report the largest difference")
+    workers: int = setting(1, "decode processes for --reencode")
+    json: bool = setting(False, "print the result as JSON")
+
+    def __post_init__(self) -> None:
+        if self.reencode < 0 or self.workers < 1:
+            raise SettingError(
+                "too small", where="--reencode, --workers", fix="--reencode 0 or more, --workers 1 or more"
+            )

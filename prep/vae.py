@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cogcommon.errors import SettingError
 from cogcommon.records import (
     IMAGE_CLEAN_MEAN,
     IMAGE_CLEAN_STD,
@@ -70,6 +71,9 @@ class LatentEncoder:
 
         Returns:
             Unscaled latents (C, F', H/8, W/8); image latents (K, C, 1, H/8, W/8) and clean (C, 1, H/8, W/8).
+
+        Raises:
+            SettingError: the memory does not suffice, not even in tiles.
         """
         tensors: dict[str, torch.Tensor] = {}
         mean, std, tiled = self._moments(self._pixels(frames_FHWC))
@@ -113,18 +117,30 @@ class LatentEncoder:
         shape = tuple(pixels_1CFHW.shape)
         pixels = pixels_1CFHW.to(self._vae.dtype)
         with torch.inference_mode():
-            if self._tiling == "on" or shape in self._too_large:
-                return self._run(pixels, tiles=True)
+            if self._tiling != "on" and shape not in self._too_large:
+                try:
+                    return self._run(pixels, tiles=False)
+                except RuntimeError as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    if self._tiling == "off":
+                        raise self._no_memory(shape, "--tiling auto, or --precision bf16") from error
+                # Outside the handler: there the traceback still holds the tensors of the failed try.
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self._too_large.add(shape)
             try:
-                return self._run(pixels, tiles=False)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if self._tiling == "off" or not _is_out_of_memory(error):
+                return self._run(pixels, tiles=True)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
                     raise
-            # Outside the handler, so that the traceback no longer holds the tensors of the failed try.
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._too_large.add(shape)
-            return self._run(pixels, tiles=True)
+                raise self._no_memory(shape, "--precision bf16, or a smaller --resolution") from error
+
+    def _no_memory(self, shape: tuple[int, ...], fix: str) -> SettingError:
+        _, _, frames, height, width = shape
+        return SettingError(
+            f"the VAE has too little memory for {frames}x{height}x{width}", where=str(self._device), fix=fix
+        )
 
     def _run(self, pixels: torch.Tensor, *, tiles: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
         vae = self._vae
@@ -152,8 +168,8 @@ class LatentEncoder:
             tensors[mean_name] = (mean.float() + std.float() * eps).to(mean.dtype)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: RuntimeError) -> bool:
     import torch
 
-    # On a CPU torch raises a plain RuntimeError.
+    # On a CPU torch raises a plain RuntimeError; OutOfMemoryError is one, too.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -20,6 +20,7 @@ from cogcommon.records import IMAGE_CLEAN_MEAN, LATENT_MEAN, TEXT, ShardRecord, 
 
 from .output import SPLITS, read_contract, records_in, split_folder
 from .progress import Progress
+from .settings import VerifySettings
 from .shards import committed_shards
 
 if TYPE_CHECKING:
@@ -55,14 +56,14 @@ class Verified:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
 
 
-def run(out: Path, *, reencode: int, workers: int, as_json: bool) -> None:
+def run(settings: VerifySettings) -> None:
     """The command.
 
     Raises:
         ShardError: there is any problem.
     """
-    verified = verify(out, reencode=reencode, workers=workers)
-    if as_json:
+    verified = verify(settings.out, reencode=settings.reencode, workers=settings.workers)
+    if settings.json:
         print(verified.to_json())
     else:
         console = Console(highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from cogcommon.families import Resolution
 from cogcommon.records import ShardRecord, read_record
 from cogprep.contents import inspect
 from cogprep.index import index
+from cogprep.settings import VerifySettings
 from cogprep.shards import ShardWriter
 from cogprep.verify import check_shard, run, verify
 
@@ -35,7 +36,7 @@ def damaged(tar: Path, record: ShardRecord) -> bool:
 def test_a_whole_folder_is_as_recorded(encoded, capsys):
     verified = verify(encoded / "out")
     assert (verified.shards, verified.samples, verified.problems) == (3, 5, [])
-    run(encoded / "out", reencode=0, workers=1, as_json=True)
+    run(VerifySettings(out=encoded / "out", json=True))
     assert json.loads(capsys.readouterr().out)["samples"] == 5
 
 
@@ -72,7 +73,7 @@ def test_damage_names_its_shard_and_fails_the_command(encoded):
     (encoded / "out" / "000000.parquet").unlink()
     (encoded / "out" / "empty_caption.safetensors").write_bytes(b"?")
     with pytest.raises(ShardError) as caught:
-        run(encoded / "out", reencode=0, workers=1, as_json=False)
+        run(VerifySettings(out=encoded / "out"))
     for name in ("000000.tar", "000001.tar", "000002.tar", "empty_caption.safetensors"):
         assert name in str(caught.value)
     whats = [problem.what for problem in verify(encoded / "out").problems if problem.shard == "000001.tar"]
