@@ -27,7 +27,7 @@ def _one_cpu_device() -> None:
     quiet_libraries()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_shards() -> ShardMaker:
     """``make_shards(folder, form="tiny", ...) -> tars``; see `write_random_shards`."""
     return write_random_shards

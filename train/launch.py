@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 from types import FrameType
+from typing import Any
 
 from cogcommon.errors import RunError, SettingError
 
@@ -70,6 +71,7 @@ def relaunch(processes: int) -> int:
     """
     # The launcher would pass a signal on and kill everything 30 s later, which is too soon to save a
     # large model. We pass it on ourselves and let the processes end by themselves.
+    # torch 2.8 reads the environment, newer ones the field.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP"
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -77,6 +79,7 @@ def relaunch(processes: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    newer: dict[str, Any] = {"signals_to_handle": "SIGHUP"} if hasattr(LaunchConfig, "signals_to_handle") else {}
     config = LaunchConfig(
         run_id=str(os.getpid()),
         min_nodes=1,
@@ -86,6 +89,7 @@ def relaunch(processes: int) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.2,
+        **newer,
     )
     passed = {number: signal.signal(number, _pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -106,10 +110,8 @@ def relaunch(processes: int) -> int:
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    for pid in subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False
-    ).stdout.split():
-        try:
-            os.kill(int(pid), number)
-        except ProcessLookupError:
-            continue
+    import psutil
+
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)

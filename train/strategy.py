@@ -155,6 +155,8 @@ class Runtime:
         Raises:
             RunError: it is damaged, or does not fit this model.
         """
+        from safetensors import SafetensorError
+
         try:
             if not self.sharded:
                 self._load_plain(model, optimizer, average, folder)
@@ -169,7 +171,7 @@ class Runtime:
                     shutil.rmtree(scratch)
             else:
                 zero.load(model, folder)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise RunError(
                 f"the checkpoint cannot be loaded: {str(error).splitlines()[0]}",
                 where=str(folder),

@@ -1,0 +1,170 @@
+"""What cannot be is refused with one message, before a weight is read: exit 2 and no traceback."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from cogcommon.checkpoint import Checkpoint
+from cogcommon.errors import CogError, RunError, SettingError
+from cogcommon.records import read_record, write_record
+from cogtrain.run import open_run
+from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.zero_config import choose, deepspeed_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def open_here(tmp_path, make_shards, monkeypatch):
+    """open_here(world=1, cls=LoraSettings, **settings); any weight that is loaded is a failure."""
+    make_shards(tmp_path / "out", samples=4)
+    monkeypatch.chdir(tmp_path)
+    for name in ("load_transformer", "load_vae", "load_text_encoder"):
+        monkeypatch.setattr(Checkpoint, name, lambda *args: pytest.fail("a weight was loaded"))
+
+    def open_it(world=1, cls=LoraSettings, **settings):
+        return open_run(cls(**{"shards": ["out/*.tar"]} | settings), CPU, world)
+
+    return open_it
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "where", "fix"),
+    [
+        ({"model": "tiny-2b"}, "for family 5b, the model has 2b", "--model tiny-2b", "--model tiny"),
+        ({"model": "tiny-i2v"}, "family 5b, the model has 5b-i2v", "--model tiny-i2v", "--model tiny"),
+        ({"model": "nothing-like-it"}, "no model", "neither a built-in form", "--model"),
+        ({"shards": []}, "--shards is not given", "", "out/*.tar"),
+        ({"shards": ["none/*.tar"]}, "no shard matches", "--shards", "out/*.tar"),
+        ({"validate_shards": ["out"]}, "none is left to train on", "out/", "--validate-shards"),
+        ({"world": 9}, "9 processes and only 4 samples", "--nproc", "--nproc 4"),
+        ({"batch_size": 3, "accumulate": 2}, "a step takes 6 samples", "--batch-size", "smaller"),
+        ({"resume": "gone"}, "no such folder to resume", "--resume gone", "checkpoint-N"),
+        ({"precision": "fp16"}, "fp16 needs a GPU", "--precision", "bf16"),
+        ({"ema": 0.9, "strategy": "zero2"}, "zero2 spreads them", "--ema, --strategy", "ddp"),
+        ({"tracker": "wandb"}, "not installed", "--tracker", "pip install wandb"),
+        ({"deepspeed": "ds.json", "strategy": "ddp"}, "no meaning", "ds.json", "leave one"),
+        ({"nvme": "fast", "strategy": "zero2"}, "offloads nothing", "--nvme", "zero3-offload"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_refused_before_a_weight_is_read(open_here, monkeypatch, options, says, where, fix):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest)
+    )
+    with pytest.raises(CogError) as caught:
+        open_here(**options)
+    error = caught.value
+    assert says in error.what and where in (error.where or "") and fix in (error.fix or ""), str(error)
+
+
+def test_shards_of_another_text_length(open_here, tmp_path):
+    for path in (tmp_path / "out").glob("*.parquet"):
+        record = read_record(path)
+        contract = dataclasses.replace(record.header.contract, text_tokens=224)
+        write_record(dataclasses.replace(record, header=dataclasses.replace(record.header, contract=contract)), path)
+    with pytest.raises(CogError, match="text length 224, the model has 226"):
+        open_here()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 1, "epochs": 1}, "both say how long"),
+        ({"steps": 0}, "0 is too small"),
+        ({"lr": -1.0}, "-1.0 is too small"),
+        ({"lr": float("nan")}, "nan is too small"),
+        ({"beta1": 1.0}, "1.0 is too large"),
+        ({"caption_dropout": 1.5}, "1.5 is too large"),
+    ],
+)
+def test_settings_out_of_range(options, says):
+    with pytest.raises(SettingError, match=says):
+        LoraSettings(**options)
+
+
+def file(tmp_path, content):
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "option"),
+    [
+        ({"gradient_clipping": 0.5}, "gradient_clipping", "--max-grad-norm"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu", "--batch-size"),
+        ({"train_batch_size": 64}, "train_batch_size", "--batch-size"),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps", "--accumulate"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled", "--precision"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled", "--precision"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "--strategy"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer.device",
+            "--strategy and --nvme",
+        ),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "optimizer.params.lr", "--lr"),
+        ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, "optimizer.params.betas", "--beta1, --beta2"),
+        ({"optimizer": {"params": {"weight_decay": 0.5}}}, "optimizer.params.weight_decay", "--weight-decay"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type", "--optimizer"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}}, "scheduler.", "--lr-schedule"),
+    ],
+)
+def test_a_contradiction_in_a_deepspeed_file_names_both(tmp_path, content, key, option):
+    settings = SftSettings(strategy="zero2", deepspeed=file(tmp_path, content))
+    with pytest.raises(SettingError) as caught:
+        deepspeed_config(settings, "zero2", "bf16", 2)
+    message = str(caught.value)
+    assert key in message and option in message and "ds.json" in message and '"auto"' in message
+
+
+def test_a_deepspeed_file_is_merged(tmp_path):
+    content = {
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.95], "eps": 1e-8}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+        "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1234},
+        "comms_logger": {"enabled": True},
+    }
+    settings = SftSettings(deepspeed=file(tmp_path, content), batch_size=2, accumulate=3)
+    assert choose(settings, full=True, gpus=0) == "zero2"  # the file says it
+    merged = deepspeed_config(settings, "zero2", "bf16", 4)
+    assert merged["train_batch_size"] == 24 and merged["bf16"] == {"enabled": True}
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 1234
+    assert merged["zero_optimization"]["overlap_comm"] is False and merged["comms_logger"] == {"enabled": True}
+    assert "optimizer" not in merged and "scheduler" not in merged
+
+
+@pytest.mark.parametrize(("content", "says"), [("{", "not JSON"), ("[]", "not a DeepSpeed"), (None, "cannot read")])
+def test_a_deepspeed_file_that_is_none(tmp_path, content, says):
+    path = tmp_path / "ds.json" if content is None else file(tmp_path, content)
+    with pytest.raises(SettingError, match=says):
+        deepspeed_config(SftSettings(deepspeed=path), "zero2", "bf16", 1)
+
+
+def test_auto_strategy():
+    lora, sft = LoraSettings(), SftSettings()
+    assert choose(lora, full=False, gpus=8) == "ddp"
+    assert [choose(sft, full=True, gpus=gpus) for gpus in (0, 1, 8)] == ["ddp", "zero2-offload", "zero2"]
+    assert choose(SftSettings(strategy="zero3"), full=True, gpus=1) == "zero3"
+
+
+def test_nvme_goes_into_the_dict(tmp_path):
+    zero = deepspeed_config(SftSettings(nvme=tmp_path), "zero3-offload", "bf16", 1)["zero_optimization"]
+    for part in ("offload_optimizer", "offload_param"):
+        assert zero[part]["device"] == "nvme" and zero[part]["nvme_path"] == str(tmp_path)
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path, make_shards, train_here):
+    make_shards(tmp_path / "out", samples=2)
+    (tmp_path / "file").write_text("")
+    settings = LoraSettings(shards=[str(tmp_path / "out")], steps=1, rank=2, out=tmp_path / "file" / "run")
+    with pytest.raises(RunError, match="cannot write"):
+        train_here(settings)

@@ -1,0 +1,210 @@
+"""Killed, stopped, moved to another number of processes: the run goes on as if nothing had been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from cogcommon.errors import RunError
+from cogtrain import checkpoint as checkpoints
+from cogtrain.settings import LoraSettings
+from cogtrain.strategy import read_weights
+
+STEPS = 6
+# In a learning rate that lets the losses depend on every step before.
+OPTIONS = ["--steps", STEPS, "--rank", 4, "--lr", 1e-2, "--save-every", 1, "--keep", 2]
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["step"] for line in lines}) == len(lines), "a step stands twice"
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def begin(words, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-m", "cogtrain", *map(str, words)],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(process, expected=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == expected, (process.returncode, out, err)
+    return out, err
+
+
+def wait_for_step(process, run, step):
+    """Until the run has written a step, or has ended."""
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+
+
+def words_for(strategy, world, run):
+    # Always two samples a step.
+    per = ["--nproc", 2, "--batch-size", 1] if world == 2 else ["--nproc", 1, "--batch-size", 2]
+    return ["lora", "--shards", "out/*.tar", "--strategy", strategy, *per, "--out", run, *OPTIONS]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place, make_shards):
+    """undisturbed(strategy) -> losses of a run that nothing happened to, on two processes."""
+    make_shards(place / "out", samples=8)
+    known = {}
+
+    def run(strategy):
+        if strategy not in known:
+            finish(begin(words_for(strategy, 2, f"{strategy}-undisturbed"), place))
+            known[strategy] = losses(place / f"{strategy}-undisturbed")
+            assert sorted(known[strategy]) == list(range(1, STEPS + 1))
+        return known[strategy]
+
+    return run
+
+
+CAMPAIGN = [(s, a, b) for s in ("ddp", "zero2", "zero3") for a, b in ((2, 2), (2, 1), (1, 2))]
+IN_CI = [("ddp", 2, 2), ("ddp", 1, 2), ("zero2", 2, 1), ("zero3", 1, 2)]
+KILLS = [(*case, number) for number, case in enumerate(IN_CI)] + [
+    pytest.param(*CAMPAIGN[number % len(CAMPAIGN)], number, marks=pytest.mark.full) for number in range(4, 24)
+]
+
+
+@pytest.mark.parametrize(("strategy", "before", "after", "number"), KILLS)
+def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, before, after, number):
+    expected = undisturbed(strategy)
+    run = place / f"{strategy}-{before}-{after}-{number}"
+    rng = random.Random(number)
+    process = begin(words_for(strategy, before, run.name), place)
+    wait_for_step(process, run, rng.randint(1, STEPS - 1))
+    time.sleep(rng.random() * 0.2)  # in the middle of a step, of a checkpoint, between two
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.communicate(timeout=60)
+    psutil.wait_procs(family, timeout=60)
+    finish(begin(words_for(strategy, after, run.name), place))
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(("number", "code", "world"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 1)])
+def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, code, world):
+    expected = undisturbed("ddp")
+    run = place / f"stopped-{code}"
+    words = words_for("ddp", world, run.name)
+    words[words.index("--save-every") + 1] = 100  # nothing but the signal saves
+    process = begin(words, place)
+    wait_for_step(process, run, 2)
+    process.send_signal(number)
+    out, err = finish(process, code)
+    assert "Traceback" not in err
+    assert len(checkpoints.list_checkpoints(run)) == 1
+    command = out.strip().splitlines()[-1].removeprefix("stopped; to resume: ").split()
+    assert command[0] == "cogtrain"
+    finish(begin(command[1:], place))
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture
+def here(tmp_path, make_shards, train_here):
+    """here(**settings) -> run folder; trains in this process."""
+    make_shards(tmp_path / "out", samples=4)
+
+    def run(**settings):
+        common = {"shards": [str(tmp_path / "out")], "out": tmp_path / "run", "rank": 4, "lr": 1e-2}
+        return train_here(LoraSettings(**common | settings))
+
+    return run
+
+
+def test_on_one_process_a_resumed_run_is_bit_equal(here, tmp_path):
+    whole = here(steps=6, out=tmp_path / "whole", lora_dropout=0.1, caption_dropout=0.5)
+    here(steps=3, lora_dropout=0.1, caption_dropout=0.5)
+    parts = here(steps=6, lora_dropout=0.1, caption_dropout=0.5)
+    assert losses(parts) == losses(whole)
+    one, two = (read_weights(run / "checkpoint-6") for run in (whole, parts))
+    assert all((one[name] == two[name]).all() for name in one)
+
+
+def test_a_moving_average_is_resumed_and_exported(here, tmp_path):
+    from cogtrain import lora
+
+    plain = here(steps=4, out=tmp_path / "plain")
+    whole = here(steps=4, out=tmp_path / "whole", ema=0.9)
+    here(steps=2, ema=0.9)
+    parts = here(steps=4, ema=0.9)
+    assert losses(whole) == losses(plain)  # it watches, and changes nothing
+    files = [lora.load_file(run / lora.FILE) for run in (plain, whole, parts)]
+    assert all((files[1][name] == files[2][name]).all() for name in files[1])
+    assert any((files[0][name] != files[1][name]).any() for name in files[0])
+
+
+def test_never_starts_anew_and_a_path_is_continued(here, tmp_path):
+    first = here(steps=3)
+    assert losses(here(steps=2, resume="never")) == {k: v for k, v in losses(first).items() if k <= 2}
+    other = here(steps=4, out=tmp_path / "other", resume=str(tmp_path / "run" / "checkpoint-2"))
+    assert sorted(losses(other)) == [3, 4]
+
+
+def test_a_finished_run_is_not_trained_further(here):
+    before = losses(here(steps=2))
+    assert losses(here(steps=2)) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "fix"),
+    [
+        ({"batch_size": 2}, "another global batch: 1 then, 2 now", "batch size x accumulate is 1"),
+        ({"seed": 7}, "another --seed: 42 then, 7 now", "set --seed back"),
+        ({"rank": 8}, "another --rank: 4 then, 8 now", "another --out"),
+        ({"optimizer": "adamw8bit"}, "another --optimizer", "another --out"),
+        ({"resume": "nowhere"}, "no such folder to resume", "checkpoint-N"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(here, change, says, fix):
+    here(steps=2)
+    with pytest.raises(RunError, match=says) as caught:
+        here(steps=3, **change)
+    assert fix in caught.value.fix
+
+
+def test_other_shards_are_refused(here, tmp_path, make_shards):
+    here(steps=2)
+    make_shards(tmp_path / "more", samples=4, seed=5, captions=("other",))
+    with pytest.raises(RunError, match="another shards"):
+        here(steps=3, shards=[str(tmp_path / "more")])
+
+
+def test_a_global_batch_that_accumulation_can_restore_is_named(here):
+    here(steps=1, batch_size=4)
+    with pytest.raises(RunError) as caught:
+        here(steps=2, batch_size=2)
+    assert caught.value.fix == "--accumulate 2"
+
+
+def test_a_damaged_checkpoint_is_named(here):
+    run = here(steps=2)
+    weights = run / "checkpoint-2" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(RunError, match="cannot be loaded") as caught:
+        here(steps=3)
+    assert "checkpoint-2" in caught.value.where
