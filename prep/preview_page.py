@@ -116,31 +116,34 @@ def write_html(preview: Preview, path: Path) -> Path:
 def _card(shown: Shown) -> str:
     shown_columns = columns(shown)
     source = shown.source
+    rows: list[tuple[str, list[Pixels | None]]] = []
     if isinstance(source, Fault):
         whole = f'<div class="gone">{html.escape(source.reason)}</div>'
-        rows = []
     else:
         whole = _figure(with_box(source, (640, 640)), "source: the box is what was encoded")
-        rows = [("encoded", [source.frames_FHWC[index] for index in shown_columns])]
+        rows.append(("encoded", [source.frames_FHWC[index] for index in shown_columns]))
     rows.append(("decoded", [shown.decoded_FHWC[index] for index in shown_columns]))
     head = "".join(f"<th>{time_of(shown, index)}</th>" for index in shown_columns)
-    strip = "".join(
-        f"<tr><th>{name}</th>{''.join(f'<td>{_picture(Image.fromarray(frame))}</td>' for frame in frames)}</tr>"
-        for name, frames in rows
-    )
-    stills = "".join(
-        _figure(Image.fromarray(picture), f"{name} image latent, decoded") for name, picture in shown.images
-    )
+    if shown.images:
+        head += f"<th>image: {', '.join(name for name, _ in shown.images)}</th>"
+        for (_, frames), (_, picture_HWC) in zip(rows, shown.images, strict=False):
+            frames.append(picture_HWC)
+        rows += [("", [None] * len(shown_columns) + [picture]) for _, picture in shown.images[len(rows) :]]
+    strip = "".join(f"<tr><th>{name}</th>{''.join(map(_cell, frames))}</tr>" for name, frames in rows)
     score = "" if shown.psnr is None else (f'<span class="psnr {grade(shown.psnr)}">PSNR {shown.psnr:.1f} dB</span>')
     told = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts(shown))
     return f"""<article>
 <header><p>{html.escape(shown.row.caption)}</p>{score}</header>
 <div class="sides">
-<div class="whole">{whole}{stills}</div>
+<div class="whole">{whole}</div>
 <table><tr><th></th>{head}</tr>{strip}</table>
 </div>
 <dl>{told}</dl>
 </article>"""
+
+
+def _cell(picture_HWC: Pixels | None) -> str:
+    return "<td></td>" if picture_HWC is None else f"<td>{_picture(Image.fromarray(picture_HWC))}</td>"
 
 
 def _figure(image: Image.Image, caption: str) -> str:
