@@ -176,7 +176,7 @@ header p {{ margin: 0 0 .8rem; max-width: 75ch; }}
 figure {{ margin: 0 0 .6rem; }} figcaption, th {{ color: var(--soft); font-weight: 400; font-size: .8rem; }}
 .gone {{ border: 1px dashed var(--line); border-radius: 6px; padding: 3rem 1rem; text-align: center; }}
 .gone {{ color: var(--soft); }}
-table {{ border-collapse: collapse; flex: 1; table-layout: fixed; }}
+table {{ border-collapse: collapse; flex: 1; table-layout: fixed; width: 100%; }}
 td, th {{ padding: 0 .2rem .3rem; }} tr > th:first-child {{ width: 4.5rem; text-align: right; }}
 img {{ width: 100%; display: block; border-radius: 4px; }}
 dl {{ display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; margin: .6rem 0 0; font-size: .82rem; }}

@@ -137,17 +137,17 @@ def _show_plan(verdict: Verdict, console: Console) -> None:
         f"\n[bold]plan[/]: {_count(verdict.usable, 'clip')}{held}; the family's rate is {verdict.family_fps} fps"
     )
     timed = any(row.gpu_s is not None for row in verdict.plan)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("bucket", style="cyan", no_wrap=True)
-    for name in ("clips", "frames", "fps", "cut away", "shards", "size", *(["GPU time"] if timed else [])):
+    for name in ("clips", "of frames", "fps", "cut", "shards", "size", *(["GPU time"] if timed else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for row in verdict.plan:
         table.add_row(
             str(row.resolution),
             str(row.clips),
-            f"{row.resolution.frames} of {_range(row.source_frames, '.0f')}" if row.clips else "",
+            _range(row.source_frames, ".0f") if row.clips else "",
             _range(row.fps, ".3g") if row.clips else "",
-            _loss(row) if row.clips else "",
+            f"{row.loss[0]:.0%}" if row.clips else "",
             str(row.shards),
             in_bytes(row.bytes) if row.clips else "",
             in_words(row.gpu_s) if row.clips and row.gpu_s is not None else "",
@@ -160,16 +160,12 @@ def _show_plan(verdict: Verdict, console: Console) -> None:
             in_words(sum(row.gpu_s or 0.0 for row in verdict.plan)),
         )  # fmt: skip
     console.print(table)
+    console.print("[dim]of frames: the clips' own; fps: of the used ones; cut: of the picture, on average[/]")
 
 
 def _range(ends: tuple[float, float], form: str) -> str:
     low, high = (format(end, form) for end in ends)
     return low if low == high else f"{low}-{high}"
-
-
-def _loss(row: BucketPlan) -> str:
-    mean, most = (f"{share:.0%}" for share in row.loss)
-    return mean if mean == most else f"{mean}, most {most}"
 
 
 def _count(count: int, noun: str) -> str:

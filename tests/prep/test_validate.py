@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cogcommon.errors import DataRootError
@@ -18,6 +20,7 @@ from cogprep.cli import app
 from cogprep.look import inside_bars
 from cogprep.settings import EncodeSettings, ValidateSettings
 from cogprep.validate import validate
+from cogprep.verdict import show
 
 sys.path.insert(0, str(Path(__file__).parent))
 from corpus import cards, cut_short, write, write_sound
@@ -202,10 +205,24 @@ def test_the_page_is_readable_in_80_columns_and_json_has_everything(root, monkey
     lines = page.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     header = next(line for line in lines if "bucket" in line)
-    assert header.split() == ["bucket", "clips", "frames", "fps", "cut", "away", "shards", "size"]
+    assert header.split() == ["bucket", "clips", "of", "frames", "fps", "cut", "shards", "size"]
     told = json.loads(invoke(*base, "--json").stdout)
     assert len(told["faults"]) == 4
     assert told["plan"][0]["resolution"] == "17x64x96"
+
+
+def test_large_numbers_still_fit_into_80_columns(verdict):
+    large = replace(
+        verdict.plan[0], resolution=Resolution(81, 768, 1360), clips=987_654, source_frames=(121, 12_400),
+        fps=(5.123, 29.97), loss=(0.16, 0.44), shards=12_345, bytes=23_456_000_000_000, gpu_s=3e6,
+    )  # fmt: skip
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    show(replace(verdict, plan=[large, large]), console)
+    page = console.file.getvalue()
+    for word in ("81x768x1360", "987654", "121-12400", "5.12-30", "16%", "12345", "23.5 TB", "833 h 20 min"):
+        assert word in page
+    assert "…" not in page
+    assert max(map(len, page.splitlines())) <= 80
 
 
 def test_gpu_time_is_given_for_real_models_only(settings):
