@@ -133,9 +133,8 @@ def _examples(advice: Advice) -> Iterator[str]:
 
 def _show_plan(verdict: Verdict, console: Console) -> None:
     held = f", {verdict.validation} of them held out for validation" if verdict.validation else ""
-    console.print(
-        f"\n[bold]plan[/]: {_count(verdict.usable, 'clip')}{held}; the family's rate is {verdict.family_fps} fps"
-    )
+    trained = f"[dim](trained at {verdict.family_fps} fps)[/]"
+    console.print(f"\n[bold]plan[/]: {_count(verdict.usable, 'clip')}{held} {trained}")
     timed = any(row.gpu_s is not None for row in verdict.plan)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("bucket", style="cyan", no_wrap=True)
@@ -154,13 +153,11 @@ def _show_plan(verdict: Verdict, console: Console) -> None:
         )
     if len(verdict.plan) > 1:
         table.add_section()
-        table.add_row(
-            "all", str(sum(row.clips for row in verdict.plan)), "", "", "",
-            str(sum(row.shards for row in verdict.plan)), in_bytes(sum(row.bytes for row in verdict.plan)),
-            in_words(sum(row.gpu_s or 0.0 for row in verdict.plan)),
-        )  # fmt: skip
+        clips, shards = sum(row.clips for row in verdict.plan), sum(row.shards for row in verdict.plan)
+        cells = ["all", str(clips), "", "", "", str(shards), in_bytes(sum(row.bytes for row in verdict.plan))]
+        table.add_row(*cells, *([in_words(sum(row.gpu_s or 0.0 for row in verdict.plan))] if timed else []))
     console.print(table)
-    console.print("[dim]of frames: the clips' own; fps: of the used ones; cut: of the picture, on average[/]")
+    console.print("[dim]of frames: of the clips; fps: of the frames used; cut: of the picture, mean[/]")
 
 
 def _range(ends: tuple[float, float], form: str) -> str:
