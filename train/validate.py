@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import CogError, RunError
 from cogcommon.files import commit_bytes
-from cogcommon.video import write_mp4
+from cogcommon.video import Frames, write_mp4
 
 from .data import Collator, StoredSample, read_sample
-from .draws import Draws
 from .inputs import Objective
 from .order import Slot
 from .progress import RunLog, peak_gib
@@ -33,6 +32,7 @@ from .strategy import Runtime
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import AutoencoderKLCogVideoX
 
 TIMESTEPS = (125, 375, 625, 875)  # the middles of four equal parts
 _SEED = 0  # of the noise: the same in every run, so that runs can be compared
@@ -145,45 +145,37 @@ class Validation:
         return math.fsum(values) / len(values)
 
     def draw(self, model: torch.nn.Module, step: int) -> None:
-        """Write ``validation/step-N/i.mp4`` for the first held-out samples, each on one rank."""
+        """Write ``validation/step-N/i.mp4`` for the first held-out samples, each on one rank, side by side."""
+        folder = self.folder / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._evaluating(model) as live:
+            transformer = self._whole(live)
+            decoder = load_decoder(self.run.checkpoint, self.runtime.dtype)
+            for start in range(0, self.videos, self.runtime.world):  # a round; all meet before the next one
+                index = start + self.runtime.rank
+                stored = self._read(min(index, self.videos - 1))
+                if index < self.videos:
+                    frames = self._video(transformer, decoder, stored)
+                    write_mp4(folder / f"{index}.mp4", frames, self.run.checkpoint.family.fps)
+        if self.runtime.main:
+            captions = [read_sample(self.held_out, index).caption for index in range(self.videos)]
+            commit_bytes(self.folder / CAPTIONS_FILE, json.dumps(captions, ensure_ascii=False).encode())
+        self.runtime.wait()
+
+    def _video(self, transformer: torch.nn.Module, decoder: AutoencoderKLCogVideoX, stored: StoredSample) -> Frames:
+        """A video from a sample's caption, and image, as stored."""
         import safetensors.torch
         import torch
 
-        folder = self.folder / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
         device = self.runtime.device
-        empty = safetensors.torch.load(self.run.shards.empty_caption())[
-            "text"
-        ]  # encode writes none beside held-out ones
-        captions = []
-        with self._evaluating(model) as live:
-            transformer = self._whole(live)
-            vae = None
-            for index in range(self.videos):
-                stored = self._read(index)
-                captions.append(stored.caption)
-                if index % self.runtime.world != self.runtime.rank:
-                    continue
-                frames = stored.latent_mean.shape[1]
-                shape = (self.objective.padded_frames(frames), 16, *stored.latent_mean.shape[2:])
-                draws = Draws(_SEED, 0, stored.key)
-                image = stored.image_clean_mean
-                conditions = Conditions(
-                    noise_BFCHW=draws.normal(shape, "noise")[None].to(device),
-                    text_BLD=stored.text[None].to(device),
-                    empty_BLD=empty[None].to(device),
-                    image_BFCHW=None if image is None else image.float().transpose(0, 1)[None].to(device),
-                )
-                with self.runtime.accelerator.autocast():
-                    latent = sample(
-                        transformer, self.objective, self.run.checkpoint, conditions,
-                        torch.Generator().manual_seed(_SEED), self.runtime.dtype,
-                    )  # fmt: skip
-                vae = vae or load_decoder(self.run.checkpoint, self.runtime.dtype)
-                write_mp4(folder / f"{index}.mp4", decode(vae, latent, frames), self.run.checkpoint.family.fps)
-        if self.runtime.main:
-            commit_bytes(self.folder / CAPTIONS_FILE, json.dumps(captions, ensure_ascii=False).encode())
-        self.runtime.wait()
+        batch = Collator(self.objective, _SEED, held_out=True)([stored], [Slot(0, 0, 0)]).to(device)
+        # Encode writes no empty caption beside held-out shards.
+        empty = safetensors.torch.load(self.run.shards.empty_caption())["text"]
+        conditions = Conditions(batch.noise_BFCHW, batch.text_BLD, empty[None].to(device), batch.image_BFCHW)
+        generator = torch.Generator().manual_seed(_SEED)
+        with self.runtime.accelerator.autocast():
+            latent = sample(transformer, self.objective, self.run.checkpoint, conditions, generator, self.runtime.dtype)
+        return decode(decoder, latent, batch.latent_BFCHW.shape[1])
 
     def _whole(self, live: Any) -> Any:
         """The model with all its weights here. Under ZeRO-3 a copy, gathered once; else the live one."""

@@ -20,7 +20,7 @@ from cogtrain.diffusion import Schedule
 from cogtrain.draws import Draws
 from cogtrain.inputs import Objective
 from cogtrain.run_folder import read_metrics, read_run
-from cogtrain.sample import sample
+from cogtrain.sample import Conditions, sample
 from cogtrain.settings import LoraSettings, SftSettings
 from cogtrain.sources import open_shards
 from cogtrain.validate import TIMESTEPS
@@ -109,6 +109,26 @@ def test_training_does_not_notice_a_validation(tmp_path, shards, train_here, mon
     assert read_run(run).facts.held_out == 3
 
 
+@pytest.mark.parametrize("form", ["tiny-i2v", "tiny-1.5-i2v"])
+def test_videos_start_from_the_stored_image(tmp_path, make_shards, train_here, monkeypatch, form):
+    """The clean one, with the stored caption; 17 frames come out, the padding is gone."""
+    monkeypatch.setattr("cogtrain.validate.sample", functools.partial(sample, steps=2))
+    make_shards(tmp_path / "out", form, samples=1)
+    make_shards(tmp_path / "held", form, samples=2, seed=9, captions=("a", "b"))
+    given = {"shards": [str(tmp_path / "out")], "validate_shards": [str(tmp_path / "held")], "rank": 4}
+    seen = []
+    monkeypatch.setattr("cogtrain.validate.Conditions", lambda *args: seen.append(args) or Conditions(*args))
+    run = train_here(LoraSettings(**given, steps=1, validate_videos=2, out=tmp_path / "run"))
+    held_out = open_shards(given["validate_shards"])
+    for index in range(2):
+        stored = read_sample(held_out, index)
+        _, text, _, image = seen[index]
+        assert torch.equal(text[0], stored.text)
+        assert torch.equal(image[0], stored.image_clean_mean.transpose(0, 1))
+        with av.open(str(run / f"validation/step-000001/{index}.mp4")) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 17
+
+
 def test_the_base_line_of_full_fine_tuning_is_remembered(tmp_path, shards, train_here, monkeypatch):
     settings = {**shards, "out": tmp_path / "run", "validate_every": 1, "lr": 1e-2}
     train_here(SftSettings(**settings, steps=1))
@@ -146,7 +166,7 @@ def test_two_processes_find_what_one_finds(tmp_path, shards, train_here, strateg
     """The base line bit for bit; and each video is drawn once, under ZeRO-3 from gathered weights."""
     one = train_here(LoraSettings(**shards, out=tmp_path / "one", steps=1, batch_size=2, lr=1e-2, validate_videos=0))
     words = ["--batch-size", 1, "--lr", 1e-2, "--steps", 1, "--nproc", 2, "--strategy", strategy]
-    words += ["--validate-videos", 1] if strategy == "zero3" else []
+    words += ["--validate-videos", 2] if strategy == "zero3" else []
     subprocess.run(
         [sys.executable, "-m", "cogtrain", "lora", "--shards", *shards["shards"], "--validate-shards",
          *shards["validate_shards"], "--out", str(tmp_path / "two"), *map(str, words)],
@@ -158,4 +178,4 @@ def test_two_processes_find_what_one_finds(tmp_path, shards, train_here, strateg
     assert theirs.val_loss != theirs.base_val_loss
     if strategy == "zero3":
         for step in ("step-000000", "step-000001"):
-            assert sorted(p.name for p in (tmp_path / "two/validation" / step).iterdir()) == ["0.mp4"]
+            assert sorted(p.name for p in (tmp_path / "two/validation" / step).iterdir()) == ["0.mp4", "1.mp4"]
