@@ -47,7 +47,11 @@ _ROUND_TEXT_BYTES = 32_000_000_000
 
 def run(settings: EncodeSettings) -> None:
     """The command: encode, report, and say how it went."""
-    report = encode(settings)
+    try:
+        report = encode(settings)
+    except KeyboardInterrupt:
+        _say(f"interrupted; every clip that is whole in {settings.out} is kept: run the same command again to go on")
+        raise
     path = report.write(settings.out)
     if settings.json:
         print(report.to_json())

@@ -87,6 +87,8 @@ def add_up(reports: Sequence[Report], part: Slice, total_s: float) -> Report:
     rejections = {
         (rejection.line, rejection.source): rejection for report in reports for rejection in report.rejections
     }
+    # A slice that ended early saw the others' shards unfinished; what is missing now, all miss.
+    unfinished = set.intersection(*(set(report.unfinished) for report in reports))
     slowest = max(reports, key=lambda report: report.seconds["total"])
     return replace(
         first,
@@ -103,8 +105,8 @@ def add_up(reports: Sequence[Report], part: Slice, total_s: float) -> Report:
         captions_truncated=sum(report.captions_truncated for report in reports),
         worker=str(part),
         busy=sorted({name for report in reports for name in report.busy}),
-        # A slice that ended early saw the others' shards unfinished; what is missing now, all miss.
-        unfinished=sorted(set.intersection(*(set(report.unfinished) for report in reports))),
+        unfinished=sorted(unfinished),
+        unfinished_slices=[str(part)] if unfinished else [],
         usable=any(report.usable for report in reports),
     )
 

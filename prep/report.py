@@ -64,6 +64,7 @@ class Report:
     worker: str
     busy: Sequence[str]  # shards that another process writes
     unfinished: Sequence[str]  # planned shards that have no record yet
+    unfinished_slices: Sequence[str]  # the slices, as --worker takes them, that these belong to
     usable: bool  # whether the folder holds, or will hold, any sample
     out: str
     data_root: str
@@ -100,8 +101,8 @@ def make_report(
     rejected = sorted([*found.rejected, *plan.rejected, *outcome.rejected], key=lambda r: r.sample.line)
     bound = what_bound(outcome.decode_wait_s, outcome.vae_s, outcome.write_wait_s)
     encode_s = seconds.get("encode", 0.0)
-    unfinished = [
-        shard_label(shard.split, shard.number)
+    missing = [
+        shard
         for shard in plan.shards
         if not (split_folder(settings.out, shard.split) / record_name(shard.number)).exists()
     ]
@@ -121,8 +122,11 @@ def make_report(
         captions_truncated=outcome.truncated,
         worker=str(part),
         busy=[shard_label(split, number) for split, number in outcome.busy],
-        unfinished=unfinished,
-        usable=bool(plan.reused or outcome.encoded or outcome.recovered or unfinished or part.count > 1),
+        unfinished=[shard_label(shard.split, shard.number) for shard in missing],
+        unfinished_slices=[
+            f"{index}/{part.count}" for index in sorted({part.index_of(shard.number) for shard in missing})
+        ],
+        usable=bool(plan.reused or outcome.encoded or outcome.recovered or missing or part.count > 1),
         out=str(settings.out),
         data_root=str(settings.root),
         model=checkpoint.name,
@@ -183,6 +187,9 @@ def show(report: Report, console: Console, report_path: Path) -> None:
     if report.busy:
         console.print(f"another process writes {', '.join(report.busy)}; left to it", highlight=False)
     if report.unfinished:
-        shown = ", ".join(report.unfinished[:8]) + (" ..." if len(report.unfinished) > 8 else "")
-        console.print(f"not finished yet: {shown}; run the other slices, or this command without --worker")
+        shown = ", ".join(report.unfinished[:4]) + (" ..." if len(report.unfinished) > 4 else "")
+        slices = ", ".join(report.unfinished_slices[:16]) + (" ..." if len(report.unfinished_slices) > 16 else "")
+        console.print(
+            f"not finished yet: slices {slices} ({shown}); run them, or all without --worker", highlight=False
+        )
     console.print(f"shards in {report.out}, details in {report_path}", highlight=False, soft_wrap=True)

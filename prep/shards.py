@@ -107,6 +107,7 @@ class ShardWriter:
         with disk_errors(self.folder / tar_name(self.number)):
             offset = self._stream.tell()
             self._stream.write(extent.data)
+            self._stream.flush()  # what a kill finds in our own buffer would be encoded again
         self._rows.append(extent.placed(row, offset))
 
     def add_left_behind(self, row: SampleRow) -> None:

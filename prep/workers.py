@@ -25,8 +25,12 @@ class Slice:
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
+    def index_of(self, number: int) -> int:
+        """The worker, from 1, that takes a shard."""
+        return number % self.count + 1
+
     def takes(self, number: int) -> bool:
-        return number % self.count == self.index - 1
+        return self.index_of(number) == self.index
 
     def of(self, shards: Iterable[S]) -> list[S]:
         return [shard for shard in shards if self.takes(shard.number)]

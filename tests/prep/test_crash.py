@@ -116,6 +116,17 @@ def test_two_hundred_random_kills(encoded):
     kill_at_random(encoded, tars(encoded / "out"), kills=200, seed=11)
 
 
+def test_interrupted_it_says_how_to_go_on(encoded):
+    process, out = start(encoded), encoded / "new"
+    while process.poll() is None and not list(out.glob(".*.tar.tmp")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and b"run the same command again" in said and b"Traceback" not in said
+    finish(encoded)
+    assert tars(out) == tars(encoded / "out")
+
+
 def test_workers_one_of_them_killed_and_another_division_finishes(encoded):
     undisturbed, out = tars(encoded / "out"), encoded / "new"
     workers = [start(encoded, "--worker", f"{index}/3") for index in (1, 2)]
@@ -128,7 +139,7 @@ def test_workers_one_of_them_killed_and_another_division_finishes(encoded):
         worker.stderr.close()
     assert not (out / "000002.tar").exists()
     reports = [json.loads((out / "report-1-of-3.json").read_text())]
-    assert "000002.tar" in reports[0]["unfinished"]
+    assert "000002.tar" in reports[0]["unfinished"] and "3/3" in reports[0]["unfinished_slices"]
     before = samples_on_disk(out)
     encoded_again = sum(finish(encoded, "--worker", f"{index}/2")["encoded"] for index in (2, 1))
     assert encoded_again == 5 - before
