@@ -74,10 +74,10 @@ def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
 
 def to_base(pipeline: DiffusionPipeline, tuned: Tuned, dtype: torch.dtype) -> None:
     """Put the untouched weights back: adapters off, or the checkpoint's own transformer."""
+    pipeline.remove_all_hooks()  # of offloading; place() sets them again
     if tuned.lora_file:
         pipeline.unload_lora_weights()
     else:
-        pipeline.remove_all_hooks()
         pipeline.transformer = None  # first let the tuned one go
         pipeline.register_modules(transformer=tuned.checkpoint.load_transformer(dtype).eval())
 

@@ -153,7 +153,9 @@ class GenerateSettings:
     model: str | None = setting(
         None, "base checkpoint: a built-in form, a folder, or a hub id", shown="as trained", section=_WEIGHTS
     )
-    prompt: str = setting("", "what the video shows; with the id token, if training had one", section=_VIDEO)
+    prompt: str = setting(
+        "", "what the video shows; with the id token, if training had one", shown="required", section=_VIDEO
+    )
     image: Path | None = setting(None, "first frame (I2V only); cut to the video's shape", section=_VIDEO)
     resolution: str | None = setting(
         None, "FxHxW of the video", shown="the run's, else the model's own", section=_VIDEO
