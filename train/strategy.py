@@ -110,7 +110,10 @@ class Runtime:
     def set_rate(self, optimizer: Any, rate: float) -> None:
         """Set the learning rate of the next step."""
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], float | int):
+                group["lr"] = rate
+            else:
+                group["lr"].fill_(rate)  # torchao compiles its step over a tensor
 
     def prepare(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, saved_by: int | None

@@ -1,9 +1,11 @@
 """One rank of a test's process group: runs several trainings one after the other and writes down what it saw.
 
-Usage: torchrun ... worker.py CASES.json OUT. A case is {"name", "method", "settings"}; rank r writes
+Usage: torchrun ... worker.py CASES.json OUT. A case is {"name", "method", "settings"} and perhaps {"spoil": i},
+which makes sample i NaN; rank r writes
 OUT/<name>-<r>.json with the samples it took, what was drawn for them, and the live optimizer's values.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +19,7 @@ quiet_libraries()
 
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from cogtrain import loop  # noqa: E402
+from cogtrain import data, loop  # noqa: E402
 from cogtrain.inputs import Objective  # noqa: E402
 from cogtrain.run import open_run  # noqa: E402
 from cogtrain.settings import LoraSettings, SftSettings  # noqa: E402
@@ -60,6 +62,7 @@ def main(cases, out):
 
     Objective.losses, Runtime.prepare = watched_losses, watched_prepare
     rank = os.environ["RANK"]
+    read = data.read_sample
     for case in cases:
         seen.clear()
         seen["samples"] = []
@@ -67,6 +70,13 @@ def main(cases, out):
         cls = {"lora": LoraSettings, "sft": SftSettings}[case["method"]]
         settings = {k: Path(v) if k in ("out", "deepspeed", "nvme") else v for k, v in case["settings"].items()}
         run = open_run(cls(**settings), device, int(os.environ["WORLD_SIZE"]))
+        spoilt = case.get("spoil")
+
+        def read_spoilt(shards, index, spoilt=spoilt):
+            sample = read(shards, index)
+            return sample if index != spoilt else dataclasses.replace(sample, text=sample.text * float("nan"))
+
+        data.read_sample = read_spoilt
         loop.train(run, StopRequest())
         (out / f"{case['name']}-{rank}.json").write_text(json.dumps(seen))
 

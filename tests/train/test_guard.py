@@ -1,0 +1,105 @@
+"""Losses that are not finite, and memory that is not enough."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from cogcommon.errors import RunError
+from cogtrain import data
+from cogtrain.guard import out_of_memory
+from cogtrain.order import Order
+from cogtrain.run import open_run
+from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.sources import open_shards
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(index): that sample becomes NaN when it is read."""
+    read = data.read_sample
+
+    def make(spoilt):
+        def read_spoilt(shards, index):
+            sample = read(shards, index)
+            return dataclasses.replace(sample, text=sample.text * math.nan) if index == spoilt else sample
+
+        monkeypatch.setattr(data, "read_sample", read_spoilt)
+
+    return make
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_sample(tmp_path, make_shards, train_here, spoil):
+    make_shards(tmp_path / "out", samples=4)
+    shards = open_shards([str(tmp_path / "out")])
+    step = [int(batch[0]) for batch in Order(shards.shard_of, shards.bucket_of, 1, 42).epoch(0)].index(2) + 1
+    spoil(2)
+    with pytest.raises(RunError, match="loss of 1 sample is not finite") as caught:
+        train_here(LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "run", epochs=1, rank=2))
+    extent = shards.extent(2)
+    assert extent.key in caught.value.where and shards.shards[extent.shard].shown in caught.value.where
+    assert f"step {step}" in caught.value.where and "--on-nonfinite skip" in caught.value.fix
+    assert len(lines(tmp_path / "run")) == step - 1  # nothing was trained on it
+
+
+def test_skip_leaves_it_out_and_goes_on(tmp_path, make_shards, train_here, spoil, capsys):
+    make_shards(tmp_path / "out", samples=4)
+    spoil(2)
+    settings = LoraSettings(
+        shards=[str(tmp_path / "out")], out=tmp_path / "run", epochs=2, rank=2, on_nonfinite="skip", accumulate=2
+    )
+    run = train_here(settings)
+    assert len(lines(run)) == 4 and all(line["loss"] and math.isfinite(line["grad_norm"]) for line in lines(run))
+    assert open_shards([str(tmp_path / "out")]).extent(2).key in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategies", [["ddp"], ["zero2", "zero3"]], ids=["ddp", "zero"])
+def test_skip_on_two_processes(tmp_path, make_shards, run_ranks, strategies):
+    make_shards(tmp_path / "out", samples=6)
+    settings = {"shards": [str(tmp_path / "out")], "epochs": 1, "on_nonfinite": "skip"}
+    cases = [
+        {"name": name, "method": "sft", "spoil": 1, "settings": settings | {"strategy": name, "out": tmp_path / name}}
+        for name in strategies
+    ]
+    run_ranks(2, cases, tmp_path / "ranks")
+    for name in strategies:
+        found = [line["loss"] for line in lines(tmp_path / name)]
+        assert len(found) == 3 and found.count(None) == 1  # the step whose only accumulation was left out
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        (LoraSettings(memory="fast"), ["--memory auto"]),
+        (LoraSettings(), ["--memory low"]),
+        (LoraSettings(batch_size=2, accumulate=2), ["--batch-size 1 --accumulate 4", "--memory low"]),
+        (SftSettings(strategy="zero2"), ["--memory low", "--strategy zero2-offload"]),
+        (SftSettings(strategy="zero2-offload", memory="low"), ["--strategy zero3-offload"]),
+        (LoraSettings(memory="low"), ["smaller --resolution"]),
+    ],
+)
+def test_out_of_memory_says_what_lowers_the_peak_and_by_how_much(tmp_path, make_shards, settings, advice):
+    make_shards(tmp_path, samples=4)
+    run = open_run(dataclasses.replace(settings, shards=[str(tmp_path)]), torch.device("cpu"), 1)
+    error = out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), run)
+    assert all(part in error.fix for part in advice)
+    assert "GiB" in error.fix or "resolution" in error.fix
+    assert error.where == "CUDA out of memory. Tried to allocate 2 GiB."
+
+
+def test_out_of_memory_in_a_step_becomes_that_message(tmp_path, make_shards, train_here, monkeypatch):
+    from cogtrain.inputs import Objective
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    make_shards(tmp_path / "out", samples=2)
+    monkeypatch.setattr(Objective, "losses", full)
+    with pytest.raises(RunError, match="out of GPU memory"):
+        train_here(LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "run", steps=1, rank=2))

@@ -1,0 +1,136 @@
+"""All the ways to start several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from cogcommon.errors import SettingError
+from cogtrain import launch
+from cogtrain.settings import LoraSettings
+
+LORA = ["lora", "--shards", "out", "--steps", "1", "--rank", "2", "--out", "run"]
+
+
+@pytest.fixture
+def folder(tmp_path, make_shards):
+    make_shards(tmp_path / "out", samples=4)
+    return tmp_path
+
+
+def begin(words, cwd, **environment):
+    return subprocess.Popen(
+        [sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+def check(folder, processes):
+    facts = json.loads((folder / "run" / "facts.json").read_text())
+    assert facts["processes"] == facts["global_batch"] == processes
+
+
+def test_srun(folder):
+    """Two tasks of one step, as srun's environment tells them."""
+    tasks = [
+        begin(
+            ["-m", "cogtrain", *LORA], folder, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_ID="0",
+            SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NODELIST="localhost", SLURM_JOB_ID=str(os.getpid()),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [task.communicate(timeout=300) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert "next: cogtrain generate" in outputs[0][0] and outputs[1][0] == ""
+    check(folder, 2)
+
+
+def test_accelerate_launch(folder):
+    words = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "cogtrain", *LORA]
+    process = begin(words, folder)
+    out = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    check(folder, 1)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in list(os.environ):
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") or name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return os.environ
+
+
+def test_a_batch_script_of_slurm_is_not_a_step(environment):
+    environment.update(SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_JOB_ID="5")
+    assert not launch.join_environment()
+    environment.update(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="1")
+    assert not launch.join_environment()
+    environment.update(SLURM_STEP_NUM_TASKS="8", SLURM_STEP_NODELIST="gpu[07-09]", SLURM_LOCALID="0")
+    assert launch.join_environment()
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("0", "8", "gpu07")
+
+
+def test_torchruns_environment_wins(environment):
+    environment.update(RANK="1", WORLD_SIZE="2", SLURM_PROCID="0", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="8")
+    assert launch.join_environment() and environment["RANK"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu1", "gpu1"), ("gpu[007-009,12],big1", "gpu007"), ("a,b", "a"), ("node-[3,5]", "node-3"), ("n[12]", "n12")],
+)
+def test_the_first_host_of_slurms_list(nodes, first):
+    assert launch.first_host(nodes) == first
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert launch.wanted_processes(LoraSettings()) == 2
+    assert launch.wanted_processes(LoraSettings(nproc=1)) == 1
+    with pytest.raises(SettingError, match="3 processes on 2 GPUs"):
+        launch.wanted_processes(LoraSettings(nproc=3))
+
+
+def test_an_error_is_said_once_by_all_processes_together(folder):
+    process = begin(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cogtrain", *LORA,
+                     "--model", "tiny-2b"], folder)  # fmt: skip
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert err.count("error: the shards are for family 5b") == 1
+
+
+def test_a_damaged_sample_on_one_process_stops_all_with_its_name(folder):
+    tar = sorted((folder / "out").glob("*.tar"))[0]
+    with tar.open("r+b") as stream:
+        stream.seek(5000)
+        stream.write(b"XXXXXXXX")
+    process = begin(
+        ["-m", "cogtrain", *LORA[:-4], "--rank", "2", "--out", "run", "--nproc", "2", "--steps", "2"], folder
+    )
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2, (out, err)
+    assert err.count("error: a damaged shard") == 1 and tar.name in err and "Traceback" not in err
+
+
+def test_a_dead_process_ends_the_run_and_says_so(folder):
+    words = ["lora", "--shards", "out", "--steps", "500", "--rank", "2", "--out", "run", "--nproc", "2"]
+    process = begin(["-m", "cogtrain", *words], folder)
+    metrics = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    children[1].send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, (out, err)
+    assert "was killed by signal 9" in err and "continues from its last checkpoint" in err

@@ -1,0 +1,79 @@
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from cogcommon.errors import SettingError
+from cogtrain.optim import learning_rate, make_optimizer, warmup_steps
+from cogtrain.settings import LoraSettings, SftSettings
+
+CPU = torch.device("cpu")
+
+
+def rates(steps, **options):
+    settings = LoraSettings(lr=1.0, **options)
+    return [learning_rate(step, steps, settings) for step in range(1, steps + 1)]
+
+
+def test_defaults():
+    lora, sft = LoraSettings(), SftSettings()
+    assert (lora.lr, sft.lr) == (1e-4, 1e-5)
+    assert (lora.beta1, lora.beta2, lora.eps, lora.weight_decay, lora.max_grad_norm) == (0.9, 0.95, 1e-8, 1e-4, 1.0)
+    assert [warmup_steps(lora, steps) for steps in (5, 50, 500, 5000)] == [0, 5, 50, 100]
+    assert warmup_steps(LoraSettings(warmup=200), 300) == 200
+
+
+def test_schedules_count_steps_and_end_at_zero():
+    assert rates(5) == [1.0] * 5
+    for schedule in ("linear", "cosine"):
+        found = rates(100, lr_schedule=schedule, warmup=10)
+        assert found[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+        assert found[-1] == 0 and all(a > b for a, b in itertools.pairwise(found[9:]))
+    assert rates(100, lr_schedule="cosine", warmup=0)[49] == pytest.approx(0.5)
+    assert rates(100, lr_schedule="cosine", warmup=0)[24] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_every_setting_is_in_the_optimizer():
+    settings = LoraSettings(lr=0.1, beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.7)
+    for name in ("adamw", "prodigy"):
+        chosen = LoraSettings(**{**vars(settings), "optimizer": name})
+        optimizer = make_optimizer([torch.nn.Parameter(torch.ones(2))], chosen, CPU, on_host=False)
+        group = optimizer.param_groups[0]
+        assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (0.1, (0.5, 0.6), 1e-3, 0.7)
+
+
+def test_prodigy_wants_its_own_rate():
+    with pytest.raises(SettingError, match="finds the rate itself") as caught:
+        make_optimizer([], LoraSettings(optimizer="prodigy"), CPU, on_host=False)
+    assert caught.value.fix == "--lr 1"
+
+
+def test_prodigy_trains(tmp_path, make_shards, train_here):
+    make_shards(tmp_path / "out", samples=2)
+    settings = LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "run", steps=2, rank=2, lr=1.0)
+    run = train_here(LoraSettings(**{**vars(settings), "optimizer": "prodigy"}))
+    assert len([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]) == 2
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.split(".")[0] in ("bitsandbytes", "torchao", "prodigyopt"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for optimizer, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
+        with pytest.raises(SettingError, match="not installed") as caught:
+            make_optimizer([], LoraSettings(optimizer=optimizer, lr=1.0), CPU, on_host=False)
+        assert f"pip install {package}" in caught.value.fix
+
+
+def test_only_adamw_steps_in_host_memory():
+    with pytest.raises(SettingError, match="does not step in host memory"):
+        make_optimizer([], SftSettings(optimizer="adamw8bit"), CPU, on_host=True)
