@@ -128,8 +128,9 @@ def _as_lora(
         "contract": run.facts.contract_fingerprint,
     }
     expected = probe(transformer)
-    file = lora.save(lora.state_dict(transformer), out, facts)
-    return Exported(file, lora.check(file, model, expected, torch.device("cpu"), dtype))
+    state = lora.state_dict(transformer)
+    file = lora.save(state, out, facts)
+    return Exported(file, lora.check(file, model, state, expected, torch.device("cpu"), dtype))
 
 
 def _as_transformer(

@@ -102,7 +102,7 @@ class Lora:
         known = {"rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"}
         file = lora.save(state, folder, {**facts, **known})
         runtime.release(plain)
-        return Exported(file, lora.check(file, checkpoint, expected, runtime.device, runtime.dtype))
+        return Exported(file, lora.check(file, checkpoint, state, expected, runtime.device, runtime.dtype))
 
 
 class Sft:

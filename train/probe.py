@@ -50,7 +50,12 @@ def difference(expected: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def limit(dtype: torch.dtype) -> float:
-    """The `difference` that rounding alone may make between equal weights."""
+    """The `difference` above which two models cannot be the same.
+
+    In half precision one flipped rounding travels through 42 layers, and the
+    live model may compute under autocast; there this is a gross check beside
+    the exact one of the weights.
+    """
     import torch
 
-    return 1e-5 if dtype == torch.float32 else 2e-2  # half precision: a flipped rounding, up to 42 layers deep
+    return 1e-5 if dtype == torch.float32 else 0.1

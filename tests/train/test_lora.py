@@ -35,16 +35,17 @@ def test_the_file_loads_through_the_pipeline_and_answers_as_the_live_model(tmp_p
     pipeline = pipeline_of(checkpoint)
     pipeline.load_lora_weights(tmp_path)
     torch.testing.assert_close(probe(pipeline.transformer), expected, atol=1e-5, rtol=1e-5)
-    assert lora.check(file, checkpoint, expected, CPU, torch.float32) < 1e-5
+    assert lora.check(file, checkpoint, lora.state_dict(transformer), expected, CPU, torch.float32) < 1e-5
 
 
-def test_a_file_without_the_folded_scale_is_refused(tmp_path, live_model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_without_the_folded_scale_is_refused(tmp_path, live_model, dtype):
     checkpoint, transformer = live_model()
     file = lora.save(lora.state_dict(transformer), tmp_path, {})
     lost = {key: t * (RANK / ALPHA) if "lora_B" in key else t for key, t in load_file(file).items()}
     save_file(lost, file)
-    with pytest.raises(RunError, match="does not answer"):
-        lora.check(file, checkpoint, probe(transformer), CPU, torch.float32)
+    with pytest.raises(RunError, match=r"8 weights act otherwise"):
+        lora.check(file, checkpoint, lora.state_dict(transformer), probe(transformer), CPU, dtype)
 
 
 def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp_path):
@@ -60,7 +61,9 @@ def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp
     assert len(state) == 2 * 4 * 2  # A and B, four projections, two layers
     assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in state)
     assert lora.read_facts(tmp_path / lora.FILE) == {"base_model": "tiny"}
-    found = lora.check(tmp_path / lora.FILE, checkpoint, probe(transformer), CPU, torch.bfloat16)
+    found = lora.check(
+        tmp_path / lora.FILE, checkpoint, lora.state_dict(transformer), probe(transformer), CPU, torch.bfloat16
+    )
     assert found < 1e-2
 
 
@@ -153,4 +156,4 @@ def test_other_targets_and_the_metadata_reach_the_file(tmp_path, live_model):
     assert set(metadata) == {"format", "cogtune"}
     assert json.loads(metadata["cogtune"]) == {"rank": "4"}
     assert "transformer.transformer_blocks.1.ff.net.2.lora_B.weight" in names
-    assert lora.check(file, checkpoint, probe(transformer), CPU, torch.float32) < 1e-5
+    assert lora.check(file, checkpoint, lora.state_dict(transformer), probe(transformer), CPU, torch.float32) < 1e-5
