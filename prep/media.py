@@ -116,31 +116,31 @@ class Video:
         base = float(self._stream.time_base or 0)
         stamps: list[int | None] = []
         last_end = 0.0
-        packets, first_key, keyed = 0, None, False
+        packets, first_key, skipped = 0, None, None
         promised = len(self._stream.index_entries) or self._stream.frames
         try:
             for packet in self._container.demux():
                 if packet.size == 0:
                     continue
-                if packet.is_corrupt:
-                    of = f" of {promised}" if promised > packets else ""
-                    raise BadClip(f"damaged or cut short: frame {packets}{of} is incomplete")
                 if packet.pts is not None:
                     last_end = max(last_end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index != self._stream.index:
                     continue
+                if packet.is_corrupt:
+                    of = f" of {promised}" if promised > packets else ""
+                    raise BadClip(f"damaged or cut short: frame {packets}{of} is incomplete")
                 packets += 1
-                # Before the first key frame nothing can be decoded; an edit list hides what it discards.
-                if packet.is_keyframe and not keyed:
-                    keyed, first_key = True, packet.pts
+                if packet.is_keyframe and skipped is None:
+                    skipped, first_key = len(stamps), packet.pts
                 hidden = codec == "vp8" and not bytes(packet)[0] & 0x10  # the show_frame bit, RFC 6386 9.1
-                if keyed and not packet.is_discard and not hidden:
+                if not packet.is_discard and not hidden:  # an edit list discards what it hides
                     stamps.append(packet.pts)
         except av.error.FFmpegError as error:
             raise BadClip(f"damaged or cut short after {packets} frames: {_words(error)}") from error
         if "matroska" not in self._container.format.name and packets < promised:
             raise BadClip(f"cut short: {packets} of {promised} frames are in the file")
         self._check_end(last_end)
+        stamps = stamps[skipped or 0 :]  # before the first key frame nothing can be decoded
         known = [stamp for stamp in stamps if stamp is not None]
         ordered = self._container.format.name != "avi"  # AVI stores no order of display; FFmpeg counts packets
         if ordered and len(known) == len(stamps) and len(set(known)) == len(known):

@@ -211,6 +211,19 @@ def test_a_good_clip_gives_its_right_pixels(kind, tmp_path):
             assert index_shown(picture) == pytest.approx(index, abs=0.6)
 
 
+def test_a_stream_that_begins_inside_a_group_of_pictures_begins_at_its_first_key_frame(tmp_path):
+    """As a recording of a broadcast does: what comes before the key frame is not there to be picked."""
+    whole = write(tmp_path / "a.ts", cards(), options={"crf": "6", "g": "10", "bf": "0", "sc_threshold": "0"})
+    with av.open(str(whole)) as container:
+        start = [packet.pos for packet in container.demux(video=0) if packet.size][4]
+    (tmp_path / "b.ts").write_bytes(whole.read_bytes()[start:])
+    facts = probe(tmp_path / "b.ts")
+    assert facts.frames == FRAMES - 10
+    clip = decode(tmp_path / "b.ts", Cut(frames="head"))
+    for index, picture in enumerate(clip.frames_FHWC):
+        assert_shows(picture, 10 + index)
+
+
 def test_an_edit_list_hides_frames_as_it_does_in_a_player(tmp_path):
     path = with_edit_list(tmp_path)
     with av.open(str(path)) as container:
