@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ModelError
-from .families import BUILTIN_NAMES, FAMILIES, VAE_SPATIAL, Family, Resolution, check_resolution, family_of
+from .families import BUILTIN_NAMES, FAMILIES, RANDOM, VAE_SPATIAL, Family, Resolution, check_resolution, family_of
 from .tiny import NATIVE as BUILTIN_NATIVE
 from .tiny import builtin_folder
 
@@ -54,7 +54,7 @@ class Checkpoint:
     @property
     def native(self) -> Resolution:
         """The size this checkpoint was trained at, and generates at by default."""
-        if self.name in BUILTIN_NAMES:
+        if self.name.removeprefix(RANDOM) in BUILTIN_NAMES:
             return BUILTIN_NATIVE
         if self.family.patch_t is not None:  # 1.5's sample sizes are upper bounds of its positions
             return self.family.native
@@ -150,7 +150,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     """
     on_hub = False
     revision = None
-    if name in BUILTIN_NAMES:
+    if name.removeprefix(RANDOM) in BUILTIN_NAMES:
         root = builtin_folder(name)
     elif Path(name).expanduser().is_dir():
         root = Path(name).expanduser().resolve()

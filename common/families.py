@@ -159,6 +159,7 @@ FAMILIES: tuple[Family, ...] = (
 )  # fmt: skip
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
 BUILTIN_NAMES: tuple[str, ...] = tuple(family.builtin for family in FAMILIES)
+RANDOM = "random-"  # before the name of a built-in form: the same model, and nothing in it is ever trained
 
 
 def family_of(transformer_config: Mapping[str, Any], *, where: str) -> Family:

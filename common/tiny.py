@@ -4,7 +4,8 @@
 user's cache as an ordinary diffusers folder: tokenizer, T5 encoder, VAE,
 transformer, scheduler, in the real classes. From there on it is loaded like
 any other checkpoint. Weights are random, and the same on every machine: each
-tensor comes from a generator seeded with its own name.
+tensor comes from a generator seeded with its own name. Names that begin with
+``random-`` promise that they stay random; the others may come to be trained.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .device import quiet_libraries
-from .families import FAMILIES, Family, Resolution
+from .families import FAMILIES, RANDOM, Family, Resolution
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ _TEXT_DIM = 64
 # 1.5 cuts its positions from a table of this many latents; large enough for 49x480x720.
 _SLICE_SAMPLE = (96, 170)
 
-_VAE: dict[str, Any] = {
+VAE_CONFIG: dict[str, Any] = {
     "block_out_channels": (16, 32, 32, 32),
     "layers_per_block": 1,
     "latent_channels": 16,
@@ -78,11 +79,11 @@ def builtin_folder(name: str) -> Path:
     """The diffusers folder of a built-in form; made at first use, then only looked up.
 
     Args:
-        name: ``tiny``, ``tiny-2b``, ``tiny-i2v``, ``tiny-1.5`` or ``tiny-1.5-i2v``.
+        name: ``tiny``, ``tiny-2b``, ``tiny-i2v``, ``tiny-1.5`` or ``tiny-1.5-i2v``; or ``random-`` and one of these.
     """
-    family = next(family for family in FAMILIES if family.builtin == name)
+    family = next(family for family in FAMILIES if family.builtin == name.removeprefix(RANDOM))
     # The recipe names the folder, so that a newer version of this file never meets old weights.
-    recipe = json.dumps([_VAE, _T5, _TRANSFORMER, _SCHEDULER, _SLICE_SAMPLE, str(NATIVE), str(family)])
+    recipe = json.dumps([VAE_CONFIG, _T5, _TRANSFORMER, _SCHEDULER, _SLICE_SAMPLE, str(NATIVE), str(family)])
     digest = hashlib.sha256(recipe.encode() + Path(__file__).read_bytes() + _vocabulary_text().encode()).hexdigest()
     folder = cache_root() / f"{name}-{digest[:12]}"
     if (folder / "model_index.json").exists():
@@ -117,7 +118,7 @@ def _write(family: Family, folder: Path) -> None:
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=family.text_tokens)
 
     vae = diffusers.AutoencoderKLCogVideoX(
-        scaling_factor=family.scaling_factor, invert_scale_latents=family.invert_image_scale, **_VAE
+        scaling_factor=family.scaling_factor, invert_scale_latents=family.invert_image_scale, **VAE_CONFIG
     )
     text_encoder = T5EncoderModel(T5Config(**_T5))
     height, width = _SLICE_SAMPLE if family.patch_t else (NATIVE.latent_height, NATIVE.latent_width)

@@ -1,0 +1,81 @@
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.scenes import draw, every_scene
+from cogtrain.inputs import Objective
+from cogtrain.pretrain.exam import examine
+from cogtrain.pretrain.transformer import HELD_OUT, batch_at, encode_world, split_scenes, times, train_transformer
+
+
+def test_held_out_scenes_are_not_trained_on():
+    train, held_out = split_scenes(3)
+    assert len(held_out) == HELD_OUT and len(train) == 864 - HELD_OUT
+    assert not {scene.caption for scene in train} & {scene.caption for scene in held_out}
+
+
+@pytest.mark.parametrize("form", ["random-tiny", "random-tiny-1.5-i2v"])
+def test_a_batch_feeds_the_projects_own_loss(form):
+    checkpoint = open_checkpoint(form)
+    world = encode_world(checkpoint, every_scene(0)[:3], torch.device("cpu"), checkpoint.family.text_tokens)
+    objective = Objective.of(checkpoint)
+    batch = batch_at(world, objective, 7, size=40, seed=1)
+    again = batch_at(world, objective, 7, size=40, seed=1)
+    assert torch.equal(batch.noise_BFCHW, again.noise_BFCHW) and torch.equal(batch.timestep_B, again.timestep_B)
+    dropped = (batch.text_BLD == world.empty_text_LD).flatten(1).all(1)
+    assert 0 < dropped.sum() < 20
+    assert sorted(batch.timestep_B // 25) == list(range(40))  # one from each fortieth
+    few = dataclasses.replace(
+        batch, **{name: value[:2] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    )
+    with torch.no_grad():
+        losses_B = objective.losses(checkpoint.load_transformer(torch.float32), few, torch.float32)
+    assert losses_B.shape == (2,) and torch.isfinite(losses_B).all()
+
+
+def test_a_form_learns_and_its_weights_load(tmp_path):
+    checkpoint = open_checkpoint("random-tiny")
+    train_transformer(
+        checkpoint,
+        every_scene(0)[:2],
+        tmp_path,
+        steps=150,
+        batch_size=8,
+        lr=2e-3,
+        seed=0,
+        device=torch.device("cpu"),
+        text_tokens=24,
+    )
+    first, last = (json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert last < 0.95 * first  # random latents are mostly noise to it; it learns the rest
+    transformer = checkpoint.load_transformer(torch.float32)
+    transformer.load_state_dict(safetensors.torch.load_file(tmp_path / "tiny.safetensors"))
+
+
+@pytest.mark.parametrize(("form", "right"), [("random-tiny", True), ("random-tiny", False), ("random-tiny-i2v", True)])
+def test_the_exam_marks_a_generator_by_what_it_shows(form, right):
+    checkpoint = open_checkpoint(form)
+    scenes = every_scene(5)[:6]
+    by_caption = {scene.caption: scene for scene in scenes}
+
+    def pipeline(prompt, height, width, **_):
+        """Draws what the captions say; or else always the colour and motion of none of them."""
+        shown = [by_caption[caption] for caption in prompt]
+        if not right:
+            shown = [dataclasses.replace(scene, colour=other(scene)) for scene in shown]
+        frames = [draw(scene, times(checkpoint.family), height, width) / 255 for scene in shown]
+        return SimpleNamespace(frames=np.stack(frames))
+
+    def other(scene):
+        return "blue" if scene.colour != "blue" else "red"
+
+    marks = examine(pipeline, checkpoint, scenes, steps=1, guidance=1, seed=0, batch=4)
+    assert marks.shape == marks.motion == 1
+    assert marks.colour == marks.shape_and_colour == marks.all_three == float(right)
+    assert (marks.first_frame is not None) == ("i2v" in form)
