@@ -59,12 +59,22 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name[11:]))
 
 
-def clear(run: Path, *, keep: bool) -> None:
-    """Remove what a killed run left half-written, and, for a run that starts anew, its checkpoints."""
+def clear(run: Path, after: int) -> list[str]:
+    """Remove what a killed run left half-written, and checkpoints of steps that will be made again.
+
+    Args:
+        after: the step from which the run goes on; 0 for one that starts anew. Later
+            checkpoints would pass for newer ones, and be kept in the new ones' place.
+
+    Returns:
+        Names of the whole checkpoints that were removed.
+    """
     for path in run.glob(".checkpoint-*.tmp"):
         shutil.rmtree(path)
-    for path in [] if keep else list_checkpoints(run):
+    abandoned = [path for path in list_checkpoints(run) if int(path.name[11:]) > after]
+    for path in abandoned:
         shutil.rmtree(path)
+    return [path.name for path in abandoned]
 
 
 def find(path: Path) -> Found:

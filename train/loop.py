@@ -63,7 +63,7 @@ def train(run: Run, stop: StopRequest) -> Path:
     if runtime.main:
         write_config(run, folder)
         cut_metrics(folder, done)
-        checkpoints.clear(folder, keep=run.resume is not None)
+        abandoned = checkpoints.clear(folder, after=done)
     with ExitStack() as closing:
         try:
             tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
@@ -72,6 +72,8 @@ def train(run: Run, stop: StopRequest) -> Path:
             trainable = announce.count_weights(trained)
             announce.beginning(run, log, folder, trainable)
             if runtime.main:
+                if abandoned:
+                    log.say(f"removed {', '.join(abandoned)}: their steps are made again")
                 announce.facts(run, runtime, trainable).write(folder)
             # It measures the base model, so it comes before the resume.
             validation = Validation.begin(run, runtime, model, folder, log)

@@ -15,12 +15,14 @@ from cogcommon.device import default_precision
 from cogcommon.errors import RunError, SettingError, ShardError
 from cogcommon.files import commit_bytes
 
+from . import zero
 from .checkpoint import Found, check_same, find, list_checkpoints
+from .fit import check_alike, check_model
 from .method import Method, method_of
 from .order import Order
 from .run_folder import CONFIG_FILE
 from .settings import Precision, TrainSettings
-from .sources import ShardSet, check_alike, check_model, open_shards
+from .sources import ShardSet, open_shards
 from .tracker import check_installed
 from .zero_config import Strategy, choose, deepspeed_config
 
@@ -149,6 +151,8 @@ def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
             where="--nvme, --strategy",
             fix="--strategy zero3-offload",
         )
+    if settings.nvme is not None:
+        zero.check_nvme(settings.nvme)
 
 
 def _order(settings: TrainSettings, shards: ShardSet, world: int, notes: list[str]) -> Order:
@@ -228,6 +232,7 @@ def write_config(run: Run, folder: Path) -> None:
         precision=run.precision,
         strategy=run.strategy,
         config=None,
+        resume="auto",  # the command that resumes a stopped run names this file
         steps=run.steps,
         epochs=None,
     )

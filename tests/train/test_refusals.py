@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +47,13 @@ def open_here(tmp_path, make_shards, monkeypatch):
         ({"ema": 0.9, "strategy": "zero2"}, "zero2 spreads them", "--ema, --strategy", "ddp"),
         ({"tracker": "wandb"}, "not installed", "--tracker", "pip install wandb"),
         ({"deepspeed": "ds.json", "strategy": "ddp"}, "no meaning", "ds.json", "leave one"),
-        ({"nvme": "fast", "strategy": "zero2"}, "offloads nothing", "--nvme", "zero3-offload"),
+        (
+            {"nvme": Path("fast"), "strategy": "zero3-offload"},
+            "no such folder to offload to",
+            "--nvme fast",
+            "mkdir fast",
+        ),
+        ({"nvme": Path("fast"), "strategy": "zero2"}, "offloads nothing", "--nvme", "zero3-offload"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )

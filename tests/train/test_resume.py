@@ -165,6 +165,20 @@ def test_never_starts_anew_and_a_path_is_continued(here, tmp_path):
     assert sorted(losses(other)) == [3, 4]
 
 
+def test_going_back_takes_later_checkpoints_away(here):
+    """They would pass for newer ones, and push the new ones out."""
+    run = here(steps=6, save_every=1, keep=9)
+    again = here(steps=4, save_every=1, keep=2, resume=str(run / "checkpoint-2"))
+    assert [path.name for path in checkpoints.list_checkpoints(again)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_the_resume_command_of_a_run_that_began_anew_resumes(here):
+    from cogcommon.settings import resolve
+
+    run = here(steps=2, resume="never")
+    assert resolve(LoraSettings, {}, run / "config.toml").resume == "auto"
+
+
 def test_a_finished_run_is_not_trained_further(here):
     before = losses(here(steps=2))
     assert losses(here(steps=2)) == before

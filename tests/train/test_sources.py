@@ -10,7 +10,8 @@ from cogcommon.errors import ModelError, ShardError
 from cogcommon.families import Resolution
 from cogcommon.records import read_record, write_record
 from cogtrain.data import read_sample
-from cogtrain.sources import check_alike, check_model, open_shards
+from cogtrain.fit import check_alike, check_model
+from cogtrain.sources import open_shards
 
 NATIVE = Resolution(17, 64, 96)
 
