@@ -33,6 +33,7 @@ IMAGE_CLEAN_MEAN = "image_clean_mean"  # (C, 1, h, w), the first frame as it is 
 IMAGE_CLEAN_STD = "image_clean_std"
 
 _METADATA_KEY = b"cogtune"
+_CHECK_KEY = b"cogtune.sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +117,12 @@ def record_bytes(record: ShardRecord) -> bytes:
         "contract": record.header.contract.to_json(),
     }
     columns = {field.name: [getattr(row, field.name) for row in record.rows] for field in fields(SampleRow)}
-    table = pa.table(columns, schema=SCHEMA.with_metadata({_METADATA_KEY: json.dumps(header)}))
+    # Parquet checks its pages, but not its footer, where the header lies.
+    text = json.dumps(header).encode()
+    metadata = {_METADATA_KEY: text, _CHECK_KEY: hashlib.sha256(text).hexdigest().encode()}
+    table = pa.table(columns, schema=SCHEMA.with_metadata(metadata))
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -140,15 +144,20 @@ def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tup
     """
     where = str(path) if isinstance(path, Path) else "record"
     try:
-        table = pq.read_table(path, columns=columns)
-        header = json.loads(table.schema.metadata[_METADATA_KEY])
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        if set(table.schema.names) != set(columns or SCHEMA.names):
+            raise ValueError(f"its columns are {', '.join(table.schema.names)}")
+        text = table.schema.metadata[_METADATA_KEY]
+        if hashlib.sha256(text).hexdigest().encode() != table.schema.metadata[_CHECK_KEY]:
+            raise ValueError("its header is not what was written")
+        header = json.loads(text)
     except FileNotFoundError as error:
         raise ShardError(
             "the record is missing",
             where=where,
             fix="`cogprep encode` finishes an interrupted folder; `cogprep index OUT` says what else is there",
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise ShardError(
             f"the record is damaged: {error}",
             where=where,

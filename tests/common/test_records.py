@@ -1,0 +1,48 @@
+import dataclasses
+import random
+
+import pytest
+
+from cogcommon.errors import ShardError
+from cogcommon.records import ShardRecord, read_record, record_bytes, write_record
+
+
+@pytest.fixture
+def record(make_shards, tmp_path) -> ShardRecord:
+    (tar,) = make_shards(tmp_path / "shards", samples=3, per_shard=3)
+    return read_record(tar.with_suffix(".parquet"))
+
+
+def test_a_record_reads_back_as_it_was_written(record, tmp_path):
+    write_record(record, tmp_path / "000000.parquet")
+    assert read_record(tmp_path / "000000.parquet") == record
+    assert record_bytes(record) == (tmp_path / "000000.parquet").read_bytes()
+
+
+def test_no_flipped_byte_of_a_record_changes_what_it_says(record, tmp_path):
+    path = tmp_path / "000000.parquet"
+    good = record_bytes(record)
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(600):
+        data = bytearray(good)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            found = read_record(path)
+        except ShardError as error:
+            refused += 1
+            assert str(path) in str(error)
+        else:
+            # Statistics and the like may change; what we read may not.
+            assert found.rows == record.rows
+            assert found.header.tar_sha256 == record.header.tar_sha256
+    assert refused > 200
+
+
+def test_the_contract_tells_which_fact_differs(record):
+    contract = record.header.contract
+    other = dataclasses.replace(contract, posterior="sample", tool_version="0.0.0")
+    assert contract.differences(other) == ["posterior: 'moments' here, 'sample' there"]
+    assert contract.fingerprint != other.fingerprint
+    assert contract.fingerprint == dataclasses.replace(contract, tool_version="0.0.0", model="elsewhere").fingerprint
