@@ -12,6 +12,8 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -21,11 +23,11 @@ from cogcommon.contract import EMPTY_CAPTION_FILE, Contract, tool_version
 from cogcommon.device import Precision, default_precision, dtype_of, pick_device, quiet_libraries, visible_gpus
 from cogcommon.errors import DataRootError
 from cogcommon.families import Resolution
-from cogcommon.records import TEXT
+from cogcommon.records import TEXT, read_record
 
 from .engine import Engine, Outcome
 from .gpus import encode_in_parts, gpu_count
-from .output import SPLITS, Origin, check_contract, commit_contract, guard_foreign_root, scan, split_folder
+from .output import SPLITS, Origin, check_contract, commit_contract, guard_foreign_root, records_in, scan, split_folder
 from .plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
 from .pool import Pool, default_workers
 from .progress import Clock, Progress
@@ -109,6 +111,8 @@ def encode_slice(settings: EncodeSettings) -> Report:
         out.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             settle(split_folder(out, split))
+        if settings.retry_rejected:
+            _forget_rejected(out)
     established = check_contract(out, contract)
     outcome = Outcome()
     with Pool(settings.workers or default_workers()) as pool:
@@ -299,6 +303,16 @@ def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome
         except ShardBusy:
             outcome.busy.append((drop.split, drop.number))
     return dropped
+
+
+def _forget_rejected(out: Path) -> None:
+    """Take the rows of rejected samples out of the records, so that they are planned as new ones."""
+    for split, number, path in records_in(out):
+        rows = read_record(path).rows
+        keep = {row.key for row in rows if row.status == "ok"}
+        if len(keep) < len(rows):
+            with suppress(ShardBusy):
+                drop_samples(split_folder(out, split), number, keep)
 
 
 def _say(line: str) -> None:

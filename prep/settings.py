@@ -171,6 +171,9 @@ class EncodeSettings(PlanSettings):
         section="Work",
     )
     strict: bool = setting(False, "exit with 2 if any clip was rejected", section="Work")
+    retry_rejected: bool = setting(
+        False, "try rejected clips again; without it they wait until their content or a setting changes", section="Work"
+    )
     json: bool = setting(False, "print the report as JSON", section="Work")
 
 

@@ -207,3 +207,25 @@ def test_a_tar_that_was_removed_is_made_again_and_one_that_was_cut_is_named(enco
     tar.write_bytes(tar.read_bytes()[:-512])
     with pytest.raises(ShardError, match=r"000001.tar has \d+ bytes"):
         again()
+
+
+def test_a_clip_that_timed_out_is_tried_again_when_asked(run_encode, monkeypatch):
+    """The machine's bad day is not the clip's fault; its content stays rejected until somebody asks."""
+    from cogprep import encode as module
+    from cogprep.decode import decode_clip
+
+    class Hasty(module.Pool):
+        def run(self, function, *rest, **options):
+            self.timeout_s = 0.0 if function is decode_clip else 60.0
+            return super().run(function, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Pool", Hasty)
+        first = run_encode()
+    assert first.encoded == 0 and first.rejected > 0
+    assert all("no result in 0 s" in rejection.reason for rejection in first.rejections)
+    second = run_encode()
+    assert (second.encoded, second.rejected) == (0, first.rejected)
+    third = run_encode(retry_rejected=True)
+    assert (third.encoded, third.rejected) == (first.rejected, 0)
+    assert run_encode(retry_rejected=True).reused == third.encoded
