@@ -3,9 +3,10 @@
 ``--model tiny`` (and four more forms, one a family) is written once into the
 user's cache as an ordinary diffusers folder: tokenizer, T5 encoder, VAE,
 transformer, scheduler, in the real classes. From there on it is loaded like
-any other checkpoint. Weights are random, and the same on every machine: each
-tensor comes from a generator seeded with its own name. Names that begin with
-``random-`` promise that they stay random; the others may come to be trained.
+any other checkpoint. The VAE is trained (``tiny_vae.md`` says how); the other
+weights are random, and the same on every machine: each tensor comes from a
+generator seeded with its own name. ``random-tiny``, ... are the same models with
+a random VAE, for tests where only shapes matter.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import shutil
 import tempfile
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,16 +84,19 @@ def builtin_folder(name: str) -> Path:
         name: ``tiny``, ``tiny-2b``, ``tiny-i2v``, ``tiny-1.5`` or ``tiny-1.5-i2v``; or ``random-`` and one of these.
     """
     family = next(family for family in FAMILIES if family.builtin == name.removeprefix(RANDOM))
+    trained_vae = None if name.startswith(RANDOM) else _file("tiny_vae.safetensors").read_bytes()
     # The recipe names the folder, so that a newer version of this file never meets old weights.
     recipe = json.dumps([VAE_CONFIG, _T5, _TRANSFORMER, _SCHEDULER, _SLICE_SAMPLE, str(NATIVE), str(family)])
-    digest = hashlib.sha256(recipe.encode() + Path(__file__).read_bytes() + _vocabulary_text().encode()).hexdigest()
+    digest = hashlib.sha256(
+        recipe.encode() + Path(__file__).read_bytes() + _file("tiny_vocab.json").read_bytes() + (trained_vae or b"")
+    ).hexdigest()
     folder = cache_root() / f"{name}-{digest[:12]}"
     if (folder / "model_index.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
-        _write(family, scratch)
+        _write(family, scratch, trained_vae)
         try:
             scratch.rename(folder)  # whole or not at all; another process may have been first
         except OSError:
@@ -102,19 +107,23 @@ def builtin_folder(name: str) -> Path:
     return folder
 
 
-def _vocabulary_text() -> str:
-    # 2,000 pieces learned with tokenizers' UnigramTrainer from the docstrings of Python 3.11's
-    # standard library and a list of words for scenes; the captions of real data sets, 500 to
-    # 600 characters long, take 190 to 220 of them.
-    return resources.files("cogcommon").joinpath("tiny_vocab.json").read_text(encoding="utf-8")
+def _file(name: str) -> Traversable:
+    """A file of this package.
+
+    tiny_vocab.json: 2,000 pieces learned with tokenizers' UnigramTrainer from the docstrings of
+    Python 3.11's standard library and a list of words for scenes; the captions of real data sets,
+    500 to 600 characters long, take 190 to 220 of them.
+    """
+    return resources.files("cogcommon").joinpath(name)
 
 
-def _write(family: Family, folder: Path) -> None:
+def _write(family: Family, folder: Path, trained_vae: bytes | None) -> None:
     import diffusers
+    import safetensors.torch
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     quiet_libraries()
-    vocabulary = [(piece, score) for piece, score in json.loads(_vocabulary_text())]
+    vocabulary = [(piece, score) for piece, score in json.loads(_file("tiny_vocab.json").read_bytes())]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=family.text_tokens)
 
     vae = diffusers.AutoencoderKLCogVideoX(
@@ -138,6 +147,8 @@ def _write(family: Family, folder: Path) -> None:
     )
     for model in (vae, text_encoder, transformer):
         _fill(model)
+    if trained_vae is not None:
+        vae.load_state_dict(safetensors.torch.load(trained_vae))
     scheduler_class = diffusers.CogVideoXDDIMScheduler if family.ddim else diffusers.CogVideoXDPMScheduler
     scheduler = scheduler_class(snr_shift_scale=family.snr_shift, **_SCHEDULER)
     pipeline_class = diffusers.CogVideoXImageToVideoPipeline if family.task == "i2v" else diffusers.CogVideoXPipeline
