@@ -6,6 +6,9 @@ picture keeps round, and a bar that moves to the right frame by frame.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,6 +35,20 @@ def card(index: int, width: int = WIDTH, height: int = HEIGHT, frames: int = FRA
 
 def cards(width: int = WIDTH, height: int = HEIGHT, frames: int = FRAMES) -> list[np.ndarray]:
     return [card(index, width, height, frames) for index in range(frames)]
+
+
+@contextmanager
+def ordinary_scheduling() -> Iterator[None]:
+    """SVT-AV1, run as root, gives the calling process real-time priority and never takes it back.
+
+    From then on a child that busy-waits for its own child (py-cpuinfo, which DeepSpeed
+    asks) starves it for ever.
+    """
+    try:
+        yield
+    finally:
+        if hasattr(os, "sched_setscheduler"):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def write(
@@ -65,7 +82,8 @@ def write(
     height, width = pictures[0].shape[:2] if pictures else (HEIGHT, WIDTH)
     quality = {"libx264": {"crf": "6"}, "libx265": {"crf": "6", "x265-params": "log-level=none"}}.get(codec, {})
     mov = format in (None, "mp4", "mov") and path.suffix in (".mp4", ".mov", ".m4v")
-    with av.open(str(path), "w", format=format, options={"movflags": movflags} if mov and movflags else {}) as file:
+    muxer = {"movflags": movflags} if mov and movflags else {}
+    with ordinary_scheduling(), av.open(str(path), "w", format=format, options=muxer) as file:
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.options = {**quality, **(options or {})}

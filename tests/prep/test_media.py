@@ -557,3 +557,9 @@ def test_only_what_is_needed_is_decoded(tmp_path):
     (tmp_path / "b.mp4").write_bytes(bytes(data))
     assert isinstance(decode(tmp_path / "b.mp4", Cut(frames="head")), Clip)
     assert isinstance(decode(tmp_path / "b.mp4", Cut(frames="even")), Fault)
+
+
+def test_writing_the_corpus_leaves_the_scheduling_alone(tmp_path):
+    before = os.sched_getscheduler(0)
+    write(tmp_path / "a.mkv", cards(), codec="libsvtav1", options={"crf": "10", "preset": "10"})
+    assert os.sched_getscheduler(0) == before == os.SCHED_OTHER
