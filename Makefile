@@ -18,9 +18,10 @@ demo: venv
 	rm -rf demo
 	$(BIN)/python -m cogprep.draw demo/clips --clips 28
 	$(BIN)/cogprep encode --data-root demo/clips --resolution 17x64x96 --model tiny --holdout 4 --shard-samples 8 --out demo/shards
+	$(BIN)/cogprep preview demo/shards --samples 4
 	$(BIN)/cogtrain lora --shards demo/shards/*.tar --validate-shards demo/shards/val/*.tar --steps 120 --validate-every 40 --lr 1e-3 --batch-size 4 --out demo/run
 	$(BIN)/cogtrain generate --run demo/run --prompt "A red ring moves from left to right on warm sand." --steps 20 --out demo/videos
-	@echo; echo "look at: demo/videos, demo/run/report.html"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
+	@echo; echo "look at: demo/shards/preview/index.html, demo/run/report.html, demo/videos"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
 
 check: venv
 	$(BIN)/ruff check .
