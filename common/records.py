@@ -145,8 +145,9 @@ def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tup
     where = str(path) if isinstance(path, Path) else "record"
     try:
         table = pq.read_table(path, columns=columns, page_checksum_verification=True)
-        if set(table.schema.names) != set(columns or SCHEMA.names):
-            raise ValueError(f"its columns are {', '.join(table.schema.names)}")
+        wanted = [SCHEMA.field(name) for name in columns or SCHEMA.names]
+        if {(field.name, field.type) for field in table.schema} != {(field.name, field.type) for field in wanted}:
+            raise ValueError(f"its columns are {table.schema.to_string(show_schema_metadata=False)}")
         text = table.schema.metadata[_METADATA_KEY]
         if hashlib.sha256(text).hexdigest().encode() != table.schema.metadata[_CHECK_KEY]:
             raise ValueError("its header is not what was written")

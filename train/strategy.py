@@ -237,6 +237,7 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
         config = deepspeed_config(settings, strategy, precision, world)
         _single_process_environment()
         if cpu:
+            zero.without_shared_memory_op()
             # Without the backend's name accelerate takes itself for a single process.
             options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
         accelerator = Accelerator(

@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 _TAG = "state"  # DeepSpeed's folder inside a checkpoint
 
 
+def without_shared_memory_op() -> None:
+    """Leave collectives on a CPU to gloo.
+
+    DeepSpeed compiles an operation of its own for them; a rank of two once died of
+    a signal in it, before its first step.
+    """
+    import deepspeed.ops
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
 def host_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
     """AdamW that steps in host memory. Its own default for the weight decay is 0."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam

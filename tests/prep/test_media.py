@@ -388,7 +388,7 @@ def test_the_whole_corpus_through_the_pool_ends_no_run(tmp_path):
         (tmp_path / str(number)).mkdir()
         paths.append(make(tmp_path / str(number)))
     with Pool(2) as pool:
-        results = list(pool.run(decode, ((path,) for path in paths)))
+        results = list(pool.run(decode_clip, ((path, SIZE, Cut(), 8, "key", None) for path in paths)))
     assert [isinstance(result, Fault) for result in results] == [True] * len(BAD) + [False] * 3
     assert not any("ended the decoder" in result.reason for result in results[: len(BAD)])
 

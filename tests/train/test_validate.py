@@ -163,7 +163,7 @@ def test_a_damaged_held_out_sample_is_named(tmp_path, shards, train_here):
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_two_processes_find_what_one_finds(tmp_path, shards, train_here, strategy):
-    """The base line bit for bit; and each video is drawn once, under ZeRO-3 from gathered weights."""
+    """The base line to the rounding of fp32; and each video is drawn once, under ZeRO-3 from gathered weights."""
     one = train_here(LoraSettings(**shards, out=tmp_path / "one", steps=1, batch_size=2, lr=1e-2, validate_videos=0))
     words = ["--batch-size", 1, "--lr", 1e-2, "--steps", 1, "--nproc", 2, "--strategy", strategy]
     words += ["--validate-videos", 2] if strategy == "zero3" else []
@@ -173,7 +173,7 @@ def test_two_processes_find_what_one_finds(tmp_path, shards, train_here, strateg
         check=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=300,
     )  # fmt: skip
     (_, (mine,)), (_, (theirs,)) = lines(one), lines(tmp_path / "two")
-    assert theirs.base_val_loss == mine.base_val_loss
+    assert math.isclose(theirs.base_val_loss, mine.base_val_loss, rel_tol=1e-7)
     assert math.isclose(theirs.val_loss, mine.val_loss, rel_tol=1e-5)
     assert theirs.val_loss != theirs.base_val_loss
     if strategy == "zero3":
