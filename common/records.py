@@ -74,7 +74,7 @@ _TYPES: dict[str, pa.DataType] = {
     "float": pa.float64(),
     "bool": pa.bool_(),
     "bytes": pa.binary(),
-    "list[int]": pa.list_(pa.int32()),
+    "list[int]": pa.list_(pa.field("element", pa.int32())),  # the name Parquet gives it
 }
 SCHEMA = pa.schema([pa.field(field.name, _TYPES[str(field.type)], nullable=False) for field in fields(SampleRow)])
 
