@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cogcommon.records import read_record
+from cogprep.encode import encode
 from cogprep.extents import whole_extents
 from cogprep.verify import verify
 
@@ -127,22 +128,47 @@ def test_interrupted_it_says_how_to_go_on(encoded):
     assert tars(out) == tars(encoded / "out")
 
 
-def test_workers_one_of_them_killed_and_another_division_finishes(encoded):
-    undisturbed, out = tars(encoded / "out"), encoded / "new"
-    workers = [start(encoded, "--worker", f"{index}/3") for index in (1, 2)]
-    twin = start(encoded, "--worker", "1/3")  # by mistake
-    while not list(out.glob("00000[01].parquet")) and any(worker.poll() is None for worker in workers):
-        time.sleep(0.05)
-    kill_group(workers[1])
-    for worker in (workers[0], twin):
+@pytest.mark.parametrize("count, later", [(2, 3), (4, 2)])
+def test_workers_at_once_one_killed_and_another_division_finishes(count, later, encoded, one_a_shard):
+    """Every slice has a process; the first, which has most to do, is killed after its first shard."""
+    out, one = encoded / "new", ("--shard-samples", "1")
+    workers = [start(encoded, *one, "--worker", f"{index}/{count}") for index in range(1, count + 1)]
+    while not (out / "000000.parquet").exists() and workers[0].poll() is None:
+        time.sleep(0.01)
+    assert kill_group(workers[0]), "it was done before it could be killed"
+    for worker in workers[1:]:
         assert worker.wait(timeout=300) == 0, worker.stderr.read()
         worker.stderr.close()
-    assert not (out / "000002.tar").exists()
-    reports = [json.loads((out / "report-1-of-3.json").read_text())]
-    assert "000002.tar" in reports[0]["unfinished"] and "3/3" in reports[0]["unfinished_slices"]
+    left_by_the_killed = {number for number in range(5) if number % count == 0}
+    committed = {int(path.stem) for path in out.glob("*.parquet")}
+    assert {*range(5)} - left_by_the_killed <= committed and 0 in committed and len(committed) < 5
+    reports = [json.loads((out / f"report-{index}-of-{count}.json").read_text()) for index in range(2, count + 1)]
+    assert sum(report["encoded"] for report in reports) == 5 - len(left_by_the_killed)
     before = samples_on_disk(out)
-    encoded_again = sum(finish(encoded, "--worker", f"{index}/2")["encoded"] for index in (2, 1))
-    assert encoded_again == 5 - before
+    rest = [finish(encoded, *one, "--worker", f"{index}/{later}") for index in range(later, 0, -1)]
+    assert sum(report["encoded"] for report in rest) == 5 - before
+    assert tars(out) == one_a_shard
+    assert verify(out).problems == []
+
+
+@pytest.fixture(scope="module")
+def one_a_shard(encoded_once, tmp_path_factory, settings_of) -> dict[str, str]:
+    """The tars of the same clips, one sample each, by one process that nothing happened to."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    encode(settings_of(encoded_once, out=out, shard_samples=1))
+    return tars(out)
+
+
+def test_a_slice_that_nobody_took_is_named_and_a_twin_does_no_harm(encoded):
+    undisturbed, out = tars(encoded / "out"), encoded / "new"
+    workers = [start(encoded, "--worker", "1/3"), start(encoded, "--worker", "1/3")]  # the second by mistake
+    for worker in workers:
+        assert worker.wait(timeout=300) == 0, worker.stderr.read()
+        worker.stderr.close()
+    assert [path.name for path in sorted(out.glob("*.tar"))] == ["000000.tar"]
+    report = json.loads((out / "report-1-of-3.json").read_text())
+    assert report["unfinished"] == ["000001.tar", "000002.tar"] and report["unfinished_slices"] == ["2/3", "3/3"]
+    assert finish(encoded)["encoded"] == 3
     assert tars(out) == undisturbed
     assert verify(out).problems == []
 
