@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from .checkpoint import WeightsIdentity
+from .device import Dtype
 from .errors import ShardError
 from .families import BY_NAME, Family, Task
 
@@ -46,7 +47,7 @@ class Contract:
     posterior: Literal["moments", "sample"]
     image_variants: int  # pre-noised image latents a sample, 0 for T2V
     tiling: Literal["off", "on", "auto"]
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
     text_tokens: int
     text_dim: int
     settings: Mapping[str, Any]

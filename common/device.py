@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from .families import Family
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+# As the command line says it, and as torch and the shards' contract do.
+DTYPES: Mapping[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def pick_device(local_rank: int = 0) -> torch.device:
@@ -39,10 +44,16 @@ def default_precision(family: Family, device: torch.device) -> Precision:
     return family.precision if device.type == "cuda" else "fp32"
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
+def dtype_of(precision: Precision | Dtype) -> torch.dtype:
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype: torch.dtype = getattr(torch, DTYPES.get(precision, precision))
+    return dtype
+
+
+def item_bytes(dtype: Dtype) -> int:
+    """Bytes of one number."""
+    return 4 if dtype == "float32" else 2
 
 
 def quiet_libraries() -> None:

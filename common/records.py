@@ -36,21 +36,24 @@ _METADATA_KEY = b"cogtune"
 _CHECK_KEY = b"cogtune.sha256"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRow:
-    """One planned sample. Offsets are bytes from the start of the tar; times are seconds."""
+    """One planned sample. Offsets are bytes from the start of the tar; times are seconds.
+
+    A sample has no extent until it is written, and a rejected one never.
+    """
 
     key: str  # digits, letters, underscores
     status: str  # "ok" or "rejected"
-    reason: str  # why it was rejected, else empty
+    reason: str = ""  # why it was rejected
     bucket: str  # FxHxW
-    offset: int  # of the extent; -1 when rejected, like the four below
-    size: int
-    json_offset: int
-    json_size: int
-    tensors_offset: int
-    tensors_size: int
-    sha256: bytes  # of the extent
+    offset: int = -1  # of the extent
+    size: int = -1
+    json_offset: int = -1
+    json_size: int = -1
+    tensors_offset: int = -1
+    tensors_size: int = -1
+    sha256: bytes = b""  # of the extent
     caption: str
     caption_tokens: int
     caption_truncated: bool

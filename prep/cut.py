@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import median
 from typing import Literal
 
+from cogcommon.contract import Contract
 from cogcommon.families import Resolution
 
 from .clip import ClipFacts, Fault
@@ -46,6 +47,12 @@ class Cut:
     fit: Fit = "crop"
     crop: Crop = "center"
     seed: int = 42  # of random crops
+
+    @classmethod
+    def of(cls, contract: Contract) -> Cut:
+        """How the clips of a folder were cut."""
+        settings = contract.settings
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
 
 
 @dataclass(frozen=True, slots=True)

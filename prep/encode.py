@@ -20,7 +20,16 @@ from rich.console import Console
 
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.contract import EMPTY_CAPTION_FILE, Contract, tool_version
-from cogcommon.device import Precision, default_precision, dtype_of, pick_device, quiet_libraries, visible_gpus
+from cogcommon.device import (
+    DTYPES,
+    Precision,
+    default_precision,
+    dtype_of,
+    item_bytes,
+    pick_device,
+    quiet_libraries,
+    visible_gpus,
+)
 from cogcommon.errors import DataRootError
 from cogcommon.families import Resolution
 from cogcommon.records import TEXT, read_record
@@ -188,7 +197,7 @@ def _sample_bytes(contract: Contract, bucket: Resolution) -> int:
     return sample_bytes(
         contract.family_row,
         bucket,
-        item_bytes=4 if contract.dtype == "float32" else 2,
+        item_bytes=item_bytes(contract.dtype),
         posterior=contract.posterior,
         image_variants=contract.image_variants,
         text_dim=contract.text_dim,
@@ -221,7 +230,7 @@ def make_contract(settings: PlanSettings, checkpoint: Checkpoint, precision: Pre
         posterior=settings.posterior,
         image_variants=settings.image_variants if family.task == "i2v" else 0,
         tiling=settings.tiling,
-        dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],  # type: ignore[arg-type]
+        dtype=DTYPES[precision],
         text_tokens=family.text_tokens,
         text_dim=checkpoint.text_config["d_model"],
         settings=cut,
@@ -231,7 +240,7 @@ def make_contract(settings: PlanSettings, checkpoint: Checkpoint, precision: Pre
 
 def rounds(shards: Sequence[PlannedShard], contract: Contract) -> Iterator[list[PlannedShard]]:
     """Shards in groups whose embeddings fit into the scratch file; without shards, one empty group."""
-    text_bytes = contract.text_tokens * contract.text_dim * (4 if contract.dtype == "float32" else 2)
+    text_bytes = contract.text_tokens * contract.text_dim * item_bytes(contract.dtype)
     group: list[PlannedShard] = []
     captions = 0
     for shard in shards:

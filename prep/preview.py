@@ -97,7 +97,7 @@ def make_preview(settings: PreviewSettings) -> Preview:
         raise ShardError(
             "nothing has been encoded there", where=str(out), fix="`cogprep encode`, or name another folder"
         )
-    cut = _cut_of(contract)
+    cut = Cut.of(contract)
     origin = read_origin(out)
     roots = Path(origin.data_root) if origin else Path()
     latents = Decoder(settings.model, contract)
@@ -216,11 +216,3 @@ def psnr(ours: Pixels, theirs: Pixels) -> float:
     """Peak signal-to-noise ratio in dB; 99 for equal pixels."""
     error = np.square(ours.astype(np.float32) - theirs).mean()
     return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-9))))
-
-
-def _cut_of(contract: Contract) -> Cut:
-    settings = contract.settings
-    return Cut(
-        **{name: settings[name] for name in ("frames", "start", "stride", "short", "fit", "crop")},
-        seed=settings.get("seed", Cut.seed),
-    )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.contract import Contract
-from cogcommon.device import Precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.device import dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import ShardError
 from cogcommon.families import Resolution
 from cogcommon.records import TEXT, SampleRow, ShardRecord, split_extent
@@ -24,8 +24,6 @@ from .verify import Difference, load_tensors
 
 if TYPE_CHECKING:
     import torch
-
-_PRECISION: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def encode_again(
@@ -47,7 +45,7 @@ def encode_again(
         return []
     chosen = [everything[index * len(everything) // count] for index in range(count)]
     latents, text = _models(contract)
-    cut = cut_of(contract)
+    cut = Cut.of(contract)
     tasks = (
         (
             root / row.source,
@@ -71,18 +69,11 @@ def encode_again(
     return differences
 
 
-def cut_of(contract: Contract) -> Cut:
-    """How the clips of a folder were cut."""
-    settings: dict[str, Any] = dict(contract.settings)
-    names = ("frames", "start", "stride", "short", "fit", "crop", "seed")
-    return Cut(**{name: settings[name] for name in names if name in settings})
-
-
 def _models(contract: Contract) -> tuple[LatentEncoder, TextEncoder]:
     device = pick_device()
     quiet_libraries()
     checkpoint = open_checkpoint(contract.model)
-    dtype = dtype_of(_PRECISION[contract.dtype])
+    dtype = dtype_of(contract.dtype)
     latents = LatentEncoder(
         checkpoint.load_vae(dtype).to(device),
         device,

@@ -14,7 +14,7 @@ from functools import partial
 from rich.console import Console
 
 from cogcommon.checkpoint import Checkpoint
-from cogcommon.device import quiet_libraries
+from cogcommon.device import DTYPES, item_bytes, quiet_libraries
 from cogcommon.errors import DataRootError
 from cogcommon.families import BUILTIN_NAMES, Resolution
 
@@ -141,7 +141,7 @@ def plan_buckets(
         size = sample_bytes(
             checkpoint.family,
             bucket,
-            item_bytes=4 if settings.precision == "fp32" else 2,
+            item_bytes=item_bytes(DTYPES[settings.precision or checkpoint.family.precision]),
             posterior=settings.posterior,
             image_variants=settings.image_variants,
             text_dim=checkpoint.text_config["d_model"],

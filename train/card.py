@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from cogcommon.device import DTYPES
 from cogcommon.files import commit_bytes
 
 from .chart import number, smoothed
@@ -41,9 +42,8 @@ def card(run: Run, kind: Kind, step: int, folder: str) -> str:
     facts = run.facts
     i2v = facts.task == "i2v"
     pipeline = "CogVideoXImageToVideoPipeline" if i2v else "CogVideoXPipeline"
-    dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[facts.precision]
     names = {"lora": "", "peft": "", "transformer": ", CogVideoXTransformer3DModel"}[kind]
-    use = _USE[kind].format(pipeline=pipeline, model=facts.model, dtype=dtype, folder=folder)
+    use = _USE[kind].format(pipeline=pipeline, model=facts.model, dtype=DTYPES[facts.precision], folder=folder)
     peft_import = "from peft import PeftModel\n" if kind == "peft" else ""
     method = "LoRA" if facts.method == "lora" else "Full fine-tuning"
     header = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
-from cogcommon.device import default_precision
+from cogcommon.device import Precision, default_precision
 from cogcommon.errors import RunError, SettingError, ShardError
 from cogcommon.files import commit_bytes
 
@@ -21,7 +21,7 @@ from .fit import check_alike, check_model
 from .method import Method, method_of
 from .order import Order
 from .run_folder import CONFIG_FILE
-from .settings import Precision, TrainSettings
+from .settings import TrainSettings
 from .sources import ShardSet, open_shards
 from .tracker import check_installed
 from .zero_config import Strategy, choose, deepspeed_config

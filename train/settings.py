@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cogcommon.device import Precision
 from cogcommon.errors import SettingError
 from cogcommon.settings import flag_of, setting
 
@@ -14,7 +15,6 @@ Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "z
 Memory = Literal["auto", "fast", "low"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 LrSchedule = Literal["constant", "linear", "cosine"]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 _DATA, _RUN, _OPTIM, _LORA = "Data", "Run", "Optimization", "LoRA"
 _HARDWARE, _SAVE, _VALIDATE = "Hardware", "Checkpoints", "Validation"
