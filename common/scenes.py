@@ -87,11 +87,14 @@ class Scene:
         return f"{article} {self.colour} {self.shape} {self.motion} on {self.background}."
 
 
-def draw(scene: Scene, times_F: Sequence[float], height: int, width: int) -> Frames:
+def draw(
+    scene: Scene, times_F: Sequence[float], height: int, width: int, *, off: tuple[float, float] = (0.0, 0.0)
+) -> Frames:
     """Draw a scene with smooth edges.
 
     Args:
         times_F: the moment of each frame, 0 (the motion begins) to 1 (it ends).
+        off: the path is moved by so many pixels, across and down.
 
     Returns:
         uint8 RGB of shape (F, height, width, 3).
@@ -100,7 +103,8 @@ def draw(scene: Scene, times_F: Sequence[float], height: int, width: int) -> Fra
     video = np.empty((len(times_F), height, width, 3), dtype=np.uint8)
     for index, time in enumerate(times_F):
         across, down, scale = MOTIONS[scene.motion](time)
-        cover_HW = mask(scene.shape, (across, down), scale * height / 5, height, width)
+        centre = across + 2 * off[0] / width, down + 2 * off[1] / height
+        cover_HW = mask(scene.shape, centre, scale * height / 5, height, width)
         video[index] = np.rint(blend_in(background_HWC, COLOURS[scene.colour], cover_HW))
     return video
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Schedule:
-    """``abar_T``: share of the signal's variance left at each timestep, fp64, on the CPU."""
+    """``abar_T``: share of the signal's variance left at each timestep, fp64; made on the CPU."""
 
     abar_T: torch.Tensor
 
@@ -69,12 +69,12 @@ class Schedule:
         """min(SNR, gamma) / (SNR + 1), fp64 (Hang et al. 2023, arXiv:2303.09556, for v-prediction)."""
         import torch
 
-        abar_B = self.abar_T[timestep_B.cpu()]
+        abar_B = self.abar_T[timestep_B.to(self.abar_T.device)]
         # SNR = abar/(1-abar), so 1/(SNR+1) = 1-abar, and both stay finite at abar = 0.
         return torch.minimum(abar_B, gamma * (1 - abar_B)).to(timestep_B.device)
 
     def _coefficients(self, timestep_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        abar = self.abar_T[timestep_B.cpu()].view(-1, *[1] * (like.ndim - 1))
+        abar = self.abar_T[timestep_B.to(self.abar_T.device)].view(-1, *[1] * (like.ndim - 1))
         return abar.sqrt().to(like.device, like.dtype), (1 - abar).sqrt().to(like.device, like.dtype)
 
 

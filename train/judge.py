@@ -38,7 +38,7 @@ def judge(clip_FHWC: Frames, times_F: Sequence[float] | None = None) -> Verdict:
     frames, height, width, _ = clip_FHWC.shape
     times = tuple(np.linspace(0, 1, frames) if times_F is None else times_F)
     names, cover_FNP = _covers(times, height, width)
-    square_FNP = cover_FNP**2
+    lengths = _lengths(times, height, width)
     colours_K3 = np.array(list(COLOURS.values()), dtype=np.float32)
     best: tuple[float, Scene] | None = None
     for place in BACKGROUNDS:
@@ -47,8 +47,7 @@ def judge(clip_FHWC: Frames, times_F: Sequence[float] | None = None) -> Verdict:
         # A template is flat + cover * (colour - flat). |clip - template|^2, multiplied out, takes
         # two matrix products for all shapes, motions and offsets, and the colours come almost free.
         along_FNS4 = _products(cover_FNP, np.concatenate([off_FHW3, (off_FHW3 * flat_HW3).sum(-1)[..., None]], -1))
-        flats_HW5 = np.concatenate([flat_HW3, (flat_HW3**2).sum(-1)[..., None], np.ones_like(flat_HW3[..., :1])], -1)
-        length_FNS5 = _products(square_FNP, flats_HW5[None])
+        length_FNS5 = lengths[place]
         error_FNSK = (
             (off_FHW3**2).sum((1, 2, 3))[:, None, None, None]
             - 2 * (along_FNS4[..., :3] @ colours_K3.T - along_FNS4[..., 3:])
@@ -76,6 +75,18 @@ def _products(masks_FNP: Plane, image_FHWC: Plane) -> Plane:
     moved_FPX = np.concatenate(moved, axis=2).reshape(count, height * width, -1)
     sums: Plane = (masks_FNP @ moved_FPX).reshape(*masks_FNP.shape[:2], len(moved), channels)
     return sums
+
+
+@lru_cache(maxsize=4)
+def _lengths(times_F: tuple[float, ...], height: int, width: int) -> dict[str, Plane]:
+    """The half that no clip changes: sums over the square of each mask, by background, (F, N, S, 5)."""
+    square_FNP = _covers(times_F, height, width)[1] ** 2
+    lengths = {}
+    for place in BACKGROUNDS:
+        flat_HW3 = background(place, height, width).astype(np.float32)
+        flats_HW5 = np.concatenate([flat_HW3, (flat_HW3**2).sum(-1)[..., None], np.ones_like(flat_HW3[..., :1])], -1)
+        lengths[place] = _products(square_FNP, flats_HW5[None])
+    return lengths
 
 
 @lru_cache(maxsize=4)  # 42 x 104,448 pixels at 17x64x96: 18 MB an entry

@@ -1,20 +1,29 @@
-"""``python -m cogtrain.pretrain vae|t2v``: make the weights of the built-in model."""
+"""``python -m cogtrain.pretrain vae|transformer|exam``: make the weights of the built-in model, and examine them."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cogcommon.device import pick_device, quiet_libraries
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Folder = Annotated[Path, typer.Argument(help="Working folder; what is there is continued.")]
-Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps in all.")]
+Minutes = Annotated[float | None, typer.Option(help="Of training in all; the learning rate ends with them.")]
 Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
-Seed = Annotated[int, typer.Option(help="For the initial weights and every drawn clip.")]
+Seed = Annotated[int, typer.Option(help="For the initial weights and all that is drawn.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that draw the clips before the first step.")]
+Graphs = Annotated[bool, typer.Option("--graphs", help="On a GPU: capture each step as a CUDA graph.")]
+Form = Annotated[str, typer.Option(help="Which built-in form.")]
 
 
 @app.callback()
@@ -25,87 +34,126 @@ def main() -> None:
 @app.command()
 def vae(
     folder: Folder,
-    steps: Steps = 5_500,
+    steps: Steps = None,
+    minutes: Minutes = None,
     lr: Rate = 6e-4,
     seed: Seed = 0,
-    scale: Annotated[int, typer.Option(min=1, help="Times as many clips a step; 16 on a GPU.")] = 1,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that draw clips ahead.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Whole clips of a step; 16 on a GPU.")] = 1,
+    pool: Annotated[int, typer.Option(min=1, help="Clips to draw, once, and to learn from.")] = 12_000,
+    workers: Workers = 0,
+    graphs: Graphs = False,
 ) -> None:
     """Train the VAE."""
-    device = pick_device()
-    quiet_libraries()
+    device = _device()
     from .vae import train_vae
 
-    train_vae(folder, steps=steps, lr=lr, seed=seed, device=device, scale=scale, workers=workers)
+    train_vae(
+        folder,
+        steps=steps,
+        minutes=minutes,
+        lr=lr,
+        seed=seed,
+        device=device,
+        batch=batch_size,
+        pool=pool,
+        workers=workers,
+        graphs=graphs,
+        command=_command(),
+    )
 
 
 @app.command()
 def transformer(
     folder: Folder,
-    form: Annotated[str, typer.Option(help="Which built-in form.")] = "tiny",
-    steps: Steps = 6_000,
+    form: Form = "tiny",
+    steps: Steps = None,
+    minutes: Minutes = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips of a step.")] = 16,
     lr: Rate = 1e-3,
     seed: Seed = 0,
     text_tokens: Annotated[
-        int | None, typer.Option(help="Train on shorter texts first; longer ones cost time.")
+        int | None, typer.Option(help="Train on shorter texts than the family's; long ones cost time.")
     ] = None,
+    workers: Workers = 0,
+    graphs: Graphs = False,
 ) -> None:
     """Train the transformer of one form, on the latents of the VAE that the form has."""
-    device = pick_device()
-    quiet_libraries()
+    device = _device()
     from cogcommon.checkpoint import open_checkpoint
 
     from .transformer import split_scenes, train_transformer
 
     train_transformer(
         open_checkpoint(form),
-        split_scenes(seed)[0],
+        split_scenes()[0],
         folder,
         steps=steps,
+        minutes=minutes,
         batch_size=batch_size,
         lr=lr,
         seed=seed,
         device=device,
         text_tokens=text_tokens,
+        workers=workers,
+        graphs=graphs,
     )
 
 
 @app.command()
 def exam(
     folder: Folder,
-    form: Annotated[str, typer.Option(help="Which built-in form.")] = "tiny",
+    form: Form = "tiny",
     clips: Annotated[int, typer.Option(min=1, max=100, help="How many of the held-out captions.")] = 100,
     sampling_steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 20,
-    guidance: Annotated[float, typer.Option(help="1 is none.")] = 3.0,
+    guidance: Annotated[list[float], typer.Option(help="1 is none; one exam each.")] = [3.0],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips to generate at once.")] = 10,
     seed: Seed = 0,
 ) -> None:
-    """Let the judge name what the transformer in FOLDER generates for captions it was not trained on."""
-    device = pick_device()
-    quiet_libraries()
+    """Let the judge name what the transformer in FOLDER generates for captions it was not trained on.
+
+    Writes exam.jsonl, a line a guidance, and a picture of the first clips of each.
+    """
+    device = _device()
     import dataclasses
     import json
 
     import diffusers
-    import torch
+    import safetensors.torch
 
     from cogcommon.checkpoint import open_checkpoint
 
-    from .exam import examine, load_pipeline
+    from .exam import examine, load_pipeline, sheet
     from .transformer import split_scenes
 
     checkpoint = open_checkpoint(form)
-    transformer = diffusers.CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer_config))
-    transformer.load_state_dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["model"])
-    marks = examine(
-        load_pipeline(checkpoint, transformer, device),
-        checkpoint,
-        split_scenes(seed)[1][:clips],
-        steps=sampling_steps,
-        guidance=guidance,
-        seed=seed,
-    )
-    typer.echo(json.dumps({name: mark and round(mark, 3) for name, mark in dataclasses.asdict(marks).items()}))
+    model = diffusers.CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer_config))
+    model.load_state_dict(safetensors.torch.load_file(folder / f"{checkpoint.family.builtin}.safetensors"))
+    pipeline = load_pipeline(checkpoint, model, device)
+    captions = split_scenes()[1][:clips]
+    for scale in guidance:
+        marks, shown = examine(
+            pipeline, checkpoint, captions, steps=sampling_steps, guidance=scale, seed=seed, batch=batch_size
+        )
+        found = {name: mark and round(mark, 3) for name, mark in dataclasses.asdict(marks).items()}
+        line = json.dumps({"form": form, "guidance": scale, "steps": sampling_steps, "clips": len(captions), **found})
+        typer.echo(line)
+        with (folder / "exam.jsonl").open("a", encoding="utf-8") as out:
+            out.write(line + "\n")
+        sheet(captions, shown).save(folder / f"guidance-{scale:g}.png")
+
+
+def _device() -> torch.device:
+    import torch
+
+    device = pick_device()
+    quiet_libraries()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def _command() -> str:
+    return "python -m cogtrain.pretrain " + shlex.join(sys.argv[1:])
 
 
 if __name__ == "__main__":

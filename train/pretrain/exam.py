@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +13,13 @@ import torch
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.scenes import Scene, draw
 from cogcommon.tiny import NATIVE
+from cogcommon.video import Frames
 
 from ..judge import judge
 from .transformer import times
+
+SHOWN = 12  # of the clips, in the picture
+_JUDGES = 3
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,17 @@ def examine(
     guidance: float,
     seed: int,
     batch: int = 10,
-) -> Marks:
-    """Generate a clip for each caption (and first frame, for I2V) and let the judge name it."""
+) -> tuple[Marks, Frames]:
+    """Generate a clip for each caption (and first frame, for I2V) and let the judge name it.
+
+    Returns:
+        The marks, and the clips of the first few captions, uint8 (N, F, H, W, 3).
+    """
     from PIL import Image
 
     moments = times(checkpoint.family)
     rows, first_frames = [], []
+    shown: list[Frames] = []
     for start in range(0, len(scenes), batch):
         some = scenes[start : start + batch]
         drawn = [draw(scene, moments[:1], NATIVE.height, NATIVE.width)[0] for scene in some]
@@ -81,9 +92,11 @@ def examine(
                 output_type="np",
                 **({"image": [Image.fromarray(frame) for frame in drawn]} if i2v else {}),
             ).frames
-        for scene, video, first_HWC in zip(some, videos, drawn, strict=True):
-            clip_FHWC = (np.asarray(video) * 255).round().astype(np.uint8)
-            verdict = judge(clip_FHWC, moments)
+        clips = [(np.asarray(video) * 255).round().astype(np.uint8) for video in videos]
+        shown += clips[: SHOWN - len(shown)]
+        with ThreadPoolExecutor(_JUDGES) as threads:  # most of it is matrix products, outside Python's lock
+            verdicts = list(threads.map(lambda clip_FHWC: judge(clip_FHWC, moments), clips))
+        for scene, clip_FHWC, first_HWC, verdict in zip(some, clips, drawn, verdicts, strict=True):
             seen = verdict.scene
             right = [seen.shape == scene.shape, seen.colour == scene.colour, seen.motion == scene.motion]
             rows.append([*right, all(right[:2]), all(right), verdict.error])
@@ -92,4 +105,18 @@ def examine(
                 first_frames.append(-10 * np.log10(max(error, 1e-6)))
     shape, colour, motion, both, every, distance = (float(mean) for mean in np.mean(np.array(rows, dtype=float), 0))
     kept = float(np.mean(first_frames)) if first_frames else None
-    return Marks(shape, colour, motion, both, every, distance, kept)
+    return Marks(shape, colour, motion, both, every, distance, kept), np.stack(shown)
+
+
+def sheet(scenes: Sequence[Scene], clips_NFHWC: Frames, frames: int = 5) -> Any:
+    """A picture of a few frames of each clip, a row a clip, under its caption."""
+    from PIL import Image, ImageDraw
+
+    count, length, height, width, _ = clips_NFHWC.shape
+    picture = Image.new("RGB", (width * frames, (height + 14) * count), "white")
+    pen = ImageDraw.Draw(picture)
+    for row, (scene, clip_FHWC) in enumerate(zip(scenes, clips_NFHWC, strict=False)):
+        pen.text((2, row * (height + 14)), scene.caption, fill="black")
+        for column, moment in enumerate(np.linspace(0, length - 1, frames).round().astype(int)):
+            picture.paste(Image.fromarray(clip_FHWC[moment]), (column * width, row * (height + 14) + 13))
+    return picture

@@ -1,4 +1,4 @@
-"""One training loop for every part of the built-in model: resumable, and seeded by step."""
+"""One training loop for every part of the built-in model: resumable, seeded by step, and in time if told so."""
 
 from __future__ import annotations
 
@@ -7,88 +7,182 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from .muon import Muon
 
+Inputs = tuple[torch.Tensor, ...]
 Losses = dict[str, torch.Tensor]
-B = TypeVar("B")
+
+_EAGER = 3  # steps of a shape before its graph is captured: libraries choose and allocate in them
 
 
 def fit(
     model: torch.nn.Module,
-    batch_at: Callable[[int], B],
-    losses_of: Callable[[B, int], Losses],
+    inputs_at: Callable[[int, float], Inputs],
+    losses_of: Callable[..., Losses],
     folder: Path,
     *,
-    steps: int,
     lr: float,
-    workers: int = 0,
-    save_every: int = 500,
-) -> None:
+    steps: int | None = None,
+    minutes: float | None = None,
+    graphs: bool = False,
+    save_seconds: float = 30,
+) -> tuple[int, float]:
     """Train with Muon and a one-cycle learning rate; continue where ``folder`` was left.
 
+    The model is left with the average of its weights over the last part of the
+    run, about a tenth of it.
+
     Args:
-        batch_at: the batch of a step, drawn from the step's number alone, so that a resumed run is the run.
-        losses_of: the losses of a batch and its step by name; their sum gives the gradient.
+        inputs_at: the inputs of a step, on the model's device, from the step's number and the progress
+            (0..1) alone, so that a resumed run of ``steps`` is the run.
+        losses_of: the losses of these inputs by name; their sum gives the gradient.
         folder: gets ``state.pt`` and ``metrics.jsonl``.
         steps: in all; the learning rate falls to zero there.
-        lr: peak, reached after a twentieth of the steps, 100 at most.
-        workers: processes that draw batches ahead; on a GPU one core cannot keep up.
+        minutes: in all, those before a resume counted in; it falls to zero there, if that is sooner.
+        lr: peak, reached after a twentieth of the run, or 100 steps.
+        graphs: capture each shape's step as a CUDA graph. A step here is thousands of small kernels;
+            starting them one by one takes longer than they do.
+
+    Returns:
+        The steps and the seconds taken in all.
     """
+    if steps is None and minutes is None:
+        raise ValueError("say how long: steps or minutes")
     folder.mkdir(parents=True, exist_ok=True)
-    optimizer = Muon(model.parameters(), lr=lr)
-    state_file, first = folder / "state.pt", 0
+    run = _Run(model, losses_of, graphs)
+    state_file, step, before = folder / "state.pt", 0, 0.0
     if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    started = time.monotonic()
+        saved = torch.load(state_file, map_location="cpu", weights_only=True)
+        run.load(saved)
+        step, before = saved["step"], saved["seconds"]
+    started = saved_at = time.monotonic()
     seen: list[torch.Tensor] = []  # losses since the last line
-    ahead = DataLoader(Batches(batch_at), batch_size=None, sampler=range(first, steps), num_workers=workers)
-    for step, batch in zip(range(first, steps), ahead, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * one_cycle(step, steps)
-        losses = losses_of(batch, step)
-        total = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss of step {step} is {total.item()}: {losses}")
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen.append(torch.stack(list(losses.values())).detach())
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            means = torch.stack(seen).mean(0).tolist()
+    ended = False
+    while not ended:
+        seconds = before + time.monotonic() - started
+        progress = max(step / steps if steps else 0.0, seconds / (60 * minutes) if minutes else 0.0)
+        if progress >= 1:
+            break
+        run.optimizer.rate.fill_(lr * one_cycle(step, progress))
+        run.blend.fill_(10 / (step + 10))
+        seen.append(run(inputs_at(step, progress)))
+        step += 1
+        if step % 10 == 0 and seen[-1].is_cuda:
+            torch.cuda.synchronize()  # or the clock above runs ahead of the GPU
+        ended = step == steps
+        late = time.monotonic() - saved_at > save_seconds
+        if step % 100 == 0 or ended or late:
+            means = dict(zip(run.names, torch.stack(seen).mean(0).tolist(), strict=True))
+            if not math.isfinite(sum(means.values())):
+                raise FloatingPointError(f"the losses near step {step} are not finite: {means}")
             seen.clear()
-            line = {"step": step + 1, **dict(zip(losses, means, strict=True)), "seconds": time.monotonic() - started}
+            seconds = before + time.monotonic() - started
+            line = {"step": step, **means, "seconds": seconds}
             rounded = json.dumps({name: float(f"{value:.4g}") for name, value in line.items()})
             with (folder / "metrics.jsonl").open("a", encoding="utf-8") as out:
                 out.write(rounded + "\n")
             print(rounded, flush=True)
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, folder / ".state.tmp")
-            (folder / ".state.tmp").rename(state_file)
+            if late:
+                _save(run, folder, step, seconds)
+                saved_at = time.monotonic()
+    seconds = before + time.monotonic() - started
+    _save(run, folder, step, seconds)
+    run.take_average()
+    return step, seconds
 
 
-class Batches(Dataset[B], Generic[B]):
-    """``batch_at`` by number, for torch's loader."""
-
-    def __init__(self, batch_at: Callable[[int], B]) -> None:
-        self.batch_at = batch_at
-
-    def __getitem__(self, step: int) -> B:
-        return self.batch_at(step)
+def one_cycle(step: int, progress: float) -> float:
+    """Up in a straight line over 100 steps or a twentieth of the run, then down along half a cosine."""
+    rise = min(1.0, max((step + 1) / 100, 20 * progress))
+    return rise * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def one_cycle(step: int, steps: int) -> float:
-    """Up in a straight line for a twentieth of the run or 100 steps, then down along half a cosine."""
-    warm = min(100, max(1, steps // 20))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+def name_of(device: torch.device) -> str:
+    """Of the machine's part that trained, for a card."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+
+
+def _save(run: _Run, folder: Path, step: int, seconds: float) -> None:
+    torch.save({**run.state(), "step": step, "seconds": seconds}, folder / ".state.tmp")
+    (folder / ".state.tmp").rename(folder / "state.pt")
+
+
+class _Run:
+    """A model with its optimizer and the average of its weights; a call takes one step and gives the losses."""
+
+    def __init__(self, model: torch.nn.Module, losses_of: Callable[..., Losses], graphs: bool) -> None:
+        self.model, self.losses_of, self.graphs = model, losses_of, graphs
+        self.parameters: list[torch.Tensor] = list(model.parameters())
+        self.optimizer = Muon(model.parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.blend = torch.ones((), device=self.parameters[0].device)  # share of the average that a step replaces
+        self.names: list[str] = []
+        self._met: dict[tuple[torch.Size, ...], int] = {}
+        self._captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor]] = {}
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        if not self.graphs:
+            return self._step(inputs)
+        key = tuple(tensor.shape for tensor in inputs)
+        self._met[key] = self._met.get(key, 0) + 1
+        if self._met[key] <= _EAGER:
+            # As torch asks for before a capture: on a stream of its own.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                losses = self._step(inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            return losses
+        if key not in self._captured:
+            self._captured.clear()  # and its memory: a run goes from one shape to the next, never back
+            try:
+                self._captured[key] = self._capture(inputs)
+            except RuntimeError as error:  # slower, but it trains
+                print(f"no CUDA graph, step by step instead: {error}", flush=True)
+                self.graphs = False
+                return self._step(inputs)
+        graph, own, losses = self._captured[key]
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return losses.clone()
+
+    def _capture(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor]:
+        """One step as a graph, not yet run; its own inputs, and the losses that it will leave."""
+        own, graph = tuple(tensor.clone() for tensor in inputs), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            losses = self._step(own)
+        return graph, own, losses
+
+    def _step(self, inputs: Inputs) -> torch.Tensor:
+        self.optimizer.clear()
+        losses = self.losses_of(*inputs)
+        self.names = list(losses)
+        stacked = torch.stack(list(losses.values()))
+        stacked.sum().backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            news = torch._foreach_sub(self.parameters, self.average)
+            torch._foreach_mul_(news, self.blend)
+            torch._foreach_add_(self.average, news)
+        return stacked.detach()
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        for mean, p in zip(self.average, self.parameters, strict=True):
+            p.copy_(mean)
+
+    def state(self) -> dict[str, object]:
+        return {"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, object]) -> None:
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        self.optimizer.load(state["optimizer"])  # type: ignore[arg-type]
+        for mine, saved in zip(self.average, state["average"], strict=True):  # type: ignore[call-overload]
+            mine.copy_(saved)

@@ -7,51 +7,84 @@ torch's own takes matrices only, and most of the VAE is 3D kernels.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Momentum made orthogonal for matrices and kernels (Jordan et al. 2024), Adam for vectors.
 
     Every step of a matrix has the same size in all its directions, so that rare
-    ones are learned too; lr is the root mean square of an element's step.
+    ones are learned too. ``rate`` is the root mean square of an element's step,
+    and a tensor, so that a step captured as a CUDA graph reads its new values.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float) -> None:
-        super().__init__(list(parameters), {"lr": lr})
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        device = self.parameters[0].device
+        self.rate, self.count = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) if p.ndim < 2 else torch.zeros((), device=device) for p in self.parameters]
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["first"] = torch.zeros_like(p)
-                    state["second"] = torch.zeros_like(p) if p.ndim < 2 else torch.zeros(())
-                    state["step"] = 0
-                state["step"] += 1
-                first = state["first"]
-                first.lerp_(p.grad, 0.05 if p.ndim >= 2 else 0.1)
-                if p.ndim >= 2:
-                    update = orthogonal(p.grad.lerp(first, 0.95).flatten(1)).view_as(p)
-                    rows, columns = update.shape[0], update[0].numel()
-                    p.add_(update, alpha=-group["lr"] * max(rows, columns) ** 0.5)
-                else:
-                    state["second"].lerp_(p.grad.square(), 0.01)
-                    mean = first / (1 - 0.9 ** state["step"])
-                    spread = (state["second"] / (1 - 0.99 ** state["step"])).sqrt() + 1e-8
-                    p.add_(mean / spread, alpha=-group["lr"])
+    def step(self) -> None:
+        self.count += 1
+        moved = [index for index, p in enumerate(self.parameters) if p.grad is not None]
+        self._turn([index for index in moved if self.parameters[index].ndim >= 2])
+        self._adapt([index for index in moved if self.parameters[index].ndim < 2])
+
+    def _turn(self, matrices: list[int]) -> None:
+        """Orthogonal steps. Those of one size are made together: 8 products instead of 60 on the transformer."""
+        gradients, first = self._of(matrices)
+        torch._foreach_lerp_(first, gradients, 0.05)
+        looks = torch._foreach_lerp(gradients, first, 0.95)
+        alike: dict[torch.Size, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+        for index, look in zip(matrices, looks, strict=True):
+            alike.setdefault(look.flatten(1).shape, []).append((self.parameters[index], look.flatten(1)))
+        for shape, some in alike.items():
+            updates = self.rate * max(shape) ** 0.5 * orthogonal(torch.stack([look for _, look in some]))
+            torch._foreach_sub_(
+                [p for p, _ in some], [update.view_as(p) for (p, _), update in zip(some, updates, strict=True)]
+            )
+
+    def _adapt(self, vectors: list[int]) -> None:
+        """Adam's steps, beta 0.9 and 0.99."""
+        gradients, first = self._of(vectors)
+        second = [self.second[index] for index in vectors]
+        torch._foreach_lerp_(first, gradients, 0.1)
+        torch._foreach_mul_(second, 0.99)
+        torch._foreach_addcmul_(second, gradients, gradients, 0.01)
+        spreads = torch._foreach_sqrt(torch._foreach_mul(second, 1 / (1 - 0.99**self.count)))
+        torch._foreach_add_(spreads, 1e-8)
+        updates = torch._foreach_div(first, spreads)
+        torch._foreach_mul_(updates, self.rate / (1 - 0.9**self.count))
+        torch._foreach_sub_([self.parameters[index] for index in vectors], updates)
+
+    def _of(self, indices: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Gradients and their running means."""
+        gradients = [g for index in indices if (g := self.parameters[index].grad) is not None]
+        return gradients, [self.first[index] for index in indices]
+
+    def clear(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count, "first": self.first, "second": self.second}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.count.copy_(state["count"])
+        for mine, saved in zip(self.first + self.second, state["first"] + state["second"], strict=True):
+            mine.copy_(saved)
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearly U V^T of the matrix's SVD, by five Newton-Schulz steps."""
-    x = matrix / (matrix.norm() + 1e-12)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
+    """Nearly U V^T of the SVD of a matrix, or of each in a stack, by five Newton-Schulz steps."""
+    x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-12)
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
     for _ in range(5):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if tall else x
+    return x.mT if tall else x

@@ -15,7 +15,7 @@ from cogtrain.pretrain.transformer import HELD_OUT, batch_at, encode_world, spli
 
 
 def test_held_out_scenes_are_not_trained_on():
-    train, held_out = split_scenes(3)
+    train, held_out = split_scenes()
     assert len(held_out) == HELD_OUT and len(train) == 864 - HELD_OUT
     assert not {scene.caption for scene in train} & {scene.caption for scene in held_out}
 
@@ -47,6 +47,7 @@ def test_a_form_learns_and_its_weights_load(tmp_path):
         tmp_path,
         steps=150,
         batch_size=8,
+        minutes=None,
         lr=2e-3,
         seed=0,
         device=torch.device("cpu"),
@@ -75,7 +76,8 @@ def test_the_exam_marks_a_generator_by_what_it_shows(form, right):
     def other(scene):
         return "blue" if scene.colour != "blue" else "red"
 
-    marks = examine(pipeline, checkpoint, scenes, steps=1, guidance=1, seed=0, batch=4)
+    marks, shown = examine(pipeline, checkpoint, scenes, steps=1, guidance=1, seed=0, batch=4)
+    assert shown.shape == (6, 17, 64, 96, 3)
     assert marks.shape == marks.motion == 1
     assert marks.colour == marks.shape_and_colour == marks.all_three == float(right)
     assert (marks.first_frame is not None) == ("i2v" in form)
