@@ -263,8 +263,7 @@ def check(
     """
     transformer = checkpoint.load_transformer(dtype).to(device)
     load(file, checkpoint, transformer)
-    acting = state_dict(transformer)  # with the scale that the loader gave it
-    wrong = [name for name, tensor in state.items() if name not in acting or not _equal(acting[name], tensor)]
+    wrong = acting_otherwise(transformer, state)
     found = difference(expected, probe(transformer.to(device)))
     if wrong or not found <= limit(dtype):
         raise RunError(
@@ -274,6 +273,13 @@ def check(
             fix="do not use this file; the checkpoints of the run still hold the weights: `cogtrain export --run RUN`",
         )
     return found
+
+
+def acting_otherwise(transformer: CogVideoXTransformer3DModel, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The adapters of a transformer that are not those of a `state_dict`, with the scale that a loader gave them."""
+    acting = state_dict(transformer)
+    differing = [name for name in acting.keys() & state.keys() if not _equal(acting[name], state[name])]
+    return sorted([*differing, *(acting.keys() ^ state.keys())])
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

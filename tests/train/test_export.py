@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import PeftModel
@@ -64,6 +65,20 @@ def test_every_form_of_a_lora_answers_as_the_run(lora_run, capsys):
         assert "| training loss, smoothed | " in card
     config = json.loads((lora_run / "exported/peft/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
+
+
+def test_a_peft_file_that_is_a_little_off_is_refused_in_half_precision_too(lora_run, monkeypatch, capsys):
+    export.run(ExportSettings(run=lora_run, to="peft", precision="bf16", json=True))
+    assert json.loads(capsys.readouterr().out)["difference"] < 0.1
+    written = safetensors.torch.save
+
+    def one_percent_off(tensors, metadata):
+        name = next(name for name in tensors if "lora_B" in name)
+        return written(tensors | {name: tensors[name] * 1.01}, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save", one_percent_off)
+    with pytest.raises(RunError, match="1 weights act otherwise"):
+        export.run(ExportSettings(run=lora_run, to="peft", precision="bf16"))
 
 
 def test_generate_draws_at_the_size_of_the_run(tmp_path, make_shards, train_here):
