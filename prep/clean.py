@@ -2,8 +2,8 @@
 
 What goes: what a killed run left half-written, tars and records without their
 other half, samples that the data root no longer has, and with --all everything
-that was derived. Only names that cogprep itself gives, in OUT, OUT/val and OUT/preview, are
-ever touched, and never a file that a live process writes.
+that was derived. Only names that cogprep itself gives, in OUT, OUT/val, OUT/preview and
+OUT/.survey, are ever touched, and never a file that a live process writes.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from cogcommon.families import Resolution
 from cogcommon.records import read_table, record_name, tar_name
 
 from .cut import Cut
+from .findings import FOLDER, Findings
 from .output import ORIGIN_FILE, SPLITS, read_contract, read_origin, records_in, scan, split_folder
 from .plan import Drop
 from .pool import Pool, default_workers
 from .settings import CleanSettings
 from .shards import ShardBusy, disk_errors, drop_samples, finish_rewrites, locked_elsewhere, temporary_name
 from .survey import survey
+from .workers import Slice
 
 # The temporary file of a commit, .NAME.PROCESS.tmp, and what one shard may leave behind.
 _COMMIT = re.compile(r"\..+\.(?P<process>\d+)\.tmp")
 _SHARD = re.compile(r"\.?(?P<number>\d{6})\.(?P<kind>tar|parquet|tar\.new|parquet\.new|tar\.tmp)")
 _PREVIEW = re.compile(r"index\.html|sheet-\d+\.png")
+_FINDINGS = re.compile(r"[0-9a-f]{32}\.json|\.[0-9a-f]{32}\.json\.\d+\.tmp")
 _OF_THE_FOLDER = re.compile(rf"{CONTRACT_FILE}|{EMPTY_CAPTION_FILE}|{ORIGIN_FILE}|report(-\d+-of-\d+)?\.json")
 
 
@@ -102,7 +105,8 @@ def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) ->
     for split in SPLITS:
         yield from _files(split_folder(out, split), everything)
     if everything:
-        yield from _preview(out / "preview")
+        yield from _files_of(out / "preview", _PREVIEW, "a preview")
+        yield from _files_of(out / FOLDER, _FINDINGS, "what was found out about clips")
     else:
         yield from _stale(out, say)
 
@@ -135,12 +139,12 @@ def _files(folder: Path, everything: bool) -> Iterator[Removal]:
                 yield Removal(path, "a record without a tar", size)
 
 
-def _preview(folder: Path) -> Iterator[Removal]:
-    """The pages that `cogprep preview` drew."""
+def _files_of(folder: Path, ours: re.Pattern[str], what: str) -> Iterator[Removal]:
+    """The files of a folder of ours that have names of ours."""
     if folder.is_dir() and not folder.is_symlink():
         for path in sorted(folder.iterdir()):
-            if _PREVIEW.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-                yield Removal(path, "a preview", path.stat().st_size)
+            if ours.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                yield Removal(path, what, path.stat().st_size)
 
 
 def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
@@ -173,10 +177,18 @@ def current_keys(out: Path) -> set[str] | None:
         return None
     if data is None or data.faults:
         return None
-    buckets = [Resolution.parse(contract.settings["resolution"][0])]  # with one, no shape is looked at
+    buckets = [Resolution.parse(text) for text in contract.settings["resolution"]]
     with Pool(default_workers()) as pool:
         found = survey(
-            data, scan(out), contract, buckets=buckets, cut=Cut(), holdout=0, pool=pool, advance=lambda: None
+            data,
+            scan(out),
+            contract,
+            buckets=buckets,
+            cut=Cut.of(contract),
+            holdout=0,
+            pool=pool,
+            advance=lambda: None,
+            findings=Findings(None, data.root, "", Slice(1, 1, "default")),
         )
     return set(found.keys) or None
 
@@ -193,7 +205,7 @@ def carry_out(out: Path, removals: Sequence[Removal]) -> int:
                 drop_samples(split_folder(out, removal.drop.split), removal.drop.number, removal.drop.keep)
             except ShardBusy:
                 in_use += 1
-        for folder in (out / "preview", split_folder(out, "val"), out):
+        for folder in (out / "preview", out / FOLDER, split_folder(out, "val"), out):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
     return in_use

@@ -12,8 +12,17 @@ class Fault:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """A file as it was when its content was hashed."""
+
+    size: int
+    mtime_ns: int
+    sha256: bytes
+
+
 class BadClip(Exception):
-    """Inside the reader only: unwinds to `media.probe` or `decode.decode_clip`, which return a `Fault`."""
+    """Inside the reader only: unwinds to `look` or `decode`, which return a `Fault`."""
 
 
 @dataclass(frozen=True, slots=True)

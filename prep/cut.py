@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import median
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from cogcommon.contract import Contract
 from cogcommon.families import Resolution
 
 from .clip import ClipFacts, Fault
+
+if TYPE_CHECKING:
+    from cogcommon.contract import Contract
 
 FrameMode = Literal["auto", "even", "fps", "head", "reference"]
 Short = Literal["reject", "repeat"]

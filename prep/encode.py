@@ -35,6 +35,7 @@ from cogcommon.families import Resolution
 from cogcommon.records import TEXT, read_record
 
 from .engine import Engine, Outcome
+from .findings import Findings
 from .gpus import encode_in_parts, gpu_count
 from .output import SPLITS, Origin, check_contract, commit_contract, guard_foreign_root, records_in, scan, split_folder
 from .plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
@@ -126,7 +127,8 @@ def encode_slice(settings: EncodeSettings) -> Report:
     outcome = Outcome()
     with Pool(settings.workers or default_workers()) as pool:
         with clock("probe"):
-            found, plan = survey_and_plan(settings, contract, pool)
+            findings = Findings(out, settings.root, f"{settings.buckets} {settings.cut} {checkpoint.family.fps}", part)
+            found, plan = survey_and_plan(settings, contract, pool, findings)
         origin = Origin.of(settings)
         if plan.dropped and not plan.reused:
             guard_foreign_root(out, origin)
@@ -154,10 +156,13 @@ def encode_slice(settings: EncodeSettings) -> Report:
                             outcome=outcome,
                             advance=lambda bar=bar: bar.advance(outcome.waits_for),  # type: ignore[misc]
                         ).encode(round_)
-    return make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device.type)
+    report = make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device.type)
+    if not report.unfinished:
+        findings.discard()
+    return report
 
 
-def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool) -> tuple[Survey, Plan]:
+def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, findings: Findings) -> tuple[Survey, Plan]:
     """Identify every sample of the data root and place it.
 
     Raises:
@@ -176,6 +181,7 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool) -> t
             holdout=settings.holdout,
             pool=pool,
             advance=bar.advance,
+            findings=findings,
         )
     chunk = {
         bucket: settings.shard_samples or max(1, settings.shard_size // _sample_bytes(contract, bucket))

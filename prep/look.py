@@ -1,4 +1,4 @@
-"""A first look at one clip: what would be cut out of it, without decoding it. Runs in the pool."""
+"""A first look at one clip: whether it can be used, and what would be cut out of it. Runs in the pool."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from cogcommon.families import Resolution
 
-from .clip import BadClip, ClipFacts, Fault
+from .clip import BadClip, ClipFacts, Fault, Hashed
 from .cut import Cut, Picked, Placement, best_bucket, pick_frames, place
 from .media import Video
 from .picture import Pixels
@@ -52,20 +52,49 @@ class Look:
         return left < inner_left or top < inner_top or right > inner_right or bottom > inner_bottom
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What the plan must know of a clip that can be used: its content, and where it goes."""
+
+    clip: Hashed
+    bucket: Resolution
+
+
+def fit(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Fit | Fault:
+    """Probe and hash a clip, choose its bucket. A clip too short for it is a fault here, as in `look`.
+
+    Every packet is read but only one frame is decoded, so a file that ends early is
+    found, and damage inside a picture is not (decoding finds that).
+    """
+    try:
+        with Video(path) as video:
+            facts, bucket, _ = _choose(video, buckets, cut, family_fps)
+            return Fit(Hashed(facts.size, facts.mtime_ns, facts.sha256), bucket)
+    except BadClip as bad:
+        return Fault(str(bad))
+
+
 def look(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Look | Fault:
     """Probe a clip, choose its bucket, pick its frames by their real times, look for black bars."""
     try:
         with Video(path) as video:
-            facts = video.facts()
-            bucket = best_bucket(facts, buckets, cut, family_fps)
-            picked = pick_frames(video.times_s, bucket.frames, cut, family_fps)
-            if isinstance(picked, Fault):
-                return picked
+            facts, bucket, picked = _choose(video, buckets, cut, family_fps)
             placement = place(facts.width, facts.height, bucket, cut, "")
             picture = inside_bars(video.glimpses(_GLIMPSES), facts.width, facts.height)
             return Look(facts, bucket, picked, placement, picture)
     except BadClip as bad:
         return Fault(str(bad))
+
+
+def _choose(
+    video: Video, buckets: Sequence[Resolution], cut: Cut, family_fps: float
+) -> tuple[ClipFacts, Resolution, Picked]:
+    facts = video.facts()
+    bucket = best_bucket(facts, buckets, cut, family_fps)
+    picked = pick_frames(video.times_s, bucket.frames, cut, family_fps)
+    if isinstance(picked, Fault):
+        raise BadClip(picked.reason)
+    return facts, bucket, picked
 
 
 def inside_bars(pictures: Sequence[Pixels], width: int, height: int) -> Box | None:

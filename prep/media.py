@@ -1,7 +1,7 @@
 """Reading video: the one module that opens files with PyAV.
 
-A file that cannot be trusted becomes a `Fault`; nothing here raises for a bad clip
-but `BadClip`, which `probe` and `decode.decode_clip` turn into that value.
+A file that cannot be trusted becomes a `clip.Fault`; nothing here raises for a bad clip
+but `BadClip`, which `look` and `decode` turn into that value.
 
 Measured facts behind the choices (PyAV 18, one core): untagged HD decoded as BT.601
 is up to 23/255 wrong; flipped bytes decode without an error unless ``err_detect``
@@ -28,28 +28,13 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from .clip import BadClip, ClipFacts, Fault
+from .clip import BadClip, ClipFacts
 from .picture import Colour, Pixels, Turn, colour_of, to_rgb, turn_of
-
-__all__ = ["BadClip", "ClipFacts", "Fault", "Pixels", "Video", "hash_file", "probe", "refuse_special"]
 
 # The file protocol alone: a playlist called clip.mp4 must not reach other files or the network.
 _OPTIONS = {"protocol_whitelist": "file"}
 _NO_VIDEO = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg "plays" text files as video
 _HEADED = ("matroska", "mov", "flv", "avi")  # formats whose header states a duration that can be believed
-
-
-def probe(path: Path) -> ClipFacts | Fault:
-    """The facts of a clip from its packets, its first frame and its bytes; milliseconds a file.
-
-    Every packet is read but only one frame is decoded, so a file that ends early is
-    found, and damage inside a picture is not (decoding finds that).
-    """
-    try:
-        with Video(path) as video:
-            return video.facts()
-    except BadClip as bad:
-        return Fault(str(bad))
 
 
 def hash_file(path: Path) -> bytes:

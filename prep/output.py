@@ -16,6 +16,7 @@ from cogcommon.families import Task
 from cogcommon.files import commit_bytes
 from cogcommon.records import read_table, record_name
 
+from .clip import Hashed
 from .lists import DataSet, read_lists
 from .settings import PlanSettings
 from .shards import committed_shards
@@ -38,15 +39,6 @@ class Placed:
     number: int
     reason: str  # why it was rejected; empty if it is there
     source_sha256: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Hashed:
-    """A file as it was when its content was hashed."""
-
-    size: int
-    mtime_ns: int
-    sha256: bytes
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from cogcommon.contract import Contract
 from cogcommon.families import Family, Resolution
 
+from .clip import Hashed
 from .lists import Sample
-from .output import SPLITS, Committed, Hashed, Split
+from .output import SPLITS, Committed, Split
 
 
 @dataclass(frozen=True, slots=True)

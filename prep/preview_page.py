@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cogcommon.contract import Contract
+from cogcommon.families import BUILTIN_NAMES
 from cogcommon.files import commit_bytes
 from cogcommon.records import SampleRow
 
@@ -102,7 +103,8 @@ def summary(preview: Preview) -> str:
     mean = f"; mean PSNR {np.mean(scores):.1f} dB" if scores else ""
     shards = "1 shard" if preview.shards == 1 else f"{preview.shards} shards"
     samples = f"{len(preview.shown)} sample{'s' if len(preview.shown) > 1 else ''} from {shards}"
-    return f"{samples}; {contract.model} ({contract.task}), stored as {contract.dtype}{mean}"
+    toy = " (its small VAE smears what moves)" if contract.model in BUILTIN_NAMES else ""
+    return f"{samples}; {contract.model} ({contract.task}), stored as {contract.dtype}{mean}{toy}"
 
 
 def write_html(preview: Preview, path: Path) -> Path:

@@ -1,19 +1,22 @@
-"""What the clips of a data set are: their content hashes, and their shapes where buckets must be chosen."""
+"""What the clips of a data set are: their content hashes, their buckets, and which cannot be used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cogcommon.contract import Contract
 from cogcommon.families import Resolution
 
-from .clip import ClipFacts, Fault
-from .cut import Cut, best_bucket
+from .clip import Fault, Hashed
+from .cut import Cut
+from .findings import Findings
 from .lists import DataSet, Sample
-from .media import hash_file, probe
-from .output import Committed, Hashed, Split
+from .look import Fit, fit
+from .media import hash_file
+from .output import Committed, Split
 from .plan import Candidate, Rejected, choose_splits, with_keys
 from .pool import Pool
 
@@ -39,6 +42,7 @@ def survey(
     holdout: int,
     pool: Pool,
     advance: Callable[[], None],
+    findings: Findings,
 ) -> Survey:
     """Identify every sample by content, opening only what was not seen before.
 
@@ -47,30 +51,30 @@ def survey(
     Args:
         committed: remembers hashes, and says what needs no bucket.
         advance: called for each distinct file, opened or not.
+        findings: what this worker and others found out before.
     """
     root = data.root
+    sources = dict.fromkeys(sample.source for sample in data.samples)
     known: dict[str, Hashed] = {}
-    for source in dict.fromkeys(sample.source for sample in data.samples):
+    for source in sources:
         if (before := committed.hashes.get(source)) and _unchanged(root / source, before):
             known[source] = before
             advance()
-    facts: dict[str, ClipFacts | Fault] = {}
-    _probe_into(facts, [s.source for s in data.samples if s.source not in known], root, pool, advance)
+    look = partial(fit, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
+    fits = findings.find(sources.keys() - known.keys(), sources, look, pool, advance)
     images = _hash_images(data.samples, root, pool)
-
-    candidates, rejected = _candidates(data.samples, known, facts, images)
+    candidates, rejected = _candidates(data.samples, known, fits, images)
     keys, splits = with_keys(candidates, contract), choose_splits(candidates, holdout, committed)
     if len(buckets) > 1:
-        # An edited caption: the clip's hash is known, but its shape is not.
-        unseen = [
+        # An edited caption: the clip's hash is known, but its bucket is not.
+        unseen = {
             candidate.sample.source
             for candidate, key, split in zip(candidates, keys, splits, strict=True)
-            if key not in committed.samples[split] and candidate.sample.source not in facts
-        ]
-        _probe_into(facts, unseen, root, pool, advance)
-        if any(isinstance(facts[source], Fault) for source in unseen):
-            candidates, rejected = _candidates(data.samples, known, facts, images)
-            keys, splits = with_keys(candidates, contract), choose_splits(candidates, holdout, committed)
+            if key not in committed.samples[split] and candidate.sample.source not in fits
+        }
+        fits |= findings.find(unseen, sources, look, pool, advance)
+        candidates, rejected = _candidates(data.samples, known, fits, images)
+        keys, splits = with_keys(candidates, contract), choose_splits(candidates, holdout, committed)
 
     chosen: dict[str, Resolution] = {}
     for candidate, key, split in zip(candidates, keys, splits, strict=True):
@@ -79,23 +83,10 @@ def survey(
         if len(buckets) == 1:
             chosen[key] = buckets[0]
         else:
-            found = facts[candidate.sample.source]
-            assert isinstance(found, ClipFacts)
-            chosen[key] = best_bucket(found, buckets, cut, contract.family_row.fps)
+            found = fits[candidate.sample.source]
+            assert isinstance(found, Fit)
+            chosen[key] = found.bucket
     return Survey(candidates, keys, splits, chosen, rejected)
-
-
-def _probe_into(
-    facts: dict[str, ClipFacts | Fault],
-    sources: Sequence[str],
-    root: Path,
-    pool: Pool,
-    advance: Callable[[], None],
-) -> None:
-    distinct = list(dict.fromkeys(sources))
-    for source, found in zip(distinct, pool.run(probe, ((root / source,) for source in distinct)), strict=True):
-        facts[source] = found
-        advance()
 
 
 def _hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | Fault]:
@@ -113,20 +104,20 @@ def _image_hash(path: Path) -> bytes | Fault:
 def _candidates(
     samples: Sequence[Sample],
     known: dict[str, Hashed],
-    facts: dict[str, ClipFacts | Fault],
+    fits: dict[str, Fit | Fault],
     images: dict[str, bytes | Fault],
 ) -> tuple[list[Candidate], list[Rejected]]:
     candidates: list[Candidate] = []
     rejected: list[Rejected] = []
     for sample in samples:
-        found = facts.get(sample.source) or known[sample.source]
+        found = fits.get(sample.source) or known[sample.source]
         image = images[sample.image] if sample.image else b""
         if isinstance(found, Fault):
             rejected.append(Rejected(sample, found.reason))
         elif isinstance(image, Fault):
             rejected.append(Rejected(sample, image.reason))
         else:
-            candidates.append(Candidate(sample, Hashed(found.size, found.mtime_ns, found.sha256), image))
+            candidates.append(Candidate(sample, found.clip if isinstance(found, Fit) else found, image))
     return candidates, rejected
 
 

@@ -33,11 +33,12 @@ from cogcommon.contract import Contract
 from cogcommon.errors import ShardError
 from cogcommon.families import Resolution
 from cogcommon.records import read_record
+from cogprep.clip import Hashed
 from cogprep.cut import Cut
 from cogprep.decode import Clip
 from cogprep.engine import Engine, Outcome
 from cogprep.lists import Sample
-from cogprep.output import SPLITS, Hashed, records_in, scan, split_folder
+from cogprep.output import SPLITS, records_in, scan, split_folder
 from cogprep.plan import Candidate, choose_splits, make_plan, with_keys
 from cogprep.shards import drop_samples, settle
 from cogprep.text import CaptionFacts

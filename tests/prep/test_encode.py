@@ -118,27 +118,31 @@ def test_posterior_sample_is_a_draw_of_its_own_for_every_clip(run_encode, tmp_pa
 
 def test_broken_clips_are_named_and_the_rest_is_encoded(run_encode, root, tmp_path, draw_clip, lay_lists, capsys):
     (root / "1.mp4").write_bytes(b"this is no video")
-    draw_clip(root / "3.mp4", 9, frames=4)  # found to be too short only when it is decoded
+    draw_clip(root / "2.mp4", 9, frames=4)
+    damaged = bytearray((root / "3.mp4").read_bytes())
+    for place in range(len(damaged) // 2, len(damaged) // 2 + 300, 7):
+        damaged[place] ^= 0xFF
+    (root / "3.mp4").write_bytes(damaged)  # found only when it is decoded, so it has a place in a shard
     (root / "4.mp4").unlink()
     report = run_encode()
-    assert (report.encoded, report.rejected) == (2, 3)
+    assert (report.encoded, report.rejected) == (1, 4)
     assert [(rejection.line, rejection.source) for rejection in report.rejections] == [
-        (2, "1.mp4"), (4, "3.mp4"), (5, "4.mp4"),
+        (2, "1.mp4"), (3, "2.mp4"), (4, "3.mp4"), (5, "4.mp4"),
     ]  # fmt: skip
-    assert [row.reason for row in rows_in(tmp_path / "out") if row.status == "rejected"] == [
-        "too short: 4 frames, 9 are needed"
-    ]
+    assert report.rejections[1].reason == "too short: 4 frames, 9 are needed"
+    assert [row.source for row in rows_in(tmp_path / "out")] == ["0.mp4", "3.mp4"]
+    assert [row.reason for row in rows_in(tmp_path / "out")] == ["", report.rejections[2].reason]
     again = run_encode()
-    assert (again.encoded, again.reused, again.rejected) == (0, 2, 3)
+    assert (again.encoded, again.reused, again.rejected) == (0, 1, 4)
     assert [r.reason for r in again.rejections] == [r.reason for r in report.rejections]
 
     strict = EncodeSettings(
         data_root=root, out=tmp_path / "out", model="tiny", resolution=[SIZE], shard_samples=2, workers=1, strict=True
     )
-    with pytest.raises(DataRootError, match="3 clips were rejected"):
+    with pytest.raises(DataRootError, match="4 clips were rejected"):
         run_command(strict)
     assert "too short" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "report.json").read_bytes())["rejected"] == 3
+    assert json.loads((tmp_path / "out" / "report.json").read_bytes())["rejected"] == 4
 
 
 def test_nothing_usable_is_an_error(root, tmp_path, capsys):

@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 
 from cogcommon.families import Resolution
+from cogprep import look
+from cogprep.clip import ClipFacts, Fault
 from cogprep.cut import Cut
 from cogprep.decode import Clip, decode_clip
-from cogprep.media import Fault, Video, probe
+from cogprep.media import Video
 from cogprep.pool import Pool
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,6 +54,11 @@ SD = {"matrix": BT601, "tag": None}
 
 def decode(path: Path, cut: Cut | None = None, resolution: Resolution = SIZE) -> Clip | Fault:
     return decode_clip(path, resolution, cut or Cut(), 8, "key")
+
+
+def facts_of(path: Path) -> ClipFacts:
+    with Video(path) as video:
+        return video.facts()
 
 
 FAST = {"crf": "6", "preset": "ultrafast"}
@@ -194,8 +201,7 @@ def test_a_good_clip_gives_its_right_pixels(kind, tmp_path):
     make, colour = GOOD[kind]
     path = make(tmp_path)
     frames = 9 if kind == "4K" else FRAMES
-    facts = probe(path)
-    assert not isinstance(facts, Fault), facts
+    facts = facts_of(path)
     assert facts.width / facts.height == pytest.approx(1.5, abs=0.04)
     assert facts.frames == frames
     clip = decode(path)
@@ -217,7 +223,7 @@ def test_a_stream_that_begins_inside_a_group_of_pictures_begins_at_its_first_key
     with av.open(str(whole)) as container:
         start = [packet.pos for packet in container.demux(video=0) if packet.size][4]
     (tmp_path / "b.ts").write_bytes(whole.read_bytes()[start:])
-    facts = probe(tmp_path / "b.ts")
+    facts = facts_of(tmp_path / "b.ts")
     assert facts.frames == FRAMES - 10
     clip = decode(tmp_path / "b.ts", Cut(frames="head"))
     for index, picture in enumerate(clip.frames_FHWC):
@@ -228,7 +234,7 @@ def test_an_edit_list_hides_frames_as_it_does_in_a_player(tmp_path):
     path = with_edit_list(tmp_path)
     with av.open(str(path)) as container:
         played = sum(1 for _ in container.decode(video=0))
-    assert probe(path).frames == played
+    assert facts_of(path).frames == played
     clip = decode(path, Cut(frames="head"))
     assert_shows(clip.frames_FHWC[0], FRAMES - played)
 
@@ -236,7 +242,7 @@ def test_an_edit_list_hides_frames_as_it_does_in_a_player(tmp_path):
 def test_two_rates_are_picked_by_time(tmp_path):
     path = write(tmp_path / "a.mp4", cards(), times=times_at_two_rates())
     clip = decode(path)
-    assert probe(path).variable_rate
+    assert facts_of(path).variable_rate
     assert clip.indices == (0, 3, 6, 9, 12, 15, 16, 17, 18)
     assert clip.effective_fps == pytest.approx(8, abs=0.01)
 
@@ -353,14 +359,14 @@ def test_a_bad_clip_gives_its_reason(kind, tmp_path):
     fault = decode(path)
     assert isinstance(fault, Fault), kind
     assert re.search(reason, fault.reason), fault.reason
-    probe(path)  # may find it already; must not raise
+    look.fit(path, [SIZE], Cut(), 8)  # may find it already; must not raise
     assert str(tmp_path) not in fault.reason  # whoever reports it names the file
 
 
 def test_a_file_that_may_not_be_read(tmp_path_factory):
     path = write(tmp_path_factory.mktemp("private") / "a.mp4", cards())
     path.chmod(0)
-    assert as_nobody(lambda: probe(path).reason) == "cannot be read: Permission denied"
+    assert as_nobody(lambda: look.fit(path, [SIZE], Cut(), 8).reason) == "cannot be read: Permission denied"
 
 
 def as_nobody(ask) -> str:

@@ -50,12 +50,14 @@ def test_srun(folder):
     check(folder, 2)
 
 
-def test_accelerate_launch(folder):
-    words = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "cogtrain", *LORA]
-    process = begin(words, folder)
+# Two processes on a CPU need MPI with --cpu; --multi_gpu starts them through torch, and we find no GPU.
+@pytest.mark.parametrize(("kind", "processes"), [("--cpu", 1), ("--multi_gpu", 2)])
+def test_accelerate_launch(folder, kind, processes):
+    launcher = ["-m", "accelerate.commands.launch", kind, "--num_processes", str(processes), "-m", "cogtrain"]
+    process = begin([*launcher, *LORA], folder)
     out = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    check(folder, 1)
+    check(folder, processes)
 
 
 @pytest.fixture

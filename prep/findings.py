@@ -1,0 +1,151 @@
+"""What was found out about clips, shared by all workers of a folder: each clip's content hash and bucket.
+
+Every worker must know every clip, or their plans would differ; but each reading
+them all would read a data set of 10 TB a hundred times. So clips are looked at in
+groups, a group's findings lie in one small file of ``OUT/.survey``, and every
+worker begins with another group: those that start together look at about an equal
+share each, and nobody waits for anybody. A run after a kill has them too.
+
+A file is named by a hash of all that its findings depend on: the settings, and
+the name, size, time and inode of every clip of the group. What changed has another
+name, so nothing stale is ever read, and two writers of one file write the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from cogcommon.contract import tool_version
+from cogcommon.families import Resolution
+from cogcommon.files import commit_bytes
+
+from .clip import Fault, Hashed
+from .look import Fit
+from .pool import Pool
+from .workers import Slice
+
+FOLDER = ".survey"
+
+_GROUP = 256  # clips a file, at most about; 25 kB
+
+
+class Findings:
+    """The findings of one survey.
+
+    Args:
+        out: the output folder; the findings lie in a folder of it. None: nothing is kept.
+        root: the data root.
+        depend_on: the settings that decide whether a clip can be used, and its bucket.
+        part: the worker that asks.
+    """
+
+    def __init__(self, out: Path | None, root: Path, depend_on: str, part: Slice) -> None:
+        self._folder = None if out is None else out / FOLDER
+        self._root = root
+        self._settings = f"{tool_version()} {depend_on}"
+        self._part = part
+
+    def find(
+        self,
+        wanted: Collection[str],
+        sources: Collection[str],
+        look: Callable[[Path], Fit | Fault],
+        pool: Pool,
+        advance: Callable[[], None],
+    ) -> dict[str, Fit | Fault]:
+        """What the wanted clips are: from a file where there is one, else by looking at them.
+
+        Args:
+            wanted: some of ``sources``.
+            sources: every clip of the lists, as they name it.
+            look: what to ask of each clip, in a child of the pool.
+            pool: where to ask it.
+            advance: called for each wanted clip.
+        """
+        results: dict[str, Fit | Fault] = {}
+        for group in self._groups(sources):
+            asked = [source for source in group if source in wanted]
+            if not asked:
+                continue
+            path = self._path(group)
+            known = _read(path)
+            missing = [source for source in asked if source not in known]
+            looks = pool.run(look, ((self._root / source,) for source in missing))
+            for source, found in zip(missing, looks, strict=True):
+                results[source] = found
+                advance()
+            for source in known.keys() & asked:
+                results[source] = known[source]
+                advance()
+            if missing:  # faults are not kept: a disk that was away may be back
+                fits = {source: found for source in missing if isinstance(found := results[source], Fit)}
+                _write(path, known | fits)
+        return results
+
+    def _groups(self, sources: Collection[str]) -> list[list[str]]:
+        """All clips in groups, in the order that this worker should look at them."""
+        # By name, and a power of two: a line added to the lists changes one group, not all after it.
+        count = 1 << max(0, (len(sources) - 1) // _GROUP).bit_length()
+        groups: list[list[str]] = [[] for _ in range(count)]
+        for source in sources:
+            digest = hashlib.sha256(os.fsencode(source)).digest()
+            groups[int.from_bytes(digest[:8], "big") % count].append(source)
+        begin = (self._part.index - 1) * count // self._part.count
+        return groups[begin:] + groups[:begin]
+
+    def _path(self, group: Collection[str]) -> Path | None:
+        """The file of a group as it is now."""
+        if self._folder is None:
+            return None
+        state = [(source, *_state(self._root / source)) for source in sorted(group)]
+        digest = hashlib.sha256(json.dumps([self._settings, state]).encode())
+        return self._folder / f"{digest.hexdigest()[:32]}.json"
+
+    def discard(self) -> None:
+        """Remove them all: the records of the shards know the clips now."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _read(path: Path | None) -> dict[str, Fit]:
+    """What is known of a group; empty if nothing."""
+    if path is None:
+        return {}
+    try:
+        digest, _, text = path.read_bytes().partition(b"\n")
+    except OSError:
+        return {}
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        return {}
+    return {
+        source: Fit(Hashed(size, mtime_ns, bytes.fromhex(sha256)), Resolution.parse(bucket))
+        for source, (size, mtime_ns, sha256, bucket) in json.loads(text).items()
+    }
+
+
+def _write(path: Path | None, fits: Mapping[str, Fit]) -> None:
+    """Lay down what was found; findings that cannot be kept cost time, nothing else."""
+    if path is None or not fits:
+        return
+    lines = {
+        source: (fit.clip.size, fit.clip.mtime_ns, fit.clip.sha256.hex(), str(fit.bucket))
+        for source, fit in fits.items()
+    }
+    text = json.dumps(lines).encode()
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        commit_bytes(path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    try:
+        info = path.stat()
+    except (OSError, ValueError):  # a NUL byte in the name
+        return -1, -1, -1
+    return info.st_size, info.st_mtime_ns, info.st_ino

@@ -1,0 +1,119 @@
+"""What one worker found out about clips, no other has to: unless anything changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cogcommon.families import Resolution
+from cogprep import findings as findings_module
+from cogprep import survey as survey_module
+from cogprep.clip import Fault, Hashed
+from cogprep.encode import encode
+from cogprep.findings import FOLDER, Findings
+from cogprep.look import Fit
+from cogprep.workers import Slice
+
+SOURCES = [f"{index}.mp4" for index in range(20)]
+
+
+class InlinePool:
+    def run(self, function, tasks):
+        return (function(*task) for task in tasks)
+
+
+class Place:
+    def __init__(self, folder: Path) -> None:
+        self.root, self.out = folder / "ds", folder / "out"
+        self.root.mkdir()
+        self.out.mkdir()
+        self.looked: list[str] = []
+        for source in SOURCES:
+            (self.root / source).write_bytes(source.encode())
+
+    def look(self, path: Path) -> Fit | Fault:
+        self.looked.append(path.name)
+        if path.name == "7.mp4":
+            return Fault("broken")
+        info = path.stat()
+        return Fit(Hashed(info.st_size, info.st_mtime_ns, path.read_bytes().ljust(32, b"-")), Resolution(9, 64, 96))
+
+    def find(self, part: str = "1/1", wanted=SOURCES, depend_on: str = "") -> tuple[dict[str, Fit | Fault], list[str]]:
+        """What is found, and which clips were looked at for it."""
+        index, count = map(int, part.split("/"))
+        self.looked, advanced = [], []
+        findings = Findings(self.out, self.root, depend_on, Slice(index, count, ""))
+        found = findings.find(set(wanted), SOURCES, self.look, InlinePool(), lambda: advanced.append(1))
+        assert len(advanced) == len(found) == len(wanted)
+        return found, self.looked
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(findings_module, "_GROUP", 4)
+    return Place(tmp_path)
+
+
+def test_the_second_has_nothing_to_look_at_but_what_was_broken(place):
+    first, looked = place.find("1/4")
+    assert sorted(looked) == sorted(SOURCES)
+    second, looked = place.find("3/4")
+    assert second == first and looked == ["7.mp4"] and second["7.mp4"] == Fault("broken")
+
+
+def test_every_worker_begins_with_other_clips(place):
+    beginnings = []
+    for worker in range(1, 5):
+        for path in (place.out / FOLDER).glob("*"):
+            path.unlink()
+        beginnings.append(place.find(f"{worker}/4")[1][0])
+    assert len(set(beginnings)) == 4
+
+
+def test_what_changed_is_looked_at_again(place):
+    before, _ = place.find()
+    (place.root / "3.mp4").write_bytes(b"another")
+    after, looked = place.find()
+    assert "3.mp4" in looked and len(looked) < len(SOURCES)
+    assert after["3.mp4"] != before["3.mp4"] and after["4.mp4"] == before["4.mp4"]
+    os.utime(place.root / "5.mp4", ns=(1, 1))
+    assert "5.mp4" in place.find()[1]
+    assert sorted(place.find(depend_on="--start 1")[1]) == sorted(SOURCES)
+
+
+def test_part_of_a_group_is_added_to_what_was_known_of_it(place):
+    place.find(wanted=SOURCES[:5])
+    assert sorted(place.find(wanted=SOURCES[:10])[1]) == sorted(SOURCES[5:10])
+    assert place.find(wanted=SOURCES[:10])[1] == ["7.mp4"]
+
+
+def test_a_damaged_file_is_not_believed(place):
+    place.find()
+    for path in (place.out / FOLDER).iterdir():
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    assert sorted(place.find()[1]) == sorted(SOURCES)
+
+
+def test_a_folder_that_takes_nothing_costs_time_only(place):
+    (place.out / FOLDER).write_bytes(b"a file where the folder should be")
+    assert place.find() == place.find()
+
+
+def never(*_args, **_named):
+    raise AssertionError("a clip was looked at again")
+
+
+def test_the_second_worker_of_an_encode_opens_no_clip_for_the_plan(encoded, settings_of, monkeypatch):
+    out = encoded / "new"
+    encode(settings_of(encoded, out=out, worker="1/2"))
+    assert list((out / FOLDER).iterdir())
+    monkeypatch.setattr(survey_module, "fit", never)
+    report = encode(settings_of(encoded, out=out, worker="2/2"))
+    assert (report.rejected, report.unfinished) == (0, [])
+    assert not (out / FOLDER).exists(), "all is committed; the records know the clips"
+    same = [path.read_bytes() == (encoded / "out" / path.name).read_bytes() for path in sorted(out.glob("*.tar"))]
+    assert same == [True] * 3
