@@ -76,7 +76,8 @@ def samples_on_disk(out: Path) -> int:
     """Samples that need not be encoded again: committed, or whole in a temporary tar or a tar without record."""
     count = 0
     for path in out.rglob("*.parquet"):
-        count += sum(row.status == "ok" for row in read_record(path).rows)
+        if path.with_suffix(".tar").exists():
+            count += sum(row.status == "ok" for row in read_record(path).rows)
     for path in [*out.rglob(".*.tar.tmp"), *out.rglob("[0-9]*.tar")]:
         if path.name.startswith(".") or not path.with_suffix(".parquet").exists():
             with path.open("rb") as stream:
@@ -102,7 +103,10 @@ def kill_at_random(folder: Path, undisturbed: dict[str, str], kills: int, seed: 
             time.sleep(draw.uniform(0.2, 0.9) * usual)
             killed += kill_group(process)
         before = samples_on_disk(out)
+        begun = time.monotonic()
         report = finish(folder)
+        usual = time.monotonic() - begun  # the load of the machine changes, and kills should hit all stages
+        print(f"{killed} kills, {before} samples whole, {usual:.1f} s", flush=True)
         assert tars(out) == undisturbed, f"after {killed} kills (seed {seed})"
         assert report["encoded"] == 5 - before, "a sample was encoded again that was whole on the disk"
         assert verify(out).problems == []
