@@ -137,20 +137,21 @@ def encode_slice(settings: EncodeSettings) -> Report:
             # No clip at all can be read: rather a disk that is not there than an order to drop everything.
             dropped = _drop_gone(settings, part.of(plan.drops), outcome) if found.candidates else 0
         shards = part.of(plan.shards)
-        models = Models(checkpoint, device, precision, settings)
+        models = Models(checkpoint, device, precision, settings, clock)
         if shards or (established and not (out / EMPTY_CAPTION_FILE).exists()):
             for round_ in rounds(shards, contract):
                 with TextStore(out) as text:
-                    with clock("text"):
-                        contract = models.embed_captions(round_, text, contract)
+                    contract = models.embed_captions(round_, text, contract)
                     total = sum(len(shard.samples) for shard in round_)
+                    latents = models.latents
+                    outcome.encoder = latents.choice
                     with clock("encode"), Progress("Encoding", total) as bar:
                         Engine(
                             out=out,
                             root=settings.root,
                             contract=contract,
                             cut=settings.cut,
-                            latents=models.latents,
+                            latents=latents,
                             text=text,
                             pool=pool,
                             outcome=outcome,
@@ -262,12 +263,18 @@ class Models:
     """T5 for as long as a pass takes; the VAE from its first use on."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, precision: Precision, settings: PlanSettings
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        precision: Precision,
+        settings: EncodeSettings,
+        clock: Clock,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = device
         self._dtype = dtype_of(precision)
         self._settings = settings
+        self._clock = clock
         self._latents: LatentEncoder | None = None
 
     def embed_captions(self, shards: Sequence[PlannedShard], text: TextStore, contract: Contract) -> Contract:
@@ -281,11 +288,12 @@ class Models:
 
         quiet_libraries()
         captions = {planned.sample.caption: None for shard in shards for planned in shard.samples}
-        encoder = TextEncoder(self._checkpoint, self._device, self._dtype)
-        empty_LD, _ = encoder.encode("")
+        with self._clock("load"):
+            encoder = TextEncoder(self._checkpoint, self._device, self._dtype)
+            empty_LD, _ = encoder.encode("")  # the first one also waits for the GPU's libraries
         with disk_errors(self._settings.out):
             contract = commit_contract(self._settings.out, contract, safetensors.torch.save({TEXT: empty_LD}))
-        with Progress("Captions", len(captions), "captions") as bar:
+        with self._clock("text"), Progress("Captions", len(captions), "captions") as bar:
             text.fill(captions, encoder, bar.advance)
         del encoder  # T5-XXL is 9.5 GB; the VAE comes next
         gc.collect()
@@ -297,14 +305,18 @@ class Models:
     def latents(self) -> LatentEncoder:
         if self._latents is None:
             settings = self._settings
-            self._latents = LatentEncoder(
-                self._checkpoint.load_vae(self._dtype).to(self._device),
-                self._device,
-                posterior=settings.posterior,
-                tiling=settings.tiling,
-                image_variants=settings.image_variants,
-                seed=settings.seed,
-            )
+            with self._clock("load"):
+                self._latents = LatentEncoder(
+                    self._checkpoint.load_vae(self._dtype).to(self._device),
+                    self._device,
+                    posterior=settings.posterior,
+                    tiling=settings.tiling,
+                    image_variants=settings.image_variants,
+                    seed=settings.seed,
+                    fused=settings.encoder == "auto",
+                )
+            if self._latents.choice.why:
+                _say(f"the VAE runs diffusers' encoder, which takes three times as long: {self._latents.choice.why}")
         return self._latents
 
 

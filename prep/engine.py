@@ -2,15 +2,13 @@
 
 `Engine.encode` takes any shards of a plan and commits them; it knows nothing of
 workers, ranks or divisions, so that whatever hands out shards can call it. Clips
-are decoded ahead across shard borders, in bounded number; the VAE runs in the
-calling thread; hashing and writing in a thread of their own. Samples reach a
-shard in planned order, so the same plan gives the same bytes.
+are decoded ahead across shard borders, in bounded number; the VAE is fed by the
+calling thread, on a GPU one clip ahead; hashing and writing in a thread of their
+own. Samples reach a shard in planned order, so the same plan gives the same bytes.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,11 +27,14 @@ from .output import Split, split_folder
 from .plan import PlannedSample, PlannedShard, Rejected
 from .pool import Pool
 from .shards import ShardBusy, ShardDone, ShardWriter
+from .speedup import Choice
 from .text import TextStore
-from .vae import LatentEncoder, Latents
+from .transfer import GpuTime
+from .vae import LatentEncoder, Pending
+from .write_thread import WriteThread
 
-_WRITE_AHEAD = 4  # encoded samples that wait for the disk; 6 MB each at 49x480x720
 _DECODED_BYTES = 2 << 30  # decoded clips that wait for the VAE; 51 MB each at 49x480x720
+_IN_FLIGHT = 2  # clips on the GPU: one that it encodes, and the next, which it can begin at once
 
 
 @dataclass
@@ -49,6 +50,9 @@ class Outcome:
     decode_wait_s: float = 0.0  # the VAE waited for clips
     vae_s: float = 0.0
     write_wait_s: float = 0.0  # the VAE waited for the disk
+    warm_up_s: float = 0.0  # the VAE chose its kernels, once a size; counted nowhere else
+    gpu: GpuTime = field(default_factory=GpuTime)
+    encoder: Choice = field(default_factory=lambda: Choice("diffusers"))
 
     @property
     def waits_for(self) -> str:
@@ -112,6 +116,7 @@ class Engine:
         self._outcome = outcome
         self._advance = advance
         self._open: list[ShardWriter] = []
+        self._flight: deque[tuple[Pending | None, Callable[[], None]]] = deque()  # in order, for the writer
 
     def encode(self, shards: Sequence[PlannedShard]) -> None:
         """Encode and commit shards; what came of them is added to the outcome.
@@ -127,22 +132,26 @@ class Engine:
                 if isinstance(step, _Decode):
                     yield self._request(step.planned)
 
+        self._outcome.gpu.pause()
         try:
-            with _WriteThread() as thread:
+            with WriteThread() as thread:
                 clips = self._pool.run(decode_clip, requests(), window=self._window(shards))
                 while True:
                     started = time.perf_counter()
                     clip = next(clips, None)
                     self._outcome.decode_wait_s += time.perf_counter() - started
                     while steps and not isinstance(step := steps[0], _Decode):
-                        self._pass(steps.popleft(), thread)
+                        self._pass(steps.popleft())
                     if clip is None:
                         break
                     step = steps.popleft()
                     assert isinstance(step, _Decode)
-                    self._encode_one(step, clip, thread)
+                    self._encode_one(step, clip)
+                    self._land(thread, _IN_FLIGHT)
                 assert not steps
+                self._land(thread, 0)
         finally:
+            self._flight.clear()
             for writer in self._open:
                 writer.abandon()
             self._open.clear()
@@ -175,51 +184,69 @@ class Engine:
         largest = max((_clip_bytes(shard.bucket) for shard in shards), default=1)
         return max(2, min(2 * self._pool.workers, _DECODED_BYTES // largest))
 
-    def _pass(self, step: _Decode | _LeftBehind | _Commit, thread: _WriteThread) -> None:
+    def _pass(self, step: _Decode | _LeftBehind | _Commit) -> None:
         """Steps that need no clip."""
         writer = step.writer
         if isinstance(step, _LeftBehind):
             row = planned_row(step.planned)
-            thread.submit(lambda: writer.add_left_behind(row))
+            self._flight.append((None, lambda: writer.add_left_behind(row)))
             self._outcome.recovered += 1
             self._advance()
         else:
-            thread.submit(lambda: self._commit(writer))
+            self._flight.append((None, lambda: self._commit(writer)))
 
     def _commit(self, writer: ShardWriter) -> None:
         writer.commit()
         self._open.remove(writer)
 
-    def _encode_one(self, step: _Decode, clip: Clip | Fault, thread: _WriteThread) -> None:
-        started = time.perf_counter()
+    def _encode_one(self, step: _Decode, clip: Clip | Fault) -> None:
         writer, row = step.writer, planned_row(step.planned)
         if isinstance(clip, Fault):
             self._outcome.rejected.append(Rejected(step.planned.sample, clip.reason))
             rejected = replace(row, status="rejected", reason=clip.reason)
-            task: Callable[[], None] = lambda: writer.add_rejected(rejected)  # noqa: E731
-        else:
-            image = None
-            if self._contract.task == "i2v":
-                image = clip.frames_FHWC[0] if clip.image_HWC is None else clip.image_HWC
-            latents = self._latents.encode(row.key, clip.frames_FHWC, image)
-            row = replace(
-                row,
-                frames=list(clip.indices),
-                effective_fps=clip.effective_fps,
-                crop_box=list(clip.crop_box),
-                colour=clip.colour,
-                tiled=latents.tiled,
-            )
-            self._outcome.encoded += 1
-            self._outcome.tiled += latents.tiled
-            task = lambda: self._write(writer, row, latents)  # noqa: E731
-        encoded = time.perf_counter()
-        thread.submit(task)
-        self._outcome.vae_s += encoded - started
-        self._outcome.write_wait_s += time.perf_counter() - encoded
-        self._advance()
+            self._flight.append((None, lambda: writer.add_rejected(rejected)))
+            self._advance()
+            return
+        image = None
+        if self._contract.task == "i2v":
+            image = clip.frames_FHWC[0] if clip.image_HWC is None else clip.image_HWC
+        started = time.perf_counter()
+        pending = self._latents.start(row.key, clip.frames_FHWC, image)
+        self._outcome.vae_s += time.perf_counter() - started - pending.warm_up_s
+        self._outcome.warm_up_s += pending.warm_up_s
+        row = replace(
+            row,
+            frames=list(clip.indices),
+            effective_fps=clip.effective_fps,
+            crop_box=list(clip.crop_box),
+            colour=clip.colour,
+            tiled=pending.tiled,
+        )
+        self._outcome.encoded += 1
+        self._outcome.tiled += pending.tiled
+        self._flight.append((pending, lambda: self._write(writer, row, pending)))
 
-    def _write(self, writer: ShardWriter, row: SampleRow, latents: Latents) -> None:
+    def _land(self, thread: WriteThread, still: int) -> None:
+        """Hand what is done to the writer, in order; wait until at most ``still`` clips are on the GPU."""
+        while self._flight:
+            pending, task = self._flight[0]
+            busy = sum(other is not None and not other.done for other, _ in self._flight)
+            if pending is not None and not pending.done and busy <= still:
+                return
+            self._flight.popleft()
+            started = time.perf_counter()
+            if pending is not None:
+                pending.wait()
+                self._outcome.gpu.add(pending.span)
+            landed = time.perf_counter()
+            thread.submit(task)
+            self._outcome.vae_s += landed - started
+            self._outcome.write_wait_s += time.perf_counter() - landed
+            if pending is not None:
+                self._advance()
+
+    def _write(self, writer: ShardWriter, row: SampleRow, pending: Pending) -> None:
+        latents = pending.latents()
         text_LD, facts = self._text.read(row.caption)
         self._outcome.truncated += facts.truncated
         row = replace(row, caption_tokens=facts.tokens, caption_truncated=facts.truncated)
@@ -252,36 +279,3 @@ def planned_row(planned: PlannedSample) -> SampleRow:
 
 def _clip_bytes(bucket: Resolution) -> int:
     return bucket.frames * bucket.height * bucket.width * 3
-
-
-class _WriteThread:
-    """Runs tasks in order in a thread of its own; the first error comes back to the caller."""
-
-    def __init__(self) -> None:
-        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_WRITE_AHEAD)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="cogprep-writer", daemon=True)
-
-    def __enter__(self) -> _WriteThread:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        self._tasks.put(None)
-        self._thread.join()
-        if kind is None and self._error is not None:
-            raise self._error
-
-    def submit(self, task: Callable[[], None]) -> None:
-        """Hand over a task; waits while the queue is full. Raises what an earlier task raised."""
-        if self._error is not None:
-            raise self._error
-        self._tasks.put(task)
-
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            if self._error is None:
-                try:
-                    task()
-                except BaseException as error:
-                    self._error = error

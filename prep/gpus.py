@@ -108,6 +108,7 @@ def add_up(reports: Sequence[Report], part: Slice, total_s: float) -> Report:
         unfinished=sorted(unfinished),
         unfinished_slices=[str(part)] if unfinished else [],
         usable=any(report.usable for report in reports),
+        gpu_busy=min((report.gpu_busy for report in reports if report.gpu_busy is not None), default=None),
     )
 
 

@@ -70,6 +70,9 @@ class Report:
     data_root: str
     model: str
     device: str
+    gpu_busy: float | None  # share of the encode that the GPU worked, by its own clock; None on a CPU
+    vae_encoder: str  # fused, or diffusers
+    vae_difference: float | None  # of the fused encoder from diffusers' on a trial clip, relative
 
     def write(self, out: Path) -> Path:
         """Write the report: report.json, or one of its own for a slice of a divided run."""
@@ -100,7 +103,9 @@ def make_report(
     """Put together what every stage found out."""
     rejected = sorted([*found.rejected, *plan.rejected, *outcome.rejected], key=lambda r: r.sample.line)
     bound = what_bound(outcome.decode_wait_s, outcome.vae_s, outcome.write_wait_s)
-    encode_s = seconds.get("encode", 0.0)
+    encode_s = seconds.get("encode", 0.0) - outcome.warm_up_s
+    if outcome.warm_up_s:
+        seconds = {**seconds, "encode": encode_s, "warm_up": outcome.warm_up_s}
     missing = [
         shard
         for shard in plan.shards
@@ -131,6 +136,9 @@ def make_report(
         data_root=str(settings.root),
         model=checkpoint.name,
         device=device,
+        gpu_busy=None if outcome.gpu.share is None else round(outcome.gpu.share, 4),
+        vae_encoder=outcome.encoder.encoder,
+        vae_difference=outcome.encoder.difference,
     )
 
 
@@ -180,6 +188,11 @@ def show(report: Report, console: Console, report_path: Path) -> None:
     console.print(f"[bold]{', '.join(parts)}[/] in {in_words(report.seconds['total'])}", highlight=False)
     if report.encoded:
         console.print(f"{report.clips_per_minute:.1f} clips/min; {report.advice}", highlight=False)
+    if report.gpu_busy is not None:
+        warm_up = in_words(report.seconds.get("warm_up", 0.0))
+        console.print(
+            f"the GPU was busy {report.gpu_busy:.0%} of that time, after {warm_up} of warm-up", highlight=False
+        )
     if report.captions_truncated:
         console.print(f"captions cut at the model's text length: {report.captions_truncated}", highlight=False)
     if report.tiled:

@@ -20,6 +20,7 @@ DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/Cog
 
 Posterior = Literal["moments", "sample"]
 Tiling = Literal["off", "on", "auto"]
+Encoder = Literal["auto", "diffusers"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,11 @@ class PlanSettings:
 class EncodeSettings(PlanSettings):
     """Every option of `cogprep encode`."""
 
+    encoder: Encoder = setting(
+        "auto",
+        "the VAE's encoder on a GPU: fused kernels where they prove right (auto), or diffusers'",
+        section="Encode",
+    )
     gpus: str = setting("all", "GPUs of this host to use: all or a number", section="Work")
     worker: str | None = setting(
         None,

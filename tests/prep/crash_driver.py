@@ -42,7 +42,7 @@ from cogprep.output import SPLITS, records_in, scan, split_folder
 from cogprep.plan import Candidate, choose_splits, make_plan, with_keys
 from cogprep.shards import drop_samples, settle
 from cogprep.text import CaptionFacts
-from cogprep.vae import Latents, generator_of
+from cogprep.vae import Latents, Pending, generator_of
 from cogprep.verify import check_shard
 
 BUCKET = Resolution(9, 16, 16)
@@ -50,10 +50,11 @@ CLIPS = {"fresh": ["a", "b", "c", "d", "e"], "changed": ["a", "x", "e", "y", "z"
 
 
 class DrawnLatents:
-    def encode(self, key: str, _frames: Any, _image: Any) -> Latents:
+    def start(self, key: str, _frames: Any, _image: Any) -> Pending:
         shape = (16, BUCKET.latent_frames, BUCKET.latent_height, BUCKET.latent_width)
         generator = generator_of(0, key, "test")
-        return Latents({name: torch.randn(shape, generator=generator) for name in ("latent_mean", "latent_std")}, False)
+        tensors = {name: torch.randn(shape, generator=generator) for name in ("latent_mean", "latent_std")}
+        return Pending(None, False, 0.0, lambda: Latents(tensors, False))
 
 
 class DrawnText:

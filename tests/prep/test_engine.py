@@ -1,0 +1,58 @@
+"""Clips that the device still works on: bounded in number, and written in planned order."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import cogprep.encode
+from cogprep.encode import encode
+from cogprep.transfer import Span
+from cogprep.vae import LatentEncoder
+
+
+class Event:
+    """A GPU's event that has passed when somebody waited for it, or when a later clip says so."""
+
+    def __init__(self, ms: float) -> None:
+        self.ms, self.passed = ms, False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.passed = True
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.ms - self.ms
+
+
+class Ahead(LatentEncoder):
+    """The real encoder, made to look like a GPU: a clip takes 90 ms, one begins every 100 ms."""
+
+    most = 0
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.ends: list[Event] = []
+
+    def start(self, key, frames_FHWC, image_HWC):
+        pending = super().start(key, frames_FHWC, image_HWC)
+        begin = 100.0 * len(self.ends)
+        self.ends.append(Event(begin + 90))
+        if len(self.ends) == 3:  # the first two are done before anybody waits for them
+            self.ends[0].passed = self.ends[1].passed = True
+        Ahead.most = max(Ahead.most, sum(not end.passed for end in self.ends))
+        return replace(pending, span=Span(Event(begin), self.ends[-1], True))
+
+
+def test_a_device_that_works_ahead_gives_the_same_shards(encoded_once, settings_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(cogprep.encode, "LatentEncoder", Ahead)
+    report = encode(settings_of(encoded_once, out=tmp_path / "out"))
+    assert report.encoded == 5 and Ahead.most == 3  # two in flight, and the one that has just begun
+    assert report.gpu_busy == 0.9184  # 5 * 90 / (5 * 90 + 4 * 10)
+    for tar in sorted((encoded_once / "out").glob("*.tar")):
+        digests = {
+            hashlib.sha256((folder / tar.name).read_bytes()).hexdigest() for folder in (tar.parent, tmp_path / "out")
+        }
+        assert len(digests) == 1, tar.name
