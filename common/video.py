@@ -12,13 +12,14 @@ import numpy as np
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def write_mp4(path: Path, frames_FHWC: Frames, fps: float, *, crf: int = 18) -> None:
+def write_mp4(path: Path, frames_FHWC: Frames, fps: float, *, crf: int = 18, preset: str = "medium") -> None:
     """Encode RGB frames as an upright, BT.709-tagged H.264 mp4 that browsers play.
 
     Args:
         frames_FHWC: uint8 RGB; height and width even.
         fps: frames a second.
         crf: x264 quality, 0 (lossless) to 51.
+        preset: of x264; "veryfast" is five times as fast and the file larger.
     """
     count, height, width, channels = frames_FHWC.shape
     assert channels == 3 and height % 2 == 0 and width % 2 == 0 and count > 0, frames_FHWC.shape
@@ -28,6 +29,7 @@ def write_mp4(path: Path, frames_FHWC: Frames, fps: float, *, crf: int = 18) -> 
         # mbtree off: with it x264 gave 17 different files in 100 for the same frames, without it 1 in 300.
         stream.options = {
             "crf": str(crf),
+            "preset": preset,
             "mbtree": "0",
             "colorprim": "bt709",
             "transfer": "bt709",

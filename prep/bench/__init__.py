@@ -1,0 +1,1 @@
+"""How fast this machine encodes: ``python -m cogprep.bench FOLDER`` (see ``__main__``)."""
