@@ -112,6 +112,7 @@ def make(bench: Bench, size: Size, clips: int, text_layers: int) -> bool:
     root = bench.folder.root
     model = bench.start("cogprep.bench.make", "model", root, size, text_layers)
     drawn = bench.start("cogprep.bench.make", "clips", root, size, clips)
+    bench.add(machine())  # takes seconds to import, so here
     return all([bench.finish(model, 120), bench.finish(drawn, 120)])
 
 
@@ -149,7 +150,6 @@ def main(
         raise typer.BadParameter(f"{where.root} is not empty")
     with (where.root / "log.txt").open("w", encoding="utf-8") as log:
         bench = Bench(where, time.monotonic() + seconds, log)
-        bench.add(machine())
         if make(bench, chosen, clips, text_layers):
             levers(bench, chosen, _LEVERS)
             encode(bench, chosen)

@@ -37,14 +37,17 @@ def make_checkpoint(folder: Path, shape: Shape, text_layers: int) -> None:
     positions = {"sample_frames": shape.frames, "sample_height": shape.height // 8, "sample_width": shape.width // 8}
     config_file.write_text(json.dumps(json.loads(config_file.read_text()) | positions))
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        config = {name: value for name, value in tiny.vae_config.items() if not name.startswith("_")}
-        _fill(AutoencoderKLCogVideoX(**(config | shape.vae))).save_pretrained(folder / "vae")
-        t5 = T5Config(
-            **(shape.t5 | {"num_layers": min(text_layers, shape.t5["num_layers"])}), feed_forward_proj="gated-gelu"
-        )
-        _fill(T5EncoderModel(t5)).save_pretrained(folder / "text_encoder")
+    layers = min(text_layers, shape.t5["num_layers"])
+    t5 = T5Config(**(shape.t5 | {"num_layers": layers}), feed_forward_proj="gated-gelu")
+    config = {name: value for name, value in tiny.vae_config.items() if not name.startswith("_")}
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # T5 in fp32 would be 19 GB
+    try:
+        with torch.device(device):
+            _fill(AutoencoderKLCogVideoX(**(config | shape.vae))).save_pretrained(folder / "vae")
+            _fill(T5EncoderModel(t5)).save_pretrained(folder / "text_encoder")
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _fill(model: Any) -> Any:
