@@ -23,6 +23,7 @@ from .source_view import SourceView
 
 COLUMNS = 4  # frames of a sample that are shown
 BOX = (255, 176, 32)  # the crop box
+IMAGES = "first frame, decoded"  # heading of I2V's image latents
 _HEIGHT = 360  # of an embedded picture, pixels
 _QUALITY = 88
 
@@ -118,20 +119,20 @@ def write_html(preview: Preview, path: Path) -> Path:
 def _card(shown: Shown) -> str:
     shown_columns = columns(shown)
     source = shown.source
-    rows: list[tuple[str, list[Pixels | None]]] = []
+    rows: list[tuple[str, list[str]]] = []  # a name, and cells
     if isinstance(source, Fault):
         whole = f'<div class="gone">{html.escape(source.reason)}</div>'
     else:
         whole = _figure(with_box(source, (640, 640)), "source: the box is what was encoded")
-        rows.append(("encoded", [source.frames_FHWC[index] for index in shown_columns]))
-    rows.append(("decoded", [shown.decoded_FHWC[index] for index in shown_columns]))
+        rows.append(("encoded", [_cell(source.frames_FHWC[index]) for index in shown_columns]))
+    rows.append(("decoded", [_cell(shown.decoded_FHWC[index]) for index in shown_columns]))
     head = "".join(f"<th>{time_of(shown, index)}</th>" for index in shown_columns)
     if shown.images:
-        head += f"<th>image: {', '.join(name for name, _ in shown.images)}</th>"
-        for (_, frames), (_, picture_HWC) in zip(rows, shown.images, strict=False):
-            frames.append(picture_HWC)
-        rows += [("", [None] * len(shown_columns) + [picture]) for _, picture in shown.images[len(rows) :]]
-    strip = "".join(f"<tr><th>{name}</th>{''.join(map(_cell, frames))}</tr>" for name, frames in rows)
+        head += f"<th>{IMAGES}</th>"
+        rows += [("", ["<td></td>"] * len(shown_columns)) for _ in shown.images[len(rows) :]]
+        for (_, cells), (name, picture_HWC) in zip(rows, shown.images, strict=False):
+            cells.append(_cell(picture_HWC, name))
+    strip = "".join(f"<tr><th>{name}</th>{''.join(cells)}</tr>" for name, cells in rows)
     score = "" if shown.psnr is None else (f'<span class="psnr {grade(shown.psnr)}">PSNR {shown.psnr:.1f} dB</span>')
     told = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts(shown))
     return f"""<article>
@@ -144,8 +145,8 @@ def _card(shown: Shown) -> str:
 </article>"""
 
 
-def _cell(picture_HWC: Pixels | None) -> str:
-    return "<td></td>" if picture_HWC is None else f"<td>{_picture(Image.fromarray(picture_HWC))}</td>"
+def _cell(picture_HWC: Pixels, name: str = "") -> str:
+    return f"<td>{_picture(Image.fromarray(picture_HWC))}{name and f'<small>{name}</small>'}</td>"
 
 
 def _figure(image: Image.Image, caption: str) -> str:
@@ -180,6 +181,8 @@ figure {{ margin: 0 0 .6rem; }} figcaption, th {{ color: var(--soft); font-weigh
 .gone {{ color: var(--soft); }}
 table {{ border-collapse: collapse; flex: 1; table-layout: fixed; width: 100%; }}
 td, th {{ padding: 0 .2rem .3rem; }} tr > th:first-child {{ width: 4.5rem; text-align: right; }}
+td {{ position: relative; }}
+td small {{ position: absolute; left: .2rem; bottom: .3rem; padding: 0 .4rem; background: #1c1c1e; color: #fafaf8; }}
 img {{ width: 100%; display: block; border-radius: 4px; }}
 dl {{ display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; margin: .6rem 0 0; font-size: .82rem; }}
 dt {{ color: var(--soft); }} dd {{ margin: 0 0 0 -1rem; }}

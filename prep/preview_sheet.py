@@ -12,7 +12,7 @@ from cogcommon.files import commit_bytes
 
 from .clip import Fault
 from .picture import Pixels
-from .preview_page import BOX, COLUMNS, Preview, Shown, columns, facts, grade, summary, time_of, with_box
+from .preview_page import BOX, COLUMNS, IMAGES, Preview, Shown, columns, facts, grade, summary, time_of, with_box
 
 _PER_SHEET = 4
 _HEAD = 72  # height of the title
@@ -85,11 +85,15 @@ def _block(shown: Shown) -> Image.Image:
     for number, (name, _) in enumerate(rows):
         _words(draw, (left - 10, head + number * (height + _GAP) + height // 2), name, 14, _SOFT, "rm")
     x = left + len(columns(shown)) * (width + _GAP)
-    for number, (_, picture_HWC) in enumerate(shown.images):
-        block.paste(Image.fromarray(picture_HWC).resize((width, height)), (x, head + number * (height + _GAP)))
+    for number, (name, picture_HWC) in enumerate(shown.images):
+        y = head + number * (height + _GAP)
+        block.paste(Image.fromarray(picture_HWC).resize((width, height)), (x, y))
+        draw.rectangle(
+            (x, y + height - 22, x + 10 + draw.textlength(name, ImageFont.load_default(14)), y + height), _INK
+        )
+        _words(draw, (x + 5, y + height - 11), name, 14, _PAPER, "lm")
     if shown.images:
-        names = ", ".join(name for name, _ in shown.images)
-        _words(draw, (x + width // 2, head - 18), f"image: {names}", 14, _SOFT, "ma")
+        _words(draw, (x + width // 2, head - 18), IMAGES, 14, _SOFT, "ma")
     told = "     ".join(f"{name}: {value}" for name, value in facts(shown))
     _words(draw, (_MARGIN, head + body + 12), told, 14, _SOFT)
     return block
