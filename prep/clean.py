@@ -24,12 +24,13 @@ from cogcommon.families import Resolution
 from cogcommon.records import read_table, record_name, tar_name
 
 from .cut import Cut
+from .disk import ShardBusy, disk_errors, locked_elsewhere, temporary_name
 from .findings import FOLDER, Findings
 from .output import ORIGIN_FILE, SPLITS, read_contract, read_origin, records_in, scan, split_folder
 from .plan import Drop
 from .pool import Pool, default_workers
 from .settings import CleanSettings
-from .shards import ShardBusy, disk_errors, drop_samples, finish_rewrites, locked_elsewhere, temporary_name
+from .shards import drop_samples, finish_rewrites
 from .survey import survey
 from .workers import Slice
 

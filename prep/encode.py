@@ -9,12 +9,10 @@ The main path, in the order things happen::
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -24,33 +22,29 @@ from cogcommon.device import (
     DTYPES,
     Precision,
     default_precision,
-    dtype_of,
     item_bytes,
     pick_device,
-    quiet_libraries,
     visible_gpus,
 )
 from cogcommon.errors import DataRootError
 from cogcommon.families import Resolution
-from cogcommon.records import TEXT, read_record
+from cogcommon.records import read_record
 
+from .disk import ShardBusy, disk_errors
 from .engine import Engine, Outcome
 from .findings import Findings
 from .gpus import encode_in_parts, gpu_count
-from .output import SPLITS, Origin, check_contract, commit_contract, guard_foreign_root, records_in, scan, split_folder
+from .models import Models
+from .output import SPLITS, Origin, check_contract, guard_foreign_root, records_in, scan, split_folder
 from .plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
 from .pool import Pool, default_workers
-from .progress import Clock, Progress
+from .progress import Clock, Progress, say
 from .report import Report, make_report, show
 from .settings import EncodeSettings, PlanSettings
-from .shards import ShardBusy, disk_errors, drop_samples, settle
+from .shards import drop_samples, settle
 from .survey import Survey, survey
-from .text import TextEncoder, TextStore
-from .vae import LatentEncoder
+from .text import TextStore
 from .workers import choose_slice, local_rank
-
-if TYPE_CHECKING:
-    import torch
 
 # T5 runs over the captions of a round, then makes room for the VAE. A round's embeddings lie in a
 # scratch file: 17,000 captions of T5-XXL in bf16, a day of encoding between two loads of T5.
@@ -62,7 +56,7 @@ def run(settings: EncodeSettings) -> None:
     try:
         report = encode(settings)
     except KeyboardInterrupt:
-        _say(f"interrupted; every clip that is whole in {settings.out} is kept: run the same command again to go on")
+        say(f"interrupted; every clip that is whole in {settings.out} is kept: run the same command again to go on")
         raise
     path = report.write(settings.out)
     if settings.json:
@@ -86,7 +80,7 @@ def encode(settings: EncodeSettings) -> Report:
     """
     part = choose_slice(settings.worker, os.environ)
     if part.count > 1:
-        _say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
+        say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
     # Under a launcher there is one process a GPU already.
     parts = gpu_count(settings.gpus, visible_gpus()) if part.source in ("default", "--worker") else 1
     if parts > 1:
@@ -110,7 +104,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
     checkpoint = settings.open_model()
     data = settings.read_lists(checkpoint.family.task).trusted()
     if data.images_unused:
-        _say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} makes video from text alone")
+        say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} makes video from text alone")
     device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
     precision = settings.precision or default_precision(checkpoint.family, device)
     with clock("weights"):
@@ -259,67 +253,6 @@ def rounds(shards: Sequence[PlannedShard], contract: Contract) -> Iterator[list[
     yield group
 
 
-class Models:
-    """T5 for as long as a pass takes; the VAE from its first use on."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        precision: Precision,
-        settings: EncodeSettings,
-        clock: Clock,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._device = device
-        self._dtype = dtype_of(precision)
-        self._settings = settings
-        self._clock = clock
-        self._latents: LatentEncoder | None = None
-
-    def embed_captions(self, shards: Sequence[PlannedShard], text: TextStore, contract: Contract) -> Contract:
-        """Fill the store with the captions of the shards, and commit the contract with its empty caption.
-
-        Returns:
-            The contract as the folder has it.
-        """
-        import safetensors.torch
-        import torch
-
-        quiet_libraries()
-        captions = {planned.sample.caption: None for shard in shards for planned in shard.samples}
-        with self._clock("load"):
-            encoder = TextEncoder(self._checkpoint, self._device, self._dtype)
-            empty_LD, _ = encoder.encode("")  # the first one also waits for the GPU's libraries
-        with disk_errors(self._settings.out):
-            contract = commit_contract(self._settings.out, contract, safetensors.torch.save({TEXT: empty_LD}))
-        with self._clock("text"), Progress("Captions", len(captions), "captions") as bar:
-            text.fill(captions, encoder, bar.advance)
-        del encoder  # T5-XXL is 9.5 GB; the VAE comes next
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        return contract
-
-    @property
-    def latents(self) -> LatentEncoder:
-        if self._latents is None:
-            settings = self._settings
-            with self._clock("load"):
-                self._latents = LatentEncoder(
-                    self._checkpoint.load_vae(self._dtype).to(self._device),
-                    self._device,
-                    posterior=settings.posterior,
-                    tiling=settings.tiling,
-                    image_variants=settings.image_variants,
-                    seed=settings.seed,
-                    fused=settings.encoder == "auto",
-                )
-            if self._latents.choice.why:
-                _say(f"the VAE runs diffusers' encoder, which takes three times as long: {self._latents.choice.why}")
-        return self._latents
-
-
 def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome) -> int:
     """Rewrite the shards that have lost samples; gives how many samples were dropped."""
     dropped = 0
@@ -340,7 +273,3 @@ def _forget_rejected(out: Path) -> None:
         if len(keep) < len(rows):
             with suppress(ShardBusy):
                 drop_samples(split_folder(out, split), number, keep)
-
-
-def _say(line: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)

@@ -23,10 +23,11 @@ from cogcommon.records import SampleRow
 from .clip import Fault
 from .cut import Cut
 from .decode import Clip, decode_clip
+from .disk import ShardBusy
 from .output import Split, split_folder
 from .plan import PlannedSample, PlannedShard, Rejected
 from .pool import Pool
-from .shards import ShardBusy, ShardDone, ShardWriter
+from .shards import ShardDone, ShardWriter
 from .speedup import Choice
 from .text import TextStore
 from .transfer import GpuTime
@@ -43,6 +44,7 @@ class Outcome:
 
     encoded: int = 0
     recovered: int = 0  # taken over from what a killed run had written
+    elsewhere: int = 0  # committed by another process after the plan was made
     rejected: list[Rejected] = field(default_factory=list)
     busy: list[tuple[Split, int]] = field(default_factory=list)  # shards that another process writes
     tiled: int = 0
@@ -167,6 +169,7 @@ class Engine:
                 self._outcome.busy.append((shard.split, shard.number))
                 continue
             except ShardDone:  # another process was first
+                self._outcome.elsewhere += len(shard.samples)
                 continue
             self._open.append(writer)
             left_behind = writer.left_behind()

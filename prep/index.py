@@ -19,10 +19,11 @@ from cogcommon.errors import ShardError
 from cogcommon.files import commit_bytes
 from cogcommon.records import SampleRow, ShardHeader, ShardRecord, read_table, record_name, tar_name, write_record
 
+from .disk import ShardBusy, disk_errors, lock_shard, locked_elsewhere
 from .extents import INFO_FIELDS, tar_end_whole, whole_extents
 from .output import SPLITS, read_contract, records_in, split_folder
 from .settings import IndexSettings
-from .shards import ShardBusy, committed_shards, disk_errors, lock_shard, locked_elsewhere, settle
+from .shards import committed_shards, settle
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from cogcommon.records import (
 
 from .clip import Fault
 from .cut import Cut
+from .disk import disk_errors
 from .output import Split, read_contract, read_origin, records_in, split_folder
 from .picture import Pixels
 from .pool import Pool
@@ -52,11 +53,12 @@ _SAMPLES, _FEW = 8, 3
 
 def run(settings: PreviewSettings) -> None:
     """The command: make the pages and say where they are."""
-    preview = make_preview(settings)
     folder = settings.to or settings.out / "preview"
-    folder.mkdir(parents=True, exist_ok=True)
-    page = write_html(preview, folder / "index.html")
-    sheets = write_sheets(preview, folder)
+    preview = make_preview(settings)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        page = write_html(preview, folder / "index.html")
+        sheets = write_sheets(preview, folder)
     if settings.json:
         print(json.dumps(_told(preview, page, sheets), indent=1, ensure_ascii=False))
         return

@@ -102,3 +102,8 @@ def in_words(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def say(line: str) -> None:
+    """One line for whoever watches, beside the result on stdout."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)

@@ -16,6 +16,7 @@ from cogcommon.checkpoint import Checkpoint
 from cogcommon.files import commit_bytes
 from cogcommon.records import record_name, tar_name
 
+from .disk import disk_errors
 from .engine import Outcome
 from .output import Split, split_folder
 from .plan import Plan, Rejected
@@ -78,7 +79,8 @@ class Report:
         """Write the report: report.json, or one of its own for a slice of a divided run."""
         index, _, count = self.worker.partition("/")
         path = out / self.name_of(Slice(int(index), int(count), ""))
-        commit_bytes(path, self.to_json().encode())
+        with disk_errors(path):
+            commit_bytes(path, self.to_json().encode())
         return path
 
     @staticmethod
@@ -112,10 +114,11 @@ def make_report(
         if not (split_folder(settings.out, shard.split) / record_name(shard.number)).exists()
     ]
     waits = {"decode_wait": outcome.decode_wait_s, "vae": outcome.vae_s, "write_wait": outcome.write_wait_s}
+    reused = plan.reused + outcome.elsewhere
     return Report(
         encoded=outcome.encoded,
         recovered=outcome.recovered,
-        reused=plan.reused,
+        reused=reused,
         rejected=len(rejected),
         dropped=dropped,
         rejections=[Rejection.of(sample) for sample in rejected],
@@ -131,7 +134,7 @@ def make_report(
         unfinished_slices=[
             f"{index}/{part.count}" for index in sorted({part.index_of(shard.number) for shard in missing})
         ],
-        usable=bool(plan.reused or outcome.encoded or outcome.recovered or missing or part.count > 1),
+        usable=bool(reused or outcome.encoded or outcome.recovered or missing or part.count > 1),
         out=str(settings.out),
         data_root=str(settings.root),
         model=checkpoint.name,

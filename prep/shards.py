@@ -18,16 +18,13 @@ The names a shard goes through, and what each means::
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from cogcommon.contract import Contract
-from cogcommon.errors import CogError, ShardError
+from cogcommon.errors import ShardError
 from cogcommon.files import commit, commit_bytes, fsync_folder
 from cogcommon.records import (
     SampleRow,
@@ -41,22 +38,15 @@ from cogcommon.records import (
     write_record,
 )
 
+from .disk import ShardBusy, disk_errors, lock_shard, open_locked, temporary_name
 from .extents import FOUND_FIELDS, Extent, finish_tar, make_extent, whole_extents
 
 if TYPE_CHECKING:
     import torch
 
 
-class ShardBusy(Exception):
-    """Another live process writes this shard."""
-
-
 class ShardDone(Exception):
     """The shard was committed by somebody else in the meantime."""
-
-
-def temporary_name(number: int) -> str:
-    return f".{number:06d}.tar.tmp"
 
 
 def committed_shards(folder: Path) -> list[int]:
@@ -86,7 +76,7 @@ class ShardWriter:
         self._rows: list[SampleRow] = []
         self._left_behind: dict[str, Extent] = {}
         with disk_errors(folder / tar_name(number)):
-            self._stream = _open_locked(folder / temporary_name(number))
+            self._stream = open_locked(folder / temporary_name(number))
             try:
                 _finish_rewrite(folder, number)
                 if (folder / record_name(number)).exists():
@@ -156,35 +146,6 @@ class ShardWriter:
                         offset = self._stream.tell()
                         self._stream.write(extent.data)
                         self._left_behind[extent.info["key"]] = dataclasses.replace(extent, offset=offset, data=b"")
-
-
-def _open_locked(path: Path) -> IO[bytes]:
-    """Open a temporary tar for this process alone. The lock goes with the process, however it ends."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, its writer may have renamed or removed it.
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return os.fdopen(descriptor, "r+b", buffering=1 << 20)
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ShardBusy from None
-        os.close(descriptor)
-
-
-def locked_elsewhere(path: Path) -> bool:
-    """Whether a live process holds a temporary tar."""
-    try:
-        with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
 
 
 def drop_samples(folder: Path, number: int, keep: Collection[str]) -> ShardRecord | None:
@@ -275,23 +236,6 @@ def _new(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-@contextmanager
-def lock_shard(folder: Path, number: int) -> Iterator[None]:
-    """Hold a shard that is not being written but for its record or its rewrite.
-
-    Raises:
-        ShardBusy: another live process writes it.
-    """
-    path = folder / temporary_name(number)
-    with _open_locked(path) as stream:
-        try:
-            yield
-        finally:
-            # A killed writer's work may lie in it; that is for the next one.
-            if os.fstat(stream.fileno()).st_size == 0:
-                path.unlink(missing_ok=True)
-
-
 def _finish_rewrite(folder: Path, number: int) -> None:
     """Carry out a rewrite whose record is there, drop one whose record is not. Needs the lock."""
     tar, record = folder / tar_name(number), folder / record_name(number)
@@ -303,26 +247,3 @@ def _finish_rewrite(folder: Path, number: int) -> None:
         commit(_new(record), record)
     else:
         _new(tar).unlink(missing_ok=True)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk or a file system that refuses is one clear message.
-
-    Raises:
-        ShardError: in place of the OSError.
-    """
-    try:
-        yield
-    except CogError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ShardError(
-                "the disk is full" if error.errno == errno.ENOSPC else f"no more room: {error.strerror}",
-                where=str(path),
-                fix="make room and run the same command again; what was committed stays good",
-            ) from error
-        raise ShardError(
-            f"the file system refuses: {error.strerror or error}", where=str(error.filename or path)
-        ) from error

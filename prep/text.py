@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 from cogcommon.checkpoint import Checkpoint
 
-from .shards import disk_errors
+from .disk import disk_errors
 
 if TYPE_CHECKING:
     import torch

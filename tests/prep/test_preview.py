@@ -171,3 +171,9 @@ def test_clean_cache_all_removes_the_pages(out):
     removed = {removal.path.name for removal in find_removals(out, everything=True, say=print)}
     assert {"index.html", "sheet-0.png"} <= removed
     assert "notes.txt" not in removed
+
+
+def test_a_folder_that_takes_no_pages_is_one_message(out):
+    with pytest.raises(ShardError, match="the file system refuses") as caught:
+        run(PreviewSettings(out=out, samples=1, to=out / "contract.json" / "pages"))
+    assert "name a folder" in caught.value.fix

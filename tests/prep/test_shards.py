@@ -15,7 +15,8 @@ import webdataset
 from cogcommon.contract import CONTRACT_FILE, Contract
 from cogcommon.records import SampleRow, ShardRecord, extent_intact, read_record, split_extent
 from cogprep import shards
-from cogprep.shards import ShardBusy, ShardDone, ShardWriter, committed_shards, drop_samples, settle
+from cogprep.disk import ShardBusy, locked_elsewhere
+from cogprep.shards import ShardDone, ShardWriter, committed_shards, drop_samples, settle
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_two_writers_never_share_a_shard(three: Path) -> None:
     first = ShardWriter(three, 5, contract, ())
     with pytest.raises(ShardBusy):
         ShardWriter(three, 5, contract, ())
-    assert shards.locked_elsewhere(three / ".000005.tar.tmp")
+    assert locked_elsewhere(three / ".000005.tar.tmp")
     first.add(*samples_of(three)[0])
     first.commit()
     with pytest.raises(ShardDone):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cogcommon.errors import RunError, SettingError
+from cogprep import encode as encode_module
 from cogprep.gpus import encode_in_parts, gpu_count
 from cogprep.workers import Slice, choose_slice, local_rank
 
@@ -73,6 +75,21 @@ def test_two_processes_of_one_host_give_the_same_bytes_and_one_report(encoded, s
     assert {name: digest for name, digest in tars(out).items() if name == "000000.tar"} == {
         "000000.tar": tars(encoded / "out")["000000.tar"]
     }
+
+
+def test_a_process_that_another_overtook_has_all_it_needs(encoded, settings_of, monkeypatch):
+    """Two processes by mistake: the slower one finds every shard committed when it comes to it."""
+    plan = encode_module.survey_and_plan
+
+    def overtaken(settings, *rest):
+        planned = plan(settings, *rest)
+        for path in (encoded / "out").glob("[0-9]*"):
+            shutil.copy(path, settings.out)
+        return planned
+
+    monkeypatch.setattr(encode_module, "survey_and_plan", overtaken)
+    report = encode_module.encode(settings_of(encoded, out=encoded / "new"))
+    assert (report.encoded, report.reused, report.unfinished, report.usable) == (0, 5, [], True)
 
 
 def test_a_process_that_fails_is_named(encoded, settings_of, capfd):

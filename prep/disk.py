@@ -1,0 +1,92 @@
+"""Who writes which shard, and what the file system refuses."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from cogcommon.errors import CogError, ShardError
+
+
+class ShardBusy(Exception):
+    """Another live process writes this shard."""
+
+
+def temporary_name(number: int) -> str:
+    return f".{number:06d}.tar.tmp"
+
+
+def open_locked(path: Path) -> IO[bytes]:
+    """Open a temporary tar for this process alone. The lock goes with the process, however it ends."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, its writer may have renamed or removed it.
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return os.fdopen(descriptor, "r+b", buffering=1 << 20)
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ShardBusy from None
+        os.close(descriptor)
+
+
+def locked_elsewhere(path: Path) -> bool:
+    """Whether a live process holds a temporary tar."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def lock_shard(folder: Path, number: int) -> Iterator[None]:
+    """Hold a shard that is not being written but for its record or its rewrite.
+
+    Raises:
+        ShardBusy: another live process writes it.
+    """
+    path = folder / temporary_name(number)
+    with open_locked(path) as stream:
+        try:
+            yield
+        finally:
+            # A killed writer's work may lie in it; that is for the next one.
+            if os.fstat(stream.fileno()).st_size == 0:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full disk or a file system that refuses is one clear message.
+
+    Raises:
+        ShardError: in place of the OSError.
+    """
+    try:
+        yield
+    except CogError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ShardError(
+                "the disk is full" if error.errno == errno.ENOSPC else f"no more room: {error.strerror}",
+                where=str(path),
+                fix="make room and run the same command again; what was committed stays good",
+            ) from error
+        raise ShardError(
+            f"the file system refuses: {error.strerror or error}",
+            where=str(error.filename or path),
+            fix="name a folder that can be written",
+        ) from error
