@@ -9,8 +9,8 @@ CogVideoXEncoder3D, which it stands in for (`vae.encoder`). What it leaves out:
   takes as one tensor (channels-last keeps whole frames in a row);
 * the padding before each downsampling.
 
-Memory formats matter as much: the convolutions of 49x480x720 take 0.20 s on an H200
-channels-last with kernels chosen by benchmark, and more than twice that in PyTorch's own format.
+The floor is the convolutions: 149 TFLOP for 49x480x720, 0.20 s on an H200 channels-last with
+kernels chosen by benchmark. The fused steps move about 150 GB beside them, 0.04 s at 4.3 TB/s.
 """
 
 from __future__ import annotations

@@ -105,3 +105,25 @@ def test_sigma_is_log_normal_around_exp_minus_three():
         [torch.randn((), generator=generator_of(0, str(n), "image noise")) * 0.5 - 3.0 for n in range(2000)]
     )
     assert abs(sigmas.mean() + 3) < 0.04 and abs(sigmas.std() - 0.5) < 0.03
+
+
+@pytest.mark.gpu
+def test_clips_in_flight_are_what_they_are_alone(vae):
+    """On a GPU: uploads, encodes and downloads of three clips overlap, images and their noise among them."""
+    gpu = torch.device("cuda")
+    options = {"posterior": "moments", "tiling": "auto", "image_variants": 2, "seed": 1}
+    there = LatentEncoder(open_checkpoint("tiny").load_vae(torch.float32).to(gpu), gpu, **options)
+    assert there.choice.encoder == "fused", there.choice.why
+    generator = np.random.default_rng(0)
+    clips = [generator.integers(0, 255, (17, 256, 384, 3), np.uint8) for _ in range(3)]
+    pending = [there.start(str(index), clip, clip[0]) for index, clip in enumerate(clips)]
+    found = [one.latents().tensors for one in pending]
+    assert pending[0].warm_up_s > 0 and pending[1].warm_up_s == 0
+    assert pending[0].span.begin.elapsed_time(pending[2].span.end) > 0
+    plain = encoder(vae, "off")
+    for index, (clip, tensors) in enumerate(zip(clips, found, strict=True)):
+        wanted = plain.encode(str(index), clip, clip[0]).tensors
+        assert wanted.keys() == tensors.keys()
+        for name, tensor in wanted.items():
+            error = (tensors[name] - tensor).norm() / tensor.norm()
+            assert error < 5e-3, (index, name, error)  # convolutions in fp32 run in tf32 on a GPU
