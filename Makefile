@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full test-gpu check readme venv clean
+.PHONY: demo test test-full test-gpu bench-encode check readme venv clean
 
 venv: .venv/ready
 
@@ -38,6 +38,11 @@ test-full: check
 
 test-gpu: venv
 	$(BIN)/pytest -m gpu
+
+# How fast this machine's GPU encodes, beside a plain serial loop; random weights of true shape, 11 GB of disk.
+bench-encode: venv
+	rm -rf build/bench-encode
+	$(BIN)/python -m cogprep.bench build/bench-encode
 
 clean:
 	rm -rf .venv build demo *.egg-info
