@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import ModelError
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """``abar_T``: share of the signal's variance left at each timestep, fp64; made on the CPU."""
+    """``abar_T``: share of the signal's variance left at each timestep, fp64, on the CPU."""
 
     abar_T: torch.Tensor
 
@@ -69,13 +70,19 @@ class Schedule:
         """min(SNR, gamma) / (SNR + 1), fp64 (Hang et al. 2023, arXiv:2303.09556, for v-prediction)."""
         import torch
 
-        abar_B = self.abar_T[timestep_B.to(self.abar_T.device)]
+        abar_B = _on(self, timestep_B.device)[timestep_B]
         # SNR = abar/(1-abar), so 1/(SNR+1) = 1-abar, and both stay finite at abar = 0.
-        return torch.minimum(abar_B, gamma * (1 - abar_B)).to(timestep_B.device)
+        return torch.minimum(abar_B, gamma * (1 - abar_B))
 
     def _coefficients(self, timestep_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        abar = self.abar_T[timestep_B.to(self.abar_T.device)].view(-1, *[1] * (like.ndim - 1))
-        return abar.sqrt().to(like.device, like.dtype), (1 - abar).sqrt().to(like.device, like.dtype)
+        abar = _on(self, like.device)[timestep_B.to(like.device)].view(-1, *[1] * (like.ndim - 1))
+        return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
+
+
+@lru_cache(maxsize=16)
+def _on(schedule: Schedule, device: torch.device) -> torch.Tensor:
+    """The schedule on a device: fetching timesteps from a GPU would make the host wait for it."""
+    return schedule.abar_T.to(device)
 
 
 def squared_error(predicted_BFCHW: torch.Tensor, target_BFCHW: torch.Tensor) -> torch.Tensor:

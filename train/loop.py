@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -13,18 +12,21 @@ from cogcommon.errors import CogError, RunError
 from . import announce
 from . import checkpoint as checkpoints
 from .card import write_card
-from .data import Batch, Collator, prefetch
+from .clock import StepClock
+from .data import Batch, Collator, Uploads, prefetch
 from .draws import seed_of
 from .ema import Average
 from .guard import PeerFailed, listed, not_finite, out_of_memory, stop_for
 from .inputs import Objective
+from .ledger import Ledger, can_wait, hold
 from .optim import learning_rate, make_optimizer
 from .order import Slot, rank_slots
-from .progress import RunLog, cut_metrics, peak_gib
+from .progress import RunLog, cut_metrics
 from .report import write_report
 from .run import Run, run_folder, settings_json, write_config
-from .run_folder import CONFIG_FILE, StepLine, read_run
+from .run_folder import CONFIG_FILE, read_run
 from .signals import StopRequest
+from .step.install import install
 from .strategy import Runtime, start
 from .tracker import open_tracker
 from .validate import Validation
@@ -58,7 +60,7 @@ def train(run: Run, stop: StopRequest) -> Path:
 
     settings = run.settings
     done = run.resume.state.step if run.resume else 0
-    runtime = start(settings, run.strategy, run.precision, cpu=not torch.cuda.is_available())
+    runtime = start(settings, run.strategy, run.precision, cpu=not torch.cuda.is_available(), autocast=run.method.full)
     folder = Path(runtime.tell(str(run_folder(run))))
     if runtime.main:
         write_config(run, folder)
@@ -68,7 +70,7 @@ def train(run: Run, stop: StopRequest) -> Path:
         try:
             tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
             log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, done, tracker))
-            model, optimizer, trained = _model(run, runtime)
+            model, optimizer, trained = _model(run, runtime, log)
             trainable = announce.count_weights(trained)
             announce.beginning(run, log, folder, trainable)
             if runtime.main:
@@ -89,43 +91,45 @@ def train(run: Run, stop: StopRequest) -> Path:
                 ahead=_AHEAD, pin=runtime.device.type == "cuda",
             )  # fmt: skip
             closing.callback(batches.close)
+            uploads = Uploads(runtime.device)
+            ledger = Ledger(run, runtime, log)
+            late = can_wait(run, runtime, optimizer)
             for step in range(done + 1, run.steps + 1):
-                began = time.perf_counter()
+                clock = StepClock(runtime.device)
                 torch.manual_seed(seed_of(settings.seed, step, str(runtime.rank), "dropout"))
                 rate = learning_rate(step, run.steps, settings)
                 runtime.set_rate(optimizer, rate)
-                losses: list[float] = []
+                losses: list[torch.Tensor] = []
                 for micro in range(settings.accumulate):
-                    batch = _next(batches, runtime).to(runtime.device)
+                    batch = uploads(_next(batches, runtime))
+                    clock.end("data")
                     with runtime.accelerator.accumulate(model):
-                        loss, found = _loss(model, batch, objective, run, runtime, log, step, micro)
-                        losses += found
+                        loss, found = _loss(model, batch, objective, run, runtime, log, step, micro, late)
+                        losses.append(found)
+                        clock.end("forward")
                         runtime.accelerator.backward(loss)
+                        clock.end("backward")
                         if runtime.accelerator.sync_gradients:
                             norm = runtime.accelerator.clip_grad_norm_(trained, settings.max_grad_norm or float("inf"))
+                            ledger.settle()  # the step before: if it was not finite, nothing is trained after it
+                            if late:
+                                hold(optimizer, losses)
                         optimizer.step()
                         optimizer.zero_grad()
                 if average:
                     average.update(step)
-                seconds = time.perf_counter() - began
-                log.step(
-                    StepLine(
-                        step=step,
-                        epoch=(step - 1) // run.order.steps_per_epoch,
-                        loss=sum(losses) / len(losses) if losses else float("nan"),
-                        lr=rate,
-                        grad_norm=float(norm),
-                        s_per_step=seconds,
-                        samples_per_s=run.global_batch / seconds,
-                        peak_gib=peak_gib(runtime.device),
-                    )
-                )
+                clock.end("optimizer")
+                ledger.enter(step, rate, losses, norm, clock)
                 signal = runtime.agree(stop.signal)
-                if validation and not signal and (step % settings.validate_every == 0 or step == run.steps):
+                validates = validation and not signal and (step % settings.validate_every == 0 or step == run.steps)
+                saves = signal or step % settings.save_every == 0 or step == run.steps
+                if validates or saves or not late:
+                    ledger.settle()
+                if validation and validates:
                     with average.in_place() if average else nullcontext():  # what would be exported
                         line = validation.measure(model, step)
                     log.validation(line)
-                if signal or step % settings.save_every == 0 or step == run.steps:
+                if saves:
                     state = checkpoints.RunState(step, runtime.world, run.facts(), settings_json(settings))
                     saved = checkpoints.save(runtime, model, optimizer, shadow, state, folder, settings.keep)
                     log.say(f"saved {saved}")
@@ -144,16 +148,16 @@ def train(run: Run, stop: StopRequest) -> Path:
     return folder
 
 
-def _model(run: Run, runtime: Runtime) -> tuple[Any, Any, list[torch.nn.Parameter]]:
+def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter]]:
     """The transformer and its optimizer, ready to train, and the weights that are trained."""
     settings = run.settings
     transformer = run.checkpoint.load_transformer(run.method.weight_dtype(runtime.dtype, runtime.sharded))
     run.method.apply(transformer)
-    if settings.memory != "fast":
-        transformer.enable_gradient_checkpointing()
     transformer.train()
     if runtime.whole:
-        transformer.to(runtime.device)
+        install(transformer, run, runtime, log)
+    elif settings.memory != "fast":  # DeepSpeed gathers a layer's weights when diffusers' own block asks for them
+        transformer.enable_gradient_checkpointing()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, settings, runtime.device, on_host=run.strategy.endswith("-offload"))
     model, optimizer = runtime.prepare(transformer, optimizer, saved_by=run.resume.state.world if run.resume else None)
@@ -161,17 +165,25 @@ def _model(run: Run, runtime: Runtime) -> tuple[Any, Any, list[torch.nn.Paramete
 
 
 def _loss(
-    model: Any, batch: Batch, objective: Objective, run: Run, runtime: Runtime, log: RunLog, step: int, micro: int
-) -> tuple[torch.Tensor, list[float]]:
-    """The loss to go backward from, and the losses of all ranks' samples, less those that are not finite."""
+    model: Any, batch: Batch, objective: Objective, run: Run, runtime: Runtime, log: RunLog, step: int, micro: int,
+    late: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The loss to go backward from, and the losses of all ranks' samples, less those that are not finite.
+
+    Args:
+        late: leave it to the ledger to find those, and do not wait for the GPU here.
+    """
     with _saved_tensors(run, runtime):
         losses_B = objective.losses(model, batch, runtime.dtype)
-    losses: list[float] = runtime.accelerator.gather(losses_B.detach()).tolist()
+    gathered: torch.Tensor = runtime.accelerator.gather(losses_B.detach())
+    if late:
+        return losses_B.mean(), gathered
+    losses = gathered.tolist()
     epoch, place = divmod(step - 1, run.order.steps_per_epoch)
     first = micro * len(losses)
     bad = not_finite(losses, run.order.epoch(epoch)[place][first : first + len(losses)], run)
     if not bad:
-        return losses_B.mean(), losses
+        return losses_B.mean(), gathered
     if run.settings.on_nonfinite == "stop":
         raise stop_for(bad, step, runtime.main)
     log.say(f"step {step}: not finite, left out with what stood beside it: {listed(bad)}")
@@ -188,14 +200,14 @@ def _loss(
             if runtime.main
             else PeerFailed()
         )
-    return nothing * 0, []
+    return nothing * 0, gathered[:0]
 
 
 def _saved_tensors(run: Run, runtime: Runtime) -> AbstractContextManager[Any]:
-    """--memory low: what the backward pass needs waits in host memory; with checkpoints, the blocks' inputs."""
+    """ZeRO-3 with --memory low: what the backward pass needs waits in host memory, the blocks' inputs."""
     import torch
 
-    if run.settings.memory != "low":
+    if run.settings.memory != "low" or runtime.whole:
         return nullcontext()
     return torch.autograd.graph.save_on_cpu(pin_memory=runtime.device.type == "cuda")
 

@@ -194,7 +194,7 @@ def _find_resume(settings: TrainSettings) -> Found | None:
 # They say where and how long, not what is trained.
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "shards",
          "validate_shards", "save_every", "keep", "validate_every", "validate_videos", "tracker", "model",
-         "memory", "deepspeed", "on_nonfinite", "strategy", "precision"}  # fmt: skip
+         "memory", "compile", "deepspeed", "on_nonfinite", "strategy", "precision"}  # fmt: skip
 
 
 def _changed(found: Found, settings: TrainSettings) -> list[str]:

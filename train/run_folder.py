@@ -70,6 +70,11 @@ class StepLine:
     s_per_step: float
     samples_per_s: float
     peak_gib: float
+    data_s: float = 0.0  # waiting for a batch; with the next three it makes s_per_step
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    optimizer_s: float = 0.0
+    compile_s: float = 0.0  # beside them, once a resolution
 
 
 @dataclass(frozen=True)
@@ -144,4 +149,6 @@ def read_metrics(path: Path) -> tuple[list[StepLine], list[ValidationLine]]:
 
 
 def _pick(cls: Any, values: Mapping[str, Any]) -> Any:
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+    # A field with a default may be newer than the run.
+    needed = [f.name for f in dataclasses.fields(cls) if f.name in values or f.default is dataclasses.MISSING]
+    return cls(**{name: values[name] for name in needed})

@@ -79,8 +79,12 @@ class TrainSettings:
         None, "folder on a fast local disk that takes what an -offload strategy moves off the GPU", section=_HARDWARE
     )
     memory: Memory = setting(
-        "auto", "fast recomputes nothing; auto recomputes each block; low also keeps the blocks' inputs in "
-        "host memory", section=_HARDWARE,
+        "auto", "fast recomputes as little as fits; auto all but the attention, and moves to host memory what does "
+        "not fit; low moves all that it can", section=_HARDWARE,
+    )  # fmt: skip
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "compile the transformer's blocks, once a resolution; auto: on a GPU that has a compiler beside it",
+        section=_HARDWARE,
     )  # fmt: skip
     nproc: int | None = setting(None, "processes on this host", shown="its GPUs", section=_HARDWARE)
 

@@ -126,7 +126,10 @@ class Runtime:
         self._converts = self.sharded and saved_by not in (None, self.world)
         if self._converts:
             self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
-        return self.accelerator.prepare(model, optimizer)
+        if self.sharded:
+            return self.accelerator.prepare(model, optimizer)
+        # Weights are where they belong; moving them again would bring streamed ones to the GPU.
+        return self.accelerator.prepare(model, optimizer, device_placement=[False, False])
 
     def save_state(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None, folder: Path) -> None:
         """Write what was trained and the optimizer's state; every rank calls it.
@@ -214,11 +217,15 @@ class Runtime:
             model.to("cpu")
 
 
-def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: bool) -> Runtime:
-    """Join the process group, if there is one, and make accelerate's handle."""
+def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: bool, autocast: bool = True) -> Runtime:
+    """Join the process group, if there is one, and make accelerate's handle.
+
+    Args:
+        autocast: fp32 weights are to be computed with in half precision (DDP).
+    """
     import torch.distributed as dist
     from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     options: dict[str, Any] = {
         "mixed_precision": "no" if precision == "fp32" else precision,
@@ -231,7 +238,10 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
     config = None
     if strategy == "ddp":
         # Gradients live in the buckets they are exchanged in, not beside them: 6.8 GB less for all weights of 2B.
-        options["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        options["kwargs_handlers"] = [
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            AutocastKwargs(enabled=autocast),
+        ]
         accelerator = Accelerator(cpu=cpu, **options)
     else:
         config = deepspeed_config(settings, strategy, precision, world)

@@ -1,0 +1,137 @@
+"""``python -m cogtrain.bench``: seconds and peak memory of the LoRA step, beside a plain diffusers + PEFT loop.
+
+Each row is a process of its own, so that one that runs out of memory costs one
+row. The next row's process makes its weights while the one before has the GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .rows import ROWS, Row, table
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    rows: Annotated[list[str] | None, typer.Argument(help="Rows such as 5b/low; all of them by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.jsonl, bench.md and bench.log.")] = Path("bench"),
+    minutes: Annotated[float, typer.Option(help="No row is begun after this.")] = 60,
+    row_seconds: Annotated[float, typer.Option(help="A row that takes longer is given up.")] = 600,
+    small: Annotated[bool, typer.Option(help="Tiny shapes: tries the benchmark itself, on a CPU too.")] = False,
+    compile: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="auto, on or off: the product's blocks.")
+    ] = "auto",
+    worker: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure rows one after the other, and print a table."""
+    if worker is not None:
+        _work(Row(**json.loads(worker)), out)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = [dataclasses.replace(row, small=small, compile=compile) for row in ROWS if not rows or row.name in rows]
+    if not wanted:
+        raise typer.BadParameter("no such row; there are " + " ".join(row.name for row in ROWS))
+    print(_machine(), flush=True)
+    began = time.monotonic()
+    results: list[dict[str, Any]] = []
+    with (out / "bench.log").open("w", encoding="utf-8") as log:
+        waiting = _start(wanted[0], out, log)
+        for index, row in enumerate(wanted):
+            left = minutes * 60 - (time.monotonic() - began)
+            process = waiting
+            if left <= 10:
+                process.kill()
+                print(f"{row.name} and what follows: no time left", flush=True)
+                break
+            try:
+                assert process.stdin is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            except OSError:
+                pass  # it has died while preparing; its log says of what
+            if index + 1 < len(wanted):
+                waiting = _start(wanted[index + 1], out, log)
+            result = _finish(process, row, out, min(row_seconds, left))
+            results.append(result)
+            with (out / "bench.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(result) + "\n")
+            shown = {name: round(value, 3) for name, value in result.items() if isinstance(value, float)}
+            print(f"{time.monotonic() - began:4.0f} s  {row.name}: {result.get('failed') or shown}", flush=True)
+            print("        " + str(result.get("losses") or result.get("numerics") or ""), flush=True)
+            (out / "bench.md").write_text(f"{_machine()}\n\n{table(results)}\n", encoding="utf-8")
+    print(table(results), flush=True)
+
+
+def _start(row: Row, out: Path, log: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cogtrain.bench", "--worker", json.dumps(dataclasses.asdict(row))]
+    return subprocess.Popen(
+        [*command, "--out", str(out)], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def _finish(process: subprocess.Popen[str], row: Row, out: Path, seconds: float) -> dict[str, Any]:
+    """The row's result, or its fault in one line."""
+    facts: dict[str, Any] = dataclasses.asdict(row) | {"bucket": str(row.bucket)}
+    file = _result_file(row, out)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return facts | {"failed": f"given up after {seconds:.0f} s"}
+    if code != 0 or not file.exists():
+        said = (out / "bench.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        faults = [line for line in said if "Error" in line] or said
+        return facts | {"failed": f"exit {code}: {faults[-1][:300] if faults else ''}"}
+    result = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()
+    return facts | result
+
+
+def _result_file(row: Row, out: Path) -> Path:
+    return out / f".{row.family}-{row.kind}.json"
+
+
+def _work(row: Row, out: Path) -> None:
+    """A row's process: prepares, waits for its turn, measures, writes the result."""
+    from cogcommon.device import pick_device, quiet_libraries
+
+    device = pick_device()
+    quiet_libraries()
+    print(f"\n== {row.name}", flush=True)
+    from .measure import prepare, product, reference, write
+    from .numerics import numerics
+
+    run = prepare(row) if row.kind != "numerics" else None
+    if sys.stdin.readline() != "go\n":
+        return  # the one who started it is gone
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    if run is None:
+        result = numerics(row, device)
+    else:
+        result = reference(run, row.steps) if row.kind == "reference" else product(run, row.steps + 1)
+    write(result, _result_file(row, out))
+
+
+def _machine() -> str:
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{name}, torch {torch.__version__}, `python -m cogtrain.bench`"
+
+
+if __name__ == "__main__":
+    app()

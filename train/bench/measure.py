@@ -1,0 +1,187 @@
+"""One row of the benchmark, in this process: the product's own run, or the plain loop beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import Collator, prefetch
+from ..inputs import Objective
+from ..loop import train
+from ..method import Lora
+from ..order import Order, rank_slots
+from ..progress import peak_gib
+from ..run import Run
+from ..run_folder import METRICS_FILE, read_metrics
+from ..settings import LoraSettings
+from ..signals import StopRequest
+from ..step.host_memory import locked_bytes
+from .rows import Row
+from .subject import RandomCheckpoint, random_checkpoint, random_shards
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+_SETTLING = 2  # first steps, which compile and allocate
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(RandomCheckpoint):
+    """A checkpoint whose transformer has been made, once, before the GPU was free."""
+
+    made: list[Any] = dataclasses.field(default_factory=list)
+
+    def load_transformer(self, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+        return self.made.pop() if self.made else super().load_transformer(dtype)
+
+    def make(self, dtype: torch.dtype) -> None:
+        self.made.append(super().load_transformer(dtype))
+
+
+class _Enough(Exception):
+    """As many steps as are measured have been made."""
+
+
+class _After(StopRequest):
+    """Ends a run from inside after a number of steps, without its checkpoint and export."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    @property
+    def signal(self) -> int:  # type: ignore[override]
+        self._left -= 1
+        if self._left < 0:
+            raise _Enough
+        return 0
+
+
+def prepare(row: Row) -> Run:
+    """The run that a row measures, weights made in host memory."""
+    import torch
+
+    checkpoint = random_checkpoint(row.family, row.shape)
+    known = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    prepared = Prepared(**known)
+    prepared.make(torch.bfloat16)
+    shards = random_shards(prepared, row.bucket)
+    settings = LoraSettings(
+        rank=row.rank,
+        memory=row.kind if row.kind in ("fast", "auto", "low") else "auto",  # type: ignore[arg-type]
+        compile=row.compile,
+        out=Path(tempfile.mkdtemp(prefix="cogtrain-bench-")),
+        steps=1000,
+        lr=1e-4,
+        warmup=0,
+    )
+    return Run(
+        settings=settings,
+        method=Lora(settings),
+        shards=shards,
+        held_out=None,
+        checkpoint=prepared,
+        order=Order(shards.shard_of, shards.bucket_of, 1, settings.seed),
+        steps=1000,
+        strategy="ddp",
+        precision="bf16",  # 2B's fp16 takes the same time, and bf16 needs no scaler in the plain loop
+        world=1,
+        resume=None,
+        notes=(),
+    )
+
+
+def product(run: Run, steps: int) -> Mapping[str, Any]:
+    """Seconds and bytes of the run as `cogtrain lora` would make it: its own loop, data and log."""
+    import torch
+
+    assert run.settings.out is not None
+    try:
+        train(run, _After(steps))
+    except _Enough:
+        lines, _ = read_metrics(run.settings.out / METRICS_FILE)
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    counted = lines[_SETTLING:]
+    result = {
+        name: statistics.median(getattr(line, name) for line in counted)
+        for name in ("s_per_step", "data_s", "forward_s", "backward_s", "optimizer_s")
+    }
+    return result | {
+        "steps": len(counted),
+        "compile_s": sum(line.compile_s for line in lines),
+        "peak_gib": peak_gib(device),
+        "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else 0.0,
+        "locked_gib": locked_bytes() / _GIB,
+        "losses": [round(line.loss, 5) for line in lines],
+        "all_s": [round(line.s_per_step, 3) for line in lines],
+    }
+
+
+def reference(run: Run, steps: int) -> Mapping[str, Any]:
+    """The plain loop of diffusers and PEFT, as the public fine-tuning code has it: every block checkpointed,
+    autocast, adapters in fp32, torch's AdamW, the loss asked for at every step. Same weights, same samples."""
+    import torch
+
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    transformer = run.checkpoint.load_transformer(torch.bfloat16)
+    run.method.apply(transformer)
+    transformer.to(device)
+    transformer.enable_gradient_checkpointing()
+    transformer.train()
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4)
+    objective = Objective.of(run.checkpoint)
+    slots = (
+        rank_slots(run.order.epoch(epoch)[place], epoch, micro=0, rank=0, world=1, size=1)
+        for epoch, place in (divmod(step, run.order.steps_per_epoch) for step in range(steps))
+    )
+    batches = prefetch(run.shards, slots, Collator(objective, run.settings.seed), ahead=2, pin=device.type == "cuda")
+    marks: list[Sequence[float]] = []
+    losses = []
+    for batch in batches:
+        times = [_now(device)]
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = objective.losses(transformer, batch.to(device), torch.bfloat16).mean()
+        times.append(_now(device))
+        loss.backward()
+        times.append(_now(device))
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(round(loss.item(), 5))
+        times.append(_now(device))
+        marks.append(times)
+    counted = marks[_SETTLING:]
+    parts = {
+        name: statistics.median(times[end] - times[begin] for times in counted)
+        for name, begin, end in (
+            ("s_per_step", 0, 3), ("forward_s", 0, 1), ("backward_s", 1, 2), ("optimizer_s", 2, 3)
+        )
+    }  # fmt: skip
+    return parts | {
+        "steps": len(counted),
+        "compile_s": 0.0,
+        "peak_gib": peak_gib(device),
+        "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else 0.0,
+        "losses": losses,
+        "all_s": [round(times[3] - times[0], 3) for times in marks],
+    }
+
+
+def _now(device: torch.device) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def write(result: Mapping[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(dict(result)) + "\n", encoding="utf-8")

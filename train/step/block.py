@@ -1,0 +1,171 @@
+"""What a CogVideoX block computes, as a function of its tensors.
+
+The same arithmetic as ``diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXBlock``
+with PEFT's LoRA layers in it, but told what it computes with: weights may come
+from anywhere (``streaming``), masters of adapters stay fp32 while the products
+run in the type of the activations, no autocast decides anything, and nothing is
+written in place, so that all of it can be recomputed and compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .attention import Kernel, attend
+
+if TYPE_CHECKING:
+    import torch
+
+# What a block's function takes: video (B, S, D), text (B, L, D), time embedding (B, T), the two rotary tables
+# (S, head dim) where there are any, then the block's tensors in the order of `Layout.names`. It gives video and text.
+BlockFunction = Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Places of a linear layer's tensors in the block's list; ``scale`` is alpha/rank of its adapter."""
+
+    weight: int
+    bias: int | None
+    lora_A: int | None = None
+    lora_B: int | None = None
+    scale: float = 0.0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Places of a layer norm's tensors, and its width."""
+
+    weight: int | None
+    bias: int | None
+    width: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A block's tensors by name, and where each layer finds its own."""
+
+    names: tuple[str, ...]  # as in ``block.named_parameters()``
+    heads: int
+    modulate: tuple[Linear, Linear]
+    norm: tuple[Norm, Norm]
+    qkv: tuple[Linear, Linear, Linear]
+    norm_q: Norm | None
+    norm_k: Norm | None
+    out: Linear
+    up: Linear
+    down: Linear
+
+    @classmethod
+    def of(cls, block: Any) -> Layout:
+        """The layout of a diffusers block, adapters attached or not."""
+        names = tuple(name for name, _ in block.named_parameters())
+        place = {name: index for index, name in enumerate(names)}
+
+        def linear(name: str) -> Linear:
+            layer = block.get_submodule(name)
+            if not hasattr(layer, "lora_A"):
+                return Linear(place[f"{name}.weight"], place.get(f"{name}.bias"))
+            (adapter,) = layer.lora_A.keys()
+            return Linear(
+                place[f"{name}.base_layer.weight"],
+                place.get(f"{name}.base_layer.bias"),
+                place[f"{name}.lora_A.{adapter}.weight"],
+                place[f"{name}.lora_B.{adapter}.weight"],
+                float(layer.scaling[adapter]),
+                float(getattr(layer.lora_dropout[adapter], "p", 0.0)),
+            )
+
+        def norm(name: str) -> Norm:
+            layer = block.get_submodule(name)
+            (width,) = layer.normalized_shape
+            return Norm(place.get(f"{name}.weight"), place.get(f"{name}.bias"), width, layer.eps)
+
+        return cls(
+            names=names,
+            heads=block.attn1.heads,
+            modulate=(linear("norm1.linear"), linear("norm2.linear")),
+            norm=(norm("norm1.norm"), norm("norm2.norm")),
+            qkv=(linear("attn1.to_q"), linear("attn1.to_k"), linear("attn1.to_v")),
+            norm_q=norm("attn1.norm_q") if block.attn1.norm_q is not None else None,
+            norm_k=norm("attn1.norm_k") if block.attn1.norm_k is not None else None,
+            out=linear("attn1.to_out.0"),
+            up=linear("ff.net.0.proj"),
+            down=linear("ff.net.2"),
+        )
+
+
+def block_function(
+    layout: Layout, kernel: Kernel, *, rotary: bool, training: bool = True, chunks: int = 1
+) -> BlockFunction:
+    """The function of all blocks with one layout.
+
+    Args:
+        rotary: the rotary tables are among the arguments.
+        training: adapters' dropout is on.
+        chunks: parts in which the tokens go through the feed-forward layer, whose middle is
+            four times as wide as anything else; more parts need less memory.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    def linear(x: torch.Tensor, at: Linear, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        bias = None if at.bias is None else weights[at.bias].to(x.dtype)
+        y = F.linear(x, weights[at.weight].to(x.dtype), bias)
+        if at.lora_A is None or at.lora_B is None:
+            return y
+        x = F.dropout(x, at.dropout) if training and at.dropout else x
+        low = F.linear(x, weights[at.lora_A].to(x.dtype))
+        return y + at.scale * F.linear(low, weights[at.lora_B].to(x.dtype))
+
+    def normed(x: torch.Tensor, at: Norm, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        weight = None if at.weight is None else weights[at.weight].to(x.dtype)
+        bias = None if at.bias is None else weights[at.bias].to(x.dtype)
+        return F.layer_norm(x, (at.width,), weight, bias, at.eps)
+
+    def modulated(
+        which: int, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, weights: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All tokens, text first, and the gates of video and text."""
+        parts = linear(F.silu(temb), layout.modulate[which], weights)[:, None].chunk(6, dim=2)
+        shift, scale, gate, text_shift, text_scale, text_gate = parts
+        video = normed(video, layout.norm[which], weights) * (1 + scale) + shift
+        text = normed(text, layout.norm[which], weights) * (1 + text_scale) + text_shift
+        return torch.cat([text, video], dim=1), gate, text_gate
+
+    def rotated(x_BHSD: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
+        real, imaginary = x_BHSD.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+        return (x_BHSD.float() * cos_SD + turned.float() * sin_SD).to(x_BHSD.dtype)
+
+    def forward(
+        video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, *rest: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tables, weights = (rest[:2], rest[2:]) if rotary else ((), rest)
+        length = text.shape[1]
+
+        tokens, gate, text_gate = modulated(0, video, text, temb, weights)
+        q, k, v = (linear(tokens, at, weights).unflatten(-1, (layout.heads, -1)).transpose(1, 2) for at in layout.qkv)
+        q = q if layout.norm_q is None else normed(q, layout.norm_q, weights)
+        k = k if layout.norm_k is None else normed(k, layout.norm_k, weights)
+        if rotary:  # text is not turned: by an angle of zero
+            cos, sin = F.pad(tables[0], (0, 0, length, 0), value=1.0), F.pad(tables[1], (0, 0, length, 0))
+            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        attended = attend(kernel, q, k, v).transpose(1, 2).flatten(2)
+        attended = linear(attended, layout.out, weights)
+        video = video + gate * attended[:, length:]
+        text = text + text_gate * attended[:, :length]
+
+        tokens, gate, text_gate = modulated(1, video, text, temb, weights)
+        fed = [
+            linear(F.gelu(linear(part, layout.up, weights), approximate="tanh"), layout.down, weights)
+            for part in tokens.chunk(chunks, dim=1)
+        ]
+        tokens = fed[0] if len(fed) == 1 else torch.cat(fed, dim=1)
+        return video + gate * tokens[:, length:], text + text_gate * tokens[:, :length]
+
+    return forward

@@ -1,0 +1,152 @@
+"""The levers put together in a diffusers transformer: its blocks' forward passes are replaced, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from . import attention
+from .block import BlockFunction, Layout, block_function
+from .compiler import compiled
+from .keep import Keep, keeping
+from .parking import Parked, Parking
+from .plan import Plan
+from .streaming import Reference, Streaming
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+
+class Engine:
+    """Runs the blocks of one transformer as a plan says.
+
+    Names, parameters and the state dict of the transformer stay as they are.
+    Where the plan streams, the blocks' frozen parameters stay in host memory.
+
+    Args:
+        transformer: on the CPU, adapters attached, what is trained chosen.
+        dtype: that the blocks compute in.
+    """
+
+    def __init__(
+        self, transformer: CogVideoXTransformer3DModel, plan: Plan, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        blocks = transformer.transformer_blocks
+        self._plan = plan
+        self._device = device
+        self._dtype = dtype
+        self._kernel = attention.choose(device, dtype)
+        self._functions: dict[tuple[Layout, Keep | None, bool], BlockFunction] = {}
+        self._layouts = [Layout.of(block) for block in blocks]
+        self._weights = [tuple(block.parameters()) for block in blocks]
+        frozen = [[p for p in weights if not p.requires_grad] for weights in self._weights]
+        self._parking = Parking(device) if plan.park else None
+        self._streaming = Streaming(frozen, device) if plan.stream and all(frozen) else None
+        streamed = {id(p) for weights in frozen for p in weights} if self._streaming else set()
+        _move(transformer, device, stay=streamed)
+        if streamed:
+            # What DDP would otherwise copy from rank 0 and refuse to see on two devices.
+            transformer._ddp_params_and_buffers_to_ignore = [
+                name for name, parameter in transformer.named_parameters() if id(parameter) in streamed
+            ]
+        for index, block in enumerate(blocks):
+            block.forward = self._forward_of(index, block)
+
+    def park_all(self) -> None:
+        """Park tensors however small, so that a small model goes through it all."""
+        if self._parking:
+            self._parking = Parking(self._device, smallest=1)
+
+    def _forward_of(self, index: int, block: torch.nn.Module) -> Callable[..., Any]:
+        def forward(
+            hidden_states: torch.Tensor,
+            encoder_hidden_states: torch.Tensor,
+            temb: torch.Tensor,
+            image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+            attention_kwargs: dict[str, Any] | None = None,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            assert not attention_kwargs, attention_kwargs
+            tables = image_rotary_emb or ()
+            return self._run(index, block.training, hidden_states, encoder_hidden_states, temb, *tables)
+
+        return forward
+
+    def _run(
+        self, index: int, training: bool, video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor,
+        *tables: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        import torch
+
+        inputs = (video.to(self._dtype), text.to(self._dtype), temb.to(self._dtype), *tables)
+        training = training and torch.is_grad_enabled()
+        function = self._function(index, training, rotary=bool(tables))
+        weights = self._weights_of(index)
+        with torch.autocast(self._device.type, enabled=False):  # the function itself says what runs in which type
+            if training and not inputs[0].requires_grad:
+                # The first block's inputs have no gradient under LoRA; asked for it, it is compiled like the others.
+                inputs = (inputs[0].detach().requires_grad_(), inputs[1].detach().requires_grad_(), *inputs[2:])
+            if not training or not (self._parking or self._streaming):
+                return function(*inputs, *weights)
+            if self._parking:
+                self._parking.begin(index)
+            stay = {tensor.data_ptr() for tensor in (*inputs[2:], *self._weights[index])}
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: self._pack(index, tensor, stay), lambda kept: self._unpack(index, kept)
+            ):
+                return function(*inputs, *weights)
+
+    def _function(self, index: int, training: bool, rotary: bool) -> BlockFunction:
+        """Validation's shapes come and go, so what is not trained on is not compiled."""
+        layout = self._layouts[index]
+        keep = self._plan.keep[index] if training else None
+        key = (layout, keep, rotary)
+        if key not in self._functions:
+            function = block_function(layout, self._kernel, rotary=rotary, training=training, chunks=self._plan.chunks)
+            if keep is not None:
+                linears = (*layout.modulate, *layout.qkv, layout.out, layout.up, layout.down)
+                function = keeping(function, keep, dropout=any(linear.dropout for linear in linears))
+                if self._plan.compiled:
+                    function = compiled(function)
+            self._functions[key] = function
+        return self._functions[key]
+
+    def _weights_of(self, index: int) -> tuple[torch.Tensor, ...]:
+        if self._streaming is None:
+            return self._weights[index]
+        streamed = iter(self._streaming.take(index, then=index + 1))
+        return tuple(weight if weight.requires_grad else next(streamed) for weight in self._weights[index])
+
+    def _pack(self, index: int, tensor: torch.Tensor, stay: set[int]) -> torch.Tensor | Parked | Reference:
+        if self._streaming and (reference := self._streaming.refer(tensor)):
+            return reference
+        if self._parking and tensor.data_ptr() not in stay and self._parking.takes(tensor):
+            return self._parking.park(index, tensor)
+        return tensor
+
+    def _unpack(self, index: int, kept: torch.Tensor | Parked | Reference) -> torch.Tensor:
+        if self._parking:
+            self._parking.fetch(index)
+        tensor = kept
+        if isinstance(kept, Parked):
+            assert self._parking
+            tensor = self._parking.take(kept)
+        elif isinstance(kept, Reference):
+            assert self._streaming
+            tensor = self._streaming.resolve(kept, then=index - 1)
+        if self._parking:
+            self._parking.fetch(index - 1)
+        return tensor  # type: ignore[return-value]
+
+
+def _move(transformer: torch.nn.Module, device: torch.device, stay: set[int]) -> None:
+    """All but some parameters to the device."""
+    import torch
+
+    with torch.no_grad():
+        for module in transformer.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in stay:
+                    parameter.data = parameter.data.to(device)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))

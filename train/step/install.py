@@ -1,0 +1,84 @@
+"""The step's levers for one run: how much memory there is, which plan that means, one line about it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from cogcommon.errors import SettingError
+
+from .compiler import trouble
+from .engine import Engine
+from .plan import Load, choose, gib
+
+if TYPE_CHECKING:
+    from diffusers import CogVideoXTransformer3DModel
+
+    from ..progress import RunLog
+    from ..run import Run
+    from ..strategy import Runtime
+
+
+def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime, log: RunLog) -> Engine:
+    """Put the blocks of a transformer under the plan that its run asks for, and the rest on the device.
+
+    Args:
+        transformer: on the CPU, in training mode, adapters attached.
+
+    Raises:
+        SettingError: ``--compile on`` without a compiler.
+    """
+    import psutil
+    import torch
+
+    gpu = runtime.device.type == "cuda"
+    load = load_of(run, runtime, transformer)
+    if gpu:
+        torch.cuda.set_device(runtime.device)  # kernels tried and compiled from here on are this GPU's
+    free = torch.cuda.mem_get_info(runtime.device)[0] if gpu else 0
+    host_free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    plan = choose(
+        run.settings.memory, load, free=free, host_free=host_free, compiled=_compiles(run, runtime, log), gpu=gpu
+    )
+    if gpu:
+        log.say(f"memory {run.settings.memory}: {plan}; about {gib(plan.peak(load))} of {gib(free)} free")
+    return Engine(transformer, plan, runtime.device, runtime.dtype)
+
+
+def load_of(run: Run, runtime: Runtime, transformer: CogVideoXTransformer3DModel) -> Load:
+    """What a step of the run works on, in its largest bucket."""
+    trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    # fp32: weight, gradient and two moments; DeepSpeed holds weight and gradient in half precision, and the rest
+    # (12 bytes) on the host or spread over the processes.
+    per_weight = 16.0
+    if runtime.sharded:
+        per_weight = 4 + (0 if run.strategy.endswith("-offload") else 12 / runtime.world)
+    loads = [
+        Load.of(
+            run.checkpoint.transformer_config,
+            bucket,
+            batch=run.settings.batch_size,
+            size=runtime.dtype.itemsize,
+            trained=int(trained * per_weight),
+            frozen=not run.method.full,
+            streams=not runtime.sharded,
+        )
+        for bucket in run.shards.buckets
+    ]
+    return max(loads, key=lambda load: load.activation)
+
+
+def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:
+    wanted = run.settings.compile
+    if wanted == "off" or (wanted == "auto" and runtime.device.type == "cpu"):
+        return False
+    fault = trouble(runtime.device)
+    if fault and wanted == "on":
+        raise SettingError(
+            f"nothing can be compiled here: {fault}",
+            where="--compile on",
+            fix="install gcc and Triton (it comes with torch on Linux), or --compile auto",
+        )
+    if fault:
+        log.say(f"note: blocks are not compiled, and a step takes about half as long again ({fault})")
+    return fault is None

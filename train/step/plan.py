@@ -1,0 +1,168 @@
+"""What a step needs, by arithmetic, and the plan that fits: what is kept, what is moved to the host.
+
+Bytes are predicted from shapes alone, before any weight is on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cogcommon.families import PATCH, Resolution
+
+from .keep import ACTIVATIONS, Keep
+
+Memory = Literal["fast", "auto", "low"]
+
+_GIB = 2**30
+# Of free memory, what a plan may fill: fragments, the CUDA libraries' workspaces and validation take the rest.
+_USABLE = 0.93
+_HOST_USABLE = 0.6
+# The most that one block holds while it goes backward, in activations, beside what is kept.
+_WORK_COMPILED, _WORK_PLAIN, _WORK_CHUNKED = 16.0, 26.0, 11.0
+_PARKED_IN_FLIGHT = 3  # blocks whose tensors are on their way out or back
+_CHUNKS = 4  # of the feed-forward layer, where memory counts: its middle is four activations wide
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step works on, in bytes.
+
+    ``activation`` is one tensor of all tokens by the width; ``block`` and ``rest``
+    are frozen weights, of one block and outside the blocks; ``trained`` is masters,
+    gradients and optimizer states. ``streams``: frozen weights may live on the host.
+    """
+
+    layers: int
+    activation: int
+    block: int
+    rest: int
+    trained: int
+    streams: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        bucket: Resolution,
+        *,
+        batch: int,
+        size: int,
+        trained: int,
+        frozen: bool = True,
+        streams: bool = True,
+    ) -> Load:
+        """The load of a transformer's ``config.json`` on one bucket.
+
+        Args:
+            batch: samples of one forward pass.
+            size: bytes of a number as computed.
+            trained: bytes of what is trained: masters, gradients, optimizer states.
+            frozen: the checkpoint's own weights are, and what is trained lies beside them.
+            streams: frozen weights may live on the host.
+        """
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        patch_t = config.get("patch_size_t") or 1
+        grid = (bucket.latent_height // PATCH) * (bucket.latent_width // PATCH)
+        tokens = -(-bucket.latent_frames // patch_t) * grid + config["max_text_seq_length"]
+        # Attention 4, feed-forward 8; two modulations of 6 outputs each; what is left is small.
+        block = (12 * width**2 + 12 * width * config["time_embed_dim"]) * size
+        rest = (config["text_embed_dim"] * width + 2 * width * config["time_embed_dim"]) * size
+        return cls(
+            layers=config["num_layers"],
+            activation=batch * tokens * width * size,
+            block=block if frozen else 0,
+            rest=rest if frozen else 0,
+            trained=trained,
+            streams=frozen and streams,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the blocks of a run are run.
+
+    ``keep`` is of each block; ``park`` moves what they keep to host memory, ``stream``
+    the frozen weights; ``chunks`` are the feed-forward layer's.
+    """
+
+    keep: tuple[Keep, ...]
+    park: bool = False
+    stream: bool = False
+    chunks: int = 1
+    compiled: bool = False
+
+    def peak(self, load: Load) -> int:
+        """Predicted bytes of GPU memory at the worst moment of a step."""
+        work = _WORK_PLAIN if not self.compiled else _WORK_CHUNKED if self.chunks > 1 else _WORK_COMPILED
+        kept = sum(ACTIVATIONS[keep] for keep in self.keep)
+        if self.park:
+            kept = min(kept, _PARKED_IN_FLIGHT * max(ACTIVATIONS[keep] for keep in self.keep))
+        blocks = min(load.layers, 2) if self.stream else load.layers
+        return int(load.rest + load.trained + blocks * load.block + (kept + work) * load.activation)
+
+    def host(self, load: Load) -> int:
+        """Bytes of page-locked host memory."""
+        kept = sum(ACTIVATIONS[keep] for keep in self.keep) * load.activation if self.park else 0
+        return int(kept + (load.layers * load.block if self.stream else 0))
+
+    def __str__(self) -> str:
+        words: dict[Keep, str] = {
+            "all": "nothing is recomputed",
+            "matmuls": "only norms and activations are recomputed",
+            "attention": "all but the attention is recomputed",
+            "inputs": "everything is recomputed",
+        }
+        counts = {keep: self.keep.count(keep) for keep in words if keep in self.keep}
+        parts = [f"{words[keep]}" + (f" in {n} blocks" if len(counts) > 1 else "") for keep, n in counts.items()]
+        if self.park:
+            parts.append("what is kept waits in host memory")
+        if self.stream:
+            parts.append("frozen weights come from host memory")
+        parts.append("blocks compiled" if self.compiled else "not compiled")
+        return ", ".join(parts)
+
+
+def choose(memory: Memory, load: Load, *, free: int, host_free: int, compiled: bool, gpu: bool = True) -> Plan:
+    """The fastest plan of its kind that fits; the smallest one where none does.
+
+    Args:
+        free: bytes of GPU memory that this process may use.
+        host_free: bytes of host memory that this process may lock.
+        gpu: on a CPU there is one memory: nothing to fit and, but for ``low``, nothing to move.
+    """
+    if not gpu:
+        keep: Keep = "all" if memory == "fast" else "inputs"
+        return Plan(
+            keep=(keep,) * load.layers, park=memory == "low", stream=memory == "low" and load.streams, compiled=compiled
+        )
+    plans = [plan for plan in _ladder(memory, load, compiled) if plan.host(load) <= _HOST_USABLE * host_free]
+    fitting = (plan for plan in plans if plan.peak(load) <= _USABLE * free)
+    return next(fitting, min(plans, key=lambda plan: plan.peak(load)))
+
+
+def _ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
+    """Plans from fast to small. Times differ little from the third on: copies hide behind the computation."""
+    layers = load.layers
+    attention = _each("attention", layers)
+    inputs = _each("inputs", layers)
+    if memory == "fast":
+        for whole in range(layers, 0, -1):
+            yield Plan(keep=_each("matmuls", whole) + attention[whole:], compiled=compiled)
+    if memory != "low":
+        yield Plan(keep=attention, compiled=compiled)
+        yield Plan(keep=attention, park=True, compiled=compiled)
+    stream = load.streams
+    yield Plan(keep=attention, park=True, stream=stream, chunks=_CHUNKS, compiled=compiled)
+    yield Plan(keep=inputs, park=True, stream=stream, chunks=_CHUNKS, compiled=compiled)
+    yield Plan(keep=inputs, park=True, chunks=_CHUNKS, compiled=compiled)
+    yield Plan(keep=inputs, chunks=_CHUNKS, compiled=compiled)
+
+
+def _each(keep: Keep, blocks: int) -> tuple[Keep, ...]:
+    return (keep,) * blocks
+
+
+def gib(size: float) -> str:
+    return f"{size / _GIB:.1f} GiB"
