@@ -14,10 +14,10 @@ from cogcommon.families import Resolution
 from .. import lora
 from ..data import Batch
 from ..inputs import Objective
-from ..step.compiler import trouble
 from ..step.engine import Engine
 from ..step.keep import Keep
 from ..step.plan import Plan
+from ..step.trial import compiler_fault
 from .rows import Row
 from .subject import RandomCheckpoint, random_checkpoint
 
@@ -40,7 +40,7 @@ def numerics(row: Row, device: torch.device) -> Mapping[str, Any]:
     exact = _gradients(checkpoint, objective, batch, device, torch.float32, None, row.rank)
     found = {"plain bf16": _against(exact, _gradients(checkpoint, objective, batch, device, torch.bfloat16, None,
                                                       row.rank))}  # fmt: skip
-    compiled = trouble(device) is None
+    compiled = compiler_fault(device) is None
     ways: tuple[tuple[Keep, bool], ...] = (("attention", True), ("matmuls", False), ("inputs", True))
     for keep, moved in ways:
         plan = Plan((keep,) * layers, park=moved, stream=moved, chunks=4 if moved else 1, compiled=compiled)

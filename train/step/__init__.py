@@ -3,9 +3,10 @@
 Each module is one lever that can be read alone and switched off:
 
 * ``block``: what a CogVideoX block computes, as a function of its tensors;
-* ``attention``: which attention kernel, tried once on the device;
+* ``attention``: the attention kernels;
 * ``keep``: what a block keeps for its backward pass, what it computes again;
-* ``compiler``: whether there is a compiler, and what it costs;
+* ``compiler``: the blocks compiled, and what it costs;
+* ``trial``: what runs on the device, tried once;
 * ``parking``: what is kept waits in host memory;
 * ``streaming``: the frozen weights live in host memory and come one block ahead;
 * ``plan``: which of these a run needs, by arithmetic, from the memory there is;

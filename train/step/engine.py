@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import attention
 from .block import BlockFunction, Layout, block_function
 from .compiler import compiled
 from .keep import Keep, keeping
 from .parking import Parked, Parking
 from .plan import Plan
 from .streaming import Reference, Streaming
+from .trial import attention_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Engine:
         self._plan = plan
         self._device = device
         self._dtype = dtype
-        self._kernel = attention.choose(device, dtype)
+        self._kernel = attention_kernel(device, dtype, plan.compiled)
         self._functions: dict[tuple[Layout, Keep | None, bool], BlockFunction] = {}
         self._layouts = [Layout.of(block) for block in blocks]
         self._weights = [tuple(block.parameters()) for block in blocks]
@@ -78,14 +78,16 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         import torch
 
-        inputs = (video.to(self._dtype), text.to(self._dtype), temb.to(self._dtype), *tables)
         training = training and torch.is_grad_enabled()
+        if training and index == 0:
+            # These two are slices of one tensor and, under LoRA, without a gradient. Made like those of the blocks
+            # behind it, they let the first block share their compiled function.
+            video, text = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (video, text))
+            video, text = (tensor if tensor.requires_grad else tensor.requires_grad_() for tensor in (video, text))
+        inputs = (video.to(self._dtype), text.to(self._dtype), temb.to(self._dtype), *tables)
         function = self._function(index, training, rotary=bool(tables))
         weights = self._weights_of(index)
         with torch.autocast(self._device.type, enabled=False):  # the function itself says what runs in which type
-            if training and not inputs[0].requires_grad:
-                # The first block's inputs have no gradient under LoRA; asked for it, it is compiled like the others.
-                inputs = (inputs[0].detach().requires_grad_(), inputs[1].detach().requires_grad_(), *inputs[2:])
             if not training or not (self._parking or self._streaming):
                 return function(*inputs, *weights)
             if self._parking:

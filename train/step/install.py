@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import SettingError
 
-from .compiler import trouble
 from .engine import Engine
 from .plan import Load, choose, gib
+from .trial import compiler_fault
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
@@ -72,7 +72,7 @@ def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:
     wanted = run.settings.compile
     if wanted == "off" or (wanted == "auto" and runtime.device.type == "cpu"):
         return False
-    fault = trouble(runtime.device)
+    fault = compiler_fault(runtime.device)
     if fault and wanted == "on":
         raise SettingError(
             f"nothing can be compiled here: {fault}",

@@ -1,0 +1,165 @@
+"""The blocks run in our own way give what diffusers' blocks give, kept, parked, streamed and compiled."""
+
+import functools
+
+import pytest
+import torch
+
+from cogcommon.checkpoint import open_checkpoint
+from cogtrain import lora
+from cogtrain.inputs import Objective
+from cogtrain.step.engine import Engine
+from cogtrain.step.plan import Plan
+
+FORMS = ["tiny", "tiny-2b", "tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"]
+CPU = torch.device("cpu")
+LAYERS = 5  # streaming has two slots: with five blocks each is used again, forward and backward
+
+
+def transformer_of(form, method, layers=LAYERS):
+    from diffusers import CogVideoXTransformer3DModel
+
+    checkpoint = open_checkpoint("random-" + form)
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer_config) | {"num_layers": layers})
+    if method == "lora":
+        lora.attach(transformer, 4, 2.0)
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                if parameter.requires_grad and (parameter == 0).all():
+                    parameter.normal_(std=0.3)
+    return checkpoint, transformer.train()
+
+
+def gradients(checkpoint, transformer, dtype=torch.float32, batch=2):
+    """Loss, and each trained weight's gradient, of one fixed batch."""
+    objective = Objective.of(checkpoint)
+    config = checkpoint.transformer_config
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    image = normal(batch, 1, 16, 8, 12) if checkpoint.family.task == "i2v" else None
+    inputs = objective.model_inputs(
+        normal(batch, objective.padded_frames(5), 16, 8, 12),
+        image,
+        normal(batch, config["max_text_seq_length"], config["text_embed_dim"]),
+        torch.tensor([300, 700])[:batch],
+        dtype,
+    )
+    transformer.zero_grad()
+    loss = transformer(**inputs, return_dict=False)[0].float().square().mean()
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
+
+
+def farthest(expected, got):
+    assert expected[1].keys() == got[1].keys()
+    losses = abs(expected[0] - got[0]) / expected[0]
+    return max(
+        losses,
+        *((got[1][name] - g).abs().max().item() / (g.abs().max().item() or 1.0) for name, g in expected[1].items()),
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "sft"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_way_of_keeping_gives_the_gradients_of_diffusers_blocks(form, method):
+    expected = gradients(*transformer_of(form, method))
+    assert len(expected[1]) >= LAYERS * 8
+    for keep in ("all", "matmuls", "attention", "inputs"):
+        checkpoint, transformer = transformer_of(form, method)
+        Engine(transformer, Plan((keep,) * LAYERS), CPU, torch.float32)
+        assert farthest(expected, gradients(checkpoint, transformer)) < 1e-6, keep
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parked_and_streamed_in_parts_is_the_same_again_and_again(form):
+    expected = gradients(*transformer_of(form, "lora"))
+    checkpoint, transformer = transformer_of(form, "lora")
+    keep = ("attention", "inputs", "matmuls", "attention", "inputs")
+    engine = Engine(transformer, Plan(keep, park=True, stream=True, chunks=3), CPU, torch.float32)
+    engine.park_all()
+    for _ in range(3):  # later passes meet the buffers and slots of earlier ones
+        assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
+    for batch in (1, 2):  # another shape, and back
+        plain = gradients(*transformer_of(form, "lora"), batch=batch)
+        assert farthest(plain, gradients(checkpoint, transformer, batch=batch)) < 2e-6
+
+
+def test_streamed_weights_are_in_host_memory_and_bit_for_bit_the_same():
+    _, plain = transformer_of("tiny", "lora")
+    _, transformer = transformer_of("tiny", "lora")
+    Engine(transformer, Plan(("inputs",) * LAYERS, stream=True), CPU, torch.float32)
+    expected, got = plain.state_dict(), transformer.state_dict()
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    ignored = transformer._ddp_params_and_buffers_to_ignore
+    assert ignored == [n for n, p in transformer.named_parameters() if "blocks" in n and not p.requires_grad]
+
+
+def test_bf16_is_as_near_to_fp32_as_autocast_is():
+    exact = gradients(*transformer_of("tiny", "lora"))
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = farthest(exact, gradients(checkpoint, transformer, torch.bfloat16))
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    for name, parameter in transformer.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    Engine(transformer, Plan(("attention",) * LAYERS), CPU, torch.bfloat16)
+    got = gradients(checkpoint, transformer, torch.bfloat16)
+    assert all(gradient.dtype == torch.float32 for gradient in got[1].values())
+    assert farthest(exact, got) < max(2 * autocast, 0.02)
+
+
+def test_a_layer_outside_attention_and_dropout_work_with_checkpoints():
+    checkpoint, transformer = transformer_of("tiny", "sft")
+    transformer.requires_grad_(False)
+    lora.attach(transformer, 4, 2.0, ["ff.net.2", "norm1.linear", "to_q"], dropout=0.5)
+    torch.manual_seed(1)
+    expected = gradients(checkpoint, transformer)
+    Engine(transformer, Plan(("attention",) * LAYERS, park=True, stream=True), CPU, torch.float32).park_all()
+    torch.manual_seed(1)
+    first = gradients(checkpoint, transformer)
+    torch.manual_seed(1)
+    assert farthest(first, gradients(checkpoint, transformer)) == 0  # the same dropout, and the same in recomputation
+    assert expected[1].keys() == first[1].keys()
+
+
+@pytest.mark.parametrize("method", ["lora", "sft"])
+@pytest.mark.parametrize("form", FORMS)
+def test_all_blocks_are_one_graph_without_breaks(form, method, monkeypatch):
+    """With the checkpoint inside and hooks around. Without inductor, which takes a minute and is tried below."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    expected = gradients(*transformer_of(form, method))
+    checkpoint, transformer = transformer_of(form, method)
+    plan = Plan(("attention",) * LAYERS, park=True, stream=method == "lora", chunks=2, compiled=True)
+    Engine(transformer, plan, CPU, torch.float32).park_all()
+    for _ in range(2):
+        assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.full  # a minute of g++
+@pytest.mark.parametrize("keep", ["matmuls", "attention", "inputs"])
+def test_compiled_for_real(keep):
+    torch._dynamo.reset()
+    expected = gradients(*transformer_of("tiny", "lora"), batch=1)
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    Engine(transformer, Plan((keep,) * LAYERS, park=True, stream=True, chunks=2, compiled=True), CPU, torch.float32)
+    for _ in range(2):
+        assert farthest(expected, gradients(checkpoint, transformer, batch=1)) < 1e-5
+
+
+def test_evaluation_computes_the_same_without_gradients():
+    _, plain = transformer_of("tiny", "lora")
+    _, transformer = transformer_of("tiny", "lora")
+    Engine(transformer, Plan(("attention",) * LAYERS, park=True, stream=True, compiled=True), CPU, torch.float32)
+    from cogtrain.probe import probe
+
+    assert torch.allclose(probe(plain), probe(transformer), atol=1e-6)
+    assert transformer.training

@@ -1,0 +1,72 @@
+"""What runs on this device, found by trying it on a few numbers: a compiler, an attention kernel."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from .attention import Kernel, attend
+from .compiler import compiled
+from .keep import keeping
+
+if TYPE_CHECKING:
+    import torch
+
+_HEAD_DIM = 64  # of every published CogVideoX
+_FARTHEST = 0.05  # from fp32; bf16 is off by less than 0.02 here
+
+
+@lru_cache
+def compiler_fault(device: torch.device) -> str | None:
+    """Why nothing can be compiled for the device; None if it can."""
+    import torch
+    import torch.nn.functional as F
+
+    def small(x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x) * 2
+
+    x = torch.ones(64, device=device, requires_grad=True)
+    try:
+        torch.compile(small, fullgraph=True, dynamic=False)(x).sum().backward()
+    except Exception as error:  # torch raises whatever the compilers below it raise
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+    return None
+
+
+@lru_cache
+def attention_kernel(device: torch.device, dtype: torch.dtype, compiling: bool) -> Kernel:
+    """The first attention kernel that runs forward and backward on the device, as the blocks will use it."""
+    import torch
+
+    if device.type != "cuda" or dtype == torch.float32:
+        return "torch"
+    candidates: tuple[Kernel, ...] = ("cudnn", "flash")
+    return next((kernel for kernel in candidates if kernel_works(kernel, device, dtype, compiling)), "torch")
+
+
+def kernel_works(kernel: Kernel, device: torch.device, dtype: torch.dtype, compiling: bool) -> bool:
+    """Whether a kernel answers, and rightly, with its output kept and, it may be, compiled."""
+    import torch
+    import torch.nn.functional as F
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(kernel, q * 1.0, k * 1.0, v * 1.0)
+
+    kept = keeping(attention, "attention")  # type: ignore[arg-type]
+    function = compiled(kept) if compiling else kept
+    generator = torch.Generator(device).manual_seed(0)
+    # Strided as in a block: (B, S, H, D) seen as (B, H, S, D).
+    shape = (1, 144, 4, _HEAD_DIM)
+    q, k, v = (torch.randn(shape, device=device, generator=generator).transpose(1, 2) for _ in range(3))
+    half = [tensor.to(dtype).detach().requires_grad_() for tensor in (q, k, v)]
+    exact = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    try:
+        answer = function(*half)
+        answer.float().square().sum().backward()  # type: ignore[attr-defined]
+    except Exception:  # refusals, and whatever the compilers raise
+        return False
+    expected = F.scaled_dot_product_attention(exact[0], exact[1], exact[2])
+    expected.square().sum().backward()
+    pairs = [(answer, expected), *((mine.grad, theirs.grad) for mine, theirs in zip(half, exact, strict=True))]
+    return all(float((mine.detach().float() - theirs.detach()).abs().max()) < _FARTHEST for mine, theirs in pairs)  # type: ignore
