@@ -68,8 +68,8 @@ def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:
     )
     width = config["num_attention_heads"] * config["attention_head_dim"]
     size = {"fp32": 4}.get(run.precision, 2)
-    # A checkpointed block keeps its input alone; one that is not keeps about 20 tensors of that size
-    # (norms, q, k, v, attention, a feed-forward four times as wide): 73 GiB instead of 21 for 5B at 49x480x720.
+    # Tensors of this size: a block keeps two of them under auto (its input, the attention's output), about ten under
+    # fast (q, k, v, a feed-forward four times as wide, too), none on the GPU under low (`step.keep`).
     inputs = config["num_layers"] * (tokens + run.checkpoint.family.text_tokens) * width * size / _GIB
     settings = run.settings
     advice = []
@@ -79,9 +79,10 @@ def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:
             f"(the same global batch; about {inputs * (settings.batch_size - 1):.1f} GiB less)"
         )
     if settings.memory == "fast":
-        advice.append(f"--memory auto (about {20 * inputs * settings.batch_size:.0f} GiB less)")
+        advice.append(f"--memory auto (up to {8 * inputs * settings.batch_size:.0f} GiB less)")
     elif settings.memory == "auto":
-        advice.append(f"--memory low (about {inputs * settings.batch_size:.1f} GiB less, a little slower)")
+        base = 0 if run.method.full else config["num_layers"] * 12 * width**2 * size / _GIB
+        advice.append(f"--memory low (up to {2 * inputs * settings.batch_size + base:.1f} GiB less, a little slower)")
     if run.method.full and not run.strategy.endswith("-offload"):
         weights = config["num_layers"] * 12 * width**2  # attention 4, feed-forward 8
         advice.append(

@@ -45,10 +45,10 @@ def main(
     began = time.monotonic()
     results: list[dict[str, Any]] = []
     with (out / "bench.log").open("w", encoding="utf-8") as log:
-        waiting = _start(wanted[0], out, log)
-        for index, row in enumerate(wanted):
+        waiting: subprocess.Popen[str] | None = None
+        for index, row in enumerate(wanted):  # it grows while this goes on
             left = minutes * 60 - (time.monotonic() - began)
-            process = waiting
+            process, waiting = waiting or _start(row, out, log), None
             if left <= 10:
                 process.kill()
                 print(f"{row.name} and what follows: no time left", flush=True)
@@ -63,11 +63,13 @@ def main(
                 waiting = _start(wanted[index + 1], out, log)
             result = _finish(process, row, out, min(row_seconds, left))
             results.append(result)
+            if "failed" in result and row.compile == "auto" and row.kind in ("fast", "auto", "low"):
+                wanted.append(dataclasses.replace(row, compile="off", profile=False))
             with (out / "bench.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(result) + "\n")
             shown = {name: round(value, 3) for name, value in result.items() if isinstance(value, float)}
             print(f"{time.monotonic() - began:4.0f} s  {row.name}: {result.get('failed') or shown}", flush=True)
-            print("        " + str(result.get("losses") or result.get("numerics") or ""), flush=True)
+            print(f"      {result.get('losses') or result.get('numerics') or ''}", flush=True)
             (out / "bench.md").write_text(f"{_machine()}\n\n{table(results)}\n", encoding="utf-8")
     print(table(results), flush=True)
 
@@ -118,11 +120,14 @@ def _work(row: Row, out: Path) -> None:
     if device.type == "cuda":
         import torch
 
+        if row.within_gib:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, row.within_gib * 2**30 / total))
         torch.cuda.reset_peak_memory_stats()
     if run is None:
         result = numerics(row, device)
     else:
-        result = reference(run, row.steps) if row.kind == "reference" else product(run, row.steps + 1)
+        result = reference(run, row.steps) if row.kind == "reference" else product(run, row.steps, row.profile)
     write(result, _result_file(row, out))
 
 

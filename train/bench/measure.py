@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
+_PROFILED, _KERNELS = 2, 40
 _SETTLING = 2  # first steps, which compile and allocate
 _GIB = 2**30
 
@@ -51,17 +53,49 @@ class _Enough(Exception):
 
 
 class _After(StopRequest):
-    """Ends a run from inside after a number of steps, without its checkpoint and export."""
+    """Ends a run from inside after a number of steps, without its checkpoint and export.
 
-    def __init__(self, steps: int) -> None:
-        self._left = steps
+    Args:
+        steps: that are measured. The ledger logs a step when the next one is queued, so one more is made.
+        profile: make two more, under the profiler.
+    """
+
+    def __init__(self, steps: int, profile: bool) -> None:
+        self._made = 0
+        self._steps = steps + 1
+        self._profile = profile
+        self.kernels: list[str] = []
 
     @property
     def signal(self) -> int:  # type: ignore[override]
-        self._left -= 1
-        if self._left < 0:
+        """Asked for after every step."""
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        self._made += 1
+        if self._made < self._steps:
+            return 0
+        if not self._profile or not torch.cuda.is_available():
+            raise _Enough
+        if self._made == self._steps:
+            torch.cuda.synchronize()
+            self._profiler = profile(activities=[ProfilerActivity.CUDA])
+            self._profiler.__enter__()
+        elif self._made == self._steps + _PROFILED:
+            torch.cuda.synchronize()
+            self._profiler.__exit__(None, None, None)
+            self.kernels = _longest(self._profiler)
             raise _Enough
         return 0
+
+
+def _longest(profiler: Any) -> list[str]:
+    """Kernels and copies by the time they take in a step."""
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
+    return [
+        f"{row.self_device_time_total / 1000 / _PROFILED:8.1f} ms {row.count // _PROFILED:5d} x {row.key[:110]}"
+        for row in rows[:_KERNELS]
+    ]
 
 
 def prepare(row: Row) -> Run:
@@ -98,15 +132,15 @@ def prepare(row: Row) -> Run:
     )
 
 
-def product(run: Run, steps: int) -> Mapping[str, Any]:
+def product(run: Run, steps: int, profile: bool) -> Mapping[str, Any]:
     """Seconds and bytes of the run as `cogtrain lora` would make it: its own loop, data and log."""
     import torch
 
     assert run.settings.out is not None
-    try:
-        train(run, _After(steps))
-    except _Enough:
-        lines, _ = read_metrics(run.settings.out / METRICS_FILE)
+    stop = _After(steps, profile)
+    with contextlib.suppress(_Enough):
+        train(run, stop)
+    lines = read_metrics(run.settings.out / METRICS_FILE)[0][:steps]
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     counted = lines[_SETTLING:]
     result = {
@@ -121,6 +155,7 @@ def product(run: Run, steps: int) -> Mapping[str, Any]:
         "locked_gib": locked_bytes() / _GIB,
         "losses": [round(line.loss, 5) for line in lines],
         "all_s": [round(line.s_per_step, 3) for line in lines],
+        "kernels": stop.kernels,
     }
 
 

@@ -44,8 +44,10 @@ def numerics(row: Row, device: torch.device) -> Mapping[str, Any]:
     ways: tuple[tuple[Keep, bool], ...] = (("attention", True), ("matmuls", False), ("inputs", True))
     for keep, moved in ways:
         plan = Plan((keep,) * layers, park=moved, stream=moved, chunks=4 if moved else 1, compiled=compiled)
+        name = f"{keep}{', from host memory' if moved else ''}"
         got = _gradients(checkpoint, objective, batch, device, torch.bfloat16, plan, row.rank)
-        found[f"{keep}{', from host memory' if moved else ''}"] = _against(exact, got)
+        found[name] = _against(exact, got)
+        print(name, found[name], flush=True)
     return {"numerics": found}
 
 

@@ -25,6 +25,8 @@ class Row:
     kind: Kind
     rank: int = 128
     steps: int = 7  # the first two are not counted
+    within_gib: float | None = None  # of GPU memory; as on a smaller card
+    profile: bool = False  # two more steps, under torch's profiler
     small: bool = False
     compile: Literal["auto", "on", "off"] = "auto"
 
@@ -42,20 +44,20 @@ class Row:
 
 
 ROWS: tuple[Row, ...] = (
-    Row("5b", "low"),
-    Row("5b", "fast"),
+    Row("5b", "low", profile=True),
+    Row("5b", "fast", profile=True),
     Row("5b", "reference"),
-    Row("5b", "auto"),
+    Row("5b", "auto", within_gib=22),
     Row("2b", "fast"),
     Row("2b", "reference"),
+    Row("5b", "numerics", steps=1),
     Row("1.5-5b", "fast", steps=5),
     Row("1.5-5b", "low", steps=5),
     Row("2b", "low"),
+    Row("5b-i2v", "auto", steps=6),
     Row("1.5-5b", "reference", steps=4),
     Row("2b", "auto"),
-    Row("5b", "numerics", steps=1),
-    Row("5b-i2v", "auto", steps=6),
-    Row("1.5-5b", "auto", steps=5),
+    Row("1.5-5b", "auto", steps=5, within_gib=32),
 )
 
 
@@ -73,8 +75,15 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
         parts = " / ".join(f"{result[part]:.2f}" for part in ("forward_s", "backward_s", "optimizer_s"))
         host = f"{result['locked_gib']:.1f}" if "locked_gib" in result else ""
         lines.append(
-            f"| {result['family']} r{result['rank']} {result['bucket']}, {result['kind']} | {result['s_per_step']:.2f} "
+            f"| {_named(result)} | {result['s_per_step']:.2f} "
             f"| {ratio} | {result['peak_gib']:.1f} "
             f"| {host} | {parts} | {result['compile_s']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _named(result: Mapping[str, Any]) -> str:
+    name = f"{result['family']} r{result['rank']} {result['bucket']}, {result['kind']}"
+    if result["within_gib"]:
+        name += f" within {result['within_gib']:g} GiB"
+    return name + (", not compiled" if result["compile"] == "off" and result["kind"] != "reference" else "")

@@ -36,7 +36,7 @@ class Engine:
         self._plan = plan
         self._device = device
         self._dtype = dtype
-        self._kernel = attention_kernel(device, dtype, plan.compiled)
+        self.kernel = attention_kernel(device, dtype, plan.compiled)
         self._functions: dict[tuple[Layout, Keep | None, bool], BlockFunction] = {}
         self._layouts = [Layout.of(block) for block in blocks]
         self._weights = [tuple(block.parameters()) for block in blocks]
@@ -104,7 +104,7 @@ class Engine:
         keep = self._plan.keep[index] if training else None
         key = (layout, keep, rotary)
         if key not in self._functions:
-            function = block_function(layout, self._kernel, rotary=rotary, training=training, chunks=self._plan.chunks)
+            function = block_function(layout, self.kernel, rotary=rotary, training=training, chunks=self._plan.chunks)
             if keep is not None:
                 linears = (*layout.modulate, *layout.qkv, layout.out, layout.up, layout.down)
                 function = keeping(function, keep, dropout=any(linear.dropout for linear in linears))

@@ -12,6 +12,7 @@ from .plan import Load, choose, gib
 from .trial import compiler_fault
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import CogVideoXTransformer3DModel
 
     from ..progress import RunLog
@@ -35,14 +36,27 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
     load = load_of(run, runtime, transformer)
     if gpu:
         torch.cuda.set_device(runtime.device)  # kernels tried and compiled from here on are this GPU's
-    free = torch.cuda.mem_get_info(runtime.device)[0] if gpu else 0
+    free = _free(runtime.device) if gpu else 0
     host_free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan = choose(
         run.settings.memory, load, free=free, host_free=host_free, compiled=_compiles(run, runtime, log), gpu=gpu
     )
+    engine = Engine(transformer, plan, runtime.device, runtime.dtype)
     if gpu:
-        log.say(f"memory {run.settings.memory}: {plan}; about {gib(plan.peak(load))} of {gib(free)} free")
-    return Engine(transformer, plan, runtime.device, runtime.dtype)
+        kernel = {"cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}[engine.kernel]
+        log.say(
+            f"memory {run.settings.memory}: {plan}, attention by {kernel}; "
+            f"about {gib(plan.peak(load))} of {gib(free)} free"
+        )
+    return engine
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that nobody holds, within what this process may take."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free, int(total * torch.cuda.get_per_process_memory_fraction(device)))
 
 
 def load_of(run: Run, runtime: Runtime, transformer: CogVideoXTransformer3DModel) -> Load:

@@ -17,7 +17,7 @@ Memory = Literal["fast", "auto", "low"]
 
 _GIB = 2**30
 # Of free memory, what a plan may fill: fragments, the CUDA libraries' workspaces and validation take the rest.
-_USABLE = 0.93
+_USABLE = 0.88
 _HOST_USABLE = 0.6
 # The most that one block holds while it goes backward, in activations, beside what is kept.
 _WORK_COMPILED, _WORK_PLAIN, _WORK_CHUNKED = 16.0, 26.0, 11.0

@@ -31,21 +31,21 @@ def transformer_of(form, method, layers=LAYERS):
     return checkpoint, transformer.train()
 
 
-def gradients(checkpoint, transformer, dtype=torch.float32, batch=2):
+def gradients(checkpoint, transformer, dtype=torch.float32, batch=2, device=CPU):
     """Loss, and each trained weight's gradient, of one fixed batch."""
     objective = Objective.of(checkpoint)
     config = checkpoint.transformer_config
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(device)
 
     image = normal(batch, 1, 16, 8, 12) if checkpoint.family.task == "i2v" else None
     inputs = objective.model_inputs(
         normal(batch, objective.padded_frames(5), 16, 8, 12),
         image,
         normal(batch, config["max_text_seq_length"], config["text_embed_dim"]),
-        torch.tensor([300, 700])[:batch],
+        torch.tensor([300, 700])[:batch].to(device),
         dtype,
     )
     transformer.zero_grad()
@@ -163,3 +163,16 @@ def test_evaluation_computes_the_same_without_gradients():
 
     assert torch.allclose(probe(plain), probe(transformer), atol=1e-6)
     assert transformer.training
+
+
+@pytest.mark.gpu  # streams and events order nothing on a CPU
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parked_and_streamed_beside_the_computation_is_the_same(compiled):
+    device = torch.device("cuda")
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    expected = gradients(checkpoint, transformer.to(device), device=device)
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    plan = Plan(("attention",) * LAYERS, park=True, stream=True, chunks=2, compiled=compiled)
+    Engine(transformer, plan, device, torch.float32).park_all()
+    for _ in range(5):
+        assert farthest(expected, gradients(checkpoint, transformer, device=device)) < 1e-4
