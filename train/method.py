@@ -102,7 +102,8 @@ class Lora:
         known = {"rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"}
         file = lora.save(state, folder, {**facts, **known})
         runtime.release(plain)
-        return Exported(file, lora.check(file, checkpoint, state, expected, runtime.device, runtime.dtype))
+        # A base that was streamed need not fit on the GPU.
+        return Exported(file, lora.check(file, checkpoint, state, expected, runtime.room_for(plain), runtime.dtype))
 
 
 class Sft:

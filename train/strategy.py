@@ -216,6 +216,17 @@ class Runtime:
         if not self.sharded:
             model.to("cpu")
 
+    def room_for(self, model: torch.nn.Module) -> torch.device:
+        """This process's GPU if a second copy of the model fits there, else the CPU."""
+        import torch
+
+        if self.device.type == "cpu":
+            return self.device
+        torch.cuda.empty_cache()
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        fits = 1.2 * size < torch.cuda.mem_get_info(self.device)[0]
+        return self.device if fits else torch.device("cpu")
+
 
 def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: bool, autocast: bool = True) -> Runtime:
     """Join the process group, if there is one, and make accelerate's handle.

@@ -1,0 +1,111 @@
+"""Losses read one step late: what is not finite is named, and has not touched the weights."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from cogcommon.errors import RunError
+from cogtrain import data
+from cogtrain.order import Order
+from cogtrain.settings import LoraSettings
+from cogtrain.sources import open_shards
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The fused optimizer of a GPU, which the ledger may wait with."""
+    monkeypatch.setattr(torch.optim, "AdamW", _Fused)
+
+
+class _Fused(torch.optim.AdamW):
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, **(options | {"fused": True}))
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def settings(tmp_path, **options):
+    given = {"shards": [str(tmp_path / "out")], "out": tmp_path / "run", "rank": 2, "epochs": 1}
+    return LoraSettings(**(given | options))
+
+
+def test_late_reading_changes_nothing(tmp_path, make_shards, train_here, late):
+    make_shards(tmp_path / "out", samples=4)
+    late_run = lines(train_here(settings(tmp_path, accumulate=2, epochs=2)))
+    at_once = lines(train_here(settings(tmp_path, accumulate=2, epochs=2, out=tmp_path / "again", on_nonfinite="skip")))
+    keys = ("step", "loss", "grad_norm", "lr", "epoch")
+    assert len(late_run) == 4
+    assert [[line[key] for key in keys] for line in late_run] == [[line[key] for key in keys] for line in at_once]
+
+
+def test_parts_of_a_step_make_the_step(tmp_path, make_shards, train_here):
+    make_shards(tmp_path / "out", samples=4)
+    for line in lines(train_here(settings(tmp_path))):
+        parts = [line[f"{part}_s"] for part in ("data", "forward", "backward", "optimizer")]
+        assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(line["s_per_step"])
+
+
+def test_a_spoilt_step_is_held_back_and_named_one_step_late(tmp_path, make_shards, train_here, late, monkeypatch):
+    make_shards(tmp_path / "out", samples=6)
+    shards = open_shards([str(tmp_path / "out")])
+    places = [int(batch[0]) for batch in Order(shards.shard_of, shards.bucket_of, 1, 42).epoch(0)]
+    spoilt, read = places[3], data.read_sample
+    seen = []
+
+    def read_spoilt(shards, index):
+        sample = read(shards, index)
+        return dataclasses.replace(sample, text=sample.text * float("nan")) if index == spoilt else sample
+
+    monkeypatch.setattr(data, "read_sample", read_spoilt)
+    step = _Fused.step
+
+    def watched(self, closure=None):
+        step(self, closure)
+        seen.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+
+    monkeypatch.setattr(_Fused, "step", watched)
+    with pytest.raises(RunError, match="loss of 1 sample is not finite") as caught:
+        train_here(settings(tmp_path))
+    assert shards.extent(spoilt).key in caught.value.where and "step 4" in caught.value.where
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+    assert len(seen) == 4  # the fourth is queued, and does nothing; there is no fifth
+    assert all(torch.equal(before, after) for before, after in zip(seen[2], seen[3], strict=True))
+    assert not all(torch.equal(before, after) for before, after in zip(seen[1], seen[2], strict=True))
+
+
+def test_the_checkpoint_of_a_step_is_not_written_before_its_loss_is_known(
+    tmp_path, make_shards, train_here, late, monkeypatch
+):
+    make_shards(tmp_path / "out", samples=4)
+    read = data.read_sample
+
+    def read_spoilt(shards, index):
+        sample = read(shards, index)
+        return dataclasses.replace(sample, text=sample.text * float("nan"))
+
+    monkeypatch.setattr(data, "read_sample", read_spoilt)
+    with pytest.raises(RunError, match="not finite"):
+        train_here(settings(tmp_path, save_every=1))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_held_step_leaves_the_optimizer_where_it_was():
+    from cogtrain.ledger import hold
+
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for losses, gradient in (([1.0], 1.0), ([1.0, float("nan")], float("nan")), ([2.0], 1.0)):
+        weight.grad = torch.full((4,), gradient)
+        hold(optimizer, [torch.tensor(losses)])
+        optimizer.step()
+    undisturbed = torch.nn.Parameter(torch.ones(4))
+    other = torch.optim.AdamW([undisturbed], lr=0.1, fused=True)
+    for _ in range(2):
+        undisturbed.grad = torch.ones(4)
+        other.step()
+    assert torch.equal(weight, undisturbed)
+    assert optimizer.state[weight]["step"] == 2
