@@ -6,10 +6,12 @@ row. The next row's process makes its weights while the one before has the GPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,60 +46,71 @@ def main(
     print(_machine(), flush=True)
     began = time.monotonic()
     results: list[dict[str, Any]] = []
-    with (out / "bench.log").open("w", encoding="utf-8") as log:
-        waiting: subprocess.Popen[str] | None = None
-        for index, row in enumerate(wanted):  # it grows while this goes on
-            left = minutes * 60 - (time.monotonic() - began)
-            process, waiting = waiting or _start(row, out, log), None
-            if left <= 10:
-                process.kill()
-                print(f"{row.name} and what follows: no time left", flush=True)
-                break
-            try:
-                assert process.stdin is not None
-                process.stdin.write("go\n")
-                process.stdin.flush()
-            except OSError:
-                pass  # it has died while preparing; its log says of what
-            if index + 1 < len(wanted):
-                waiting = _start(wanted[index + 1], out, log)
-            result = _finish(process, row, out, min(row_seconds, left))
-            results.append(result)
-            if "failed" in result and row.compile == "auto" and row.kind in ("fast", "auto", "low"):
-                wanted.append(dataclasses.replace(row, compile="off", profile=False))
-            with (out / "bench.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(result) + "\n")
-            shown = {name: round(value, 3) for name, value in result.items() if isinstance(value, float)}
-            print(f"{time.monotonic() - began:4.0f} s  {row.name}: {result.get('failed') or shown}", flush=True)
-            print(f"      {result.get('losses') or result.get('numerics') or ''}", flush=True)
-            (out / "bench.md").write_text(f"{_machine()}\n\n{table(results)}\n", encoding="utf-8")
+    waiting: _Started | None = None
+    for index, row in enumerate(wanted):  # it grows while this goes on
+        left = minutes * 60 - (time.monotonic() - began)
+        started, waiting = waiting or _Started(row, out), None
+        if left <= 10:
+            started.process.kill()
+            print(f"{row.name} and what follows: no time left", flush=True)
+            break
+        started.go()
+        if index + 1 < len(wanted):
+            waiting = _Started(wanted[index + 1], out)
+        result = started.finish(min(row_seconds, left))
+        results.append(result)
+        if "s_per_step" not in result and row.compile == "auto" and row.kind in ("fast", "auto", "low"):
+            wanted.append(dataclasses.replace(row, compile="off", profile=False))
+        with (out / "bench.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+        shown = {name: round(value, 3) for name, value in result.items() if isinstance(value, float)}
+        print(f"{time.monotonic() - began:4.0f} s  {row.name}: {result.get('failed', '')} {shown}", flush=True)
+        print(f"      {result.get('losses') or result.get('numerics') or ''}", flush=True)
+        (out / "bench.md").write_text(f"{_machine()}\n\n{table(results)}\n", encoding="utf-8")
     print(table(results), flush=True)
 
 
-def _start(row: Row, out: Path, log: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cogtrain.bench", "--worker", json.dumps(dataclasses.asdict(row))]
-    return subprocess.Popen(
-        [*command, "--out", str(out)], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True
-    )
+class _Started:
+    """A row's process: makes its weights, then waits for its turn."""
 
+    def __init__(self, row: Row, out: Path) -> None:
+        self._row = row
+        self._out = out
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        command = [sys.executable, "-m", "cogtrain.bench", "--worker", json.dumps(dataclasses.asdict(row))]
+        self.process = subprocess.Popen(
+            [*command, "--out", str(out)], stdin=subprocess.PIPE, stdout=self._said, stderr=subprocess.STDOUT, text=True
+        )
 
-def _finish(process: subprocess.Popen[str], row: Row, out: Path, seconds: float) -> dict[str, Any]:
-    """The row's result, or its fault in one line."""
-    facts: dict[str, Any] = dataclasses.asdict(row) | {"bucket": str(row.bucket)}
-    file = _result_file(row, out)
-    try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return facts | {"failed": f"given up after {seconds:.0f} s"}
-    if code != 0 or not file.exists():
-        said = (out / "bench.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        faults = [line for line in said if "Error" in line] or said
-        return facts | {"failed": f"exit {code}: {faults[-1][:300] if faults else ''}"}
-    result = json.loads(file.read_text(encoding="utf-8"))
-    file.unlink()
-    return facts | result
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # it has died while preparing; what it said tells of what
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """The row's result; or, and perhaps besides, its fault in one line."""
+        result: dict[str, Any] = dataclasses.asdict(self._row) | {"bucket": str(self._row.bucket)}
+        fault = None
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+            fault = f"given up after {seconds:.0f} s"
+        self._said.seek(0)
+        said = self._said.read()
+        with (self._out / "bench.log").open("a", encoding="utf-8") as log:
+            log.write(f"\n== {self._row.name}\n{said}")
+        if code != 0 and fault is None:
+            lines = said.strip().splitlines()
+            faults = [line for line in lines if "Error" in line] or lines or [""]
+            fault = f"exit {code}: {faults[-1][:300]}"
+        file = _result_file(self._row, self._out)
+        if file.exists():
+            result |= json.loads(file.read_text(encoding="utf-8"))
+            file.unlink()
+        return result | ({"failed": fault} if fault else {})
 
 
 def _result_file(row: Row, out: Path) -> Path:
@@ -110,7 +123,6 @@ def _work(row: Row, out: Path) -> None:
 
     device = pick_device()
     quiet_libraries()
-    print(f"\n== {row.name}", flush=True)
     from .measure import prepare, product, reference, write
     from .numerics import numerics
 
@@ -127,7 +139,12 @@ def _work(row: Row, out: Path) -> None:
     if run is None:
         result = numerics(row, device)
     else:
-        result = reference(run, row.steps) if row.kind == "reference" else product(run, row.steps, row.profile)
+        result = (
+            reference(run, row.steps)
+            if row.kind == "reference"
+            # Written before the profile is taken, which not every machine allows.
+            else product(run, row.steps, row.profile, lambda result: write(result, _result_file(row, out)))
+        )
     write(result, _result_file(row, out))
 
 

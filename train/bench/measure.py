@@ -8,7 +8,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +57,14 @@ class _After(StopRequest):
 
     Args:
         steps: that are measured. The ledger logs a step when the next one is queued, so one more is made.
+        measured: called then.
         profile: make two more, under the profiler.
     """
 
-    def __init__(self, steps: int, profile: bool) -> None:
+    def __init__(self, steps: int, measured: Callable[[], None], profile: bool) -> None:
         self._made = 0
         self._steps = steps + 1
+        self._measured = measured
         self._profile = profile
         self.kernels: list[str] = []
 
@@ -73,11 +75,10 @@ class _After(StopRequest):
         from torch.profiler import ProfilerActivity, profile
 
         self._made += 1
-        if self._made < self._steps:
-            return 0
-        if not self._profile or not torch.cuda.is_available():
-            raise _Enough
         if self._made == self._steps:
+            self._measured()
+            if not self._profile or not torch.cuda.is_available():
+                raise _Enough
             torch.cuda.synchronize()
             self._profiler = profile(activities=[ProfilerActivity.CUDA])
             self._profiler.__enter__()
@@ -132,30 +133,36 @@ def prepare(row: Row) -> Run:
     )
 
 
-def product(run: Run, steps: int, profile: bool) -> Mapping[str, Any]:
-    """Seconds and bytes of the run as `cogtrain lora` would make it: its own loop, data and log."""
+def product(run: Run, steps: int, profile: bool, measured: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
+    """Seconds and bytes of the run as `cogtrain lora` would make it: its own loop, data and log.
+
+    Args:
+        measured: gets the result before a profile is taken.
+    """
+    stop = _After(steps, lambda: measured(_result(run, steps)), profile)
+    with contextlib.suppress(_Enough):
+        train(run, stop)
+    return {**_result(run, steps), "kernels": stop.kernels}
+
+
+def _result(run: Run, steps: int) -> Mapping[str, Any]:
     import torch
 
     assert run.settings.out is not None
-    stop = _After(steps, profile)
-    with contextlib.suppress(_Enough):
-        train(run, stop)
     lines = read_metrics(run.settings.out / METRICS_FILE)[0][:steps]
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     counted = lines[_SETTLING:]
-    result = {
+    medians = {
         name: statistics.median(getattr(line, name) for line in counted)
         for name in ("s_per_step", "data_s", "forward_s", "backward_s", "optimizer_s")
     }
-    return result | {
+    return medians | {
         "steps": len(counted),
         "compile_s": sum(line.compile_s for line in lines),
-        "peak_gib": peak_gib(device),
+        "peak_gib": max(line.peak_gib for line in lines),
         "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else 0.0,
         "locked_gib": locked_bytes() / _GIB,
         "losses": [round(line.loss, 5) for line in lines],
         "all_s": [round(line.s_per_step, 3) for line in lines],
-        "kernels": stop.kernels,
     }
 
 

@@ -30,12 +30,9 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
         SettingError: ``--compile on`` without a compiler.
     """
     import psutil
-    import torch
 
     gpu = runtime.device.type == "cuda"
     load = load_of(run, runtime, transformer)
-    if gpu:
-        torch.cuda.set_device(runtime.device)  # kernels tried and compiled from here on are this GPU's
     free = _free(runtime.device) if gpu else 0
     host_free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan = choose(
@@ -56,7 +53,8 @@ def _free(device: torch.device) -> int:
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
-    return min(free, int(total * torch.cuda.get_per_process_memory_fraction(device)))
+    share = torch.cuda.get_per_process_memory_fraction(device.index)  # None: the current GPU
+    return min(free, int(total * share))
 
 
 def load_of(run: Run, runtime: Runtime, transformer: CogVideoXTransformer3DModel) -> Load:
