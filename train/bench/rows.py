@@ -13,6 +13,7 @@ Kind = Literal["fast", "auto", "low", "reference", "numerics"]
 # Shape that goes through the same code in seconds on a CPU.
 SMALL: Mapping[str, Any] = {
     "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "time_embed_dim": 64, "text_embed_dim": 32,
+    "sample_frames": 9, "sample_height": 8, "sample_width": 12,
 }  # fmt: skip
 SMALL_BUCKET = Resolution(9, 64, 96)
 
@@ -36,7 +37,7 @@ class Row:
 
     @property
     def bucket(self) -> Resolution:
-        return BY_NAME[self.family].native if not self.small or self.family == "5b-i2v" else SMALL_BUCKET
+        return SMALL_BUCKET if self.small else BY_NAME[self.family].native
 
     @property
     def shape(self) -> Mapping[str, Any]:
