@@ -83,8 +83,12 @@ class Contract:
     def differences(self, other: Contract) -> list[str]:
         """``name: ours, theirs`` for every fact in which two contracts differ."""
         ours, theirs = self.facts(), other.facts()
+
+        def short(value: Any) -> str:
+            return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)  # a hash
+
         return [
-            f"{name}: {ours.get(name)!r} here, {theirs.get(name)!r} there"
+            f"{name}: {short(ours.get(name))} here, {short(theirs.get(name))} there"
             for name in sorted(ours.keys() | theirs.keys())
             if ours.get(name) != theirs.get(name)
         ]

@@ -14,7 +14,9 @@ def check_model(contract: Contract, checkpoint: Checkpoint, where: str) -> None:
         ModelError: with both values.
     """
     ours = f"--model {checkpoint.name}"
-    fix = f"--model {contract.model}, or encode the clips again with `cogprep encode {ours}`"
+    fix = f"encode the clips again with `cogprep encode {ours}`"
+    if contract.model != checkpoint.name:
+        fix = f"--model {contract.model}, or {fix}"
     vae = checkpoint.vae_config
     facts = {
         "family": (contract.family, checkpoint.family.name),

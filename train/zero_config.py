@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,7 @@ def deepspeed_config(settings: TrainSettings, strategy: Strategy, precision: str
     }
     if settings.deepspeed is not None:
         own = read_deepspeed_file(settings.deepspeed)
+        _check_spelling(own, config, settings.deepspeed)
         _check_optimizer(own, settings)
         _merge(config, own, settings, [])
     return config
@@ -118,6 +120,13 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise SettingError("not a DeepSpeed configuration", where=f"--deepspeed {path}")
     return loaded
+
+
+def _check_spelling(own: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
+    """DeepSpeed skips a key that it does not know without a word; one that nearly is one of ours is a slip."""
+    for key in own.keys() - config.keys() - {"optimizer", "scheduler"}:
+        if near := get_close_matches(key, [*config, "optimizer", "scheduler"], n=1, cutoff=0.85):
+            raise SettingError(f"DeepSpeed has no key {key!r}", where=f"--deepspeed {path}", fix=f"write {near[0]!r}")
 
 
 def _merge(config: dict[str, Any], own: Mapping[str, Any], settings: TrainSettings, at: list[str]) -> None:

@@ -83,6 +83,14 @@ def test_stale_samples_go_and_the_rest_of_their_shard_stays(encoded, lay_lists):
     assert [row.caption for row in read_record(out / "000000.parquet").rows] == ["wave number 0"]
 
 
+def test_what_is_stale_is_judged_by_the_settings_of_the_folder(root, run_encode, tmp_path, draw_clip):
+    """A clip that only --short repeat takes, and that was touched, is read again; it is still there."""
+    draw_clip(root / "2.mp4", 2, frames=4)
+    assert run_encode(short="repeat").encoded == 5
+    os.utime(root / "2.mp4", ns=(1, 1))
+    assert cleaned(tmp_path / "out") == set()
+
+
 @pytest.mark.parametrize("loss", ["data root", "a list", "origin", "every clip"])
 def test_nothing_is_stale_where_the_data_root_cannot_be_read(encoded, loss, capsys):
     if loss == "data root":

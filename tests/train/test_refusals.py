@@ -156,6 +156,15 @@ def test_a_deepspeed_file_that_is_none(tmp_path, content, says):
         deepspeed_config(SftSettings(deepspeed=path), "zero2", "bf16", 1)
 
 
+@pytest.mark.parametrize(
+    ("slip", "meant"), [("zero_optimisation", "zero_optimization"), ("gradient_cliping", "gradient_clipping")]
+)
+def test_a_key_that_deepspeed_would_skip_is_named(tmp_path, slip, meant):
+    with pytest.raises(SettingError, match=f"no key '{slip}'") as caught:
+        deepspeed_config(SftSettings(deepspeed=file(tmp_path, {slip: 1})), "zero2", "bf16", 1)
+    assert caught.value.fix == f"write '{meant}'"
+
+
 def test_auto_strategy():
     lora, sft = LoraSettings(), SftSettings()
     assert choose(lora, full=False, gpus=8) == "ddp"
