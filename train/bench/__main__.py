@@ -140,10 +140,10 @@ def _work(row: Row, out: Path) -> None:
         result = numerics(row, device)
     else:
         result = (
-            reference(run, row.steps)
+            reference(run, row)
             if row.kind == "reference"
             # Written before the profile is taken, which not every machine allows.
-            else product(run, row.steps, row.profile, lambda result: write(result, _result_file(row, out)))
+            else product(run, row, lambda result: write(result, _result_file(row, out)))
         )
     write(result, _result_file(row, out))
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
 
 _PROFILED, _KERNELS = 2, 40
-_SETTLING = 2  # first steps, which compile and allocate
 _GIB = 2**30
 
 
@@ -133,24 +132,24 @@ def prepare(row: Row) -> Run:
     )
 
 
-def product(run: Run, steps: int, profile: bool, measured: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
+def product(run: Run, row: Row, measured: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
     """Seconds and bytes of the run as `cogtrain lora` would make it: its own loop, data and log.
 
     Args:
         measured: gets the result before a profile is taken.
     """
-    stop = _After(steps, lambda: measured(_result(run, steps)), profile)
+    stop = _After(row.steps, lambda: measured(_result(run, row)), row.profile)
     with contextlib.suppress(_Enough):
         train(run, stop)
-    return {**_result(run, steps), "kernels": stop.kernels}
+    return {**_result(run, row), "kernels": stop.kernels}
 
 
-def _result(run: Run, steps: int) -> Mapping[str, Any]:
+def _result(run: Run, row: Row) -> Mapping[str, Any]:
     import torch
 
     assert run.settings.out is not None
-    lines = read_metrics(run.settings.out / METRICS_FILE)[0][:steps]
-    counted = lines[_SETTLING:]
+    lines = read_metrics(run.settings.out / METRICS_FILE)[0][: row.steps]
+    counted = lines[row.settling :]
     medians = {
         name: statistics.median(getattr(line, name) for line in counted)
         for name in ("s_per_step", "data_s", "forward_s", "backward_s", "optimizer_s")
@@ -166,7 +165,7 @@ def _result(run: Run, steps: int) -> Mapping[str, Any]:
     }
 
 
-def reference(run: Run, steps: int) -> Mapping[str, Any]:
+def reference(run: Run, row: Row) -> Mapping[str, Any]:
     """The plain loop of diffusers and PEFT, as the public fine-tuning code has it: every block checkpointed,
     autocast, adapters in fp32, torch's AdamW, the loss asked for at every step. Same weights, same samples."""
     import torch
@@ -182,7 +181,7 @@ def reference(run: Run, steps: int) -> Mapping[str, Any]:
     objective = Objective.of(run.checkpoint)
     slots = (
         rank_slots(run.order.epoch(epoch)[place], epoch, micro=0, rank=0, world=1, size=1)
-        for epoch, place in (divmod(step, run.order.steps_per_epoch) for step in range(steps))
+        for epoch, place in (divmod(step, run.order.steps_per_epoch) for step in range(row.steps))
     )
     batches = prefetch(run.shards, slots, Collator(objective, run.settings.seed), ahead=2, pin=device.type == "cuda")
     marks: list[Sequence[float]] = []
@@ -200,7 +199,7 @@ def reference(run: Run, steps: int) -> Mapping[str, Any]:
         losses.append(round(loss.item(), 5))
         times.append(_now(device))
         marks.append(times)
-    counted = marks[_SETTLING:]
+    counted = marks[row.settling :]
     parts = {
         name: statistics.median(times[end] - times[begin] for times in counted)
         for name, begin, end in (

@@ -41,7 +41,7 @@ def numerics(row: Row, device: torch.device) -> Mapping[str, Any]:
     found = {"plain bf16": _against(exact, _gradients(checkpoint, objective, batch, device, torch.bfloat16, None,
                                                       row.rank))}  # fmt: skip
     compiled = compiler_fault(device) is None
-    ways: tuple[tuple[Keep, bool], ...] = (("attention", True), ("matmuls", False), ("inputs", True))
+    ways: tuple[tuple[Keep, bool], ...] = (("attention", True), ("matmuls", False))
     for keep, moved in ways:
         plan = Plan((keep,) * layers, park=moved, stream=moved, chunks=4 if moved else 1, compiled=compiled)
         name = f"{keep}{', from host memory' if moved else ''}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from .block import BlockFunction
 
@@ -28,7 +29,8 @@ def seconds_so_far() -> float:
     """Wall time that this process has spent compiling."""
     import sys
 
-    utils = sys.modules.get("torch._dynamo.utils")
-    if utils is None:
-        return 0.0
-    return float(utils.calculate_time_spent().get("total_wall_time", 0.0))
+    # Private to torch; where it is not, compiling is counted with the step that it happens in.
+    spent: Callable[[], dict[str, float]] = getattr(
+        sys.modules.get("torch._dynamo.utils"), "calculate_time_spent", dict
+    )
+    return float(spent().get("total_wall_time", 0.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,25 +44,25 @@ class CopyStream:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def here(self) -> AbstractContextManager[Any]:
-        """What is queued inside runs on this stream, after all that the computation has queued so far."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None = None) -> Any:
+        """Queue a copy, behind all that the computation has queued so far and behind ``after``.
+
+        Returns:
+            The event of its end, for `compute_after` and ``after``.
+        """
         import torch
 
         if self._stream is None:
-            return nullcontext()
+            target.copy_(source)
+            return None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        return torch.cuda.stream(self._stream)
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        return self._stream.record_event()
 
-    def mark(self) -> torch.cuda.Event | None:
-        """All that has been queued on this stream so far."""
-        return None if self._stream is None else self._stream.record_event()
-
-    def after(self, event: torch.cuda.Event | None) -> None:
-        """Hold what is queued on this stream next until ``event``."""
-        if self._stream is not None and event is not None:
-            self._stream.wait_event(event)
-
-    def compute_after(self, event: torch.cuda.Event | None) -> None:
+    def compute_after(self, event: Any) -> None:
         """Hold the computation until ``event``; the host does not wait."""
         import torch
 

@@ -12,7 +12,7 @@ host looks, and the host is a whole step ahead of the GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .host_memory import CopyStream, page_locked
 
@@ -31,7 +31,7 @@ class Parked:
     stays: torch.Tensor | None  # on the GPU
     shape: torch.Size
     stride: tuple[int, ...]  # compiled code asks for the same again
-    event: torch.cuda.Event | None  # its last copy
+    event: Any  # of its last copy
 
 
 class Parking:
@@ -66,9 +66,9 @@ class Parking:
         if place not in self._buffers or self._buffers[place].numel() < size:
             self._buffers[place] = page_locked(size, self._device)
         host = self._buffers[place][:size].view(tensor.dtype)
-        with self._out.here():  # behind the computation, and so behind the last step's way back
-            host.copy_(tensor.as_strided((tensor.numel(),), (1,)), non_blocking=True)
-        parked = Parked(block, host, tensor, tensor.shape, tensor.stride(), self._out.mark())
+        # Behind the computation, and so behind the last step's way back from the same buffer.
+        event = self._out.copy(host, tensor.as_strided((tensor.numel(),), (1,)))
+        parked = Parked(block, host, tensor, tensor.shape, tensor.stride(), event)
         beside.append(parked)
         return parked
 
@@ -80,11 +80,8 @@ class Parking:
             if parked.stays is None:
                 # From the computation's memory, whose last user is queued before the copy.
                 flat = torch.empty(parked.host.shape, dtype=parked.host.dtype, device=self._device)
-                with self._back.here():
-                    self._back.after(parked.event)
-                    flat.copy_(parked.host, non_blocking=True)
+                parked.event = self._back.copy(flat, parked.host, after=parked.event)
                 parked.stays = flat.as_strided(parked.shape, parked.stride)
-                parked.event = self._back.mark()
 
     def take(self, parked: Parked) -> torch.Tensor:
         """The tensor, for the computation to use. Its memory is free again when the caller drops it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .host_memory import CopyStream, page_locked
 
@@ -70,7 +70,7 @@ class Streaming:
             for block, places in enumerate(self._places)
         ]
         self._holds: list[int | None] = [None] * _SLOTS
-        self._ready: list[torch.cuda.Event | None] = [None] * _SLOTS
+        self._ready: list[Any] = [None] * _SLOTS
 
     @property
     def bytes_on_host(self) -> int:
@@ -82,10 +82,9 @@ class Streaming:
         if not 0 <= block < len(self._host) or self._holds[slot] == block:
             return
         host = self._host[block]
-        with self._copies.here():  # behind all that is queued, and so behind the slot's last use
-            self._slots[slot][: host.numel()].copy_(host, non_blocking=True)
+        # Behind all that is queued, and so behind the slot's last use.
+        self._ready[slot] = self._copies.copy(self._slots[slot][: host.numel()], host)
         self._holds[slot] = block
-        self._ready[slot] = self._copies.mark()
 
     def arrive(self, block: int, then: int) -> None:
         """Hold the computation until a block's weights are there, and start those of ``then``."""
