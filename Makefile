@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full test-gpu bench-encode check readme venv clean
+.PHONY: demo test test-full test-gpu bench-encode bench-train check readme venv clean
 
 venv: .venv/ready
 
@@ -43,6 +43,11 @@ test-gpu: venv
 bench-encode: venv
 	rm -rf build/bench-encode
 	$(BIN)/python -m cogprep.bench build/bench-encode
+
+# Seconds and peak memory of the LoRA step on this machine's GPU, beside a plain diffusers + PEFT loop.
+bench-train: venv
+	rm -rf build/bench-train
+	$(BIN)/python -m cogtrain.bench --out build/bench-train
 
 clean:
 	rm -rf .venv build demo *.egg-info
