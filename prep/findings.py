@@ -32,7 +32,8 @@ from .workers import Slice
 
 FOLDER = ".survey"
 
-_GROUP = 256  # clips a file, at most about; 25 kB
+_GROUP = 64  # clips a file, at most about; 8 kB
+_MOST_GROUPS = 1 << 14  # of 600 clips for 10,000,000
 
 
 class Findings:
@@ -91,13 +92,15 @@ class Findings:
     def _groups(self, sources: Collection[str]) -> list[list[str]]:
         """All clips in groups, in the order that this worker should look at them."""
         # By name, and a power of two: a line added to the lists changes one group, not all after it.
-        count = 1 << max(0, (len(sources) - 1) // _GROUP).bit_length()
+        count = min(_MOST_GROUPS, 1 << max(0, (len(sources) - 1) // _GROUP).bit_length())
         groups: list[list[str]] = [[] for _ in range(count)]
         for source in sources:
             digest = hashlib.sha256(os.fsencode(source)).digest()
             groups[int.from_bytes(digest[:8], "big") % count].append(source)
-        begin = (self._part.index - 1) * count // self._part.count
-        return groups[begin:] + groups[:begin]
+        begin, share = (self._part.index - 1) * count // self._part.count, -(-count // self._part.count)
+        around = groups[begin:] + groups[:begin]
+        # Its own share, then others' from behind: who is early meets who is late in the middle of what is left.
+        return around[:share] + around[share:][::-1]
 
     def _path(self, group: Collection[str]) -> Path | None:
         """The file of a group as it is now."""
