@@ -12,7 +12,8 @@ from cogcommon.families import Resolution
 
 from .clip import BadClip, Fault
 from .cut import Cut, Placement, pick_frames, place
-from .media import Video, refuse_special
+from .file import refuse_special
+from .media import Video
 from .picture import Pixels
 
 

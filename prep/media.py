@@ -10,9 +10,6 @@ is ``explode``; one scaler thread does 636 frames/s where automatic threads do 3
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -29,45 +26,13 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from .clip import BadClip, ClipFacts
+from .file import hash_file, refuse_special
 from .picture import Colour, Pixels, Turn, colour_of, to_rgb, turn_of
 
 # The file protocol alone: a playlist called clip.mp4 must not reach other files or the network.
 _OPTIONS = {"protocol_whitelist": "file"}
 _NO_VIDEO = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg "plays" text files as video
 _HEADED = ("matroska", "mov", "flv", "avi")  # formats whose header states a duration that can be believed
-
-
-def hash_file(path: Path) -> bytes:
-    """sha256 of a file's content.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def refuse_special(path: Path) -> os.stat_result:
-    """Look before opening: a pipe or a device would block for ever.
-
-    Raises:
-        BadClip: missing, unreadable, empty, or no regular file.
-    """
-    try:
-        info = path.stat()
-        if stat.S_ISDIR(info.st_mode):
-            raise BadClip("a folder, not a file")
-        if not stat.S_ISREG(info.st_mode):
-            raise BadClip("not a regular file (a pipe, socket or device)")
-        if info.st_size == 0:
-            raise BadClip("the file is empty (0 bytes)")
-        with path.open("rb"):
-            return info
-    except FileNotFoundError:
-        dangling = path.is_symlink()
-        raise BadClip("a link that points nowhere" if dangling else "the file is missing") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise BadClip(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 class Video:

@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import tempfile
 import threading
 import time
 import traceback
@@ -27,13 +26,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import reduction
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
 from cogcommon.errors import CogError
 
 from .clip import Fault
+from .pool_child import serve
 
 R = TypeVar("R")
 
@@ -68,7 +67,7 @@ class _Child:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, far_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(far_end,), name="cogprep-decode", daemon=True)
+        self.process = context.Process(target=serve, args=(far_end,), name="cogprep-decode", daemon=True)
         self.process.start()
         far_end.close()
         self.ready = False
@@ -265,56 +264,3 @@ def _ending(exitcode: int | None) -> str:
             return "it was killed (SIGKILL; often the system, out of memory)"
         return f"it crashed with signal {-exitcode} {name}".rstrip()
     return f"it ended with exit code {exitcode}"
-
-
-def _serve(pipe: Connection) -> None:
-    """A child's life: take a call, answer, until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    _answer(pipe, None)
-    while True:
-        try:
-            function, task = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        try:
-            result = function(*task)
-        except MemoryError:
-            result = Fault("out of memory")
-        except Exception as error:  # one clip's oddity must not end a run of days
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            result = Fault(f"unexpected {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})")
-        try:
-            _answer(pipe, result)
-        except (BrokenPipeError, ConnectionResetError):
-            return
-
-
-def _answer(pipe: Connection, result: object) -> None:
-    """Send a result; its arrays go out of band (PEP 574), through a file in memory."""
-    buffers: list[pickle.PickleBuffer] = []
-    body = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
-    views = [buffer.raw() for buffer in buffers]
-    sizes = [view.nbytes for view in views]
-    if not sum(sizes):
-        pipe.send((body if not views else pickle.dumps(result, protocol=5), []))
-        return
-    with _memory_file() as file:
-        for view in views:
-            file.write(view)
-        file.flush()
-        pipe.send((body, sizes))
-        reduction.send_handle(pipe, file.fileno(), os.getppid())
-
-
-def _memory_file() -> Any:
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("cogprep-clip"), "w+b")
-    return tempfile.TemporaryFile()
-
-
-def _follow(parent: int) -> None:
-    """End with the parent, also while a file keeps the decoder busy for ever."""
-    while os.getppid() == parent:
-        time.sleep(2)
-    os._exit(1)

@@ -10,7 +10,8 @@ from cogcommon.families import Resolution
 from .clip import BadClip, Fault
 from .cut import Cut
 from .decode import decode_clip
-from .media import Video, hash_file
+from .file import hash_file
+from .media import Video
 from .picture import Pixels
 
 _WHOLE_SIZE = 640  # pixels of the long side of the whole frame

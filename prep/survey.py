@@ -10,12 +10,12 @@ from pathlib import Path
 from cogcommon.contract import Contract
 from cogcommon.families import Resolution
 
-from .clip import Fault, Hashed
+from .clip import BadClip, Fault, Hashed
 from .cut import Cut
+from .file import hash_file, refuse_special
 from .findings import Findings
 from .lists import DataSet, Sample
 from .look import Fit, fit
-from .media import hash_file
 from .output import Committed, Split
 from .plan import Candidate, Rejected, choose_splits, with_keys
 from .pool import Pool
@@ -96,9 +96,12 @@ def _hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str,
 
 def _image_hash(path: Path) -> bytes | Fault:
     try:
+        refuse_special(path)
         return hash_file(path)
+    except BadClip as bad:
+        return Fault(f"image: {bad}")
     except OSError as error:
-        return Fault(f"image {path.name}: cannot be read: {error.strerror}")
+        return Fault(f"image: cannot be read: {error.strerror}")
 
 
 def _candidates(

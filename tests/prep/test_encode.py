@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -143,6 +144,16 @@ def test_broken_clips_are_named_and_the_rest_is_encoded(run_encode, root, tmp_pa
         run_command(strict)
     assert "too short" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "report.json").read_bytes())["rejected"] == 4
+
+
+def test_an_image_that_cannot_be_used_rejects_its_sample(run_encode, root, lay_lists):
+    os.mkfifo(root / "pipe.png")  # opening it would wait for ever
+    lay_lists(root, ["a", "b"], ["0.mp4", "1.mp4"], ["pipe.png", "gone.png"])
+    report = run_encode(model="tiny-i2v", resolution=["17x64x96"])
+    assert [rejection.reason for rejection in report.rejections] == [
+        "image: not a regular file (a pipe, socket or device)", "image: the file is missing",
+    ]  # fmt: skip
+    assert not report.usable
 
 
 def test_nothing_usable_is_an_error(root, tmp_path, capsys):

@@ -1,0 +1,43 @@
+"""A file that a list names, before any reader opens it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from .clip import BadClip
+
+
+def hash_file(path: Path) -> bytes:
+    """sha256 of a file's content.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def refuse_special(path: Path) -> os.stat_result:
+    """Look before opening: a pipe or a device would block for ever.
+
+    Raises:
+        BadClip: missing, unreadable, empty, or no regular file.
+    """
+    try:
+        info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            raise BadClip("a folder, not a file")
+        if not stat.S_ISREG(info.st_mode):
+            raise BadClip("not a regular file (a pipe, socket or device)")
+        if info.st_size == 0:
+            raise BadClip("the file is empty (0 bytes)")
+        with path.open("rb"):
+            return info
+    except FileNotFoundError:
+        dangling = path.is_symlink()
+        raise BadClip("a link that points nowhere" if dangling else "the file is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise BadClip(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
