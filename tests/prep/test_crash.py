@@ -133,7 +133,7 @@ def test_interrupted_it_says_how_to_go_on(encoded):
 
 
 @pytest.mark.parametrize("count, later", [(2, 3), (4, 2)])
-def test_workers_at_once_one_killed_and_another_division_finishes(count, later, encoded, one_a_shard):
+def test_workers_at_once_one_killed_and_another_division_finishes(count, later, encoded, one_a_shard, settings_of):
     """Every slice has a process; the first, which has most to do, is killed after its first shard."""
     out, one = encoded / "new", ("--shard-samples", "1")
     workers = [start(encoded, *one, "--worker", f"{index}/{count}") for index in range(1, count + 1)]
@@ -149,8 +149,9 @@ def test_workers_at_once_one_killed_and_another_division_finishes(count, later, 
     reports = [json.loads((out / f"report-{index}-of-{count}.json").read_text()) for index in range(2, count + 1)]
     assert sum(report["encoded"] for report in reports) == 5 - len(left_by_the_killed)
     before = samples_on_disk(out)
-    rest = [finish(encoded, *one, "--worker", f"{index}/{later}") for index in range(later, 0, -1)]
-    assert sum(report["encoded"] for report in rest) == 5 - before
+    slices = [f"{index}/{later}" for index in range(later, 0, -1)]
+    rest = [encode(settings_of(encoded, out=out, shard_samples=1, worker=worker)) for worker in slices]
+    assert sum(report.encoded for report in rest) == 5 - before
     assert tars(out) == one_a_shard
     assert verify(out).problems == []
 
@@ -163,7 +164,7 @@ def one_a_shard(encoded_once, tmp_path_factory, settings_of) -> dict[str, str]:
     return tars(out)
 
 
-def test_a_slice_that_nobody_took_is_named_and_a_twin_does_no_harm(encoded):
+def test_a_slice_that_nobody_took_is_named_and_a_twin_does_no_harm(encoded, settings_of):
     undisturbed, out = tars(encoded / "out"), encoded / "new"
     workers = [start(encoded, "--worker", "1/3"), start(encoded, "--worker", "1/3")]  # the second by mistake
     for worker in workers:
@@ -172,7 +173,7 @@ def test_a_slice_that_nobody_took_is_named_and_a_twin_does_no_harm(encoded):
     assert [path.name for path in sorted(out.glob("*.tar"))] == ["000000.tar"]
     report = json.loads((out / "report-1-of-3.json").read_text())
     assert report["unfinished"] == ["000001.tar", "000002.tar"] and report["unfinished_slices"] == ["2/3", "3/3"]
-    assert finish(encoded)["encoded"] == 3
+    assert encode(settings_of(encoded, out=out)).encoded == 3
     assert tars(out) == undisturbed
     assert verify(out).problems == []
 
