@@ -32,6 +32,7 @@ class Parked:
     shape: torch.Size
     stride: tuple[int, ...]  # compiled code asks for the same again
     event: Any  # of its last copy
+    taken: bool = False  # the backward pass has had it
 
 
 class Parking:
@@ -73,23 +74,31 @@ class Parking:
         return parked
 
     def fetch(self, block: int) -> None:
-        """Start a block's tensors on their way back."""
-        import torch
+        """Start a block's tensors on their way back.
 
+        Not those that the backward pass has taken already: a second copy of each would stay until
+        the next step, 8.6 GiB for 5B.
+        """
         for parked in self._parked.get(block, ()):
-            if parked.stays is None:
-                # From the computation's memory, whose last user is queued before the copy.
-                flat = torch.empty(parked.host.shape, dtype=parked.host.dtype, device=self._device)
-                parked.event = self._back.copy(flat, parked.host, after=parked.event)
-                parked.stays = flat.as_strided(parked.shape, parked.stride)
+            if not parked.taken:
+                self._bring(parked)
 
     def take(self, parked: Parked) -> torch.Tensor:
         """The tensor, for the computation to use. Its memory is free again when the caller drops it."""
-        self.fetch(parked.block)
+        self._bring(parked)
         self._back.compute_after(parked.event)
-        tensor, parked.stays = parked.stays, None
+        tensor, parked.stays, parked.taken = parked.stays, None, True
         assert tensor is not None
         return tensor
+
+    def _bring(self, parked: Parked) -> None:
+        import torch
+
+        if parked.stays is None:
+            # From the computation's memory, whose last user is queued before the copy.
+            flat = torch.empty(parked.host.shape, dtype=parked.host.dtype, device=self._device)
+            parked.event = self._back.copy(flat, parked.host, after=parked.event)
+            parked.stays = flat.as_strided(parked.shape, parked.stride)
 
     def _let_go(self, block: int) -> None:
         for parked in self._parked.get(block, ()):

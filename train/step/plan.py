@@ -147,14 +147,16 @@ def _ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
     layers = load.layers
     attention = _each("attention", layers)
     inputs = _each("inputs", layers)
+    # Not compiled, a selective checkpoint keeps what it selects in a place that hooks do not reach.
+    parked = attention if compiled else inputs
     if memory == "fast":
         for whole in range(layers, 0, -1):
             yield Plan(keep=_each("matmuls", whole) + attention[whole:], compiled=compiled)
     if memory != "low":
         yield Plan(keep=attention, compiled=compiled)
-        yield Plan(keep=attention, park=True, compiled=compiled)
+        yield Plan(keep=parked, park=True, compiled=compiled)
     stream = load.streams
-    yield Plan(keep=attention, park=True, stream=stream, chunks=_CHUNKS, compiled=compiled)
+    yield Plan(keep=parked, park=True, stream=stream, chunks=_CHUNKS, compiled=compiled)
     yield Plan(keep=inputs, park=True, stream=stream, chunks=_CHUNKS, compiled=compiled)
     yield Plan(keep=inputs, park=True, chunks=_CHUNKS, compiled=compiled)
     yield Plan(keep=inputs, chunks=_CHUNKS, compiled=compiled)

@@ -9,6 +9,7 @@ from cogcommon.checkpoint import open_checkpoint
 from cogtrain import lora
 from cogtrain.inputs import Objective
 from cogtrain.step.engine import Engine
+from cogtrain.step.keep import ACTIVATIONS
 from cogtrain.step.plan import Plan
 
 FORMS = ["tiny", "tiny-2b", "tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"]
@@ -126,6 +127,52 @@ def test_nothing_is_used_before_its_copy_is_waited_for(monkeypatch):
     # 5 blocks forward and 3 backward (two are still there); the first pass finds the slots empty.
     assert engine._streaming._copies.made in range(3 * (LAYERS - 2) * 2, 3 * 2 * LAYERS + 1)
     assert engine._parking._back.made > 0
+
+
+def most_bytes(function):
+    """The most bytes that a call holds at once of what it allocates, and what is left of them after it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    live = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most, live
+
+
+def kept_by_a_block(keep, parked, compiled):
+    """What each further block adds to the peak of a step, and to what is left after it, in activations."""
+    activation = 2 * 346 * 32 * 4  # samples, tokens, width, bytes
+    found = []
+    for layers in (3, 7):
+        checkpoint, transformer = transformer_of("tiny", "lora", layers)
+        plan = Plan((keep,) * layers, park=parked, stream=parked, compiled=compiled)
+        Engine(transformer, plan, CPU, torch.float32).park_all()
+        for _ in range(2):  # passes that compile, and lay the buffers on the host
+            gradients(checkpoint, transformer)
+        found.append(most_bytes(functools.partial(gradients, checkpoint, transformer)))
+    (few, few_left), (many, many_left) = found
+    return (many - few) / 4 / activation, (many_left - few_left) / 4 / activation
+
+
+@pytest.mark.parametrize(("keep", "compiled"), [("inputs", False), ("attention", True)])
+def test_what_is_parked_is_held_by_nobody_forward_or_backward(keep, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    peak, left = kept_by_a_block(keep, parked=True, compiled=compiled)
+    assert left < 0.1  # gradients of the adapters, and no tensor fetched a second time
+    assert peak < 0.1
+
+
+@pytest.mark.parametrize(("keep", "compiled"), [("inputs", False), ("attention", False), ("attention", True)])
+def test_a_block_keeps_what_the_plan_counts(keep, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    peak, _ = kept_by_a_block(keep, parked=False, compiled=compiled)
+    assert peak == pytest.approx(ACTIVATIONS[keep], rel=0.03)
 
 
 def test_streamed_weights_are_in_host_memory_and_bit_for_bit_the_same():

@@ -60,6 +60,12 @@ def test_low_moves_all_and_fits_the_small_cards():
     assert not plan_for("low", "1.5-5b", 12, host=10).stream
 
 
+def test_what_is_not_compiled_parks_only_what_hooks_reach():
+    for gib in (8, 22, 30):
+        plan = plan_for("auto", "5b", gib, compiled=False)
+        assert set(plan.keep) == ({"inputs"} if plan.park else {"attention"})
+
+
 def test_full_fine_tuning_and_deepspeed_stream_nothing():
     trained = int(1.69e9 * 16)
     assert not plan_for("low", "2b", 80, trained=trained, frozen=False).stream
