@@ -12,9 +12,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal
 
+from . import __version__
 from .checkpoint import WeightsIdentity
 from .device import Dtype
 from .errors import ShardError
@@ -120,4 +120,5 @@ class Contract:
 
 
 def tool_version() -> str:
-    return metadata.version("cogtune")
+    """The project's version, also where it is not installed and only on the path."""
+    return __version__

@@ -1,8 +1,10 @@
 import dataclasses
 import random
+from importlib import metadata
 
 import pytest
 
+from cogcommon.contract import tool_version
 from cogcommon.errors import ShardError
 from cogcommon.records import ShardRecord, read_record, record_bytes, write_record
 
@@ -46,3 +48,7 @@ def test_the_contract_tells_which_fact_differs(record):
     assert contract.differences(other) == ["posterior: 'moments' here, 'sample' there"]
     assert contract.fingerprint != other.fingerprint
     assert contract.fingerprint == dataclasses.replace(contract, tool_version="0.0.0", model="elsewhere").fingerprint
+
+
+def test_the_installed_project_has_the_version_that_its_code_says():
+    assert metadata.version("cogtune") == tool_version()
