@@ -29,12 +29,16 @@ check: venv
 	@mkdir -p build/names && for side in common prep train; do ln -sfn ../../$$side build/names/cog$$side; done
 	$(BIN)/mypy
 
-# One thread a process: two processes of two threads on two cores wait for each other (2.5 to 6 times slower).
+# Test files side by side: make test JOBS=8. One thread a process: two processes of two threads on two cores
+# wait for each other (2.5 to 6 times slower).
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not full"
+	$(PYTEST) -m "not gpu and not full"
 
 test-full: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-gpu: venv
 	$(BIN)/pytest -m gpu
