@@ -24,6 +24,7 @@ class Times:
     backward: float
     optimizer: float
     compile: float
+    kept: int  # bytes of GPU memory held when the last forward pass ended; 0 on a CPU
 
     @property
     def step(self) -> float:
@@ -34,13 +35,19 @@ class StepClock:
     """Started with a step; `end` ends a part of it. On a GPU the marks are events in its own queue."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._now: Callable[[], Any] = _event if device.type == "cuda" else time.perf_counter
+        self._kept = 0
         self._marks: list[tuple[Part | None, Any, float]] = []
         self._mark(None)
 
     def end(self, part: Part) -> None:
         """All since the last mark was this part."""
         self._mark(part)
+        if part == "forward" and self._device.type == "cuda":
+            import torch
+
+            self._kept = torch.cuda.memory_allocated(self._device)  # the allocator's own count: no GPU is asked
 
     def _mark(self, part: Part | None) -> None:
         self._marks.append((part, self._now(), seconds_so_far()))
@@ -54,7 +61,7 @@ class StepClock:
             seconds = ended - began if isinstance(ended, float) else began.elapsed_time(ended) / 1000
             parts[part] += max(0.0, seconds - (after - before))
             compiling += after - before
-        return Times(**parts, compile=compiling)
+        return Times(**parts, compile=compiling, kept=self._kept)
 
 
 def _event() -> Any:

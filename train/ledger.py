@@ -118,5 +118,6 @@ class Ledger:
                 backward_s=times.backward,
                 optimizer_s=times.optimizer,
                 compile_s=times.compile,
+                kept_gib=times.kept / 2**30,
             )
         )

@@ -75,6 +75,7 @@ class StepLine:
     backward_s: float = 0.0
     optimizer_s: float = 0.0
     compile_s: float = 0.0  # beside them, once a resolution
+    kept_gib: float = 0.0  # of the GPU's memory, held between the forward and the backward pass
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def main(
     compile: Annotated[
         Literal["auto", "on", "off"], typer.Option(help="auto, on or off: the product's blocks.")
     ] = "auto",
+    memory_trace: Annotated[bool, typer.Option(help="Who holds the memory at the peak, into bench.jsonl.")] = False,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure rows one after the other, and print a table."""
@@ -40,7 +41,11 @@ def main(
         _work(Row(**json.loads(worker)), out)
         return
     out.mkdir(parents=True, exist_ok=True)
-    wanted = [dataclasses.replace(row, small=small, compile=compile) for row in ROWS if not rows or row.name in rows]
+    wanted = [
+        dataclasses.replace(row, small=small, compile=compile, memory_trace=row.memory_trace or memory_trace)
+        for row in ROWS
+        if not rows or row.name in rows
+    ]
     if not wanted:
         raise typer.BadParameter("no such row; there are " + " ".join(row.name for row in ROWS))
     print(_machine(), flush=True)
@@ -60,7 +65,7 @@ def main(
         result = started.finish(min(row_seconds, left))
         results.append(result)
         if "s_per_step" not in result and row.compile == "auto" and row.kind in ("fast", "auto", "low"):
-            wanted.append(dataclasses.replace(row, compile="off", profile=False))
+            wanted.append(dataclasses.replace(row, compile="off", profile=False, memory_trace=False))
         with (out / "bench.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(result) + "\n")
         shown = {name: round(value, 3) for name, value in result.items() if isinstance(value, float)}

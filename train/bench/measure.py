@@ -23,6 +23,7 @@ from ..run_folder import METRICS_FILE, read_metrics
 from ..settings import LoraSettings
 from ..signals import StopRequest
 from ..step.host_memory import locked_bytes
+from .allocations import Allocations
 from .rows import Row
 from .subject import RandomCheckpoint, random_checkpoint, random_shards
 
@@ -58,35 +59,79 @@ class _After(StopRequest):
         steps: that are measured. The ledger logs a step when the next one is queued, so one more is made.
         measured: called then.
         profile: make two more, under the profiler.
+        trace: make one more, and remember every allocation.
     """
 
-    def __init__(self, steps: int, measured: Callable[[], None], profile: bool) -> None:
+    def __init__(self, steps: int, measured: Callable[[], None], profile: bool, trace: bool) -> None:
         self._made = 0
         self._steps = steps + 1
         self._measured = measured
-        self._profile = profile
-        self.kernels: list[str] = []
+        self._more: list[_Profiled | Allocations] = []
+        if profile:
+            self._more.append(_Profiled())
+        if trace:
+            self._more.append(Allocations())
+        self._watch: _Profiled | Allocations | None = None
+        self._until = 0
+        self.first_peak_gib = 0.0
+        self.found: dict[str, list[str]] = {}
 
     @property
     def signal(self) -> int:  # type: ignore[override]
         """Asked for after every step."""
         import torch
-        from torch.profiler import ProfilerActivity, profile
 
         self._made += 1
+        if torch.cuda.is_available() and self._made == 1:
+            # The first step compiles and tries; what it held more than the others is told apart.
+            self.first_peak_gib = peak_gib(torch.device("cuda"))
+            torch.cuda.reset_peak_memory_stats()
         if self._made == self._steps:
             self._measured()
-            if not self._profile or not torch.cuda.is_available():
+            if not torch.cuda.is_available():
                 raise _Enough
-            torch.cuda.synchronize()
-            self._profiler = profile(activities=[ProfilerActivity.CUDA])
-            self._profiler.__enter__()
-        elif self._made == self._steps + _PROFILED:
-            torch.cuda.synchronize()
-            self._profiler.__exit__(None, None, None)
-            self.kernels = _longest(self._profiler)
-            raise _Enough
+        if self._made >= self._steps:
+            self._look()
         return 0
+
+    def _look(self) -> None:
+        """Begin or end what is looked at once all is measured; not every machine allows it."""
+        import torch
+
+        torch.cuda.synchronize()
+        watch, self._watch = self._watch, None
+        try:
+            if watch is not None and self._made < self._until:
+                self._watch = watch
+                return
+            if watch is not None:
+                self.found[watch.name] = watch.end()
+            if not self._more:
+                raise _Enough
+            watch = self._more.pop(0)
+            watch.begin()
+            self._watch, self._until = watch, self._made + watch.steps
+        except _Enough:
+            raise
+        except Exception as error:
+            assert watch is not None
+            self.found[watch.name] = [f"{type(error).__name__}: {error}"[:300]]
+
+
+class _Profiled:
+    """Kernels and copies of a step."""
+
+    name, steps = "kernels", _PROFILED
+
+    def begin(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self._profiler = profile(activities=[ProfilerActivity.CUDA])
+        self._profiler.__enter__()
+
+    def end(self) -> list[str]:
+        self._profiler.__exit__(None, None, None)
+        return _longest(self._profiler)
 
 
 def _longest(profiler: Any) -> list[str]:
@@ -138,13 +183,13 @@ def product(run: Run, row: Row, measured: Callable[[Mapping[str, Any]], None]) -
     Args:
         measured: gets the result before a profile is taken.
     """
-    stop = _After(row.steps, lambda: measured(_result(run, row)), row.profile)
+    stop = _After(row.steps, lambda: measured(_result(run, row, stop.first_peak_gib)), row.profile, row.memory_trace)
     with contextlib.suppress(_Enough):
         train(run, stop)
-    return {**_result(run, row), "kernels": stop.kernels}
+    return {**_result(run, row, stop.first_peak_gib), **stop.found}
 
 
-def _result(run: Run, row: Row) -> Mapping[str, Any]:
+def _result(run: Run, row: Row, first_peak_gib: float) -> Mapping[str, Any]:
     import torch
 
     assert run.settings.out is not None
@@ -158,6 +203,8 @@ def _result(run: Run, row: Row) -> Mapping[str, Any]:
         "steps": len(counted),
         "compile_s": sum(line.compile_s for line in lines),
         "peak_gib": max(line.peak_gib for line in lines),
+        "first_peak_gib": first_peak_gib,
+        "kept_gib": lines[-1].kept_gib,
         "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else 0.0,
         "locked_gib": locked_bytes() / _GIB,
         "losses": [round(line.loss, 5) for line in lines],
