@@ -3,10 +3,11 @@
 ``--model tiny`` (and four more forms, one a family) is written once into the
 user's cache as an ordinary diffusers folder: tokenizer, T5 encoder, VAE,
 transformer, scheduler, in the real classes. From there on it is loaded like
-any other checkpoint. The VAE is trained (``tiny_vae.md`` says how); the other
-weights are random, and the same on every machine: each tensor comes from a
-generator seeded with its own name. ``random-tiny``, ... are the same models with
-a random VAE, for tests where only shapes matter.
+any other checkpoint. VAE and transformer are trained and generate drawn shapes
+that move (``weights/README.md`` says how they were made); the T5 encoder is
+random, and the same on every machine: each tensor comes from a generator seeded
+with its own name. ``random-tiny``, ... are the same forms smaller and all random,
+for tests where only shapes matter.
 """
 
 from __future__ import annotations
@@ -118,9 +119,9 @@ def _file(name: str) -> Traversable:
 
 
 def _trained(family: Family) -> dict[str, bytes]:
-    """The weights that this package brings, by component; a form that has no transformer yet gets a random one."""
-    files = {"vae": _file("tiny_vae.safetensors"), "transformer": _file(f"{family.builtin}.safetensors")}
-    return {component: file.read_bytes() for component, file in files.items() if file.is_file()}
+    """The weights that this package brings, by component."""
+    files = {"vae": "vae", "transformer": family.builtin}
+    return {part: _file(f"weights/{name}.safetensors").read_bytes() for part, name in files.items()}
 
 
 def _write(family: Family, folder: Path, trained: dict[str, bytes], transformer_config: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too
 def live_model() -> Callable:
     """live_model(name, **attach options) -> checkpoint, transformer with a LoRA whose B is not zero."""
 
-    def make(name="tiny", **options):
+    def make(name="random-tiny", **options):
         checkpoint = open_checkpoint(name)
         transformer = checkpoint.load_transformer(torch.float32)
         lora.attach(transformer, **({"rank": RANK, "alpha": ALPHA} | options))

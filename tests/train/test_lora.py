@@ -49,7 +49,7 @@ def test_a_file_without_the_folded_scale_is_refused(tmp_path, live_model, dtype)
 
 
 def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp_path):
-    checkpoint = open_checkpoint("tiny")
+    checkpoint = open_checkpoint("random-tiny")
     transformer = checkpoint.load_transformer(torch.bfloat16)
     lora.attach(transformer, RANK, ALPHA)
     trainable = [p for p in transformer.parameters() if p.requires_grad]
@@ -103,7 +103,7 @@ def test_merging_into_half_precision_rounds_once(tmp_path, live_model):
 
 
 def test_a_lora_of_another_model_is_refused_in_words(tmp_path, live_model):
-    _, transformer = live_model("tiny")
+    _, transformer = live_model("random-tiny")
     state = lora.state_dict(transformer)
     i2v = open_checkpoint("tiny-1.5-i2v")
     # Shapes of 5B T2V and I2V are the same: only the file's own facts tell them apart.
@@ -113,7 +113,7 @@ def test_a_lora_of_another_model_is_refused_in_words(tmp_path, live_model):
 
     wider = {key: torch.cat([t, t], 1) if "lora_A" in key else t for key, t in state.items()}
     lora.save(wider, tmp_path, {})
-    tiny = open_checkpoint("tiny")
+    tiny = open_checkpoint("random-tiny")
     with pytest.raises(ModelError, match="32 wide in the model and 64 in the file"):
         lora.load(tmp_path / lora.FILE, tiny, tiny.load_transformer(torch.float32))
 

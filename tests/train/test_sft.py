@@ -31,12 +31,13 @@ def test_the_folder_gives_the_trained_model(tmp_path, name):
     state = sft.state_dict(transformer, torch.float32)
     folder = sft.save(state, checkpoint, tmp_path)
     loaded = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer")
-    assert torch.equal(probe(loaded), probe(transformer))
+    # Equal weights, below; a matrix product may still round otherwise where they lie at another alignment.
+    assert difference(probe(loaded), probe(transformer)) < 1e-5
     for (name, mine), (_, theirs) in zip(
         sorted(transformer.state_dict().items()), sorted(loaded.state_dict().items()), strict=True
     ):
         assert torch.equal(mine, theirs), name
-    assert sft.check(folder, checkpoint, state, probe(transformer), CPU) == 0
+    assert sft.check(folder, checkpoint, state, probe(transformer), CPU) < 1e-5
     assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
 
 

@@ -58,7 +58,7 @@ def vae(
         pool=pool,
         workers=workers,
         graphs=graphs,
-        command=_command(),
+        command=_command(folder),
     )
 
 
@@ -152,8 +152,10 @@ def _device() -> torch.device:
     return device
 
 
-def _command() -> str:
-    return "python -m cogtrain.pretrain " + shlex.join(sys.argv[1:])
+def _command(folder: Path) -> str:
+    """What was typed, for the card; where it worked says nothing to others."""
+    words = [word if word != str(folder) else "FOLDER" for word in sys.argv[1:]]
+    return "python -m cogtrain.pretrain " + shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def psnr(vae: Any, clip_FHWC: Frames) -> float:
 
 
 def export_vae(vae: Any, folder: Path, *, seed: int, made: Mapping[str, object], clips: int = 24) -> None:
-    """Write ``tiny_vae.safetensors`` and its card, ``tiny_vae.md``: bf16, all latent channels equally strong.
+    """Write ``vae.safetensors`` and its card, ``vae.md``: bf16, all latent channels equally strong.
 
     Args:
         made: what the card says of the training.
@@ -212,8 +212,8 @@ def export_vae(vae: Any, folder: Path, *, seed: int, made: Mapping[str, object],
     for name, drawn in sets.items():
         found = [psnr(vae, clip) for clip in drawn]
         rows.append(f"| {name} | {np.mean(found):.1f} | {min(found):.1f} |")
-    safetensors.torch.save_file(weights, folder / "tiny_vae.safetensors")
-    (folder / "tiny_vae.md").write_text(
+    safetensors.torch.save_file(weights, folder / "vae.safetensors")
+    (folder / "vae.md").write_text(
         CARD.format(wild=WILD, rms=LATENT_RMS, clips=clips, device=name_of(device), rows="\n".join(rows), **made),
         encoding="utf-8",
     )

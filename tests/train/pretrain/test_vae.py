@@ -55,9 +55,9 @@ def test_the_file_holds_even_latents_and_shows_the_same_frames(vae, tmp_path):
     before = psnr(vae, clip)
     made = {"steps": 1, "minutes": 0.1, "batch": 1, "pool": 1, "command": "python -m cogtrain.pretrain vae"}
     export_vae(vae, tmp_path, seed=0, made=made, clips=1)
-    assert "| the unseen shape |" in (tmp_path / "tiny_vae.md").read_text()
+    assert "| the unseen shape |" in (tmp_path / "vae.md").read_text()
     read = diffusers.AutoencoderKLCogVideoX(**VAE_CONFIG)
-    read.load_state_dict(safetensors.torch.load_file(tmp_path / "tiny_vae.safetensors"))
+    read.load_state_dict(safetensors.torch.load_file(tmp_path / "vae.safetensors"))
     assert abs(psnr(read, clip) - before) < 0.2
     with torch.no_grad():
         latent = read.encode(to_tensor(mixed_clip((5, 1))[None])).latent_dist.mean
