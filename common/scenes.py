@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.25,
 }  # fmt: skip
 
-# Shapes that the built-in model has never seen: concepts to teach it.
+# A shape that the built-in model has never seen.
 NEW_SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {"star": _star}
 
 # A motion gives the centre (in half-widths and half-heights, -1..1) and the scale at time t in 0..1.
@@ -62,6 +62,11 @@ MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "rises from bottom to top": lambda t: (0.0, 0.55 - 1.1 * t, 1.0),
     "grows slowly": lambda t: (0.0, 0.0, 0.5 + t),
     "circles around the centre": lambda t: (0.5 * np.cos(2 * np.pi * t), 0.5 * np.sin(2 * np.pi * t), 1.0),
+}
+
+# A motion that the built-in model has never seen: the concept that the demo teaches it.
+NEW_MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
+    "shrinks slowly": lambda t: (0.0, 0.0, 1.6 - 1.2 * t),
 }
 
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # top and bottom
@@ -102,7 +107,7 @@ def draw(
     background_HWC = background(scene.background, height, width)
     video = np.empty((len(times_F), height, width, 3), dtype=np.uint8)
     for index, time in enumerate(times_F):
-        across, down, scale = MOTIONS[scene.motion](time)
+        across, down, scale = (MOTIONS | NEW_MOTIONS)[scene.motion](time)
         centre = across + 2 * off[0] / width, down + 2 * off[1] / height
         cover_HW = mask(scene.shape, centre, scale * height / 5, height, width)
         video[index] = np.rint(blend_in(background_HWC, COLOURS[scene.colour], cover_HW))
@@ -139,13 +144,13 @@ def blend_in(image_HWC: Plane, colour: Sequence[float] | Plane, cover_HW: Plane)
     return image_HWC * (1 - cover_HW1) + np.asarray(colour, dtype=np.float64) * cover_HW1
 
 
-def every_scene(seed: int) -> list[Scene]:
-    """All scenes of the known shapes, shuffled."""
-    every = [Scene(*parts) for parts in itertools.product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS)]
+def every_scene(seed: int, motions: Iterable[str] = MOTIONS) -> list[Scene]:
+    """All scenes of the known shapes with these motions (the known ones unless told), shuffled."""
+    every = [Scene(*parts) for parts in itertools.product(SHAPES, COLOURS, motions, BACKGROUNDS)]
     random.Random(seed).shuffle(every)
     return every
 
 
-def scenes(count: int, seed: int) -> list[Scene]:
+def scenes(count: int, seed: int, motions: Iterable[str] = MOTIONS) -> list[Scene]:
     """The first scenes of the shuffled list; repeats only when all were used."""
-    return list(itertools.islice(itertools.cycle(every_scene(seed)), count))
+    return list(itertools.islice(itertools.cycle(every_scene(seed, motions)), count))

@@ -12,22 +12,31 @@ from typing import Annotated
 
 import typer
 
-from cogcommon.scenes import draw, scenes
+from cogcommon.scenes import NEW_MOTIONS, draw, scenes
 from cogcommon.video import write_mp4
 
 # 33 frames at 16 fps last as long as the 17 at 8 fps that the built-in model sees: the whole motion.
 HEIGHT, WIDTH, FPS, FRAMES = 128, 192, 16, 33
 TIMES = [index / (FRAMES - 1) for index in range(FRAMES)]
+ID_TOKEN = "sks"  # what DreamBooth calls its subjects (Ruiz et al. 2022, arXiv:2208.12242)
 
 
-def write_data_set(folder: Path, count: int, seed: int) -> None:
-    """Draw ``count`` clips into ``folder`` with prompts.txt and videos.txt."""
+def write_data_set(folder: Path, count: int, seed: int, *, new: bool = False) -> None:
+    """Draw ``count`` clips into ``folder`` with prompts.txt and videos.txt.
+
+    Args:
+        new: three of four clips show the motion that the built-in model has never seen, and their captions
+            begin with the id token; the others are as ever, so that it keeps what it knows (what DreamBooth
+            calls prior preservation).
+    """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     names = [f"videos/{index:03d}.mp4" for index in range(count)]
-    chosen = scenes(count, seed)
+    known = count // 4 if new else count
+    chosen = scenes(known, seed) + scenes(count - known, seed, NEW_MOTIONS)
     for name, scene in zip(names, chosen, strict=True):
         write_mp4(folder / name, draw(scene, TIMES, HEIGHT, WIDTH), FPS)
-    (folder / "prompts.txt").write_text("".join(f"{scene.caption}\n" for scene in chosen), encoding="utf-8")
+    captions = [f"{ID_TOKEN} {scene.caption}" if scene.motion in NEW_MOTIONS else scene.caption for scene in chosen]
+    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
     (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
@@ -35,9 +44,13 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Where to draw; made if missing.")],
     clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 25,
     seed: Annotated[int, typer.Option(help="Which scenes, in which order.")] = 0,
+    new: Annotated[
+        bool,
+        typer.Option("--new", help=f"Three of four show what the built-in model has never seen; they say {ID_TOKEN}."),
+    ] = False,
 ) -> None:
     """Draw a small data set of moving shapes with captions."""
-    write_data_set(folder, clips, seed)
+    write_data_set(folder, clips, seed, new=new)
     typer.echo(f"drew {clips} clips ({FRAMES} frames, {WIDTH}x{HEIGHT}, {FPS} fps) with captions in {folder}")
 
 

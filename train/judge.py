@@ -12,7 +12,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from cogcommon.scenes import BACKGROUNDS, COLOURS, MOTIONS, NEW_SHAPES, SHAPES, Plane, Scene, background, mask
+from cogcommon.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    NEW_MOTIONS,
+    NEW_SHAPES,
+    SHAPES,
+    Plane,
+    Scene,
+    background,
+    mask,
+)
 from cogcommon.video import Frames
 
 _OFF = 3  # pixels; each frame's shape is also looked for this far up, down, left and right
@@ -89,13 +100,13 @@ def _lengths(times_F: tuple[float, ...], height: int, width: int) -> dict[str, P
     return lengths
 
 
-@lru_cache(maxsize=4)  # 42 x 104,448 pixels at 17x64x96: 18 MB an entry
+@lru_cache(maxsize=4)  # 49 x 104,448 pixels at 17x64x96: 20 MB an entry
 def _covers(times_F: tuple[float, ...], height: int, width: int) -> tuple[list[tuple[str, str]], Plane]:
     """Shapes and motions by name, and the mask of each in each frame, fp32 (F, N, H*W)."""
-    names = [(shape, motion) for shape in SHAPES | NEW_SHAPES for motion in MOTIONS]
+    names = [(shape, motion) for shape in SHAPES | NEW_SHAPES for motion in MOTIONS | NEW_MOTIONS]
     cover_FNP = np.empty((len(times_F), len(names), height * width), dtype=np.float32)
     for frame, time in enumerate(times_F):
         for row, (shape, motion) in enumerate(names):
-            across, down, scale = MOTIONS[motion](time)
+            across, down, scale = (MOTIONS | NEW_MOTIONS)[motion](time)
             cover_FNP[frame, row] = mask(shape, (across, down), scale * height / 5, height, width).reshape(-1)
     return names, cover_FNP
