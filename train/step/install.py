@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import SettingError
 
 from .engine import Engine
-from .plan import Load, choose, gib
+from .plan import Load, Plan, choose, fits, gib
 from .trial import compiler_fault
 
 if TYPE_CHECKING:
@@ -29,15 +30,16 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
     Raises:
         SettingError: ``--compile on`` without a compiler.
     """
-    import psutil
-
     gpu = runtime.device.type == "cuda"
     load = load_of(run, runtime, transformer)
     free = _free(runtime.device) if gpu else 0
-    host_free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    plan = choose(
-        run.settings.memory, load, free=free, host_free=host_free, compiled=_compiles(run, runtime, log), gpu=gpu
-    )
+    host_free = _host_free(load)
+    memory, compiled = run.settings.memory, _compiles(run, runtime, log)
+    plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu)
+    if gpu:
+        wanted = choose(memory, load, free=free, host_free=sys.maxsize, compiled=compiled)
+        for note in notes(plan, wanted, load, free=free, host_free=host_free):
+            log.say(note)
     engine = Engine(transformer, plan, runtime.device, runtime.dtype)
     if gpu:
         kernel = {"cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}[engine.kernel]
@@ -46,6 +48,37 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
             f"about {gib(plan.peak(load))} of {gib(free)} free"
         )
     return engine
+
+
+def notes(plan: Plan, wanted: Plan, load: Load, *, free: int, host_free: int) -> list[str]:
+    """What is not as it was asked for, or will not do.
+
+    Args:
+        wanted: the plan if there were host memory without end.
+    """
+    said = []
+    if plan != wanted:
+        said.append(
+            f"note: host memory is short: {gib(wanted.host(load))} would be locked, {gib(host_free)} are free; "
+            f"{gib(plan.host(load))} will be, and about {gib(plan.peak(load))} of the GPU's instead of "
+            f"{gib(wanted.peak(load))}"
+        )
+    if not fits(plan, load, free):
+        said.append(
+            f"note: this may not fit: about {gib(plan.peak(load))} are needed of the GPU's {gib(free)} free; "
+            "a lower --batch-size or --rank, or clips encoded at a smaller --resolution, need less"
+        )
+    return said
+
+
+def _host_free(load: Load) -> int:
+    """Bytes of host memory for this process: what nobody holds, and its own copy of the weights that will move."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    own = memory.rss - getattr(memory, "shared", 0)  # pages of a file that was read count as free already
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available // processes + min(own, load.layers * load.block))
 
 
 def _free(device: torch.device) -> int:

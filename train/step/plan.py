@@ -18,7 +18,7 @@ Memory = Literal["fast", "auto", "low"]
 _GIB = 2**30
 # Of free memory, what a plan may fill: fragments, the CUDA libraries' workspaces and validation take the rest.
 _USABLE = 0.88
-_HOST_USABLE = 0.6
+_HOST_USABLE = 0.8  # of host memory; what is locked cannot be swapped, and the batches in the making need some
 # The most that one block holds while it goes backward, in activations, beside what is kept.
 _WORK_COMPILED, _WORK_PLAIN, _WORK_CHUNKED = 16.0, 26.0, 11.0
 _PARKED_IN_FLIGHT = 3  # blocks whose tensors are on their way out or back
@@ -129,7 +129,7 @@ def choose(memory: Memory, load: Load, *, free: int, host_free: int, compiled: b
 
     Args:
         free: bytes of GPU memory that this process may use.
-        host_free: bytes of host memory that this process may lock.
+        host_free: bytes of host memory that nobody else needs, those of the frozen weights among them.
         gpu: on a CPU there is one memory: nothing to fit and, but for ``low``, nothing to move.
     """
     if not gpu:
@@ -138,8 +138,13 @@ def choose(memory: Memory, load: Load, *, free: int, host_free: int, compiled: b
             keep=(keep,) * load.layers, park=memory == "low", stream=memory == "low" and load.streams, compiled=compiled
         )
     plans = [plan for plan in _ladder(memory, load, compiled) if plan.host(load) <= _HOST_USABLE * host_free]
-    fitting = (plan for plan in plans if plan.peak(load) <= _USABLE * free)
+    fitting = (plan for plan in plans if fits(plan, load, free))
     return next(fitting, min(plans, key=lambda plan: plan.peak(load)))
+
+
+def fits(plan: Plan, load: Load, free: int) -> bool:
+    """Whether a plan leaves of the GPU's free bytes what else is needed there."""
+    return plan.peak(load) <= _USABLE * free
 
 
 def _ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
@@ -158,6 +163,8 @@ def _ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
     stream = load.streams
     yield Plan(keep=parked, park=True, stream=stream, chunks=_CHUNKS, compiled=compiled)
     yield Plan(keep=inputs, park=True, stream=stream, chunks=_CHUNKS, compiled=compiled)
+    if stream:  # host memory is short, too
+        yield Plan(keep=inputs, stream=True, chunks=_CHUNKS, compiled=compiled)
     yield Plan(keep=inputs, park=True, chunks=_CHUNKS, compiled=compiled)
     yield Plan(keep=inputs, chunks=_CHUNKS, compiled=compiled)
 
