@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
-from cogcommon.families import PATCH
 
 from .order import Ints
 from .run import Run
+from .step.demand import Demand, demand
+from .step.plan import gib
+from .zero_config import Strategy
 
 if TYPE_CHECKING:
     import torch
 
-_GIB = 2**30
 _SHOWN = 8  # samples named in one message
 
 
@@ -59,38 +61,28 @@ def stop_for(named: Sequence[str], step: int, main: bool) -> RunError:
 
 
 def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:
-    """Which setting lowers the peak, and by how much, for this run's largest bucket."""
-    config = run.checkpoint.transformer_config
-    patch_t = config.get("patch_size_t") or 1
-    tokens = max(
-        -(-bucket.latent_frames // patch_t) * (bucket.latent_height // PATCH) * (bucket.latent_width // PATCH)
-        for bucket in run.shards.buckets
-    )
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    size = {"fp32": 4}.get(run.precision, 2)
-    # Tensors of this size: a block keeps two of them under auto (its input, the attention's output), about ten under
-    # fast (q, k, v, a feed-forward four times as wide, too), none on the GPU under low (`step.keep`).
-    inputs = config["num_layers"] * (tokens + run.checkpoint.family.text_tokens) * width * size / _GIB
+    """Which setting lowers the peak, and to what, by the arithmetic that the run was planned with."""
+    import torch
+
     settings = run.settings
-    advice = []
+    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else sys.maxsize
+    now = demand(run, card=card)
+    changes: dict[str, Demand] = {}
     if settings.batch_size > 1:
-        advice.append(
-            f"--batch-size 1 --accumulate {settings.accumulate * settings.batch_size} "
-            f"(the same global batch; about {inputs * (settings.batch_size - 1):.1f} GiB less)"
-        )
+        same = f"--batch-size 1 --accumulate {settings.accumulate * settings.batch_size}"
+        changes[f"{same} (the same global batch)"] = demand(run, card=card, batch=1)
+    if settings.memory != "low":
+        changes["--memory low"] = demand(run, card=card, memory="low")
     if settings.memory == "fast":
-        advice.append(f"--memory auto (up to {8 * inputs * settings.batch_size:.0f} GiB less)")
-    elif settings.memory == "auto":
-        base = 0 if run.method.full else config["num_layers"] * 12 * width**2 * size / _GIB
-        advice.append(f"--memory low (up to {2 * inputs * settings.batch_size + base:.1f} GiB less, a little slower)")
-    if run.method.full and not run.strategy.endswith("-offload"):
-        weights = config["num_layers"] * 12 * width**2  # attention 4, feed-forward 8
-        advice.append(
-            f"--strategy zero2-offload (optimizer states on the host, {weights * 12 / run.world / _GIB:.0f} GiB less)"
-        )
-    elif run.method.full and run.strategy == "zero2-offload":
-        weights = config["num_layers"] * 12 * width**2
-        advice.append(f"--strategy zero3-offload (weights too: {weights * size / _GIB:.0f} GiB less)")
+        changes["--memory auto"] = demand(run, card=card, memory="auto")
+    if run.method.full and run.strategy != "zero3-offload":
+        offload: Strategy = "zero3-offload" if run.strategy == "zero2-offload" else "zero2-offload"
+        changes[f"--strategy {offload}"] = demand(run, card=card, strategy=offload)
+    advice = []
+    for change, then in changes.items():
+        if then.peak < now.peak:
+            locks = f", and {gib(then.locked)} of host memory" if then.locked > now.locked else ""
+            advice.append(f"{change}: about {gib(then.peak)} instead of {gib(now.peak)}{locks}")
     return RunError(
         "out of GPU memory",
         where=str(error).splitlines()[0],

@@ -64,9 +64,9 @@ def attach(
             where="--rank, --alpha, --lora-dropout",
             fix="rank from 1, alpha above 0, dropout from 0 to below 1",
         )
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = _linear(transformer)
     for target in target_modules:
-        if not any(name == target or name.endswith("." + target) for name in linear):
+        if not targets(transformer, [target]):
             block = "transformer_blocks.0."
             known = sorted(name.removeprefix(block) for name in linear if name.startswith(block))
             raise SettingError(
@@ -88,6 +88,21 @@ def attach(
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             bound = 1 / math.sqrt(weight.shape[1])  # as torch.nn.Linear starts
             weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
+
+
+def targets(transformer: torch.nn.Module, target_modules: Sequence[str]) -> dict[str, torch.nn.Linear]:
+    """The linear layers, by name, that get an adapter."""
+    return {
+        name: layer
+        for name, layer in _linear(transformer).items()
+        if any(name == target or name.endswith("." + target) for target in target_modules)
+    }
+
+
+def _linear(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    import torch
+
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
 def _layers(transformer: torch.nn.Module) -> Iterator[tuple[str, Any]]:

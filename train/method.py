@@ -37,6 +37,10 @@ class Method(Protocol):
         """Choose the weights to train."""
         ...
 
+    def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
+        """How many weights it would train; the transformer may be one without memory."""
+        ...
+
     def facts(self) -> dict[str, Any]:
         """Settings without which its checkpoints do not fit, by option."""
         ...
@@ -84,6 +88,10 @@ class Lora:
             transformer, settings.rank, self.alpha, settings.target_modules, settings.lora_dropout, seed=settings.seed
         )
 
+    def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
+        layers = lora.targets(transformer, self.settings.target_modules).values()
+        return sum(self.settings.rank * (layer.in_features + layer.out_features) for layer in layers)
+
     def facts(self) -> dict[str, Any]:
         return {
             "--rank": self.settings.rank,
@@ -119,6 +127,9 @@ class Sft:
 
     def apply(self, transformer: CogVideoXTransformer3DModel) -> None:
         transformer.requires_grad_(True)
+
+    def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
+        return sum(parameter.numel() for parameter in transformer.parameters())
 
     def facts(self) -> dict[str, Any]:
         return {}

@@ -10,5 +10,6 @@ Each module is one lever that can be read alone and switched off:
 * ``parking``: what is kept waits in host memory;
 * ``streaming``: the frozen weights live in host memory and come one block ahead;
 * ``plan``: which of these a run needs, by arithmetic, from the memory there is;
+* ``demand``: what a run would take under each strategy and setting, before it is loaded;
 * ``engine``: puts them together, in a diffusers transformer.
 """

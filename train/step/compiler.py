@@ -34,3 +34,17 @@ def seconds_so_far() -> float:
         sys.modules.get("torch._dynamo.utils"), "calculate_time_spent", dict
     )
     return float(spent().get("total_wall_time", 0.0))
+
+
+def is_compilers(error: Exception) -> bool:
+    """Whether an error is of the compiling, and not of what was compiled."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
+def in_one_line(error: Exception) -> str:
+    """A compiler's error, which goes on for pages, by the first line of what went wrong inside."""
+    error = getattr(error, "inner_exception", error)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .block import BlockFunction, Layout, block_function
-from .compiler import compiled
+from .compiler import compiled, in_one_line, is_compilers
 from .keep import Keep, keeping
 from .parking import Parked, Parking
 from .plan import Plan
@@ -27,15 +27,18 @@ class Engine:
     Args:
         transformer: on the CPU, adapters attached, what is trained chosen.
         dtype: that the blocks compute in.
+        say: is told when the compiler fails on the blocks, after which they run uncompiled.
     """
 
     def __init__(
-        self, transformer: CogVideoXTransformer3DModel, plan: Plan, device: torch.device, dtype: torch.dtype
-    ) -> None:
+        self, transformer: CogVideoXTransformer3DModel, plan: Plan, device: torch.device, dtype: torch.dtype,
+        say: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
         blocks = transformer.transformer_blocks
         self._plan = plan
         self._device = device
         self._dtype = dtype
+        self._say = say
         self.kernel = attention_kernel(device, dtype, plan.compiled)
         self._functions: dict[tuple[Layout, Keep | None, bool], BlockFunction] = {}
         self._layouts = [Layout.of(block) for block in blocks]
@@ -85,7 +88,23 @@ class Engine:
             video, text = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (video, text))
             video, text = (tensor if tensor.requires_grad else tensor.requires_grad_() for tensor in (video, text))
         inputs = (video.to(self._dtype), text.to(self._dtype), temb.to(self._dtype), *tables)
-        function = self._function(index, training, rotary=bool(tables))
+        try:
+            return self._compute(index, training, inputs, rotary=bool(tables))
+        except RuntimeError as error:
+            # It has failed before anything was computed or kept, so the block can be begun again.
+            if not (self._plan.compiled and is_compilers(error)):
+                raise
+            self._plan = self._plan.uncompiled
+            self._functions.clear()
+            self._say(f"note: blocks are not compiled, a step takes longer and more memory ({in_one_line(error)})")
+            return self._compute(index, training, inputs, rotary=bool(tables))
+
+    def _compute(
+        self, index: int, training: bool, inputs: tuple[torch.Tensor, ...], rotary: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        function = self._function(index, training, rotary)
         weights = self._weights_of(index)
         with torch.autocast(self._device.type, enabled=False):  # the function itself says what runs in which type
             if not training or not (self._parking or self._streaming):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import SettingError
 
+from .demand import load_of
 from .engine import Engine
 from .plan import Load, Plan, choose, fits, gib
 from .trial import compiler_fault
@@ -31,7 +32,7 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
         SettingError: ``--compile on`` without a compiler.
     """
     gpu = runtime.device.type == "cuda"
-    load = load_of(run, runtime, transformer)
+    load = load_of(run)
     free = _free(runtime.device) if gpu else 0
     host_free = _host_free(load)
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
@@ -40,7 +41,7 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
         wanted = choose(memory, load, free=free, host_free=sys.maxsize, compiled=compiled)
         for note in notes(plan, wanted, load, free=free, host_free=host_free):
             log.say(note)
-    engine = Engine(transformer, plan, runtime.device, runtime.dtype)
+    engine = Engine(transformer, plan, runtime.device, runtime.dtype, log.say)
     if gpu:
         kernel = {"cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}[engine.kernel]
         log.say(
@@ -88,29 +89,6 @@ def _free(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     share = torch.cuda.get_per_process_memory_fraction(device.index)  # None: the current GPU
     return min(free, int(total * share))
-
-
-def load_of(run: Run, runtime: Runtime, transformer: CogVideoXTransformer3DModel) -> Load:
-    """What a step of the run works on, in its largest bucket."""
-    trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
-    # fp32: weight, gradient and two moments; DeepSpeed holds weight and gradient in half precision, and the rest
-    # (12 bytes) on the host or spread over the processes.
-    per_weight = 16.0
-    if runtime.sharded:
-        per_weight = 4 + (0 if run.strategy.endswith("-offload") else 12 / runtime.world)
-    loads = [
-        Load.of(
-            run.checkpoint.transformer_config,
-            bucket,
-            batch=run.settings.batch_size,
-            size=runtime.dtype.itemsize,
-            trained=int(trained * per_weight),
-            frozen=not run.method.full,
-            streams=not runtime.sharded,
-        )
-        for bucket in run.shards.buckets
-    ]
-    return max(loads, key=lambda load: load.activation)
 
 
 def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:

@@ -6,7 +6,7 @@ Bytes are predicted from shapes alone, before any weight is on the GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cogcommon.families import PATCH, Resolution
@@ -93,6 +93,13 @@ class Plan:
     chunks: int = 1
     compiled: bool = False
 
+    @property
+    def uncompiled(self) -> Plan:
+        """The same without a compiler. A selective checkpoint then keeps what it selects in a place that hooks
+        do not reach, and so nothing of it could be parked."""
+        keep = _each("inputs", len(self.keep)) if self.park else self.keep
+        return replace(self, keep=keep, compiled=False)
+
     def peak(self, load: Load) -> int:
         """Predicted bytes of GPU memory at the worst moment of a step."""
         work = _WORK_PLAIN if not self.compiled else _WORK_CHUNKED if self.chunks > 1 else _WORK_COMPILED
@@ -152,8 +159,7 @@ def _ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
     layers = load.layers
     attention = _each("attention", layers)
     inputs = _each("inputs", layers)
-    # Not compiled, a selective checkpoint keeps what it selects in a place that hooks do not reach.
-    parked = attention if compiled else inputs
+    parked = attention if compiled else inputs  # as in Plan.uncompiled
     if memory == "fast":
         for whole in range(layers, 0, -1):
             yield Plan(keep=_each("matmuls", whole) + attention[whole:], compiled=compiled)

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .attention import Kernel, attend
-from .compiler import compiled
+from .compiler import compiled, in_one_line
 from .keep import keeping
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ def compiler_fault(device: torch.device) -> str | None:
     try:
         torch.compile(small, fullgraph=True, dynamic=False)(x).sum().backward()
     except Exception as error:  # torch raises whatever the compilers below it raise
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+        return in_one_line(error)
     return None
 
 

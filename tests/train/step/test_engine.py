@@ -231,6 +231,35 @@ def test_all_blocks_are_one_graph_without_breaks(form, method, monkeypatch):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_a_compiler_that_fails_costs_a_sentence_and_not_the_run(monkeypatch):
+    def fails(graph, inputs):
+        raise RuntimeError("no such kernel\nand a page of it")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fails))
+    torch._dynamo.reset()
+    expected = gradients(*transformer_of("tiny", "lora"))
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    said = []
+    plan = Plan(("attention",) * LAYERS, park=True, stream=True, compiled=True)
+    Engine(transformer, plan, CPU, torch.float32, said.append).park_all()
+    for _ in range(2):
+        assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
+    assert len(said) == 1 and "not compiled" in said[0] and "no such kernel" in said[0] and "page" not in said[0]
+
+
+def test_an_error_of_the_computation_is_not_taken_for_the_compilers(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    engine = Engine(transformer, Plan(("inputs",) * LAYERS, compiled=True), CPU, torch.float32)
+
+    def runs_out(*tensors):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(engine, "_function", lambda *a, **k: runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(checkpoint, transformer)
+
+
 @pytest.mark.full  # a minute of g++
 @pytest.mark.parametrize("keep", ["matmuls", "attention", "inputs"])
 def test_compiled_for_real(keep):

@@ -1,0 +1,109 @@
+"""What a run would take of the GPU and the host under each strategy and memory setting, before it is loaded."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..zero_config import STAGE, Strategy
+from .plan import Load, Memory, Plan, choose
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+_SIZES = {"fp32": 4}  # bytes of a number as computed; half precision else
+_GATHERED = 2  # blocks that ZeRO-3 holds whole: one that computes, one that comes
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes under one choice of settings."""
+
+    strategy: Strategy
+    memory: Memory
+    plan: Plan
+    load: Load
+
+    @property
+    def peak(self) -> int:
+        """Of GPU memory, for each process."""
+        return self.plan.peak(self.load)
+
+    @property
+    def locked(self) -> int:
+        """Of host memory, page-locked, for each process; what DeepSpeed offloads comes on top."""
+        return self.plan.host(self.load)
+
+
+def demand(
+    run: Run, *, card: int = sys.maxsize, strategy: Strategy | None = None, memory: Memory | None = None,
+    batch: int | None = None, compiled: bool = True,
+) -> Demand:  # fmt: skip
+    """What a run needs in its largest bucket.
+
+    Args:
+        card: bytes of the GPU's memory.
+        strategy, memory, batch: other than the run's own.
+    """
+    strategy, memory = strategy or run.strategy, memory or run.settings.memory
+    load = load_of(run, strategy=strategy, batch=batch or run.settings.batch_size)
+    if STAGE[strategy] < 3:
+        return Demand(strategy, memory, choose(memory, load, free=card, host_free=sys.maxsize, compiled=compiled), load)
+    # Diffusers' own blocks; what they keep waits in host memory under low.
+    plan = Plan(keep=("all" if memory == "fast" else "inputs",) * load.layers, park=memory == "low")
+    return Demand(strategy, memory, plan, load)
+
+
+def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = None) -> Load:
+    """The load of a run in its largest bucket."""
+    strategy = strategy or run.strategy
+    config = run.checkpoint.transformer_config
+    loads = [
+        Load.of(
+            config,
+            bucket,
+            batch=batch or run.settings.batch_size,
+            size=_SIZES.get(run.precision, 2),
+            trained=int(trained_weights(run) * bytes_a_weight(strategy, run.world)),
+            frozen=not run.method.full,
+            streams=strategy == "ddp",
+        )
+        for bucket in run.shards.buckets
+    ]
+    load = max(loads, key=lambda load: load.activation)
+    if STAGE[strategy] < 3:
+        return load
+    whole = Load.of(config, run.shards.buckets[0], batch=1, size=_SIZES.get(run.precision, 2), trained=0)
+    here = 0 if strategy == "zero3-offload" else 1 / run.world
+    return replace(load, block=int(load.block * here), rest=int(load.rest * here) + _GATHERED * whole.block)
+
+
+def bytes_a_weight(strategy: Strategy, world: int) -> float:
+    """GPU memory of a trained weight, its gradient and AdamW's two moments, for each process.
+
+    DDP holds all in fp32. DeepSpeed computes with a copy in half precision, as its gradients are,
+    and spreads what it holds in fp32 (12 bytes) over the processes, or has it on the host;
+    stages 2 and 3 spread gradients, too, and stage 3 the copy (ZeRO, arXiv 1910.02054, section 5).
+    """
+    if strategy == "ddp":
+        return 16.0
+    spread = 0.0 if strategy.endswith("-offload") else 12.0
+    stage = STAGE[strategy]
+    if stage == 3:
+        return (0.0 if strategy == "zero3-offload" else 4.0 + spread) / world
+    return 2.0 + (2.0 if stage == 1 else 2.0 / world) + spread / world
+
+
+def trained_weights(run: Run) -> int:
+    """How many weights a run trains, from its checkpoint's config."""
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+    config = dict(run.checkpoint.transformer_config)
+    with torch.device("meta"):
+        without, one = (
+            run.method.trained(CogVideoXTransformer3DModel.from_config(config | {"num_layers": layers}))
+            for layers in (0, 1)
+        )
+    return without + config["num_layers"] * (one - without)
