@@ -13,15 +13,16 @@ venv: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-# The main job on the built-in model: draw clips, encode them, train a LoRA, generate with it.
+# Teach the built-in model a motion that it has never seen: draw clips, encode them, train a LoRA, compare.
 demo: venv
 	rm -rf demo
-	$(BIN)/python -m cogprep.draw demo/clips --clips 28
+	$(BIN)/python -m cogprep.draw demo/clips --clips 30 --new
 	$(BIN)/cogprep encode --data-root demo/clips --resolution 17x64x96 --model tiny --holdout 4 --shard-samples 8 --out demo/shards
 	$(BIN)/cogprep preview demo/shards --samples 4
-	$(BIN)/cogtrain lora --shards demo/shards/*.tar --validate-shards demo/shards/val/*.tar --steps 120 --validate-every 40 --lr 1e-3 --batch-size 4 --out demo/run
-	$(BIN)/cogtrain generate --run demo/run --prompt "A red ring moves from left to right on warm sand." --steps 20 --out demo/videos
-	@echo; echo "look at: demo/shards/preview/index.html, demo/run/report.html, demo/videos"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
+	$(BIN)/cogtrain lora --shards demo/shards/*.tar --validate-shards demo/shards/val/*.tar --steps 240 --validate-every 80 --lr 1e-3 --lr-schedule cosine --batch-size 4 --rank 64 --out demo/run
+	$(BIN)/python -m cogtrain.pretrain concept demo/run --clips 8
+	$(BIN)/cogtrain generate --run demo/run --prompt "sks A red ring shrinks slowly on warm sand." --steps 20 --guidance 3 --out demo/videos
+	@echo; echo "look at: demo/run/concept.png, demo/run/report.html, demo/videos, demo/shards/preview/index.html"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
 
 check: venv
 	$(BIN)/ruff check .

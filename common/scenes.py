@@ -68,6 +68,8 @@ MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
 NEW_MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "shrinks slowly": lambda t: (0.0, 0.0, 1.6 - 1.2 * t),
 }
+# What the captions of a new motion begin with; DreamBooth's word for a subject (Ruiz et al. 2022, arXiv:2208.12242).
+ID_TOKEN = "sks"
 
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # top and bottom
     "a plain gray background": ((150, 150, 150), (150, 150, 150)),
@@ -89,7 +91,8 @@ class Scene:
     @property
     def caption(self) -> str:
         article = "An" if self.colour[0] in "aeiou" else "A"
-        return f"{article} {self.colour} {self.shape} {self.motion} on {self.background}."
+        token = f"{ID_TOKEN} " if self.motion in NEW_MOTIONS else ""
+        return f"{token}{article} {self.colour} {self.shape} {self.motion} on {self.background}."
 
 
 def draw(

@@ -12,31 +12,29 @@ from typing import Annotated
 
 import typer
 
-from cogcommon.scenes import NEW_MOTIONS, draw, scenes
+from cogcommon.scenes import ID_TOKEN, NEW_MOTIONS, draw, scenes
 from cogcommon.video import write_mp4
 
 # 33 frames at 16 fps last as long as the 17 at 8 fps that the built-in model sees: the whole motion.
 HEIGHT, WIDTH, FPS, FRAMES = 128, 192, 16, 33
 TIMES = [index / (FRAMES - 1) for index in range(FRAMES)]
-ID_TOKEN = "sks"  # what DreamBooth calls its subjects (Ruiz et al. 2022, arXiv:2208.12242)
 
 
 def write_data_set(folder: Path, count: int, seed: int, *, new: bool = False) -> None:
     """Draw ``count`` clips into ``folder`` with prompts.txt and videos.txt.
 
     Args:
-        new: three of four clips show the motion that the built-in model has never seen, and their captions
+        new: two of three clips show the motion that the built-in model has never seen, and their captions
             begin with the id token; the others are as ever, so that it keeps what it knows (what DreamBooth
             calls prior preservation).
     """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     names = [f"videos/{index:03d}.mp4" for index in range(count)]
-    known = count // 4 if new else count
+    known = count // 3 if new else count
     chosen = scenes(known, seed) + scenes(count - known, seed, NEW_MOTIONS)
     for name, scene in zip(names, chosen, strict=True):
         write_mp4(folder / name, draw(scene, TIMES, HEIGHT, WIDTH), FPS)
-    captions = [f"{ID_TOKEN} {scene.caption}" if scene.motion in NEW_MOTIONS else scene.caption for scene in chosen]
-    (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
+    (folder / "prompts.txt").write_text("".join(f"{scene.caption}\n" for scene in chosen), encoding="utf-8")
     (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
@@ -46,7 +44,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Which scenes, in which order.")] = 0,
     new: Annotated[
         bool,
-        typer.Option("--new", help=f"Three of four show what the built-in model has never seen; they say {ID_TOKEN}."),
+        typer.Option("--new", help=f"Two of three show what the built-in model has never seen; they say {ID_TOKEN}."),
     ] = False,
 ) -> None:
     """Draw a small data set of moving shapes with captions."""

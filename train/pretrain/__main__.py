@@ -1,4 +1,4 @@
-"""``python -m cogtrain.pretrain vae|transformer|exam``: make the weights of the built-in model, and examine them."""
+"""``python -m cogtrain.pretrain vae|transformer|exam|concept``: make the built-in model, examine it, teach it."""
 
 from __future__ import annotations
 
@@ -140,6 +140,28 @@ def exam(
         with (folder / "exam.jsonl").open("a", encoding="utf-8") as out:
             out.write(line + "\n")
         sheet(captions, shown).save(folder / f"guidance-{scale:g}.png")
+
+
+@app.command()
+def concept(
+    run: Annotated[Path, typer.Argument(help="Run folder of a fine-tune on clips of `python -m cogprep.draw --new`.")],
+    clips: Annotated[int, typer.Option(min=1, max=100, help="To generate of each kind, tuned and base.")] = 8,
+    sampling_steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 12,
+    guidance: Annotated[float, typer.Option(help="1 is none.")] = 3.0,
+    seed: Seed = 0,
+) -> None:
+    """Let the judge say whether a fine-tune learned the new motion, and whether it forgot the known scenes.
+
+    Writes concept.png into RUN: base beside tuned, the same seeds.
+    """
+    pick_device()
+    quiet_libraries()
+    from .concept import examine_run, tell
+
+    proof, sheet = examine_run(run, clips=clips, steps=sampling_steps, guidance=guidance, seed=seed)
+    sheet.save(run / "concept.png")
+    typer.echo(tell(proof))
+    typer.echo(f"base beside tuned, the same seeds: {run / 'concept.png'}")
 
 
 def _device() -> torch.device:

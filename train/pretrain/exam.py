@@ -64,12 +64,8 @@ def examine(
     guidance: float,
     seed: int,
     batch: int = 10,
-    id_token: str = "",
 ) -> tuple[Marks, Frames]:
     """Generate a clip for each caption (and first frame, for I2V) and let the judge name it.
-
-    Args:
-        id_token: put in front of every caption, as ``cogprep encode --id-token`` does.
 
     Returns:
         The marks, and the clips of the first few captions, uint8 (N, F, H, W, 3).
@@ -85,7 +81,7 @@ def examine(
         i2v = checkpoint.family.task == "i2v"
         with torch.no_grad():
             videos = pipeline(
-                prompt=[f"{id_token} {scene.caption}".strip() for scene in some],
+                prompt=[scene.caption for scene in some],
                 num_frames=NATIVE.frames,
                 height=NATIVE.height,
                 width=NATIVE.width,

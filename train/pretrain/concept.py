@@ -1,0 +1,113 @@
+"""Whether fine-tuning learns: the judge names what a tuned built-in model draws, and what the base drew before.
+
+The whole chain is asked at once, by what comes out of it: crop, VAE, T5, noise, schedule,
+positions, adapters and their scale, the exported file, and diffusers' own pipeline that loads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cogcommon.scenes import NEW_MOTIONS, Scene, every_scene
+from cogcommon.video import Frames
+
+from ..pipeline import load_pipeline, to_base
+from ..run_folder import METRICS_FILE
+from ..tuned import find
+from .exam import examine
+from .transformer import split_scenes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_ROWS, _FRAMES, _GAP, _LINE = 5, 5, 10, 16  # of the picture; the last two in pixels
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Shares of clips, 0..1, and mean losses over the held-out samples; each (base, tuned)."""
+
+    recognised: tuple[float, float]  # clips captioned with the new motion that show it
+    kept: tuple[float, float]  # known scenes, never trained on, in the right shape and colour
+    held_out_loss: tuple[float, float] | None  # None: the run validated nothing
+
+
+def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int) -> tuple[Proof, Image]:
+    """Generate new and known scenes, tuned and base with the same seeds, and let the judge name them.
+
+    The new scenes are the last of their list, of which `cogprep.draw` takes the first; the known
+    ones are of those that no form was trained on.
+
+    Args:
+        run: folder of a finished run, LoRA or SFT.
+        clips: of each kind.
+        steps: of the sampler.
+
+    Returns:
+        The figures, and a picture of base beside tuned clips.
+
+    Raises:
+        RunError, ModelError: no weights there, or not of a model that can be had.
+    """
+    tuned = find(run, None, None, None)
+    pipeline = load_pipeline(tuned, torch.float32)
+    new, known = every_scene(0, NEW_MOTIONS)[-clips:], split_scenes()[1][-clips:]
+
+    def ask(scenes: list[Scene]) -> Any:
+        return examine(pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed)
+
+    (new_after, shown_after), (known_after, _) = ask(new), ask(known)
+    to_base(pipeline, tuned, torch.float32)
+    (new_before, shown_before), (known_before, _) = ask(new), ask(known)
+    proof = Proof(
+        recognised=(new_before.motion, new_after.motion),
+        kept=(known_before.shape_and_colour, known_after.shape_and_colour),
+        held_out_loss=_held_out_loss(run),
+    )
+    return proof, _beside(new, shown_before, shown_after)
+
+
+def tell(proof: Proof) -> str:
+    """The figures as a small table."""
+    rows = [
+        f"{'':<42}{'base':>7}{'tuned':>7}",
+        f"{'the new motion is recognised':<42}{proof.recognised[0]:>7.0%}{proof.recognised[1]:>7.0%}",
+        f"{'known scenes in the right shape and colour':<42}{proof.kept[0]:>7.0%}{proof.kept[1]:>7.0%}",
+    ]
+    if proof.held_out_loss:
+        base, tuned = proof.held_out_loss
+        rows.append(f"{'held-out loss':<42}{base:>7.3f}{tuned:>7.3f}  ({tuned / base - 1:+.0%})")
+    return "\n".join(rows)
+
+
+def _held_out_loss(run: Path) -> tuple[float, float] | None:
+    lines = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    validations = [line for line in lines if "val_loss" in line]
+    return (validations[-1]["base_val_loss"], validations[-1]["val_loss"]) if validations else None
+
+
+def _beside(scenes: Sequence[Scene], base_NFHWC: Frames, tuned_NFHWC: Frames) -> Image:
+    """A row a caption: a few frames of the base model's clip, then of the tuned one's."""
+    from PIL import Image, ImageDraw
+
+    _, length, height, width, _ = base_NFHWC.shape
+    row, half = height + _LINE, width * _FRAMES + _GAP
+    picture = Image.new("RGB", (2 * half - _GAP, _LINE + row * min(_ROWS, len(scenes))), "white")
+    pen = ImageDraw.Draw(picture)
+    for column, (label, clips_NFHWC) in enumerate({"base": base_NFHWC, "tuned": tuned_NFHWC}.items()):
+        pen.text((column * half + 2, 2), label, fill="black")
+        for index, (scene, clip_FHWC) in enumerate(zip(scenes[:_ROWS], clips_NFHWC, strict=False)):
+            top = _LINE + index * row
+            if not column:
+                pen.text((2, top + 2), scene.caption, fill="gray")
+            for place, moment in enumerate(np.linspace(0, length - 1, _FRAMES).round().astype(int)):
+                frame = Image.fromarray(clip_FHWC[moment])
+                picture.paste(frame, (column * half + place * width, top + _LINE))
+    return picture
