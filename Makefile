@@ -16,7 +16,7 @@ venv: .venv/ready
 # Teach the built-in model a motion that it has never seen: draw clips, encode them, train a LoRA, compare.
 demo: venv
 	rm -rf demo
-	$(BIN)/python -m cogprep.draw demo/clips --clips 30 --new
+	$(BIN)/python -m cogprep.draw demo/clips --clips 30 --new "shrinks slowly"
 	$(BIN)/cogprep encode --data-root demo/clips --resolution 17x64x96 --model tiny --holdout 4 --shard-samples 8 --out demo/shards
 	$(BIN)/cogprep preview demo/shards --samples 4
 	$(BIN)/cogtrain lora --shards demo/shards/*.tar --validate-shards demo/shards/val/*.tar --steps 240 --validate-every 80 --lr 1e-3 --lr-schedule cosine --batch-size 4 --rank 64 --out demo/run

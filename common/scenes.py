@@ -64,9 +64,11 @@ MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "circles around the centre": lambda t: (0.5 * np.cos(2 * np.pi * t), 0.5 * np.sin(2 * np.pi * t), 1.0),
 }
 
-# A motion that the built-in model has never seen: the concept that the demo teaches it.
+# Motions that the built-in model has never seen: concepts to teach it. An I2V form needs the second: its first
+# frame is one that it knows, and from which it goes on otherwise. A large shape in the middle it can only lose.
 NEW_MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "shrinks slowly": lambda t: (0.0, 0.0, 1.6 - 1.2 * t),
+    "circles back around the centre": lambda t: (0.5 * np.cos(2 * np.pi * t), -0.5 * np.sin(2 * np.pi * t), 1.0),
 }
 # What the captions of a new motion begin with; DreamBooth's word for a subject (Ruiz et al. 2022, arXiv:2208.12242).
 ID_TOKEN = "sks"

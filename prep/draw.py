@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cogcommon.scenes import ID_TOKEN, NEW_MOTIONS, draw, scenes
+from cogcommon.scenes import NEW_MOTIONS, draw, scenes
 from cogcommon.video import write_mp4
 
 # 33 frames at 16 fps last as long as the 17 at 8 fps that the built-in model sees: the whole motion.
@@ -20,18 +20,18 @@ HEIGHT, WIDTH, FPS, FRAMES = 128, 192, 16, 33
 TIMES = [index / (FRAMES - 1) for index in range(FRAMES)]
 
 
-def write_data_set(folder: Path, count: int, seed: int, *, new: bool = False) -> None:
+def write_data_set(folder: Path, count: int, seed: int, *, new: str | None = None) -> None:
     """Draw ``count`` clips into ``folder`` with prompts.txt and videos.txt.
 
     Args:
-        new: two of three clips show the motion that the built-in model has never seen, and their captions
-            begin with the id token; the others are as ever, so that it keeps what it knows (what DreamBooth
-            calls prior preservation).
+        new: a motion that the built-in model has never seen. Two of three clips show it, and their captions
+            begin with the id token; the others are as ever, so that the model keeps what it knows (what
+            DreamBooth calls prior preservation).
     """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     names = [f"videos/{index:03d}.mp4" for index in range(count)]
     known = count // 3 if new else count
-    chosen = scenes(known, seed) + scenes(count - known, seed, NEW_MOTIONS)
+    chosen = scenes(known, seed) + scenes(count - known, seed, [new] if new else [])
     for name, scene in zip(names, chosen, strict=True):
         write_mp4(folder / name, draw(scene, TIMES, HEIGHT, WIDTH), FPS)
     (folder / "prompts.txt").write_text("".join(f"{scene.caption}\n" for scene in chosen), encoding="utf-8")
@@ -43,11 +43,15 @@ def main(
     clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 25,
     seed: Annotated[int, typer.Option(help="Which scenes, in which order.")] = 0,
     new: Annotated[
-        bool,
-        typer.Option("--new", help=f"Two of three show what the built-in model has never seen; they say {ID_TOKEN}."),
-    ] = False,
+        str | None,
+        typer.Option(
+            help=f"A motion that the built-in model has never seen, in two of three: {', '.join(NEW_MOTIONS)}."
+        ),
+    ] = None,
 ) -> None:
     """Draw a small data set of moving shapes with captions."""
+    if new not in (None, *NEW_MOTIONS):
+        raise typer.BadParameter(f"no such motion: {new}", param_hint="--new")
     write_data_set(folder, clips, seed, new=new)
     typer.echo(f"drew {clips} clips ({FRAMES} frames, {WIDTH}x{HEIGHT}, {FPS} fps) with captions in {folder}")
 

@@ -2,7 +2,7 @@ import av
 import numpy as np
 import pytest
 
-from cogcommon.scenes import COLOURS, MOTIONS, SHAPES, Scene, draw, scenes
+from cogcommon.scenes import COLOURS, ID_TOKEN, MOTIONS, SHAPES, Scene, draw, scenes
 from cogprep.draw import HEIGHT, TIMES, WIDTH, write_data_set
 
 
@@ -54,3 +54,12 @@ def test_the_files_show_the_drawn_colours_and_the_lists_pair(tmp_path):
 def test_the_same_seed_draws_the_same_clips_and_motions_are_named():
     assert scenes(30, 1) == scenes(30, 1) != scenes(30, 2)
     assert all(any(motion in scene.caption for motion in MOTIONS) for scene in scenes(30, 1))
+
+
+def test_two_of_three_clips_show_the_new_motion_and_their_captions_carry_the_id_token(tmp_path):
+    write_data_set(tmp_path, 6, seed=0, new="shrinks slowly")
+    captions = (tmp_path / "prompts.txt").read_text().splitlines()
+    assert len(list((tmp_path / "videos").iterdir())) == len(captions) == 6
+    marked = [caption for caption in captions if caption.startswith(f"{ID_TOKEN} A")]
+    assert len(marked) == 4 and all("shrinks slowly" in caption for caption in marked)
+    assert captions[:2] == [scene.caption for scene in scenes(2, 0)]

@@ -2,7 +2,7 @@ import av
 import numpy as np
 import pytest
 
-from cogcommon.scenes import BACKGROUNDS, COLOURS, MOTIONS, Scene, draw, scenes
+from cogcommon.scenes import BACKGROUNDS, COLOURS, MOTIONS, NEW_MOTIONS, Scene, draw, scenes
 from cogcommon.video import write_mp4
 from cogtrain.judge import judge
 
@@ -38,6 +38,13 @@ def test_the_new_shape_is_named_and_not_taken_for_a_known_one():
     for motion, place in zip(MOTIONS, [*BACKGROUNDS] * 2, strict=False):
         scene = Scene("star", "yellow", motion, place)
         assert judge(clip(scene)).scene == scene
+
+
+@pytest.mark.parametrize("end", [1.0, 0.5])  # the forms at 16 fps see half of a motion
+def test_the_new_motions_are_named_and_not_taken_for_known_ones(end):
+    times = [time * end for time in TIMES]
+    for scene in scenes(10, seed=2, motions=NEW_MOTIONS):
+        assert judge(clip(scene, times), times).scene == scene
 
 
 def test_blur_noise_and_h264_do_not_change_the_names(tmp_path):

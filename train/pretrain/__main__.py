@@ -144,7 +144,7 @@ def exam(
 
 @app.command()
 def concept(
-    run: Annotated[Path, typer.Argument(help="Run folder of a fine-tune on clips of `python -m cogprep.draw --new`.")],
+    run: Annotated[Path, typer.Argument(help="Run of a fine-tune on clips of `python -m cogprep.draw --new`.")],
     clips: Annotated[int, typer.Option(min=1, max=100, help="To generate of each kind, tuned and base.")] = 8,
     sampling_steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 12,
     guidance: Annotated[float, typer.Option(help="1 is none.")] = 3.0,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cogcommon.families import Family
 from cogcommon.scenes import NEW_MOTIONS, Scene, every_scene
 from cogcommon.video import Frames
 
@@ -58,7 +59,7 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
     """
     tuned = find(run, None, None, None)
     pipeline = load_pipeline(tuned, torch.float32)
-    new, known = every_scene(0, NEW_MOTIONS)[-clips:], split_scenes()[1][-clips:]
+    new, known = every_scene(0, [motion_for(tuned.checkpoint.family)])[-clips:], split_scenes()[1][-clips:]
 
     def ask(scenes: list[Scene]) -> Any:
         return examine(pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed)
@@ -72,6 +73,12 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
         held_out_loss=_held_out_loss(run),
     )
     return proof, _beside(new, shown_before, shown_after)
+
+
+def motion_for(family: Family) -> str:
+    """The new motion that a form of this family is taught."""
+    shrinks, circles_back = NEW_MOTIONS
+    return circles_back if family.task == "i2v" else shrinks
 
 
 def tell(proof: Proof) -> str:
