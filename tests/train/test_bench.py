@@ -24,6 +24,9 @@ def test_random_weights_are_of_their_variance_and_no_two_the_same():
 
 @pytest.mark.parametrize("family", ["5b", "5b-i2v"])
 def test_a_row_is_measured_on_a_small_shape(family):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # this process may have made other runs
     found = []
     for kind in ("low", "reference"):
         row = Row(family, kind, rank=4, steps=3, small=True, compile="off")
