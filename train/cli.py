@@ -10,7 +10,7 @@ import typer
 from cogcommon.errors import CogError
 from cogcommon.settings import add_command, run_app
 
-from .settings import ExportSettings, GenerateSettings, LoraSettings, SftSettings, TrainSettings
+from .settings import ExportSettings, GenerateSettings, LoraSettings, PlanSettings, SftSettings, TrainSettings
 
 app = typer.Typer(
     name="cogtrain",
@@ -62,6 +62,12 @@ def train(settings: TrainSettings) -> None:
             sys.exit(stopped.code)
 
 
+def plan(settings: PlanSettings) -> None:
+    from .forecast import run
+
+    run(settings)
+
+
 def generate(settings: GenerateSettings) -> None:
     from .generate import run
 
@@ -76,6 +82,7 @@ def export(settings: ExportSettings) -> None:
 
 add_command(app, "lora", LoraSettings, train, help="Train a LoRA.")
 add_command(app, "sft", SftSettings, train, help="Train all weights (full fine-tuning).")
+add_command(app, "plan", PlanSettings, plan, help="What a card must hold under each setting, and the command to run.")
 add_command(app, "generate", GenerateSettings, generate, help="Make a video, and the base model's beside it.")
 add_command(app, "export", ExportSettings, export, help="Write the weights of a run for others to load, and compare.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -142,6 +143,35 @@ class SftSettings(TrainSettings):
     """Settings of ``cogtrain sft``."""
 
     lr: float = setting(1e-5, "peak learning rate", section=_OPTIM)
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Settings of ``cogtrain plan``."""
+
+    shards: list[str] = setting([], "tars, globs, brace ranges or URLs of the training shards")
+    model: str | None = setting(None, "another checkpoint of the same family", shown="the one the shards were made for")
+    method: Literal["lora", "sft", "both"] = setting("both", "what is to be trained")
+    gpu: str | None = setting(None, "memory of a GPU, as 24GB", shown="this machine's")
+    gpus: int | None = setting(None, "GPUs, one process each", shown="this machine's, at least 1")
+    rank: int = setting(128, "rank of the LoRA")
+    batch_size: int = setting(1, "samples a process and accumulation step")
+    check: bool = setting(False, "make two steps of the command that is advised, and compare the peak")
+    json: bool = setting(False, "print the result as JSON")
+
+    @property
+    def card(self) -> int | None:
+        """Bytes of a GPU; its maker's GB are GiB.
+
+        Raises:
+            SettingError: it is not a size.
+        """
+        if self.gpu is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB?|GiB)?", self.gpu.strip(), re.IGNORECASE)
+        if not match or float(match[1]) <= 0:
+            raise SettingError(f"{self.gpu!r} is no amount of memory", where="--gpu", fix="--gpu 24GB")
+        return int(float(match[1]) * 2**30)
 
 
 _WEIGHTS, _VIDEO = "Weights", "Video"

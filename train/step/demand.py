@@ -24,6 +24,7 @@ class Demand:
     memory: Memory
     plan: Plan
     load: Load
+    offloaded: int = 0  # bytes of host memory that DeepSpeed takes, for each process
 
     @property
     def peak(self) -> int:
@@ -32,8 +33,12 @@ class Demand:
 
     @property
     def locked(self) -> int:
-        """Of host memory, page-locked, for each process; what DeepSpeed offloads comes on top."""
+        """Of host memory, page-locked by us, for each process."""
         return self.plan.host(self.load)
+
+    @property
+    def host(self) -> int:
+        return self.locked + self.offloaded
 
 
 def demand(
@@ -48,11 +53,14 @@ def demand(
     """
     strategy, memory = strategy or run.strategy, memory or run.settings.memory
     load = load_of(run, strategy=strategy, batch=batch or run.settings.batch_size)
+    # Weights, gradients and two moments in fp32; under stage 3 the half precision copy, too.
+    a_weight = {"zero2-offload": 16, "zero3-offload": 18}.get(strategy, 0) / run.world
+    offloaded = int(trained_weights(run) * a_weight) if a_weight else 0
     if STAGE[strategy] < 3:
-        return Demand(strategy, memory, choose(memory, load, free=card, host_free=sys.maxsize, compiled=compiled), load)
-    # Diffusers' own blocks; what they keep waits in host memory under low.
-    plan = Plan(keep=("all" if memory == "fast" else "inputs",) * load.layers, park=memory == "low")
-    return Demand(strategy, memory, plan, load)
+        plan = choose(memory, load, free=card, host_free=sys.maxsize, compiled=compiled)
+    else:  # diffusers' own blocks; what they keep waits in host memory under low
+        plan = Plan(keep=("all" if memory == "fast" else "inputs",) * load.layers, park=memory == "low")
+    return Demand(strategy, memory, plan, load, offloaded)
 
 
 def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = None) -> Load:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cogcommon.families import PATCH, Resolution
 
-from .keep import ACTIVATIONS, Keep
+from .keep import ACTIVATIONS, ALL_UNCOMPILED, Keep
 
 Memory = Literal["fast", "auto", "low"]
 
@@ -103,9 +103,8 @@ class Plan:
     def peak(self, load: Load) -> int:
         """Predicted bytes of GPU memory at the worst moment of a step."""
         work = _WORK_PLAIN if not self.compiled else _WORK_CHUNKED if self.chunks > 1 else _WORK_COMPILED
-        kept = sum(ACTIVATIONS[keep] for keep in self.keep)
-        if self.park:
-            kept = min(kept, _PARKED_IN_FLIGHT * max(ACTIVATIONS[keep] for keep in self.keep))
+        each = [ALL_UNCOMPILED if keep == "all" and not self.compiled else ACTIVATIONS[keep] for keep in self.keep]
+        kept = min(sum(each), _PARKED_IN_FLIGHT * max(each)) if self.park else sum(each)
         blocks = min(load.layers, 2) if self.stream else load.layers
         return int(load.rest + load.trained + blocks * load.block + (kept + work) * load.activation)
 

@@ -1,0 +1,98 @@
+"""``cogtrain plan``: which settings fit a card, what it prints, and the two steps that check it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from cogcommon.errors import SettingError
+from cogcommon.families import BY_NAME
+from cogtrain import forecast
+from cogtrain.bench.subject import random_checkpoint, random_shards
+from cogtrain.run import open_run
+from cogtrain.settings import PlanSettings
+
+GIB = 2**30
+
+
+@pytest.fixture
+def plan_of(tmp_path, make_shards, monkeypatch):
+    """plan_of(gib, gpus, **settings): forecasts for a 5B of true shape at its native size."""
+
+    def open_large(settings, device, world):
+        run = open_run(settings, device, world)
+        checkpoint = random_checkpoint("5b")
+        shards = random_shards(checkpoint, BY_NAME["5b"].native, samples=1)
+        return dataclasses.replace(run, checkpoint=checkpoint, shards=shards, precision="bf16")
+
+    make_shards(tmp_path / "out", samples=8)
+    monkeypatch.setattr(forecast, "open_run", open_large)
+    return lambda gib, gpus=1, **settings: forecast.forecasts(
+        PlanSettings(shards=[str(tmp_path / "out")], **settings), gib * GIB, gpus
+    )
+
+
+def of(lines, method, strategy):
+    return {line.memory: line for line in lines if (line.method, line.strategy) == (method, strategy)}
+
+
+def test_a_card_of_24_gb_and_of_12(plan_of):
+    large, small = (of(plan_of(gib), "lora", "ddp") for gib in (24, 12))
+    assert large["auto"].fits and large["low"].fits and large["low"].peak_gib < large["auto"].peak_gib
+    assert list(small) == ["auto"]  # where all moves to the host anyway, the dial has one place
+    assert small["auto"].fits and small["auto"].peak_gib == large["low"].peak_gib
+
+
+def test_full_fine_tuning_of_5b_is_spread_or_offloaded(plan_of):
+    one, eight = plan_of(80, method="sft"), plan_of(80, 8, method="sft")
+    assert {line.method for line in one} == {"sft"}
+    assert not any(line.fits for line in of(one, "sft", "ddp").values())  # 16 bytes for each of 5.6 billion weights
+    assert any(line.fits for line in of(one, "sft", "zero2-offload").values())
+    assert not of(one, "sft", "zero3") and of(eight, "sft", "zero3")["auto"].fits
+    peaks = [of(eight, "sft", strategy)["auto"].peak_gib for strategy in ("ddp", "zero1", "zero2", "zero3")]
+    assert peaks == sorted(peaks, reverse=True)
+    # Offloaded: weight, gradient and two moments in fp32.
+    assert of(one, "sft", "zero2-offload")["auto"].host_gib >= 16 * 5.57e9 / GIB
+
+
+def test_seconds_stand_only_where_they_were_measured(plan_of):
+    measured = [line for line in plan_of(80) if line.s_per_step]
+    assert [(line.method, line.memory, line.measured_on) for line in measured] == [("lora", "auto", "H100 80 GB")]
+    assert not any(line.s_per_step for line in plan_of(80, rank=64))
+
+
+def test_the_row_that_was_measured_is_within_a_tenth_of_what_is_computed(plan_of):
+    (row,) = [line for line in plan_of(80) if line.s_per_step]
+    measured = json.loads(forecast.resources.files("cogtrain").joinpath("measured.jsonl").read_text())
+    assert row.peak_gib == pytest.approx(measured["peak_gib"], rel=0.1)
+
+
+def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
+    make_shards(tmp_path / "my out", samples=2)
+    settings = PlanSettings(shards=[str(tmp_path / "my out")], gpu="24GB", rank=4, method="lora")
+    forecast.run(settings)
+    said = capsys.readouterr().out
+    assert "computed, not measured" in said and "not measured" in said and "fits" in said
+    forecast.run(dataclasses.replace(settings, json=True))
+    lines = [forecast.Forecast(**line) for line in json.loads(capsys.readouterr().out)]
+    assert lines[0].command in said and "--rank 4" in lines[0].command and lines[0].fits
+    forecast.check(lines[:1])  # the whole command, in a process of its own
+    assert "checked: lora ddp auto: peak" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        (PlanSettings(gpu="much"), "--gpu"),
+        (PlanSettings(gpu="0GB"), "--gpu"),
+        (PlanSettings(), "--gpu"),
+        (PlanSettings(gpu="24GB", check=True), "--check"),
+        (PlanSettings(gpu="24GB", gpus=0), "--gpus"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(settings, where, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SettingError) as caught:
+        forecast.run(settings)
+    assert caught.value.where == where and caught.value.fix

@@ -1,0 +1,206 @@
+"""``cogtrain plan``: what each strategy and memory setting would take, which of them fits, and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cogcommon.errors import RunError, SettingError
+
+from .run import Run, open_run
+from .run_folder import METRICS_FILE, read_metrics
+from .settings import LoraSettings, Memory, PlanSettings, SftSettings
+from .step.demand import Demand, demand
+from .step.plan import fits
+from .zero_config import STAGE, Strategy
+
+_GIB = 2**30
+_MEASURED = "measured.jsonl"  # runs of our own, one a line
+# Strategies from fast to slow, and first the default of --memory; what comes to the same is not shown again.
+_MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
+_STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One line of the table. Memory in GiB, for each process; computed, but for ``s_per_step``."""
+
+    method: str
+    strategy: Strategy
+    memory: Memory
+    peak_gib: float
+    host_gib: float
+    fits: bool
+    s_per_step: float | None  # measured by us, where it was, on ``measured_on``
+    measured_on: str | None
+    command: str
+
+
+def run(settings: PlanSettings) -> None:
+    """The command.
+
+    Raises:
+        CogError: anything that the user can put right.
+    """
+    from rich.console import Console
+
+    card, gpus = _machine(settings)
+    found = forecasts(settings, card, gpus)
+    advised = {
+        method: next((line for line in found if line.method == method and line.fits), None)
+        for method in dict.fromkeys(line.method for line in found)
+    }
+    if settings.json:
+        print(json.dumps([dataclasses.asdict(line) for line in found]))
+    else:
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(_table(found))
+        console.print(f"for each of {gpus} GPU{'s' * (gpus > 1)} of {card / _GIB:.0f} GB; computed, not measured")
+        for method, line in advised.items():
+            console.print(line.command if line else f"{method}: nothing fits; a smaller --resolution when encoding")
+    if settings.check:
+        check([line for line in advised.values() if line])
+
+
+def forecasts(settings: PlanSettings, card: int, gpus: int) -> list[Forecast]:
+    """Every strategy and memory setting, in the order in which they are advised; LoRA first.
+
+    Args:
+        card: bytes of memory of each GPU.
+    """
+    import torch
+
+    from cogcommon.device import quiet_libraries
+
+    quiet_libraries()
+    common: dict[str, Any] = {
+        "shards": settings.shards, "model": settings.model, "batch_size": settings.batch_size, "resume": "never",
+    }  # fmt: skip
+    wanted = {"lora": LoraSettings(rank=settings.rank, **common), "sft": SftSettings(**common)}
+    lines: list[Forecast] = []
+    for method, train in wanted.items():
+        if settings.method not in (method, "both"):
+            continue
+        planned = open_run(train, torch.device("cuda"), gpus)  # as on a machine that has one
+        seen: list[Demand] = []
+        for strategy in _STRATEGIES:
+            if gpus == 1 and strategy in ("zero1", "zero2", "zero3"):
+                continue  # nothing to spread over
+            for memory in _MEMORIES:
+                needs = demand(planned, card=card, strategy=strategy, memory=memory)
+                if any(needs.plan == other.plan and strategy == other.strategy for other in seen):
+                    continue
+                seen.append(needs)
+                lines.append(_line(planned, settings, needs, card, gpus))
+    return lines
+
+
+def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: int) -> Forecast:
+    seconds, machine = _measured(planned, needs, gpus)
+    words = ["cogtrain", planned.method.name, "--shards", *settings.shards, "--strategy", needs.strategy]
+    words += ["--memory", needs.memory, "--nproc", str(gpus)]
+    if settings.model:
+        words += ["--model", settings.model]
+    if settings.batch_size != 1:
+        words += ["--batch-size", str(settings.batch_size)]
+    if isinstance(planned.settings, LoraSettings):
+        words += ["--rank", str(settings.rank)]
+    return Forecast(
+        method=planned.method.name,
+        strategy=needs.strategy,
+        memory=needs.memory,
+        peak_gib=round(needs.peak / _GIB, 2),
+        host_gib=round(needs.host / _GIB, 2),
+        fits=fits(needs.plan, needs.load, card),
+        s_per_step=seconds,
+        measured_on=machine,
+        command=shlex.join(words),
+    )
+
+
+def _measured(planned: Run, needs: Demand, gpus: int) -> tuple[float | None, str | None]:
+    """Seconds a step of the same thing, and the GPU; None where nobody has measured it."""
+    (resolution,) = planned.shards.buckets if len(planned.shards.buckets) == 1 else (None,)
+    same = {
+        "family": planned.checkpoint.family.name,
+        "method": planned.method.name,
+        "rank": getattr(planned.settings, "rank", None),
+        "resolution": str(resolution),
+        "batch_size": planned.settings.batch_size,
+        "gpus": gpus,
+        "strategy": needs.strategy,
+        "plan": str(needs.plan),
+    }
+    if planned.checkpoint.transformer_config["num_layers"] != planned.checkpoint.family.layers:
+        return None, None  # a built-in model: of the family's form, not of its size
+    for line in resources.files("cogtrain").joinpath(_MEASURED).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if all(row[name] == value for name, value in same.items()):
+            return row["s_per_step"], row["gpu"]
+    return None, None
+
+
+def check(lines: Sequence[Forecast]) -> None:
+    """Make two steps of each command, and say how far its peak is from what was computed.
+
+    Raises:
+        RunError: a run has failed; what it said stands above.
+    """
+    for line in lines:
+        with tempfile.TemporaryDirectory(prefix="cogtrain-plan-") as folder:
+            words = [*shlex.split(line.command)[1:], "--steps", "2", "--out", folder]
+            done = subprocess.run([sys.executable, "-m", "cogtrain", *words], stdout=subprocess.DEVNULL)
+            steps, _ = read_metrics(Path(folder) / METRICS_FILE)
+        if done.returncode != 0 or not steps:
+            raise RunError("two steps of the advised command have failed", where=line.command)
+        peak = max(step.peak_gib for step in steps)
+        off = f", {peak / line.peak_gib - 1:+.0%}" if line.peak_gib else ""
+        print(
+            f"checked: {line.method} {line.strategy} {line.memory}: peak {peak:.1f} GiB, "
+            f"computed {line.peak_gib:.1f}{off}; {steps[-1].s_per_step:.2f} s for the second step",
+            file=sys.stderr,
+        )
+
+
+def _machine(settings: PlanSettings) -> tuple[int, int]:
+    """Bytes of a GPU, and how many there are."""
+    import torch
+
+    here = torch.cuda.device_count()
+    card = settings.card
+    if card is None and not here:
+        raise SettingError("no GPU here to plan for", where="--gpu", fix="say how much memory one has: --gpu 24GB")
+    if settings.check and (not here or settings.gpu or (settings.gpus or 1) > here):
+        raise SettingError(
+            "two steps can be made only on the GPUs that are here", where="--check", fix="leave out --gpu and --gpus"
+        )
+    if settings.gpus is not None and settings.gpus < 1:
+        raise SettingError(f"{settings.gpus} GPUs", where="--gpus", fix="--gpus 1 or more")
+    return card or torch.cuda.get_device_properties(0).total_memory, settings.gpus or max(1, here)
+
+
+def _table(lines: Sequence[Forecast]) -> Any:
+    from rich.table import Table
+
+    shown = Table(box=None, header_style="bold")
+    for name in ("", "strategy", "memory", "GPU GiB", "host GiB", "s/step", ""):
+        shown.add_column(name, justify="right" if "GiB" in name or "/" in name else "left")
+    for line in lines:
+        seconds = f"{line.s_per_step:.2f} ({line.measured_on})" if line.s_per_step else "not measured"
+        shown.add_row(
+            line.method, line.strategy, line.memory, f"{line.peak_gib:.1f}", f"{line.host_gib:.1f}", seconds,
+            "fits" if line.fits else "does not fit", style=None if line.fits else "dim",
+        )  # fmt: skip
+    return shown
+
+
+assert set(_STRATEGIES) == set(STAGE)
