@@ -292,3 +292,20 @@ def test_parked_and_streamed_beside_the_computation_is_the_same(compiled):
     Engine(transformer, plan, device, torch.float32).park_all()
     for _ in range(5):
         assert farthest(expected, gradients(checkpoint, transformer, device=device)) < 1e-4
+
+
+@pytest.mark.gpu  # the allocator's own count, and copies that take time
+def test_what_is_parked_leaves_the_gpu():
+    device = torch.device("cuda")
+    peaks = []
+    for layers in (3, 9):
+        checkpoint, transformer = transformer_of("tiny", "lora", layers)
+        plan = Plan(("attention",) * layers, park=True, stream=True, compiled=True)
+        Engine(transformer, plan, device, torch.float32).park_all()
+        for _ in range(2):
+            gradients(checkpoint, transformer, device=device)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        gradients(checkpoint, transformer, device=device)
+        peaks.append(torch.cuda.max_memory_allocated() - held)
+    assert (peaks[1] - peaks[0]) / 6 < 0.2 * 2 * 346 * 32 * 4  # of an activation, a block; two if it were kept
