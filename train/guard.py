@@ -11,7 +11,7 @@ from cogcommon.errors import RunError
 
 from .order import Ints
 from .run import Run
-from .step.demand import Demand, demand
+from .step.demand import Demand, can_host, demand
 from .step.plan import gib
 from .zero_config import Strategy
 
@@ -75,7 +75,9 @@ def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:
         changes["--memory low"] = demand(run, card=card, memory="low")
     if settings.memory == "fast":
         changes["--memory auto"] = demand(run, card=card, memory="auto")
-    if run.method.full and run.strategy != "zero3-offload":
+    if can_host(run, "ddp") and run.strategy != "ddp":
+        changes["--strategy ddp --memory low"] = demand(run, card=card, strategy="ddp", memory="low")
+    elif run.method.full and not can_host(run, "ddp") and run.strategy != "zero3-offload":
         offload: Strategy = "zero3-offload" if run.strategy == "zero2-offload" else "zero2-offload"
         changes[f"--strategy {offload}"] = demand(run, card=card, strategy=offload)
     advice = []

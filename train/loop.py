@@ -19,7 +19,7 @@ from .ema import Average
 from .guard import PeerFailed, listed, not_finite, out_of_memory, stop_for
 from .inputs import Objective
 from .ledger import Ledger, can_wait, hold
-from .optim import learning_rate, make_optimizer
+from .optim import clip, learning_rate, make_optimizer
 from .order import Slot, rank_slots
 from .progress import RunLog, cut_metrics
 from .report import write_report
@@ -110,7 +110,7 @@ def train(run: Run, stop: StopRequest) -> Path:
                         runtime.accelerator.backward(loss)
                         clock.end("backward")
                         if runtime.accelerator.sync_gradients:
-                            norm = runtime.accelerator.clip_grad_norm_(trained, settings.max_grad_norm or float("inf"))
+                            norm = clip(runtime, optimizer, trained, settings)
                             ledger.settle()  # the step before: if it was not finite, nothing is trained after it
                             if late:
                                 hold(optimizer, losses)
@@ -154,12 +154,14 @@ def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torc
     transformer = run.checkpoint.load_transformer(run.method.weight_dtype(runtime.dtype, runtime.sharded))
     run.method.apply(transformer)
     transformer.train()
+    hosted = None
     if runtime.whole:
-        install(transformer, run, runtime, log)
+        hosted = install(transformer, run, runtime, log).hosted
     elif settings.memory != "fast":  # DeepSpeed gathers a layer's weights when diffusers' own block asks for them
         transformer.enable_gradient_checkpointing()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(trained, settings, runtime.device, on_host=run.strategy.endswith("-offload"))
+    on_host = run.strategy.endswith("-offload")
+    optimizer = make_optimizer(trained, settings, runtime.device, on_host=on_host, hosted=hosted)
     model, optimizer = runtime.prepare(transformer, optimizer, saved_by=run.resume.state.world if run.resume else None)
     return model, optimizer, trained
 

@@ -14,6 +14,9 @@ from .settings import TrainSettings
 if TYPE_CHECKING:
     import torch
 
+    from .step.host_training import HostTraining
+    from .strategy import Runtime
+
 
 def warmup_steps(settings: TrainSettings, steps: int) -> int:
     """As asked; else 100, but at most a tenth of the run."""
@@ -35,13 +38,19 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
 
 
 def make_optimizer(
-    parameters: Sequence[torch.nn.Parameter], settings: TrainSettings, device: torch.device, *, on_host: bool
+    parameters: Sequence[torch.nn.Parameter],
+    settings: TrainSettings,
+    device: torch.device,
+    *,
+    on_host: bool,
+    hosted: HostTraining | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings ask for.
 
     Args:
         device: that the forward pass runs on.
         on_host: an -offload strategy keeps the states in host memory, and steps there.
+        hosted: the weights that the engine keeps there (``step.host_training``), if it does.
 
     Raises:
         SettingError: it needs a package that is not there, or does not work as set.
@@ -61,12 +70,29 @@ def make_optimizer(
             fix="--optimizer adamw, or a strategy without -offload",
         )
     if settings.optimizer == "adamw":
+        if hosted is not None:
+            from .step.host_adam import HostAdamW
+
+            return HostAdamW(parameters, hosted, **common)
         if on_host:
             return zero.host_adam(parameters, **common)
         return torch.optim.AdamW(parameters, fused=device.type == "cuda", **common)
     if settings.optimizer == "adamw8bit":
         return _adamw8bit()(parameters, **common)
     return _prodigy(settings)(parameters, decouple=True, use_bias_correction=True, safeguard_warmup=True, **common)
+
+
+def clip(runtime: Runtime, optimizer: Any, trained: Sequence[torch.nn.Parameter], settings: TrainSettings) -> Any:
+    """Clip the norm of all gradients, wherever they are.
+
+    Returns:
+        The norm as it was.
+    """
+    largest = settings.max_grad_norm or float("inf")
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(inner, "clip"):  # HostAdamW: its gradients are not in .grad
+        return inner.clip(largest)
+    return runtime.accelerator.clip_grad_norm_(trained, largest)
 
 
 def _adamw8bit() -> Any:

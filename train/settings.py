@@ -73,7 +73,7 @@ class TrainSettings:
     )  # fmt: skip
     strategy: Strategy = setting(
         "auto", "how weights and optimizer states are spread over processes", shown="ddp for LoRA; for sft zero2, "
-        "with offload on one GPU", section=_HARDWARE,
+        "on one GPU zero2-offload, or ddp with --memory low", section=_HARDWARE,
     )  # fmt: skip
     deepspeed: Path | None = setting(None, "DeepSpeed JSON merged into the derived one", section=_HARDWARE)
     nvme: Path | None = setting(

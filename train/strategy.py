@@ -145,12 +145,12 @@ class Runtime:
         import safetensors.torch
         import torch
 
+        state = {"optimizer": optimizer.state_dict()}  # first: one that steps beside the computation ends it here
         trained = self._trained(model)
         safetensors.torch.save_file({name: p.detach().contiguous() for name, p in trained.items()}, folder / _WEIGHTS)
         if average is not None:
             named = dict(zip(trained, (tensor.contiguous() for tensor in average), strict=True))
             safetensors.torch.save_file(named, folder / _AVERAGE)
-        state = {"optimizer": optimizer.state_dict()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         torch.save(state, folder / _OPTIMIZER)

@@ -43,7 +43,10 @@ def choose(settings: TrainSettings, *, full: bool, gpus: int) -> Strategy:
         return named  # type: ignore[return-value]
     if not full or gpus == 0:
         return "ddp"
-    return "zero2-offload" if gpus == 1 else "zero2"
+    if gpus == 1:  # `step.host_training` offloads more than DeepSpeed, and only what does not fit
+        hosts = settings.memory == "low" and settings.optimizer == "adamw" and not settings.ema
+        return "ddp" if hosts else "zero2-offload"
+    return "zero2"
 
 
 def deepspeed_config(settings: TrainSettings, strategy: Strategy, precision: str, world: int) -> dict[str, Any]:

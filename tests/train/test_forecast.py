@@ -47,13 +47,20 @@ def test_a_card_of_24_gb_and_of_12(plan_of):
 def test_full_fine_tuning_of_5b_is_spread_or_offloaded(plan_of):
     one, eight = plan_of(80, method="sft"), plan_of(80, 8, method="sft")
     assert {line.method for line in one} == {"sft"}
-    assert not any(line.fits for line in of(one, "sft", "ddp").values())  # 16 bytes for each of 5.6 billion weights
+    assert not any(line.fits for line in of(eight, "sft", "ddp").values())  # 16 bytes for each of 5.6 billion weights
     assert any(line.fits for line in of(one, "sft", "zero2-offload").values())
     assert not of(one, "sft", "zero3") and of(eight, "sft", "zero3")["auto"].fits
     peaks = [of(eight, "sft", strategy)["auto"].peak_gib for strategy in ("ddp", "zero1", "zero2", "zero3")]
     assert peaks == sorted(peaks, reverse=True)
     # Offloaded: weight, gradient and two moments in fp32.
     assert of(one, "sft", "zero2-offload")["auto"].host_gib >= 16 * 5.57e9 / GIB
+
+
+def test_full_fine_tuning_of_5b_in_host_memory_fits_half_of_a_small_card(plan_of):
+    low = of(plan_of(24, method="sft"), "sft", "ddp")["low"]
+    assert low.fits and low.peak_gib < 12
+    # fp32 masters and two moments, bf16 copies and gradients; and what the blocks keep.
+    assert 16 * 5.5e9 / GIB < low.host_gib < 16 * 5.57e9 / GIB + 10
 
 
 def test_seconds_stand_only_where_they_were_measured(plan_of):

@@ -169,6 +169,9 @@ def test_auto_strategy():
     lora, sft = LoraSettings(), SftSettings()
     assert choose(lora, full=False, gpus=8) == "ddp"
     assert [choose(sft, full=True, gpus=gpus) for gpus in (0, 1, 8)] == ["ddp", "zero2-offload", "zero2"]
+    low = dataclasses.replace(sft, memory="low")
+    assert [choose(low, full=True, gpus=gpus) for gpus in (0, 1, 8)] == ["ddp", "ddp", "zero2"]
+    assert choose(dataclasses.replace(low, optimizer="prodigy"), full=True, gpus=1) == "zero2-offload"
     assert choose(SftSettings(strategy="zero3"), full=True, gpus=1) == "zero3"
 
 

@@ -24,7 +24,7 @@ class Demand:
     memory: Memory
     plan: Plan
     load: Load
-    offloaded: int = 0  # bytes of host memory that DeepSpeed takes, for each process
+    offloaded: int = 0  # bytes of host memory that DeepSpeed takes, or the masters trained there, for each process
 
     @property
     def peak(self) -> int:
@@ -60,6 +60,8 @@ def demand(
         plan = choose(memory, load, free=card, host_free=sys.maxsize, compiled=compiled)
     else:  # diffusers' own blocks; what they keep waits in host memory under low
         plan = Plan(keep=("all" if memory == "fast" else "inputs",) * load.layers, park=memory == "low")
+    if plan.train_on_host:
+        offloaded = 4 * trained_weights(run)
     return Demand(strategy, memory, plan, load, offloaded)
 
 
@@ -76,6 +78,7 @@ def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = N
             trained=int(trained_weights(run) * bytes_a_weight(strategy, run.world)),
             frozen=not run.method.full,
             streams=strategy == "ddp",
+            accumulate=run.settings.accumulate if can_host(run, strategy) else None,
         )
         for bucket in run.shards.buckets
     ]
@@ -85,6 +88,16 @@ def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = N
     whole = Load.of(config, run.shards.buckets[0], batch=1, size=_SIZES.get(run.precision, 2), trained=0)
     here = 0 if strategy == "zero3-offload" else 1 / run.world
     return replace(load, block=int(load.block * here), rest=int(load.rest * here) + _GATHERED * whole.block)
+
+
+def can_host(run: Run, strategy: Strategy) -> bool:
+    """Whether all weights may be trained in host memory (``host_training``): by one process, with AdamW.
+
+    fp16's scaler looks for gradients on the GPU; an average of the weights would be one more copy.
+    """
+    settings = run.settings
+    alone = strategy == "ddp" and run.world == 1
+    return run.method.full and alone and run.precision != "fp16" and settings.optimizer == "adamw" and not settings.ema
 
 
 def bytes_a_weight(strategy: Strategy, world: int) -> float:

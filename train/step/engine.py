@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .block import BlockFunction, Layout, block_function
 from .compiler import compiled, in_one_line, is_compilers
+from .host_training import HostTraining
 from .keep import Keep, keeping
 from .parking import Parked, Parking
 from .plan import Plan
@@ -22,7 +23,8 @@ class Engine:
     """Runs the blocks of one transformer as a plan says.
 
     Names, parameters and the state dict of the transformer stay as they are.
-    Where the plan streams, the blocks' frozen parameters stay in host memory.
+    Where the plan streams, the blocks' frozen parameters stay in host memory; where
+    it trains on the host, all of the blocks' parameters do, and ``hosted`` has them.
 
     Args:
         transformer: on the CPU, adapters attached, what is trained chosen.
@@ -43,9 +45,12 @@ class Engine:
         self._functions: dict[tuple[Layout, Keep | None, bool], BlockFunction] = {}
         self._layouts = [Layout.of(block) for block in blocks]
         self._weights = [tuple(block.parameters()) for block in blocks]
-        frozen = [[p for p in weights if not p.requires_grad] for weights in self._weights]
+        frozen = [[p for p in weights if plan.train_on_host or not p.requires_grad] for weights in self._weights]
         self._parking = Parking(device) if plan.park else None
+        self.hosted = HostTraining(self._weights, device, dtype) if plan.train_on_host else None
         self._streaming = Streaming(frozen, device) if plan.stream and all(frozen) else None
+        if self.hosted:
+            self._streaming = self.hosted.streaming
         streamed = {id(p) for weights in frozen for p in weights} if self._streaming else set()
         _move(transformer, device, stay=streamed)
         if streamed:
@@ -105,7 +110,7 @@ class Engine:
         import torch
 
         function = self._function(index, training, rotary)
-        weights = self._weights_of(index)
+        weights = self._weights_of(index, training)
         with torch.autocast(self._device.type, enabled=False):  # the function itself says what runs in which type
             if not training or not (self._parking or self._streaming):
                 return function(*inputs, *weights)
@@ -132,7 +137,9 @@ class Engine:
             self._functions[key] = function
         return self._functions[key]
 
-    def _weights_of(self, index: int) -> tuple[torch.Tensor, ...]:
+    def _weights_of(self, index: int, training: bool) -> tuple[torch.Tensor, ...]:
+        if self.hosted:
+            return tuple(self.hosted.take(index, then=index + 1, training=training))
         if self._streaming is None:
             return self._weights[index]
         streamed = iter(self._streaming.take(index, then=index + 1))

@@ -62,6 +62,11 @@ class CopyStream:
             target.copy_(source, non_blocking=True)
         return self._stream.record_event()
 
+    def wait(self, event: Any) -> None:
+        """Hold the host until ``event``."""
+        if event is not None:
+            event.synchronize()
+
     def compute_after(self, event: Any) -> None:
         """Hold the computation until ``event``; the host does not wait."""
         import torch

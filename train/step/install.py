@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from cogcommon.errors import SettingError
+from cogcommon.errors import RunError, SettingError
 
 from .demand import load_of
 from .engine import Engine
@@ -30,6 +31,7 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
 
     Raises:
         SettingError: ``--compile on`` without a compiler.
+        RunError: neither the GPU nor the host has the memory to train all weights.
     """
     gpu = runtime.device.type == "cuda"
     load = load_of(run)
@@ -38,6 +40,8 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
     plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu)
     if gpu:
+        if load.hosted and not plan.train_on_host and not fits(plan, load, free):
+            raise no_room(plan, load, free=free, host_free=host_free)
         wanted = choose(memory, load, free=free, host_free=sys.maxsize, compiled=compiled)
         for note in notes(plan, wanted, load, free=free, host_free=host_free):
             log.say(note)
@@ -70,6 +74,17 @@ def notes(plan: Plan, wanted: Plan, load: Load, *, free: int, host_free: int) ->
             "a lower --batch-size or --rank, or clips encoded at a smaller --resolution, need less"
         )
     return said
+
+
+def no_room(plan: Plan, load: Load, *, free: int, host_free: int) -> RunError:
+    """The error of all weights being trained where they fit neither on the GPU nor on the host."""
+    hosted = dataclasses.replace(plan, train_on_host=True)
+    return RunError(
+        f"to train all weights takes {gib(plan.peak(load))} of GPU memory, and {gib(free)} are free; "
+        f"or {gib(hosted.peak(load))} and {gib(hosted.host(load))} more of host memory, and {gib(host_free)} are free",
+        where="full fine-tuning by one process",
+        fix="a host with more memory, or --strategy zero2 on more GPUs",
+    )
 
 
 def _host_free(load: Load) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from cogcommon.families import PATCH, Resolution
@@ -21,8 +22,22 @@ _USABLE = 0.88
 _HOST_USABLE = 0.8  # of host memory; what is locked cannot be swapped, and the batches in the making need some
 # The most that one block holds while it goes backward, in activations, beside what is kept.
 _WORK_COMPILED, _WORK_PLAIN, _WORK_CHUNKED = 16.0, 26.0, 11.0
+_HOSTED_IN_FLIGHT = 2  # of each of two blocks: its weights, its gradients
 _PARKED_IN_FLIGHT = 3  # blocks whose tensors are on their way out or back
 _CHUNKS = 4  # of the feed-forward layer, where memory counts: its middle is four activations wide
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """Bytes where the blocks' weights are trained in host memory (``host_training``); masters are there already.
+
+    ``block`` is one block's weights as computed, ``rest`` all that is trained outside the blocks:
+    both on the GPU. ``host`` are copies, gradients, their sums and moments of all blocks.
+    """
+
+    block: int
+    rest: int
+    host: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Load:
     ``activation`` is one tensor of all tokens by the width; ``block`` and ``rest``
     are frozen weights, of one block and outside the blocks; ``trained`` is masters,
     gradients and optimizer states. ``streams``: frozen weights may live on the host.
+    ``hosted`` is set where all weights are trained, and may be in host memory.
     """
 
     layers: int
@@ -40,6 +56,7 @@ class Load:
     rest: int
     trained: int
     streams: bool = True
+    hosted: Hosted | None = None
 
     @classmethod
     def of(
@@ -52,6 +69,7 @@ class Load:
         trained: int,
         frozen: bool = True,
         streams: bool = True,
+        accumulate: int | None = None,
     ) -> Load:
         """The load of a transformer's ``config.json`` on one bucket.
 
@@ -61,6 +79,7 @@ class Load:
             trained: bytes of what is trained: masters, gradients, optimizer states.
             frozen: the checkpoint's own weights are, and what is trained lies beside them.
             streams: frozen weights may live on the host.
+            accumulate: accumulation steps, where all weights are trained and may live on the host.
         """
         width = config["num_attention_heads"] * config["attention_head_dim"]
         patch_t = config.get("patch_size_t") or 1
@@ -69,6 +88,14 @@ class Load:
         # Attention 4, feed-forward 8; two modulations of 6 outputs each; what is left is small.
         block = (12 * width**2 + 12 * width * config["time_embed_dim"]) * size
         rest = (config["text_embed_dim"] * width + 2 * width * config["time_embed_dim"]) * size
+        hosted = None
+        if accumulate is not None:
+            numbers = config["num_layers"] * block // size
+            hosted = Hosted(
+                block=block,
+                rest=rest // size * 16,  # master, gradient, two moments, fp32
+                host=numbers * (2 * size + 8 + (4 if accumulate > 1 else 0)),
+            )
         return cls(
             layers=config["num_layers"],
             activation=batch * tokens * width * size,
@@ -76,6 +103,7 @@ class Load:
             rest=rest if frozen else 0,
             trained=trained,
             streams=frozen and streams,
+            hosted=hosted,
         )
 
 
@@ -84,12 +112,14 @@ class Plan:
     """How the blocks of a run are run.
 
     ``keep`` is of each block; ``park`` moves what they keep to host memory, ``stream``
-    the frozen weights; ``chunks`` are the feed-forward layer's.
+    the frozen weights, ``train_on_host`` all weights, their gradients and optimizer
+    states; ``chunks`` are the feed-forward layer's.
     """
 
     keep: tuple[Keep, ...]
     park: bool = False
     stream: bool = False
+    train_on_host: bool = False
     chunks: int = 1
     compiled: bool = False
 
@@ -106,12 +136,17 @@ class Plan:
         each = [ALL_UNCOMPILED if keep == "all" and not self.compiled else ACTIVATIONS[keep] for keep in self.keep]
         kept = min(sum(each), _PARKED_IN_FLIGHT * max(each)) if self.park else sum(each)
         blocks = min(load.layers, 2) if self.stream else load.layers
-        return int(load.rest + load.trained + blocks * load.block + (kept + work) * load.activation)
+        weights = load.rest + load.trained + blocks * load.block
+        if self.train_on_host:
+            assert load.hosted
+            weights = load.hosted.rest + min(load.layers, 2) * _HOSTED_IN_FLIGHT * load.hosted.block
+        return int(weights + (kept + work) * load.activation)
 
     def host(self, load: Load) -> int:
-        """Bytes of page-locked host memory."""
+        """Bytes of host memory, most of them page-locked; beside the masters of what is trained there."""
         kept = sum(ACTIVATIONS[keep] for keep in self.keep) * load.activation if self.park else 0
-        return int(kept + (load.layers * load.block if self.stream else 0))
+        hosted = load.hosted.host if self.train_on_host and load.hosted else 0
+        return int(kept + hosted + (load.layers * load.block if self.stream else 0))
 
     def __str__(self) -> str:
         words: dict[Keep, str] = {
@@ -126,6 +161,8 @@ class Plan:
             parts.append("what is kept waits in host memory")
         if self.stream:
             parts.append("frozen weights come from host memory")
+        if self.train_on_host:
+            parts.append("weights, gradients and optimizer states are in host memory")
         parts.append("blocks compiled" if self.compiled else "not compiled")
         return ", ".join(parts)
 
@@ -141,8 +178,9 @@ def choose(memory: Memory, load: Load, *, free: int, host_free: int, compiled: b
     if not gpu:
         keep: Keep = "all" if memory == "fast" else "inputs"
         return Plan(
-            keep=(keep,) * load.layers, park=memory == "low", stream=memory == "low" and load.streams, compiled=compiled
-        )
+            keep=(keep,) * load.layers, park=memory == "low", stream=memory == "low" and load.streams,
+            train_on_host=memory == "low" and load.hosted is not None, compiled=compiled,
+        )  # fmt: skip
     plans = [plan for plan in _ladder(memory, load, compiled) if plan.host(load) <= _HOST_USABLE * host_free]
     fitting = (plan for plan in plans if fits(plan, load, free))
     return next(fitting, min(plans, key=lambda plan: plan.peak(load)))
@@ -165,11 +203,13 @@ def _ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
     if memory != "low":
         yield Plan(keep=attention, compiled=compiled)
         yield Plan(keep=parked, park=True, compiled=compiled)
-    stream = load.streams
-    yield Plan(keep=parked, park=True, stream=stream, chunks=_CHUNKS, compiled=compiled)
-    yield Plan(keep=inputs, park=True, stream=stream, chunks=_CHUNKS, compiled=compiled)
-    if stream:  # host memory is short, too
-        yield Plan(keep=inputs, stream=True, chunks=_CHUNKS, compiled=compiled)
+        if load.hosted:
+            yield Plan(keep=attention, train_on_host=True, compiled=compiled)
+    moved = partial(Plan, stream=load.streams, train_on_host=load.hosted is not None, chunks=_CHUNKS, compiled=compiled)
+    yield moved(keep=parked, park=True)
+    yield moved(keep=inputs, park=True)
+    if load.streams or load.hosted:  # host memory is short, too
+        yield moved(keep=inputs)
     yield Plan(keep=inputs, park=True, chunks=_CHUNKS, compiled=compiled)
     yield Plan(keep=inputs, chunks=_CHUNKS, compiled=compiled)
 

@@ -8,7 +8,7 @@ would. Only what is trained stays on the GPU throughout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,23 +51,20 @@ class Streaming:
         device: to compute on.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[torch.nn.Parameter]], device: torch.device) -> None:
+    def __init__(self, blocks: Iterable[Sequence[torch.nn.Parameter]], device: torch.device) -> None:
         import torch
 
         self._device = device
         self._copies = CopyStream(device)
-        self._places = [_places(parameters) for parameters in blocks]
-        self._host = [
-            _packed(parameters, places, device) for parameters, places in zip(blocks, self._places, strict=True)
-        ]
+        self._places: list[list[Place]] = []
+        self._host: list[torch.Tensor] = []
+        for parameters in blocks:
+            self._places.append(_places(parameters))
+            self._host.append(_packed(parameters, self._places[-1], device))
         largest = max(host.numel() for host in self._host)
         self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(_SLOTS)]
         self._views = [
-            [
-                self._slots[block % _SLOTS][place.start : place.start + place.size].view(place.dtype).view(place.shape)
-                for place in places
-            ]
-            for block, places in enumerate(self._places)
+            [_view(self._slots[block % _SLOTS], place) for place in places] for block, places in enumerate(self._places)
         ]
         self._holds: list[int | None] = [None] * _SLOTS
         self._ready: list[Any] = [None] * _SLOTS
@@ -75,6 +72,14 @@ class Streaming:
     @property
     def bytes_on_host(self) -> int:
         return sum(host.numel() for host in self._host)
+
+    def on_host(self, block: int) -> list[torch.Tensor]:
+        """A block's weights where they live."""
+        return [_view(self._host[block], place) for place in self._places[block]]
+
+    def forget(self) -> None:
+        """The weights have changed on the host: what is on the GPU is old."""
+        self._holds = [None] * _SLOTS
 
     def fetch(self, block: int) -> None:
         """Start a block's weights on their way, over those of the block two before or after it."""
@@ -114,6 +119,10 @@ class Streaming:
         return usable.as_strided(reference.shape, reference.stride, reference.start // reference.dtype.itemsize)
 
 
+def _view(whole: torch.Tensor, place: Place) -> torch.Tensor:
+    return whole[place.start : place.start + place.size].view(place.dtype).view(place.shape)
+
+
 def _places(parameters: Sequence[torch.nn.Parameter]) -> list[Place]:
     places, start = [], 0
     for parameter in parameters:
@@ -127,7 +136,7 @@ def _packed(parameters: Sequence[torch.nn.Parameter], places: Sequence[Place], d
     last = places[-1]
     packed = page_locked(-(-(last.start + last.size) // _ALIGN) * _ALIGN, device)
     for parameter, place in zip(parameters, places, strict=True):
-        view = packed[place.start : place.start + place.size].view(place.dtype).view(place.shape)
+        view = _view(packed, place)
         view.copy_(parameter.detach())
         parameter.data = view
     return packed

@@ -1,0 +1,312 @@
+"""All weights trained in host memory: the run is that of torch's AdamW on plain fp32 weights."""
+
+import dataclasses
+import functools
+import json
+import threading
+
+import pytest
+import torch
+from test_engine import CPU, FORMS, LAYERS, LateCopies, gradients, transformer_of
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import SettingError
+from cogcommon.families import BY_NAME
+from cogcommon.tiny import NATIVE
+from cogtrain.bench.subject import random_checkpoint
+from cogtrain.run import open_run
+from cogtrain.settings import SftSettings
+from cogtrain.step.demand import can_host
+from cogtrain.step.engine import Engine
+from cogtrain.step.host_adam import HostAdamW
+from cogtrain.step.install import no_room
+from cogtrain.step.plan import Load, Plan, choose
+from cogtrain.strategy import read_weights
+
+# Where a gradient should be zero (a key's bias), AdamW would make whole steps of rounding errors but for this epsilon.
+OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-6}
+STEPS = 3
+GIB = 2**30
+LARGEST = 0.05  # below every norm here, so that clipping counts
+
+
+def plain(form, accumulate=1, device=CPU):
+    """Weights after three steps of torch's AdamW on diffusers' own blocks, and the norms."""
+    checkpoint, transformer = transformer_of(form, "sft")
+    transformer.to(device)
+    optimizer = torch.optim.AdamW(transformer.parameters(), **OPTIONS)
+    norms = []
+    for _ in range(STEPS):
+        total = {}
+        for micro in range(accumulate):
+            for name, gradient in gradients(checkpoint, transformer, batch=1 + micro, device=device)[1].items():
+                total[name] = total[name] + gradient if name in total else gradient
+        for name, parameter in transformer.named_parameters():
+            parameter.grad = total.get(name)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(transformer.parameters(), LARGEST)))
+        optimizer.step()
+    return dict(transformer.cpu().named_parameters()), norms
+
+
+def hosted(form, accumulate=1, dtype=torch.float32, steps=STEPS, compiled=False, device=CPU):
+    checkpoint, transformer = transformer_of(form, "sft")
+    plan = Plan(("attention",) * LAYERS, park=True, train_on_host=True, chunks=2, compiled=compiled)
+    engine = Engine(transformer, plan, device, dtype)
+    engine.park_all()
+    optimizer = HostAdamW([*transformer.parameters()], engine.hosted, **OPTIONS)
+    norms = []
+    for _ in range(steps):
+        resident = {}
+        for micro in range(accumulate):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                for name, gradient in gradients(checkpoint, transformer, dtype, 1 + micro, device)[1].items():
+                    resident[name] = resident[name] + gradient if name in resident else gradient
+        assert not any("blocks" in name for name in resident)  # they have left
+        for name, gradient in resident.items():
+            transformer.get_parameter(name).grad = gradient
+        norms.append(float(optimizer.clip(LARGEST)))
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.state_dict()  # ends the last step
+    return dict(transformer.named_parameters()), norms, engine, optimizer
+
+
+def farthest(expected, got):
+    """The largest difference of a weight, and that of all of them together; relative."""
+    assert expected.keys() == got.keys()
+    away = {name: float((got[name] - w).detach().norm()) for name, w in expected.items()}
+    size = {name: float(w.detach().norm()) for name, w in expected.items()}
+    together = sum(d * d for d in away.values()) ** 0.5 / sum(n * n for n in size.values()) ** 0.5
+    return max(away[name] / (size[name] + 1e-3) for name in away), together
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_three_steps_are_those_of_torchs_adamw(form, accumulate):
+    expected, norms = plain(form, accumulate)
+    got, found, *_ = hosted(form, accumulate)
+    assert found == pytest.approx(norms, rel=1e-5)
+    assert all(norm > 2 * LARGEST for norm in norms)
+    untrained = dict(transformer_of(form, "sft")[1].named_parameters())
+    assert farthest(untrained, got)[1] > 1e-3
+    largest, together = farthest(expected, got)
+    assert largest < 1e-5
+    assert together < 1e-6
+
+
+def test_in_bf16_it_is_as_near_to_fp32_as_autocast_is():
+    exact, norms = plain("tiny")
+    checkpoint, transformer = transformer_of("tiny", "sft")
+    optimizer = torch.optim.AdamW(transformer.parameters(), **OPTIONS)
+    for _ in range(STEPS):
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients(checkpoint, transformer, torch.bfloat16, batch=1)
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), LARGEST)
+        optimizer.step()
+    autocast = farthest(exact, dict(transformer.named_parameters()))[1]
+    got, found, engine, _ = hosted("tiny", dtype=torch.bfloat16)
+    assert found == pytest.approx(norms, rel=0.02)
+    assert 0 < farthest(exact, got)[1] < 1.5 * autocast
+    for weight in engine.hosted:
+        assert weight.master.dtype == torch.float32
+        assert weight.landing.dtype == torch.bfloat16
+        assert torch.equal(weight.copy, weight.master.bfloat16())  # what the next step computes with
+
+
+def test_gradients_come_as_late_as_they_may(monkeypatch):
+    from cogtrain.step import host_training, parking, streaming
+
+    expected, norms, *_ = hosted("tiny")
+
+    class Late(LateCopies):
+        """In their order: the end of one is the end of those before it, as in a CUDA stream."""
+
+        def __init__(self, device):
+            super().__init__(device)
+            self.begun = []
+
+        def copy(self, target, source, after=None):
+            self.begun.append(super().copy(target, source, after))
+            return len(self.begun)
+
+        def wait(self, event):
+            for number in range(event or 0):
+                self.begun[number]()
+
+        compute_after = wait
+
+    monkeypatch.setattr(parking, "CopyStream", LateCopies)
+    monkeypatch.setattr(streaming, "CopyStream", LateCopies)
+    monkeypatch.setattr(host_training, "CopyStream", Late)
+    got, found, *_ = hosted("tiny")
+    assert found == norms
+    assert farthest(expected, got) == (0, 0)
+
+
+def test_what_is_not_finite_changes_nothing():
+    before, _, _, optimizer = hosted("tiny", steps=1)
+    before = {name: weight.detach().clone() for name, weight in before.items()}
+    checkpoint, transformer = transformer_of("tiny", "sft")
+    del checkpoint, transformer
+    for weight in optimizer._hosted:
+        weight.landing.fill_(float("nan"))
+        weight.full = True
+    optimizer._hosted._norms.append(torch.tensor(float("nan")))
+    assert not optimizer.clip(1.0).isfinite()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    optimizer.state_dict()
+    assert all(torch.equal(before[id_], w) for id_, w in zip(before, optimizer.param_groups[0]["params"], strict=True))
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+
+
+def test_compiled_all_blocks_are_one_graph(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    expected, norms, *_ = hosted("tiny")
+    got, found, *_ = hosted("tiny", compiled=True)
+    assert found == pytest.approx(norms, rel=1e-5)
+    assert farthest(expected, got)[1] < 1e-6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_threads_are_alone_in_their_operations_and_leave_others_theirs():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        *_, optimizer = hosted("tiny", steps=1)
+        workers = optimizer._threads
+        assert {update.result() for update in [workers.submit(torch.get_num_threads) for _ in range(20)]} == {1}
+        assert torch.get_num_threads() == 3
+        seen = []
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert seen == [3]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.gpu  # copies and updates beside the computation
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_on_a_gpu_three_steps_are_those_of_torchs_adamw(accumulate):
+    expected, norms = plain("tiny", accumulate, torch.device("cuda"))
+    for compiled in (False, True):
+        got, found, engine, _ = hosted("tiny", accumulate, compiled=compiled, device=torch.device("cuda"))
+        assert found == pytest.approx(norms, rel=1e-3)
+        assert farthest(expected, {name: weight.cpu() for name, weight in got.items()})[1] < 1e-4
+        assert all(weight.master.device.type == "cpu" and weight.landing.is_pinned() for weight in engine.hosted)
+
+
+def test_5b_fits_a_24_gb_card_where_the_host_has_room():
+    config = random_checkpoint("5b").transformer_config
+    numbers = 5_570_000_000
+
+    def plan(accumulate=1, memory="low", free=22, host=110):
+        load = Load.of(config, BY_NAME["5b"].native, batch=1, size=2, trained=16 * numbers, frozen=False,
+                       accumulate=accumulate)  # fmt: skip
+        return choose(memory, load, free=free * GIB, host_free=host * GIB, compiled=True), load
+
+    chosen, load = plan()
+    assert chosen.train_on_host and chosen.park and not chosen.stream
+    assert chosen.peak(load) < 12 * GIB
+    # Copies, gradients and moments: 12 bytes a weight of the blocks; with accumulation also an fp32 sum.
+    assert load.hosted.host == pytest.approx(12 * numbers, rel=0.02)
+    assert plan(accumulate=2)[1].hosted.host == pytest.approx(16 * numbers, rel=0.02)
+    assert plan(memory="auto")[0].train_on_host and not plan(memory="auto", free=140)[0].train_on_host
+    none, load = plan(host=40)
+    assert not none.train_on_host
+    error = no_room(none, load, free=22 * GIB, host_free=40 * GIB)
+    for part in ("22.0 GiB are free", "66.3 GiB more of host memory", "40.0 GiB are free"):
+        assert part in error.what
+    assert "host memory" in str(chosen)
+
+
+def test_predicted_host_bytes_are_those_that_are_there():
+    *_, engine, optimizer = hosted("tiny", accumulate=2, steps=1)
+    weights = [*engine.hosted]
+    held = [tensor for w in weights for tensor in (w.copy, w.landing, w.total)]
+    held += [optimizer.state[w.master][name] for w in weights for name in ("exp_avg", "exp_avg_sq")]
+    numbers = sum(w.master.numel() for w in weights)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 20 * numbers
+    config = dict(open_checkpoint("random-tiny").transformer_config) | {"num_layers": LAYERS}
+    load = Load.of(config, NATIVE, batch=1, size=4, trained=0, frozen=False, accumulate=2)
+    assert load.hosted.host == pytest.approx(20 * numbers, rel=0.1)  # norms and biases count for more in a small one
+
+
+# Whole runs
+
+
+def read(folder, kind="loss"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in line]
+
+
+@pytest.fixture
+def run(tmp_path, make_shards, train_here):
+    """run(name, form, **settings) -> losses, gradient norms and the folder of a run of four samples."""
+
+    def train(name, form="tiny", **settings):
+        if not (tmp_path / form).exists():
+            make_shards(tmp_path / form, form, samples=4)
+        common = {"shards": [str(tmp_path / form)], "lr": 1e-3, "seed": 3, "memory": "low"}
+        folder = train_here(SftSettings(**common | {"out": tmp_path / name} | settings))
+        lines = read(folder)
+        return [line["loss"] for line in lines], [line["grad_norm"] for line in lines], folder
+
+    return train
+
+
+@pytest.mark.parametrize(("form", "accumulate"), [("tiny", 2), ("tiny-1.5-i2v", 1), ("tiny-2b", 1)])
+def test_a_run_is_the_same_run_under_every_memory_setting(run, form, accumulate):
+    settings = {"steps": 4, "accumulate": accumulate, "caption_dropout": 0.5}
+    auto = run("auto", form, memory="auto", **settings)
+    low = run("low", form, **settings)
+    assert low[0] == pytest.approx(auto[0], rel=1e-5)
+    assert low[1] == pytest.approx(auto[1], rel=1e-4)
+    assert low[0][0] != low[0][-1]
+    assert (low[2] / "transformer/config.json").is_file()  # loaded back and compared by the run itself
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_is_bit_equal(run, accumulate):
+    settings = {"accumulate": accumulate, "caption_dropout": 0.5, "precision": "bf16"}
+    whole = run("whole", steps=4, **settings)
+    run("parts", steps=2, **settings)
+    parts = run("parts", steps=4, **settings)
+    assert parts[0] == whole[0] and parts[1] == whole[1]
+    one, two = (read_weights(folder / "checkpoint-4") for *_, folder in (whole, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(weight.dtype == torch.float32 for weight in one.values())
+
+
+def test_a_run_goes_on_under_another_memory_setting(run):
+    whole = run("whole", steps=4)
+    run("parts", steps=2, memory="auto")
+    assert run("parts", steps=4)[0] == pytest.approx(whole[0], rel=1e-5)
+
+
+def test_validation_sees_the_weights_as_they_are(run, tmp_path, make_shards):
+    make_shards(tmp_path / "held", samples=2, seed=7, captions=("other",))
+    lines = []
+    for memory in ("auto", "low"):
+        folder = run(memory, memory=memory, steps=4, validate_every=2, validate_shards=[str(tmp_path / "held")])[2]
+        lines.append([(line["val_loss"], line["base_val_loss"]) for line in read(folder, "val_loss")])
+    assert len(lines[1]) == 2 and lines[1][1][0] != lines[1][0][0] != lines[1][0][1]
+    for auto, low in zip(*lines, strict=True):
+        assert low == pytest.approx(auto, rel=1e-5)
+
+
+def test_fp16_is_refused_with_what_to_do(tmp_path, make_shards):
+    make_shards(tmp_path / "out", "tiny-2b", samples=4)
+    settings = SftSettings(shards=[str(tmp_path / "out")], memory="low")
+    with pytest.raises(SettingError, match="fp16's scaler") as caught:
+        open_run(settings, torch.device("cuda"), 1)  # 2B's own type
+    assert "--precision bf16" in caught.value.fix
+    low = open_run(dataclasses.replace(settings, precision="bf16"), torch.device("cuda"), 1)
+    assert low.strategy == "ddp" and can_host(low, low.strategy)
+    for other in ({"ema": 0.9, "strategy": "ddp"}, {"optimizer": "prodigy", "lr": 1.0}, {"strategy": "zero2"}):
+        run = open_run(dataclasses.replace(low.settings, **other), torch.device("cuda"), 1)
+        assert not can_host(run, run.strategy)
