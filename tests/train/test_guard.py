@@ -59,7 +59,10 @@ def test_skip_leaves_it_out_and_goes_on(tmp_path, make_shards, train_here, spoil
     assert open_shards([str(tmp_path / "out")]).extent(2).key in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("strategies", [["ddp"], ["zero2", "zero3"]], ids=["ddp", "zero"])
+@pytest.mark.parametrize(
+    "strategies",
+    [pytest.param(["ddp"], id="ddp"), pytest.param(["zero2", "zero3"], id="zero", marks=pytest.mark.full)],
+)
 def test_skip_on_two_processes(tmp_path, make_shards, run_ranks, strategies):
     make_shards(tmp_path / "out", samples=6)
     settings = {"shards": [str(tmp_path / "out")], "epochs": 1, "on_nonfinite": "skip"}

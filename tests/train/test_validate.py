@@ -161,7 +161,7 @@ def test_a_damaged_held_out_sample_is_named(tmp_path, shards, train_here):
     assert "held/000001.tar" in caught.value.where
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.full)])  # 20 s
 def test_two_processes_find_what_one_finds(tmp_path, shards, train_here, strategy):
     """The base line to the rounding of fp32; and each video is drawn once, under ZeRO-3 from gathered weights."""
     one = train_here(LoraSettings(**shards, out=tmp_path / "one", steps=1, batch_size=2, lr=1e-2, validate_videos=0))
