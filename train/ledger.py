@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .clock import StepClock
 from .guard import not_finite, stop_for
+from .optim import unwrapped
 from .progress import RunLog, peak_gib
 from .run import Run
 from .run_folder import StepLine
@@ -31,7 +32,7 @@ def can_wait(run: Run, runtime: Runtime, optimizer: Any) -> bool:
     """
     import torch
 
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     return (
         run.settings.on_nonfinite == "stop"
         and not runtime.sharded
@@ -45,8 +46,7 @@ def hold(optimizer: Any, losses: Sequence[torch.Tensor]) -> None:
     """Make the next step of a fused optimizer do nothing if any loss is not finite; the host does not wait."""
     import torch
 
-    inner = getattr(optimizer, "optimizer", optimizer)
-    inner.found_inf = 1.0 - torch.cat([*losses]).isfinite().all().float()
+    unwrapped(optimizer).found_inf = 1.0 - torch.cat([*losses]).isfinite().all().float()
 
 
 @dataclass(frozen=True)

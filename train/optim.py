@@ -89,10 +89,15 @@ def clip(runtime: Runtime, optimizer: Any, trained: Sequence[torch.nn.Parameter]
         The norm as it was.
     """
     largest = settings.max_grad_norm or float("inf")
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     if hasattr(inner, "clip"):  # HostAdamW: its gradients are not in .grad
         return inner.clip(largest)
     return runtime.accelerator.clip_grad_norm_(trained, largest)
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """torch's optimizer inside accelerate's wrapper, or the optimizer itself."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _adamw8bit() -> Any:

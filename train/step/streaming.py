@@ -69,10 +69,6 @@ class Streaming:
         self._holds: list[int | None] = [None] * _SLOTS
         self._ready: list[Any] = [None] * _SLOTS
 
-    @property
-    def bytes_on_host(self) -> int:
-        return sum(host.numel() for host in self._host)
-
     def on_host(self, block: int) -> list[torch.Tensor]:
         """A block's weights where they live."""
         return [_view(self._host[block], place) for place in self._places[block]]
