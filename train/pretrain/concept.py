@@ -6,7 +6,6 @@ positions, adapters and their scale, the exported file, and diffusers' own pipel
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from cogcommon.scenes import NEW_MOTIONS, Scene, every_scene
 from cogcommon.video import Frames
 
 from ..pipeline import load_pipeline, to_base
-from ..run_folder import METRICS_FILE
+from ..run_folder import METRICS_FILE, read_metrics
 from ..tuned import find
 from .exam import examine
 from .transformer import split_scenes
@@ -95,9 +94,8 @@ def tell(proof: Proof) -> str:
 
 
 def _held_out_loss(run: Path) -> tuple[float, float] | None:
-    lines = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    validations = [line for line in lines if "val_loss" in line]
-    return (validations[-1]["base_val_loss"], validations[-1]["val_loss"]) if validations else None
+    _, validations = read_metrics(run / METRICS_FILE)
+    return (validations[-1].base_val_loss, validations[-1].val_loss) if validations else None
 
 
 def _beside(scenes: Sequence[Scene], base_NFHWC: Frames, tuned_NFHWC: Frames) -> Image:
