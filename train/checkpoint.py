@@ -69,8 +69,11 @@ def clear(run: Path, after: int) -> list[str]:
     Returns:
         Names of the whole checkpoints that were removed.
     """
-    for path in run.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(path)
+    for path in run.glob(".*.tmp"):  # checkpoints, files, an export
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     abandoned = [path for path in list_checkpoints(run) if int(path.name[11:]) > after]
     for path in abandoned:
         shutil.rmtree(path)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from cogcommon.errors import RunError
+from cogcommon.errors import CogError, RunError
 
 from .order import Ints
 from .run import Run
@@ -18,6 +18,9 @@ from .zero_config import Strategy
 if TYPE_CHECKING:
     import torch
 
+    from .strategy import Runtime
+
+_T = TypeVar("_T")
 _SHOWN = 8  # samples named in one message
 
 
@@ -26,6 +29,23 @@ class PeerFailed(RunError):
 
     def __init__(self) -> None:
         super().__init__("another process of the run has failed")
+
+
+def together(runtime: Runtime, act: Callable[[], _T]) -> _T:
+    """Do what may fail on one rank alone; when it does, all ranks stop together, and none waits for ever.
+
+    Raises:
+        CogError: this rank's error, or `PeerFailed`.
+    """
+    results: list[_T] = []
+    fault: CogError | None = None
+    try:
+        results.append(act())
+    except CogError as error:
+        fault = error
+    if runtime.agree(int(fault is not None)):
+        raise fault or PeerFailed()
+    return results[0]
 
 
 def not_finite(losses: Sequence[float], places: Ints, run: Run) -> list[str]:

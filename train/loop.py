@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogcommon.errors import CogError, RunError
+from cogcommon.errors import RunError
 
 from . import announce
 from . import checkpoint as checkpoints
@@ -16,7 +16,7 @@ from .clock import StepClock
 from .data import Batch, Collator, Uploads, prefetch
 from .draws import seed_of
 from .ema import Average
-from .guard import PeerFailed, listed, not_finite, out_of_memory, stop_for
+from .guard import PeerFailed, listed, not_finite, out_of_memory, stop_for, together
 from .inputs import Objective
 from .ledger import Ledger, can_wait, hold
 from .optim import clip, learning_rate, make_optimizer
@@ -24,7 +24,7 @@ from .order import Slot, rank_slots
 from .progress import RunLog, cut_metrics
 from .report import write_report
 from .run import Run, run_folder, settings_json, write_config
-from .run_folder import CONFIG_FILE, read_run
+from .run_folder import CONFIG_FILE, claimed, read_run
 from .signals import StopRequest
 from .step.install import install
 from .strategy import Runtime, start
@@ -62,20 +62,17 @@ def train(run: Run, stop: StopRequest) -> Path:
     done = run.resume.state.step if run.resume else 0
     runtime = start(settings, run.strategy, run.precision, cpu=not torch.cuda.is_available(), autocast=run.method.full)
     folder = Path(runtime.tell(str(run_folder(run))))
-    if runtime.main:
-        write_config(run, folder)
-        cut_metrics(folder, done)
-        abandoned = checkpoints.clear(folder, after=done)
     with ExitStack() as closing:
         try:
+            abandoned = together(runtime, lambda: _move_in(run, folder, done, closing) if runtime.main else [])
             tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
             log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, done, tracker))
             model, optimizer, trained = _model(run, runtime, log)
+            if abandoned:
+                log.say(f"removed {', '.join(abandoned)}: their steps are made again")
             trainable = announce.count_weights(trained)
             announce.beginning(run, log, folder, trainable)
             if runtime.main:
-                if abandoned:
-                    log.say(f"removed {', '.join(abandoned)}: their steps are made again")
                 announce.facts(run, runtime, trainable).write(folder)
             # It measures the base model, so it comes before the resume.
             validation = Validation.begin(run, runtime, model, folder, log)
@@ -101,7 +98,7 @@ def train(run: Run, stop: StopRequest) -> Path:
                 runtime.set_rate(optimizer, rate)
                 losses: list[torch.Tensor] = []
                 for micro in range(settings.accumulate):
-                    batch = uploads(_next(batches, runtime))
+                    batch = uploads(together(runtime, lambda: next(batches)))
                     clock.end("data")
                     with runtime.accelerator.accumulate(model):
                         loss, found = _loss(model, batch, objective, run, runtime, log, step, micro, late)
@@ -146,6 +143,14 @@ def train(run: Run, stop: StopRequest) -> Path:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, run) from error
     return folder
+
+
+def _move_in(run: Run, folder: Path, done: int, closing: ExitStack) -> list[str]:
+    """Take the run's folder for this run alone, in the state after step ``done``; names of checkpoints removed."""
+    closing.enter_context(claimed(folder))
+    write_config(run, folder)
+    cut_metrics(folder, done)
+    return checkpoints.clear(folder, after=done)
 
 
 def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter]]:
@@ -236,17 +241,3 @@ def _collator(run: Run, objective: Objective) -> Collator:
         caption_dropout=settings.caption_dropout,
         empty_text=safetensors.torch.load(run.shards.empty_caption())["text"] if settings.caption_dropout else None,
     )
-
-
-def _next(batches: Iterator[Batch], runtime: Runtime) -> Batch:
-    """The next batch; when any rank has none, all stop together."""
-    fault: CogError | None = None
-    batch = None
-    try:
-        batch = next(batches)
-    except CogError as error:
-        fault = error
-    if runtime.agree(int(fault is not None)):
-        raise fault or PeerFailed()
-    assert batch is not None
-    return batch

@@ -243,7 +243,6 @@ def write_config(run: Run, folder: Path) -> None:
     )
     lines += [f"{name} = {_toml(value)}" for name, value in settings_json(resolved).items() if value is not None]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         commit_bytes(folder / CONFIG_FILE, ("\n".join(lines) + "\n").encode())
     except OSError as error:
         raise RunError(f"cannot write the run: {error.strerror}", where=str(folder), fix="another --out") from error

@@ -13,9 +13,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +99,30 @@ class Run:
     facts: Facts
     steps: list[StepLine]
     validations: list[ValidationLine]
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the run's folder, and keep other processes from training in it. The lock ends with the process.
+
+    Raises:
+        RunError: another process trains in it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise RunError(f"cannot write the run: {error.strerror}", where=str(folder), fix="another --out") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError("another process trains in this folder", where=str(folder), fix="another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(lock)
 
 
 def read_settings(run: Path) -> Mapping[str, Any]:

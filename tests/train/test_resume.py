@@ -13,6 +13,7 @@ import pytest
 
 from cogcommon.errors import RunError
 from cogtrain import checkpoint as checkpoints
+from cogtrain.run_folder import claimed
 from cogtrain.settings import LoraSettings
 from cogtrain.strategy import read_weights
 
@@ -143,6 +144,24 @@ def test_on_one_process_a_resumed_run_is_bit_equal(here, tmp_path):
     assert losses(parts) == losses(whole)
     one, two = (read_weights(run / "checkpoint-6") for run in (whole, parts))
     assert all((one[name] == two[name]).all() for name in one)
+
+
+def test_a_resume_clears_what_a_kill_left_half_written(here):
+    run = here(steps=2)
+    (run / ".report.html.4711.tmp").write_text("half")
+    (run / ".checkpoint-9.tmp").mkdir()
+    (run / ".checkpoint-9.tmp" / "model.safetensors").write_text("half")
+    here(steps=3)
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_a_second_process_in_the_same_folder_is_refused_and_harms_nothing(here, tmp_path):
+    run = here(steps=2)
+    before = (run / "config.toml").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    with claimed(run), pytest.raises(RunError, match="another process trains in this folder"):
+        here(steps=3)
+    assert before == ((run / "config.toml").read_bytes(), (run / "metrics.jsonl").read_bytes())
+    here(steps=3)
 
 
 def test_a_moving_average_is_resumed_and_exported(here, tmp_path):
