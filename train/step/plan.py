@@ -173,10 +173,11 @@ def choose(memory: Memory, load: Load, *, free: int, host_free: int, compiled: b
     Args:
         free: bytes of GPU memory that this process may use.
         host_free: bytes of host memory that nobody else needs, those of the frozen weights among them.
-        gpu: on a CPU there is one memory: nothing to fit and, but for ``low``, nothing to move.
+        gpu: on a CPU there is one memory: what is kept has to fit there and, but for ``low``, nothing moves.
     """
     if not gpu:
-        keep: Keep = "all" if memory == "fast" else "inputs"
+        all_fits = ALL_UNCOMPILED * load.layers * load.activation <= _HOST_USABLE * host_free
+        keep: Keep = "all" if memory == "fast" or (memory == "auto" and all_fits) else "inputs"
         return Plan(
             keep=(keep,) * load.layers, park=memory == "low", stream=memory == "low" and load.streams,
             train_on_host=memory == "low" and load.hosted is not None, compiled=compiled,

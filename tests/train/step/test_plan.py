@@ -103,14 +103,15 @@ def test_when_nothing_fits_the_smallest_is_tried():
     assert plan.peak(load) <= plan_for("low", "5b", 80).peak(load)
 
 
-def test_a_cpu_has_one_memory():
+@pytest.mark.parametrize(("host_gib", "auto"), [(1, "inputs"), (200, "all")])
+def test_a_cpu_has_one_memory(host_gib, auto):
     load = load_of("2b")
     plans = {
-        memory: choose(memory, load, free=0, host_free=GIB, compiled=False, gpu=False)
+        memory: choose(memory, load, free=0, host_free=host_gib * GIB, compiled=False, gpu=False)
         for memory in ("fast", "auto", "low")
     }
     assert {memory: set(plan.keep) for memory, plan in plans.items()} == {
-        "fast": {"all"}, "auto": {"inputs"}, "low": {"inputs"},
+        "fast": {"all"}, "auto": {auto}, "low": {"inputs"},
     }  # fmt: skip
     assert plans["low"].park and plans["low"].stream and not plans["auto"].park
 
