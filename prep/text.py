@@ -12,12 +12,15 @@ from typing import IO, TYPE_CHECKING
 from cogcommon.checkpoint import Checkpoint
 
 from .disk import disk_errors
+from .progress import say
 
 if TYPE_CHECKING:
     import torch
 
 
 _GPU_BATCH = 8  # captions
+# What a batch of T5-XXL takes beside the weights: CUDA's libraries, and the middle of a feed-forward layer.
+_BESIDE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +30,24 @@ class CaptionFacts:
 
 
 class TextEncoder:
-    """T5 and its tokenizer, on a device, until the object goes."""
+    """T5 and its tokenizer, on a device, until the object goes.
+
+    On a GPU that is too small for the weights they stay in host memory, and a layer at a time comes over.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self._tokenizer = checkpoint.load_tokenizer()
-        self._model = checkpoint.load_text_encoder(dtype).to(device)
+        self._model = checkpoint.load_text_encoder(dtype)
+        size = sum(parameter.nbytes for parameter in self._model.parameters())
+        free = _free(device)
+        if size + _BESIDE <= free:
+            self._model.to(device)
+        else:
+            from accelerate import cpu_offload
+
+            gib = 2**30
+            say(f"T5 takes {size / gib:.1f} GiB and the GPU has {free / gib:.1f} free: it gets one layer at a time")
+            cpu_offload(self._model, device)
         self._length = checkpoint.family.text_tokens
         self._device = device
         # A caption alone reads 9.5 GB of weights on the GPU, which takes longer than its arithmetic.
@@ -63,6 +79,13 @@ class TextEncoder:
             (text_LD, CaptionFacts(count, count > self._length))
             for text_LD, count in zip(text_BLD, tokens, strict=False)
         ]
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that weights may take of a device."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
 
 
 class TextStore:
