@@ -91,7 +91,7 @@ def clip(runtime: Runtime, optimizer: Any, trained: Sequence[torch.nn.Parameter]
     largest = settings.max_grad_norm or float("inf")
     inner = unwrapped(optimizer)
     if hasattr(inner, "clip"):  # HostAdamW: its gradients are not in .grad
-        return inner.clip(largest)
+        return inner.clip(largest, runtime.accelerator.scaler)
     return runtime.accelerator.clip_grad_norm_(trained, largest)
 
 

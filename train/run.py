@@ -92,12 +92,6 @@ def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
     precision = settings.precision or default_precision(checkpoint.family, device)
     if precision == "fp16" and device.type == "cpu":
         raise SettingError("fp16 needs a GPU", where="--precision fp16", fix="--precision bf16 or fp32")
-    if precision == "fp16" and settings.memory == "low" and method.full and strategy == "ddp" and world == 1:
-        raise SettingError(
-            "--memory low trains all weights in host memory, where fp16's scaler does not look for gradients",
-            where="--memory low, --precision fp16",
-            fix="--precision bf16, or --memory auto",
-        )
     deepspeed_config(settings, strategy, precision, world)
     held_out = None
     if settings.validate_shards:

@@ -93,11 +93,11 @@ def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = N
 def can_host(run: Run, strategy: Strategy) -> bool:
     """Whether all weights may be trained in host memory (``host_training``): by one process, with AdamW.
 
-    fp16's scaler looks for gradients on the GPU; an average of the weights would be one more copy.
+    An average of the weights would be one more copy.
     """
     settings = run.settings
     alone = strategy == "ddp" and run.world == 1
-    return run.method.full and alone and run.precision != "fp16" and settings.optimizer == "adamw" and not settings.ema
+    return run.method.full and alone and settings.optimizer == "adamw" and not settings.ema
 
 
 def bytes_a_weight(strategy: Strategy, world: int) -> float:

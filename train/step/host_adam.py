@@ -36,20 +36,30 @@ class HostAdamW(torch.optim.AdamW):
         self._threads = _threads()
         self._own = threading.local()
 
-    def clip(self, largest: float) -> torch.Tensor:
+    def clip(self, largest: float, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
         """Clip the norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does.
+
+        Args:
+            scaler: fp16's, which has made the gradients larger; they are made as they were, on the host in the update.
 
         Returns:
             The norm as it was.
         """
         resident = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        on_host = self._hosted.norm()
+        on_host, scale = self._hosted.norm(), 1.0
+        if scaler is not None:
+            # It looks for what is not finite in .grad alone. The norm is not finite exactly where a gradient on the
+            # host is not; times zero it spoils one of those that the scaler sees, or adds nothing.
+            resident[0].add_(on_host.to(resident[0].device) * 0)
+            scaler.unscale_(self)
+            scale = scaler.get_scale()
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in resident]
         device = norms[0].device if norms else on_host.device
-        norm = torch.linalg.vector_norm(torch.stack([on_host.to(device), *norms]))
-        self._factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+        norm = torch.linalg.vector_norm(torch.stack([on_host.to(device) / scale, *norms]))
+        factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
         for gradient in resident:
-            gradient.mul_(self._factor)
+            gradient.mul_(factor)
+        self._factor = factor / scale
         return norm
 
     @torch.no_grad()

@@ -32,8 +32,8 @@ def transformer_of(form, method, layers=LAYERS):
     return checkpoint, transformer.train()
 
 
-def gradients(checkpoint, transformer, dtype=torch.float32, batch=2, device=CPU):
-    """Loss, and each trained weight's gradient, of one fixed batch."""
+def loss_of(checkpoint, transformer, dtype=torch.float32, batch=2, device=CPU):
+    """Loss of one fixed batch."""
     objective = Objective.of(checkpoint)
     config = checkpoint.transformer_config
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,12 @@ def gradients(checkpoint, transformer, dtype=torch.float32, batch=2, device=CPU)
         dtype,
     )
     transformer.zero_grad()
-    loss = transformer(**inputs, return_dict=False)[0].float().square().mean()
+    return transformer(**inputs, return_dict=False)[0].float().square().mean()
+
+
+def gradients(checkpoint, transformer, dtype=torch.float32, batch=2, device=CPU):
+    """Loss, and each trained weight's gradient, of one fixed batch."""
+    loss = loss_of(checkpoint, transformer, dtype, batch, device)
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in transformer.named_parameters() if p.grad is not None}
 

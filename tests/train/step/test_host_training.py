@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import json
+import math
 import threading
 
 import pytest
 import torch
-from test_engine import CPU, FORMS, LAYERS, LateCopies, gradients, transformer_of
+from test_engine import CPU, FORMS, LAYERS, LateCopies, gradients, loss_of, transformer_of
 
 from cogcommon.checkpoint import open_checkpoint
-from cogcommon.errors import SettingError
 from cogcommon.families import BY_NAME
 from cogcommon.tiny import NATIVE
 from cogtrain.bench.subject import random_checkpoint
@@ -160,6 +160,47 @@ def test_what_is_not_finite_changes_nothing():
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
 
 
+def test_fp16s_scaler_sees_an_overflow_on_the_host():
+    """Scaled by a power of two, steps are the same steps; one gradient on the host too large, and none is made."""
+
+    def train(scaled, overflow=-1):
+        checkpoint, transformer = transformer_of("tiny-2b", "sft")
+        engine = Engine(transformer, Plan(("inputs",) * LAYERS, train_on_host=True), CPU, torch.float16)
+        optimizer = HostAdamW([*transformer.parameters()], engine.hosted, **OPTIONS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1) if scaled else None
+        norms, scales, weights = [], [], []
+        for step in range(STEPS):
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_of(checkpoint, transformer, torch.float16, batch=1)
+            (scaler.scale(loss) if scaler else loss).backward()
+            if step == overflow:
+                weight = engine.hosted.blocks[1][3]
+                weight.landing.view(-1)[0] = torch.inf
+                engine.hosted._norms.append(torch.linalg.vector_norm(weight.landing.float()))
+            norms.append(float(optimizer.clip(LARGEST, scaler)))
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+                scales.append(scaler.get_scale())
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+            optimizer.state_dict()  # ends the step
+            weights.append({name: weight.detach().clone() for name, weight in transformer.named_parameters()})
+        return norms, scales, weights, optimizer
+
+    exact, expected = plain("tiny-2b")
+    unscaled, scaled = train(scaled=False), train(scaled=True)
+    assert scaled[0] == pytest.approx(expected, rel=2e-3) and scaled[1] == [2.0**13, 2.0**14, 2.0**15]
+    away = [farthest(exact, weights[-1])[1] for _, _, weights, _ in (unscaled, scaled)]
+    assert away[1] < 1e-4 < away[0]  # unscaled, small gradients are zero in fp16
+    norms, scales, weights, optimizer = train(scaled=True, overflow=1)
+    assert not math.isfinite(norms[1]) and scales == [2.0**13, 2.0**12, 2.0**13]
+    assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
+    assert farthest(weights[1], weights[2])[1] > 1e-4
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
 def test_compiled_all_blocks_are_one_graph(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
@@ -299,14 +340,11 @@ def test_validation_sees_the_weights_as_they_are(run, tmp_path, make_shards):
         assert low == pytest.approx(auto, rel=1e-5)
 
 
-def test_fp16_is_refused_with_what_to_do(tmp_path, make_shards):
+def test_who_may_train_in_host_memory(tmp_path, make_shards):
     make_shards(tmp_path / "out", "tiny-2b", samples=4)
     settings = SftSettings(shards=[str(tmp_path / "out")], memory="low")
-    with pytest.raises(SettingError, match="fp16's scaler") as caught:
-        open_run(settings, torch.device("cuda"), 1)  # 2B's own type
-    assert "--precision bf16" in caught.value.fix
-    low = open_run(dataclasses.replace(settings, precision="bf16"), torch.device("cuda"), 1)
-    assert low.strategy == "ddp" and can_host(low, low.strategy)
+    low = open_run(settings, torch.device("cuda"), 1)
+    assert low.precision == "fp16" and low.strategy == "ddp" and can_host(low, low.strategy)
     for other in ({"ema": 0.9, "strategy": "ddp"}, {"optimizer": "prodigy", "lr": 1.0}, {"strategy": "zero2"}):
         run = open_run(dataclasses.replace(low.settings, **other), torch.device("cuda"), 1)
         assert not can_host(run, run.strategy)
