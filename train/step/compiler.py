@@ -16,6 +16,9 @@ def compiled(function: BlockFunction) -> BlockFunction:
     import torch
     import torch._dynamo
 
+    # Under DDP torch would cut a graph where a bucket of gradients is full, and refuses one with a checkpoint inside
+    # (torch 2.11, pytorch/pytorch#104674). Ours is one block, whose gradients DDP sends as soon as they are there.
+    torch._dynamo.config.optimize_ddp = False
     # It asks, once, for a region without in-place operations; ours has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)

@@ -1,6 +1,7 @@
 """The blocks run in our own way give what diffusers' blocks give, kept, parked, streamed and compiled."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,6 +251,27 @@ def test_a_compiler_that_fails_costs_a_sentence_and_not_the_run(monkeypatch):
     for _ in range(2):
         assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
     assert len(said) == 1 and "not compiled" in said[0] and "no such kernel" in said[0] and "page" not in said[0]
+
+
+def test_blocks_are_compiled_under_ddp_too(monkeypatch):
+    """There torch would compile by parts, and up to 2.11 refuses a graph with a checkpoint inside."""
+    from torch._dynamo.backends.distributed import DDPOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    def refuses(self, *graph):
+        raise NotImplementedError("DDPOptimizer backend: Found a higher order op in the graph")
+
+    monkeypatch.setattr(DDPOptimizer, "compile_fn", refuses)
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", SimpleNamespace(bucket_bytes_cap=1 << 20))
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # torch's default
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    said = []
+    Engine(transformer, Plan(("attention",) * LAYERS, compiled=True), CPU, torch.float32, said.append)
+    expected = gradients(*transformer_of("tiny", "lora"))
+    assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
+    assert not said
 
 
 def test_an_error_of_the_computation_is_not_taken_for_the_compilers(monkeypatch):
