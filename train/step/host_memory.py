@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+_PAGE = 4096  # bytes; the driver locks whole pages, and refuses one that it has locked
+_SMALL = 1 << 20  # bytes; of less, torch's rounding wastes little
 
 
 def page_locked(size: int, device: torch.device) -> torch.Tensor:
@@ -13,26 +19,57 @@ def page_locked(size: int, device: torch.device) -> torch.Tensor:
 
     torch's own ``pin_memory`` rounds up to a power of two: 16 GiB for the 10.4
     of 5B's weights. So ordinary memory is registered with the driver; where
-    that is refused (a low ``ulimit -l``), torch's way is taken. It stays
-    registered for the life of the process, as its owners here do.
+    that is refused (a low ``ulimit -l``), torch's way is taken. It stays locked
+    until `unlock`, or for the life of the process.
     """
     import torch
 
-    plain = torch.empty(size, dtype=torch.uint8)
     if device.type != "cuda" or size == 0:
-        return plain
-    if int(torch.cuda.cudart().cudaHostRegister(plain.data_ptr(), size, 0)) != 0:
-        plain = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    _locked.append(plain)
-    return plain
+        return torch.empty(size, dtype=torch.uint8)
+    registered = _registered(size, device) if size >= _SMALL else None
+    given = torch.empty(size, dtype=torch.uint8, pin_memory=True) if registered is None else registered
+    _locked[given.data_ptr()] = _Locked(given, registered is not None)
+    return given
+
+
+def unlock(given: torch.Tensor) -> None:
+    """Make what `page_locked` gave ordinary memory again, once the GPU is done with it."""
+    import torch
+
+    if given.data_ptr() not in _locked:  # a CPU's
+        return
+    torch.cuda.synchronize()
+    if _locked.pop(given.data_ptr()).registered:
+        torch.cuda.cudart().cudaHostUnregister(given.data_ptr())
 
 
 def locked_bytes() -> int:
     """Host memory that this process has locked here."""
-    return sum(tensor.numel() for tensor in _locked)
+    return sum(locked.memory.numel() for locked in _locked.values())
 
 
-_locked: list[torch.Tensor] = []  # freeing memory that the driver still knows would leave it a dangling range
+@dataclass(frozen=True)
+class _Locked:
+    memory: torch.Tensor  # held: freeing memory that the driver still knows would leave it a dangling range
+    registered: bool
+
+
+_locked: dict[int, _Locked] = {}  # by address
+
+
+def _registered(size: int, device: torch.device) -> torch.Tensor | None:
+    """Ordinary memory on pages of its own, registered with the driver; None where the driver refuses."""
+    import torch
+
+    whole = torch.empty(size + 2 * _PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % _PAGE
+    given = whole[start : start + size]
+    if int(torch.cuda.cudart().cudaHostRegister(given.data_ptr(), -(-size // _PAGE) * _PAGE, 0)) == 0:
+        return given
+    # The driver keeps the error for whoever asks next, which is the next kernel: so that is one of ours.
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
+    return None
 
 
 class CopyStream:

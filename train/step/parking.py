@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .host_memory import CopyStream, page_locked
+from .host_memory import CopyStream, page_locked, unlock
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,8 @@ class Parking:
         size = tensor.numel() * tensor.element_size()
         place = (block, len(beside))
         if place not in self._buffers or self._buffers[place].numel() < size:
+            if place in self._buffers:  # of a smaller resolution
+                unlock(self._buffers.pop(place))
             self._buffers[place] = page_locked(size, self._device)
         host = self._buffers[place][:size].view(tensor.dtype)
         # Behind the computation, and so behind the last step's way back from the same buffer.
