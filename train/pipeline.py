@@ -88,12 +88,15 @@ def place(pipeline: DiffusionPipeline, device: torch.device, resolution: Resolut
 
     if device.type == "cpu":
         return
-    free, _ = torch.cuda.mem_get_info(device)
-    sizes = [
-        sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
+    torch.cuda.empty_cache()  # of the video before
+    parts = [
+        [(parameter.numel() * parameter.element_size(), parameter.device) for parameter in part.parameters()]
         for part in pipeline.components.values()
         if isinstance(part, torch.nn.Module)
     ]
+    sizes = [sum(size for size, _ in part) for part in parts]
+    there = sum(size for part in parts for size, at in part if at.type == device.type)
+    free = torch.cuda.mem_get_info(device)[0] + there  # what it has there already is room for it
     decode = resolution.height * resolution.width * _DECODE_BYTES_PER_PIXEL
     if sum(sizes) + decode < free:
         pipeline.to(device)

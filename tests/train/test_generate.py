@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -16,7 +17,7 @@ from cogcommon.errors import CogError
 from cogcommon.families import BUILTIN_NAMES, Resolution
 from cogcommon.settings import add_command
 from cogtrain import generate, lora
-from cogtrain.pipeline import Request, draw, load_pipeline, to_base
+from cogtrain.pipeline import Request, draw, load_pipeline, place, to_base
 from cogtrain.settings import GenerateSettings
 from cogtrain.sheet import Column, contact_sheet, side_by_side
 from cogtrain.tuned import find
@@ -104,6 +105,38 @@ def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run):
     plain.load_lora_weights(tuned.lora_file.parent)
     assert np.array_equal(with_lora, expected())
     assert not np.array_equal(with_lora, base)
+
+
+@pytest.mark.parametrize("gib, way", [(40, "to"), (28, "model"), (9, "layers")])
+def test_the_base_video_is_placed_as_the_tuned_one_was(monkeypatch, gib, way):
+    """On a GPU that holds the pipeline and a decode, but not a second time."""
+    told = []
+
+    class Pipeline:
+        def __init__(self):
+            sizes = {"text_encoder": 9.5, "transformer": 10.4, "vae": 0.4}
+            self.components = {
+                name: torch.nn.Linear(1 << 14, int(size * 2**15), bias=False, device="meta", dtype=torch.bfloat16)
+                for name, size in sizes.items()
+            }
+            self.vae = SimpleNamespace(enable_tiling=lambda: told.append("tiles"))
+
+        def to(self, device):
+            told.append("to")
+
+        def enable_model_cpu_offload(self, device):
+            told.append("model")
+
+        def enable_sequential_cpu_offload(self, device):
+            told.append("layers")
+
+    pipeline, resolution = Pipeline(), Resolution(49, 480, 720)
+    # As if the parts were not on this device at first, and for the second video were, where there was room.
+    for device, used in [("cuda", 0.0), ("meta", 20.3)][: 2 if way == "to" else 1]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, used=used: (int((gib - used) * 2**30), None))
+        place(pipeline, torch.device(device), resolution)
+        assert told == ([way] if gib > 16 else [way, "tiles"])
+        told.clear()
 
 
 def test_a_fully_tuned_transformer_is_used_and_the_base_is_read_from_the_checkpoint(tmp_path):
