@@ -144,7 +144,8 @@ class Sft:
             return None
         written = sft.save(state, checkpoint, folder)
         runtime.release(plain)
-        return Exported(written, sft.check(written, checkpoint, state, expected, runtime.device))
+        # What was trained in parts, or in host memory, need not fit on the GPU whole.
+        return Exported(written, sft.check(written, checkpoint, state, expected, runtime.room_for(plain)))
 
 
 def method_of(settings: TrainSettings) -> Method:
