@@ -12,6 +12,7 @@ import socket
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _WEIGHTS = "weights.safetensors"  # what is trained, under the transformer's own names
 _AVERAGE = "average.safetensors"
 _OPTIMIZER = "optimizer.pt"
+_PATIENCE = timedelta(days=1)  # with ranks that live; of a dead one the launcher tells
 _UNIVERSAL = ".universal"  # scratch folder of a run: a checkpoint for another number of processes
 
 
@@ -242,15 +244,14 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
         "mixed_precision": "no" if precision == "fp32" else precision,
         "gradient_accumulation_steps": settings.accumulate,
     }
-    # Of no use to the reader, and once a rank: names that torch will drop, and what DeepSpeed does with distutils.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    warnings.filterwarnings("ignore", category=UserWarning, module="_distutils_hack")
+    _hush()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = None
     if strategy == "ddp":
         # Gradients live in the buckets they are exchanged in, not beside them: 6.8 GB less for all weights of 2B.
+        # Buffers are position tables, the same on every rank.
         options["kwargs_handlers"] = [
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
             AutocastKwargs(enabled=autocast),
         ]
         accelerator = Accelerator(cpu=cpu, **options)
@@ -264,8 +265,16 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
         accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=json.loads(json.dumps(config))), **options
         )
-    group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    # gloo's own half hour is less than a validation video takes on a slow GPU, for which the other ranks wait.
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if accelerator.num_processes > 1 else None
     return Runtime(accelerator, strategy, precision, config, group)
+
+
+def _hush() -> None:
+    """Leave out warnings of no use to the reader, which come once a rank."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # names that torch will drop
+    warnings.filterwarnings("ignore", category=UserWarning, module="_distutils_hack")  # DeepSpeed's doing
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one
 
 
 def _detached(parameter: torch.nn.Parameter) -> torch.Tensor:
