@@ -28,13 +28,21 @@ _GIB = 2**30
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU by the allocator, on a CPU by the process."""
+    """Most memory held since `forget_peak`: of the GPU by the allocator, on a CPU by the process."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device) / _GIB
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count the most memory held anew from here; on a CPU the system counts from the start."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def cut_metrics(folder: Path, step: int) -> None:

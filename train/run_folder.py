@@ -88,6 +88,7 @@ class ValidationLine:
     step: int
     val_loss: float
     base_val_loss: float
+    val_peak_gib: float = 0.0  # of memory held meanwhile
 
 
 @dataclass(frozen=True)

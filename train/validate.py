@@ -23,11 +23,13 @@ from cogcommon.video import Frames, write_mp4
 from .data import Collator, StoredSample, read_sample
 from .inputs import Objective
 from .order import Slot
-from .progress import RunLog, peak_gib
+from .progress import RunLog, forget_peak, peak_gib
 from .run import Run
 from .run_folder import VALIDATION, ValidationLine
 from .sample import Conditions, decode, load_decoder, sample
 from .sources import ShardSet
+from .step.engine import Engine
+from .step.plan import Plan
 from .strategy import Runtime
 
 if TYPE_CHECKING:
@@ -76,12 +78,12 @@ class Validation:
             log.say(f"validation: {len(run.held_out)} held-out samples at {len(TIMESTEPS)} timesteps; base model first")
             if validation.videos and not runtime.whole:
                 log.say(
-                    f"validation videos: {run.strategy} gathers the weights once, into a copy on each process "
+                    f"validation videos: {run.strategy} gathers the weights once, into host memory of each process "
                     "that draws; if that is too much, --validate-videos 0"
                 )
-            known = validation.loss(model)
-            if validation.videos:
-                validation.draw(model, 0)
+            known, peak = validation._take(model, 0)
+            if runtime.device.type == "cuda":
+                log.say(f"validation held at most {peak:.1f} GiB of the GPU")
             validation._remember(known)
         return dataclasses.replace(validation, base_loss=known)
 
@@ -109,17 +111,24 @@ class Validation:
 
     def measure(self, model: torch.nn.Module, step: int) -> ValidationLine:
         """Loss, and videos where asked for; every rank calls it."""
-        before = peak_gib(self.runtime.device)
-        line = ValidationLine(step, self.loss(model), self.base_loss)
-        if self.videos:
-            self.draw(model, step)
-        after = peak_gib(self.runtime.device)
-        if self.runtime.device.type == "cuda" and after > before:
+        training = peak_gib(self.runtime.device)  # since the last validation
+        value, peak = self._take(model, step)
+        if self.runtime.device.type == "cuda" and peak > training:
             self.log.say(
-                f"validation raised the peak from {before:.1f} to {after:.1f} GiB"
+                f"validation held {peak:.1f} GiB of the GPU, training {training:.1f}"
                 + ("; --validate-videos 0 lowers it" if self.videos else "")
             )
-        return line
+        return ValidationLine(step, value, self.base_loss, peak)
+
+    def _take(self, model: torch.nn.Module, step: int) -> tuple[float, float]:
+        """The loss, and the most memory held meanwhile; before and after it is counted anew."""
+        forget_peak(self.runtime.device)
+        value = self.loss(model)
+        if self.videos:
+            self.draw(model, step)
+        peak = peak_gib(self.runtime.device)
+        forget_peak(self.runtime.device)
+        return value, peak
 
     def loss(self, model: torch.nn.Module) -> float:
         """Mean velocity loss over all held-out samples and `TIMESTEPS`, at the posteriors' means."""
@@ -148,8 +157,7 @@ class Validation:
         """Write ``validation/step-N/i.mp4`` for the first held-out samples, each on one rank, side by side."""
         folder = self.folder / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        with self._evaluating(model) as live:
-            transformer = self._whole(live)
+        with self._evaluating(model) as live, self._whole(live) as transformer:
             decoder = load_decoder(self.run.checkpoint, self.runtime.dtype)
             for start in range(0, self.videos, self.runtime.world):  # a round; all meet before the next one
                 index = start + self.runtime.rank
@@ -177,25 +185,38 @@ class Validation:
             latent = sample(transformer, self.objective, self.run.checkpoint, conditions, generator, self.runtime.dtype)
         return decode(decoder, latent, batch.latent_BFCHW.shape[1])
 
-    def _whole(self, live: Any) -> Any:
-        """The model with all its weights here. Under ZeRO-3 a copy, gathered once; else the live one."""
+    @contextmanager
+    def _whole(self, live: Any) -> Iterator[Any]:
+        """The model with all its weights: the live one, or under ZeRO-3 a copy, gathered once.
+
+        The copy's blocks stay in host memory and come to the GPU one ahead (``step.streaming``): beside
+        the live weights there would be no room for 10.4 GiB more that training does not need, for 5B.
+        """
         import torch
 
         if self.runtime.whole:
-            return live
+            yield live
+            return
         read = self.runtime.full_weight()
         trained = [(name, parameter) for name, parameter in live.named_parameters() if parameter.requires_grad]
         if self.runtime.rank >= self.videos:  # nothing to draw here, but the others need this rank's parts
             for _, parameter in trained:
                 read(parameter)
-            return None
+            yield None
+            return
         copy = self.run.checkpoint.load_transformer(self.runtime.dtype)  # frozen weights are the checkpoint's
         self.run.method.apply(copy)
         into = dict(copy.named_parameters())
         with torch.no_grad():
             for name, parameter in trained:
                 into[name].copy_(read(parameter))
-        return copy.to(self.runtime.device).eval()
+        copy.requires_grad_(False).eval()
+        plan = Plan.to_draw(len(copy.transformer_blocks))
+        engine = Engine(copy, plan, self.runtime.device, self.runtime.dtype)
+        try:
+            yield copy
+        finally:
+            engine.unlock()
 
     def _read(self, index: int) -> StoredSample:
         """A held-out sample; when any rank cannot read its own, all stop together."""

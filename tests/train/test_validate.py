@@ -14,7 +14,7 @@ import torch
 
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import ShardError
-from cogtrain import lora
+from cogtrain import lora, validate
 from cogtrain.data import read_sample
 from cogtrain.diffusion import Schedule
 from cogtrain.draws import Draws
@@ -107,6 +107,25 @@ def test_training_does_not_notice_a_validation(tmp_path, shards, train_here, mon
     assert 'src="validation/step-000000/0.mp4"' in page
     assert "base model, held out" in page
     assert read_run(run).facts.held_out == 3
+
+
+def test_its_memory_is_counted_apart_from_trainings(tmp_path, shards, train_here, monkeypatch):
+    """Measured first, the base model would else hide by how much each later validation passes training."""
+    held = [0.0]
+    loss = validate.Validation.loss
+
+    def takes_more_each_time(self, model):
+        held[0] = max(held[0], 3 + len(taken))
+        taken.append(held[0])
+        return loss(self, model)
+
+    taken = []
+    monkeypatch.setattr(validate.Validation, "loss", takes_more_each_time)
+    monkeypatch.setattr(validate, "peak_gib", lambda device: held[0])
+    monkeypatch.setattr(validate, "forget_peak", lambda device: held.__setitem__(0, 0.0))
+    run = train_here(LoraSettings(**shards, out=tmp_path / "run", steps=2, rank=4, validate_every=1))
+    assert [line.val_peak_gib for line in lines(run)[1]] == [4, 5]
+    assert held == [0]
 
 
 @pytest.mark.parametrize("form", ["tiny-i2v", "tiny-1.5-i2v"])

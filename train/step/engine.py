@@ -66,6 +66,11 @@ class Engine:
         if self._parking:
             self._parking = Parking(self._device, smallest=1)
 
+    def unlock(self) -> None:
+        """Give back the host memory that is locked for streaming. The transformer can no longer be run."""
+        if self._streaming:
+            self._streaming.unlock()
+
     def _forward_of(self, index: int, block: torch.nn.Module) -> Callable[..., Any]:
         def forward(
             hidden_states: torch.Tensor,

@@ -123,6 +123,11 @@ class Plan:
     chunks: int = 1
     compiled: bool = False
 
+    @classmethod
+    def to_draw(cls, layers: int) -> Plan:
+        """Of a model that is not trained, beside one that is: next to nothing of it is on the GPU."""
+        return cls(_each("inputs", layers), stream=True)
+
     @property
     def uncompiled(self) -> Plan:
         """The same without a compiler. A selective checkpoint then keeps what it selects in a place that hooks

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .host_memory import CopyStream, page_locked
+from .host_memory import CopyStream, page_locked, unlock
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,11 @@ class Streaming:
     def on_host(self, block: int) -> list[torch.Tensor]:
         """A block's weights where they live."""
         return [_view(self._host[block], place) for place in self._places[block]]
+
+    def unlock(self) -> None:
+        """The weights become ordinary memory, which goes with them."""
+        for host in self._host:
+            unlock(host)
 
     def forget(self) -> None:
         """The weights have changed on the host: what is on the GPU is old."""
