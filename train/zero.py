@@ -31,10 +31,23 @@ def without_shared_memory_op() -> None:
 
 
 def host_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    """AdamW that steps in host memory. Its own default for the weight decay is 0."""
+    """AdamW that steps in host memory. Its own default for the weight decay is 0.
+
+    Raises:
+        SettingError: DeepSpeed cannot compile it here, as it does at its first use.
+    """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+    try:
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+    except (RuntimeError, ImportError) as error:
+        why = str(error.__cause__ or error).strip().splitlines()
+        raise SettingError(
+            f"DeepSpeed cannot compile the optimizer that steps in host memory: {why[0] if why else 'no reason given'}",
+            where="an -offload strategy",
+            fix="install g++ and ninja (apt install g++; pip install ninja), or sft on one GPU: "
+            "--strategy ddp --memory low, which needs neither",
+        ) from error
 
 
 def check_nvme(folder: Path) -> None:

@@ -77,3 +77,17 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_only_adamw_steps_in_host_memory():
     with pytest.raises(SettingError, match="does not step in host memory"):
         make_optimizer([], SftSettings(optimizer="adamw8bit"), CPU, on_host=True)
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
+    from deepspeed.ops.adam import cpu_adam
+
+    class NoCompiler:
+        def load(self):
+            raise RuntimeError("Unable to JIT load the cpu_adam op\nand a page of it")
+
+    monkeypatch.setattr(cpu_adam, "CPUAdamBuilder", NoCompiler)
+    with pytest.raises(SettingError) as caught:
+        make_optimizer([torch.nn.Parameter(torch.ones(2))], SftSettings(), CPU, on_host=True)
+    assert caught.value.what.endswith("Unable to JIT load the cpu_adam op")
+    assert "g++" in caught.value.fix and "--memory low" in caught.value.fix
