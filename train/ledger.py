@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 def can_wait(run: Run, runtime: Runtime, optimizer: Any) -> bool:
     """Whether losses may be read late: something must hold the optimizer back meanwhile.
 
-    torch's fused AdamW can be told so by a number on the GPU. fp16's scaler tells
-    it already, and ``--on-nonfinite skip`` decides between forward and backward.
+    torch's fused AdamW can be told so by a number on the GPU. fp16's scaler does
+    so by itself: a loss that is not finite has gradients that are not.
+    ``--on-nonfinite skip`` decides between forward and backward.
     """
     import torch
 
@@ -36,7 +37,6 @@ def can_wait(run: Run, runtime: Runtime, optimizer: Any) -> bool:
     return (
         run.settings.on_nonfinite == "stop"
         and not runtime.sharded
-        and runtime.accelerator.scaler is None
         and isinstance(inner, torch.optim.AdamW)
         and all(group["fused"] for group in inner.param_groups)
     )

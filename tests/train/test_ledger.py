@@ -109,3 +109,24 @@ def test_a_held_step_leaves_the_optimizer_where_it_was():
         other.step()
     assert torch.equal(weight, undisturbed)
     assert optimizer.state[weight]["step"] == 2
+
+
+def test_fp16s_scaler_holds_the_step_that_the_ledger_will_name():
+    from cogtrain.ledger import hold
+
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    moved = []
+    for factor in (1.0, float("nan"), float("inf"), 1.0):
+        before = weight.detach().clone()
+        loss = (weight * factor).sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        hold(optimizer, [loss.detach().reshape(1)])
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved.append(not torch.equal(before, weight))
+    assert moved == [True, False, False, True]
+    assert optimizer.state[weight]["step"] == 2
