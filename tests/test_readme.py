@@ -1,4 +1,4 @@
-"""The README's tables of options are the settings themselves. ``make readme`` writes them anew."""
+"""The README's tables are the settings themselves, and the data of what was measured. ``make readme`` writes them."""
 
 import dataclasses
 import re
@@ -9,10 +9,11 @@ import pytest
 
 from cogcommon.settings import flag_of, shown_default
 from cogprep.settings import EncodeSettings
+from cogtrain.bench.hardware import guide_table, measured_table
 from cogtrain.settings import LoraSettings
 
 README = Path(__file__).parents[1] / "README.md"
-TABLES = {"cogprep encode": EncodeSettings, "cogtrain lora": LoraSettings}
+OPTIONS = {"cogprep encode": EncodeSettings, "cogtrain lora": LoraSettings}
 
 
 def table(cls) -> str:
@@ -24,16 +25,16 @@ def table(cls) -> str:
 
 
 def with_tables(text: str) -> str:
-    for name, cls in TABLES.items():
-        mark = f"<!-- options of {name} -->"
-        text, count = re.subn(
-            rf"{re.escape(mark)}\n(?:\|.*\n)*", lambda _match, m=mark, c=cls: f"{m}\n{table(c)}\n", text
-        )
-        assert count == 1, f"the README has {count} places for the options of {name}"
+    tables = {f"options of {name}": table(cls) for name, cls in OPTIONS.items()}
+    tables |= {"hardware table": guide_table(), "runs measured": measured_table()}
+    for name, rows in tables.items():
+        mark = f"<!-- {name} -->"
+        text, count = re.subn(rf"{mark}\n(?:\|.*\n)*", lambda _match, m=mark, r=rows: f"{m}\n{r}\n", text)
+        assert count == 1, f"the README has {count} places for: {name}"
     return text
 
 
-def test_the_readme_has_the_options_as_they_are():
+def test_the_readmes_tables_are_what_they_are_made_of():
     text = README.read_text(encoding="utf-8")
     assert with_tables(text) == text, "run `make readme`"
 

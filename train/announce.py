@@ -13,6 +13,7 @@ from .method import Exported
 from .progress import RunLog
 from .run import Run
 from .run_folder import Facts
+from .step.plan import Plan
 from .strategy import Runtime
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def ending(log: RunLog, folder: Path, exported: Exported) -> None:
     log.say(f'next: cogtrain generate --run {folder} --prompt "..."')
 
 
-def facts(run: Run, runtime: Runtime, trainable: int) -> Facts:
+def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan) -> Facts:
     import torch
 
     counts = np.bincount(run.shards.bucket_of, minlength=len(run.shards.buckets))
@@ -67,6 +68,7 @@ def facts(run: Run, runtime: Runtime, trainable: int) -> Facts:
         device=torch.cuda.get_device_name(runtime.device) if gpu else "CPU",
         trainable=trainable,
         version=tool_version(),
+        plan=str(plan),
     )
 
 

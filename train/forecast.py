@@ -10,21 +10,19 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cogcommon.errors import RunError, SettingError
 
+from .measured import Measured, measured
 from .run import Run, open_run
 from .run_folder import METRICS_FILE, read_metrics
 from .settings import LoraSettings, Memory, PlanSettings, SftSettings
 from .step.demand import Demand, demand
-from .step.plan import fits
 from .zero_config import STAGE, Strategy
 
 _GIB = 2**30
-_MEASURED = "measured.jsonl"  # runs of our own, one a line
 # Strategies from fast to slow, and first the default of --memory; what comes to the same is not shown again.
 _MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
 _STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -32,7 +30,7 @@ _STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-of
 
 @dataclass(frozen=True)
 class Forecast:
-    """One line of the table. Memory in GiB, for each process; computed, but for ``s_per_step``."""
+    """One line of the table. Memory in GiB, for each process; computed, but for what is called measured."""
 
     method: str
     strategy: Strategy
@@ -41,6 +39,7 @@ class Forecast:
     host_gib: float
     fits: bool
     s_per_step: float | None  # measured by us, where it was, on ``measured_on``
+    measured_gib: float | None  # the peak there
     measured_on: str | None
     command: str
 
@@ -64,7 +63,7 @@ def run(settings: PlanSettings) -> None:
     else:
         console = Console(soft_wrap=True, highlight=False)
         console.print(_table(found))
-        console.print(f"for each of {gpus} GPU{'s' * (gpus > 1)} of {card / _GIB:.0f} GB; computed, not measured")
+        console.print(f"for each of {gpus} GPU{'s' * (gpus > 1)} of {card / _GIB:.0f} GB; computed, but for measured")
         for method, line in advised.items():
             console.print(line.command if line else f"{method}: nothing fits; a smaller --resolution when encoding")
     if settings.check:
@@ -105,7 +104,7 @@ def forecasts(settings: PlanSettings, card: int, gpus: int) -> list[Forecast]:
 
 
 def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: int) -> Forecast:
-    seconds, machine = _measured(planned, needs, gpus)
+    same = _measured(planned, needs, gpus)
     words = ["cogtrain", planned.method.name, "--shards", *settings.shards, "--strategy", needs.strategy]
     words += ["--memory", needs.memory, "--nproc", str(gpus)]
     if settings.model:
@@ -120,15 +119,18 @@ def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: 
         memory=needs.memory,
         peak_gib=round(needs.peak / _GIB, 2),
         host_gib=round(needs.host / _GIB, 2),
-        fits=fits(needs.plan, needs.load, card),
-        s_per_step=seconds,
-        measured_on=machine,
+        fits=needs.fits(card),
+        s_per_step=same.s_per_step if same else None,
+        measured_gib=same.peak_gib if same else None,
+        measured_on=same.gpu if same else None,
         command=shlex.join(words),
     )
 
 
-def _measured(planned: Run, needs: Demand, gpus: int) -> tuple[float | None, str | None]:
-    """Seconds a step of the same thing, and the GPU; None where nobody has measured it."""
+def _measured(planned: Run, needs: Demand, gpus: int) -> Measured | None:
+    """The newest run of the same thing; None where nobody has measured it."""
+    if planned.checkpoint.transformer_config["num_layers"] != planned.checkpoint.family.layers:
+        return None  # a built-in model: of the family's form, not of its size
     (resolution,) = planned.shards.buckets if len(planned.shards.buckets) == 1 else (None,)
     same = {
         "family": planned.checkpoint.family.name,
@@ -140,13 +142,7 @@ def _measured(planned: Run, needs: Demand, gpus: int) -> tuple[float | None, str
         "strategy": needs.strategy,
         "plan": str(needs.plan),
     }
-    if planned.checkpoint.transformer_config["num_layers"] != planned.checkpoint.family.layers:
-        return None, None  # a built-in model: of the family's form, not of its size
-    for line in resources.files("cogtrain").joinpath(_MEASURED).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if all(row[name] == value for name, value in same.items()):
-            return row["s_per_step"], row["gpu"]
-    return None, None
+    return next((run for run in measured() if all(getattr(run, name) == value for name, value in same.items())), None)
 
 
 def check(lines: Sequence[Forecast]) -> None:
@@ -192,10 +188,12 @@ def _table(lines: Sequence[Forecast]) -> Any:
     from rich.table import Table
 
     shown = Table(box=None, header_style="bold")
-    for name in ("", "strategy", "memory", "GPU GiB", "host GiB", "s/step", ""):
-        shown.add_column(name, justify="right" if "GiB" in name or "/" in name else "left")
+    for name in ("", "strategy", "memory", "GPU GiB", "host GiB", "measured", ""):
+        shown.add_column(name, justify="right" if "GiB" in name else "left")
     for line in lines:
-        seconds = f"{line.s_per_step:.2f} ({line.measured_on})" if line.s_per_step else "not measured"
+        seconds = "nothing"
+        if line.s_per_step:
+            seconds = f"{line.s_per_step:.2f} s/step, {line.measured_gib:.1f} GiB ({line.measured_on})"
         shown.add_row(
             line.method, line.strategy, line.memory, f"{line.peak_gib:.1f}", f"{line.host_gib:.1f}", seconds,
             "fits" if line.fits else "does not fit", style=None if line.fits else "dim",

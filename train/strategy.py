@@ -257,7 +257,7 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
         accelerator = Accelerator(cpu=cpu, **options)
     else:
         config = deepspeed_config(settings, strategy, precision, world)
-        _single_process_environment()
+        single_process_environment()
         if cpu:
             zero.without_shared_memory_op()
             # Without the backend's name accelerate takes itself for a single process.
@@ -281,7 +281,7 @@ def _detached(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.detach()
 
 
-def _single_process_environment() -> None:
+def single_process_environment() -> None:
     """DeepSpeed wants a process group even for one process."""
     if "RANK" in os.environ:
         return

@@ -1,13 +1,21 @@
 """The benchmark itself, on shapes of seconds: its random weights, its rows, its account of the memory."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from cogtrain.bench import kept
 from cogtrain.bench.allocations import at_the_peak, held
-from cogtrain.bench.measure import _After, _Enough, prepare, product, reference
-from cogtrain.bench.rows import Row, table
+from cogtrain.bench.guide import guide_rows
+from cogtrain.bench.machine import lacking
+from cogtrain.bench.measure import _After, _Enough, prepare, product
+from cogtrain.bench.plain import reference
+from cogtrain.bench.rows import Row, guide_row, rows_named, table
 from cogtrain.bench.subject import random_checkpoint
 
 
@@ -22,15 +30,22 @@ def test_random_weights_are_of_their_variance_and_no_two_the_same():
     assert len(set(first)) == len(first) > 20
 
 
-@pytest.mark.parametrize("family", ["5b", "5b-i2v"])
-def test_a_row_is_measured_on_a_small_shape(family):
+def changed(row, **changes):
+    return dataclasses.replace(row, **{"small": True, "compile": "off", "steps": 3} | changes)
+
+
+@pytest.mark.parametrize(
+    "row", [Row("5b", "low", rank=4), Row("5b-i2v", "low", rank=4), guide_row(4, "low")], ids=lambda row: row.name
+)
+def test_a_row_is_measured_on_a_small_shape(row):
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # this process may have made other runs
     found = []
     for kind in ("low", "reference"):
-        row = Row(family, kind, rank=4, steps=3, small=True, compile="off")
+        AcceleratorState._reset_state(reset_partial_state=True)  # this process may have made other runs
+        row = changed(row, kind=kind)
         run = prepare(row)
+        assert lacking(run, row) is None
         early = []
         result = reference(run, row) if kind == "reference" else product(run, row, early.append)
         assert [dict(result)] == early or kind == "reference"
@@ -39,7 +54,69 @@ def test_a_row_is_measured_on_a_small_shape(family):
     # The same samples, noise and weights: bf16 computed in two ways.
     assert low["losses"] == pytest.approx(plain["losses"], rel=0.01) and len(low["losses"]) == 3
     assert low["s_per_step"] > 0 and low["locked_gib"] >= 0 and low["peak_gib"] > 0
-    assert table(found).count(f"| {family} r4 ") == 2
+    assert "waits in host memory" in low["plan"] and plain["plan"].startswith("every block checkpointed")
+    assert ("optimizer states are in host memory" in low["plan"]) == (row.number == 4)
+    assert "1.00" in table(found).splitlines()[-1]
+
+
+def test_rows_of_the_guide_are_its_files():
+    rows = guide_rows()
+    assert [row.guide_gb for row in rows.values()] == [16, 24, 35, 36, 17, 17, 19, 14, 42, 42, 43, 28, 56, 55, 55, 40]
+    assert [row.name for row in rows_named(["9"])] == ["09/low", "09/auto", "09/file", "09/reference"]
+    low, _, file, reference = rows_named(["09"])
+    assert (low.settings.strategy, low.settings.memory) == ("ddp", "low")
+    assert file.settings == reference.settings == rows[9].settings and file.settings.strategy == "zero2-offload"
+    assert low.command == (
+        "cogtrain sft --config configs/09-5b-sft-zero2-offload-1gpu.toml --strategy ddp --memory low --shards out/*.tar"
+    )
+    (eight,) = rows_named(["10/auto"])
+    assert eight.settings == rows[10].settings and eight.processes_of(2) == 2
+    assert dataclasses.replace(eight, processes=2).shown == "10/auto on 2 of 8 GPUs"
+    assert rows_named(["5b/low", "2b/low"])[1].family == "2b" and rows_named(["1/low"])[0].settings.precision == "fp16"
+    with pytest.raises(ValueError, match="no row is called 17; there are 5b/low"):
+        rows_named(["17"])
+
+
+def test_a_row_for_which_the_host_has_no_memory_is_left_out():
+    run = prepare(changed(guide_row(9, "file"), steps=1))
+    config = random_checkpoint("5b").transformer_config
+    large = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, transformer_config=config))
+    # 8 bytes a weight for the moments, and 32, 32 and 16 GiB: what torch page-locks is a power of two.
+    needed = {pinned: lacking(large, guide_row(9, "reference"), pinned) for pinned in (True, False)}
+    assert needed[True].startswith("126 GiB of host memory needed") and needed[False].startswith("97 GiB")
+    assert lacking(large, guide_row(9, "file")) == needed[True]
+
+
+def test_what_was_measured_on_a_gpu_is_kept_once(tmp_path, monkeypatch):
+    row = dataclasses.asdict(guide_row(9, "low")) | {
+        "row": "09/low", "command": "cogtrain sft", "bucket": "49x480x720", "date": "2026-01-01", "method": "sft",
+        "precision": "bf16", "strategy": "ddp", "memory": "low", "plan": "as planned", "gpu": "H100", "card_gib": 79.2,
+        "s_per_step": 3.0, "peak_gib": 11.0, "first_peak_gib": 12.0, "host_gib": 90.0, "locked_gib": 70.0,
+        "compile_s": 9.0, "versions": {"torch": "2.11"},
+    }  # fmt: skip
+    lines = [row, row, row | {"small": True}, row | {"gpu": "CPU"}, {"small": False, "failed": "exit 1"}]
+    lines.append(row | {"row": "09/reference", "kind": "reference"})
+    (tmp_path / "bench.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    added = []
+    monkeypatch.setattr(kept, "keep", added.append)
+    assert kept.keep_file(tmp_path / "bench.jsonl") == 2
+    ours, plain = added
+    assert ours.peak_gib == 12.0 and ours.rank is None and (ours.memory, plain.memory) == ("low", "reference")
+    assert plain.command == "python -m cogtrain.bench 09/reference"
+
+
+@pytest.mark.full  # half a minute: two processes a row, and DeepSpeed
+def test_rows_of_several_processes(tmp_path):
+    words = ["10/auto", "10/reference", "--small", "--compile", "off", "--gpus", "2", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "cogtrain.bench", *words], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours, plain = (json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines())
+    assert ours["processes"] == plain["processes"] == 2 and ours["strategy"] == plain["strategy"] == "zero2"
+    assert "failed" not in ours | plain and "10/auto on 2 of 8 GPUs" in done.stdout
+    assert ours["losses"][0] == pytest.approx(plain["losses"][0], rel=0.1)  # of both processes' samples, and of one's
 
 
 def test_what_is_held_at_the_peak_is_told_by_place():

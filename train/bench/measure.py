@@ -1,4 +1,4 @@
-"""One row of the benchmark, in this process: the product's own run, or the plain loop beside it."""
+"""One row of the benchmark as the product runs it, in this process."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ import dataclasses
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import Collator, prefetch
-from ..inputs import Objective
+from cogcommon.device import dtype_of
+
 from ..loop import train
-from ..method import Lora
-from ..order import Order, rank_slots
 from ..progress import peak_gib
 from ..run import Run
-from ..run_folder import METRICS_FILE, read_metrics
-from ..settings import LoraSettings
+from ..run_folder import METRICS_FILE, read_metrics, read_run
 from ..signals import StopRequest
 from ..step.host_memory import locked_bytes
 from .allocations import Allocations
+from .machine import Machine
 from .rows import Row
-from .subject import RandomCheckpoint, random_checkpoint, random_shards
+from .subject import RandomCheckpoint, random_checkpoint, random_run, random_shards
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +34,20 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Prepared(RandomCheckpoint):
-    """A checkpoint whose transformer has been made, once, before the GPU was free."""
+    """A checkpoint whose transformer has been made, once, before the GPU was free.
+
+    ``apart`` is not empty where weights may be trained where they lie: then each gets memory of its own
+    when it is loaded, and not before, when the row that is being measured may need that memory.
+    """
 
     made: list[Any] = dataclasses.field(default_factory=list)
+    apart: list[bool] = dataclasses.field(default_factory=list)
 
     def load_transformer(self, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-        return self.made.pop() if self.made else super().load_transformer(dtype)
+        transformer = self.made.pop() if self.made else super().load_transformer(dtype)
+        for parameter in transformer.parameters() if self.apart else ():
+            parameter.data = parameter.data.clone()
+        return transformer
 
     def make(self, dtype: torch.dtype) -> None:
         self.made.append(super().load_transformer(dtype))
@@ -75,6 +80,7 @@ class _After(StopRequest):
         self._until = 0
         self.first_peak_gib = 0.0
         self.found: dict[str, list[str]] = {}
+        self.machine = Machine()
 
     @property
     def signal(self) -> int:  # type: ignore[override]
@@ -82,6 +88,7 @@ class _After(StopRequest):
         import torch
 
         self._made += 1
+        self.machine.look()
         if torch.cuda.is_available() and self._made == 1:
             # The first step compiles and tries; what it held more than the others is told apart.
             self.first_peak_gib = peak_gib(torch.device("cuda"))
@@ -147,34 +154,24 @@ def prepare(row: Row) -> Run:
     """The run that a row measures, weights made in host memory."""
     import torch
 
-    checkpoint = random_checkpoint(row.family, row.shape)
-    known = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
-    prepared = Prepared(**known)
-    prepared.make(torch.bfloat16)
-    shards = random_shards(prepared, row.bucket)
-    settings = LoraSettings(
-        rank=row.rank,
-        memory=row.kind if row.kind in ("fast", "auto", "low") else "auto",  # type: ignore[arg-type]
+    settings = dataclasses.replace(
+        row.settings,
         compile=row.compile,
         out=Path(tempfile.mkdtemp(prefix="cogtrain-bench-")),
         steps=1000,
-        lr=1e-4,
         warmup=0,
+        nproc=None,
     )
-    return Run(
-        settings=settings,
-        method=Lora(settings),
-        shards=shards,
-        held_out=None,
-        checkpoint=prepared,
-        order=Order(shards.shard_of, shards.bucket_of, 1, settings.seed),
-        steps=1000,
-        strategy="ddp",
-        precision="bf16",  # 2B's fp16 takes the same time, and bf16 needs no scaler in the plain loop
-        world=1,
-        resume=None,
-        notes=(),
-    )
+    checkpoint = random_checkpoint(row.family, row.shape)
+    known = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    prepared = Prepared(**known)
+    run = random_run(settings, prepared, random_shards(prepared, row.bucket), row.processes)
+    if run.precision == "fp16" and not torch.cuda.is_available():
+        run = dataclasses.replace(run, precision="bf16")
+    if run.method.full and run.strategy == "ddp":
+        prepared.apart.append(True)
+    prepared.make(run.method.weight_dtype(dtype_of(run.precision), run.strategy != "ddp"))
+    return run
 
 
 def product(run: Run, row: Row, measured: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
@@ -183,16 +180,16 @@ def product(run: Run, row: Row, measured: Callable[[Mapping[str, Any]], None]) -
     Args:
         measured: gets the result before a profile is taken.
     """
-    stop = _After(row.steps, lambda: measured(_result(run, row, stop.first_peak_gib)), row.profile, row.memory_trace)
+    stop = _After(row.steps, lambda: measured(_result(run, row, stop)), row.profile, row.memory_trace)
     with contextlib.suppress(_Enough):
         train(run, stop)
-    return {**_result(run, row, stop.first_peak_gib), **stop.found}
+    return {**_result(run, row, stop), **stop.found}
 
 
-def _result(run: Run, row: Row, first_peak_gib: float) -> Mapping[str, Any]:
-    import torch
-
+def _result(run: Run, row: Row, stop: _After) -> Mapping[str, Any]:
     assert run.settings.out is not None
+    if not (run.settings.out / METRICS_FILE).exists():
+        return {}  # not the first process: that one writes for all
     lines = read_metrics(run.settings.out / METRICS_FILE)[0][: row.steps]
     counted = lines[row.settling :]
     medians = {
@@ -203,72 +200,14 @@ def _result(run: Run, row: Row, first_peak_gib: float) -> Mapping[str, Any]:
         "steps": len(counted),
         "compile_s": sum(line.compile_s for line in lines),
         "peak_gib": max(line.peak_gib for line in lines),
-        "first_peak_gib": first_peak_gib,
+        "first_peak_gib": stop.first_peak_gib,
         "kept_gib": lines[-1].kept_gib,
-        "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else 0.0,
         "locked_gib": locked_bytes() / _GIB,
+        "plan": read_run(run.settings.out).facts.plan,
+        **stop.machine.found(run),
         "losses": [round(line.loss, 5) for line in lines],
         "all_s": [round(line.s_per_step, 3) for line in lines],
     }
-
-
-def reference(run: Run, row: Row) -> Mapping[str, Any]:
-    """The plain loop of diffusers and PEFT, as the public fine-tuning code has it: every block checkpointed,
-    autocast, adapters in fp32, torch's AdamW, the loss asked for at every step. Same weights, same samples."""
-    import torch
-
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    transformer = run.checkpoint.load_transformer(torch.bfloat16)
-    run.method.apply(transformer)
-    transformer.to(device)
-    transformer.enable_gradient_checkpointing()
-    transformer.train()
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4)
-    objective = Objective.of(run.checkpoint)
-    slots = (
-        rank_slots(run.order.epoch(epoch)[place], epoch, micro=0, rank=0, world=1, size=1)
-        for epoch, place in (divmod(step, run.order.steps_per_epoch) for step in range(row.steps))
-    )
-    batches = prefetch(run.shards, slots, Collator(objective, run.settings.seed), ahead=2, pin=device.type == "cuda")
-    marks: list[Sequence[float]] = []
-    losses = []
-    for batch in batches:
-        times = [_now(device)]
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = objective.losses(transformer, batch.to(device), torch.bfloat16).mean()
-        times.append(_now(device))
-        loss.backward()
-        times.append(_now(device))
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(round(loss.item(), 5))
-        times.append(_now(device))
-        marks.append(times)
-    counted = marks[row.settling :]
-    parts = {
-        name: statistics.median(times[end] - times[begin] for times in counted)
-        for name, begin, end in (
-            ("s_per_step", 0, 3), ("forward_s", 0, 1), ("backward_s", 1, 2), ("optimizer_s", 2, 3)
-        )
-    }  # fmt: skip
-    return parts | {
-        "steps": len(counted),
-        "compile_s": 0.0,
-        "peak_gib": peak_gib(device),
-        "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else 0.0,
-        "losses": losses,
-        "all_s": [round(times[3] - times[0], 3) for times in marks],
-    }
-
-
-def _now(device: torch.device) -> float:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def write(result: Mapping[str, Any], file: Path) -> None:

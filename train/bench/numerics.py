@@ -32,20 +32,20 @@ def numerics(row: Row, device: torch.device) -> Mapping[str, Any]:
     """Relative error of the loss and of all gradients together, against fp32."""
     import torch
 
-    layers = 3 if row.small else _LAYERS
+    layers, rank = 3 if row.small else _LAYERS, row.rank or 128
     checkpoint = random_checkpoint(row.family, {**row.shape, "num_layers": layers})
     bucket = row.bucket if row.small else _BUCKET
     objective = Objective.of(checkpoint)
     batch = _batch(checkpoint, objective, bucket, device)
-    exact = _gradients(checkpoint, objective, batch, device, torch.float32, None, row.rank)
+    exact = _gradients(checkpoint, objective, batch, device, torch.float32, None, rank)
     found = {"plain bf16": _against(exact, _gradients(checkpoint, objective, batch, device, torch.bfloat16, None,
-                                                      row.rank))}  # fmt: skip
+                                                      rank))}  # fmt: skip
     compiled = compiler_fault(device) is None
     ways: tuple[tuple[Keep, bool], ...] = (("attention", True), ("matmuls", False))
     for keep, moved in ways:
         plan = Plan((keep,) * layers, park=moved, stream=moved, chunks=4 if moved else 1, compiled=compiled)
         name = f"{keep}{', from host memory' if moved else ''}"
-        got = _gradients(checkpoint, objective, batch, device, torch.bfloat16, plan, row.rank)
+        got = _gradients(checkpoint, objective, batch, device, torch.bfloat16, plan, rank)
         found[name] = _against(exact, got)
         print(name, found[name], flush=True)
     return {"numerics": found}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cogcommon.families import BY_NAME, Resolution
 
-Kind = Literal["fast", "auto", "low", "reference", "numerics"]
+from ..settings import LoraSettings, TrainSettings
+from .guide import guide_rows
+
+Kind = Literal["fast", "auto", "low", "file", "reference", "numerics"]
 
 # Shape that goes through the same code in seconds on a CPU.
 SMALL: Mapping[str, Any] = {
@@ -20,12 +24,14 @@ SMALL_BUCKET = Resolution(9, 64, 96)
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to measure: a family and a way to train it."""
+    """One thing to measure: a family and a way to train it, a LoRA in bf16 or a row of the guide's table."""
 
     family: str
     kind: Kind
-    rank: int = 128
+    rank: int | None = 128
     steps: int = 7
+    number: int = 0  # in the guide's table
+    processes: int = 1
     within_gib: float | None = None  # of GPU memory; as on a smaller card
     profile: bool = False  # two more steps, under torch's profiler
     memory_trace: bool = False  # one more step, with every allocation remembered
@@ -34,7 +40,32 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.family}/{self.kind}"
+        return f"{self.number:02d}/{self.kind}" if self.number else f"{self.family}/{self.kind}"
+
+    @property
+    def settings(self) -> TrainSettings:
+        """As a user would give them."""
+        if self.number:
+            return guide_rows()[self.number].settings_for(self.kind)  # type: ignore[arg-type]
+        memory = self.kind if self.kind in ("fast", "auto", "low") else "auto"
+        return LoraSettings(rank=self.rank or 0, memory=memory, precision="bf16", strategy="ddp")  # type: ignore[arg-type]
+
+    @property
+    def shown(self) -> str:
+        """Its name, and on how many GPUs it runs where the row is about another number."""
+        wanted = guide_rows()[self.number].processes if self.number else None
+        return f"{self.name} on {self.processes} of {wanted} GPUs" if (wanted or 1) > self.processes else self.name
+
+    def processes_of(self, here: int) -> int:
+        """GPUs to run on, of those that are here; LoRAs of the default rows take one."""
+        return min(guide_rows()[self.number].processes or here, here) if self.number else 1
+
+    @property
+    def command(self) -> str:
+        """What a user types for the same."""
+        if self.number:
+            return guide_rows()[self.number].command(self.kind)  # type: ignore[arg-type]
+        return f"cogtrain lora --memory {self.settings.memory} --precision bf16 --shards out/*.tar"
 
     @property
     def settling(self) -> int:
@@ -68,29 +99,67 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+def guide_row(number: int, kind: Kind) -> Row:
+    """A row of the guide's table; what is measured of it needs fewer steps, each of which takes longer."""
+    row = guide_rows()[number]
+    rank = getattr(row.settings, "rank", None)
+    large = row.family == "1.5-5b"
+    return Row(row.family, kind, rank=rank, steps=4 if large else 6, number=number)
+
+
+def rows_named(words: Iterable[str]) -> list[Row]:
+    """Rows by name, as 5b/low; all kinds of a family (5b) or of a row of the guide's table (9 or 09).
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    kinds: tuple[Kind, ...] = ("low", "auto", "file", "reference")
+    there = [*ROWS, *(guide_row(number, kind) for number in guide_rows() for kind in kinds if _differs(number, kind))]
+    found = []
+    for word in words:
+        name = re.sub(r"^(\d)(/|$)", r"0\1\2", word)
+        named = [row for row in there if name in (row.name, row.name.split("/")[0])]
+        if not named:
+            raise ValueError(f"no row is called {word}; there are {' '.join(row.name for row in there)}")
+        found += [row for row in named if row not in found]
+    return found
+
+
+def _differs(number: int, kind: Kind) -> bool:
+    """The file itself is a kind of its own where another strategy is advised."""
+    return kind != "file" or guide_rows()[number].processes == 1
+
+
 def table(results: Iterable[Mapping[str, Any]]) -> str:
     """A Markdown table; times relative to the reference's of the same family."""
     results = [result for result in results if "s_per_step" in result]
-    against = {result["family"]: result["s_per_step"] for result in results if result["kind"] == "reference"}
+    against = {_compared(result): result["s_per_step"] for result in results if result["kind"] == "reference"}
     lines = [
-        "| LoRA | s/step | times the reference | peak GiB | host GiB | forward / backward / optimizer s | compile s |",
+        "| | s/step | times the reference | peak GiB | host GiB | forward / backward / optimizer s | compile s |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        reference = against.get(result["family"])
+        reference = against.get(_compared(result))
         ratio = f"{reference / result['s_per_step']:.2f}" if reference else ""
         parts = " / ".join(f"{result[part]:.2f}" for part in ("forward_s", "backward_s", "optimizer_s"))
-        host = f"{result['locked_gib']:.1f}" if "locked_gib" in result else ""
         lines.append(
             f"| {_named(result)} | {result['s_per_step']:.2f} "
-            f"| {ratio} | {max(result['peak_gib'], result.get('first_peak_gib', 0)):.1f} "
-            f"| {host} | {parts} | {result['compile_s']:.0f} |"
+            f"| {ratio} | {max(result['peak_gib'], result['first_peak_gib']):.1f} "
+            f"| {result['host_gib']:.1f} | {parts} | {result['compile_s']:.0f} |"
         )
     return "\n".join(lines)
 
 
+def _compared(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    return result["family"], result["number"], result["processes"]
+
+
 def _named(result: Mapping[str, Any]) -> str:
-    name = f"{result['family']} r{result['rank']} {result['bucket']}, {result['kind']}"
+    rank = f" r{result['rank']}" if result["rank"] else ""
+    name = f"{result['family']}{rank} {result['bucket']}, {result['kind']}"
+    if result["number"]:
+        gpus = f" on {result['processes']} GPUs" if result["processes"] > 1 else ""
+        name = f"{result['number']:02d}: {name}, {result['strategy']}{gpus}"
     if result["within_gib"]:
         name += f" within {result['within_gib']:g} GiB"
     return name + (", not compiled" if result["compile"] == "off" and result["kind"] != "reference" else "")

@@ -16,7 +16,12 @@ from cogcommon.contract import Contract, tool_version
 from cogcommon.families import BY_NAME, RANDOM, Family, Resolution
 from cogcommon.records import ShardHeader
 
+from ..method import method_of
+from ..order import Order
+from ..run import Run
+from ..settings import TrainSettings
 from ..sources import Shard, ShardSet
+from ..zero_config import choose
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +105,25 @@ def random_checkpoint(family_name: str, shape: Mapping[str, Any] | None = None) 
     # As if from the hub: its VAE is never opened.
     known |= {"name": f"random {family.name}", "on_hub": True, "revision": "none"}
     return RandomCheckpoint(**known | {"transformer_config": config | dict(shape or {})})
+
+
+def random_run(settings: TrainSettings, checkpoint: Checkpoint, shards: ShardSet, world: int = 1) -> Run:
+    """The run of these settings on random samples; nothing of the checkpoint is loaded."""
+    method = method_of(settings)
+    return Run(
+        settings=settings,
+        method=method,
+        shards=shards,
+        held_out=None,
+        checkpoint=checkpoint,
+        order=Order(shards.shard_of, shards.bucket_of, world * settings.batch_size, settings.seed),
+        steps=settings.steps or 1000,
+        strategy=choose(settings, full=method.full, gpus=world),
+        precision=settings.precision or checkpoint.family.precision,
+        world=world,
+        resume=None,
+        notes=(),
+    )
 
 
 def random_shards(checkpoint: Checkpoint, bucket: Resolution, samples: int = 8) -> ShardSet:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..zero_config import STAGE, Strategy
-from .plan import Load, Memory, Plan, choose
+from .plan import USABLE, Load, Memory, Plan, choose
 
 if TYPE_CHECKING:
+    from ..method import Method
     from ..run import Run
 
 _SIZES = {"fp32": 4}  # bytes of a number as computed; half precision else
@@ -25,11 +28,16 @@ class Demand:
     plan: Plan
     load: Load
     offloaded: int = 0  # bytes of host memory that DeepSpeed takes, or the masters trained there, for each process
+    apart: int = 0  # the most GPU memory that DeepSpeed takes outside the forward and the backward pass
 
     @property
     def peak(self) -> int:
         """Of GPU memory, for each process."""
-        return self.plan.peak(self.load)
+        return max(self.plan.peak(self.load), self.apart)
+
+    def fits(self, card: int) -> bool:
+        """Whether it leaves of a GPU's bytes what else is needed there."""
+        return self.peak <= USABLE * card
 
     @property
     def locked(self) -> int:
@@ -53,16 +61,18 @@ def demand(
     """
     strategy, memory = strategy or run.strategy, memory or run.settings.memory
     load = load_of(run, strategy=strategy, batch=batch or run.settings.batch_size)
-    # Weights, gradients and two moments in fp32; under stage 3 the half precision copy, too.
-    a_weight = {"zero2-offload": 16, "zero3-offload": 18}.get(strategy, 0) / run.world
-    offloaded = int(trained_weights(run) * a_weight) if a_weight else 0
     if STAGE[strategy] < 3:
         plan = choose(memory, load, free=card, host_free=sys.maxsize, compiled=compiled)
-    else:  # diffusers' own blocks; what they keep waits in host memory under low
-        plan = Plan(keep=("all" if memory == "fast" else "inputs",) * load.layers, park=memory == "low")
-    if plan.train_on_host:
-        offloaded = 4 * trained_weights(run)
-    return Demand(strategy, memory, plan, load, offloaded)
+    else:
+        plan = diffusers_plan(memory, load.layers)
+    weights = trained_weights(run)
+    offloaded = 4 * weights if plan.train_on_host else int(offloaded_bytes(weights / run.world, strategy))
+    return Demand(strategy, memory, plan, load, offloaded, int(weights * bytes_apart(strategy, run.world)))
+
+
+def diffusers_plan(memory: Memory, layers: int) -> Plan:
+    """How diffusers' own blocks are run, under ZeRO-3; what they keep waits in host memory under low."""
+    return Plan(keep=("all" if memory == "fast" else "inputs",) * layers, park=memory == "low")
 
 
 def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = None) -> Load:
@@ -101,30 +111,66 @@ def can_host(run: Run, strategy: Strategy) -> bool:
 
 
 def bytes_a_weight(strategy: Strategy, world: int) -> float:
-    """GPU memory of a trained weight, its gradient and AdamW's two moments, for each process.
+    """GPU memory of a trained weight, its gradient and AdamW's two moments in the backward pass, for each process.
 
     DDP holds all in fp32. DeepSpeed computes with a copy in half precision, as its gradients are,
     and spreads what it holds in fp32 (12 bytes) over the processes, or has it on the host;
     stages 2 and 3 spread gradients, too, and stage 3 the copy (ZeRO, arXiv 1910.02054, section 5).
+    Offloaded gradients leave as soon as a bucket is full of them.
     """
     if strategy == "ddp":
         return 16.0
-    spread = 0.0 if strategy.endswith("-offload") else 12.0
     stage = STAGE[strategy]
+    if strategy.endswith("-offload"):
+        return 2.0 if stage == 2 else 0.0
     if stage == 3:
-        return (0.0 if strategy == "zero3-offload" else 4.0 + spread) / world
-    return 2.0 + (2.0 if stage == 1 else 2.0 / world) + spread / world
+        return 16.0 / world
+    return 2.0 + (2.0 if stage == 1 else 2.0 / world) + 12.0 / world
+
+
+def bytes_apart(strategy: Strategy, world: int) -> float:
+    """GPU memory a trained weight at DeepSpeed's worst moment without activations, for each process.
+
+    Stages 1 and 2: the step, where a process's part of the gradients is there as it came, flattened, and in
+    fp32 (2 + 2 + 4 bytes), beside the copy and 12 bytes. Stage 2 offloaded: the start, where that part
+    of the copy is cloned on its way to the host. (DeepSpeed 0.19, runtime/zero/stage_1_and_2.py.)
+    """
+    if strategy in ("zero1", "zero2"):
+        return 2.0 + 20.0 / world + (2.0 if strategy == "zero1" else 0.0)
+    return 2.0 + 2.0 / world if strategy == "zero2-offload" else 0.0
+
+
+def offloaded_bytes(weights: float, strategy: Strategy) -> float:
+    """Host memory that DeepSpeed takes for a process's part of the trained weights.
+
+    fp32 masters, gradients and two moments, and a copy in half precision. Stage 2 has all but the moments in one
+    page-locked piece each, for which torch takes the next power of two: 122 GiB for 5B, where 93 would do.
+    """
+    if strategy == "zero3-offload":
+        return 18 * weights
+    if strategy == "zero2-offload":
+        return 8 * weights + sum(_power_of_two(size * weights) for size in (4, 4, 2))
+    return 0.0
+
+
+def _power_of_two(size: float) -> int:
+    return 1 << (int(size) - 1).bit_length()
 
 
 def trained_weights(run: Run) -> int:
     """How many weights a run trains, from its checkpoint's config."""
+    return _trained_weights(run.method, json.dumps(dict(run.checkpoint.transformer_config)))  # type: ignore[arg-type]
+
+
+@lru_cache
+def _trained_weights(method: Method, config_json: str) -> int:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-    config = dict(run.checkpoint.transformer_config)
+    config = json.loads(config_json)
     with torch.device("meta"):
         without, one = (
-            run.method.trained(CogVideoXTransformer3DModel.from_config(config | {"num_layers": layers}))
+            method.trained(CogVideoXTransformer3DModel.from_config(config | {"num_layers": layers}))
             for layers in (0, 1)
         )
     return without + config["num_layers"] * (one - without)

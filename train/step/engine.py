@@ -37,7 +37,7 @@ class Engine:
         say: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         blocks = transformer.transformer_blocks
-        self._plan = plan
+        self.plan = plan
         self._device = device
         self._dtype = dtype
         self._say = say
@@ -102,9 +102,9 @@ class Engine:
             return self._compute(index, training, inputs, rotary=bool(tables))
         except RuntimeError as error:
             # It has failed before anything was computed or kept, so the block can be begun again.
-            if not (self._plan.compiled and is_compilers(error)):
+            if not (self.plan.compiled and is_compilers(error)):
                 raise
-            self._plan = self._plan.uncompiled
+            self.plan = self.plan.uncompiled
             self._functions.clear()
             self._say(f"note: blocks are not compiled, a step takes longer and more memory ({in_one_line(error)})")
             return self._compute(index, training, inputs, rotary=bool(tables))
@@ -130,14 +130,14 @@ class Engine:
     def _function(self, index: int, training: bool, rotary: bool) -> BlockFunction:
         """Validation's shapes come and go, so what is not trained on is not compiled."""
         layout = self._layouts[index]
-        keep = self._plan.keep[index] if training else None
+        keep = self.plan.keep[index] if training else None
         key = (layout, keep, rotary)
         if key not in self._functions:
-            function = block_function(layout, self.kernel, rotary=rotary, training=training, chunks=self._plan.chunks)
+            function = block_function(layout, self.kernel, rotary=rotary, training=training, chunks=self.plan.chunks)
             if keep is not None:
                 linears = (*layout.modulate, *layout.qkv, layout.out, layout.up, layout.down)
                 function = keeping(function, keep, dropout=any(linear.dropout for linear in linears))
-                if self._plan.compiled:
+                if self.plan.compiled:
                     function = compiled(function)
             self._functions[key] = function
         return self._functions[key]

@@ -18,7 +18,7 @@ Memory = Literal["fast", "auto", "low"]
 
 _GIB = 2**30
 # Of free memory, what a plan may fill: fragments, the CUDA libraries' workspaces and validation take the rest.
-_USABLE = 0.88
+USABLE = 0.88
 _HOST_USABLE = 0.8  # of host memory; what is locked cannot be swapped, and the batches in the making need some
 # The most that one block holds while it goes backward, in activations, beside what is kept.
 _WORK_COMPILED, _WORK_PLAIN, _WORK_CHUNKED = 16.0, 26.0, 11.0
@@ -187,17 +187,17 @@ def choose(memory: Memory, load: Load, *, free: int, host_free: int, compiled: b
             keep=(keep,) * load.layers, park=memory == "low", stream=memory == "low" and load.streams,
             train_on_host=memory == "low" and load.hosted is not None, compiled=compiled,
         )  # fmt: skip
-    plans = [plan for plan in _ladder(memory, load, compiled) if plan.host(load) <= _HOST_USABLE * host_free]
+    plans = [plan for plan in ladder(memory, load, compiled) if plan.host(load) <= _HOST_USABLE * host_free]
     fitting = (plan for plan in plans if fits(plan, load, free))
     return next(fitting, min(plans, key=lambda plan: plan.peak(load)))
 
 
 def fits(plan: Plan, load: Load, free: int) -> bool:
     """Whether a plan leaves of the GPU's free bytes what else is needed there."""
-    return plan.peak(load) <= _USABLE * free
+    return plan.peak(load) <= USABLE * free
 
 
-def _ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
+def ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
     """Plans from fast to small. Times differ little from the third on: copies hide behind the computation."""
     layers = load.layers
     attention = _each("attention", layers)

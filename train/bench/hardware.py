@@ -1,0 +1,124 @@
+"""The README's tables of the guide's sixteen rows and of what was measured; the rest of them is computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from cogcommon.checkpoint import Checkpoint
+from cogcommon.families import BY_NAME
+
+from ..measured import REFERENCE, Measured, measured
+from ..run import Run
+from ..sources import ShardSet
+from ..step.demand import Demand, demand
+from ..step.plan import ladder
+from ..zero_config import STAGE
+from .guide import GuideRow, Way, guide_rows
+from .subject import random_checkpoint, random_run, random_shards
+
+_GIB = 2**30
+_CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GB that cards are sold with
+_COMPUTED_FOR = 80  # GB of the card on which --memory auto is shown
+
+
+def guide_table() -> str:
+    """The sixteen rows, as Markdown. **Bold** is measured."""
+    lines = [
+        f"| | model and method | GPUs | guide | plain loop | `auto` on {_COMPUTED_FOR} GB | `low` | its host memory "
+        "| smallest card |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in guide_rows().values():
+        low = _demand(row, "low")
+        lines.append(
+            f"| {row.number} | {_shown(row)} | {row.processes or 1} | {row.guide_gb} GB | {_cell(row, 'reference')} "
+            f"| {_cell(row, 'auto')} | {_cell(row, 'low')} | {low.host * (row.processes or 1) / _GIB:.0f} GB "
+            f"| {_smallest(row)} |"
+        )
+    return "\n".join(lines)
+
+
+def measured_table() -> str:
+    """Every run that was measured, beside what was computed for it, as Markdown."""
+    lines = ["| run | GPUs | s/step | peak | computed | command |", "|---|---|---|---|---|---|"]
+    for run in sorted(measured(), key=lambda run: (run.row, run.gpus, run.memory == REFERENCE)):
+        off = ""
+        if run.memory != REFERENCE:
+            computed = computed_for(run).peak / _GIB
+            off = f"{computed:.1f} GB ({computed / run.peak_gib - 1:+.0%})"
+        what = f"{run.family.upper()} {run.method.upper() if run.method == 'sft' else 'LoRA'}, {run.strategy}"
+        lines.append(
+            f"| {what}, {run.memory} | {run.gpus} x {run.gpu} | {run.s_per_step:.2f} | {run.peak_gib:.1f} GB | {off} "
+            f"| `{run.command}` |"
+        )
+    return "\n".join(lines)
+
+
+def computed_for(measured: Measured) -> Demand:
+    """What is predicted for a run of ours that was measured, under the plan that it had.
+
+    Raises:
+        ValueError: no plan is called so any more; the run must be measured again.
+    """
+    settings = {
+        row.family: row.settings
+        for row in guide_rows().values()
+        if (row.family, row.method) == (measured.family, measured.method)
+    }[measured.family]
+    changes = {"rank": measured.rank} if measured.rank else {}
+    run = replace(
+        _run(measured.family, replace(settings, batch_size=measured.batch_size, **changes), measured.gpus),  # type: ignore[arg-type]
+        strategy=measured.strategy,  # type: ignore[arg-type]
+        precision=measured.precision,  # type: ignore[arg-type]
+    )
+    found = demand(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
+    if STAGE[run.strategy] == 3:
+        return found
+    plans = [
+        plan
+        for compiled in (True, False)
+        for plan in ladder(measured.memory, found.load, compiled)  # type: ignore[arg-type]
+        if str(plan) == measured.plan
+    ]
+    if not plans:
+        raise ValueError(f"no plan is called {measured.plan!r}")
+    return found if found.plan in plans else replace(found, plan=plans[0])
+
+
+def _shown(row: GuideRow) -> str:
+    if row.method == "lora":
+        return f"{row.family.upper()} LoRA"
+    spread = {"ddp": "", "zero2-offload": ", offloaded"}.get(str(row.settings.strategy), f", {row.settings.strategy}")
+    return f"{row.family.upper()} all weights{spread}"
+
+
+def _cell(row: GuideRow, way: Way) -> str:
+    """Memory, and seconds where they were measured, on as many GPUs as the row is about."""
+    settings = row.settings_for(way)
+    wanted = (row.family, row.method, settings.strategy, getattr(settings, "rank", None), row.processes or 1)
+    memory = REFERENCE if way == "reference" else way
+    for run in measured():
+        if (run.family, run.method, run.strategy, run.rank, run.gpus) == wanted and run.memory == memory:
+            return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
+    return "" if way == "reference" else f"{_demand(row, way).peak / _GIB:.1f} GB"
+
+
+def _demand(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Demand:
+    return demand(_run(row.family, row.settings_for(way), row.processes or 1), card=card * _GIB)
+
+
+def _smallest(row: GuideRow) -> str:
+    """The smallest card that --memory auto fits, where the host has room."""
+    fitting = (card for card in _CARDS if _demand(row, "auto", card).fits(card * _GIB))
+    return f"{next(fitting)} GB"
+
+
+@lru_cache
+def _subject(family: str) -> tuple[Checkpoint, ShardSet]:
+    checkpoint = random_checkpoint(family)
+    return checkpoint, random_shards(checkpoint, BY_NAME[family].native, samples=1)
+
+
+def _run(family: str, settings: object, world: int) -> Run:
+    return random_run(settings, *_subject(family), world)  # type: ignore[arg-type]

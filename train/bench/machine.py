@@ -1,0 +1,86 @@
+"""What a row takes of the machine beside the GPU's time, and what the machine is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from ..progress import peak_gib
+from ..run import Run
+from ..step.demand import demand, offloaded_bytes, trained_weights
+from .rows import Row
+
+_GIB = 2**30
+_OURSELVES = 4 * _GIB  # Python, torch, CUDA and the samples, for each process
+_LIBRARIES = ("torch", "diffusers", "accelerate", "deepspeed", "triton")
+
+
+class Machine:
+    """Watches the host's memory from now on."""
+
+    def __init__(self) -> None:
+        self._before = _held()
+        self._most = 0
+
+    def look(self) -> None:
+        self._most = max(self._most, _held() - self._before)
+
+    def found(self, run: Run) -> Mapping[str, Any]:
+        """What was held, in GiB, by all processes and by this one; on what; and as what."""
+        import torch
+
+        gpu = torch.cuda.is_available()
+        share = torch.cuda.get_per_process_memory_fraction() if gpu else 1.0
+        return {
+            "host_gib": self._most / _GIB,
+            "rss_gib": peak_gib(torch.device("cpu")),
+            "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if gpu else 0.0,
+            "gpu": torch.cuda.get_device_name() if gpu else "CPU",
+            "card_gib": share * torch.cuda.get_device_properties(0).total_memory / _GIB if gpu else 0.0,
+            "versions": {name: _version(name) for name in _LIBRARIES},
+            "precision": run.precision,
+            "strategy": run.strategy,
+            "method": run.method.name,
+            "memory": run.settings.memory,
+        }
+
+
+def lacking(run: Run, row: Row, pinned: bool = True) -> str | None:
+    """Why the host's memory is not enough for a row, by arithmetic; None if it is.
+
+    Args:
+        pinned: DeepSpeed's offload is to be page-locked.
+    """
+    import psutil
+
+    if row.kind != "reference":
+        each = demand(run, card=_card()).host
+    elif pinned or not run.strategy.endswith("-offload"):
+        each = int(offloaded_bytes(trained_weights(run) / run.world, run.strategy))
+    else:
+        each = 18 * trained_weights(run) // run.world
+    needed, there = run.world * (each + _OURSELVES), psutil.virtual_memory().available
+    return f"{needed / _GIB:.0f} GiB of host memory needed, {there / _GIB:.0f} there" if needed > there else None
+
+
+def _card() -> int:
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else sys.maxsize
+
+
+def _held() -> int:
+    """Bytes of the host's memory that somebody holds; page-locked ones are in nobody's resident set."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return int(memory.total - memory.available)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
