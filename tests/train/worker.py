@@ -28,7 +28,7 @@ from cogtrain.strategy import Runtime  # noqa: E402
 
 
 def digest(tensor):
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def main(cases, out):

@@ -1,0 +1,90 @@
+"""Whole runs of one GPU process, small ones: every strategy trains, saves, goes on and exports there, too."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cogtrain import lora
+
+pytestmark = pytest.mark.gpu  # NCCL, fp16's scaler, page-locked memory, Triton; about two minutes in all
+
+COMPILE = "on" if torch.cuda.is_available() else "off"  # on a CPU these runs can be tried, and inductor takes minutes
+FORMS = ("tiny", "tiny-2b", "tiny-i2v", "tiny-1.5-i2v")
+# Strategy, method, form, and settings; the form's own precision, which is fp16 for tiny-2b, else bf16.
+DDP = [
+    ("ddp", "lora", "tiny", {"compile": COMPILE}),
+    ("ddp", "lora", "tiny", {"compile": COMPILE, "memory": "low", "accumulate": 2}),
+    ("ddp", "lora", "tiny-i2v", {}),
+    ("ddp", "lora", "tiny-2b", {"compile": COMPILE}),
+    ("ddp", "sft", "tiny-2b", {}),
+    ("ddp", "sft", "tiny-2b", {"memory": "low"}),
+    ("ddp", "sft", "tiny-1.5-i2v", {"compile": COMPILE, "memory": "low"}),
+]
+ZERO = [
+    ("zero2", "lora", "tiny", {"compile": COMPILE}),
+    ("zero2", "sft", "tiny-i2v", {}),
+    ("zero2", "lora", "tiny-2b", {}),
+    ("zero2-offload", "sft", "tiny", {}),
+    ("zero2-offload", "sft", "tiny-2b", {}),
+    ("zero3", "lora", "tiny-i2v", {}),
+    ("zero3", "sft", "tiny", {"memory": "low"}),
+    ("zero3-offload", "sft", "tiny-1.5-i2v", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, make_shards):
+    root = tmp_path_factory.mktemp("shards")
+    for form in FORMS:
+        make_shards(root / form, form, samples=4, image_variants=1)
+        make_shards(root / f"held-{form}", form, samples=1, image_variants=1, seed=9, captions=("held",))
+    return root
+
+
+@pytest.mark.parametrize("rows", [pytest.param(DDP, id="ddp"), pytest.param(ZERO, id="zero")])
+def test_two_steps_a_checkpoint_a_resume_and_an_export(tmp_path, shards, run_ranks, rows):
+    """The export is loaded back and compared by the run itself."""
+    cases = []
+    for number, (strategy, method, form, more) in enumerate(rows):
+        settings = {
+            "shards": [str(shards / form)], "validate_shards": [str(shards / f"held-{form}")], "compile": "off",
+            "out": str(tmp_path / str(number)), "strategy": strategy, "lr": 1e-3, "warmup": 0,
+        }  # fmt: skip
+        settings |= ({"rank": 4} if method == "lora" else {}) | more
+        for steps in (2, 4):
+            name = f"{number}-{steps}"
+            cases.append({"name": name, "method": method, "settings": settings | {"steps": steps, "save_every": 2}})
+    seen = run_ranks(1, cases, tmp_path / "ranks")
+    for number, (strategy, method, form, more) in enumerate(rows):
+        run, row = tmp_path / str(number), (strategy, method, form, more)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+        assert sorted(losses) == [1, 2, 3, 4] and all(map(math.isfinite, losses.values())), row
+        held_out = {line["step"]: line for line in lines if "val_loss" in line}
+        assert sorted(held_out) == [2, 4], row
+        assert held_out[4]["val_loss"] != held_out[4]["base_val_loss"], row  # trained, in spite of fp16's first scales
+        assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"], row
+        assert seen[f"{number}-4"][0]["samples"] != seen[f"{number}-2"][0]["samples"], row  # it went on
+        if method == "lora":
+            state = lora.load_file(run / lora.FILE)
+            assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in state.values()), row
+        else:
+            assert (run / "transformer/config.json").is_file(), row
+
+
+def test_what_is_trained_there_generates_there(tmp_path, shards):
+    for words in (
+        ["lora", "--shards", str(shards / "tiny"), "--steps", "1", "--rank", "4", "--compile", "off",
+         "--validate-shards", str(shards / "held-tiny"), "--validate-videos", "1"],
+        ["generate", "--run", str(tmp_path), "--prompt", "a red ball", "--steps", "2"],
+    ):  # fmt: skip
+        words += ["--out", str(tmp_path)] if words[0] == "lora" else []
+        done = subprocess.run([sys.executable, "-m", "cogtrain", *words], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for name in ("tuned.mp4", "base.mp4"):
+        assert next(tmp_path.rglob(name)).stat().st_size > 500
+    assert (tmp_path / "validation/step-000001/0.mp4").stat().st_size > 500
