@@ -19,13 +19,10 @@ from .measured import Measured, measured
 from .run import Run, open_run
 from .run_folder import METRICS_FILE, read_metrics
 from .settings import LoraSettings, Memory, PlanSettings, SftSettings
-from .step.demand import Demand, demand
-from .zero_config import STAGE, Strategy
+from .step.demand import Demand, choices
+from .zero_config import Strategy
 
 _GIB = 2**30
-# Strategies from fast to slow, and first the default of --memory; what comes to the same is not shown again.
-_MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
-_STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 
 
 @dataclass(frozen=True)
@@ -90,16 +87,7 @@ def forecasts(settings: PlanSettings, card: int, gpus: int) -> list[Forecast]:
         if settings.method not in (method, "both"):
             continue
         planned = open_run(train, torch.device("cuda"), gpus)  # as on a machine that has one
-        seen: list[Demand] = []
-        for strategy in _STRATEGIES:
-            if gpus == 1 and strategy in ("zero1", "zero2", "zero3"):
-                continue  # nothing to spread over
-            for memory in _MEMORIES:
-                needs = demand(planned, card=card, strategy=strategy, memory=memory)
-                if any(needs.plan == other.plan and strategy == other.strategy for other in seen):
-                    continue
-                seen.append(needs)
-                lines.append(_line(planned, settings, needs, card, gpus))
+        lines += [_line(planned, settings, needs, card, gpus) for needs in choices(planned, card)]
     return lines
 
 
@@ -199,6 +187,3 @@ def _table(lines: Sequence[Forecast]) -> Any:
             "fits" if line.fits else "does not fit", style=None if line.fits else "dim",
         )  # fmt: skip
     return shown
-
-
-assert set(_STRATEGIES) == set(STAGE)

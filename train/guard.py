@@ -11,9 +11,8 @@ from cogcommon.errors import CogError, RunError
 
 from .order import Ints
 from .run import Run
-from .step.demand import Demand, can_host, demand
+from .step.demand import Demand, choices, demand
 from .step.plan import gib
-from .zero_config import Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +80,8 @@ def stop_for(named: Sequence[str], step: int, main: bool) -> RunError:
 
 
 def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:
-    """Which setting lowers the peak, and to what, by the arithmetic that the run was planned with."""
+    """Which settings lower the peak, and to what: of those that `cogtrain plan` lists, the first that fits and
+    the smallest."""
     import torch
 
     settings = run.settings
@@ -91,22 +91,24 @@ def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:
     if settings.batch_size > 1:
         same = f"--batch-size 1 --accumulate {settings.accumulate * settings.batch_size}"
         changes[f"{same} (the same global batch)"] = demand(run, card=card, batch=1)
-    if settings.memory != "low":
-        changes["--memory low"] = demand(run, card=card, memory="low")
-    if settings.memory == "fast":
-        changes["--memory auto"] = demand(run, card=card, memory="auto")
-    if can_host(run, "ddp") and run.strategy != "ddp":
-        changes["--strategy ddp --memory low"] = demand(run, card=card, strategy="ddp", memory="low")
-    elif run.method.full and not can_host(run, "ddp") and run.strategy != "zero3-offload":
-        offload: Strategy = "zero3-offload" if run.strategy == "zero2-offload" else "zero2-offload"
-        changes[f"--strategy {offload}"] = demand(run, card=card, strategy=offload)
+    lower = [needs for needs in choices(run, card) if needs.peak < now.peak]
+    if lower:
+        fastest = next((needs for needs in lower if needs.fits(card)), None)
+        for then in (fastest, min(lower, key=lambda needs: needs.peak)):
+            if then:
+                changes[_typed(then, now)] = then
     advice = []
     for change, then in changes.items():
         if then.peak < now.peak:
-            locks = f", and {gib(then.locked)} of host memory" if then.locked > now.locked else ""
-            advice.append(f"{change}: about {gib(then.peak)} instead of {gib(now.peak)}{locks}")
+            takes = f", and {gib(then.host)} of host memory" if then.host > now.host else ""
+            advice.append(f"{change}: about {gib(then.peak)} instead of {gib(now.peak)}{takes}")
     return RunError(
         "out of GPU memory",
         where=str(error).splitlines()[0],
         fix="; or ".join(advice) or "a smaller --resolution when encoding, or a GPU with more memory",
     )
+
+
+def _typed(then: Demand, now: Demand) -> str:
+    words = [f"--strategy {then.strategy}"] if then.strategy != now.strategy else []
+    return " ".join([*words, f"--memory {then.memory}"] if then.memory != now.memory or not words else words)

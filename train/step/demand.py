@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING
 
 from ..zero_config import STAGE, Strategy
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from ..run import Run
 
 _SIZES = {"fp32": 4}  # bytes of a number as computed; half precision else
-_GATHERED = 2  # blocks that ZeRO-3 holds whole: one that computes, one that comes
+_MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
+_STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+_LIVE = 10**9  # weights that ZeRO-3 holds whole at most (stage3_max_live_parameters, where the passes turn round)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,28 @@ def demand(
     return Demand(strategy, memory, plan, load, offloaded, int(weights * bytes_apart(strategy, run.world)))
 
 
+def choices(run: Run, card: int) -> list[Demand]:
+    """Every strategy and memory setting that a run may have, in the order in which they are advised.
+
+    Strategies from fast to small, first the default of --memory; what comes to the same is left out.
+    """
+    found: list[Demand] = []
+    for strategy, memory in product(_STRATEGIES, _MEMORIES):
+        if not _possible(run, strategy):
+            continue
+        needs = demand(run, card=card, strategy=strategy, memory=memory)
+        if not any((needs.strategy, needs.plan) == (other.strategy, other.plan) for other in found):
+            found.append(needs)
+    return found
+
+
+def _possible(run: Run, strategy: Strategy) -> bool:
+    if run.world == 1 and strategy in ("zero1", "zero2", "zero3"):
+        return False  # nothing to spread over
+    on_host = strategy.endswith("-offload")
+    return (strategy == "ddp" or not run.settings.ema) and (run.settings.optimizer == "adamw" or not on_host)
+
+
 def diffusers_plan(memory: Memory, layers: int) -> Plan:
     """How diffusers' own blocks are run, under ZeRO-3; what they keep waits in host memory under low."""
     return Plan(keep=("all" if memory == "fast" else "inputs",) * layers, park=memory == "low")
@@ -95,9 +120,11 @@ def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = N
     load = max(loads, key=lambda load: load.activation)
     if STAGE[strategy] < 3:
         return load
-    whole = Load.of(config, run.shards.buckets[0], batch=1, size=_SIZES.get(run.precision, 2), trained=0)
+    size = _SIZES.get(run.precision, 2)
+    whole = Load.of(config, run.shards.buckets[0], batch=1, size=size, trained=0)
+    live = min(_LIVE * size, whole.layers * whole.block + whole.rest)
     here = 0 if strategy == "zero3-offload" else 1 / run.world
-    return replace(load, block=int(load.block * here), rest=int(load.rest * here) + _GATHERED * whole.block)
+    return replace(load, block=int(load.block * here), rest=int(load.rest * here) + live)
 
 
 def can_host(run: Run, strategy: Strategy) -> bool:
@@ -174,3 +201,6 @@ def _trained_weights(method: Method, config_json: str) -> int:
             for layers in (0, 1)
         )
     return without + config["num_layers"] * (one - without)
+
+
+assert set(_STRATEGIES) == set(STAGE)

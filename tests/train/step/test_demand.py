@@ -72,13 +72,17 @@ def test_demand_of_5b(run_of):
 
 
 def test_out_of_memory_gives_the_peaks_that_were_planned_with(run_of):
-    def fix(settings):
-        return out_of_memory(torch.OutOfMemoryError("CUDA out of memory."), run_of(settings, "5b")).fix
+    def fix(settings, world=1):
+        return out_of_memory(torch.OutOfMemoryError("CUDA out of memory."), run_of(settings, "5b", world)).fix
 
     now, low = (demand(run_of(LoraSettings(), "5b"), memory=memory) for memory in ("auto", "low"))
     assert f"--memory low: about {low.peak / GIB:.1f} GiB instead of {now.peak / GIB:.1f} GiB" in fix(LoraSettings())
     assert f"and {low.locked / GIB:.1f} GiB of host memory" in fix(LoraSettings())
     assert "a smaller --resolution" in fix(LoraSettings(memory="low"))  # nothing of ours is left to turn
+    assert "a smaller --resolution" in fix(SftSettings(strategy="ddp", memory="low"))
+    assert fix(SftSettings(strategy="zero2-offload")).startswith("--strategy ddp --memory low: about ")
+    both = fix(SftSettings(strategy="zero2"), 2)
+    assert both.startswith("--strategy zero3: about ") and "; or --strategy zero3-offload --memory low: " in both
     assert "--batch-size 1 --accumulate 6 (the same global batch)" in fix(LoraSettings(batch_size=3, accumulate=2))
 
 
