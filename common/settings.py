@@ -1,24 +1,20 @@
 """A setting is one dataclass field: its type, its default and one sentence.
 
-Help texts, command lines, TOML files and the tables in the README all derive
-from the field. A command's options start as "not given", so that the order
-"default, then file, then command line" needs no special case anywhere.
+Help texts, command lines (`command`), TOML files and the tables in the README
+all derive from the field. A command's options start as "not given", so that the
+order "default, then file, then command line" needs no special case anywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
+import difflib
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import typer
-from typer.core import TyperCommand
-
-from .errors import CogError, SettingError
+from .errors import SettingError
 
 S = TypeVar("S")
 
@@ -92,10 +88,11 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
         for key, value in loaded.items():
             name = key.replace("-", "_")
             if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
                 raise SettingError(
-                    f"no setting is called {key!r}",
+                    f"there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
                     where=str(config),
-                    fix="settings have the names of the options: " + ", ".join(sorted(known)),
+                    fix="settings are called like the options: " + ", ".join(sorted(known)),
                 )
             values[name] = _coerced(value, types[name], where=f"{config}: {key}")
     values.update({name: value for name, value in given.items() if value is not None})
@@ -121,107 +118,23 @@ def _coerced(value: Any, annotation: Any, *, where: str) -> Any:
             return _coerced(value, option, where=where)
         elif (get_args(option) and value in get_args(option)) or value == option:
             return value
-    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise SettingError(f"{value!r} is not {wanted}", where=where)
+    raise SettingError(f"{value!r} is not {_wanted(options)}", where=where)
 
 
-class _ListCommand(TyperCommand):
-    """Lets every list option take several words: ``--shards a.tar b.tar``.
-
-    A shell expands an unquoted ``out/*.tar`` into several words. Each becomes
-    its own ``--shards``, wherever the option stands; words that belong to no
-    option stay errors.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        lists = {
-            name
-            for parameter in self.params
-            if getattr(parameter, "multiple", False)
-            for name in parameter.opts
-            if name.startswith("--")
-        }
-        spread: list[str] = []
-        current: str | None = None  # the list option whose words we are among
-        expects_value = False
-        for index, word in enumerate(args):
-            if word == "--":
-                spread.extend(args[index:])
-                break
-            if word.startswith("-") and len(word) > 1 and not _is_number(word):
-                name = word.split("=", 1)[0]
-                current = name if name in lists else None
-                expects_value = current is not None and "=" not in word
-                spread.append(word)
-            elif current is not None and not expects_value:
-                spread += [current, word]
-            else:
-                expects_value = False
-                spread.append(word)
-        return super().parse_args(ctx, spread)
+_IN_WORDS = {
+    str: "a text in quotes",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path in quotes",
+}
 
 
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def add_command(app: typer.Typer, name: str, cls: type[S], run: Callable[[S], None], help: str) -> None:
-    """Make ``run(settings)`` a command whose options are the fields of ``cls``.
-
-    A field called ``config`` of type ``Path | None`` is read as a TOML file of the others.
-    """
-    hints = get_type_hints(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-
-    def command(**given: Any) -> None:
-        run(resolve(cls, given, given.get("config")))
-
-    parameters = []
-    for field in fields:
-        annotation = hints[field.name]
-        flag = flag_of(field)
-        if annotation is bool:
-            flag = f"{flag}/--no-{flag[2:]}"
-        shared = {
-            "help": field.metadata["help"],
-            "show_default": shown_default(field),
-            "rich_help_panel": field.metadata.get("section"),
-        }
-        if field.metadata.get("positional"):
-            option: Any = typer.Argument(metavar=flag, **shared)
-        else:
-            option = typer.Option(flag, **shared)
-        parameters.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[annotation | None, option],
-            )
+def _wanted(options: list[Any]) -> str:
+    """What a TOML value may be, for people."""
+    return " or ".join(
+        dict.fromkeys(
+            _IN_WORDS.get(option) or " or ".join(repr(choice) for choice in get_args(option) or (option,))
+            for option in options
         )
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = help
-    app.command(name, cls=_ListCommand, help=help)(command)
-
-
-def run_app(app: typer.Typer) -> None:
-    """Run a command line: exit 0 done, 2 the user can fix it, 1 a bug (traceback)."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    try:
-        app()
-    except CogError as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        head, *rest = str(error).split("\n")
-        console.print(f"[bold red]error:[/] [red]{escape(head)}[/]")
-        for line in rest:
-            console.print(escape(line))
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(0)
+    )

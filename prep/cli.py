@@ -6,9 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import typer
-
-from cogcommon.settings import add_command, run_app
+from cogcommon.command import add_command, make_app, run_app
 
 from .settings import (
     CleanSettings,
@@ -20,12 +18,7 @@ from .settings import (
     VerifySettings,
 )
 
-app = typer.Typer(name="cogprep", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.callback()
-def _cogprep() -> None:
-    """Turn a folder of clips and captions into shards that cogtrain reads."""
+app = make_app("cogprep", "Turn a folder of clips and captions into shards that cogtrain reads.")
 
 
 def _run_of(module: str) -> Callable[[Any], None]:
@@ -33,37 +26,57 @@ def _run_of(module: str) -> Callable[[Any], None]:
     return lambda settings: import_module(f".{module}", __package__).run(settings)
 
 
-# Command, its settings, the module whose `run` carries it out, and what help says.
-for _name, _settings, _module, _help in (
+# Command, its settings, the module whose `run` carries it out, what help says, and examples.
+_COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
     (
         "validate",
         ValidateSettings,
         "validate",
-        "Find every fault of a data root before a GPU is used, and show what encode would make of it.",
+        "List every fault of a data root at once, and show what encode would make of it. Needs no GPU.",
+        ("cogprep validate --data-root ds/ --resolution 49x480x720",),
     ),
     (
         "encode",
         EncodeSettings,
         "encode",
         "Encode clips and captions into shards. Run it again after any change: only what changed is encoded.",
+        (
+            "cogprep encode --data-root ds/ --resolution 49x480x720",
+            "cogprep encode --data-root ds/ --resolution 17x64x96 --model tiny --out try",
+        ),
     ),
-    ("inspect", InspectSettings, "contents", "Show what is in a folder of shards: contract, counts, sizes, samples."),
-    ("verify", VerifySettings, "verify", "Read every byte of every shard and compare it with its record."),
+    (
+        "inspect",
+        InspectSettings,
+        "contents",
+        "Show what is in a folder of shards: settings, counts, sizes, samples.",
+        (),
+    ),
+    (
+        "verify",
+        VerifySettings,
+        "verify",
+        "Read every byte of every shard and compare it with its record.",
+        ("cogprep verify out --reencode 4",),
+    ),
     (
         "preview",
         PreviewSettings,
         "preview",
-        "Draw what was encoded: the source with what was cut, and the decoded latents beside it.",
+        "Draw what was encoded: the source, what was cut off, and the decoded latents beside it.",
+        (),
     ),
-    ("index", IndexSettings, "index", "Put back lost records and a lost contract, where the shards prove them."),
+    ("index", IndexSettings, "index", "Rebuild lost records and a lost contract from the shards themselves.", ()),
     (
         "clean-cache",
         CleanSettings,
         "clean",
         "Remove what is stale, orphaned or half-written from a folder of shards. Never touches the data root.",
+        ("cogprep clean-cache --dry-run", "cogprep clean-cache --out out --all --yes"),
     ),
-):
-    add_command(app, _name, _settings, _run_of(_module), _help)
+)
+for _name, _settings, _module, _help, _examples in _COMMANDS:
+    add_command(app, _name, _settings, _run_of(_module), _help, _examples)
 
 
 def main() -> None:

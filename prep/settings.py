@@ -27,12 +27,14 @@ Encoder = Literal["auto", "diffusers"]
 class PlanSettings:
     """What decides the plan: `validate` shows it, `encode` carries it out."""
 
-    data_root: Path | None = setting(None, "folder with prompts.txt, videos.txt and the clips", section="Data")
-    prompts: str = setting("prompts.txt", "name of the list of captions", section="Data")
-    videos: str = setting("videos.txt", "name of the list of clips", section="Data")
+    data_root: Path | None = setting(
+        None, "folder with prompts.txt, videos.txt and the clips", shown="required", section="Data"
+    )
+    prompts: str = setting("prompts.txt", "name of the list of captions, one per line", section="Data")
+    videos: str = setting("videos.txt", "name of the list of clips, one path per line", section="Data")
     images: str | None = setting(
         None,
-        "name of the list of first frames (I2V)",
+        "name of the list of first frames (image-to-video)",
         shown="images.txt if present, else the first used frame",
         section="Data",
     )
@@ -45,42 +47,46 @@ class PlanSettings:
         shown=f"{DEFAULT_MODEL['t2v']}, or -5b-I2V with --task i2v",
         section="Model",
     )
-    task: Task | None = setting(None, "text or image to video", shown="the model's", section="Model")
+    task: Task | None = setting(None, "text-to-video or image-to-video", shown="the model's", section="Model")
 
     resolution: list[str] = setting(
         [],
-        "frames x height x width; several make buckets, each clip goes to the one whose shape fits it best",
+        "frames x height x width; several make buckets, and each clip goes to the one whose shape fits it best",
         shown="required",
         section="Cut",
     )
     frames: FrameMode = setting(
         "auto",
-        "which frames, by their time and none twice. auto: at the family's 8 or 16 fps where the clip is long enough, "
+        "which frames are used, none of them twice. auto: at the family's 8 or 16 fps where the clip is long enough, "
         "else spread over the clip; even: always spread; fps: at the family's rate, or the clip is rejected; "
-        "head: the first ones in a row; reference: every (n // F)-th, as the original guide picks",
+        "head: the first ones in a row; reference: every (n // F)-th, as in the original guide",
         section="Cut",
     )
-    start: float = setting(0.0, "seconds skipped at the beginning of every clip", section="Cut")
-    stride: int = setting(1, "only every n-th source frame is there to be picked", section="Cut")
-    short: Short = setting(
-        "reject", "a clip with too few frames is rejected, or its last frame repeated", section="Cut"
+    start: float = setting(0.0, "seconds to skip at the beginning of every clip", section="Cut")
+    stride: int = setting(1, "use only every n-th source frame", section="Cut")
+    short: Short = setting("reject", "reject a clip with too few frames, or repeat its last frame", section="Cut")
+    fit: Fit = setting(
+        "crop", "scale to cover and cut off the rest (crop), distort (stretch), or add black bars (pad)", section="Cut"
     )
-    fit: Fit = setting("crop", "scale to cover and cut (crop), fit inside black bars (pad), or distort", section="Cut")
     crop: Crop = setting(
-        "center", "which part --fit crop keeps; random is drawn from --seed and the clip's content", section="Cut"
+        "center", "which part --fit crop keeps; random depends on --seed and the clip's content", section="Cut"
     )
 
-    holdout: int = setting(0, "clips that go to OUT/val for validation, chosen by content", section="Shards")
-    shard_samples: int | None = setting(None, "samples a shard", shown="by --shard-bytes", section="Shards")
+    holdout: int = setting(0, "clips to set aside in OUT/val for validation, chosen by content", section="Shards")
+    shard_samples: int | None = setting(None, "samples per shard", shown="by --shard-bytes", section="Shards")
     shard_bytes: str = setting("1GB", "size of a shard, as 500MB or 2GB", section="Shards")
-    posterior: Posterior = setting("moments", "store the posterior's mean and std, or one sample", section="Encode")
-    tiling: Tiling = setting("auto", "run the VAE in tiles: only when memory asks for it (auto)", section="Encode")
-    image_variants: int = setting(4, "pre-noised first frames stored per clip (I2V)", section="Encode")
-    precision: Precision | None = setting(
-        None, "number type of VAE and T5", shown="the family's on a GPU, fp32 on a CPU", section="Encode"
+    posterior: Posterior = setting(
+        "moments", "store the posterior's mean and std (moments), or one sample", section="Encode"
     )
-    seed: int = setting(42, "of every random choice", section="Encode")
-    workers: int | None = setting(None, "decode processes", shown="by cores", section="Work")
+    tiling: Tiling = setting(
+        "auto", "run the VAE in tiles, which takes less memory; auto: only where it is needed", section="Encode"
+    )
+    image_variants: int = setting(4, "pre-noised first frames to store per clip (image-to-video)", section="Encode")
+    precision: Precision | None = setting(
+        None, "number type of the VAE and T5", shown="the family's on a GPU, fp32 on a CPU", section="Encode"
+    )
+    seed: int = setting(42, "seed of every random choice", section="Encode")
+    workers: int | None = setting(None, "processes that decode clips", shown="by cores", section="Work")
 
     def __post_init__(self) -> None:
         if self.data_root is None:
@@ -166,19 +172,19 @@ class EncodeSettings(PlanSettings):
 
     encoder: Encoder = setting(
         "auto",
-        "the VAE's encoder on a GPU: fused kernels where they prove right (auto), or diffusers'",
+        "the VAE's encoder on a GPU. auto: fused kernels where they prove right, else diffusers'",
         section="Encode",
     )
-    gpus: str = setting("all", "GPUs of this host to use: all or a number", section="Work")
+    gpus: str = setting("all", "GPUs of this host to use: all, or a number", section="Work")
     worker: str | None = setting(
         None,
-        "take slice i of n (i/n) of the planned shards",
+        "encode slice i of n of the planned shards, as 2/8",
         shown="1/1, or from RANK and WORLD_SIZE, or an srun step",
         section="Work",
     )
     strict: bool = setting(False, "exit with 2 if any clip was rejected", section="Work")
     retry_rejected: bool = setting(
-        False, "try rejected clips again; without it they wait until their content or a setting changes", section="Work"
+        False, "try rejected clips again, which otherwise wait until their content or a setting changes", section="Work"
     )
     json: bool = setting(False, "print the report as JSON", section="Work")
 
@@ -195,8 +201,8 @@ class CleanSettings:
     """Every option of `cogprep clean-cache`."""
 
     out: Path = setting(Path("out"), "folder with the shards")
-    all: bool = setting(False, "remove everything derived, not only what is stale or half-written")
-    dry_run: bool = setting(False, "list, and remove nothing")
+    all: bool = setting(False, "remove everything that was made here, not only what is stale or half-written")
+    dry_run: bool = setting(False, "only list what would be removed")
     yes: bool = setting(False, "remove without asking")
     json: bool = setting(False, "print the list as JSON")
 
@@ -205,12 +211,12 @@ class CleanSettings:
 class PreviewSettings:
     """Every option of `cogprep preview`."""
 
-    out: Path = setting(Path("out"), "folder with shards", positional=True)
+    out: Path = setting(Path("out"), "folder with the shards", positional=True)
     to: Path | None = setting(None, "folder for the page and the sheets", shown="OUT/preview")
     samples: int | None = setting(
-        None, "samples shown, from all over the folder", shown="8, or 3 of a large size on a CPU"
+        None, "samples to show, from all over the folder", shown="8, or 3 of a large size on a CPU"
     )
-    frames: int = setting(9, "frames decoded of each sample, from its first: 9, 17, ...")
+    frames: int = setting(9, "frames to decode of each sample, from its first: 9, 17, ...")
     model: str | None = setting(None, "checkpoint to decode with", shown="the one that encoded the folder")
     json: bool = setting(False, "print paths and PSNR as JSON")
 
@@ -248,7 +254,7 @@ class VerifySettings:
 
     out: Path = setting(Path("out"), "folder with the shards", positional=True)
     reencode: int = setting(0, "encode this many samples again and report the largest difference")
-    workers: int = setting(1, "decode processes for --reencode")
+    workers: int = setting(1, "processes that decode clips for --reencode")
     json: bool = setting(False, "print the result as JSON")
 
     def __post_init__(self) -> None:

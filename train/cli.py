@@ -5,24 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-import typer
-
+from cogcommon.command import add_command, make_app, run_app
 from cogcommon.errors import CogError
-from cogcommon.settings import add_command, run_app
 
 from .settings import ExportSettings, GenerateSettings, LoraSettings, PlanSettings, SftSettings, TrainSettings
 
-app = typer.Typer(
-    name="cogtrain",
-    help="Fine-tune CogVideoX on the shards that cogprep encode wrote.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps commands commands, also while there is one only."""
+app = make_app("cogtrain", "Fine-tune CogVideoX on the shards that cogprep encode wrote.")
 
 
 def train(settings: TrainSettings) -> None:
@@ -80,11 +68,34 @@ def export(settings: ExportSettings) -> None:
     run(settings)
 
 
-add_command(app, "lora", LoraSettings, train, help="Train a LoRA.")
-add_command(app, "sft", SftSettings, train, help="Train all weights (full fine-tuning).")
-add_command(app, "plan", PlanSettings, plan, help="What a card must hold under each setting, and the command to run.")
-add_command(app, "generate", GenerateSettings, generate, help="Make a video, and the base model's beside it.")
-add_command(app, "export", ExportSettings, export, help="Write the weights of a run for others to load, and compare.")
+add_command(
+    app, "lora", LoraSettings, train,
+    "Train a LoRA.",
+    (
+        "cogtrain lora --shards out/*.tar",
+        "cogtrain lora --shards out/*.tar --validate-shards out/val/*.tar --steps 2000 --out runs/mine",
+    ),
+)  # fmt: skip
+add_command(
+    app, "sft", SftSettings, train,
+    "Train all weights (full fine-tuning).",
+    ("cogtrain sft --shards out/*.tar --out runs/mine",),
+)  # fmt: skip
+add_command(
+    app, "plan", PlanSettings, plan,
+    "Say what fits on your GPU, and print the command to run. Loads no weights.",
+    ("cogtrain plan --shards out/*.tar --gpu 24GB --gpus 2",),
+)  # fmt: skip
+add_command(
+    app, "generate", GenerateSettings, generate,
+    "Make a video with the tuned model, and one with the base model beside it.",
+    ('cogtrain generate --run runs/mine --prompt "A red ball rolls down a hill."',),
+)  # fmt: skip
+add_command(
+    app, "export", ExportSettings, export,
+    "Write the weights of a run for other programs, and check that they load.",
+    ("cogtrain export --run runs/mine --to merged",),
+)  # fmt: skip
 
 
 def main() -> None:

@@ -25,77 +25,85 @@ _HARDWARE, _SAVE, _VALIDATE = "Hardware", "Checkpoints", "Validation"
 class TrainSettings:
     """What LoRA and full fine-tuning have in common."""
 
-    shards: list[str] = setting([], "tars, globs, brace ranges or URLs of the training shards", section=_DATA)
+    shards: list[str] = setting(
+        [], "the training shards: tars, globs, brace ranges or URLs", shown="required", section=_DATA
+    )
     model: str | None = setting(
         None, "another checkpoint of the same family", shown="the one the shards were made for", section=_DATA
     )
-    caption_dropout: float = setting(0.0, "share of samples trained with the empty caption", section=_DATA)
-    config: Path | None = setting(None, "TOML file of settings; options win over it", section=_RUN)
+    caption_dropout: float = setting(0.0, "share of samples trained with an empty caption", section=_DATA)
+    config: Path | None = setting(None, "TOML file of settings; what is given here as an option wins", section=_RUN)
     out: Path | None = setting(None, "folder of the run", shown="runs/<family>-<method>-<time>", section=_RUN)
     steps: int | None = setting(None, "optimizer steps to train", shown="from --epochs", section=_RUN)
     epochs: int | None = setting(None, "passes over the samples", shown="10", section=_RUN)
-    seed: int = setting(42, "of the order of samples and of everything drawn for them", section=_RUN)
+    seed: int = setting(42, "seed of the order of samples and of everything drawn for them", section=_RUN)
     tracker: Literal["none", "tensorboard", "wandb"] = setting(
         "none", "also send metrics to this tracker (metrics.jsonl is always written)", section=_RUN
     )
     on_nonfinite: Literal["stop", "skip"] = setting(
-        "stop", "when a loss is not finite: stop, or leave the samples out; both name them", section=_RUN
+        "stop", "when a loss is not finite: stop, or skip its samples; both name them", section=_RUN
     )
 
-    batch_size: int = setting(1, "samples a process and accumulation step", section=_OPTIM)
-    accumulate: int = setting(1, "accumulation steps an optimizer step", section=_OPTIM)
+    batch_size: int = setting(1, "samples per process and accumulation step", section=_OPTIM)
+    accumulate: int = setting(1, "accumulation steps per optimizer step", section=_OPTIM)
     lr: float = setting(1e-4, "peak learning rate", section=_OPTIM)
     lr_schedule: LrSchedule = setting(
-        "constant", "after the warm-up; linear and cosine end at zero at the last step", section=_OPTIM
+        "constant", "learning rate after the warm-up; linear and cosine reach zero at the last step", section=_OPTIM
     )
     warmup: int | None = setting(
         None, "steps of linear warm-up", shown="100, at most a tenth of the run", section=_OPTIM
     )
-    optimizer: Optimizer = setting("adamw", "adamw8bit needs bitsandbytes, prodigy needs prodigyopt", section=_OPTIM)
+    optimizer: Optimizer = setting("adamw", "adamw8bit needs bitsandbytes; prodigy needs prodigyopt", section=_OPTIM)
     beta1: float = setting(0.9, "first beta of the optimizer", section=_OPTIM)
     beta2: float = setting(0.95, "second beta of the optimizer", section=_OPTIM)
     eps: float = setting(1e-8, "epsilon of the optimizer", section=_OPTIM)
     weight_decay: float = setting(1e-4, "decoupled weight decay", section=_OPTIM)
-    max_grad_norm: float = setting(1.0, "clip the norm of all gradients to this; 0 leaves them", section=_OPTIM)
+    max_grad_norm: float = setting(1.0, "clip the norm of all gradients to this; 0: do not clip", section=_OPTIM)
     timesteps: Literal["uniform", "stratified"] = setting(
         "uniform", "stratified spreads the timesteps of each global batch over the whole range", section=_OPTIM
     )
-    loss_weighting: Literal["none", "min-snr"] = setting("none", "weight of the loss over timesteps", section=_OPTIM)
+    loss_weighting: Literal["none", "min-snr"] = setting(
+        "none", "how the loss is weighted over timesteps", section=_OPTIM
+    )
     min_snr_gamma: float = setting(5.0, "gamma of --loss-weighting min-snr", section=_OPTIM)
     ema: float = setting(
-        0.0, "decay of an exponential moving average of the weights, which is then exported; 0 keeps none",
+        0.0, "decay of an exponential moving average of the weights, which is then exported; 0: none",
         section=_OPTIM,
     )  # fmt: skip
 
     precision: Precision | None = setting(
-        None, "type the transformer computes in", shown="the family's on a GPU (2B fp16, else bf16), fp32 on a CPU",
-        section=_HARDWARE,
+        None, "number type the transformer computes in", section=_HARDWARE,
+        shown="the family's on a GPU (2B fp16, else bf16), fp32 on a CPU",
     )  # fmt: skip
     strategy: Strategy = setting(
-        "auto", "how weights and optimizer states are spread over processes", shown="ddp for LoRA; for sft zero2, "
+        "auto", "how weights and optimizer states are spread over GPUs", shown="ddp for LoRA; for sft zero2, "
         "on one GPU zero2-offload, or ddp with --memory low", section=_HARDWARE,
     )  # fmt: skip
-    deepspeed: Path | None = setting(None, "DeepSpeed JSON merged into the derived one", section=_HARDWARE)
+    deepspeed: Path | None = setting(
+        None, "DeepSpeed JSON, merged into the one derived from these settings", section=_HARDWARE
+    )
     nvme: Path | None = setting(
-        None, "folder on a fast local disk that takes what an -offload strategy moves off the GPU", section=_HARDWARE
+        None, "folder on a fast local disk for what zero3-offload moves off the GPU", section=_HARDWARE
     )
     memory: Memory = setting(
-        "auto", "fast recomputes as little as fits; auto all but the attention, and moves to host memory what does "
-        "not fit; low moves all that it can", section=_HARDWARE,
+        "auto", "fast: recompute as little as fits; auto: recompute all but the attention, and move to host memory "
+        "what does not fit; low: move all that can be moved", section=_HARDWARE,
     )  # fmt: skip
     compile: Literal["auto", "on", "off"] = setting(
-        "auto", "compile the transformer's blocks, once a resolution; auto: on a GPU that has a compiler beside it",
+        "auto", "compile the transformer's blocks, once per resolution; auto: on a GPU, where a compiler is installed",
         section=_HARDWARE,
     )  # fmt: skip
-    nproc: int | None = setting(None, "processes on this host", shown="its GPUs", section=_HARDWARE)
+    nproc: int | None = setting(None, "processes on this host", shown="one per GPU", section=_HARDWARE)
 
     resume: str = setting(
-        "auto", "auto continues what is in --out, never starts anew, a path continues that checkpoint", section=_SAVE
+        "auto",
+        "auto: continue what is in --out; never: start anew; or the path of a checkpoint to continue",
+        section=_SAVE,
     )
     save_every: int = setting(200, "steps between checkpoints", section=_SAVE)
     keep: int = setting(3, "checkpoints to keep", section=_SAVE)
 
-    validate_shards: list[str] = setting([], "held-out shards; none of their samples is trained", section=_VALIDATE)
+    validate_shards: list[str] = setting([], "held-out shards; their samples are never trained on", section=_VALIDATE)
     validate_every: int = setting(200, "steps between validations", section=_VALIDATE)
     validate_videos: int = setting(0, "videos to make at each validation", section=_VALIDATE)
 
@@ -131,11 +139,11 @@ class LoraSettings(TrainSettings):
     """Settings of ``cogtrain lora``."""
 
     rank: int = setting(128, "rank of the adapters", section=_LORA)
-    alpha: float | None = setting(None, "strength of the adapters is alpha/rank", shown="rank/2", section=_LORA)
+    alpha: float | None = setting(None, "the adapters are scaled by alpha/rank", shown="rank/2", section=_LORA)
     target_modules: list[str] = setting(
         ["to_q", "to_k", "to_v", "to_out.0"], "linear layers that get an adapter", section=_LORA
     )
-    lora_dropout: float = setting(0.0, "dropout of the adapters' input", section=_LORA)
+    lora_dropout: float = setting(0.0, "dropout on the adapters' input", section=_LORA)
 
 
 @dataclass(frozen=True)
@@ -149,14 +157,14 @@ class SftSettings(TrainSettings):
 class PlanSettings:
     """Settings of ``cogtrain plan``."""
 
-    shards: list[str] = setting([], "tars, globs, brace ranges or URLs of the training shards")
+    shards: list[str] = setting([], "the training shards: tars, globs, brace ranges or URLs", shown="required")
     model: str | None = setting(None, "another checkpoint of the same family", shown="the one the shards were made for")
-    method: Literal["lora", "sft", "both"] = setting("both", "what is to be trained")
-    gpu: str | None = setting(None, "memory of a GPU, as 24GB", shown="this machine's")
+    method: Literal["lora", "sft", "both"] = setting("both", "what to train")
+    gpu: str | None = setting(None, "memory of one GPU, as 24GB", shown="this machine's")
     gpus: int | None = setting(None, "GPUs, one process each", shown="this machine's, at least 1")
     rank: int = setting(128, "rank of the LoRA")
-    batch_size: int = setting(1, "samples a process and accumulation step")
-    check: bool = setting(False, "make two steps of the command that is advised, and compare the peak")
+    batch_size: int = setting(1, "samples per process and accumulation step")
+    check: bool = setting(False, "run two steps of the advised command here, and compare the peak")
     json: bool = setting(False, "print the result as JSON")
 
     @property
@@ -188,19 +196,22 @@ class GenerateSettings:
         None, "base checkpoint: a built-in form, a folder, or a hub id", shown="as trained", section=_WEIGHTS
     )
     prompt: str = setting(
-        "", "what the video shows; with the id token, if training had one", shown="required", section=_VIDEO
+        "",
+        "what the video shows; with the --id-token, if the clips were encoded with one",
+        shown="required",
+        section=_VIDEO,
     )
-    image: Path | None = setting(None, "first frame (I2V only); cut to the video's shape", section=_VIDEO)
+    image: Path | None = setting(None, "first frame (image-to-video only), cut to the video's shape", section=_VIDEO)
     resolution: str | None = setting(
         None, "FxHxW of the video", shown="the run's, else the model's own", section=_VIDEO
     )
     steps: int = setting(50, "sampling steps", section=_VIDEO)
-    guidance: float = setting(6.0, "scale of classifier-free guidance; 1 switches it off", section=_VIDEO)
-    seed: int = setting(42, "of the noise, the same for tuned and base", section=_VIDEO)
+    guidance: float = setting(6.0, "scale of classifier-free guidance; 1: none", section=_VIDEO)
+    seed: int = setting(42, "seed of the noise, the same for tuned and base", section=_VIDEO)
     fps: float | None = setting(None, "frames a second of the video", shown="the family's", section=_VIDEO)
     base: bool = setting(True, "also draw the video of the base model", section=_VIDEO)
     precision: Precision | None = setting(
-        None, "type the model computes in", shown="the family's on a GPU, fp32 on a CPU"
+        None, "number type the model computes in", shown="the family's on a GPU, fp32 on a CPU"
     )
     out: Path | None = setting(None, "folder for the videos", shown="RUN/generated/<prompt>-<seed>")
     json: bool = setting(False, "print the result as JSON")
@@ -213,9 +224,10 @@ class ExportSettings:
     run: Path | None = setting(None, "run folder, or a checkpoint-N in it", shown="required")
     to: Literal["diffusers", "peft", "merged"] = setting(
         "diffusers",
-        "LoRA file or transformer folder; PEFT adapter folder; or transformer folder with the LoRA merged in",
+        "diffusers: the LoRA file, or the transformer folder of sft; peft: a PEFT adapter folder; "
+        "merged: a transformer folder with the LoRA merged in",
     )
-    model: str | None = setting(None, "base checkpoint, where it lies elsewhere now", shown="as trained")
-    precision: Precision | None = setting(None, "type of merged weights", shown="the run's")
+    model: str | None = setting(None, "base checkpoint, if it is elsewhere now", shown="as trained")
+    precision: Precision | None = setting(None, "number type of merged weights", shown="the run's")
     out: Path | None = setting(None, "folder to write", shown="RUN/exported/<to>")
     json: bool = setting(False, "print the result as JSON")

@@ -6,8 +6,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from cogcommon.command import add_command, make_app
 from cogcommon.errors import SettingError
-from cogcommon.settings import add_command, resolve, setting
+from cogcommon.settings import resolve, setting
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("stepz = 5", "stepz"),
-        ('steps = "five"', "steps"),
-        ('strategy = "zero9"', "strategy"),
+        ("stepz = 5", "did you mean 'steps'?"),
+        ('steps = "five"', "'five' is not a whole number"),
+        ('strategy = "zero9"', "'zero9' is not 'ddp' or 'zero2'"),
         ("lr = true", "lr"),
         ("lr = ", "TOML"),
     ],
@@ -91,9 +92,24 @@ def test_a_wrong_file_is_named_with_the_key(tmp_path, text, told):
 
 
 def test_help_shows_every_option_with_its_default():
-    text = run("--help")[0].output
-    for word in ("--validate-shards", "10 epochs", "0.0001", "ddp|zero2", "off"):
+    text = " ".join(run("--help")[0].output.replace("│", " ").split())
+    for word in ("--validate-shards", "[default: 10 epochs]", "[default: 0.0001]", "ddp|zero2"):
         assert word in text
+
+
+def test_help_says_what_is_required_and_ends_with_examples():
+    @dataclass(frozen=True)
+    class Settings:
+        root: Path | None = setting(None, "A folder.", shown="required")
+        dry_run: bool = setting(False, "Only look.")
+
+    app = make_app("program", "Does it.")
+    add_command(app, "go", Settings, print, "Go there.\n\nAnd back.", ["program go --root [x]"])
+    text = CliRunner().invoke(app, ["go", "--help"]).output
+    assert "A folder. [required]" in text and "--no-dry-run" not in text
+    assert text.index("And back.") < text.index("For example:") < text.index("program go --root [x]")
+    assert "And back." not in CliRunner().invoke(app, ["--help"]).output
+    assert CliRunner().invoke(app, ["--version"]).output.startswith("program 0.")
 
 
 def test_a_positional_setting_is_a_bare_word(tmp_path):

@@ -13,9 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cogcommon.checkpoint import open_checkpoint
+from cogcommon.command import add_command
 from cogcommon.errors import CogError
 from cogcommon.families import BUILTIN_NAMES, Resolution
-from cogcommon.settings import add_command
 from cogtrain import generate, lora
 from cogtrain.pipeline import Request, draw, load_pipeline, place, to_base
 from cogtrain.settings import GenerateSettings
