@@ -206,8 +206,23 @@ def _fetch(name: str, patterns: list[str], revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=10))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise ModelError(
-            f"model {name} cannot be had: {type(error).__name__}",
+            f"the model {name} is not here, and cannot be downloaded: {_why_not(error)}",
             where=f"looked in {constants.HF_HUB_CACHE} and on the hub ({constants.ENDPOINT})",
-            fix=f"check the name and the network, or `hf download {name}` on a machine that has one "
-            "and pass the folder as --model; --model tiny needs no download",
+            fix=f"check the name and the network, or fetch it elsewhere with `hf download {name} --local-dir FOLDER` "
+            "and give --model FOLDER; --model tiny needs no download",
         ) from error
+
+
+def _why_not(error: Exception) -> str:
+    """Why the hub gave nothing."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "its terms must be accepted on the hub first, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such model, or shows it only to others"
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        return "the hub cannot be reached"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no more is known'}"

@@ -199,5 +199,5 @@ def cut_captions(samples: Sequence[Sample], tokenizer: object, limit: int) -> li
         if tokens > limit:
             end = coded["offset_mapping"][limit - 2][1]  # the end token takes the last place
             kept, lost = sample.caption[:end].rstrip(), sample.caption[end:].lstrip()
-            cuts.append(CaptionCut(sample.line, tokens, kept[-24:], lost[:24]))
+            cuts.append(CaptionCut(sample.line, tokens, kept[-20:], lost[:20]))
     return cuts

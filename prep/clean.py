@@ -22,6 +22,7 @@ from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
 from cogcommon.errors import DataRootError, SettingError
 from cogcommon.families import Resolution
 from cogcommon.records import read_table, record_name, tar_name
+from cogcommon.words import counted, in_bytes
 
 from .cut import Cut
 from .disk import ShardBusy, disk_errors, locked_elsewhere, temporary_name
@@ -68,11 +69,12 @@ def run(settings: CleanSettings) -> None:
         print(json.dumps([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals], indent=1))
     else:
         for removal in removals:
-            console.print(f"{removal.path}: {removal.why}, {removal.size / 1e6:.1f} MB", markup=False)
+            console.print(f"{removal.path}: {removal.why}, {in_bytes(removal.size)}", markup=False)
     if not removals:
-        console.print(f"nothing to remove in {out}", markup=False)
+        there = f"nothing to remove in {out}" if out.is_dir() else f"nothing to remove: there is no folder {out}"
+        console.print(there, markup=False)
         return
-    total = f"{len(removals)} things, {sum(removal.size for removal in removals) / 1e6:.1f} MB"
+    total = f"{counted(len(removals), 'thing')}, {in_bytes(sum(removal.size for removal in removals))}"
     if settings.dry_run:
         console.print(f"would remove {total}", markup=False)
         return
@@ -122,7 +124,7 @@ def _files(folder: Path, everything: bool) -> Iterator[Removal]:
         if (commit := _COMMIT.fullmatch(name)) and not _alive(int(commit["process"])):
             yield Removal(path, "half-written", size)
         elif everything and _OF_THE_FOLDER.fullmatch(name):
-            yield Removal(path, "of the folder", size)
+            yield Removal(path, "settings or a report", size)
         elif shard := _SHARD.fullmatch(name):
             number, kind = int(shard["number"]), shard["kind"]
             if f"{record_name(number)}.new" in present:
@@ -133,7 +135,7 @@ def _files(folder: Path, everything: bool) -> Iterator[Removal]:
             if kind.endswith(("new", "tmp")):
                 yield Removal(path, "half-written", size)
             elif everything:
-                yield Removal(path, "a shard" if kind == "tar" else "its record", size)
+                yield Removal(path, "a shard" if kind == "tar" else "the record of a shard", size)
             elif kind == "tar" and record_name(number) not in present:
                 yield Removal(path, "a tar without a record", size)
             elif kind == "parquet" and tar_name(number) not in present:

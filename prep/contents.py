@@ -16,6 +16,7 @@ from rich.table import Table
 from cogcommon.contract import CONTRACT_FILE, Contract
 from cogcommon.errors import ShardError
 from cogcommon.records import read_table, tar_name
+from cogcommon.words import counted, in_bytes
 
 from .output import SPLITS, Split, read_contract, records_in, split_folder
 from .settings import InspectSettings
@@ -60,6 +61,7 @@ class Contents:
     rejected: Mapping[str, int]  # by reason
     captions_truncated: int
     uncommitted: Sequence[str]  # tars without a record
+    lost: Sequence[str]  # tars that have a record, and are gone
     rows: Sequence[Row]
 
     def to_json(self) -> str:
@@ -94,10 +96,13 @@ def inspect(out: Path) -> Contents:
     rejected: Counter[str] = Counter()
     clips: set[bytes] = set()
     rows: list[Row] = []
+    lost: list[str] = []
     tar_bytes = truncated = 0
     for split, number, path in records_in(out):
         header, table = read_table(path, _COLUMNS)
         tar_bytes += header.tar_size
+        if not path.with_suffix(".tar").exists():
+            lost.append(str(path.with_suffix(".tar").relative_to(out)))
         shards[split] += 1
         for row in table.to_pylist():
             if row["status"] != "ok":
@@ -127,6 +132,7 @@ def inspect(out: Path) -> Contents:
         rejected=dict(rejected),
         captions_truncated=truncated,
         uncommitted=uncommitted,
+        lost=lost,
         rows=rows,
     )
 
@@ -140,15 +146,18 @@ def show(contents: Contents, console: Console) -> None:
     facts.add_row("model", escape(f"{contract.model} ({contract.family}, {contract.task})"))
     for split in SPLITS:
         if contents.shards.get(split):
-            facts.add_row(split, f"{contents.samples.get(split, 0)} samples in {contents.shards[split]} shards")
-    facts.add_row("clips", f"{contents.clips} different ones")
+            facts.add_row(
+                split,
+                f"{counted(contents.samples.get(split, 0), 'sample')} in {counted(contents.shards[split], 'shard')}",
+            )
+    facts.add_row("clips", f"{contents.clips:,} different")
     facts.add_row("buckets", ", ".join(f"{bucket}: {count}" for bucket, count in sorted(contents.buckets.items())))
-    facts.add_row("size", f"{contents.tar_bytes / 1e6:.1f} MB")
+    facts.add_row("size", in_bytes(contents.tar_bytes))
     stored = f"{contract.dtype}, posterior {contract.posterior}, text {contract.text_tokens}x{contract.text_dim}"
     if contract.image_variants:
         stored += f", {contract.image_variants} image variants"
     facts.add_row("stored", stored)
-    facts.add_row("settings", escape(", ".join(f"{name} {value}" for name, value in contract.settings.items())))
+    facts.add_row("settings", escape(", ".join(_setting(name, value) for name, value in contract.settings.items())))
     facts.add_row("fingerprint", contract.fingerprint[:16])
     if contents.captions_truncated:
         facts.add_row("captions cut", str(contents.captions_truncated))
@@ -157,9 +166,18 @@ def show(contents: Contents, console: Console) -> None:
         console.print(f"[yellow]rejected {count}[/]: {escape(reason)}")
     for name in contents.uncommitted:
         console.print(f"[yellow]{name} has no record[/]: `cogprep encode` finishes it, `cogprep index` recovers it")
+    for name in contents.lost:
+        console.print(f"[red]{name} is gone[/], and counted above: `cogprep encode` makes it anew")
     if contents.rows:
-        table = Table("shard", "clip", "bucket", "fps", "caption", box=None, padding=(0, 1))
+        table = Table("shard", "clip", "bucket", "fps", box=None, padding=(0, 1))
+        table.add_column("caption", no_wrap=True, overflow="ellipsis")
         for row in contents.rows:
-            caption = row.caption if len(row.caption) <= 32 else row.caption[:31] + "…"
-            table.add_row(row.shard, escape(row.source), row.bucket, f"{row.effective_fps:.2f}", escape(caption))
+            caption = escape(row.caption)
+            table.add_row(row.shard, escape(row.source), row.bucket, f"{row.effective_fps:.2f}", caption)
         console.print(table)
+
+
+def _setting(name: str, value: object) -> str:
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return f"{name} {value if value != '' else 'none'}"

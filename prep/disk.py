@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from cogcommon.errors import CogError, ShardError
+from cogcommon.words import in_bytes
 
 
 class ShardBusy(Exception):
@@ -65,6 +67,14 @@ def lock_shard(folder: Path, number: int) -> Iterator[None]:
             # A killed writer's work may lie in it; that is for the next one.
             if os.fstat(stream.fileno()).st_size == 0:
                 path.unlink(missing_ok=True)
+
+
+def lack_of_room(folder: Path, needed: int) -> str:
+    """What to tell whoever starts a work of ``needed`` bytes on a disk that is too full for it; else empty."""
+    free = shutil.disk_usage(folder).free
+    if needed <= free:
+        return ""
+    return f"the shards need {in_bytes(needed)}, and the disk of {folder} has {in_bytes(free)} free: it will run full"
 
 
 @contextmanager

@@ -29,11 +29,13 @@ from cogcommon.device import (
 from cogcommon.errors import DataRootError
 from cogcommon.families import Resolution
 from cogcommon.records import read_record
+from cogcommon.words import counted
 
-from .disk import ShardBusy, disk_errors
+from .disk import ShardBusy, disk_errors, lack_of_room
 from .engine import Engine, Outcome
 from .findings import Findings
 from .gpus import encode_in_parts, gpu_count
+from .lists import check_root
 from .models import Models
 from .output import SPLITS, Origin, check_contract, guard_foreign_root, records_in, scan, split_folder
 from .plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
@@ -56,7 +58,7 @@ def run(settings: EncodeSettings) -> None:
     try:
         report = encode(settings)
     except KeyboardInterrupt:
-        say(f"interrupted; every clip that is whole in {settings.out} is kept: run the same command again to go on")
+        say(f"interrupted; finished clips are kept in {settings.out}: run the same command again to go on")
         raise
     path = report.write(settings.out)
     if settings.json:
@@ -68,7 +70,11 @@ def run(settings: EncodeSettings) -> None:
             "not one clip could be used", where=str(settings.root), fix=f"see the reasons above, or in {path}"
         )
     if settings.strict and report.rejected:
-        raise DataRootError(f"{report.rejected} clips were rejected", where=str(path), fix="or leave --strict out")
+        raise DataRootError(
+            f"{counted(report.rejected, 'clip')} rejected",
+            where=str(path),
+            fix="mend or remove these lines of the lists, or leave --strict out",
+        )
 
 
 def encode(settings: EncodeSettings) -> Report:
@@ -79,6 +85,7 @@ def encode(settings: EncodeSettings) -> Report:
         RunError: one of several processes failed.
     """
     part = choose_slice(settings.worker, os.environ)
+    check_root(settings.root)  # before a model is looked for on the hub
     if part.count > 1:
         say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
     # Under a launcher there is one process a GPU already.
@@ -104,7 +111,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
     checkpoint = settings.open_model()
     data = settings.read_lists(checkpoint.family.task).trusted()
     if data.images_unused:
-        say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} makes video from text alone")
+        say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} is a text-to-video model")
     device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
     precision = settings.precision or default_precision(checkpoint.family, device)
     with clock("weights"):
@@ -131,6 +138,8 @@ def encode_slice(settings: EncodeSettings) -> Report:
             # No clip at all can be read: rather a disk that is not there than an order to drop everything.
             dropped = _drop_gone(settings, part.of(plan.drops), outcome) if found.candidates else 0
         shards = part.of(plan.shards)
+        if lack := lack_of_room(out, sum(len(s.samples) * _sample_bytes(contract, s.bucket) for s in shards)):
+            say(f"note: {lack}")
         models = Models(checkpoint, device, precision, settings, clock)
         if shards or (established and not (out / EMPTY_CAPTION_FILE).exists()):
             for round_ in rounds(shards, contract):
@@ -162,11 +171,12 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, find
 
     Raises:
         DataRootError: the lists cannot be trusted.
+        SettingError: every clip would be held out.
         ShardError: a record is damaged.
     """
     data = settings.read_lists(contract.task).trusted()
     committed = scan(settings.out)
-    with Progress("Probing", len({sample.source for sample in data.samples})) as bar:
+    with Progress("Checking", len({sample.source for sample in data.samples})) as bar:
         found = survey(
             data,
             committed,
@@ -178,6 +188,10 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, find
             advance=bar.advance,
             findings=findings,
         )
+    held = {
+        candidate.clip.sha256 for candidate, split in zip(found.candidates, found.splits, strict=True) if split == "val"
+    }
+    settings.check_holdout(held=len(held), of=len({candidate.clip.sha256 for candidate in found.candidates}))
     chunk = {
         bucket: settings.shard_samples or max(1, settings.shard_size // _sample_bytes(contract, bucket))
         for bucket in settings.buckets

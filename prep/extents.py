@@ -15,8 +15,6 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
-import webdataset
-
 from cogcommon.records import SampleRow
 
 if TYPE_CHECKING:
@@ -74,6 +72,7 @@ def _padded(size: int) -> int:
 def make_extent(row: SampleRow, tensors: Mapping[str, torch.Tensor]) -> Extent:
     """A sample's bytes. safetensors sorts by type and name, json by key: the same sample, the same bytes."""
     import safetensors.torch
+    import webdataset  # brings torch, which looking at shards has no need of
 
     payload = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
     info = {"key": row.key, "tensors_sha256": hashlib.sha256(payload).hexdigest()}

@@ -18,6 +18,7 @@ from cogcommon.contract import CONTRACT_FILE, Contract
 from cogcommon.errors import ShardError
 from cogcommon.files import commit_bytes
 from cogcommon.records import SampleRow, ShardHeader, ShardRecord, read_table, record_name, tar_name, write_record
+from cogcommon.words import counted
 
 from .disk import ShardBusy, disk_errors, lock_shard, locked_elsewhere
 from .extents import INFO_FIELDS, tar_end_whole, whole_extents
@@ -50,10 +51,12 @@ def run(settings: IndexSettings) -> None:
         console.print(f"put back {CONTRACT_FILE}")
     for name in done.records:
         console.print(f"put back the record of {name}")
-    console.print(f"{done.samples} samples are committed in {settings.out}")
+    if not done.contract and not done.records:
+        console.print("nothing was lost" if not done.broken else "nothing could be put back")
+    console.print(f"{settings.out} holds {counted(done.samples, 'sample')}")
     if done.broken:
         raise ShardError(
-            f"{len(done.broken)} tars are not whole and have no record",
+            f"{counted(len(done.broken), 'tar')} without a record, and not whole",
             where=", ".join(done.broken),
             fix="run the `cogprep encode` command again: it keeps what is whole in them and makes the rest",
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cogcommon.errors import DataRootError
 from cogcommon.families import Task
+from cogcommon.words import counted
 
 _SHOWN = 20  # faults an error message prints; `validate --json` has them all
 
@@ -62,11 +63,25 @@ class DataSet:
             if len(self.faults) > _SHOWN:
                 lines.append(f"and {len(self.faults) - _SHOWN} more")
             raise DataRootError(
-                "the lists cannot be trusted: " + _plural(len(self.faults), "fault"),
+                "the lists do not pair up: " + counted(len(self.faults), "fault"),
                 where="\n       ".join([str(self.root), *lines]),
-                fix="put these right (line n of every list is one sample); nothing was encoded",
+                fix="mend these lines (line n of every list is one sample); nothing was encoded",
             )
         return self
+
+
+def check_root(root: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        DataRootError: it is missing, or a file.
+    """
+    if not root.is_dir():
+        raise DataRootError(
+            "the data root is not a folder" if root.exists() else "there is no such data root",
+            where=str(root),
+            fix="--data-root takes the folder that holds prompts.txt and videos.txt",
+        )
 
 
 def read_lists(
@@ -91,12 +106,7 @@ def read_lists(
     Raises:
         DataRootError: the root is no folder.
     """
-    if not root.is_dir():
-        raise DataRootError(
-            "the data root is not a folder" if root.exists() else "there is no such data root",
-            where=str(root),
-            fix="--data-root takes the folder that holds prompts.txt and videos.txt",
-        )
+    check_root(root)
     names = {"captions": prompts, "clips": videos}
     if task == "i2v" and (images is not None or (root / "images.txt").exists()):
         names["images"] = images or "images.txt"
@@ -135,7 +145,7 @@ def _read_list(path: Path, name: str, faults: list[ListFault]) -> list[str] | No
         # utf-8-sig: a byte order mark is no part of the first entry.
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        faults.append(ListFault(name, 0, "no such list"))
+        faults.append(ListFault(name, 0, "the list is missing"))
         return None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -154,7 +164,3 @@ def _read_list(path: Path, name: str, faults: list[ListFault]) -> list[str] | No
     faults += [ListFault(name, line, "blank line") for line, entry in enumerate(entries, 1) if not entry]
     faults += [ListFault(name, line, "a NUL byte") for line, entry in enumerate(entries, 1) if "\0" in entry]
     return entries
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

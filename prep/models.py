@@ -57,7 +57,7 @@ class Models:
             empty_LD, _ = encoder.encode("")  # the first one also waits for the GPU's libraries
         with disk_errors(self._settings.out):
             contract = commit_contract(self._settings.out, contract, safetensors.torch.save({TEXT: empty_LD}))
-        with self._clock("text"), Progress("Captions", len(captions), "captions") as bar:
+        with self._clock("text"), Progress("Captions", len(captions), "caption") as bar:
             text.fill(captions, encoder, bar.advance)
         del encoder  # T5-XXL is 9.5 GB; the VAE comes next
         gc.collect()

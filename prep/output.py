@@ -114,8 +114,8 @@ def check_contract(out: Path, ours: Contract) -> Contract | None:
         raise SettingError(
             f"{out} was encoded with other settings; the two never mix",
             where="\n       ".join(f"{line} ({CONTRACT_FILE})" for line in ours.differences(theirs)),
-            fix=f"give the old settings back; or keep both, with --out ANOTHER; or start over, "
-            f"with `cogprep clean-cache --out {out} --all`",
+            fix=f"use the old settings; or keep both, with --out ANOTHER; or start over, "
+            f"after `cogprep clean-cache --out {out} --all`",
         )
     return theirs
 
@@ -194,5 +194,5 @@ def guard_foreign_root(out: Path, origin: Origin) -> None:
         raise DataRootError(
             f"{out} holds nothing of this data root, and would lose all that it holds",
             where=f"{origin.data_root}; {out} was encoded from {before.data_root}",
-            fix=f"--out ANOTHER; or start over, with `cogprep clean-cache --out {out} --all`",
+            fix=f"--out ANOTHER; or start over, after `cogprep clean-cache --out {out} --all`",
         )

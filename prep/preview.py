@@ -106,7 +106,7 @@ def make_preview(settings: PreviewSettings) -> Preview:
     if settings.samples is None and any(latents.frugal(Resolution.parse(row.bucket)) for *_, row in chosen):
         chosen = choose(records, _FEW)
     shown = []
-    with Pool(1) as pool, Progress("Decoding", len(chosen), "samples") as bar:
+    with Pool(1) as pool, Progress("Decoding", len(chosen), "sample") as bar:
         sources = pool.run(
             view_source,
             (

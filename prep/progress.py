@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from cogcommon.words import counted, in_words
+
 _LINE_EVERY_S = 10.0
 
 
@@ -21,10 +23,10 @@ class Progress:
     Args:
         what: the stage, as "Encoding".
         total: pieces in all.
-        noun: what a piece is, as "clips".
+        noun: what a piece is.
     """
 
-    def __init__(self, what: str, total: int, noun: str = "clips") -> None:
+    def __init__(self, what: str, total: int, noun: str = "clip") -> None:
         self._what, self._total, self._noun = what, total, noun
         self._done = 0
         self._note = ""
@@ -55,7 +57,9 @@ class Progress:
         if self._bars is not None:
             self._bars.stop()
         elif kind is None and self._total:
-            self._print(f"{self._what}: {self._done} {self._noun} in {in_words(time.monotonic() - self._started)}")
+            self._print(
+                f"{self._what}: {counted(self._done, self._noun)} in {in_words(time.monotonic() - self._started)}"
+            )
 
     def advance(self, note: str = "") -> None:
         """One more piece is done; ``note`` says what the work is waiting for, if anything."""
@@ -66,12 +70,14 @@ class Progress:
             self._bars.update(self._task, completed=self._done, rate=self._rate(now))
         elif now - self._printed >= _LINE_EVERY_S and self._done < self._total:
             self._printed = now
-            self._print(f"{self._what}: {self._done}/{self._total} {self._noun}, {self._rate(now)}")
+            self._print(f"{self._what}: {self._done}/{self._total} {self._noun}s, {self._rate(now)}")
 
     def _rate(self, now: float) -> str:
         per_s = self._done / max(now - self._started, 1e-9)
         left = in_words((self._total - self._done) / per_s)
-        return ", ".join(filter(None, [f"{60 * per_s:.1f} {self._noun}/min", f"ETA {left}", self._note]))
+        return ", ".join(
+            filter(None, [f"{60 * per_s:,.{0 if per_s > 2 else 1}f} {self._noun}s/min", f"ETA {left}", self._note])
+        )
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False)
@@ -94,14 +100,6 @@ class Clock:
 
     def seconds(self) -> dict[str, float]:
         return {**self.stages, "total": time.perf_counter() - self.started}
-
-
-def in_words(seconds: float) -> str:
-    """A time as people say it: 4 s, 12 min, 3 h 20 min."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def say(line: str) -> None:

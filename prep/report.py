@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.files import commit_bytes
 from cogcommon.records import record_name, tar_name
+from cogcommon.words import counted, in_words
 
 from .disk import disk_errors
 from .engine import Outcome
 from .output import Split, split_folder
 from .plan import Plan, Rejected
 from .pool import default_workers
-from .progress import in_words
 from .settings import EncodeSettings
 from .survey import Survey
 from .workers import Slice
@@ -173,7 +174,13 @@ def advice_for(bound: Bound, workers: int, cores: int, device: str) -> str:
 def show(report: Report, console: Console, report_path: Path) -> None:
     """The summary, readable in 80 columns."""
     if report.rejections:
-        table = Table(title=f"rejected: {report.rejected}", title_justify="left", title_style="bold yellow")
+        table = Table(
+            title=f"{counted(report.rejected, 'clip')} rejected",
+            title_justify="left",
+            title_style="bold yellow",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
         table.add_column("line", justify="right")
         table.add_column("clip", overflow="fold")
         table.add_column("reason", overflow="fold")
@@ -197,15 +204,29 @@ def show(report: Report, console: Console, report_path: Path) -> None:
             f"the GPU was busy {report.gpu_busy:.0%} of that time, after {warm_up} of warm-up", highlight=False
         )
     if report.captions_truncated:
-        console.print(f"captions cut at the model's text length: {report.captions_truncated}", highlight=False)
+        console.print(
+            f"{counted(report.captions_truncated, 'caption')} cut at the length that the model reads; "
+            "`cogprep validate` shows where",
+            highlight=False,
+        )
     if report.tiled:
-        console.print(f"memory was short: the VAE ran in tiles for {report.tiled} clips", highlight=False)
+        console.print(f"memory was short: the VAE ran in tiles for {counted(report.tiled, 'clip')}", highlight=False)
     if report.busy:
-        console.print(f"another process writes {', '.join(report.busy)}; left to it", highlight=False)
+        console.print(f"another process is writing {', '.join(report.busy)}; left to it", highlight=False)
     if report.unfinished:
         shown = ", ".join(report.unfinished[:4]) + (" ..." if len(report.unfinished) > 4 else "")
-        slices = ", ".join(report.unfinished_slices[:16]) + (" ..." if len(report.unfinished_slices) > 16 else "")
-        console.print(
-            f"not finished yet: slices {slices} ({shown}); run them, or all without --worker", highlight=False
-        )
+        if report.worker == "1/1":
+            console.print(f"not finished yet: {shown}; run the same command again", highlight=False)
+        else:
+            slices = ", ".join(report.unfinished_slices[:16]) + (" ..." if len(report.unfinished_slices) > 16 else "")
+            console.print(
+                f"not finished yet: slices {slices} ({shown}); run them, or all of it without --worker",
+                highlight=False,
+            )
     console.print(f"shards in {report.out}, details in {report_path}", highlight=False, soft_wrap=True)
+    if report.usable and not report.unfinished:
+        out = Path(report.out)
+        line = f"next: cogtrain lora --shards {out / '*.tar'}"
+        if any((out / "val").glob("*.tar")):
+            line += f" --validate-shards {out / 'val' / '*.tar'}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -18,6 +18,8 @@ from .lists import DataSet, read_lists
 
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
 
+_A_MODEL: dict[Task, str] = {"t2v": "a text-to-video model", "i2v": "an image-to-video model"}
+
 Posterior = Literal["moments", "sample"]
 Tiling = Literal["off", "on", "auto"]
 Encoder = Literal["auto", "diffusers"]
@@ -100,6 +102,12 @@ class PlanSettings:
             if value is not None and value < least:
                 flag = "--" + name.replace("_", "-")
                 raise SettingError(f"{value} is too small", where=flag, fix=f"{flag} {least} or more")
+        if self.out.resolve() == self.root.resolve():
+            raise SettingError(
+                "the shards would lie among your clips",
+                where=f"--out {self.out} is the data root",
+                fix="--out takes a folder of its own, for example --out out",
+            )
         _ = self.shard_size, self.buckets
 
     @property
@@ -114,13 +122,13 @@ class PlanSettings:
 
     @property
     def shard_size(self) -> int:
-        """--shard-bytes in bytes; k, M and G are powers of 1000 as on the label of a disk."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)B?\s*", self.shard_bytes, re.IGNORECASE)
+        """--shard-bytes in bytes; k, M, G and T are powers of 1000 as on the label of a disk."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", self.shard_bytes, re.IGNORECASE)
         if not match or float(match[1]) == 0:
             raise SettingError(
                 f"{self.shard_bytes!r} is not a size", where="--shard-bytes", fix="for example --shard-bytes 500MB"
             )
-        return int(float(match[1]) * 1000 ** {"": 0, "k": 1, "m": 2, "g": 3}[match[2].lower()])
+        return int(float(match[1]) * 1000 ** {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}[match[2].lower()])
 
     @property
     def cut(self) -> Cut:
@@ -134,6 +142,20 @@ class PlanSettings:
             crop=self.crop,
             seed=self.seed,
         )
+
+    def check_holdout(self, held: int, of: int) -> None:
+        """Refuse to hold out every clip: nothing would be left to train on.
+
+        Args:
+            held: clips that are held out.
+            of: clips in all, each content once.
+        """
+        if held and held >= of:
+            raise SettingError(
+                f"--holdout {self.holdout} sets all {of} clips aside; none is left to train on",
+                where="--holdout",
+                fix=f"--holdout {of - 1} or less" if of > 1 else "leave --holdout out",
+            )
 
     def read_lists(self, task: Task) -> DataSet:
         """The data root's lists, with their faults (`lists.read_lists`)."""
@@ -157,9 +179,9 @@ class PlanSettings:
         family = checkpoint.family
         if self.task and self.task != family.task:
             raise SettingError(
-                f"{checkpoint.name} is a {family.task} model",
+                f"{checkpoint.name} is {_A_MODEL[family.task]}",
                 where=f"--task {self.task}",
-                fix=f"leave --task out, or name a {self.task} model, for example --model {DEFAULT_MODEL[self.task]}",
+                fix=f"leave --task out, or name {_A_MODEL[self.task]}, for example --model {DEFAULT_MODEL[self.task]}",
             )
         for bucket in self.buckets:
             checkpoint.check_resolution(bucket)

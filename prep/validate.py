@@ -17,11 +17,12 @@ from cogcommon.checkpoint import Checkpoint
 from cogcommon.device import DTYPES, item_bytes, quiet_libraries
 from cogcommon.errors import DataRootError
 from cogcommon.families import BUILTIN_NAMES, Resolution
+from cogcommon.words import counted
 
 from .advice import Looked, advise, cut_captions
 from .clip import Fault
 from .decode import image_size
-from .lists import DataSet
+from .lists import DataSet, check_root
 from .look import Look, look
 from .plan import sample_bytes
 from .pool import Pool, default_workers
@@ -46,9 +47,9 @@ def run(settings: ValidateSettings) -> None:
         first = verdict.faults[0]
         count = len(verdict.faults)
         raise DataRootError(
-            f"{count} fault{'s' if count > 1 else ''}; the first: {first.what}",
+            f"{counted(count, 'fault')}; the first: {first.what}",
             where=f"{settings.root}: {first.place} {first.entry}".rstrip(),
-            fix="put the lines named above right; `cogprep encode` rejects single clips, but not unpaired lists",
+            fix="mend what is listed above; `cogprep encode` leaves bad clips out, but lists must pair up",
         )
 
 
@@ -57,10 +58,11 @@ def validate(settings: ValidateSettings) -> Verdict:
 
     Raises:
         DataRootError: the data root is no folder.
-        SettingError: a size that the model cannot take.
+        SettingError: a size that the model cannot take, or a holdout of every clip.
         ModelError: the model cannot be had.
     """
     begun = time.perf_counter()
+    check_root(settings.root)  # before a model is looked for on the hub
     checkpoint = settings.open_model()
     family = checkpoint.family
     data = settings.read_lists(family.task)
@@ -74,6 +76,7 @@ def validate(settings: ValidateSettings) -> Verdict:
     quiet_libraries()
     cuts = cut_captions([one.sample for one in looked], checkpoint.load_tokenizer(), family.text_tokens)
     held = held_out(looked, settings.holdout)
+    settings.check_holdout(held=len(held), of=len({one.look.facts.sha256 for one in looked}))
     return Verdict(
         data_root=str(settings.root),
         model=checkpoint.name,
@@ -99,7 +102,7 @@ def look_at_all(
     images = list(dict.fromkeys(filter(None, data.columns.get("images", ()))))
     looks: dict[str, Look | Fault] = {}
     workers = min(settings.workers or default_workers(), max(1, len(clips)))
-    with Pool(workers) as pool, Progress("Looking", len(clips)) as bar:
+    with Pool(workers) as pool, Progress("Checking", len(clips)) as bar:
         one = partial(look, buckets=settings.buckets, cut=settings.cut, family_fps=family_fps)
         for entry, found in zip(clips, pool.run(one, ((data.root / entry,) for entry in clips)), strict=True):
             looks[entry] = found
@@ -178,10 +181,10 @@ def gpu_seconds(settings: ValidateSettings, checkpoint: Checkpoint, bucket: Reso
 def _notes(settings: ValidateSettings, checkpoint: Checkpoint, data: DataSet, looked: Sequence[Looked]) -> list[str]:
     notes = []
     if data.faults:
-        notes.append("the lists cannot be paired, so captions were not read and there is no plan")
+        notes.append("the lists do not pair up, so captions were not checked and there is no plan")
     if data.images_unused:
         name = settings.images or "images.txt"
-        notes.append(f"{name} is not used: {checkpoint.name} makes video from text alone")
+        notes.append(f"{name} is not used: {checkpoint.name} is a text-to-video model")
     if looked:
         precision = settings.precision or checkpoint.family.precision
         said = f"Sizes are for {precision}" + (", the family's on a GPU" if settings.precision is None else "")
@@ -190,5 +193,7 @@ def _notes(settings: ValidateSettings, checkpoint: Checkpoint, data: DataSet, lo
                 f"; GPU time is an estimate: the VAE on one H200, {_H200_CLIP_S} s a clip of {_H200_CLIP}, "
                 "scaled by pixels"
             )
-        notes.append(said + ". Damage inside a picture shows only when it is decoded: encode rejects that clip.")
+        notes.append(
+            said + ". Damage in the middle of a clip shows only when encode decodes it; that clip is then left out."
+        )
     return notes

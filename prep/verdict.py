@@ -14,9 +14,9 @@ from rich.padding import Padding
 from rich.table import Table
 
 from cogcommon.families import Resolution
+from cogcommon.words import counted, in_bytes, in_words
 
 from .advice import Advice
-from .progress import in_words
 
 _SHOWN = 20  # faults that the page lists; --json has them all
 _SHOWN_LINES = 3  # examples of one kind of advice
@@ -78,8 +78,8 @@ class Verdict:
 def show(verdict: Verdict, console: Console) -> None:
     """Print the page: faults, advice, plan."""
     console.print(
-        f"[bold]{escape(verdict.data_root)}[/]: {_count(verdict.lines, 'clip')} for {escape(verdict.model)} "
-        f"[dim]({verdict.family}, {verdict.family_fps} fps), looked at in {in_words(verdict.seconds)}[/]"
+        f"[bold]{escape(verdict.data_root)}[/]: {counted(verdict.lines, 'clip')} for {escape(verdict.model)} "
+        f"[dim]({verdict.family}, {verdict.family_fps} fps), checked in {in_words(verdict.seconds)}[/]"
     )
     if verdict.faults:
         _show_faults(verdict, console)
@@ -94,7 +94,7 @@ def show(verdict: Verdict, console: Console) -> None:
 
 
 def _show_faults(verdict: Verdict, console: Console) -> None:
-    console.print(f"\n[bold red]{_count(len(verdict.faults), 'fault')}[/]")
+    console.print(f"\n[bold red]{counted(len(verdict.faults), 'fault')}[/]")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(overflow="fold", max_width=24)
@@ -109,7 +109,7 @@ def _show_faults(verdict: Verdict, console: Console) -> None:
 def _show_advice(verdict: Verdict, console: Console) -> None:
     console.print("\n[bold yellow]advice[/] [dim](nothing here stops an encode)[/]")
     for advice in verdict.advice:
-        count = f", {_count(len(advice.lines), 'clip')}" if advice.lines else ""
+        count = f", {counted(len(advice.lines), 'clip')}" if advice.lines else ""
         console.print(Padding(f"[yellow]{advice.kind}[/]{count}: {escape(advice.what)}", (0, 0, 0, 2), expand=False))
         for text in _examples(advice):
             console.print(Padding(text, (0, 0, 0, 6), expand=False))
@@ -134,11 +134,11 @@ def _examples(advice: Advice) -> Iterator[str]:
 def _show_plan(verdict: Verdict, console: Console) -> None:
     held = f", {verdict.validation} of them held out for validation" if verdict.validation else ""
     trained = f"[dim](trained at {verdict.family_fps} fps)[/]"
-    console.print(f"\n[bold]plan[/]: {_count(verdict.usable, 'clip')}{held} {trained}")
+    console.print(f"\n[bold]plan[/]: {counted(verdict.usable, 'clip')}{held} {trained}")
     timed = any(row.gpu_s is not None for row in verdict.plan)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("bucket", style="cyan", no_wrap=True)
-    for name in ("clips", "of frames", "fps", "cut", "shards", "size", *(["GPU time"] if timed else [])):
+    for name in ("clips", "frames", "fps", "cut", "shards", "size", *(["GPU time"] if timed else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for row in verdict.plan:
         table.add_row(
@@ -157,22 +157,9 @@ def _show_plan(verdict: Verdict, console: Console) -> None:
         cells = ["all", str(clips), "", "", "", str(shards), in_bytes(sum(row.bytes for row in verdict.plan))]
         table.add_row(*cells, *([in_words(sum(row.gpu_s or 0.0 for row in verdict.plan))] if timed else []))
     console.print(table)
-    console.print("[dim]of frames: of the clips; fps: of the frames used; cut: of the picture, mean[/]")
+    console.print("[dim]frames: in a clip; fps: of those used; cut: cut off the picture, on average[/]")
 
 
 def _range(ends: tuple[float, float], form: str) -> str:
     low, high = (format(end, form) for end in ends)
     return low if low == high else f"{low}-{high}"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def in_bytes(size: float) -> str:
-    """A size as disks are labelled: powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

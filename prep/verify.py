@@ -17,6 +17,7 @@ from rich.console import Console
 from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.errors import ShardError
 from cogcommon.records import IMAGE_CLEAN_MEAN, LATENT_MEAN, TEXT, ShardRecord, extent_intact, read_record, split_extent
+from cogcommon.words import counted, in_bytes
 
 from .output import SPLITS, read_contract, records_in, split_folder
 from .progress import Progress
@@ -75,14 +76,18 @@ def run(settings: VerifySettings) -> None:
         for problem in verified.problems:
             console.print(f"{problem.shard}: {problem.what}", style="red", markup=False)
         if not verified.problems:
-            size = f"{verified.bytes_read / 1e6:.1f} MB"
-            console.print(f"{verified.shards} shards, {verified.samples} samples, {size}: all as recorded")
+            size = in_bytes(verified.bytes_read)
+            console.print(
+                f"{counted(verified.shards, 'shard')}, {counted(verified.samples, 'sample')}, {size}: all as recorded"
+            )
     if verified.problems:
         damaged = sorted({problem.shard for problem in verified.problems})
+        tar = settings.out / next((label for label in damaged if label.endswith(".tar")), "NAME.tar")
         raise ShardError(
-            f"{len(damaged)} of {verified.shards} shards are not as recorded",
+            f"{len(damaged)} of {counted(verified.shards, 'shard')} not as recorded",
             where=", ".join(damaged),
-            fix="remove each one's .tar and .parquet and run the `cogprep encode` command again: it makes them anew",
+            fix=f"remove each with its record, for example `rm {tar} {tar.with_suffix('.parquet')}`, "
+            "and run the `cogprep encode` command again: it makes them anew",
         )
 
 
@@ -103,7 +108,7 @@ def verify(out: Path, *, reencode: int = 0, workers: int = 1) -> Verified:
     records = list(records_in(out))
     samples = bytes_read = 0
     good: list[tuple[Path, ShardRecord]] = []
-    with Progress("Verifying", len(records), "shards") as bar:
+    with Progress("Verifying", len(records), "shard") as bar:
         for split, _number, path in records:
             tar = path.with_suffix(".tar")
             label = tar.name if split == "train" else f"{split}/{tar.name}"
@@ -162,7 +167,7 @@ def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[
                     f"sample {row.key} ({row.source}): {what}" for what in _check_tensors(payload, row.bucket, contract)
                 )
     except (OSError, tarfile.TarError, ValueError) as error:
-        yield f"cannot be read: {error}"
+        yield f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
 
 
 def _check_tensors(payload: bytes, bucket: str, contract: Contract) -> Iterator[str]:

@@ -140,7 +140,7 @@ def test_broken_clips_are_named_and_the_rest_is_encoded(run_encode, root, tmp_pa
     strict = EncodeSettings(
         data_root=root, out=tmp_path / "out", model="tiny", resolution=[SIZE], shard_samples=2, workers=1, strict=True
     )
-    with pytest.raises(DataRootError, match="4 clips were rejected"):
+    with pytest.raises(DataRootError, match="4 clips rejected"):
         run_command(strict)
     assert "too short" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "report.json").read_bytes())["rejected"] == 4
@@ -196,6 +196,16 @@ def test_holdout_goes_to_val_by_content_with_all_its_captions(run_encode, root, 
     assert len(train) + len(val) == 7
     again = run_encode(holdout=2)
     assert (again.encoded, again.reused, again.dropped) == (0, 7, 0)
+    with pytest.raises(SettingError, match="none is left to train on") as caught:
+        run_encode(holdout=5)
+    assert caught.value.fix == "--holdout 4 or less"
+
+
+def test_shards_do_not_go_among_the_clips(run_encode, root):
+    before = sorted(root.iterdir())
+    with pytest.raises(SettingError, match="among your clips"):
+        run_encode(out=root)
+    assert sorted(root.iterdir()) == before
 
 
 def test_i2v_stores_the_first_used_frame_clean_and_noised(run_encode, root, tmp_path):

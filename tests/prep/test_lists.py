@@ -59,7 +59,7 @@ def test_a_fault_yields_no_samples_and_one_message(tmp_path):
 
 
 def test_missing_and_empty_lists(tmp_path):
-    assert faults(tmp_path) == ["prompts.txt: no such list", "videos.txt: no such list"]
+    assert faults(tmp_path) == ["prompts.txt: the list is missing", "videos.txt: the list is missing"]
     lay(tmp_path, prompts="", videos="\n\n")
     assert faults(tmp_path) == ["prompts.txt: the list is empty", "videos.txt: the list is empty"]
 
@@ -72,7 +72,7 @@ def test_a_root_that_is_none(tmp_path):
 def test_images_only_for_i2v_and_only_where_there_are_some(tmp_path):
     lay(tmp_path, prompts="a\n", videos="a.mp4\n")
     assert read_lists(tmp_path, task="i2v").samples[0].image == ""
-    assert faults(tmp_path, "i2v", images="stills.txt") == ["stills.txt: no such list"]
+    assert faults(tmp_path, "i2v", images="stills.txt") == ["stills.txt: the list is missing"]
     lay(tmp_path, images="a.png\n")
     assert read_lists(tmp_path, task="i2v").samples[0].image == "a.png"
     t2v = read_lists(tmp_path, task="t2v")

@@ -205,7 +205,7 @@ def test_the_page_is_readable_in_80_columns_and_json_has_everything(root, monkey
     lines = page.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     header = next(line for line in lines if "bucket" in line)
-    assert header.split() == ["bucket", "clips", "of", "frames", "fps", "cut", "shards", "size"]
+    assert header.split() == ["bucket", "clips", "frames", "fps", "cut", "shards", "size"]
     told = json.loads(invoke(*base, "--json").stdout)
     assert len(told["faults"]) == 4
     assert told["plan"][0]["resolution"] == "17x64x96"

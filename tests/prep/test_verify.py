@@ -152,7 +152,9 @@ def test_inspect_counts(encoded):
     assert contents.shards == {"train": 3} and contents.samples == {"train": 5} and contents.clips == 5
     assert contents.buckets == {"9x64x96": 5} and contents.contract.task == "t2v"
     (encoded / "out" / "000002.parquet").unlink()
-    assert inspect(encoded / "out").uncommitted == ["000002.tar"]
+    (encoded / "out" / "000001.tar").unlink()
+    contents = inspect(encoded / "out")
+    assert contents.uncommitted == ["000002.tar"] and contents.lost == ["000001.tar"]
     with pytest.raises(ShardError, match="no shards here"):
         inspect(encoded / "ds")
 

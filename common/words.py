@@ -1,0 +1,25 @@
+"""Counts, times and sizes as people say them."""
+
+from __future__ import annotations
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """``1 clip``, ``1,200 clips``."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def in_words(seconds: float) -> str:
+    """A time: 4.0 s, 12 min, 3 h 20 min."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def in_bytes(size: float) -> str:
+    """A size as disks are labelled: powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
