@@ -169,11 +169,11 @@ def show(contents: Contents, console: Console) -> None:
     for name in contents.lost:
         console.print(f"[red]{name} is gone[/], and counted above: `cogprep encode` makes it anew")
     if contents.rows:
-        table = Table("shard", "clip", "bucket", "fps", box=None, padding=(0, 1))
-        table.add_column("caption", no_wrap=True, overflow="ellipsis")
+        table = Table("shard", "clip", "bucket", "fps", "caption", box=None, padding=(0, 1))
+        room = max(27, console.width - 53)
         for row in contents.rows:
-            caption = escape(row.caption)
-            table.add_row(row.shard, escape(row.source), row.bucket, f"{row.effective_fps:.2f}", caption)
+            caption = row.caption if len(row.caption) <= room else row.caption[: room - 1] + "…"
+            table.add_row(row.shard, escape(row.source), row.bucket, f"{row.effective_fps:.2f}", escape(caption))
         console.print(table)
 
 

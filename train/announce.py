@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cogcommon.contract import tool_version
+from cogcommon.words import counted
 
 from .method import Exported
 from .progress import RunLog
@@ -23,25 +24,33 @@ if TYPE_CHECKING:
 def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
     log.say(
         f"{run.method.name} of {run.checkpoint.name} ({run.checkpoint.family.name}): {trainable:,} weights trained, "
-        f"{run.precision}, {run.strategy}, {run.world} process{'es' * (run.world > 1)}"
+        f"{run.precision}, {run.strategy}, {counted(run.world, 'process', 'processes')}"
     )
     buckets = ", ".join(str(bucket) for bucket in run.shards.buckets)
     log.say(
-        f"{len(run.shards)} samples of {buckets} in {len(run.shards.shards)} shards; global batch {run.global_batch}, "
-        f"{run.order.steps_per_epoch} steps an epoch, {run.steps} steps"
+        f"{counted(len(run.shards), 'sample')} of {buckets} in {counted(len(run.shards.shards), 'shard')}; "
+        f"{counted(run.steps, 'step')} of {run.global_batch:,}, {run.order.steps_per_epoch:,} to an epoch"
     )
     for note in run.notes:
         log.say(f"note: {note}")
     if run.resume is not None:
-        log.say(f"continues {run.resume.folder} after step {run.resume.state.step}")
+        done = run.resume.state.step
+        log.say(f"continues {run.resume.folder} after step {done:,}")
+        if done >= run.steps:
+            log.say(f"nothing is left to train: {done:,} steps are made; --steps with a larger number goes on")
     log.say(f"writes {folder}")
 
 
 def ending(log: RunLog, folder: Path, exported: Exported) -> None:
-    log.say(
-        f"wrote {exported.path}; loaded back, its answer is within {exported.difference:.1e} of the trained model's"
-    )
+    log.say(f"wrote {exported.path}; {checked(exported)}")
     log.say(f'next: cogtrain generate --run {folder} --prompt "..."')
+
+
+def checked(exported: Exported) -> str:
+    """How the weights did that were loaded back."""
+    if exported.difference == 0:
+        return "loaded back, they answer exactly as the trained model does"
+    return f"loaded back, they answer within {exported.difference:.0e} of the trained model"
 
 
 def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan) -> Facts:

@@ -21,6 +21,7 @@ from cogcommon.settings import resolve
 
 from . import checkpoint as checkpoints
 from . import lora, sft
+from .announce import checked
 from .card import Kind, write_card
 from .method import Exported, method_of
 from .probe import difference, limit, probe
@@ -41,15 +42,11 @@ def run(settings: ExportSettings) -> None:
     Raises:
         RunError: no such run or checkpoint, or what was written is not what was trained.
     """
-    import torch
-
-    pick_device()
-    quiet_libraries()
-    if settings.run is None:
+    folder = settings.run
+    if folder is None:
         raise SettingError(
             "no run was named", where="--run", fix="--run with the folder of a run, or a checkpoint-N in it"
         )
-    folder = settings.run
     is_checkpoint = (folder / checkpoints.STATE_FILE).is_file()
     run = read_run(folder.absolute().parent if is_checkpoint else folder)
     if settings.to == "peft" and run.facts.method == "sft":
@@ -58,6 +55,10 @@ def run(settings: ExportSettings) -> None:
             where=f"--to peft, {run.folder}",
             fix="--to diffusers",
         )
+    import torch
+
+    pick_device()
+    quiet_libraries()
     step = checkpoints.find(folder).state.step if is_checkpoint else run.facts.steps
     model = open_checkpoint(settings.model or run.facts.model)
     stored = dtype_of(settings.precision or run.facts.precision)  # type: ignore[arg-type]
@@ -78,7 +79,7 @@ def run(settings: ExportSettings) -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"wrote {exported.path}, step {step}", markup=False)
-    console.print(f"loaded back, its answer is within {exported.difference:.1e} of the trained model's", markup=False)
+    console.print(checked(exported), markup=False)
 
 
 def _trained(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cogcommon.errors import RunError, SettingError
+from cogcommon.words import counted
 
 from .measured import Measured, measured
 from .run import Run, open_run
@@ -60,9 +61,11 @@ def run(settings: PlanSettings) -> None:
     else:
         console = Console(soft_wrap=True, highlight=False)
         console.print(_table(found))
-        console.print(f"for each of {gpus} GPU{'s' * (gpus > 1)} of {card / _GIB:.0f} GB; computed, but for measured")
+        console.print(
+            f"for each of {counted(gpus, 'GPU')} of {card / _GIB:.0f} GB; memory is computed, unless measured\n"
+        )
         for method, line in advised.items():
-            console.print(line.command if line else f"{method}: nothing fits; a smaller --resolution when encoding")
+            console.print(line.command if line else f"{method}: nothing fits; encode with a smaller --resolution")
     if settings.check:
         check([line for line in advised.values() if line])
 
@@ -93,7 +96,7 @@ def forecasts(settings: PlanSettings, card: int, gpus: int) -> list[Forecast]:
 
 def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: int) -> Forecast:
     same = _measured(planned, needs, gpus)
-    words = ["cogtrain", planned.method.name, "--shards", *settings.shards, "--strategy", needs.strategy]
+    words = ["cogtrain", planned.method.name, "--shards", *_as_glob(settings.shards), "--strategy", needs.strategy]
     words += ["--memory", needs.memory, "--nproc", str(gpus)]
     if settings.model:
         words += ["--model", settings.model]
@@ -113,6 +116,16 @@ def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: 
         measured_on=same.gpu if same else None,
         command=shlex.join(words),
     )
+
+
+def _as_glob(shards: Sequence[str]) -> list[str]:
+    """``out/*.tar`` again, where a shell has made many words of it."""
+    folders = {Path(shard).parent for shard in shards}
+    if len(shards) > 1 and len(folders) == 1 and not any("://" in shard for shard in shards):
+        (folder,) = folders
+        if sorted(folder.glob("*.tar")) == sorted(map(Path, shards)):
+            return [str(folder / "*.tar")]
+    return list(shards)
 
 
 def _measured(planned: Run, needs: Demand, gpus: int) -> Measured | None:
@@ -162,7 +175,9 @@ def _machine(settings: PlanSettings) -> tuple[int, int]:
     here = torch.cuda.device_count()
     card = settings.card
     if card is None and not here:
-        raise SettingError("no GPU here to plan for", where="--gpu", fix="say how much memory one has: --gpu 24GB")
+        raise SettingError(
+            "there is no GPU here to plan for", where="--gpu", fix="say how much memory one has: --gpu 24GB"
+        )
     if settings.check and (not here or settings.gpu or (settings.gpus or 1) > here):
         raise SettingError(
             "two steps can be made only on the GPUs that are here", where="--check", fix="leave out --gpu and --gpus"
@@ -179,7 +194,7 @@ def _table(lines: Sequence[Forecast]) -> Any:
     for name in ("", "strategy", "memory", "GPU GiB", "host GiB", "measured", ""):
         shown.add_column(name, justify="right" if "GiB" in name else "left")
     for line in lines:
-        seconds = "nothing"
+        seconds = "-"
         if line.s_per_step:
             seconds = f"{line.s_per_step:.2f} s/step, {line.measured_gib:.1f} GiB ({line.measured_on})"
         shown.add_row(

@@ -53,6 +53,8 @@ def run(settings: GenerateSettings) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     files = {column.label: folder / f"{column.label}.mp4" for column in columns}
+    for name in ("base.mp4", "side-by-side.mp4"):  # of an earlier call, perhaps with other settings
+        (folder / name).unlink(missing_ok=True)
     for column in columns:
         write_mp4(files[column.label], column.frames_FHWC, fps)
     if len(columns) > 1:
@@ -78,18 +80,20 @@ def _request(settings: GenerateSettings, tuned: Tuned) -> Request:
     if not settings.prompt.strip():
         raise SettingError("there is no prompt", where="--prompt", fix='--prompt "what the video shows"')
     if settings.steps < 1:
-        raise SettingError(f"{settings.steps} steps cannot be", where="--steps", fix="--steps 50")
+        raise SettingError(f"{settings.steps} sampling steps are too few", where="--steps", fix="--steps 50")
     checkpoint = tuned.checkpoint
     resolution = Resolution.parse(settings.resolution) if settings.resolution else tuned.resolution
     checkpoint.check_resolution(resolution)
     family = checkpoint.family
     image = None
     if family.task == "i2v" and settings.image is None:
-        raise SettingError(f"{checkpoint.name} animates an image; none was given", where="--image", fix="--image FILE")
+        raise SettingError(
+            f"{checkpoint.name} makes a video of an image; none was given", where="--image", fix="--image FILE"
+        )
     if settings.image is not None:
         if family.task == "t2v":
             raise SettingError(
-                f"{checkpoint.name} makes video from text alone; it has no use for an image",
+                f"{checkpoint.name} is a text-to-video model; it takes no image",
                 where=f"--image {settings.image}",
                 fix="leave --image out, or use weights of an I2V model",
             )

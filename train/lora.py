@@ -53,17 +53,12 @@ def attach(
         dropout: of the adapters' input, 0 to 1.
 
     Raises:
-        SettingError: a target that the transformer does not have, or a number out of range.
+        SettingError: a target that the transformer does not have.
     """
     import torch
     from peft import LoraConfig
 
-    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        raise SettingError(
-            f"rank {rank}, alpha {alpha:g}, dropout {dropout:g} cannot be",
-            where="--rank, --alpha, --lora-dropout",
-            fix="rank from 1, alpha above 0, dropout from 0 to below 1",
-        )
+    assert rank >= 1 and alpha > 0 and 0 <= dropout < 1  # LoraSettings
     linear = _linear(transformer)
     for target in target_modules:
         if not targets(transformer, [target]):

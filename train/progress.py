@@ -88,6 +88,7 @@ class RunLog:
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
                 console=self.console,
+                transient=True,  # what stays is the run's last lines: the losses, and what to type next
             )
             self._task = self._bar.add_task("", total=steps, completed=done, note="")
 
@@ -123,7 +124,7 @@ class RunLog:
         now = time.perf_counter()
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics.step, note=note)
-        elif now - self._last_line >= _LINE_EVERY or metrics.step == self.steps:
+        if metrics.step == self.steps or (self._bar is None and now - self._last_line >= _LINE_EVERY):
             self._last_line = now
             left = (now - self._started) / max(1, self._done - self._at_start) * (self.steps - self._done)
             self.say(f"step {metrics.step}/{self.steps}  {note}  ETA {clock(left)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cogcommon.files import commit_bytes
+from cogcommon.words import counted
 
 from .chart import Line, chart, number, smoothed
 from .run_folder import REPORT_FILE, VALIDATION, Run, read_run
@@ -36,7 +37,7 @@ def page(run: Run) -> str:
     body = [
         f"<h1>{method} of {escape(facts.model)}</h1>",
         f'<p class="faint">{escape(str(run.folder))} · {state} · {facts.device} · {escape(facts.strategy)}, '
-        f"{facts.precision}, {_count(facts.processes, 'process', 'processes')}</p>",
+        f"{facts.precision}, {counted(facts.processes, 'process', 'processes')}</p>",
         _figures(run),
         *_curves(run),
         *_videos(run.folder),
@@ -141,8 +142,7 @@ def _tables(run: Run) -> Iterable[str]:
     facts = run.facts
     samples = sum(facts.samples.values())
     data = {
-        "samples": f"{_count(samples, 'sample', 'samples')} in {_count(facts.shards, 'shard', 'shards')}, "
-        f"{facts.held_out:,} held out",
+        "samples": f"{counted(samples, 'sample')} in {counted(facts.shards, 'shard')}, {facts.held_out:,} held out",
         "sizes": ", ".join(f"{bucket} ({count:,})" for bucket, count in facts.samples.items()),
         "samples' fingerprint": facts.shards_fingerprint,
         "encoding's fingerprint": facts.contract_fingerprint,
@@ -170,7 +170,3 @@ def _plain(value: Any) -> str:
         shown = ", ".join(map(str, value[:6]))
         return shown + (f" … ({len(value)} in all)" if len(value) > 6 else "")
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _count(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"

@@ -123,11 +123,15 @@ class TrainSettings:
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and not value >= lowest:  # a NaN too
-                raise SettingError(f"{value} is too small", where=self.option(name), fix=f"at least {lowest}")
+                raise SettingError(
+                    f"{value} is too small", where=self.option(name), fix=f"{self.option(name)} {lowest} or more"
+                )
             if value is not None and name in below and value >= below[name]:
-                raise SettingError(f"{value} is too large", where=self.option(name), fix=f"below {below[name]}")
+                raise SettingError(
+                    f"{value} is too large", where=self.option(name), fix=f"a number below {below[name]}"
+                )
         if self.caption_dropout > 1:
-            raise SettingError(f"{self.caption_dropout} is too large", where="--caption-dropout", fix="0 to 1")
+            raise SettingError(f"{self.caption_dropout} is too large", where="--caption-dropout", fix="a share: 0 to 1")
 
     def option(self, name: str) -> str:
         """The option that sets a field, as typed."""
@@ -144,6 +148,15 @@ class LoraSettings(TrainSettings):
         ["to_q", "to_k", "to_v", "to_out.0"], "linear layers that get an adapter", section=_LORA
     )
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", section=_LORA)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise SettingError(f"{self.rank} is too small", where="--rank", fix="--rank 1 or more")
+        if self.alpha is not None and not self.alpha > 0:
+            raise SettingError(f"{self.alpha} is too small", where="--alpha", fix="a number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise SettingError(f"{self.lora_dropout} is no share", where="--lora-dropout", fix="from 0 to below 1")
 
 
 @dataclass(frozen=True)

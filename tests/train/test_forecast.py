@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import pytest
 import torch
@@ -76,12 +77,19 @@ def test_every_run_that_was_measured_is_within_a_tenth_of_what_is_computed(run):
     assert computed_for(run).peak / GIB == pytest.approx(run.peak_gib, rel=0.1)
 
 
+def test_what_a_shell_made_of_a_glob_is_a_glob_again(tmp_path, make_shards):
+    make_shards(tmp_path / "out", samples=4)
+    tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+    line = forecast.forecasts(PlanSettings(shards=tars, method="lora"), 24 * GIB, 1)[0]
+    assert len(tars) > 1 and str(tmp_path / "out" / "*.tar") in shlex.split(line.command)
+
+
 def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
     make_shards(tmp_path / "my out", samples=2)
     settings = PlanSettings(shards=[str(tmp_path / "my out")], gpu="24GB", rank=4, method="lora")
     forecast.run(settings)
     said = capsys.readouterr().out
-    assert "computed, but for measured" in said and "nothing" in said and "fits" in said
+    assert "memory is computed" in said and "fits" in said
     forecast.run(dataclasses.replace(settings, json=True))
     lines = [forecast.Forecast(**line) for line in json.loads(capsys.readouterr().out)]
     assert lines[0].command in said and "--rank 4" in lines[0].command and lines[0].fits

@@ -140,8 +140,6 @@ def test_bad_settings_are_refused_in_words():
     with pytest.raises(SettingError, match="no linear layer called 'to_x'") as caught:
         lora.attach(transformer, 4, 2, ["to_q", "to_x"])
     assert "to_out.0" in caught.value.fix
-    with pytest.raises(SettingError, match="rank 0"):
-        lora.attach(transformer, 0, 2)
 
 
 def test_other_targets_and_the_metadata_reach_the_file(tmp_path, live_model):
