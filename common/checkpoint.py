@@ -21,10 +21,10 @@ from .tiny import builtin_folder
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel, SchedulerMixin
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "scheduler"]
+Part = Literal["transformer", "vae", "text_encoder", "tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,6 @@ class Checkpoint:
         from transformers import T5Tokenizer
 
         return self._load("tokenizer", T5Tokenizer)
-
-    def load_scheduler(self) -> SchedulerMixin:
-        """The checkpoint's own sampler: DDIM for 2B, DPM for the others."""
-        import diffusers
-
-        return self._load("scheduler", getattr(diffusers, self.scheduler_config["_class_name"]))
 
     def _load(self, part: Part, cls: Any, **options: Any) -> Any:
         folder = self.folder(part)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from . import __version__
 from .checkpoint import WeightsIdentity
 from .device import Dtype
 from .errors import ShardError
@@ -117,8 +116,3 @@ class Contract:
             where=where,
             fix="encode again into a new folder, or use the version that made them",
         )
-
-
-def tool_version() -> str:
-    """The project's version, also where it is not installed and only on the path."""
-    return __version__

@@ -42,7 +42,6 @@ class ClipFacts:
     interlaced: bool
     rotation: int  # degrees that a player turns the picture clockwise: 0, 90, 180, 270
     sar: float  # width of a stored pixel over its height
-    codec: str
     colour: str  # matrix, range, and how we know: "bt709 limited (tagged)"
     size: int
     mtime_ns: int

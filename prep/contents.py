@@ -15,12 +15,12 @@ from rich.table import Table
 
 from cogcommon.contract import CONTRACT_FILE, Contract
 from cogcommon.errors import ShardError
-from cogcommon.records import read_table, tar_name
+from cogcommon.records import read_table
 from cogcommon.words import counted, in_bytes
 
-from .output import SPLITS, Split, read_contract, records_in, split_folder
+from .output import SPLITS, Split, read_contract, records_in, shard_label, split_folder
 from .settings import InspectSettings
-from .shards import committed_shards
+from .shards import tars_without_record
 
 _ROWS = 5
 _COLUMNS = [
@@ -113,13 +113,11 @@ def inspect(out: Path) -> Contents:
             clips.add(row["source_sha256"])
             truncated += row["caption_truncated"]
             if len(rows) < _ROWS:
-                label = tar_name(number) if split == "train" else f"{split}/{tar_name(number)}"
-                rows.append(Row(label, row["source"], row["bucket"], row["effective_fps"], row["caption"]))
+                rows.append(
+                    Row(shard_label(split, number), row["source"], row["bucket"], row["effective_fps"], row["caption"])
+                )
     uncommitted = [
-        str(path.relative_to(out))
-        for split in SPLITS
-        for path in sorted(split_folder(out, split).glob("[0-9]*.tar"))
-        if path.stem.isdigit() and int(path.stem) not in committed_shards(split_folder(out, split))
+        str(tar.relative_to(out)) for split in SPLITS for tar in tars_without_record(split_folder(out, split))
     ]
     return Contents(
         out=str(out),

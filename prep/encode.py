@@ -16,8 +16,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cogcommon import __version__
 from cogcommon.checkpoint import Checkpoint
-from cogcommon.contract import EMPTY_CAPTION_FILE, Contract, tool_version
+from cogcommon.contract import EMPTY_CAPTION_FILE, Contract
 from cogcommon.device import (
     DTYPES,
     Precision,
@@ -192,10 +193,7 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, find
         candidate.clip.sha256 for candidate, split in zip(found.candidates, found.splits, strict=True) if split == "val"
     }
     settings.check_holdout(held=len(held), of=len({candidate.clip.sha256 for candidate in found.candidates}))
-    chunk = {
-        bucket: settings.shard_samples or max(1, settings.shard_size // _sample_bytes(contract, bucket))
-        for bucket in settings.buckets
-    }
+    chunk = {bucket: settings.samples_a_shard(_sample_bytes(contract, bucket)) for bucket in settings.buckets}
     plan = make_plan(
         found.candidates,
         found.keys,
@@ -249,7 +247,7 @@ def make_contract(settings: PlanSettings, checkpoint: Checkpoint, precision: Pre
         text_tokens=family.text_tokens,
         text_dim=checkpoint.text_config["d_model"],
         settings=cut,
-        tool_version=tool_version(),
+        tool_version=__version__,
     )
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from cogcommon.contract import tool_version
+from cogcommon import __version__
 from cogcommon.families import Resolution
 from cogcommon.files import commit_bytes
 
@@ -49,7 +49,7 @@ class Findings:
     def __init__(self, out: Path | None, root: Path, depend_on: str, part: Slice) -> None:
         self._folder = None if out is None else out / FOLDER
         self._root = root
-        self._settings = f"{tool_version()} {depend_on}"
+        self._settings = f"{__version__} {depend_on}"
         self._part = part
 
     def find(

@@ -24,7 +24,7 @@ from .disk import ShardBusy, disk_errors, lock_shard, locked_elsewhere
 from .extents import INFO_FIELDS, tar_end_whole, whole_extents
 from .output import SPLITS, read_contract, records_in, split_folder
 from .settings import IndexSettings
-from .shards import committed_shards, settle
+from .shards import settle, tars_without_record
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,8 @@ def index(out: Path) -> Indexed:
         broken: list[str] = []
         for split in SPLITS:
             folder = split_folder(out, split)
-            have = set(committed_shards(folder))
-            for tar in sorted(folder.glob("[0-9]*.tar")):
-                if not tar.stem.isdigit() or int(tar.stem) in have or locked_elsewhere(tar):
+            for tar in tars_without_record(folder):
+                if locked_elsewhere(tar):
                     continue
                 try:
                     with lock_shard(folder, int(tar.stem)):

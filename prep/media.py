@@ -166,7 +166,6 @@ class Video:
             interlaced=self.first_frame.interlaced_frame,
             rotation=self.turn.degrees,
             sar=self.sar,
-            codec=self._stream.codec_context.name,
             colour=self.colour.decision,
             size=self._stat.st_size,
             mtime_ns=self._stat.st_mtime_ns,

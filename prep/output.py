@@ -14,7 +14,7 @@ from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.errors import DataRootError, SettingError, ShardError
 from cogcommon.families import Task
 from cogcommon.files import commit_bytes
-from cogcommon.records import read_table, record_name
+from cogcommon.records import read_table, record_name, tar_name
 
 from .clip import Hashed
 from .lists import DataSet, read_lists
@@ -32,6 +32,11 @@ def split_folder(out: Path, split: Split) -> Path:
     return out if split == "train" else out / "val"
 
 
+def shard_label(split: Split, number: int) -> str:
+    """A shard as it is found in the folder: 000003.tar, val/000000.tar."""
+    return tar_name(number) if split == "train" else f"{split}/{tar_name(number)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
     """A sample that a committed shard holds, or has rejected."""
@@ -47,10 +52,6 @@ class Committed:
 
     samples: Mapping[Split, Mapping[str, Placed]]
     hashes: Mapping[str, Hashed]  # by source, as the list names it
-
-    @property
-    def empty(self) -> bool:
-        return not any(self.samples.values())
 
 
 def scan(out: Path) -> Committed:

@@ -25,23 +25,21 @@ from cogcommon.records import (
     IMAGE_MEAN,
     LATENT_MEAN,
     SampleRow,
-    extent_intact,
     read_record,
-    record_name,
-    split_extent,
     tar_name,
 )
 
 from .clip import Fault
 from .cut import Cut
 from .disk import disk_errors
-from .output import Split, read_contract, read_origin, records_in, split_folder
+from .output import Split, read_contract, read_origin, records_in, shard_label, split_folder
 from .picture import Pixels
 from .pool import Pool
 from .preview_page import Preview, Shown, write_html
 from .preview_sheet import write_sheets
 from .progress import Progress
 from .settings import PreviewSettings
+from .shards import read_tensors
 from .source_view import view_source
 
 T = TypeVar("T")
@@ -116,15 +114,14 @@ def make_preview(settings: PreviewSettings) -> Preview:
             ),
         )  # fmt: skip
         for (split, number, row), source in zip(chosen, sources, strict=True):
-            tensors = read_tensors(split_folder(out, split), number, row)
+            tensors = read_tensors(split_folder(out, split) / tar_name(number), row)
             decoded = latents.frames(tensors[LATENT_MEAN], settings.frames)
             images = []
             if IMAGE_CLEAN_MEAN in tensors:
                 images.append(("clean", latents.frames(tensors[IMAGE_CLEAN_MEAN], 1)[0]))
                 images.append(("noised", latents.frames(tensors[IMAGE_MEAN][0], 1)[0]))
             score = None if isinstance(source, Fault) else psnr(source.frames_FHWC[: len(decoded)], decoded)
-            label = tar_name(number) if split == "train" else f"{split}/{tar_name(number)}"
-            shown.append(Shown(label, row, source, decoded, images, score))
+            shown.append(Shown(shard_label(split, number), row, source, decoded, images, score))
             bar.advance()
     return Preview(out, contract, len(records), shown)
 
@@ -141,30 +138,6 @@ def _evenly(things: Sequence[T], count: int) -> list[T]:
     """From the first to the last."""
     count = min(count, len(things))
     return [things[index * (len(things) - 1) // max(1, count - 1)] for index in range(count)]
-
-
-def read_tensors(folder: Path, number: int, row: SampleRow) -> dict[str, Any]:
-    """The tensors of a sample, by name.
-
-    Raises:
-        ShardError: its bytes are not those that the record names.
-    """
-    import safetensors.torch
-
-    tar = folder / tar_name(number)
-    try:
-        with tar.open("rb") as stream:
-            stream.seek(row.offset)
-            extent = stream.read(row.size)
-    except OSError as error:
-        raise ShardError(f"the shard cannot be read: {error.strerror}", where=str(tar)) from error
-    if not extent_intact(extent, row.sha256):
-        raise ShardError(
-            f"sample {row.key} is damaged",
-            where=f"{tar}, bytes {row.offset} to {row.offset + row.size}",
-            fix=f"remove {tar.name} and {record_name(number)} and run `cogprep encode` again",
-        )
-    return safetensors.torch.load(split_extent(extent, row)[1])
 
 
 class Decoder:

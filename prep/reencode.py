@@ -11,16 +11,17 @@ from cogcommon.contract import Contract
 from cogcommon.device import dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import ShardError
 from cogcommon.families import Resolution
-from cogcommon.records import TEXT, SampleRow, ShardRecord, split_extent
+from cogcommon.records import TEXT, SampleRow, ShardRecord
 
 from .clip import Fault
 from .cut import Cut
 from .decode import decode_clip
 from .output import read_origin
 from .pool import Pool
+from .shards import read_tensors
 from .text import TextEncoder
 from .vae import LatentEncoder
-from .verify import Difference, load_tensors
+from .verify import Difference
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def encode_again(
             image = clip.frames_FHWC[0] if clip.image_HWC is None else clip.image_HWC
             again = latents.encode(row.key, clip.frames_FHWC, image if contract.task == "i2v" else None).tensors
             again[TEXT], _ = text.encode(row.caption)
-            differences.append(_compare(row, _stored(tar, row), again))
+            differences.append(_compare(row, read_tensors(tar, row), again))
     return differences
 
 
@@ -83,12 +84,6 @@ def _models(contract: Contract) -> tuple[LatentEncoder, TextEncoder]:
         seed=contract.settings.get("seed", 0),
     )
     return latents, TextEncoder(checkpoint, device, dtype)
-
-
-def _stored(tar: Path, row: SampleRow) -> dict[str, torch.Tensor]:
-    with tar.open("rb") as stream:
-        stream.seek(row.offset)
-        return load_tensors(split_extent(stream.read(row.size), row)[1])
 
 
 def _compare(row: SampleRow, stored: dict[str, torch.Tensor], again: dict[str, torch.Tensor]) -> Difference:

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.files import commit_bytes
-from cogcommon.records import record_name, tar_name
+from cogcommon.records import record_name
 from cogcommon.words import counted, in_words
 
 from .disk import disk_errors
 from .engine import Outcome
-from .output import Split, split_folder
+from .output import shard_label, split_folder
 from .plan import Plan, Rejected
 from .pool import default_workers
 from .settings import EncodeSettings
@@ -144,11 +144,6 @@ def make_report(
         vae_encoder=outcome.encoder.encoder,
         vae_difference=outcome.encoder.difference,
     )
-
-
-def shard_label(split: Split, number: int) -> str:
-    """A shard as people look for it in the folder: 000003.tar, val/000000.tar."""
-    return tar_name(number) if split == "train" else f"{split}/{tar_name(number)}"
 
 
 def what_bound(decode_wait_s: float, vae_s: float, write_wait_s: float) -> Bound:

@@ -130,6 +130,10 @@ class PlanSettings:
             )
         return int(float(match[1]) * 1000 ** {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}[match[2].lower()])
 
+    def samples_a_shard(self, sample_bytes: int) -> int:
+        """As asked for by number, else as many of this size as --shard-bytes takes, at least one."""
+        return self.shard_samples or max(1, self.shard_size // sample_bytes)
+
     @property
     def cut(self) -> Cut:
         """How clips are cut in time and space."""

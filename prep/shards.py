@@ -34,6 +34,7 @@ from cogcommon.records import (
     read_record,
     record_bytes,
     record_name,
+    split_extent,
     tar_name,
     write_record,
 )
@@ -52,6 +53,46 @@ class ShardDone(Exception):
 def committed_shards(folder: Path) -> list[int]:
     """Numbers of the shards that have a record, ascending."""
     return sorted(int(path.stem) for path in folder.glob("[0-9]*.parquet") if path.stem.isdigit())
+
+
+def tars_without_record(folder: Path) -> list[Path]:
+    """Tars that do not count: still being written, left by a killed writer, or with a lost record."""
+    tars = sorted(path for path in folder.glob("[0-9]*.tar") if path.stem.isdigit())
+    return [tar for tar in tars if not (folder / record_name(int(tar.stem))).exists()]
+
+
+def read_extent(tar: Path, row: SampleRow) -> bytes:
+    """A sample's bytes, checked against its hash.
+
+    Raises:
+        OSError: the tar cannot be read.
+        ShardError: the sample is damaged.
+    """
+    with tar.open("rb") as stream:
+        stream.seek(row.offset)
+        extent = stream.read(row.size)
+    if not extent_intact(extent, row.sha256):
+        raise ShardError(
+            f"sample {row.key} is damaged",
+            where=f"{tar}, bytes {row.offset} to {row.offset + row.size}",
+            fix=f"remove {tar.name} and {tar.with_suffix('.parquet').name} and run `cogprep encode` again",
+        )
+    return extent
+
+
+def read_tensors(tar: Path, row: SampleRow) -> dict[str, torch.Tensor]:
+    """A sample's tensors, by the names in `cogcommon.records`.
+
+    Raises:
+        ShardError: the tar cannot be read, or the sample is damaged.
+    """
+    import safetensors.torch
+
+    try:
+        extent = read_extent(tar, row)
+    except OSError as error:
+        raise ShardError(f"the shard cannot be read: {error.strerror}", where=str(tar)) from error
+    return safetensors.torch.load(split_extent(extent, row)[1])
 
 
 class ShardWriter:
@@ -172,7 +213,7 @@ def drop_samples(folder: Path, number: int, keep: Collection[str]) -> ShardRecor
             remove_shard(folder, number)
             return None
         with new_tar.open("w+b", buffering=1 << 20) as sink:
-            placed = list(_copied(old, rows, tar, sink))
+            placed = list(_copied(rows, tar, sink))
             size, digest = finish_tar(sink)
         record = ShardRecord(ShardHeader(number, size, digest, old.header.contract), placed)
         commit_bytes(new_record, record_bytes(record))
@@ -180,28 +221,20 @@ def drop_samples(folder: Path, number: int, keep: Collection[str]) -> ShardRecor
     return record
 
 
-def _copied(old: ShardRecord, rows: Sequence[SampleRow], tar: Path, sink: IO[bytes]) -> Iterator[SampleRow]:
-    with tar.open("rb") as source:
-        for row in rows:
-            if row.status != "ok":
-                yield row
-                continue
-            source.seek(row.offset)
-            data = source.read(row.size)
-            if not extent_intact(data, row.sha256):
-                raise ShardError(
-                    f"sample {row.key} is damaged",
-                    where=f"{tar}, bytes {row.offset} to {row.offset + row.size}",
-                    fix=f"remove {tar.name} and {record_name(old.header.number)} and run `cogprep encode` again",
-                )
-            shift = sink.tell() - row.offset
-            sink.write(data)
-            yield dataclasses.replace(
-                row,
-                offset=row.offset + shift,
-                json_offset=row.json_offset + shift,
-                tensors_offset=row.tensors_offset + shift,
-            )
+def _copied(rows: Sequence[SampleRow], tar: Path, sink: IO[bytes]) -> Iterator[SampleRow]:
+    """Copy samples into another tar; yields their rows with the new offsets."""
+    for row in rows:
+        if row.status != "ok":
+            yield row
+            continue
+        shift = sink.tell() - row.offset
+        sink.write(read_extent(tar, row))
+        yield dataclasses.replace(
+            row,
+            offset=row.offset + shift,
+            json_offset=row.json_offset + shift,
+            tensors_offset=row.tensors_offset + shift,
+        )
 
 
 def remove_shard(folder: Path, number: int) -> None:

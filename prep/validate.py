@@ -149,7 +149,7 @@ def plan_buckets(
             image_variants=settings.image_variants,
             text_dim=checkpoint.text_config["d_model"],
         )
-        chunk = settings.shard_samples or max(1, settings.shard_size // size)
+        chunk = settings.samples_a_shard(size)
         validation = sum(one.look.facts.sha256 in held for one in inside)
         frames = [one.look.facts.frames for one in inside]
         rates = [one.look.picked.effective_fps for one in inside]

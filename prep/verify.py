@@ -5,27 +5,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.errors import ShardError
-from cogcommon.records import IMAGE_CLEAN_MEAN, LATENT_MEAN, TEXT, ShardRecord, extent_intact, read_record, split_extent
+from cogcommon.families import Resolution
+from cogcommon.records import (
+    IMAGE_CLEAN_MEAN,
+    IMAGE_MEAN,
+    LATENT_MEAN,
+    TEXT,
+    ShardRecord,
+    extent_intact,
+    read_record,
+    split_extent,
+)
 from cogcommon.words import counted, in_bytes
 
-from .output import SPLITS, read_contract, records_in, split_folder
+from .output import SPLITS, read_contract, records_in, shard_label, split_folder
 from .progress import Progress
 from .settings import VerifySettings
-from .shards import committed_shards
-
-if TYPE_CHECKING:
-    import torch
+from .shards import tars_without_record
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,9 @@ def verify(out: Path, *, reencode: int = 0, workers: int = 1) -> Verified:
     samples = bytes_read = 0
     good: list[tuple[Path, ShardRecord]] = []
     with Progress("Verifying", len(records), "shard") as bar:
-        for split, _number, path in records:
+        for split, number, path in records:
             tar = path.with_suffix(".tar")
-            label = tar.name if split == "train" else f"{split}/{tar.name}"
+            label = shard_label(split, number)
             try:
                 record = read_record(path)
             except ShardError as error:
@@ -171,7 +176,9 @@ def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[
 
 
 def _check_tensors(payload: bytes, bucket: str, contract: Contract) -> Iterator[str]:
-    tensors = load_tensors(payload)
+    import safetensors.torch
+
+    tensors = safetensors.torch.load(payload)
     shapes = expected_shapes(bucket, contract)
     if tensors.keys() != shapes.keys():
         yield f"has {', '.join(sorted(tensors))}; {', '.join(sorted(shapes))} are due"
@@ -184,17 +191,8 @@ def _check_tensors(payload: bytes, bucket: str, contract: Contract) -> Iterator[
             yield f"{name} has values that are not finite"
 
 
-def load_tensors(payload: bytes) -> dict[str, torch.Tensor]:
-    import safetensors.torch
-
-    return safetensors.torch.load(payload)
-
-
 def expected_shapes(bucket: str, contract: Contract) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a sample."""
-    from cogcommon.families import Resolution
-    from cogcommon.records import IMAGE_MEAN
-
     resolution = Resolution.parse(bucket)
     channels = contract.family_row.latent_channels
     plane = (resolution.latent_height, resolution.latent_width)
@@ -215,10 +213,6 @@ def _of_the_folder(out: Path, contract: Contract) -> Iterator[Problem]:
     elif hashlib.sha256(path.read_bytes()).hexdigest() != contract.empty_caption_sha256:
         yield Problem(EMPTY_CAPTION_FILE, f"its sha256 is not the one in {CONTRACT_FILE}")
     for split in SPLITS:
-        folder = split_folder(out, split)
-        have = set(committed_shards(folder))
-        for tar in sorted(folder.glob("[0-9]*.tar")):
-            if tar.stem.isdigit() and int(tar.stem) not in have:
-                yield Problem(
-                    os.path.relpath(tar, out), "has no record, so it does not count; `cogprep encode` finishes it"
-                )
+        for tar in tars_without_record(split_folder(out, split)):
+            what = "has no record, so it does not count; `cogprep encode` finishes it"
+            yield Problem(shard_label(split, int(tar.stem)), what)

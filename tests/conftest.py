@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cogcommon import __version__
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
-from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract, tool_version
+from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.families import Resolution
 from cogcommon.files import commit_bytes
 from cogcommon.records import SampleRow, tar_name
@@ -123,7 +124,7 @@ def random_contract(
         text_tokens=family.text_tokens,
         text_dim=checkpoint.text_config["d_model"],
         settings={"resolution": [str(resolution) for resolution in resolutions]},
-        tool_version=tool_version(),
+        tool_version=__version__,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cogcommon.contract import tool_version
+from cogcommon import __version__
 from cogcommon.words import counted
 
 from .method import Exported
@@ -76,7 +76,7 @@ def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan) -> Facts:
         precision=run.precision,
         device=torch.cuda.get_device_name(runtime.device) if gpu else "CPU",
         trainable=trainable,
-        version=tool_version(),
+        version=__version__,
         plan=str(plan),
     )
 

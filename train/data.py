@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from cogcommon.errors import ShardError
 from cogcommon.records import (
     IMAGE_CLEAN_MEAN,
-    IMAGE_CLEAN_STD,
     IMAGE_MEAN,
     IMAGE_STD,
     LATENT_MEAN,
@@ -111,7 +110,6 @@ class StoredSample:
     image_mean: torch.Tensor | None  # (K, C, 1, h, w), noised variants
     image_std: torch.Tensor | None
     image_clean_mean: torch.Tensor | None  # (C, 1, h, w)
-    image_clean_std: torch.Tensor | None
 
 
 def read_sample(shards: ShardSet, index: int) -> StoredSample:
@@ -144,7 +142,6 @@ def read_sample(shards: ShardSet, index: int) -> StoredSample:
         image_mean=tensors.get(IMAGE_MEAN),
         image_std=tensors.get(IMAGE_STD),
         image_clean_mean=tensors.get(IMAGE_CLEAN_MEAN),
-        image_clean_std=tensors.get(IMAGE_CLEAN_STD),
     )
 
 

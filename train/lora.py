@@ -21,13 +21,13 @@ from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.files import commit_bytes
 
 from .probe import difference, limit, probe
+from .settings import TARGET_MODULES
 
 if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
 FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
-TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")  # attention only: 59.0 M weights at rank 128 (2B), 132.1 M (5B)
 
 _ADAPTER = "default"
 _PREFIX = "transformer."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cogcommon.checkpoint import Checkpoint
 from cogcommon.families import Resolution
 from cogcommon.video import Frames
 
@@ -17,7 +18,7 @@ from .tuned import Tuned
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
     from PIL.Image import Image
 
 # Peak of an untiled decode in half precision over the pixels of a frame; it works on two or three latent
@@ -48,17 +49,24 @@ def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
     Raises:
         ModelError: the weights are of another model.
     """
-    import diffusers
-
     checkpoint = tuned.checkpoint
-    family = checkpoint.family
     if tuned.transformer_folder:
         transformer = sft.load(tuned.transformer_folder, checkpoint, dtype)
     else:
         transformer = checkpoint.load_transformer(dtype)
     if tuned.lora_file:
         lora.check_fits(tuned.lora_file, checkpoint, transformer)
-    name = "CogVideoXImageToVideoPipeline" if family.task == "i2v" else "CogVideoXPipeline"
+    pipeline = pipeline_of(checkpoint, transformer, dtype)
+    if tuned.lora_file:
+        pipeline.load_lora_weights(tuned.lora_file.parent, weight_name=tuned.lora_file.name)
+    return pipeline
+
+
+def pipeline_of(checkpoint: Checkpoint, transformer: CogVideoXTransformer3DModel, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline of a checkpoint with this transformer in it, on the CPU."""
+    import diffusers
+
+    name = "CogVideoXImageToVideoPipeline" if checkpoint.family.task == "i2v" else "CogVideoXPipeline"
     pipeline = getattr(diffusers, name)(
         tokenizer=checkpoint.load_tokenizer(),
         text_encoder=checkpoint.load_text_encoder(dtype),
@@ -66,8 +74,6 @@ def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
         transformer=transformer.eval(),
         scheduler=sampler_of(checkpoint),
     )
-    if tuned.lora_file:
-        pipeline.load_lora_weights(tuned.lora_file.parent, weight_name=tuned.lora_file.name)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -17,6 +17,8 @@ Memory = Literal["auto", "fast", "low"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 
+TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")  # attention only: 59.0 M weights at rank 128 (2B), 132.1 M (5B)
+
 _DATA, _RUN, _OPTIM, _LORA = "Data", "Run", "Optimization", "LoRA"
 _HARDWARE, _SAVE, _VALIDATE = "Hardware", "Checkpoints", "Validation"
 
@@ -144,9 +146,7 @@ class LoraSettings(TrainSettings):
 
     rank: int = setting(128, "rank of the adapters", section=_LORA)
     alpha: float | None = setting(None, "the adapters are scaled by alpha/rank", shown="rank/2", section=_LORA)
-    target_modules: list[str] = setting(
-        ["to_q", "to_k", "to_v", "to_out.0"], "linear layers that get an adapter", section=_LORA
-    )
+    target_modules: list[str] = setting([*TARGET_MODULES], "linear layers that get an adapter", section=_LORA)
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", section=_LORA)
 
     def __post_init__(self) -> None:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogcommon.errors import CogError, RunError
 from cogcommon.files import commit_bytes
 from cogcommon.video import Frames, write_mp4
 
 from .data import Collator, StoredSample, read_sample
+from .guard import together
 from .inputs import Objective
 from .order import Slot
 from .progress import RunLog, forget_peak, peak_gib
@@ -220,16 +220,7 @@ class Validation:
 
     def _read(self, index: int) -> StoredSample:
         """A held-out sample; when any rank cannot read its own, all stop together."""
-        fault: CogError | None = None
-        stored = None
-        try:
-            stored = read_sample(self.held_out, index)
-        except CogError as error:
-            fault = error
-        if self.runtime.agree(int(fault is not None)):
-            raise fault or RunError("another process of the run could not read a held-out sample")
-        assert stored is not None
-        return stored
+        return together(self.runtime, lambda: read_sample(self.held_out, index))
 
     @contextmanager
     def _evaluating(self, model: torch.nn.Module) -> Iterator[Any]:

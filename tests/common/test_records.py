@@ -4,7 +4,7 @@ from importlib import metadata
 
 import pytest
 
-from cogcommon.contract import tool_version
+from cogcommon import __version__
 from cogcommon.errors import ShardError
 from cogcommon.records import ShardRecord, read_record, record_bytes, write_record
 
@@ -51,4 +51,4 @@ def test_the_contract_tells_which_fact_differs(record):
 
 
 def test_the_installed_project_has_the_version_that_its_code_says():
-    assert metadata.version("cogtune") == tool_version()
+    assert metadata.version("cogtune") == __version__

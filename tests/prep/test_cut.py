@@ -120,7 +120,7 @@ def test_stretch_and_pad():
 def facts(width, height, frames, fps):
     return ClipFacts(
         width=width, height=height, frames=frames, duration_s=frames / fps, fps=fps, variable_rate=False,
-        interlaced=False, rotation=0, sar=1.0, codec="h264", colour="", size=1, mtime_ns=1, sha256=b"",
+        interlaced=False, rotation=0, sar=1.0, colour="", size=1, mtime_ns=1, sha256=b"",
     )  # fmt: skip
 
 

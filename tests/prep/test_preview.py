@@ -17,15 +17,16 @@ from typer.testing import CliRunner
 
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import ModelError, SettingError, ShardError
-from cogcommon.records import LATENT_MEAN
+from cogcommon.records import LATENT_MEAN, tar_name
 from cogprep.clean import find_removals
 from cogprep.cli import app
 from cogprep.clip import Fault
 from cogprep.encode import encode
 from cogprep.output import read_contract, records_in
-from cogprep.preview import Decoder, choose, make_preview, psnr, read_tensors, run
+from cogprep.preview import Decoder, choose, make_preview, psnr, run
 from cogprep.preview_page import BOX, with_box
 from cogprep.settings import EncodeSettings, PreviewSettings
+from cogprep.shards import read_tensors
 from cogprep.source_view import SourceView
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -71,7 +72,7 @@ def test_both_sides_are_what_was_encoded(out):
 def test_the_decoded_beginning_equals_the_beginning_of_the_whole(out):
     decoder = Decoder(None, read_contract(out))
     _, number, row = choose(list(records_in(out)), 1)[0]
-    latent = read_tensors(out, number, row)[LATENT_MEAN]
+    latent = read_tensors(out / tar_name(number), row)[LATENT_MEAN]
     vae = open_checkpoint("tiny").load_vae(torch.float32)
     with torch.inference_mode():
         whole = (vae.decode(latent[None].float()).sample[0] / 2 + 0.5).clamp(0, 1) * 255

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cogcommon import __version__
 from cogcommon.checkpoint import Checkpoint, WeightsIdentity, open_checkpoint
-from cogcommon.contract import Contract, tool_version
+from cogcommon.contract import Contract
 from cogcommon.families import BY_NAME, RANDOM, Family, Resolution
 from cogcommon.records import ShardHeader
 
@@ -182,5 +183,5 @@ def _contract(checkpoint: Checkpoint, family: Family, bucket: Resolution) -> Con
         text_tokens=checkpoint.transformer_config["max_text_seq_length"],
         text_dim=checkpoint.transformer_config["text_embed_dim"],
         settings={"resolution": [str(bucket)]},
-        tool_version=tool_version(),
+        tool_version=__version__,
     )

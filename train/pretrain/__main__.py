@@ -119,16 +119,18 @@ def exam(
 
     import diffusers
     import safetensors.torch
+    import torch
 
     from cogcommon.checkpoint import open_checkpoint
 
-    from .exam import examine, load_pipeline, sheet
+    from ..pipeline import pipeline_of
+    from .exam import examine, sheet
     from .transformer import split_scenes
 
     checkpoint = open_checkpoint(form)
     model = diffusers.CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer_config))
     model.load_state_dict(safetensors.torch.load_file(folder / f"{checkpoint.family.builtin}.safetensors"))
-    pipeline = load_pipeline(checkpoint, model, device)
+    pipeline = pipeline_of(checkpoint, model, torch.float32).to(device)
     captions = split_scenes()[1][:clips]
     for scale in guidance:
         marks, shown = examine(

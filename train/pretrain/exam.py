@@ -39,22 +39,6 @@ class Marks:
     first_frame: float | None
 
 
-def load_pipeline(checkpoint: Checkpoint, transformer: torch.nn.Module, device: torch.device) -> Any:
-    """The diffusers pipeline of a form with this transformer, fp32."""
-    import diffusers
-
-    i2v = checkpoint.family.task == "i2v"
-    pipeline = (diffusers.CogVideoXImageToVideoPipeline if i2v else diffusers.CogVideoXPipeline)(
-        tokenizer=checkpoint.load_tokenizer(),
-        text_encoder=checkpoint.load_text_encoder(torch.float32),
-        vae=checkpoint.load_vae(torch.float32),
-        transformer=transformer.eval(),
-        scheduler=checkpoint.load_scheduler(),
-    ).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def examine(
     pipeline: Any,
     checkpoint: Checkpoint,
