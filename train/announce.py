@@ -29,7 +29,7 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
     buckets = ", ".join(str(bucket) for bucket in run.shards.buckets)
     log.say(
         f"{counted(len(run.shards), 'sample')} of {buckets} in {counted(len(run.shards.shards), 'shard')}; "
-        f"{counted(run.steps, 'step')} of {run.global_batch:,}, {run.order.steps_per_epoch:,} to an epoch"
+        f"global batch {run.global_batch:,}, {counted(run.steps, 'step')}, {run.order.steps_per_epoch:,} per epoch"
     )
     for note in run.notes:
         log.say(f"note: {note}")
@@ -37,7 +37,7 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
         done = run.resume.state.step
         log.say(f"continues {run.resume.folder} after step {done:,}")
         if done >= run.steps:
-            log.say(f"nothing is left to train: {done:,} steps are made; --steps with a larger number goes on")
+            log.say(f"nothing is left to train: all {done:,} steps are done; a larger --steps goes on")
     log.say(f"writes {folder}")
 
 
@@ -49,8 +49,8 @@ def ending(log: RunLog, folder: Path, exported: Exported) -> None:
 def checked(exported: Exported) -> str:
     """How the weights did that were loaded back."""
     if exported.difference == 0:
-        return "loaded back, they answer exactly as the trained model does"
-    return f"loaded back, they answer within {exported.difference:.0e} of the trained model"
+        return "loaded back, the weights answer exactly as the trained model does"
+    return f"loaded back, the weights answer within {exported.difference:.0e} of the trained model"
 
 
 def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan) -> Facts:

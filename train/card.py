@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cogcommon.device import DTYPES
+from cogcommon.families import BUILTIN_NAMES, RANDOM
 from cogcommon.files import commit_bytes
 
 from .chart import number, smoothed
@@ -14,13 +15,13 @@ from .run_folder import CARD_FILE, Run
 
 Kind = Literal["lora", "peft", "transformer"]
 
-_LOAD = 'pipe = {pipeline}.from_pretrained("{model}", torch_dtype=torch.{dtype})'
+_LOAD = "pipe = {pipeline}.from_pretrained({model}, torch_dtype=torch.{dtype})"
 _USE: dict[Kind, str] = {
     "lora": _LOAD + '\npipe.load_lora_weights("{folder}")',
     "peft": _LOAD + '\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")',
     "transformer": "transformer = CogVideoXTransformer3DModel.from_pretrained(\n"
     '    "{folder}/transformer", torch_dtype=torch.{dtype}\n)\n'
-    + _LOAD.replace('"{model}",', '"{model}", transformer=transformer,'),
+    + _LOAD.replace("{model},", "{model}, transformer=transformer,"),
 }
 
 
@@ -43,8 +44,11 @@ def card(run: Run, kind: Kind, step: int, folder: str) -> str:
     i2v = facts.task == "i2v"
     pipeline = "CogVideoXImageToVideoPipeline" if i2v else "CogVideoXPipeline"
     names = {"lora": "", "peft": "", "transformer": ", CogVideoXTransformer3DModel"}[kind]
-    use = _USE[kind].format(pipeline=pipeline, model=facts.model, dtype=DTYPES[facts.precision], folder=folder)
-    peft_import = "from peft import PeftModel\n" if kind == "peft" else ""
+    builtin = facts.model.removeprefix(RANDOM) in BUILTIN_NAMES  # diffusers knows it by its folder only
+    model = f'builtin_folder("{facts.model}")' if builtin else f'"{facts.model}"'
+    use = _USE[kind].format(pipeline=pipeline, model=model, dtype=DTYPES[facts.precision], folder=folder)
+    more_imports = "from peft import PeftModel\n" if kind == "peft" else ""
+    more_imports += "from cogcommon.tiny import builtin_folder\n" if builtin else ""
     method = "LoRA" if facts.method == "lora" else "Full fine-tuning"
     header = {
         "base_model": facts.model,
@@ -76,7 +80,7 @@ def card(run: Run, kind: Kind, step: int, folder: str) -> str:
 ```python
 import torch
 from diffusers import {pipeline}{names}
-{peft_import}
+{more_imports}
 {use}
 ```
 

@@ -65,7 +65,7 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
         raise SettingError(
             "the base model is not known: these weights do not say it",
             where=str(lora_file or transformer),
-            fix="--model with the checkpoint that they were trained on",
+            fix="--model NAME, the checkpoint that they were trained on",
         )
     checkpoint = open_checkpoint(model)
     trained_at = _resolution_of(run) if run else None
