@@ -9,7 +9,7 @@ from typing import Any
 
 from ..progress import peak_gib
 from ..run import Run
-from ..step.demand import demand, offloaded_bytes, trained_weights
+from ..step.demand import demand, host_bytes_a_weight, offloaded_bytes, trained_weights
 from .rows import Row
 
 _GIB = 2**30
@@ -60,7 +60,7 @@ def lacking(run: Run, row: Row, pinned: bool = True) -> str | None:
     elif pinned or not run.strategy.endswith("-offload"):
         each = int(offloaded_bytes(trained_weights(run) / run.world, run.strategy))
     else:
-        each = 18 * trained_weights(run) // run.world
+        each = host_bytes_a_weight(run.strategy) * trained_weights(run) // run.world
     needed, there = run.world * (each + _OURSELVES), psutil.virtual_memory().available
     return f"{needed / _GIB:.0f} GiB of host memory needed, {there / _GIB:.0f} there" if needed > there else None
 

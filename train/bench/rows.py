@@ -104,7 +104,7 @@ def guide_row(number: int, kind: Kind) -> Row:
     row = guide_rows()[number]
     rank = getattr(row.settings, "rank", None)
     large = row.family == "1.5-5b"
-    return Row(row.family, kind, rank=rank, steps=4 if large else 6, number=number)
+    return Row(row.family, kind, rank=rank, steps=4 if large else 7, number=number)
 
 
 def rows_named(words: Iterable[str]) -> list[Row]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _SIZES = {"fp32": 4}  # bytes of a number as computed; half precision else
 _MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
 _STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+_SUB_GROUP = 10**9  # weights that ZeRO-3 steps at once (sub_group_size)
 _LIVE = 10**9  # weights that ZeRO-3 holds whole at most (stage3_max_live_parameters, where the passes turn round)
 
 
@@ -70,7 +71,7 @@ def demand(
         plan = diffusers_plan(memory, load.layers)
     weights = trained_weights(run)
     offloaded = 4 * weights if plan.train_on_host else int(offloaded_bytes(weights / run.world, strategy))
-    return Demand(strategy, memory, plan, load, offloaded, int(weights * bytes_apart(strategy, run.world)))
+    return Demand(strategy, memory, plan, load, offloaded, int(bytes_apart(weights, strategy, run.world)))
 
 
 def choices(run: Run, card: int) -> list[Demand]:
@@ -141,47 +142,52 @@ def bytes_a_weight(strategy: Strategy, world: int) -> float:
     """GPU memory of a trained weight, its gradient and AdamW's two moments in the backward pass, for each process.
 
     DDP holds all in fp32. DeepSpeed computes with a copy in half precision, as its gradients are,
-    and spreads what it holds in fp32 (12 bytes) over the processes, or has it on the host;
-    stages 2 and 3 spread gradients, too, and stage 3 the copy (ZeRO, arXiv 1910.02054, section 5).
+    and spreads gradients and what it holds in fp32 (12 bytes) over the processes, or has it on the host; stage 3
+    spreads the copy, too (ZeRO, arXiv 1910.02054, section 5; stage 1 lets go of gradients as stage 2 does).
     Offloaded gradients leave as soon as a bucket is full of them.
     """
     if strategy == "ddp":
         return 16.0
-    stage = STAGE[strategy]
     if strategy.endswith("-offload"):
-        return 2.0 if stage == 2 else 0.0
-    if stage == 3:
-        return 16.0 / world
-    return 2.0 + (2.0 if stage == 1 else 2.0 / world) + 12.0 / world
+        return 2.0 if STAGE[strategy] == 2 else 0.0
+    return 16.0 / world if strategy == "zero3" else 2.0 + 14.0 / world
 
 
-def bytes_apart(strategy: Strategy, world: int) -> float:
-    """GPU memory a trained weight at DeepSpeed's worst moment without activations, for each process.
+def bytes_apart(weights: int, strategy: Strategy, world: int) -> float:
+    """GPU memory for the trained weights at DeepSpeed's worst moment without activations, for each process.
 
-    Stages 1 and 2: the step, where a process's part of the gradients is there as it came, flattened, and in
-    fp32 (2 + 2 + 4 bytes), beside the copy and 12 bytes. Stage 2 offloaded: the start, where that part
-    of the copy is cloned on its way to the host. (DeepSpeed 0.19, runtime/zero/stage_1_and_2.py.)
+    At the start all weights are on each GPU in half precision, for stages 1 and 2 a second time when they are made
+    one piece, for stage 3 with the process's part. In the step a process's part of the gradients is there as it
+    came, made one piece and in fp32 (2 + 2 + 4 bytes); under stage 3 that is done for a billion weights at a time.
+    (DeepSpeed 0.19, runtime/zero; test_live_bytes counts it.)
     """
-    if strategy in ("zero1", "zero2"):
-        return 2.0 + 20.0 / world + (2.0 if strategy == "zero1" else 0.0)
-    return 2.0 + 2.0 / world if strategy == "zero2-offload" else 0.0
+    part = weights / world
+    step: dict[Strategy, float] = {"zero3": 16 * part + 6 * min(_SUB_GROUP, part)}
+    step |= dict.fromkeys(("zero1", "zero2"), 2 * weights + 20 * part)
+    start = {0: 0.0, 1: 4.0 * weights, 2: 4.0 * weights, 3: 2.0 * weights}[STAGE[strategy]]
+    if strategy == "zero3":
+        start += 2 * part
+    return max(start, step.get(strategy, 0.0))
+
+
+def host_bytes_a_weight(strategy: Strategy) -> int:
+    """Host memory of a weight that DeepSpeed offloads, for the process whose part it is in.
+
+    An fp32 master, its gradient and two moments, and a copy in half precision; under stage 3 gradients as they
+    came, too.
+    """
+    return {"zero2-offload": 18, "zero3-offload": 20}.get(strategy, 0)
 
 
 def offloaded_bytes(weights: float, strategy: Strategy) -> float:
     """Host memory that DeepSpeed takes for a process's part of the trained weights.
 
-    fp32 masters, gradients and two moments, and a copy in half precision. Stage 2 has all but the moments in one
-    page-locked piece each, for which torch takes the next power of two: 122 GiB for 5B, where 93 would do.
+    Stage 2 has all but the moments in one page-locked piece each, for which torch takes the next power of two:
+    122 GiB for 5B, where 93 would do.
     """
-    if strategy == "zero3-offload":
-        return 18 * weights
-    if strategy == "zero2-offload":
-        return 8 * weights + sum(_power_of_two(size * weights) for size in (4, 4, 2))
-    return 0.0
-
-
-def _power_of_two(size: float) -> int:
-    return 1 << (int(size) - 1).bit_length()
+    if strategy != "zero2-offload":
+        return host_bytes_a_weight(strategy) * weights
+    return 8 * weights + sum(1 << int(size * weights - 1).bit_length() for size in (4, 4, 2))
 
 
 def trained_weights(run: Run) -> int:

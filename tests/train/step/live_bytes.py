@@ -1,0 +1,120 @@
+"""One rank of two: trains three steps under each strategy, and counts the bytes of all tensors that live meanwhile.
+
+Usage: torchrun ... live_bytes.py STRATEGIES OUT. Rank 0 writes OUT/<strategy>.json: weights, and bytes in the
+backward pass's end (``held``) and at the most in the optimizer's step (``step``); there are no activations then.
+"""
+
+import gc
+import json
+import os
+import sys
+import weakref
+from pathlib import Path
+
+from cogcommon.device import pick_device, quiet_libraries
+
+pick_device(int(os.environ["LOCAL_RANK"]))
+quiet_libraries()
+
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from cogtrain.bench.rows import SMALL  # noqa: E402
+from cogtrain.bench.subject import random_checkpoint  # noqa: E402
+from cogtrain.inputs import Objective  # noqa: E402
+from cogtrain.method import Sft  # noqa: E402
+from cogtrain.optim import make_optimizer  # noqa: E402
+from cogtrain.settings import SftSettings  # noqa: E402
+from cogtrain.strategy import start  # noqa: E402
+
+# Large weights beside few tokens and small buckets; weights that ZeRO-3 would leave everywhere are not few here.
+SHAPE = SMALL | {"num_attention_heads": 8, "attention_head_dim": 32}
+ZERO = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000, "stage3_param_persistence_threshold": 0}
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that live, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._sizes = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.count(tensor)
+        return out
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _gone(self, storage):
+        self.now -= self._sizes.pop(storage)
+
+
+def inputs_of(checkpoint):
+    objective = Objective.of(checkpoint)
+    config = checkpoint.transformer_config
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    text = normal(1, config["max_text_seq_length"], config["text_embed_dim"])
+    noisy = normal(1, objective.padded_frames(5), 16, 8, 12)
+    return objective.model_inputs(noisy, None, text, torch.tensor([300]), torch.bfloat16)
+
+
+def measure(strategy, file):
+    settings = SftSettings(strategy=strategy, deepspeed=file)
+    runtime = start(settings, strategy, "bf16", cpu=True)
+    checkpoint, method, live = random_checkpoint("5b", SHAPE), Sft(), Live()
+    transformer = checkpoint.load_transformer(torch.bfloat16)
+    method.apply(transformer)
+    found = {"weights": method.trained(transformer)}
+    for tensor in [*transformer.parameters(), *transformer.buffers()]:
+        tensor.data = tensor.data.clone()  # random weights share their memory
+        live.count(tensor)
+    with live:
+        parameters = list(transformer.parameters())
+        # As on a GPU, where the update is fused and needs nothing of its own.
+        on_host = strategy.endswith("-offload")
+        optimizer = make_optimizer(parameters, settings, torch.device("cuda"), on_host=on_host)
+        model, optimizer = runtime.prepare(transformer.train(), optimizer, saved_by=None)
+        make_step = model.optimizer.step
+
+        def step(*arguments, **options):
+            gc.collect()
+            found["held"] = live.most = live.now
+            make_step(*arguments, **options)
+            found["step"] = live.most
+
+        model.optimizer.step = step
+        for _ in range(3):  # the moments come with the first
+            loss = model(**inputs_of(checkpoint), return_dict=False)[0].float().square().mean()
+            runtime.accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            del loss
+    return found
+
+
+if __name__ == "__main__":
+    out, rank = Path(sys.argv[2]), os.environ["RANK"]
+    file = out / f"deepspeed-{rank}.json"
+    file.write_text(json.dumps({"zero_optimization": ZERO}))
+    for name in sys.argv[1].split(","):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        result = measure(name, file)
+        gc.collect()
+        if rank == "0":
+            (out / f"{name}.json").write_text(json.dumps(result))
