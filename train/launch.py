@@ -34,10 +34,23 @@ def join_environment() -> bool:
     job = int(os.environ.get("SLURM_JOB_ID", "0"))
     first, count = _SLURM_PORTS
     os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=str(tasks))
-    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    os.environ.setdefault("LOCAL_RANK", str(_gpu_of_task(int(os.environ.get("SLURM_LOCALID", "0")))))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))))
     os.environ.setdefault("MASTER_ADDR", first_host(nodes))
     os.environ.setdefault("MASTER_PORT", str(first + job % count))
     return True
+
+
+def _gpu_of_task(task: int) -> int:
+    """Its number among those that the task sees: all of the host's, or with ``--gpus-per-task`` its own alone."""
+    from cogcommon.device import visible_gpus
+
+    return task % max(1, visible_gpus())
+
+
+def _tasks_here(counts: str) -> int:
+    """Tasks on a host, the most of SLURM's list: ``8(x2),4`` is 8. They share the host's memory."""
+    return max(int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?", counts))
 
 
 def first_host(nodes: str) -> str:

@@ -63,7 +63,9 @@ def test_accelerate_launch(folder, kind, processes):
 @pytest.fixture
 def environment(monkeypatch):
     for name in list(os.environ):
-        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") or name.startswith("SLURM_"):
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") or (
+            name.startswith("SLURM_")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     return os.environ
@@ -77,6 +79,15 @@ def test_a_batch_script_of_slurm_is_not_a_step(environment):
     environment.update(SLURM_STEP_NUM_TASKS="8", SLURM_STEP_NODELIST="gpu[07-09]", SLURM_LOCALID="0")
     assert launch.join_environment()
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("0", "8", "gpu07")
+
+
+@pytest.mark.parametrize(("gpus", "gpu"), [(8, "3"), (1, "0"), (0, "0")])
+def test_a_task_of_slurm_knows_its_gpu_and_its_neighbours(environment, monkeypatch, gpus, gpu):
+    monkeypatch.setattr("cogcommon.device.visible_gpus", lambda: gpus)
+    environment.update(SLURM_PROCID="11", SLURM_LOCALID="3", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="20")
+    environment.update(SLURM_STEP_TASKS_PER_NODE="8(x2),4")
+    assert launch.join_environment()
+    assert (environment["RANK"], environment["LOCAL_RANK"], environment["LOCAL_WORLD_SIZE"]) == ("11", gpu, "8")
 
 
 def test_torchruns_environment_wins(environment):
