@@ -60,12 +60,13 @@ def kernel_works(kernel: Kernel, device: torch.device, dtype: torch.dtype, compi
     q, k, v = (torch.randn(shape, device=device, generator=generator).transpose(1, 2) for _ in range(3))
     half = [tensor.to(dtype).detach().requires_grad_() for tensor in (q, k, v)]
     exact = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-    try:
-        answer = function(*half)
-        answer.float().square().sum().backward()  # type: ignore[attr-defined]
-    except Exception:  # refusals, and whatever the compilers raise
-        return False
-    expected = F.scaled_dot_product_attention(exact[0], exact[1], exact[2])
-    expected.square().sum().backward()
+    with torch.enable_grad():  # a model that only draws asks, too
+        try:
+            answer = function(*half)
+            answer.float().square().sum().backward()  # type: ignore[attr-defined]
+        except Exception:  # refusals, and whatever the compilers raise
+            return False
+        expected = F.scaled_dot_product_attention(exact[0], exact[1], exact[2])
+        expected.square().sum().backward()
     pairs = [(answer, expected), *((mine.grad, theirs.grad) for mine, theirs in zip(half, exact, strict=True))]
     return all(float((mine.detach().float() - theirs.detach()).abs().max()) < _FARTHEST for mine, theirs in pairs)  # type: ignore

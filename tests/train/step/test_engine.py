@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cogcommon.checkpoint import open_checkpoint
 from cogtrain import lora
@@ -12,6 +13,7 @@ from cogtrain.inputs import Objective
 from cogtrain.step.engine import Engine
 from cogtrain.step.keep import ACTIVATIONS
 from cogtrain.step.plan import Plan
+from cogtrain.step.trial import kernel_works
 
 FORMS = ["tiny", "tiny-2b", "tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"]
 CPU = torch.device("cpu")
@@ -95,8 +97,26 @@ def test_parked_and_streamed_in_parts_is_the_same_again_and_again(form):
         assert farthest(plain, gradients(checkpoint, transformer, batch=batch)) < 2e-6
 
 
+def lent(tensor):
+    return (
+        StorageWeakRef(tensor.untyped_storage()),
+        tensor.dtype,
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+    )
+
+
+def held(storage, dtype, *place):
+    assert not storage.expired(), "its memory was let go of before the copy was waited for"
+    return torch.empty(0, dtype=dtype).set_(torch.UntypedStorage._new_with_weak_ptr(storage.cdata), *place)
+
+
 class LateCopies:
-    """Copies made as late as their order allows: when the computation is told to wait for them, or never."""
+    """Copies made as late as their order allows: when the computation is told to wait for them, or never.
+
+    They hold neither end: as on a GPU, memory that nobody else holds any more is another's by then.
+    """
 
     def __init__(self, device):
         self.made = 0
@@ -108,9 +128,9 @@ class LateCopies:
             if not done:
                 done.append(True)
                 self.made += 1
-                target.copy_(source)
+                held(*into).copy_(held(*whence))
 
-        done = []
+        done, into, whence = [], lent(target), lent(source)
         return make
 
     def compute_after(self, event):
@@ -306,6 +326,11 @@ def test_evaluation_computes_the_same_without_gradients():
 
     assert torch.allclose(probe(plain), probe(transformer), atol=1e-6)
     assert transformer.training
+
+
+def test_a_kernel_is_tried_backward_also_where_nothing_is_trained():
+    with torch.no_grad():  # as under ZeRO-3, where validation is the first to ask
+        assert kernel_works("torch", CPU, torch.bfloat16, compiling=False)
 
 
 @pytest.mark.gpu  # streams and events order nothing on a CPU
