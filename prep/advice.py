@@ -89,7 +89,7 @@ def _speed(looked: Sequence[Looked], family: Family) -> Advice | None:
             lines.append((one.sample.line, f"{rate:.3g} fps, {family.fps / rate:.2g}x time lapse"))
     return _of(
         "speed",
-        f"played at {family.fps} fps, the family's rate, these would not move at their own speed",
+        f"played at {family.fps} fps, the family's rate, these would move too fast or too slowly",
         "longer clips, fewer frames (--resolution), --frames auto, or --stride",
         lines,
     )
@@ -139,7 +139,12 @@ def _much_cut(looked: Sequence[Looked]) -> Advice | None:
         for one in looked
         if one.look.loss > _MUCH_CUT
     ]
-    return _of("much cut away", "these have another shape", "a second --resolution of their shape, or --fit pad", lines)
+    return _of(
+        "much cut away",
+        "their shape is far from that of the resolution",
+        "a second --resolution of their shape, or --fit pad",
+        lines,
+    )
 
 
 def _other_shape(looked: Sequence[Looked]) -> Advice | None:
@@ -150,7 +155,9 @@ def _other_shape(looked: Sequence[Looked]) -> Advice | None:
             facts = one.look.facts
             if abs(width / height / (facts.width / facts.height) - 1) > _OTHER_SHAPE:
                 lines.append((one.sample.line, f"image {width}x{height}, clip {facts.width}x{facts.height}"))
-    return _of("image of another shape", "it is cut otherwise than its clip", "use a frame of the clip itself", lines)
+    return _of(
+        "image of another shape", "it is cropped differently from its clip", "use a frame of the clip itself", lines
+    )
 
 
 def _enlarged(looked: Sequence[Looked]) -> Advice | None:

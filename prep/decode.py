@@ -69,7 +69,7 @@ def image_size(path: Path) -> tuple[int, int] | Fault:
     except BadClip as bad:
         return Fault(f"image: {bad}")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return Fault(f"image: not a picture that can be opened ({error})")
+        return Fault(f"image: not a picture, or damaged ({error})")
 
 
 def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels:

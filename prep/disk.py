@@ -93,10 +93,10 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ShardError(
                 "the disk is full" if error.errno == errno.ENOSPC else f"no more room: {error.strerror}",
                 where=str(path),
-                fix="make room and run the same command again; what was committed stays good",
+                fix="make room and run the same command again; finished shards are kept",
             ) from error
         raise ShardError(
-            f"the file system refuses: {error.strerror or error}",
+            f"the file system refused: {error.strerror or error}",
             where=str(error.filename or path),
-            fix="name a folder that can be written",
+            fix="give --out a folder that can be written",
         ) from error

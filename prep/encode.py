@@ -68,7 +68,7 @@ def run(settings: EncodeSettings) -> None:
         show(report, Console(), path)
     if not report.usable:
         raise DataRootError(
-            "not one clip could be used", where=str(settings.root), fix=f"see the reasons above, or in {path}"
+            "none of the clips can be used", where=str(settings.root), fix=f"see the reasons above, or in {path}"
         )
     if settings.strict and report.rejected:
         raise DataRootError(

@@ -69,7 +69,7 @@ def encode_in_parts(settings: EncodeSettings, part: Slice, parts: int) -> Report
         raise RunError(
             f"{len(failed)} of {parts} processes failed (see above)",
             where=", ".join(f"gpu {index}, slice {slices[index]}" for index in failed),
-            fix="run the same command again; what was committed stays good",
+            fix="run the same command again; finished shards are kept",
         )
     reports = [_read_report(settings.out, own) for own in slices]
     return add_up(reports, part, time.perf_counter() - started)

@@ -248,7 +248,7 @@ def _open(path: Path) -> tuple[InputContainer, VideoStream]:
         # a title that is not UTF-8 is no reason to refuse a clip.
         container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadClip(f"not a video that can be opened: {_words(error)}") from error
+        raise BadClip(f"not a video, or damaged: {_words(error)}") from error
     streams = [
         stream
         for stream in container.streams.video

@@ -230,7 +230,7 @@ class Pool:
             result = child.take()
         except (EOFError, OSError):
             child.process.join(5)
-            self._bury(child, Fault(f"reading it ended the decoder: {_ending(child.process.exitcode)}"))
+            self._bury(child, Fault(f"the decoder crashed on it: {_ending(child.process.exitcode)}"))
             return
         if not child.ready:
             child.ready = True

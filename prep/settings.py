@@ -286,5 +286,5 @@ class VerifySettings:
     def __post_init__(self) -> None:
         if self.reencode < 0 or self.workers < 1:
             raise SettingError(
-                "too small", where="--reencode, --workers", fix="--reencode 0 or more, --workers 1 or more"
+                "a number is too small", where="--reencode, --workers", fix="--reencode 0 or more, --workers 1 or more"
             )

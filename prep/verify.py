@@ -149,7 +149,7 @@ def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[
             return
         with tar.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != header.tar_sha256:
-                yield "its sha256 is not the recorded one"
+                yield "its content is not what was recorded (sha256)"
         rows = [row for row in record.rows if row.status == "ok"]
         keys = [row.key for row in record.rows]
         if len(set(keys)) < len(keys):

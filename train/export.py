@@ -100,7 +100,7 @@ def _trained(
         raise RunError(
             "the run has not finished, and has no exported weights",
             where=str(folder),
-            fix=f"--run {latest[-1]}" if latest else "it has no checkpoint either: let it go on",
+            fix=f"--run {latest[-1]}" if latest else "it has no checkpoint either: let it run on",
         )
     config = run.folder / CONFIG_FILE
     method = method_of(resolve(SftSettings, {}, config) if full else resolve(LoraSettings, {}, config))

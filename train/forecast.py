@@ -158,7 +158,7 @@ def check(lines: Sequence[Forecast]) -> None:
             done = subprocess.run([sys.executable, "-m", "cogtrain", *words], stdout=subprocess.DEVNULL)
             steps, _ = read_metrics(Path(folder) / METRICS_FILE)
         if done.returncode != 0 or not steps:
-            raise RunError("two steps of the advised command have failed", where=line.command)
+            raise RunError("two steps of the advised command failed", where=line.command)
         peak = max(step.peak_gib for step in steps)
         off = f", {peak / line.peak_gib - 1:+.0%}" if line.peak_gib else ""
         print(
@@ -180,7 +180,7 @@ def _machine(settings: PlanSettings) -> tuple[int, int]:
         )
     if settings.check and (not here or settings.gpu or (settings.gpus or 1) > here):
         raise SettingError(
-            "two steps can be made only on the GPUs that are here", where="--check", fix="leave out --gpu and --gpus"
+            "--check runs on the GPUs of this machine only", where="--check", fix="leave out --gpu and --gpus"
         )
     if settings.gpus is not None and settings.gpus < 1:
         raise SettingError(f"{settings.gpus} GPUs", where="--gpus", fix="--gpus 1 or more")

@@ -114,8 +114,8 @@ def relaunch(processes: int) -> int:
             return int(failure.exitcode)
         raise RunError(
             f"process {rank} of {processes} was killed by signal {-failure.exitcode}",
-            where="its own last lines stand above; the system's log says whether memory ran out",
-            fix="the same command with --out and the folder of the run continues from its last checkpoint",
+            where="its last lines are above; the system's log says whether memory ran out",
+            fix="run the same command with --out and the folder of the run: it continues from its last checkpoint",
         ) from error
     finally:
         for number, handler in passed.items():

@@ -102,7 +102,9 @@ class Ledger:
                 raise stop_for(bad, made.step, self._runtime.main)
         times = made.clock.read()
         if times.compile > 1:
-            self._log.say(f"step {made.step}: {times.compile:.0f} s went into compiling the blocks, once a resolution")
+            self._log.say(
+                f"step {made.step}: {times.compile:.0f} s went into compiling the blocks, once per resolution"
+            )
         self._log.step(
             StepLine(
                 step=made.step,

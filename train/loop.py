@@ -198,14 +198,14 @@ def _loss(
         return losses_B.mean(), gathered
     if run.settings.on_nonfinite == "stop":
         raise stop_for(bad, step, runtime.main)
-    log.say(f"step {step}: not finite, left out with what stood beside it: {listed(bad)}")
+    log.say(f"step {step}: the loss is not finite; left out, with the rest of its batch: {listed(bad)}")
     # Every rank goes through the model once more, on zeros, so that gradients exist and add nothing.
     with _saved_tensors(run, runtime):
         nothing = objective.losses(model, batch.blank(), runtime.dtype).mean()
     if runtime.agree(int(not bool(nothing.isfinite()))):
         raise (
             RunError(
-                "the model's answer to zeros is not finite: its weights are spoilt",
+                "the model's output is not finite even for zeros: its weights are ruined",
                 where=f"step {step}",
                 fix="resume the last checkpoint with a lower --lr, or with --precision bf16",
             )

@@ -176,7 +176,7 @@ def _order(settings: TrainSettings, shards: ShardSet, world: int, notes: list[st
             f"a step takes {size} of one resolution"
         )
     if order.left_over:
-        notes.append(f"each epoch leaves out {order.left_over} of {len(shards)} samples, other ones each time")
+        notes.append(f"each epoch leaves out {order.left_over} of {len(shards)} samples, different ones each time")
     return order
 
 

@@ -115,14 +115,14 @@ def claimed(folder: Path) -> Iterator[None]:
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise RunError(
-            f"cannot write the run: {error.strerror}", where=str(folder), fix="wait for it, or give another --out"
+            f"cannot write the run: {error.strerror}", where=str(folder), fix="give another --out"
         ) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                "another process trains in this folder", where=str(folder), fix="wait for it, or give another --out"
+                "another process trains in this folder", where=str(folder), fix="give another --out"
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -156,7 +156,7 @@ class LoraSettings(TrainSettings):
         if self.alpha is not None and not self.alpha > 0:
             raise SettingError(f"{self.alpha} is too small", where="--alpha", fix="a number above 0")
         if not 0 <= self.lora_dropout < 1:
-            raise SettingError(f"{self.lora_dropout} is no share", where="--lora-dropout", fix="from 0 to below 1")
+            raise SettingError(f"{self.lora_dropout} is not a share", where="--lora-dropout", fix="from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class PlanSettings:
             return None
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB?|GiB)?", self.gpu.strip(), re.IGNORECASE)
         if not match or float(match[1]) <= 0:
-            raise SettingError(f"{self.gpu!r} is no amount of memory", where="--gpu", fix="--gpu 24GB")
+            raise SettingError(f"{self.gpu!r} is not an amount of memory", where="--gpu", fix="--gpu 24GB")
         return int(float(match[1]) * 2**30)
 
 

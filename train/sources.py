@@ -199,7 +199,7 @@ def open_shards(words: Sequence[str], option: str = "--shards") -> ShardSet:
         raise ShardError(
             f"{len(twice)} samples are in more than one of these shards, {twice[0]['values'].as_py()} for one",
             where=option,
-            fix="give each shard once, and copies of a folder only one of them",
+            fix="give each shard once, and only one copy of a folder",
         )
     buckets = sorted(Resolution.parse(name) for name in pc.unique(table["bucket"]).to_pylist())
     return ShardSet([shard for shard, _ in opened], table, buckets)
@@ -234,7 +234,9 @@ def expand(words: Iterable[str], option: str) -> list[tuple[Any, str, str]]:
             for match in matches:
                 if not match.endswith(".tar"):
                     raise ShardError(
-                        f"{match} is no shard", where=option, fix="give the .tar files; their records lie beside them"
+                        f"{match} is not a shard",
+                        where=option,
+                        fix="give the .tar files; their records lie beside them",
                     )
                 shown = match if "://" in name else _as_typed(name, path, match)
                 found.setdefault(match, (fs, match, prefix + match if "://" in name else shown))

@@ -160,7 +160,7 @@ def test_nothing_usable_is_an_error(root, tmp_path, capsys):
     for clip in root.glob("*.mp4"):
         clip.write_bytes(b"this is no video")
     settings = EncodeSettings(data_root=root, out=tmp_path / "out", model="tiny", resolution=[SIZE], workers=1)
-    with pytest.raises(DataRootError, match="not one clip"):
+    with pytest.raises(DataRootError, match="none of the clips"):
         run_command(settings)
     assert not list((tmp_path / "out").glob("*.tar"))
 

@@ -175,6 +175,6 @@ def test_clean_cache_all_removes_the_pages(out):
 
 
 def test_a_folder_that_takes_no_pages_is_one_message(out):
-    with pytest.raises(ShardError, match="the file system refuses") as caught:
+    with pytest.raises(ShardError, match="the file system refused") as caught:
         run(PreviewSettings(out=out, samples=1, to=out / "contract.json" / "pages"))
     assert "name a folder" in caught.value.fix

@@ -90,7 +90,7 @@ def test_shards_of_another_text_length(open_here, tmp_path):
         ({"caption_dropout": 1.5}, "1.5 is too large"),
         ({"rank": 0}, "0 is too small"),
         ({"alpha": 0.0}, "0.0 is too small"),
-        ({"lora_dropout": 1.0}, "1.0 is no share"),
+        ({"lora_dropout": 1.0}, "1.0 is not a share"),
     ],
 )
 def test_settings_out_of_range(options, says):
