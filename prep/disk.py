@@ -98,5 +98,5 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise ShardError(
             f"the file system refused: {error.strerror or error}",
             where=str(error.filename or path),
-            fix="give --out a folder that can be written",
+            fix="name a folder that can be written",
         ) from error

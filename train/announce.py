@@ -41,9 +41,10 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
     log.say(f"writes {folder}")
 
 
-def ending(log: RunLog, folder: Path, exported: Exported) -> None:
+def ending(run: Run, log: RunLog, folder: Path, exported: Exported) -> None:
     log.say(f"wrote {exported.path}; {checked(exported)}")
-    log.say(f'next: cogtrain generate --run {folder} --prompt "..."')
+    image = " --image FIRST_FRAME.png" if run.checkpoint.family.task == "i2v" else ""
+    log.say(f'next: cogtrain generate --run {folder} --prompt "..."{image}')
 
 
 def checked(exported: Exported) -> str:

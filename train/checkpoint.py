@@ -126,7 +126,7 @@ def check_same(found: Found, facts: Mapping[str, Any], world: int, batch_size: i
         elif name == "shards":
             fix = "give the shards that the run began with, or start a new run with another --out"
         raise RunError(
-            f"the checkpoint was made with a different {name}: {_short(then)} then, {_short(now)} now",
+            f"the checkpoint was made with another {name}: {_short(then)} then, {_short(now)} now",
             where=str(found.folder),
             fix=fix,
         )

@@ -141,7 +141,7 @@ def train(run: Run, stop: StopRequest) -> Path:
             if exported is not None:
                 write_card(folder, read_run(folder), "transformer" if run.method.full else "lora", run.steps)
                 write_report(folder)
-                announce.ending(log, folder, exported)
+                announce.ending(run, log, folder, exported)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, run) from error
     return folder

@@ -208,7 +208,7 @@ def test_a_finished_run_is_not_trained_further(here):
     [
         ({"batch_size": 2}, "another global batch: 1 then, 2 now", "batch size x accumulate is 1"),
         ({"seed": 7}, "another --seed: 42 then, 7 now", "set --seed back"),
-        ({"rank": 8}, "a different --rank: 4 then, 8 now", "another --out"),
+        ({"rank": 8}, "another --rank: 4 then, 8 now", "another --out"),
         ({"optimizer": "adamw8bit"}, "another --optimizer", "another --out"),
         ({"resume": "nowhere"}, "no such folder to resume", "checkpoint-N"),
     ],
