@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
     "common": {"cogprep", "cogtrain"},
-    "prep": {"cogtrain", "deepspeed", "peft", "accelerate"},
+    "prep": {"cogtrain", "deepspeed", "peft"},
     "train": {"cogprep"},
 }
 

@@ -98,7 +98,7 @@ def _curves(run: Run) -> Iterable[str]:
         )
     small = {
         "Learning rate": [(line.step, line.lr) for line in run.steps],
-        "Norm of the gradients": [(line.step, line.grad_norm) for line in run.steps if line.grad_norm is not None],
+        "Gradient norm": [(line.step, line.grad_norm) for line in run.steps if line.grad_norm is not None],
         "Seconds a step": [(line.step, line.s_per_step) for line in run.steps],
     }
     yield '<div class="small">'
