@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.contract import Contract
 from cogcommon.errors import ModelError, ShardError
+
+from .sources import ShardSet
 
 
 def check_model(contract: Contract, checkpoint: Checkpoint, where: str) -> None:
@@ -62,3 +66,10 @@ def check_alike(training: Contract, held_out: Contract, where: str) -> None:
             where=where,
             fix="encode both with the same --model (`cogprep encode --holdout N` does)",
         )
+
+
+def lost_tars(shards: ShardSet) -> list[str]:
+    """Tars that are gone from the shards' local folders, though their records are there: a copy that was cut short."""
+    folders = {Path(shard.shown).parent for shard in shards.shards if "://" not in shard.shown}
+    records = (record for folder in sorted(folders) for record in sorted(folder.glob("[0-9]*.parquet")))
+    return [str(tar) for tar in (record.with_suffix(".tar") for record in records) if not tar.exists()]

@@ -16,7 +16,7 @@ from cogcommon.files import commit_bytes
 
 from . import zero
 from .checkpoint import Found, check_same, find, list_checkpoints
-from .fit import check_alike, check_model
+from .fit import check_alike, check_model, lost_tars
 from .method import Method, method_of
 from .order import Order
 from .run_folder import CONFIG_FILE
@@ -83,6 +83,9 @@ def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
     _check_strategy(settings, strategy)
     check_installed(settings.tracker)
     shards = open_shards(settings.shards)
+    if lost := lost_tars(shards):
+        names = ", ".join(lost[:4]) + " ..." * (len(lost) > 4)
+        notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")
     checkpoint = open_checkpoint(settings.model or shards.contract.model)
     check_model(shards.contract, checkpoint, shards.shards[0].shown)
     for bucket in shards.buckets:

@@ -79,6 +79,13 @@ def test_shards_of_another_text_length(open_here, tmp_path):
         open_here()
 
 
+def test_a_tar_that_is_gone_is_said(open_here, tmp_path):
+    assert open_here().notes == ()
+    (tmp_path / "out" / "000001.tar").unlink()
+    (note,) = open_here().notes
+    assert "not trained: out/000001.tar" in note
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

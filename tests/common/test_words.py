@@ -1,0 +1,18 @@
+import pytest
+
+from cogcommon.words import counted, in_bytes, in_words
+
+
+def test_counts_agree_with_their_noun():
+    assert [counted(n, "clip") for n in (0, 1, 1200)] == ["0 clips", "1 clip", "1,200 clips"]
+    assert counted(2, "process", "processes") == "2 processes"
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(4, "4.0 s"), (61, "61 s"), (720, "12 min"), (12_000, "3 h 20 min")])
+def test_times(seconds, said):
+    assert in_words(seconds) == said
+
+
+@pytest.mark.parametrize(("size", "said"), [(12, "12 B"), (1e3, "1 kB"), (6.34e6, "6.34 MB"), (23.4e12, "23.4 TB")])
+def test_sizes(size, said):
+    assert in_bytes(size) == said
