@@ -26,20 +26,20 @@ from cogcommon.words import counted, in_bytes
 
 from .cut import Cut
 from .disk import ShardBusy, disk_errors, locked_elsewhere, temporary_name
-from .findings import FOLDER, Findings
 from .output import ORIGIN_FILE, SPLITS, read_contract, read_origin, records_in, scan, split_folder
 from .plan import Drop
 from .pool import Pool, default_workers
 from .settings import CleanSettings
 from .shards import drop_samples, finish_rewrites
 from .survey import survey
+from .survey_cache import FOLDER, SurveyCache
 from .workers import Slice
 
 # The temporary file of a commit, .NAME.PROCESS.tmp, and what one shard may leave behind.
 _COMMIT = re.compile(r"\..+\.(?P<process>\d+)\.tmp")
 _SHARD = re.compile(r"\.?(?P<number>\d{6})\.(?P<kind>tar|parquet|tar\.new|parquet\.new|tar\.tmp)")
 _PREVIEW = re.compile(r"index\.html|sheet-\d+\.png")
-_FINDINGS = re.compile(r"[0-9a-f]{32}\.json|\.[0-9a-f]{32}\.json\.\d+\.tmp")
+_CACHE = re.compile(r"[0-9a-f]{32}\.json|\.[0-9a-f]{32}\.json\.\d+\.tmp")
 _OF_THE_FOLDER = re.compile(rf"{CONTRACT_FILE}|{EMPTY_CAPTION_FILE}|{ORIGIN_FILE}|report(-\d+-of-\d+)?\.json")
 
 
@@ -109,7 +109,7 @@ def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) ->
         yield from _files(split_folder(out, split), everything)
     if everything:
         yield from _files_of(out / "preview", _PREVIEW, "a preview")
-        yield from _files_of(out / FOLDER, _FINDINGS, "what was found out about clips")
+        yield from _files_of(out / FOLDER, _CACHE, "what was found out about clips")
     else:
         yield from _stale(out, say)
 
@@ -191,7 +191,7 @@ def current_keys(out: Path) -> set[str] | None:
             holdout=0,
             pool=pool,
             advance=lambda: None,
-            findings=Findings(None, data.root, "", Slice(1, 1, "default")),
+            cache=SurveyCache(None, data.root, "", Slice(1, 1, "default")),
         )
     return set(found.keys) or None
 

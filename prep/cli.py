@@ -48,7 +48,7 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
     (
         "inspect",
         InspectSettings,
-        "contents",
+        "inspection",
         "Show what is in a folder of shards: settings, counts, sizes, samples.",
         (),
     ),

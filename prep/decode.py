@@ -12,9 +12,9 @@ from cogcommon.families import Resolution
 
 from .clip import BadClip, Fault
 from .cut import Cut, Placement, pick_frames, place
-from .file import refuse_special
 from .media import Video
 from .picture import Pixels
+from .source_file import refuse_special
 
 
 @dataclass(frozen=True)

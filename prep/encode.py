@@ -34,7 +34,6 @@ from cogcommon.words import counted
 
 from .disk import ShardBusy, disk_errors, lack_of_room
 from .engine import Engine, Outcome
-from .findings import Findings
 from .gpus import encode_in_parts, gpu_count
 from .lists import check_root
 from .models import Models
@@ -46,6 +45,7 @@ from .report import Report, make_report, show
 from .settings import EncodeSettings, PlanSettings
 from .shards import drop_samples, settle
 from .survey import Survey, survey
+from .survey_cache import SurveyCache
 from .text import TextStore
 from .workers import choose_slice, local_rank
 
@@ -124,13 +124,13 @@ def encode_slice(settings: EncodeSettings) -> Report:
         for split in SPLITS:
             settle(split_folder(out, split))
         if settings.retry_rejected:
-            _forget_rejected(out)
+            _plan_rejected_anew(out)
     established = check_contract(out, contract)
     outcome = Outcome()
     with Pool(settings.workers or default_workers()) as pool:
         with clock("probe"):
-            findings = Findings(out, settings.root, f"{settings.buckets} {settings.cut} {checkpoint.family.fps}", part)
-            found, plan = survey_and_plan(settings, contract, pool, findings)
+            cache = SurveyCache(out, settings.root, f"{settings.buckets} {settings.cut} {checkpoint.family.fps}", part)
+            found, plan = survey_and_plan(settings, contract, pool, cache)
         origin = Origin.of(settings)
         if plan.dropped and not plan.reused:
             guard_foreign_root(out, origin)
@@ -163,11 +163,11 @@ def encode_slice(settings: EncodeSettings) -> Report:
                         ).encode(round_)
     report = make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device.type)
     if not report.unfinished:
-        findings.discard()
+        cache.discard()
     return report
 
 
-def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, findings: Findings) -> tuple[Survey, Plan]:
+def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, cache: SurveyCache) -> tuple[Survey, Plan]:
     """Identify every sample of the data root and place it.
 
     Raises:
@@ -187,7 +187,7 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, find
             holdout=settings.holdout,
             pool=pool,
             advance=bar.advance,
-            findings=findings,
+            cache=cache,
         )
     held = {
         candidate.clip.sha256 for candidate, split in zip(found.candidates, found.splits, strict=True) if split == "val"
@@ -277,7 +277,7 @@ def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome
     return dropped
 
 
-def _forget_rejected(out: Path) -> None:
+def _plan_rejected_anew(out: Path) -> None:
     """Take the rows of rejected samples out of the records, so that they are planned as new ones."""
     for split, number, path in records_in(out):
         rows = read_record(path).rows

@@ -24,11 +24,11 @@ from .clip import Fault
 from .cut import Cut
 from .decode import Clip, decode_clip
 from .disk import ShardBusy
+from .encoder_choice import Choice
 from .output import Split, split_folder
 from .plan import PlannedSample, PlannedShard, Rejected
 from .pool import Pool
 from .shards import ShardDone, ShardWriter
-from .speedup import Choice
 from .text import TextStore
 from .transfer import GpuTime
 from .vae import LatentEncoder, Pending

@@ -1,4 +1,4 @@
-"""A first look at one clip: whether it can be used, and what would be cut out of it. Runs in the pool."""
+"""Examine one clip before it is encoded: can it be used, and which part of it would be? Runs in the pool."""
 
 from __future__ import annotations
 
@@ -53,23 +53,23 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """What the plan must know of a clip that can be used: its content, and where it goes."""
+class Probed:
+    """What the plan needs to know of a usable clip: its content and its bucket."""
 
     clip: Hashed
     bucket: Resolution
 
 
-def fit(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Fit | Fault:
-    """Probe and hash a clip, choose its bucket. A clip too short for it is a fault here, as in `look`.
+def probe(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Probed | Fault:
+    """Hash a clip and choose its bucket; a clip too short for its bucket is a fault, as in `look`.
 
-    Every packet is read but only one frame is decoded, so a file that ends early is
-    found, and damage inside a picture is not (decoding finds that).
+    Reads every packet but decodes only one frame: this finds a file that ends early, but not
+    damage inside a picture, which only decoding finds.
     """
     try:
         with Video(path) as video:
             facts, bucket, _ = _choose(video, buckets, cut, family_fps)
-            return Fit(Hashed(facts.size, facts.mtime_ns, facts.sha256), bucket)
+            return Probed(Hashed(facts.size, facts.mtime_ns, facts.sha256), bucket)
     except BadClip as bad:
         return Fault(str(bad))
 

@@ -26,8 +26,8 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from .clip import BadClip, ClipFacts
-from .file import hash_file, refuse_special
 from .picture import Colour, Pixels, Turn, colour_of, to_rgb, turn_of
+from .source_file import hash_file, refuse_special
 
 # The file protocol alone: a playlist called clip.mp4 must not reach other files or the network.
 _OPTIONS = {"protocol_whitelist": "file"}

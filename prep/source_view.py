@@ -10,9 +10,9 @@ from cogcommon.families import Resolution
 from .clip import BadClip, Fault
 from .cut import Cut
 from .decode import decode_clip
-from .file import hash_file
 from .media import Video
 from .picture import Pixels
+from .source_file import hash_file
 
 _WHOLE_SIZE = 640  # pixels of the long side of the whole frame
 

@@ -12,13 +12,13 @@ from cogcommon.families import Resolution
 
 from .clip import BadClip, Fault, Hashed
 from .cut import Cut
-from .file import hash_file, refuse_special
-from .findings import Findings
 from .lists import DataSet, Sample
-from .look import Fit, fit
+from .look import Probed, probe
 from .output import Committed, Split
 from .plan import Candidate, Rejected, choose_splits, with_keys
 from .pool import Pool
+from .source_file import hash_file, refuse_special
+from .survey_cache import SurveyCache
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def survey(
     holdout: int,
     pool: Pool,
     advance: Callable[[], None],
-    findings: Findings,
+    cache: SurveyCache,
 ) -> Survey:
     """Identify every sample by content, opening only what was not seen before.
 
@@ -51,7 +51,7 @@ def survey(
     Args:
         committed: remembers hashes, and says what needs no bucket.
         advance: called for each distinct file, opened or not.
-        findings: what this worker and others found out before.
+        cache: what this worker and others have already probed.
     """
     root = data.root
     sources = dict.fromkeys(sample.source for sample in data.samples)
@@ -60,20 +60,20 @@ def survey(
         if (before := committed.hashes.get(source)) and _unchanged(root / source, before):
             known[source] = before
             advance()
-    look = partial(fit, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
-    fits = findings.find(sources.keys() - known.keys(), sources, look, pool, advance)
+    look = partial(probe, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
+    probed = cache.find(sources.keys() - known.keys(), sources, look, pool, advance)
     images = _hash_images(data.samples, root, pool)
-    candidates, rejected = _candidates(data.samples, known, fits, images)
+    candidates, rejected = _candidates(data.samples, known, probed, images)
     keys, splits = with_keys(candidates, contract), choose_splits(candidates, holdout, committed)
     if len(buckets) > 1:
         # An edited caption: the clip's hash is known, but its bucket is not.
         unseen = {
             candidate.sample.source
             for candidate, key, split in zip(candidates, keys, splits, strict=True)
-            if key not in committed.samples[split] and candidate.sample.source not in fits
+            if key not in committed.samples[split] and candidate.sample.source not in probed
         }
-        fits |= findings.find(unseen, sources, look, pool, advance)
-        candidates, rejected = _candidates(data.samples, known, fits, images)
+        probed |= cache.find(unseen, sources, look, pool, advance)
+        candidates, rejected = _candidates(data.samples, known, probed, images)
         keys, splits = with_keys(candidates, contract), choose_splits(candidates, holdout, committed)
 
     chosen: dict[str, Resolution] = {}
@@ -83,8 +83,8 @@ def survey(
         if len(buckets) == 1:
             chosen[key] = buckets[0]
         else:
-            found = fits[candidate.sample.source]
-            assert isinstance(found, Fit)
+            found = probed[candidate.sample.source]
+            assert isinstance(found, Probed)
             chosen[key] = found.bucket
     return Survey(candidates, keys, splits, chosen, rejected)
 
@@ -107,20 +107,20 @@ def _image_hash(path: Path) -> bytes | Fault:
 def _candidates(
     samples: Sequence[Sample],
     known: dict[str, Hashed],
-    fits: dict[str, Fit | Fault],
+    probed: dict[str, Probed | Fault],
     images: dict[str, bytes | Fault],
 ) -> tuple[list[Candidate], list[Rejected]]:
     candidates: list[Candidate] = []
     rejected: list[Rejected] = []
     for sample in samples:
-        found = fits.get(sample.source) or known[sample.source]
+        found = probed.get(sample.source) or known[sample.source]
         image = images[sample.image] if sample.image else b""
         if isinstance(found, Fault):
             rejected.append(Rejected(sample, found.reason))
         elif isinstance(image, Fault):
             rejected.append(Rejected(sample, image.reason))
         else:
-            candidates.append(Candidate(sample, found.clip if isinstance(found, Fit) else found, image))
+            candidates.append(Candidate(sample, found.clip if isinstance(found, Probed) else found, image))
     return candidates, rejected
 
 

@@ -19,8 +19,8 @@ from cogcommon.records import (
     LATENT_STD,
 )
 
+from .encoder_choice import Choice, use_fused_encoder
 from .settings import Posterior, Tiling
-from .speedup import Choice, use_fused_encoder
 from .transfer import Span, Transfer
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class LatentEncoder:
         tiling: "auto" runs whole frames until memory is short, then tiles for that size.
         image_variants: pre-noised first frames a sample, for I2V.
         seed: of the noise.
-        fused: on a GPU, use the fused encoder if it proves right there (`speedup`).
+        fused: on a GPU, use the fused encoder if it proves right there (`encoder_choice`).
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class Found:
+class SavedCheckpoint:
     """A checkpoint on disk."""
 
     folder: Path
@@ -80,7 +80,7 @@ def clear(run: Path, after: int) -> list[str]:
     return [path.name for path in abandoned]
 
 
-def find(path: Path) -> Found:
+def find(path: Path) -> SavedCheckpoint:
     """A checkpoint folder, or the latest one of a run folder.
 
     Raises:
@@ -100,12 +100,12 @@ def find(path: Path) -> Found:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         if state.get("schema") != _SCHEMA:
             raise ValueError(f"schema {state.get('schema')}, this version reads {_SCHEMA}")
-        return Found(folder, RunState(**state))
+        return SavedCheckpoint(folder, RunState(**state))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"a damaged checkpoint: {error}", where=str(folder), fix="resume an older one") from error
 
 
-def check_same(found: Found, facts: Mapping[str, Any], world: int, batch_size: int) -> None:
+def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, batch_size: int) -> None:
     """Refuse to go on with another run than the checkpoint's.
 
     Raises:

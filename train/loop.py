@@ -18,7 +18,6 @@ from .draws import seed_of
 from .ema import Average
 from .guard import PeerFailed, listed, not_finite, out_of_memory, stop_for, together
 from .inputs import Objective
-from .ledger import Ledger, can_wait, hold
 from .optim import clip, learning_rate, make_optimizer
 from .order import Slot, rank_slots
 from .progress import RunLog, cut_metrics
@@ -29,6 +28,7 @@ from .signals import StopRequest
 from .step.demand import diffusers_plan
 from .step.install import install
 from .step.plan import Plan
+from .step_log import StepLog, can_defer, skip_if_not_finite
 from .strategy import Runtime, start
 from .tracker import open_tracker
 from .validate import Validation
@@ -91,8 +91,8 @@ def train(run: Run, stop: StopRequest) -> Path:
             )  # fmt: skip
             closing.callback(batches.close)
             uploads = Uploads(runtime.device)
-            ledger = Ledger(run, runtime, log)
-            late = can_wait(run, runtime, optimizer)
+            step_log = StepLog(run, runtime, log)
+            deferred = can_defer(run, runtime, optimizer)
             for step in range(done + 1, run.steps + 1):
                 clock = StepClock(runtime.device)
                 torch.manual_seed(seed_of(settings.seed, step, str(runtime.rank), "dropout"))
@@ -103,27 +103,27 @@ def train(run: Run, stop: StopRequest) -> Path:
                     batch = uploads(together(runtime, lambda: next(batches)))
                     clock.end("data")
                     with runtime.accelerator.accumulate(model):
-                        loss, found = _loss(model, batch, objective, run, runtime, log, step, micro, late)
+                        loss, found = _loss(model, batch, objective, run, runtime, log, step, micro, deferred)
                         losses.append(found)
                         clock.end("forward")
                         runtime.accelerator.backward(loss)
                         clock.end("backward")
                         if runtime.accelerator.sync_gradients:
                             norm = clip(runtime, optimizer, trained, settings)
-                            ledger.settle()  # the step before: if it was not finite, nothing is trained after it
-                            if late:
-                                hold(optimizer, losses)
+                            step_log.flush()  # the step before: if it was not finite, nothing is trained after it
+                            if deferred:
+                                skip_if_not_finite(optimizer, losses)
                         optimizer.step()
                         optimizer.zero_grad()
                 if average:
                     average.update(step)
                 clock.end("optimizer")
-                ledger.enter(step, rate, losses, norm, clock)
+                step_log.add(step, rate, losses, norm, clock)
                 signal = runtime.agree(stop.signal)
                 validates = validation and not signal and (step % settings.validate_every == 0 or step == run.steps)
                 saves = signal or step % settings.save_every == 0 or step == run.steps
-                if validates or saves or not late:
-                    ledger.settle()
+                if validates or saves or not deferred:
+                    step_log.flush()
                 if validation and validates:
                     with average.in_place() if average else nullcontext():  # what would be exported
                         line = validation.measure(model, step)
@@ -178,17 +178,17 @@ def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torc
 
 def _loss(
     model: Any, batch: Batch, objective: Objective, run: Run, runtime: Runtime, log: RunLog, step: int, micro: int,
-    late: bool,
+    deferred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The loss to go backward from, and the losses of all ranks' samples, less those that are not finite.
 
     Args:
-        late: leave it to the ledger to find those, and do not wait for the GPU here.
+        deferred: `StepLog` finds those a step later; do not wait for the GPU here.
     """
     with _saved_tensors(run, runtime):
         losses_B = objective.losses(model, batch, runtime.dtype)
     gathered: torch.Tensor = runtime.accelerator.gather(losses_B.detach())
-    if late:
+    if deferred:
         return losses_B.mean(), gathered
     losses = gathered.tolist()
     epoch, place = divmod(step - 1, run.order.steps_per_epoch)

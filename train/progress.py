@@ -28,7 +28,7 @@ _GIB = 2**30
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory held since `forget_peak`: of the GPU by the allocator, on a CPU by the process."""
+    """Most memory held since `reset_peak`: of the GPU by the allocator, on a CPU by the process."""
     if device.type == "cuda":
         import torch
 
@@ -37,7 +37,7 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     """Count the most memory held anew from here; on a CPU the system counts from the start."""
     if device.type == "cuda":
         import torch

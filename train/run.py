@@ -15,8 +15,8 @@ from cogcommon.errors import RunError, SettingError, ShardError
 from cogcommon.files import commit_bytes
 
 from . import zero
-from .checkpoint import Found, check_same, find, list_checkpoints
-from .fit import check_alike, check_model, lost_tars
+from .checkpoint import SavedCheckpoint, check_same, find, list_checkpoints
+from .compatibility import check_alike, check_model, lost_tars
 from .method import Method, method_of
 from .order import Order
 from .run_folder import CONFIG_FILE
@@ -45,7 +45,7 @@ class Run:
     strategy: Strategy
     precision: Precision
     world: int
-    resume: Found | None
+    resume: SavedCheckpoint | None
     notes: tuple[str, ...]  # what the user should know, one sentence each
 
     @property
@@ -183,7 +183,7 @@ def _order(settings: TrainSettings, shards: ShardSet, world: int, notes: list[st
     return order
 
 
-def _find_resume(settings: TrainSettings) -> Found | None:
+def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
     if settings.resume == "never":
         return None
     if settings.resume != "auto":
@@ -199,7 +199,7 @@ _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "a
          "memory", "compile", "deepspeed", "on_nonfinite", "strategy", "precision"}  # fmt: skip
 
 
-def _changed(found: Found, settings: TrainSettings) -> list[str]:
+def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
     now = settings_json(settings)
     return [
         f"{settings.option(name)} {found.state.settings.get(name)} -> {value}"

@@ -23,7 +23,7 @@ from .data import Collator, StoredSample, read_sample
 from .guard import together
 from .inputs import Objective
 from .order import Slot
-from .progress import RunLog, forget_peak, peak_gib
+from .progress import RunLog, peak_gib, reset_peak
 from .run import Run
 from .run_folder import VALIDATION, ValidationLine
 from .sample import Conditions, decode, load_decoder, sample
@@ -122,12 +122,12 @@ class Validation:
 
     def _take(self, model: torch.nn.Module, step: int) -> tuple[float, float]:
         """The loss, and the most memory held meanwhile; before and after it is counted anew."""
-        forget_peak(self.runtime.device)
+        reset_peak(self.runtime.device)
         value = self.loss(model)
         if self.videos:
             self.draw(model, step)
         peak = peak_gib(self.runtime.device)
-        forget_peak(self.runtime.device)
+        reset_peak(self.runtime.device)
         return value, peak
 
     def loss(self, model: torch.nn.Module) -> float:

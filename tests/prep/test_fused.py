@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX
 
-from cogprep import fused, speedup
+from cogprep import encoder_choice, fused
+from cogprep.encoder_choice import use_fused_encoder
 from cogprep.fused import CannotFuse, FusedEncoder
-from cogprep.speedup import use_fused_encoder
 from cogprep.transfer import GpuTime, Span
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def test_another_architecture_is_refused(change, why):
 
 @pytest.fixture
 def short_trial(monkeypatch):
-    monkeypatch.setattr(speedup, "_trial_clip", lambda dtype, _device: pixels(9).to(dtype))
+    monkeypatch.setattr(encoder_choice, "_trial_clip", lambda dtype, _device: pixels(9).to(dtype))
 
 
 def test_it_is_used_where_it_proves_right(monkeypatch, short_trial):

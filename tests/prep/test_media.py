@@ -359,14 +359,14 @@ def test_a_bad_clip_gives_its_reason(kind, tmp_path):
     fault = decode(path)
     assert isinstance(fault, Fault), kind
     assert re.search(reason, fault.reason), fault.reason
-    look.fit(path, [SIZE], Cut(), 8)  # may find it already; must not raise
+    look.probe(path, [SIZE], Cut(), 8)  # may find it already; must not raise
     assert str(tmp_path) not in fault.reason  # whoever reports it names the file
 
 
 def test_a_file_that_may_not_be_read(tmp_path_factory):
     path = write(tmp_path_factory.mktemp("private") / "a.mp4", cards())
     path.chmod(0)
-    assert as_nobody(lambda: look.fit(path, [SIZE], Cut(), 8).reason) == "cannot be read: Permission denied"
+    assert as_nobody(lambda: look.probe(path, [SIZE], Cut(), 8).reason) == "cannot be read: Permission denied"
 
 
 def as_nobody(ask) -> str:

@@ -15,8 +15,8 @@ import torch
 from cogcommon.errors import ShardError
 from cogcommon.families import Resolution
 from cogcommon.records import ShardRecord, read_record
-from cogprep.contents import inspect
 from cogprep.index import index
+from cogprep.inspection import inspect
 from cogprep.settings import VerifySettings
 from cogprep.shards import ShardWriter
 from cogprep.verify import check_shard, run, verify

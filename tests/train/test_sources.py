@@ -9,8 +9,8 @@ from cogcommon.contract import EMPTY_CAPTION_FILE
 from cogcommon.errors import ModelError, ShardError
 from cogcommon.families import Resolution
 from cogcommon.records import read_record, write_record
+from cogtrain.compatibility import check_alike, check_model
 from cogtrain.data import read_sample
-from cogtrain.fit import check_alike, check_model
 from cogtrain.sources import open_shards
 
 NATIVE = Resolution(17, 64, 96)

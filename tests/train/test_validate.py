@@ -122,7 +122,7 @@ def test_its_memory_is_counted_apart_from_trainings(tmp_path, shards, train_here
     taken = []
     monkeypatch.setattr(validate.Validation, "loss", takes_more_each_time)
     monkeypatch.setattr(validate, "peak_gib", lambda device: held[0])
-    monkeypatch.setattr(validate, "forget_peak", lambda device: held.__setitem__(0, 0.0))
+    monkeypatch.setattr(validate, "reset_peak", lambda device: held.__setitem__(0, 0.0))
     run = train_here(LoraSettings(**shards, out=tmp_path / "run", steps=2, rank=4, validate_every=1))
     assert [line.val_peak_gib for line in lines(run)[1]] == [4, 5]
     assert held == [0]

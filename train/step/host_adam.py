@@ -113,7 +113,7 @@ class HostAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._hosted.forget_gradients()
+        self._hosted.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """The state when all weights are updated; they are the masters that belong to it."""

@@ -147,7 +147,7 @@ class HostTraining:
             return weight.total
         return weight.landing if weight.full else None
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
         self._norms.clear()
         for weight in self:
             weight.full = weight.added = False
@@ -157,12 +157,12 @@ class HostTraining:
         self.settle()
         for weight in self:
             weight.copy.copy_(weight.master.detach())
-        self.streaming.forget()
+        self.streaming.invalidate()
 
     def update(self, block: int, updates: Sequence[Future[None]]) -> None:
         """A block's masters and copies are changing; nobody gets the weights before these have ended."""
         self._updates[block] = updates
-        self.streaming.forget()
+        self.streaming.invalidate()
 
     def settle(self, block: int | None = None) -> None:
         """Wait for the updates of a block, or of all."""

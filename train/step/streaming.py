@@ -78,7 +78,7 @@ class Streaming:
         for host in self._host:
             unlock(host)
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """The weights have changed on the host: what is on the GPU is old."""
         self._holds = [None] * _SLOTS
 

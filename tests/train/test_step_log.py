@@ -15,7 +15,7 @@ from cogtrain.sources import open_shards
 
 @pytest.fixture
 def late(monkeypatch):
-    """The fused optimizer of a GPU, which the ledger may wait with."""
+    """The fused optimizer of a GPU, with which losses may be read late."""
     monkeypatch.setattr(torch.optim, "AdamW", _Fused)
 
 
@@ -94,13 +94,13 @@ def test_the_checkpoint_of_a_step_is_not_written_before_its_loss_is_known(
 
 
 def test_a_held_step_leaves_the_optimizer_where_it_was():
-    from cogtrain.ledger import hold
+    from cogtrain.step_log import skip_if_not_finite
 
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
     for losses, gradient in (([1.0], 1.0), ([1.0, float("nan")], float("nan")), ([2.0], 1.0)):
         weight.grad = torch.full((4,), gradient)
-        hold(optimizer, [torch.tensor(losses)])
+        skip_if_not_finite(optimizer, [torch.tensor(losses)])
         optimizer.step()
     undisturbed = torch.nn.Parameter(torch.ones(4))
     other = torch.optim.AdamW([undisturbed], lr=0.1, fused=True)
@@ -111,8 +111,8 @@ def test_a_held_step_leaves_the_optimizer_where_it_was():
     assert optimizer.state[weight]["step"] == 2
 
 
-def test_fp16s_scaler_holds_the_step_that_the_ledger_will_name():
-    from cogtrain.ledger import hold
+def test_fp16s_scaler_skips_the_step_whose_loss_is_not_finite():
+    from cogtrain.step_log import skip_if_not_finite
 
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
@@ -123,7 +123,7 @@ def test_fp16s_scaler_holds_the_step_that_the_ledger_will_name():
         loss = (weight * factor).sum()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        hold(optimizer, [loss.detach().reshape(1)])
+        skip_if_not_finite(optimizer, [loss.detach().reshape(1)])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from cogcommon.families import Resolution
-from cogprep import findings as findings_module
 from cogprep import survey as survey_module
+from cogprep import survey_cache
 from cogprep.clip import Fault, Hashed
 from cogprep.encode import encode
-from cogprep.findings import FOLDER, Findings
-from cogprep.look import Fit
+from cogprep.look import Probed
+from cogprep.survey_cache import FOLDER, SurveyCache
 from cogprep.workers import Slice
 
 SOURCES = [f"{index}.mp4" for index in range(20)]
@@ -33,18 +33,20 @@ class Place:
         for source in SOURCES:
             (self.root / source).write_bytes(source.encode())
 
-    def look(self, path: Path) -> Fit | Fault:
+    def look(self, path: Path) -> Probed | Fault:
         self.looked.append(path.name)
         if path.name == "7.mp4":
             return Fault("broken")
         info = path.stat()
-        return Fit(Hashed(info.st_size, info.st_mtime_ns, path.read_bytes().ljust(32, b"-")), Resolution(9, 64, 96))
+        return Probed(Hashed(info.st_size, info.st_mtime_ns, path.read_bytes().ljust(32, b"-")), Resolution(9, 64, 96))
 
-    def find(self, part: str = "1/1", wanted=SOURCES, depend_on: str = "") -> tuple[dict[str, Fit | Fault], list[str]]:
+    def find(
+        self, part: str = "1/1", wanted=SOURCES, depend_on: str = ""
+    ) -> tuple[dict[str, Probed | Fault], list[str]]:
         """What is found, and which clips were looked at for it."""
         index, count = map(int, part.split("/"))
         self.looked, advanced = [], []
-        findings = Findings(self.out, self.root, depend_on, Slice(index, count, ""))
+        findings = SurveyCache(self.out, self.root, depend_on, Slice(index, count, ""))
         found = findings.find(set(wanted), SOURCES, self.look, InlinePool(), lambda: advanced.append(1))
         assert len(advanced) == len(found) == len(wanted)
         return found, self.looked
@@ -52,7 +54,7 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(findings_module, "_GROUP", 4)
+    monkeypatch.setattr(survey_cache, "_GROUP", 4)
     return Place(tmp_path)
 
 
@@ -111,7 +113,7 @@ def test_the_second_worker_of_an_encode_opens_no_clip_for_the_plan(encoded, sett
     out = encoded / "new"
     encode(settings_of(encoded, out=out, worker="1/2"))
     assert list((out / FOLDER).iterdir())
-    monkeypatch.setattr(survey_module, "fit", never)
+    monkeypatch.setattr(survey_module, "probe", never)
     report = encode(settings_of(encoded, out=out, worker="2/2"))
     assert (report.rejected, report.unfinished) == (0, [])
     assert not (out / FOLDER).exists(), "all is committed; the records know the clips"

@@ -1,14 +1,14 @@
-"""What was found out about clips, shared by all workers of a folder: each clip's content hash and bucket.
+"""A cache of probed clips, shared by all workers of an output folder: each clip's content hash and bucket.
 
-Every worker must know every clip, or their plans would differ; but each reading
-them all would read a data set of 10 TB a hundred times. So clips are looked at in
-groups, a group's findings lie in one small file of ``OUT/.survey``, and every
-worker begins with another group: those that start together look at about an equal
-share each, and nobody waits for anybody. A run after a kill has them too.
+Every worker must know every clip, or their plans would differ; but if each probed all of them,
+a data set of 10 TB would be read a hundred times. So clips are probed in groups, each group's
+results are kept in one small file of ``OUT/.survey``, and every worker starts with a different
+group. Workers that start together probe about an equal share each, and none waits for another.
+A run that resumes after a kill reads these files, too.
 
-A file is named by a hash of all that its findings depend on: the settings, and
-the name, size, time and inode of every clip of the group. What changed has another
-name, so nothing stale is ever read, and two writers of one file write the same.
+A file is named by a hash of everything its contents depend on: the settings, and the name,
+size, time and inode of every clip of the group. Any change gives another name, so nothing stale
+is ever read, and two workers that write the same file write the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cogcommon.families import Resolution
 from cogcommon.files import commit_bytes
 
 from .clip import Fault, Hashed
-from .look import Fit
+from .look import Probed
 from .pool import Pool
 from .workers import Slice
 
@@ -36,14 +36,14 @@ _GROUP = 64  # clips a file, at most about; 8 kB
 _MOST_GROUPS = 1 << 14  # of 600 clips for 10,000,000
 
 
-class Findings:
-    """The findings of one survey.
+class SurveyCache:
+    """The cache as one worker uses it.
 
     Args:
-        out: the output folder; the findings lie in a folder of it. None: nothing is kept.
+        out: the output folder, which holds the cache. None keeps nothing.
         root: the data root.
         depend_on: the settings that decide whether a clip can be used, and its bucket.
-        part: the worker that asks.
+        part: this worker's slice.
     """
 
     def __init__(self, out: Path | None, root: Path, depend_on: str, part: Slice) -> None:
@@ -56,20 +56,19 @@ class Findings:
         self,
         wanted: Collection[str],
         sources: Collection[str],
-        look: Callable[[Path], Fit | Fault],
+        look: Callable[[Path], Probed | Fault],
         pool: Pool,
         advance: Callable[[], None],
-    ) -> dict[str, Fit | Fault]:
-        """What the wanted clips are: from a file where there is one, else by looking at them.
+    ) -> dict[str, Probed | Fault]:
+        """The wanted clips, read from the cache or else probed.
 
         Args:
             wanted: some of ``sources``.
             sources: every clip of the lists, as they name it.
-            look: what to ask of each clip, in a child of the pool.
-            pool: where to ask it.
+            look: probes one clip; runs in the pool.
             advance: called for each wanted clip.
         """
-        results: dict[str, Fit | Fault] = {}
+        results: dict[str, Probed | Fault] = {}
         for group in self._groups(sources):
             asked = [source for source in group if source in wanted]
             if not asked:
@@ -84,13 +83,13 @@ class Findings:
             for source in known.keys() & asked:
                 results[source] = known[source]
                 advance()
-            if missing:  # faults are not kept: a disk that was away may be back
-                fits = {source: found for source in missing if isinstance(found := results[source], Fit)}
-                _write(path, known | fits)
+            if missing:  # faults are not cached: an unmounted disk may be mounted again
+                probed = {source: found for source in missing if isinstance(found := results[source], Probed)}
+                _write(path, known | probed)
         return results
 
     def _groups(self, sources: Collection[str]) -> list[list[str]]:
-        """All clips in groups, in the order that this worker should look at them."""
+        """All clips in groups, in the order in which this worker should probe them."""
         # By name, and a power of two: a line added to the lists changes one group, not all after it.
         count = min(_MOST_GROUPS, 1 << max(0, (len(sources) - 1) // _GROUP).bit_length())
         groups: list[list[str]] = [[] for _ in range(count)]
@@ -99,7 +98,7 @@ class Findings:
             groups[int.from_bytes(digest[:8], "big") % count].append(source)
         begin, share = (self._part.index - 1) * count // self._part.count, -(-count // self._part.count)
         around = groups[begin:] + groups[:begin]
-        # Its own share, then others' from behind: who is early meets who is late in the middle of what is left.
+        # Its own share first, then the other workers' from the end: a fast worker helps a slow one from behind.
         return around[:share] + around[share:][::-1]
 
     def _path(self, group: Collection[str]) -> Path | None:
@@ -111,13 +110,13 @@ class Findings:
         return self._folder / f"{digest.hexdigest()[:32]}.json"
 
     def discard(self) -> None:
-        """Remove them all: the records of the shards know the clips now."""
+        """Remove the cache: the shards' records know the clips now."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _read(path: Path | None) -> dict[str, Fit]:
-    """What is known of a group; empty if nothing."""
+def _read(path: Path | None) -> dict[str, Probed]:
+    """The cached clips of a group; empty without a file."""
     if path is None:
         return {}
     try:
@@ -127,18 +126,18 @@ def _read(path: Path | None) -> dict[str, Fit]:
     if hashlib.sha256(text).hexdigest().encode() != digest:
         return {}
     return {
-        source: Fit(Hashed(size, mtime_ns, bytes.fromhex(sha256)), Resolution.parse(bucket))
+        source: Probed(Hashed(size, mtime_ns, bytes.fromhex(sha256)), Resolution.parse(bucket))
         for source, (size, mtime_ns, sha256, bucket) in json.loads(text).items()
     }
 
 
-def _write(path: Path | None, fits: Mapping[str, Fit]) -> None:
-    """Lay down what was found; findings that cannot be kept cost time, nothing else."""
-    if path is None or not fits:
+def _write(path: Path | None, probed: Mapping[str, Probed]) -> None:
+    """Write a group; where that fails, the clips are probed again next time."""
+    if path is None or not probed:
         return
     lines = {
-        source: (fit.clip.size, fit.clip.mtime_ns, fit.clip.sha256.hex(), str(fit.bucket))
-        for source, fit in fits.items()
+        source: (one.clip.size, one.clip.mtime_ns, one.clip.sha256.hex(), str(one.bucket))
+        for source, one in probed.items()
     }
     text = json.dumps(lines).encode()
     with suppress(OSError):
