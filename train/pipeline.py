@@ -13,7 +13,7 @@ from cogcommon.families import Resolution
 from cogcommon.video import Frames
 
 from . import lora, sft
-from .sample import sampler_of
+from .sample import DECODE_BYTES_PER_PIXEL, sampler_of
 from .tuned import Tuned
 
 if TYPE_CHECKING:
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
     from PIL.Image import Image
 
-# Peak of an untiled decode in half precision over the pixels of a frame; it works on two or three latent
-# frames at a time, so their number hardly matters. Measured 46,000 (bf16, CPU, the published VAE's shape).
-_DECODE_BYTES_PER_PIXEL = 50_000
 # One step of 5B with guidance at 49x480x720: in and out of a feed-forward's middle, (2, 17776, 12288) in bf16,
 # are 1.6 GiB; queries, keys, values and their copies come to less.
 _STEP_BYTES = 3 << 30
@@ -103,7 +100,7 @@ def place(pipeline: DiffusionPipeline, device: torch.device, resolution: Resolut
     sizes = [sum(size for size, _ in part) for part in parts]
     there = sum(size for part in parts for size, at in part if at.type == device.type)
     free = torch.cuda.mem_get_info(device)[0] + there  # what it has there already is room for it
-    decode = resolution.height * resolution.width * _DECODE_BYTES_PER_PIXEL
+    decode = resolution.height * resolution.width * DECODE_BYTES_PER_PIXEL
     if sum(sizes) + decode < free:
         pipeline.to(device)
     elif max(sizes) + _STEP_BYTES < free:

@@ -8,7 +8,7 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.families import BUILTIN_NAMES
 from cogtrain.inputs import Objective
-from cogtrain.sample import Conditions, decode, load_decoder, sample, sampler_of
+from cogtrain.sample import DECODE_BYTES_PER_PIXEL, Conditions, decode, load_decoder, sample, sampler_of, tile_within
 
 
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
@@ -65,3 +65,21 @@ def test_guidance_and_the_caption_matter():
     assert (drawn(text, 6.0) - drawn(text, 1.0)).abs().max() > 1e-3
     assert (drawn(text, 6.0) - drawn(other, 6.0)).abs().max() > 1e-3
     assert torch.equal(drawn(text, 6.0), drawn(text, 6.0))
+
+
+def test_tiles_are_as_large_as_there_is_room_for_and_fit_together():
+    """Tiles whose overlap is no whole number of latents come out shifted, and of another size together."""
+    tiles = [tile_within(room) for room in (10**10, 2 * 10**9, 10**9, 0)]
+    assert tiles[0] == (240, 360) and tiles[2] == tiles[3]  # diffusers' own; none smaller
+    for tile, room in zip(tiles[:3], (10**10, 2 * 10**9, 10**9), strict=True):
+        assert tile[0] * tile[1] * DECODE_BYTES_PER_PIXEL <= room
+    vae = load_decoder(open_checkpoint("tiny"), torch.float32)
+    small = torch.randn(1, 16, 3, 4, generator=torch.Generator().manual_seed(0))
+    latent_BCFHW = torch.nn.functional.interpolate(small, (19, 26))[:, :, None]
+    with torch.no_grad():
+        whole = vae.decode(latent_BCFHW).sample
+        for tile in tiles[1:3]:
+            vae.enable_tiling(*tile)
+            tiled = vae.decode(latent_BCFHW).sample
+            assert tiled.shape == whole.shape
+            assert (tiled - whole).square().mean() < 0.05 * whole.var()
