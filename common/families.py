@@ -48,6 +48,12 @@ class Resolution:
                 fix="give frames x height x width, for example --resolution 49x480x720",
             )
         frames, height, width = (int(part) for part in match.groups())
+        if width % PIXEL_STEP and width % 8 == 1 and not (frames % PIXEL_STEP or height % PIXEL_STEP):
+            raise SettingError(
+                f"{text} has the frames at the end; they come first",
+                where=f"--resolution {text}",
+                fix=f"--resolution {width}x{frames}x{height}, if {frames} is the height",
+            )
         if frames < 9 or frames % 8 != 1:
             low = max(9, (frames - 1) // 8 * 8 + 1)
             raise SettingError(

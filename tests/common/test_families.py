@@ -59,6 +59,7 @@ def test_shapes_of_a_resolution():
         ("480x720", "frames x height x width"),
         ("49x0x720", "height 0"),
         ("49 480 720", "frames x height x width"),
+        ("480x720x49", "--resolution 49x480x720"),
     ],
 )
 def test_an_impossible_resolution_names_the_next_possible(text, told):
