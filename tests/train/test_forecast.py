@@ -66,9 +66,13 @@ def test_full_fine_tuning_of_5b_in_host_memory_fits_half_of_a_small_card(plan_of
     assert 16 * 5.5e9 / GIB < low.host_gib < 16 * 5.57e9 / GIB + 10
 
 
-def test_seconds_stand_only_where_they_were_measured(plan_of):
-    measured = [line for line in plan_of(80) if line.s_per_step]
-    assert [(line.method, line.memory, line.measured_on) for line in measured] == [("lora", "auto", "H100 80 GB")]
+def test_seconds_stand_only_where_they_were_measured(plan_of, monkeypatch):
+    oldest = measured()[-1]
+    assert (oldest.family, oldest.method, oldest.rank, oldest.memory) == ("5b", "lora", 128, "auto")
+    monkeypatch.setattr(forecast, "measured", lambda: (oldest,))
+    (line,) = [line for line in plan_of(80) if line.s_per_step]
+    assert (line.method, line.memory, line.measured_on) == ("lora", "auto", oldest.gpu)
+    assert (line.s_per_step, line.measured_gib) == (oldest.s_per_step, oldest.peak_gib)
     assert not any(line.s_per_step for line in plan_of(80, rank=64))
 
 

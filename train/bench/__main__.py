@@ -118,14 +118,10 @@ def _work(row: Row, out: Path) -> None:
         torch.cuda.reset_peak_memory_stats()
     if run is None:
         tell(numerics(row, device))
-    elif row.kind == "reference":
-        pinned = lacking(run, row) is None
-        if fault := lacking(run, row, pinned):
-            tell({"failed": f"skipped: {fault}"})
-        else:
-            tell(reference(run, row, pinned))
-    elif fault := lacking(run, row):
+    elif fault := lacking(run, pinned=row.kind != "reference"):
         tell({"failed": f"skipped: {fault}"})
+    elif row.kind == "reference":
+        tell(reference(run, row, pinned=lacking(run) is None))
     else:
         tell(product(run, row, tell))  # told before the profile is taken, too, which not every machine allows
 

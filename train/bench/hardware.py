@@ -95,13 +95,15 @@ def _shown(row: GuideRow) -> str:
 
 def _cell(row: GuideRow, way: Way) -> str:
     """Memory, and seconds where they were measured, on as many GPUs as the row is about."""
-    settings = row.settings_for(way)
-    wanted = (row.family, row.method, settings.strategy, getattr(settings, "rank", None), row.processes or 1)
+    needs = _demand(row, way)
     memory = REFERENCE if way == "reference" else way
+    wanted = (row.family, row.method, needs.strategy, memory, row.settings.precision, row.processes or 1)
     for run in measured():
-        if (run.family, run.method, run.strategy, run.rank, run.gpus) == wanted and run.memory == memory:
+        same = (run.family, run.method, run.strategy, run.memory, run.precision, run.gpus) == wanted
+        same = same and run.rank == getattr(row.settings, "rank", None)
+        if same and (way != "auto" or run.plan == str(needs.plan)):  # a larger card is given another plan
             return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
-    return "" if way == "reference" else f"{_demand(row, way).peak / _GIB:.1f} GB"
+    return "" if way == "reference" else f"{needs.peak / _GIB:.1f} GB"
 
 
 def _demand(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Demand:

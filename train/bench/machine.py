@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 from ..progress import peak_gib
 from ..run import Run
-from ..step.demand import demand, host_bytes_a_weight, offloaded_bytes, trained_weights
-from .rows import Row
+from ..step.demand import host_bytes_a_weight, offloaded_bytes, trained_weights
 
 _GIB = 2**30
 _OURSELVES = 4 * _GIB  # Python, torch, CUDA and the samples, for each process
@@ -37,7 +35,7 @@ class Machine:
             "host_gib": self._most / _GIB,
             "rss_gib": peak_gib(torch.device("cpu")),
             "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if gpu else 0.0,
-            "gpu": torch.cuda.get_device_name() if gpu else "CPU",
+            "gpu": torch.cuda.get_device_name().removeprefix("NVIDIA ") if gpu else "CPU",
             "card_gib": share * torch.cuda.get_device_properties(0).total_memory / _GIB if gpu else 0.0,
             "versions": {name: _version(name) for name in _LIBRARIES},
             "precision": run.precision,
@@ -47,28 +45,22 @@ class Machine:
         }
 
 
-def lacking(run: Run, row: Row, pinned: bool = True) -> str | None:
-    """Why the host's memory is not enough for a row, by arithmetic; None if it is.
+def lacking(run: Run, pinned: bool = True) -> str | None:
+    """Why the host's memory is not enough for what DeepSpeed offloads, by arithmetic; None if it is.
+
+    It would be found out by the process being killed; what we move ourselves is planned by the memory that is there.
 
     Args:
-        pinned: DeepSpeed's offload is to be page-locked.
+        pinned: it is to be page-locked.
     """
     import psutil
 
-    if row.kind != "reference":
-        each = demand(run, card=_card()).host
-    elif pinned or not run.strategy.endswith("-offload"):
-        each = int(offloaded_bytes(trained_weights(run) / run.world, run.strategy))
-    else:
-        each = host_bytes_a_weight(run.strategy) * trained_weights(run) // run.world
+    if not run.strategy.endswith("-offload"):
+        return None
+    part = trained_weights(run) / run.world
+    each = offloaded_bytes(part, run.strategy) if pinned else host_bytes_a_weight(run.strategy) * part
     needed, there = run.world * (each + _OURSELVES), psutil.virtual_memory().available
     return f"{needed / _GIB:.0f} GiB of host memory needed, {there / _GIB:.0f} there" if needed > there else None
-
-
-def _card() -> int:
-    import torch
-
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else sys.maxsize
 
 
 def _held() -> int:
