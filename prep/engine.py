@@ -25,12 +25,12 @@ from .cut import Cut
 from .decode import Clip, decode_clip
 from .disk import ShardBusy
 from .encoder_choice import Choice
+from .gpu_time import GpuTime
 from .output import Split, split_folder
 from .plan import PlannedSample, PlannedShard, Rejected
 from .pool import Pool
 from .shards import ShardDone, ShardWriter
 from .text import TextStore
-from .transfer import GpuTime
 from .vae import LatentEncoder, Pending
 from .write_thread import WriteThread
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cogcommon.copies import CopyStream, download
 from cogcommon.errors import SettingError
 from cogcommon.records import (
     IMAGE_CLEAN_MEAN,
@@ -20,8 +21,8 @@ from cogcommon.records import (
 )
 
 from .encoder_choice import Choice, use_fused_encoder
+from .gpu_time import Span, record
 from .settings import Posterior, Tiling
-from .transfer import Span, Transfer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +116,7 @@ class LatentEncoder:
         self._warm: set[tuple[int, ...]] = set()
         self.choice = Choice("diffusers")
         with self._on_device():
-            self._transfer = Transfer(device)
+            self._copies = CopyStream(device)
             if device.type == "cuda":
                 # By its heuristic cuDNN takes a kernel for the 42 widest convolutions that loses 0.07 s a clip (H200).
                 torch.backends.cudnn.benchmark = True
@@ -145,10 +146,10 @@ class LatentEncoder:
             warm_up_s = self._warm_up(frames_FHWC, image_HWC)
             frames_1CFHW = self._pixels(frames_FHWC)
             image_1CFHW = None if image_HWC is None else self._pixels(image_HWC[None])
-            begin = self._transfer.event()
+            begin = record(self._device)
             clip = self._moments(frames_1CFHW)
             images = [] if image_1CFHW is None else list(self._image_moments(key, image_1CFHW))
-            end = self._transfer.event()
+            end = record(self._device)
         span = Span(begin, end, follows=not warm_up_s) if begin and end else None
         return Pending(span, clip.tiled, warm_up_s, lambda: self._finish(key, clip, images))
 
@@ -186,7 +187,7 @@ class LatentEncoder:
         for _ in range(self._variants):
             sigma = torch.exp(torch.randn((), generator=generator) * 0.5 - 3.0).item()
             noise = torch.randn(pixels_1CFHW.shape, generator=generator)
-            yield self._moments(pixels_1CFHW + sigma * self._transfer.to_device(noise))
+            yield self._moments(pixels_1CFHW + sigma * self._copies.upload(noise))
 
     def _finish(self, key: str, clip: Moments, images: Sequence[Moments]) -> Latents:
         import torch
@@ -205,7 +206,7 @@ class LatentEncoder:
         """[-1, 1] in fp32, (1, C, F, H, W), on the device: the arithmetic of diffusers' VideoProcessor."""
         import torch
 
-        frames = self._transfer.to_device(torch.from_numpy(frames_FHWC))
+        frames = self._copies.upload(torch.from_numpy(frames_FHWC))
         return (frames.permute(3, 0, 1, 2)[None].float() / 255.0) * 2.0 - 1.0
 
     def _moments(self, pixels_1CFHW: torch.Tensor) -> Moments:
@@ -245,7 +246,7 @@ class LatentEncoder:
         posterior = vae.encode(pixels).latent_dist
         height, width = pixels.shape[-2:]
         tiled = tiles and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width)
-        return Moments(self._transfer.to_host(posterior.mean[0]), self._transfer.to_host(posterior.std[0]), tiled)
+        return Moments(download(posterior.mean[0]), download(posterior.std[0]), tiled)
 
     def _named(self, mean_name: str, std_name: str, moments: Moments, purpose: str) -> dict[str, torch.Tensor]:
         import torch

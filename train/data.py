@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cogcommon.copies import CopyStream
 from cogcommon.errors import ShardError
 from cogcommon.records import (
     IMAGE_CLEAN_MEAN,
@@ -49,6 +50,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def upload(self, copies: CopyStream) -> Batch:
+        """The batch on the device, copied beside what is computed there."""
+        return self._each(copies.upload)
+
     def pin(self) -> Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
@@ -57,10 +62,6 @@ class Batch:
         import torch
 
         return self._each(torch.zeros_like)
-
-    def tensors(self) -> list[torch.Tensor]:
-        held = (self.latent_BFCHW, self.noise_BFCHW, self.timestep_B, self.text_BLD, self.image_BFCHW)
-        return [tensor for tensor in held if tensor is not None]
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return dataclasses.replace(
@@ -71,30 +72,6 @@ class Batch:
             text_BLD=change(self.text_BLD),
             image_BFCHW=None if self.image_BFCHW is None else change(self.image_BFCHW),
         )
-
-
-class Uploads:
-    """Copies batches to the device beside what it computes."""
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device; the computation waits for it, the host does not."""
-        import torch
-
-        if self._stream is None:
-            return batch.to(self._device)
-        computing = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream):
-            moved = batch.to(self._device)
-        computing.wait_stream(self._stream)
-        for tensor in moved.tensors():  # their memory is the copy stream's: not before the computation is done
-            tensor.record_stream(computing)
-        return moved
 
 
 @dataclass(frozen=True)

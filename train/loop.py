@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogcommon.copies import CopyStream
 from cogcommon.errors import RunError
 
 from . import announce
 from . import checkpoint as checkpoints
 from .card import write_card
 from .clock import StepClock
-from .data import Batch, Collator, Uploads, prefetch
+from .data import Batch, Collator, prefetch
 from .draws import seed_of
 from .ema import Average
 from .guard import PeerFailed, listed, not_finite, out_of_memory, stop_for, together
@@ -90,7 +91,7 @@ def train(run: Run, stop: StopRequest) -> Path:
                 ahead=_AHEAD, pin=runtime.device.type == "cuda",
             )  # fmt: skip
             closing.callback(batches.close)
-            uploads = Uploads(runtime.device)
+            copies = CopyStream(runtime.device)
             step_log = StepLog(run, runtime, log)
             deferred = can_defer(run, runtime, optimizer)
             for step in range(done + 1, run.steps + 1):
@@ -100,7 +101,7 @@ def train(run: Run, stop: StopRequest) -> Path:
                 runtime.set_rate(optimizer, rate)
                 losses: list[torch.Tensor] = []
                 for micro in range(settings.accumulate):
-                    batch = uploads(together(runtime, lambda: next(batches)))
+                    batch = together(runtime, lambda: next(batches)).upload(copies)
                     clock.end("data")
                     with runtime.accelerator.accumulate(model):
                         loss, found = _loss(model, batch, objective, run, runtime, log, step, micro, deferred)

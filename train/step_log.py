@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cogcommon.copies import download
+
 from .clock import StepClock
 from .guard import not_finite, stop_for
 from .optim import unwrapped
@@ -73,13 +75,8 @@ class StepLog:
 
         assert self._pending is None
         on_device = torch.as_tensor(norm, dtype=torch.float32, device=self._runtime.device).reshape(1)
-        numbers = torch.cat([on_device, *(loss.float() for loss in losses)])
-        copied = None
-        if numbers.device.type == "cuda":
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            numbers = host.copy_(numbers, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
+        numbers = download(torch.cat([on_device, *(loss.float() for loss in losses)]))
+        copied = torch.cuda.current_stream().record_event() if on_device.device.type == "cuda" else None
         self._pending = _Pending(step, rate, numbers, copied, clock)
 
     def flush(self) -> None:

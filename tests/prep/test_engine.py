@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import cogprep.models
 from cogprep.encode import encode
-from cogprep.transfer import Span
+from cogprep.gpu_time import Span
 from cogprep.vae import LatentEncoder
 
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLCogVideoX
 from cogprep import encoder_choice, fused
 from cogprep.encoder_choice import use_fused_encoder
 from cogprep.fused import CannotFuse, FusedEncoder
-from cogprep.transfer import GpuTime, Span
+from cogprep.gpu_time import GpuTime, Span
 
 CPU = torch.device("cpu")
 WIDTHS = (16, 32, 32, 64)

@@ -1,10 +1,10 @@
-"""Host memory that a GPU copies to and from while it computes, and the streams that do it."""
+"""Page-locked host memory, which a GPU copies to and from while it computes."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -70,43 +70,3 @@ def _registered(size: int, device: torch.device) -> torch.Tensor | None:
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device=device)
     return None
-
-
-class CopyStream:
-    """A CUDA stream for copies beside the computation; on a CPU copies are made at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None = None) -> Any:
-        """Queue a copy, behind all that the computation has queued so far and behind ``after``.
-
-        Returns:
-            The event of its end, for `compute_after` and ``after``.
-        """
-        import torch
-
-        if self._stream is None:
-            target.copy_(source)
-            return None
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        if after is not None:
-            self._stream.wait_event(after)
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        return self._stream.record_event()
-
-    def wait(self, event: Any) -> None:
-        """Hold the host until ``event``."""
-        if event is not None:
-            event.synchronize()
-
-    def compute_after(self, event: Any) -> None:
-        """Hold the computation until ``event``; the host does not wait."""
-        import torch
-
-        if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .host_memory import CopyStream, page_locked
+from cogcommon.copies import CopyStream
+
+from .host_memory import page_locked
 from .streaming import Streaming
 
 if TYPE_CHECKING:

@@ -14,7 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .host_memory import CopyStream, page_locked, unlock
+from cogcommon.copies import CopyStream
+
+from .host_memory import page_locked, unlock
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .host_memory import CopyStream, page_locked, unlock
+from cogcommon.copies import CopyStream
+
+from .host_memory import page_locked, unlock
 
 if TYPE_CHECKING:
     import torch
