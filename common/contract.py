@@ -1,4 +1,4 @@
-"""What a set of shards promises to whoever trains on it. It travels with the data.
+"""The contract of a set of shards: how its samples were encoded. It travels with the data.
 
 The contract stands in ``contract.json`` of the folder and in every shard's
 record. Its fingerprint covers every setting and weight that changes a tensor;

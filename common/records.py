@@ -107,7 +107,7 @@ def record_name(number: int) -> str:
 
 
 def write_record(record: ShardRecord, path: Path) -> None:
-    """Commit a record. From here on the shard counts."""
+    """Commit a record; from then on the shard counts."""
     commit_bytes(path, record_bytes(record))
 
 

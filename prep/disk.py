@@ -1,4 +1,4 @@
-"""Who writes which shard, and what the file system refuses."""
+"""Locks on shards, and one clear message for a full disk or a refusal of the file system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which encoder the VAE runs: the fused one where it gives what diffusers' own gives."""
+"""Chooses the VAE's encoder: the fused one where it agrees with diffusers' on this GPU."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def use_fused_encoder(vae: Any, device: torch.device) -> Choice:
     """Put the fused encoder into the VAE if this GPU runs it right; takes a second or two.
 
     Kernels are compiled on the user's machine, by the Triton that came with their
-    PyTorch, for a GPU that we may never have seen. So it is tried on a short clip
-    and compared; if anything fails, diffusers' encoder stays.
+    PyTorch, for a GPU that we may never have tested. So the encoder is tried on a short
+    clip and compared; if anything fails, diffusers' encoder stays.
     """
     plain = vae.encoder
     try:

@@ -1,10 +1,9 @@
 """Encode planned shards: decode pool -> VAE -> writer, all three at once.
 
-`Engine.encode` takes any shards of a plan and commits them; it knows nothing of
-workers, ranks or divisions, so that whatever hands out shards can call it. Clips
-are decoded ahead across shard borders, in bounded number; the VAE is fed by the
-calling thread, on a GPU one clip ahead; hashing and writing in a thread of their
-own. Samples reach a shard in planned order, so the same plan gives the same bytes.
+`Engine.encode` commits any shards of a plan; which worker takes which shards is
+decided by its caller. Clips are decoded ahead, across shard borders, up to a bound;
+the calling thread feeds the VAE, on a GPU one clip ahead; another thread hashes and
+writes. Samples reach a shard in planned order, so the same plan gives the same bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _IN_FLIGHT = 2  # clips on the GPU: one that it encodes, and the next, which it 
 
 @dataclass
 class Outcome:
-    """What came of the shards; counts are samples, times are seconds."""
+    """What became of the shards; counts are samples, times are seconds."""
 
     encoded: int = 0
     recovered: int = 0  # taken over from what a killed run had written
@@ -188,7 +187,7 @@ class Engine:
         return max(2, min(2 * self._pool.workers, _DECODED_BYTES // largest))
 
     def _pass(self, step: _Decode | _LeftBehind | _Commit) -> None:
-        """Steps that need no clip."""
+        """Queue a step that needs no clip."""
         writer = step.writer
         if isinstance(step, _LeftBehind):
             row = planned_row(step.planned)
@@ -230,7 +229,7 @@ class Engine:
         self._flight.append((pending, lambda: self._write(writer, row, pending)))
 
     def _land(self, thread: WriteThread, still: int) -> None:
-        """Hand what is done to the writer, in order; wait until at most ``still`` clips are on the GPU."""
+        """Hand finished clips to the writer, in order; wait until at most ``still`` clips are on the GPU."""
         while self._flight:
             pending, task = self._flight[0]
             busy = sum(other is not None and not other.done for other, _ in self._flight)
@@ -257,7 +256,7 @@ class Engine:
 
 
 def planned_row(planned: PlannedSample) -> SampleRow:
-    """The row of a sample before anything is known but the plan."""
+    """A sample's row as far as the plan knows it."""
     return SampleRow(
         key=planned.key,
         status="ok",

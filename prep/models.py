@@ -1,4 +1,4 @@
-"""The models of an encode: T5 for as long as a pass over captions takes, then the VAE."""
+"""Loads the models of an encode: T5 only while it embeds captions, then the VAE."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """T5 for as long as a pass takes; the VAE from its first use on."""
+    """T5 is loaded for each pass over captions and freed after it; the VAE stays from its first use."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The output folder: what is committed in it, and the contract that everything in it shares."""
+"""The output folder: its committed samples, and the contract that they share."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A pool of child processes for work that may crash or hang in native code.
 
-FFmpeg runs over whatever files people have. One that makes it crash or loop must
-cost one clip, so every clip is read in a spawned child: a child that dies or
+FFmpeg reads whatever files people have. One that makes it crash or loop must
+cost only that clip, so every clip is read in a spawned child: a child that dies or
 overruns is killed and replaced, and its clip becomes a `Fault`. Results come in
 the order of the tasks through a window of fixed length, so memory is bounded by
 the window however many clips there are.

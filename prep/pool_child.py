@@ -1,4 +1,4 @@
-"""The life of a child of the pool: take a call, answer, until the parent is gone."""
+"""The loop of a decode process: take a call, answer it, until the parent is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file that a list names, before any reader opens it."""
+"""Checks and hashes a file of the lists before a decoder opens it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hash_file(path: Path) -> bytes:
 
 
 def refuse_special(path: Path) -> os.stat_result:
-    """Look before opening: a pipe or a device would block for ever.
+    """Refuse what is not a regular, readable file: opening a pipe or a device could block for ever.
 
     Raises:
         BadClip: missing, unreadable, empty, or no regular file.

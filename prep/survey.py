@@ -1,4 +1,4 @@
-"""What the clips of a data set are: their content hashes, their buckets, and which cannot be used."""
+"""Surveys a data set: every clip's content hash and bucket, and which clips cannot be used."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def survey(
     advance: Callable[[], None],
     cache: SurveyCache,
 ) -> Survey:
-    """Identify every sample by content, opening only what was not seen before.
+    """Identify every sample by content, opening only clips that have not been seen before.
 
-    A file of unchanged size and time keeps its hash. Others are probed and hashed in the pool.
+    A file whose size and time have not changed keeps its hash; others are probed in the pool.
 
     Args:
         committed: remembers hashes, and says what needs no bucket.

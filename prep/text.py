@@ -1,4 +1,4 @@
-"""Captions as the transformer wants them: each distinct one encoded once, kept on disk, not in memory."""
+"""T5 embeddings of captions: each distinct caption is encoded once, and kept on disk instead of in memory."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Pending:
-    """A clip that the device encodes, or has encoded."""
+    """A clip whose encode has been queued on the device."""
 
     span: Span | None
     tiled: bool
@@ -71,7 +71,7 @@ class Pending:
 
 
 def generator_of(seed: int, key: str, purpose: str) -> torch.Generator:
-    """A CPU generator of a sample's own: nothing drawn depends on order, worker or device."""
+    """A CPU generator for one draw of one sample, independent of order, worker and device."""
     import torch
 
     digest = hashlib.sha256(f"{seed} {key} {purpose}".encode()).digest()
@@ -160,7 +160,7 @@ class LatentEncoder:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _warm_up(self, frames_FHWC: np.ndarray[Any, Any], image_HWC: np.ndarray[Any, Any] | None) -> float:
-        """On a GPU, encode the first clip of a size for nothing; gives the seconds that took."""
+        """On a GPU, encode the first clip of a size once and drop the result; returns the seconds it took."""
         import torch
 
         if self._device.type != "cuda" or frames_FHWC.shape in self._warm:

@@ -1,4 +1,4 @@
-"""Which part of the planned shards this process takes. The division is fixed: no barrier, no message."""
+"""Which of the planned shards this process takes: a fixed division, without communication."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start and at its end, to the reader and in its folder."""
+"""What a run prints at its start and its end, and the facts it writes into its folder."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: ``checkpoint-N/``, whole or not there.
+"""Checkpoints of a run, ``checkpoint-N/``, written atomically.
 
-A checkpoint holds what was trained, the optimizer's state and ``state.json``.
-The position in the order of samples is its step alone: everything else about
-it is a function of the settings and the shards.
+A checkpoint holds the trained weights, the optimizer's state and ``state.json``.
+Its step alone gives the position in the order of samples: the rest is a function
+of the settings and the shards.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Times:
 
 
 class StepClock:
-    """Started with a step; `end` ends a part of it. On a GPU the marks are events in its own queue."""
+    """Made when a step starts; `end` ends each part of it. On a GPU the times are CUDA events'."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -42,7 +42,7 @@ class StepClock:
         self._mark(None)
 
     def end(self, part: Part) -> None:
-        """All since the last mark was this part."""
+        """The time since the last call, or the start, belongs to this part."""
         self._mark(part)
         if part == "forward" and self._device.type == "cuda":
             import torch
@@ -53,7 +53,7 @@ class StepClock:
         self._marks.append((part, self._now(), seconds_so_far()))
 
     def read(self) -> Times:
-        """On a GPU, once it has passed the last mark."""
+        """The seconds of each part. On a GPU call it only once the last event has passed."""
         parts: dict[str, float] = {"data": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         compiling = 0.0
         for (_, began, before), (part, ended, after) in zip(self._marks, self._marks[1:], strict=False):

@@ -1,4 +1,4 @@
-"""From places in the order to batches: read by extent, draw, collate, ahead of the loop."""
+"""Batches: samples read from their shards, random draws added, collated, all ahead of the training loop."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def read_sample(shards: ShardSet, index: int) -> StoredSample:
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of stored samples, with all that is drawn for them.
+    """Makes a batch of stored samples, with everything that is random about them.
 
     Args:
         objective: knows the padding and the number of timesteps.

@@ -1,9 +1,8 @@
 """Everything random about a training sample, as a function of (seed, epoch, sample key).
 
-Each draw has a generator of its own, so that leaving one out (no caption
-dropout, no image) never shifts another, and no rank, restart or prefetch order
-can change what a sample gets. All are made on the CPU: the same numbers on
-every device.
+Each draw has its own generator, so leaving one out (no caption dropout, no image)
+never shifts another, and neither rank, restart nor prefetch order changes what a
+sample gets. All draws are made on the CPU: the same numbers on every device.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Average:
     """``shadow`` follows the weights: ``shadow = decay shadow + (1 - decay) weight`` after every step.
 
-    Early on the decay is (1+n)/(10+n) where that is less, so that the start is forgotten.
+    Early on the decay is (1+n)/(10+n) where that is less, so that the initial weights lose their influence.
     """
 
     def __init__(self, weights: Sequence[torch.nn.Parameter], decay: float) -> None:
@@ -32,7 +32,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The average stands in the weights' place for as long as this lasts."""
+        """Swap the average into the weights inside the ``with``, and back after it."""
         self._swap()
         try:
             yield

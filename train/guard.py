@@ -31,7 +31,7 @@ class PeerFailed(RunError):
 
 
 def together(runtime: Runtime, act: Callable[[], _T]) -> _T:
-    """Do what may fail on one rank alone; when it does, all ranks stop together, and none waits for ever.
+    """Run something that may fail on one rank; if it does, all ranks stop, so that none waits for ever.
 
     Raises:
         CogError: this rank's error, or `PeerFailed`.

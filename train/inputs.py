@@ -1,7 +1,7 @@
-"""What the transformer is fed: the one place that asks T2V or I2V, and 1.0 or 1.5.
+"""The transformer's inputs and the loss: the one place that asks T2V or I2V, and 1.0 or 1.5.
 
-Everything here is what diffusers' own pipelines feed at inference; a model that
-trains on anything else learns to undo the difference.
+The inputs are exactly those that diffusers' pipelines pass at inference; a model
+trained on anything else learns to undo the difference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the processes of a run come to be: ours, torchrun's, accelerate's or srun's."""
+"""Starts the processes of a run, or joins those that torchrun, accelerate or srun started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SLURM_PORTS = (29500, 4096)  # first port, and how many
 
 
 def join_environment() -> bool:
-    """Whether somebody has started this process as one of several, or as the one of a launcher.
+    """Whether a launcher started this process; sets RANK, WORLD_SIZE, ... for one that srun started.
 
     torchrun and accelerate set RANK and WORLD_SIZE. srun sets SLURM_*, which
     count only inside a step of more than one task: a batch script's own

@@ -1,7 +1,7 @@
-"""In which order samples are trained: a pure function of (seed, epoch, index).
+"""The order in which samples are trained: a pure function of (seed, epoch, index).
 
-Neither the number of processes nor anything that happened before enters, so the
-same global batch gives the same run on 1, 2 or 4 processes, and a resumed run
+It depends neither on the number of processes nor on anything that happened before, so
+the same global batch gives the same run on 1, 2 or 4 processes, and a resumed run
 finds its place by counting.
 """
 
@@ -84,7 +84,7 @@ class Order:
             places = at[:whole].reshape(-1, self.global_batch)
             batches.append(stream[places])
             ends.append(places[:, -1])
-        # A batch comes when its last sample has come by.
+        # Each batch takes the place of its last sample in the stream.
         return np.concatenate(batches)[np.argsort(np.concatenate(ends), kind="stable")]
 
 

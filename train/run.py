@@ -1,4 +1,4 @@
-"""A run before it starts: everything that can be refused is refused here, before any weight is read."""
+"""Opens a run: everything that can be refused is refused here, before any weight is read."""
 
 from __future__ import annotations
 

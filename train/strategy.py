@@ -1,6 +1,6 @@
 """How a model is spread over processes, through accelerate: DDP or a ZeRO stage.
 
-What differs between the two stays in here; DeepSpeed's own ways are in ``zero``.
+What differs between the two stays in this module; what is DeepSpeed's alone is in ``zero``.
 """
 
 from __future__ import annotations

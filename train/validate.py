@@ -1,8 +1,8 @@
-"""Whether a run learns: loss and videos of held-out samples, with the base model's beside them.
+"""Validation: loss and videos of held-out samples, with the base model's beside them.
 
 Every number is a function of the samples and the weights alone. Each sample is
-measured once, by one rank, in a batch of its own, so the value does not depend
-on the number of processes; nothing here draws from a generator of training's.
+measured once, by one rank, as a batch of one, so the value does not depend on
+the number of processes; nothing here uses a random generator of training's.
 """
 
 from __future__ import annotations

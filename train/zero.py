@@ -1,4 +1,4 @@
-"""All that knows DeepSpeed's engine: weights, masters, checkpoints, another number of processes."""
+"""The one module that uses DeepSpeed's engine: its weights, fp32 masters and checkpoints."""
 
 from __future__ import annotations
 

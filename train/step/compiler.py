@@ -12,7 +12,7 @@ _VARIANTS = 128
 
 
 def compiled(function: BlockFunction) -> BlockFunction:
-    """The function as one compiled region. It is compiled when first called, for each shape of its arguments."""
+    """The function under torch.compile as one graph, compiled at the first call with each shape."""
     import torch
     import torch._dynamo
 
@@ -40,14 +40,14 @@ def seconds_so_far() -> float:
 
 
 def is_compilers(error: Exception) -> bool:
-    """Whether an error is of the compiling, and not of what was compiled."""
+    """Whether an error comes from the compiler, and not from the compiled code."""
     from torch._dynamo.exc import TorchDynamoException
 
     return isinstance(error, TorchDynamoException)
 
 
 def in_one_line(error: Exception) -> str:
-    """A compiler's error, which goes on for pages, by the first line of what went wrong inside."""
+    """The first line of the inner error; a compiler's own message goes on for pages."""
     error = getattr(error, "inner_exception", error)
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"

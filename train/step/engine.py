@@ -1,4 +1,4 @@
-"""The levers put together in a diffusers transformer: its blocks' forward passes are replaced, nothing else."""
+"""Applies a plan to a diffusers transformer by replacing its blocks' forward methods, and nothing else."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Engine:
             block.forward = self._forward_of(index, block)
 
     def park_all(self) -> None:
-        """Park tensors however small, so that a small model goes through it all."""
+        """Park small tensors too, so that a small model exercises the same code."""
         if self._parking:
             self._parking = Parking(self._device, smallest=1)
 
@@ -93,15 +93,15 @@ class Engine:
 
         training = training and torch.is_grad_enabled()
         if training and index == 0:
-            # These two are slices of one tensor and, under LoRA, without a gradient. Made like those of the blocks
-            # behind it, they let the first block share their compiled function.
+            # The first block's inputs are slices of one tensor and, under LoRA, need no gradient. Made contiguous and
+            # differentiable, like those of every later block, they use the same compiled function.
             video, text = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (video, text))
             video, text = (tensor if tensor.requires_grad else tensor.requires_grad_() for tensor in (video, text))
         inputs = (video.to(self._dtype), text.to(self._dtype), temb.to(self._dtype), *tables)
         try:
             return self._compute(index, training, inputs, rotary=bool(tables))
         except RuntimeError as error:
-            # It has failed before anything was computed or kept, so the block can be begun again.
+            # Compiling failed before the block computed or kept anything, so running it again is safe.
             if not (self.plan.compiled and is_compilers(error)):
                 raise
             self.plan = self.plan.uncompiled
@@ -128,7 +128,7 @@ class Engine:
                 return function(*inputs, *weights)
 
     def _function(self, index: int, training: bool, rotary: bool) -> BlockFunction:
-        """Validation's shapes come and go, so what is not trained on is not compiled."""
+        """A block's function, made once. Only training's is compiled: validation has too many shapes."""
         layout = self._layouts[index]
         keep = self.plan.keep[index] if training else None
         key = (layout, keep, rotary)
@@ -173,7 +173,7 @@ class Engine:
 
 
 def _move(transformer: torch.nn.Module, device: torch.device, stay: set[int]) -> None:
-    """All but some parameters to the device."""
+    """Move all parameters and buffers to the device, but for the parameters in ``stay`` (by id)."""
     import torch
 
     with torch.no_grad():

@@ -1,13 +1,13 @@
-"""Full fine-tuning with nothing of the blocks on the GPU but what it computes with at the moment.
+"""Full fine-tuning with only the blocks that compute at the moment on the GPU.
 
 A weight that is trained costs 16 bytes: an fp32 master, two fp32 moments and a gradient. For 5B that is 83 GiB,
-and the GPU needs none of it while it computes. So masters and moments live in host memory, where `HostAdamW` steps
-them; a copy of the weights in the computed type waits in page-locked memory and comes one block ahead, as LoRA's
-frozen base does (``streaming``); and a block's gradients leave for page-locked memory while the block before it goes
-backward. On the GPU there are two blocks' weights and two blocks' gradients: 1 GiB for 5B in bf16.
+and the GPU needs most of it only once a step. So masters and moments live in host memory, where `HostAdamW` updates
+them; a copy of the weights in the type of the computation lies in page-locked memory and is fetched one block ahead,
+as LoRA's frozen base is (``streaming``); and a block's gradients are copied to page-locked memory while the backward
+pass of the next block runs. On the GPU there are two blocks' weights and two blocks' gradients: 1 GiB for 5B in bf16.
 
 The transformer's own parameters *are* the masters. So checkpoints, their resumption and the export know nothing of
-all this, and a run can go on under another ``--memory``.
+this, and a run can be resumed under another ``--memory``.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class HostTraining:
         return leaves
 
     def _collect(self, block: int, weight: HostWeight, leaf: torch.Tensor) -> None:
-        """Send a gradient on its way out, as soon as the backward pass has it."""
+        """Start copying a gradient to the host as soon as the backward pass has accumulated it."""
         import torch
 
         gradient, leaf.grad = leaf.grad, None
@@ -155,14 +155,14 @@ class HostTraining:
             weight.full = weight.added = False
 
     def publish(self) -> None:
-        """Masters have changed, and so must the copies of all blocks."""
+        """Write the masters, which have changed, into the copies of all blocks."""
         self.settle()
         for weight in self:
             weight.copy.copy_(weight.master.detach())
         self.streaming.invalidate()
 
     def update(self, block: int, updates: Sequence[Future[None]]) -> None:
-        """A block's masters and copies are changing; nobody gets the weights before these have ended."""
+        """Register the updates of a block's masters and copies; `take` waits until they have ended."""
         self._updates[block] = updates
         self.streaming.invalidate()
 

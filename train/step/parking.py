@@ -1,12 +1,12 @@
-"""What blocks keep for the backward pass waits in host memory.
+"""Activations that blocks keep for the backward pass, parked in host memory until it needs them.
 
 For 5B at 49x480x720 that is 0.10 GiB a block for its input, and as much for its
-attention's output: 9 GiB that need not be on the GPU, for which a PCIe 4 link
-takes less time than the blocks beside them. Copies run on streams of their own:
-out while the next block computes, back while the block after it goes backward.
-A tensor on its way out is held until the computation has been told to wait for
-the copy, never by the allocator's own bookkeeping: that frees memory when the
-host looks, and the host is a whole step ahead of the GPU.
+attention's output: 9 GiB that need not be on the GPU. A PCIe 4 link copies them in less
+time than the blocks compute. Copies have their own streams: out while the next
+block computes, back while the following block's backward pass runs. A tensor on
+its way out stays referenced until the computation has been told to wait for the
+copy. ``record_stream`` would not do: it frees memory only when the host looks, and
+the host is a whole step ahead of the GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SMALLEST = 4 << 20  # bytes; less than that is not worth a copy
 
 @dataclass
 class Parked:
-    """A tensor in host memory, and on the GPU as long as it has not left or has come back."""
+    """A tensor in host memory; also on the GPU until it has left, and again once it is back."""
 
     block: int
     host: torch.Tensor  # as it lies in memory, flat
@@ -38,7 +38,7 @@ class Parked:
 
 
 class Parking:
-    """Host memory for what each block keeps; the same buffers step after step."""
+    """Host buffers for the tensors that each block keeps, reused in every step."""
 
     def __init__(self, device: torch.device, smallest: int = _SMALLEST) -> None:
         self._device = device
@@ -48,10 +48,10 @@ class Parking:
         self._parked: dict[int, list[Parked]] = {}
 
     def begin(self, block: int) -> None:
-        """A forward pass enters a block: forget what its last one parked.
+        """Called when a forward pass enters a block; drops what the block parked in the step before.
 
-        What the block two before parked has left while the block before was computing, and is let
-        go of; the block before's own copy has only begun, and the computation would wait for it.
+        The copies of the block before the previous one ended while the previous one computed, so its
+        GPU tensors are released here. The previous one's copies have only just begun.
         """
         self._parked[block] = []
         self._let_go(block - 2)
@@ -62,7 +62,7 @@ class Parking:
         return here and tensor.is_floating_point() and size >= self._smallest and _dense(tensor)
 
     def park(self, block: int, tensor: torch.Tensor) -> Parked:
-        """Start a tensor on its way out."""
+        """Start copying a tensor to the host."""
         beside = self._parked[block]
         size = tensor.numel() * tensor.element_size()
         place = (block, len(beside))
@@ -78,17 +78,17 @@ class Parking:
         return parked
 
     def fetch(self, block: int) -> None:
-        """Start a block's tensors on their way back.
+        """Start copying a block's tensors back to the GPU.
 
-        Not those that the backward pass has taken already: a second copy of each would stay until
-        the next step, 8.6 GiB for 5B.
+        Tensors that the backward pass has already used are left out: copies of them would stay on
+        the GPU until the next step, 8.6 GiB for 5B.
         """
         for parked in self._parked.get(block, ()):
             if not parked.taken:
                 self._bring(parked)
 
     def take(self, parked: Parked) -> torch.Tensor:
-        """The tensor, for the computation to use. Its memory is free again when the caller drops it."""
+        """The tensor on the GPU, for the computation; its memory is freed when the caller drops it."""
         self._bring(parked)
         self._back.compute_after(parked.event)
         tensor, parked.stays, parked.taken = parked.stays, None, True
@@ -111,7 +111,7 @@ class Parking:
 
 
 def _dense(tensor: torch.Tensor) -> bool:
-    """It fills one stretch of memory, in whatever order of its dimensions."""
+    """Whether it fills one contiguous stretch of memory, in any order of its dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:

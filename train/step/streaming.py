@@ -1,9 +1,9 @@
-"""The frozen weights live in host memory; a block's come to the GPU while the block before computes.
+"""Frozen weights in host memory; each block's are copied to the GPU while the previous block computes.
 
 5B's blocks are 10 GiB in bf16. Two of them on the GPU are 0.5. A step moves each
-twice (forward, backward), 21 GB beside more than two seconds of computation: no
-PCIe 4 link is filled by it, and not a bit of the weights is changed, as 8 or 4 bits
-would. Only what is trained stays on the GPU throughout.
+twice (forward, backward): 21 GB in more than two seconds of computation, which does
+not saturate a PCIe 4 link. Unlike 8 or 4 bit quantisation it changes no weight.
+Only what is trained stays on the GPU throughout.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Reference:
-    """A tensor that is a view of a block's weights: what autograd keeps instead of it."""
+    """Stands for a view of a block's weights among the tensors that autograd saves."""
 
     block: int
     start: int
@@ -81,21 +81,21 @@ class Streaming:
             unlock(host)
 
     def invalidate(self) -> None:
-        """The weights have changed on the host: what is on the GPU is old."""
+        """Drop the GPU's copies, because the weights have changed on the host."""
         self._holds = [None] * _SLOTS
 
     def fetch(self, block: int) -> None:
-        """Start a block's weights on their way, over those of the block two before or after it."""
+        """Start copying a block's weights into its slot, over the block that held the slot before."""
         slot = block % _SLOTS
         if not 0 <= block < len(self._host) or self._holds[slot] == block:
             return
         host = self._host[block]
-        # Behind all that is queued, and so behind the slot's last use.
+        # Queued behind the computation so far, and so behind the last use of the slot.
         self._ready[slot] = self._copies.copy(self._slots[slot][: host.numel()], host)
         self._holds[slot] = block
 
     def arrive(self, block: int, then: int) -> None:
-        """Hold the computation until a block's weights are there, and start those of ``then``."""
+        """Make the computation wait for a block's weights, and start copying those of ``then``."""
         self.fetch(block)
         self._copies.compute_after(self._ready[block % _SLOTS])
         self.fetch(then)

@@ -1,4 +1,4 @@
-"""What runs on this device, found by trying it on a few numbers: a compiler, an attention kernel."""
+"""Tries the compiler and the attention kernels on this device with a few numbers before they are used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FARTHEST = 0.05  # from fp32; bf16 is off by less than 0.02 here
 
 @lru_cache
 def compiler_fault(device: torch.device) -> str | None:
-    """Why nothing can be compiled for the device; None if it can."""
+    """Why torch.compile does not work on the device; None if it does."""
     import torch
     import torch.nn.functional as F
 
