@@ -63,7 +63,7 @@ def run(settings: CleanSettings) -> None:
     out = settings.out
     if not settings.dry_run:
         for split in SPLITS:
-            finish_rewrites(split_folder(out, split))  # a rewrite that only lacks its last renames is nobody's rubbish
+            finish_rewrites(split_folder(out, split))  # it may only lack its last renames
     removals = list(find_removals(out, everything=settings.all, say=console.print))
     if settings.json:
         print(json.dumps([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals], indent=1))
@@ -197,7 +197,7 @@ def current_keys(out: Path) -> set[str] | None:
 
 
 def carry_out(out: Path, removals: Sequence[Removal]) -> int:
-    """Remove; gives how many were in use after all. Records go before their tars, so that nothing half counts."""
+    """Remove; returns how many were in use after all. Records go before their tars, so that no half shard counts."""
     in_use = 0
     with disk_errors(out):
         for removal in sorted(removals, key=lambda removal: removal.path.suffix != ".parquet"):

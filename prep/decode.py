@@ -26,7 +26,7 @@ class Clip:
     effective_fps: float  # of the picked frames, in source time
     crop_box: tuple[int, int, int, int]  # left, top, right, bottom in the upright, square-pixel source
     colour: str
-    image_HWC: Pixels | None = None  # the image of its own (I2V), under the same cut
+    image_HWC: Pixels | None = None  # the sample's own image (I2V), cut the same way
 
 
 def decode_clip(
@@ -37,7 +37,7 @@ def decode_clip(
     Args:
         family_fps: the rate the model was trained at (`cut.pick_frames`).
         key: the sample's key; it seeds the random crop.
-        image: a picture of its own for I2V; without it the caller takes the first frame.
+        image: the sample's own first frame (I2V); without one the caller takes the clip's.
     """
     try:
         with Video(path) as video:

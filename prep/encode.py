@@ -266,7 +266,7 @@ def rounds(shards: Sequence[PlannedShard], contract: Contract) -> Iterator[list[
 
 
 def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome) -> int:
-    """Rewrite the shards that have lost samples; gives how many samples were dropped."""
+    """Rewrite the shards that have lost samples; returns how many samples were dropped."""
     dropped = 0
     for drop in drops:
         try:

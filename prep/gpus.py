@@ -1,4 +1,4 @@
-"""Several GPUs of one host: a process each, every one with a slice of its own.
+"""Encode on several GPUs of one host: one process and one slice of the shards for each.
 
 The processes share nothing but the output folder, so one that dies takes only
 its own clips in flight along; the next run finishes its slice.

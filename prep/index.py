@@ -63,7 +63,7 @@ def run(settings: IndexSettings) -> None:
 
 
 def index(out: Path) -> Indexed:
-    """Rebuild records and contract of a folder from what is there.
+    """Rebuild a folder's lost records and contract from its shards.
 
     Raises:
         ShardError: there is neither a contract nor a record to take it from.

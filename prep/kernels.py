@@ -27,7 +27,7 @@ class TritonKernels:
         return self._sums(x_THWC, bias_C, None, store=False)
 
     def add_(self, x_THWC: torch.Tensor, bias_C: torch.Tensor, other_THWC: torch.Tensor | None) -> torch.Tensor:
-        """x += bias + other, in place; gives the sums of the result as `sums` does."""
+        """x += bias + other, in place; returns the sums of the result as `sums` does."""
         return self._sums(x_THWC, bias_C, other_THWC, store=True)
 
     def _sums(

@@ -49,7 +49,7 @@ def default_workers() -> int:
 
 @dataclass(eq=False)
 class _Ticket(Generic[R]):
-    """One task on its way: dispatched to a child, then done with a result or a fault."""
+    """One task: waiting, given to a child, then done with a result or a fault."""
 
     call: bytes
     done: threading.Event = field(default_factory=threading.Event)
@@ -167,7 +167,7 @@ class Pool:
                     raise self._failure
                 assert first.result is not None
                 yield first.result
-        finally:  # the caller stopped early: what nobody waits for is not begun
+        finally:  # the caller stopped early: do not start what it will not read
             for ticket in tickets:
                 with contextlib.suppress(ValueError):
                     self._waiting.remove(ticket)

@@ -103,5 +103,5 @@ class Clock:
 
 
 def say(line: str) -> None:
-    """One line for whoever watches, beside the result on stdout."""
+    """Print one line to stderr; stdout is for the result."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)

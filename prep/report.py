@@ -77,7 +77,7 @@ class Report:
     vae_difference: float | None  # of the fused encoder from diffusers' on a trial clip, relative
 
     def write(self, out: Path) -> Path:
-        """Write the report: report.json, or one of its own for a slice of a divided run."""
+        """Write report.json, or report-I-of-N.json for a slice of a divided run."""
         index, _, count = self.worker.partition("/")
         path = out / self.name_of(Slice(int(index), int(count), ""))
         with disk_errors(path):

@@ -173,7 +173,7 @@ class PlanSettings:
         )
 
     def open_model(self) -> Checkpoint:
-        """The checkpoint that is meant, checked against task and resolutions. No weights are read.
+        """Open the checkpoint, checked against task and resolutions. No weights are read.
 
         Raises:
             ModelError: there is no such model.

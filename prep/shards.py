@@ -12,7 +12,7 @@ The names a shard goes through, and what each means::
     000007.tar          whole, but without its record it does not count
     000007.parquet      the record: from here on the shard is committed
     000007.tar.new      a rewrite without some samples, whole
-    000007.parquet.new  its record: from here on the rewrite will be finished by whoever comes next
+    000007.parquet.new  its record: from here on the next writer will finish the rewrite
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class ShardDone(Exception):
-    """The shard was committed by somebody else in the meantime."""
+    """Another process has committed the shard in the meantime."""
 
 
 def committed_shards(folder: Path) -> list[int]:
@@ -204,7 +204,7 @@ def drop_samples(folder: Path, number: int, keep: Collection[str]) -> ShardRecor
     """
     tar, record_path = folder / tar_name(number), folder / record_name(number)
     new_tar, new_record = _new(tar), _new(record_path)
-    # The lock is held to the end: whoever comes by must not take a half-written rewrite for a left one.
+    # Locked to the end, or another process would take this rewrite for one that a killed process left.
     with disk_errors(tar), lock_shard(folder, number):
         _finish_rewrite(folder, number)
         old = read_record(record_path)

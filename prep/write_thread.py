@@ -10,7 +10,7 @@ _WRITE_AHEAD = 4  # encoded samples that wait for the disk; 6 MB each at 49x480x
 
 
 class WriteThread:
-    """Runs tasks in order in a thread of its own; the first error comes back to the caller."""
+    """Runs tasks in order in one thread; raises the first error in the calling thread."""
 
     def __init__(self) -> None:
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_WRITE_AHEAD)

@@ -45,7 +45,7 @@ def attach(
 ) -> None:
     """Freeze the transformer and put fp32 adapters of rank ``rank`` beside its linear layers.
 
-    B starts at zero; each A comes from a generator of its own, seeded by name,
+    B starts at zero; each A has its own generator, seeded by its name,
     so that every rank and every run begins with the same weights.
 
     Args:

@@ -1,4 +1,4 @@
-"""Two transformers compared by what they answer to one fixed input."""
+"""Compares two transformers by their outputs for one fixed input."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def probe(transformer: CogVideoXTransformer3DModel) -> torch.Tensor:
-    """What a transformer answers to one fixed input; fp32, on the CPU.
+    """A transformer's output for one fixed input; fp32, on the CPU.
 
-    It serves to compare two sets of weights, so the input is as small as the
-    structure allows and goes without RoPE, which has no weights. Under ZeRO-3
+    For comparing two sets of weights: the input is as small as the structure
+    allows, and RoPE, which has no weights, is left out. Under ZeRO-3
     call it on every rank.
     """
     import torch

@@ -1,4 +1,4 @@
-"""``report.html`` of a run: one page, no scripts, no server; the videos lie beside it."""
+"""Writes ``report.html`` of a run: one page without scripts or server; the videos lie beside it."""
 
 from __future__ import annotations
 

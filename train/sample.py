@@ -140,7 +140,7 @@ def _room(device: torch.device) -> int:
     """Bytes of a GPU that this process may still take."""
     import torch
 
-    torch.cuda.empty_cache()  # what training has let go of
+    torch.cuda.empty_cache()  # what training has freed
     free, total = torch.cuda.mem_get_info(device)
     share = torch.cuda.get_per_process_memory_fraction(device.index)
     return min(free, int(total * share) - torch.cuda.memory_reserved(device))

@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """``signal`` is the number of the signal that asked, 0 before."""
+    """``signal`` is the number of the signal that arrived, 0 before any."""
 
     def __init__(self) -> None:
         self.signal = 0

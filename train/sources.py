@@ -206,7 +206,7 @@ def open_shards(words: Sequence[str], option: str = "--shards") -> ShardSet:
 
 
 def expand(words: Iterable[str], option: str) -> list[tuple[Any, str, str]]:
-    """(file system, path, shown name) of every tar that is meant, once each, in order.
+    """(file system, path, shown name) of every tar that the words name, once each, in order.
 
     Raises:
         ShardError: a word that stands for nothing.

@@ -214,7 +214,7 @@ class Runtime:
         return self.accelerator.unwrap_model(model)
 
     def release(self, model: torch.nn.Module) -> None:
-        """Take a model off the GPU, where it is held by nobody but us."""
+        """Move a model off the GPU, unless DeepSpeed holds its weights."""
         if not self.sharded:
             model.to("cpu")
 

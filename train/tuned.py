@@ -1,4 +1,4 @@
-"""Where tuned weights lie: a run folder, a LoRA file, or a transformer folder."""
+"""Finds tuned weights: in a run folder, a LoRA file, or a transformer folder."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _TAG = "state"  # DeepSpeed's folder inside a checkpoint
 def without_shared_memory_op() -> None:
     """Leave collectives on a CPU to gloo.
 
-    DeepSpeed compiles an operation of its own for them; a rank of two once died of
+    DeepSpeed compiles its own operation for them; in a run of two processes one died of
     a signal in it, before its first step.
     """
     import deepspeed.ops

@@ -21,7 +21,7 @@ STAGE: Mapping[str, int] = {"ddp": 0, "zero1": 1, "zero2": 2, "zero2-offload": 2
 
 
 def choose(settings: TrainSettings, *, full: bool, gpus: int) -> Strategy:
-    """The strategy that is meant by ``auto``: from the DeepSpeed file, else by method and GPUs.
+    """Resolve ``--strategy auto``: from the DeepSpeed file, else by method and GPUs.
 
     Args:
         full: every weight is trained, not adapters.

@@ -58,7 +58,7 @@ _locked: dict[int, _Locked] = {}  # by address
 
 
 def _registered(size: int, device: torch.device) -> torch.Tensor | None:
-    """Ordinary memory on pages of its own, registered with the driver; None where the driver refuses."""
+    """Page-aligned ordinary memory, registered with the driver; None where the driver refuses."""
     import torch
 
     whole = torch.empty(size + 2 * _PAGE, dtype=torch.uint8)
@@ -66,7 +66,7 @@ def _registered(size: int, device: torch.device) -> torch.Tensor | None:
     given = whole[start : start + size]
     if int(torch.cuda.cudart().cudaHostRegister(given.data_ptr(), -(-size // _PAGE) * _PAGE, 0)) == 0:
         return given
-    # The driver keeps the error for whoever asks next, which is the next kernel: so that is one of ours.
+    # The driver reports the error to the next kernel, so launch one here and drop its error.
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device=device)
     return None

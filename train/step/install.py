@@ -88,7 +88,7 @@ def no_room(plan: Plan, load: Load, *, free: int, host_free: int) -> RunError:
 
 
 def _host_free(load: Load) -> int:
-    """Bytes of host memory for this process: what nobody holds, and its own copy of the weights that will move."""
+    """Bytes of host memory for this process: what is free, and the copy of the weights that it will give up."""
     import psutil
 
     memory = psutil.Process().memory_info()
@@ -98,7 +98,7 @@ def _host_free(load: Load) -> int:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes of a GPU that nobody holds, within what this process may take."""
+    """Free bytes of the GPU, within the fraction that this process may allocate."""
     import torch
 
     free, total = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass, and what it computes again.
+"""Selective activation checkpointing: what a block keeps for its backward pass, and what it recomputes.
 
 In units of one activation (all tokens by the width; 0.10 GiB for 5B at
 49x480x720, 0.26 GiB for 1.5 at 81x768x1360) a block keeps
