@@ -75,10 +75,10 @@ def test_tiles_are_as_large_as_there_is_room_for_and_fit_together():
         assert tile[0] * tile[1] * DECODE_BYTES_PER_PIXEL <= room
     vae = load_decoder(open_checkpoint("tiny"), torch.float32)
     small = torch.randn(1, 16, 3, 4, generator=torch.Generator().manual_seed(0))
-    latent_BCFHW = torch.nn.functional.interpolate(small, (19, 26))[:, :, None]
+    latent_BCFHW = torch.nn.functional.interpolate(small, (13, 26))[:, :, None]
     with torch.no_grad():
         whole = vae.decode(latent_BCFHW).sample
-        for tile in tiles[1:3]:
+        for tile in tiles[1:3]:  # two and four of them
             vae.enable_tiling(*tile)
             tiled = vae.decode(latent_BCFHW).sample
             assert tiled.shape == whole.shape
