@@ -84,20 +84,19 @@ class Plan:
         return sum(drop.dropped for drop in self.drops)
 
 
-def sample_key(fingerprint: str, clip_sha256: bytes, caption: str, image_sha256: bytes, repeat: int) -> str:
-    """What a sample is called: the content of all that decides its tensors. Exact repeats are numbered."""
+def sample_key(fingerprint: str, clip_sha256: bytes, caption: str, image_sha256: bytes) -> str:
+    """A sample's name: a hash of everything that decides its tensors, 32 hex digits."""
     content = json.dumps([fingerprint, clip_sha256.hex(), caption, image_sha256.hex()])
-    key = hashlib.sha256(content.encode()).hexdigest()[:32]
-    return f"{key}_{repeat}" if repeat else key
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def with_keys(candidates: Sequence[Candidate], contract: Contract) -> list[str]:
-    """The key of each candidate."""
+    """The key of each candidate; the k-th exact repeat of a sample gets the suffix ``_k``."""
     fingerprint = contract.fingerprint
     seen: Counter[str] = Counter()
     keys = []
     for candidate in candidates:
-        key = sample_key(fingerprint, candidate.clip.sha256, candidate.sample.caption, candidate.image_sha256, 0)
+        key = sample_key(fingerprint, candidate.clip.sha256, candidate.sample.caption, candidate.image_sha256)
         keys.append(f"{key}_{seen[key]}" if seen[key] else key)
         seen[key] += 1
     return keys

@@ -131,7 +131,7 @@ def lose_a_file(root: Path, _lay: Callable, _draw: Callable) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_the_table(change, expected, encoded, again, lay_lists, draw_clip):
+def test_a_change_encodes_and_drops_only_what_it_touches(change, expected, encoded, again, lay_lists, draw_clip):
     before = rows(encoded)
     change(encoded / "ds", lay_lists, draw_clip)
     assert again() == expected

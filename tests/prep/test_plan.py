@@ -78,9 +78,9 @@ def test_an_emptied_number_is_free_again_and_its_shard_is_dropped_first():
 
 
 def test_key_depends_on_each_of_its_parts():
-    parts = [("f", "g"), (b"a", b"b"), ("caption", "other"), (b"", b"i"), (0, 1)]
+    parts = [("f", "g"), (b"a", b"b"), ("caption", "other"), (b"", b"i")]
     keys = {sample_key(*choice) for choice in itertools.product(*parts)}
-    assert len(keys) == 32 and all(key.replace("_", "").isalnum() for key in keys)
+    assert len(keys) == 16 and all(key.isalnum() for key in keys)
 
 
 def test_holdout_is_by_content_and_what_is_held_out_stays():

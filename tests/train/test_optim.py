@@ -17,7 +17,7 @@ def rates(steps, **options):
     return [learning_rate(step, steps, settings) for step in range(1, steps + 1)]
 
 
-def test_defaults():
+def test_defaults_and_the_length_of_the_warm_up():
     lora, sft = LoraSettings(), SftSettings()
     assert (lora.lr, sft.lr) == (1e-4, 1e-5)
     assert (lora.beta1, lora.beta2, lora.eps, lora.weight_decay, lora.max_grad_norm) == (0.9, 0.95, 1e-8, 1e-4, 1.0)

@@ -65,7 +65,7 @@ def test_what_is_page_locked_is_a_power_of_two():
     assert offloaded_bytes(100, "zero3-offload") == 2000 and offloaded_bytes(100, "zero2") == 0
 
 
-def test_demand_of_5b(run_of):
+def test_demand_of_5b_is_what_was_measured(run_of):
     run = run_of(LoraSettings(), "5b")
     assert trained_weights(run) == 132_120_576  # as a run of 5B says it
     # Measured on an H100: auto 22.3 GiB.
