@@ -13,16 +13,20 @@ venv: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-# Teach the built-in model a motion that it has never seen: draw clips, encode them, train a LoRA, compare.
+# Teach the built-in model a motion that it has never seen, beside more clips of what it knows, so that it
+# keeps that: draw, encode, train a LoRA, compare.
+ENCODE := $(BIN)/cogprep encode --resolution 17x64x96 --model tiny
 demo: venv
 	rm -rf demo
-	$(BIN)/python -m cogprep.draw demo/clips --clips 30 --new "shrinks slowly"
-	$(BIN)/cogprep encode --data-root demo/clips --resolution 17x64x96 --model tiny --holdout 4 --shard-samples 8 --out demo/shards
-	$(BIN)/cogprep preview demo/shards --samples 4
-	$(BIN)/cogtrain lora --shards demo/shards/*.tar --validate-shards demo/shards/val/*.tar --steps 240 --validate-every 80 --lr 1e-3 --lr-schedule cosine --batch-size 4 --rank 64 --out demo/run
+	$(BIN)/python -m cogprep.draw demo/new --clips 28 --new "shrinks slowly"
+	$(BIN)/python -m cogprep.draw demo/known --clips 72
+	$(ENCODE) --data-root demo/new --holdout 4 --out demo/shards/new
+	$(ENCODE) --data-root demo/known --out demo/shards/known
+	$(BIN)/cogprep preview demo/shards/new --samples 4
+	$(BIN)/cogtrain lora --shards demo/shards/*/*.tar --validate-shards demo/shards/new/val/*.tar --steps 360 --validate-every 120 --lr 2e-3 --lr-schedule cosine --batch-size 4 --rank 64 --ema 0.98 --timesteps stratified --out demo/run
 	$(BIN)/python -m cogtrain.pretrain concept demo/run --clips 8
 	$(BIN)/cogtrain generate --run demo/run --prompt "sks A red ring shrinks slowly on warm sand." --steps 20 --guidance 3 --out demo/videos
-	@echo; echo "look at: demo/run/concept.png, demo/run/report.html, demo/videos, demo/shards/preview/index.html"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
+	@echo; echo "look at: demo/run/concept.png, demo/run/report.html, demo/videos, demo/shards/new/preview/index.html"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
 
 check: venv
 	$(BIN)/ruff check .

@@ -24,14 +24,12 @@ def write_data_set(folder: Path, count: int, seed: int, *, new: str | None = Non
     """Draw ``count`` clips into ``folder`` with prompts.txt and videos.txt.
 
     Args:
-        new: a motion that the built-in model has never seen. Two of three clips show it, and their captions
-            begin with the id token; the others are as ever, so that the model keeps what it knows (what
-            DreamBooth calls prior preservation).
+        new: a motion that the built-in model has never seen: every clip shows it, and its caption begins with the
+            id token. The known motions unless told.
     """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     names = [f"videos/{index:03d}.mp4" for index in range(count)]
-    known = count // 3 if new else count
-    chosen = scenes(known, seed) + scenes(count - known, seed, [new] if new else [])
+    chosen = scenes(count, seed, [new]) if new else scenes(count, seed)
     for name, scene in zip(names, chosen, strict=True):
         write_mp4(folder / name, draw(scene, TIMES, HEIGHT, WIDTH), FPS)
     (folder / "prompts.txt").write_text("".join(f"{scene.caption}\n" for scene in chosen), encoding="utf-8")
@@ -44,9 +42,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Which scenes, in which order.")] = 0,
     new: Annotated[
         str | None,
-        typer.Option(
-            help=f"A motion that the built-in model has never seen, in two of three: {', '.join(NEW_MOTIONS)}."
-        ),
+        typer.Option(help=f"A motion that the built-in model has never seen: {', '.join(NEW_MOTIONS)}."),
     ] = None,
 ) -> None:
     """Draw a small data set of moving shapes with captions."""

@@ -15,19 +15,22 @@ import numpy as np
 import torch
 
 from cogcommon.families import Family
-from cogcommon.scenes import NEW_MOTIONS, Scene, every_scene
+from cogcommon.scenes import NEW_MOTIONS, Scene, draw, every_scene
+from cogcommon.tiny import NATIVE
 from cogcommon.video import Frames
 
 from ..pipeline import load_pipeline, to_base
 from ..run_folder import METRICS_FILE, read_metrics
 from ..tuned import find
 from .exam import examine
-from .transformer import split_scenes
+from .transformer import split_scenes, times
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_ROWS, _FRAMES, _GAP, _LINE = 5, 5, 10, 16  # of the picture; the last two in pixels
+_ROWS, _FRAMES = 5, 4  # of the picture
+_SLIT, _GAP, _LINE, _LETTER = 2, 14, 20, 12  # pixels: between frames, between columns, of text
+_RIGHT, _WRONG = "#15803d", "#b91c1c"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
         steps: of the sampler.
 
     Returns:
-        The figures, and a picture of base beside tuned clips.
+        The figures, and a picture: what was asked for, the base model's clips, the tuned one's.
 
     Raises:
         RunError, ModelError: no weights there, or not of a model that can be had.
@@ -63,15 +66,18 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
     def ask(scenes: list[Scene]) -> Any:
         return examine(pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed)
 
-    (new_after, shown_after), (known_after, _) = ask(new), ask(known)
+    (new_after, *drawn_after), (known_after, *_) = ask(new), ask(known)
     to_base(pipeline, tuned, torch.float32)
-    (new_before, shown_before), (known_before, _) = ask(new), ask(known)
+    (new_before, *drawn_before), (known_before, *_) = ask(new), ask(known)
     proof = Proof(
         recognised=(new_before.motion, new_after.motion),
         kept=(known_before.shape_and_colour, known_after.shape_and_colour),
         held_out_loss=_held_out_loss(run),
     )
-    return proof, _beside(new, shown_before, shown_after)
+    moments = times(tuned.checkpoint.family)
+    asked_NFHWC = np.stack([draw(scene, moments, NATIVE.height, NATIVE.width) for scene in new[:_ROWS]])
+    columns = [("asked for", asked_NFHWC, new), ("base model", *drawn_before), ("after fine-tuning", *drawn_after)]
+    return proof, _beside(new, columns)
 
 
 def motion_for(family: Family) -> str:
@@ -98,21 +104,24 @@ def _held_out_loss(run: Path) -> tuple[float, float] | None:
     return (validations[-1].base_val_loss, validations[-1].val_loss) if validations else None
 
 
-def _beside(scenes: Sequence[Scene], base_NFHWC: Frames, tuned_NFHWC: Frames) -> Image:
-    """A row a caption: a few frames of the base model's clip, then of the tuned one's."""
-    from PIL import Image, ImageDraw
+def _beside(scenes: Sequence[Scene], columns: Sequence[tuple[str, Frames, Sequence[Scene]]]) -> Image:
+    """A row a caption; in each column a few frames of a clip, and above them the motion that the judge saw."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    _, length, height, width, _ = base_NFHWC.shape
-    row, half = height + _LINE, width * _FRAMES + _GAP
-    picture = Image.new("RGB", (2 * half - _GAP, _LINE + row * min(_ROWS, len(scenes))), "white")
-    pen = ImageDraw.Draw(picture)
-    for column, (label, clips_NFHWC) in enumerate({"base": base_NFHWC, "tuned": tuned_NFHWC}.items()):
-        pen.text((column * half + 2, 2), label, fill="black")
-        for index, (scene, clip_FHWC) in enumerate(zip(scenes[:_ROWS], clips_NFHWC, strict=False)):
+    _, length, height, width, _ = columns[0][1].shape
+    width += _SLIT
+    row, column = height + _LINE, width * _FRAMES + _GAP
+    picture = Image.new("RGB", (len(columns) * column - _GAP, _LINE + row * min(_ROWS, len(scenes))), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_LETTER)
+    for x, (label, clips_NFHWC, named) in zip(range(0, picture.width, column), columns, strict=True):
+        pen.text((x, 2), label.upper(), fill="black", font=font)
+        for index, (scene, clip_FHWC, seen) in enumerate(zip(scenes[:_ROWS], clips_NFHWC, named, strict=False)):
             top = _LINE + index * row
-            if not column:
-                pen.text((2, top + 2), scene.caption, fill="gray")
+            if not x:
+                pen.text((x, top + 4), scene.caption, fill="black", font=font)
+            else:
+                colour = _RIGHT if seen.motion == scene.motion else _WRONG
+                pen.text((x, top + 4), f"the judge sees: {seen.motion}", fill=colour, font=font)
             for place, moment in enumerate(np.linspace(0, length - 1, _FRAMES).round().astype(int)):
-                frame = Image.fromarray(clip_FHWC[moment])
-                picture.paste(frame, (column * half + place * width, top + _LINE))
+                picture.paste(Image.fromarray(clip_FHWC[moment]), (x + place * width, top + _LINE))
     return picture

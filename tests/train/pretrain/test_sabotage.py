@@ -1,13 +1,29 @@
-"""The trained weights know what they should be fed: anything else costs them, and this notices."""
+"""The trained weights know what they should be fed: anything else costs them, and this notices.
 
+| sabotage | caught here by | and by |
+|---|---|---|
+| alpha doubled at load | an_adapter_that_a_loader_doubles | test_lora, the_file_loads_through_the_pipeline |
+| x0 scaled wrongly | a_sabotage_of_the_objective, three of them | test_inputs, latents_are_padded_at_the_front |
+| frames padded at the wrong end | a_sabotage_of_the_objective | test_inputs, latents_are_padded_at_the_front |
+| RoPE shifted | a_sabotage_of_the_objective | test_inputs, inputs_are_what_the_pipeline_feeds |
+| one noise for all samples | one_noise_for_all_samples | test_draws, a_draw_depends_on |
+"""
+
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 
 from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import RunError
+from cogtrain import lora
+from cogtrain.data import Collator, StoredSample
+from cogtrain.draws import Draws
 from cogtrain.inputs import Objective
+from cogtrain.order import Slot
 from cogtrain.pretrain.transformer import batch_at, encode_world, split_scenes
+from cogtrain.probe import probe
 
 # A third or so above what each form has here; 2B's schedule leaves it more to guess.
 LIMIT = {"tiny": 0.07, "tiny-2b": 0.15, "tiny-i2v": 0.02, "tiny-1.5": 0.07, "tiny-1.5-i2v": 0.02}
@@ -73,3 +89,41 @@ def test_what_the_project_feeds_is_what_each_form_was_trained_on(losses, form):
 def test_a_sabotage_of_the_objective_costs_the_trained_model(losses, sabotage):
     form, change = SABOTAGES[sabotage]
     assert losses(form, change) > 1.3 * losses(form)
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_an_adapter_that_a_loader_doubles_is_refused_at_the_export(tmp_path, monkeypatch, live_model, doubled):
+    checkpoint, transformer = live_model()
+    state = lora.state_dict(transformer)
+    file = lora.save(state, tmp_path, {})
+    cls = type(transformer)
+    load = cls.load_lora_adapter
+
+    def load_doubled(self, *args, **options):
+        load(self, *args, **options)
+        for _, layer in lora._layers(self):
+            layer.scaling["default"] *= 2
+
+    if doubled:
+        monkeypatch.setattr(cls, "load_lora_adapter", load_doubled)
+    with pytest.raises(RunError, match="8 weights act otherwise") if doubled else contextlib.nullcontext():
+        lora.check(file, checkpoint, state, probe(transformer), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_one_noise_for_all_samples_is_noticed(monkeypatch, shared):
+    if shared:
+        normal = Draws.normal
+        monkeypatch.setattr(Draws, "normal", lambda self, *args: normal(dataclasses.replace(self, key=""), *args))
+    latent, text = torch.zeros(16, 5, 8, 12), torch.zeros(4, 8)
+    samples = [
+        StoredSample(key, "", "", latent, latent_std=None, text=text, image_mean=None, image_std=None,
+                     image_clean_mean=None)
+        for key in "abcd"
+    ]  # fmt: skip
+    collate = Collator(Objective.of(open_checkpoint("random-tiny")), seed=0)
+    first, second = (collate(samples, [Slot(n, epoch, n) for n in range(4)]).noise_BFCHW for epoch in (0, 1))
+    noise_NX = torch.cat([first, second]).flatten(1)
+    # Eight independent draws of 7,680 values: no correlation is beyond 0.06 (five standard errors).
+    correlation = float((torch.corrcoef(noise_NX) - torch.eye(8)).abs().max())
+    assert (correlation > 0.06) == shared, correlation
