@@ -61,7 +61,7 @@ class _After(StopRequest):
     """Ends a run from inside after a number of steps, without its checkpoint and export.
 
     Args:
-        steps: that are measured. The ledger logs a step when the next one is queued, so one more is made.
+        steps: that are measured. A step is logged when the next one is queued, so one more is made.
         measured: called then.
         profile: make two more, under the profiler.
         trace: make one more, and remember every allocation.
