@@ -8,6 +8,7 @@ from typing import Any
 
 from cogcommon.command import add_command, make_app, run_app
 
+from . import interrupt
 from .settings import (
     CleanSettings,
     EncodeSettings,
@@ -80,4 +81,5 @@ for _name, _settings, _module, _help, _examples in _COMMANDS:
 
 
 def main() -> None:
+    interrupt.listen()
     run_app(app)

@@ -14,6 +14,8 @@ from rich.progress import Progress as Bars
 
 from cogcommon.words import counted, in_words
 
+from . import interrupt
+
 _LINE_EVERY_S = 10.0
 
 
@@ -63,6 +65,7 @@ class Progress:
 
     def advance(self, note: str = "") -> None:
         """One more piece is done; ``note`` says what the work is waiting for, if anything."""
+        interrupt.check()
         self._done += 1
         self._note = note or self._note
         now = time.monotonic()

@@ -1,0 +1,35 @@
+"""Ctrl-C that cannot get lost.
+
+Python raises KeyboardInterrupt wherever the main thread happens to be. In a library's bare ``except:`` or in a
+destructor it is dropped, which one in about a hundred was while the models' libraries were being imported. So it is
+remembered, and raised again when the next piece of work is done.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+_asked = False
+
+
+def listen() -> None:
+    """Remember SIGINT from now on. Where it is ignored, as in a shell's background job, it stays ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def check() -> None:
+    """Raise an interrupt that was dropped.
+
+    Raises:
+        KeyboardInterrupt: there was one.
+    """
+    if _asked:
+        raise KeyboardInterrupt
+
+
+def _interrupted(_number: int, _frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
+    raise KeyboardInterrupt
