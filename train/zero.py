@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import io
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,8 @@ def host_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     try:
-        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+        with compiling_alone():
+            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
     except (RuntimeError, ImportError) as error:
         why = str(error.__cause__ or error).strip().splitlines()
         raise SettingError(
@@ -48,6 +51,37 @@ def host_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch
             fix="install g++ and ninja (apt install g++; pip install ninja), or sft on one GPU: "
             "--strategy ddp --memory low, which needs neither",
         ) from error
+
+
+@contextlib.contextmanager
+def compiling_alone() -> Iterator[None]:
+    """Let one process at a time compile DeepSpeed's operations, past what a killed one left.
+
+    torch marks a build with a file named ``lock``; where its process was killed, every
+    later one would wait for that file for ever.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "cogtrain.lock").open("w") as ours:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(ours, fcntl.LOCK_EX)
+        for left in root.rglob("lock"):
+            if not _open_in_a_process(left):
+                left.unlink(missing_ok=True)
+        yield
+
+
+def _open_in_a_process(file: Path) -> bool:
+    import psutil
+
+    path = str(file.resolve())
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(opened.path == path for opened in process.open_files()):
+                return True
+    return False
 
 
 def check_nvme(folder: Path) -> None:

@@ -1,6 +1,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -91,3 +93,27 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
         make_optimizer([torch.nn.Parameter(torch.ones(2))], SftSettings(), CPU, on_host=True)
     assert caught.value.what.endswith("Unable to JIT load the cpu_adam op")
     assert "g++" in caught.value.fix and "--memory low" in caught.value.fix
+
+
+def test_a_build_that_was_killed_does_not_stop_the_next(tmp_path, monkeypatch):
+    """torch's own lock file: taken away when its process is dead, left alone while it lives."""
+    from cogtrain.zero import compiling_alone
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    script = f"import sys; from torch.utils.file_baton import FileBaton; FileBaton({str(lock)!r}).try_acquire(); "
+    builder = subprocess.Popen(
+        [sys.executable, "-c", script + "print('building', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert builder.stdout.readline() == b"building\n"
+        with compiling_alone():
+            assert lock.exists()
+    finally:
+        builder.kill()
+        builder.communicate()
+    assert lock.exists()
+    with compiling_alone():
+        assert not lock.exists()
