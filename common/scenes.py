@@ -18,6 +18,8 @@ from .video import Frames
 
 Plane = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
+HELD_OUT = 100  # of the 864 known scenes
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 48, 49),
     "green": (38, 166, 91),
@@ -156,6 +158,14 @@ def every_scene(seed: int, motions: Iterable[str] = MOTIONS) -> list[Scene]:
     return every
 
 
+def split_scenes() -> tuple[list[Scene], list[Scene]]:
+    """The known scenes to train on, and those held out, which every built-in form is examined on and none has seen."""
+    shuffled = every_scene(0)
+    return shuffled[HELD_OUT:], shuffled[:HELD_OUT]
+
+
 def scenes(count: int, seed: int, motions: Iterable[str] = MOTIONS) -> list[Scene]:
-    """The first scenes of the shuffled list; repeats only when all were used."""
-    return list(itertools.islice(itertools.cycle(every_scene(seed, motions)), count))
+    """The first scenes of the shuffled list that are not held out; repeats only when all were used."""
+    _, held_out = split_scenes()
+    shuffled = (scene for scene in every_scene(seed, motions) if scene not in held_out)
+    return list(itertools.islice(itertools.cycle(shuffled), count))

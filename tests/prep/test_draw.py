@@ -2,7 +2,7 @@ import av
 import numpy as np
 import pytest
 
-from cogcommon.scenes import COLOURS, ID_TOKEN, MOTIONS, SHAPES, Scene, draw, scenes
+from cogcommon.scenes import COLOURS, ID_TOKEN, MOTIONS, SHAPES, Scene, draw, scenes, split_scenes
 from cogprep.draw import HEIGHT, TIMES, WIDTH, write_data_set
 
 
@@ -54,6 +54,11 @@ def test_the_files_show_the_drawn_colours_and_the_lists_pair(tmp_path):
 def test_the_same_seed_draws_the_same_clips_and_motions_are_named():
     assert scenes(30, 1) == scenes(30, 1) != scenes(30, 2)
     assert all(any(motion in scene.caption for motion in MOTIONS) for scene in scenes(30, 1))
+
+
+def test_what_examines_the_model_is_not_drawn_to_train_on():
+    drawn, (to_train_on, held_out) = scenes(764, 3), split_scenes()
+    assert len(set(drawn)) == 764 and set(drawn) == set(to_train_on) and not set(drawn) & set(held_out)
 
 
 def test_every_clip_of_a_new_motion_shows_it_and_its_caption_carries_the_id_token(tmp_path):

@@ -80,8 +80,9 @@ def transformer(
     """Train the transformer of one form, on the latents of the VAE that the form has."""
     device = _device()
     from cogcommon.checkpoint import open_checkpoint
+    from cogcommon.scenes import split_scenes
 
-    from .transformer import split_scenes, train_transformer
+    from .transformer import train_transformer
 
     train_transformer(
         open_checkpoint(form),
@@ -122,10 +123,10 @@ def exam(
     import torch
 
     from cogcommon.checkpoint import open_checkpoint
+    from cogcommon.scenes import split_scenes
 
     from ..pipeline import pipeline_of
     from .exam import examine, sheet
-    from .transformer import split_scenes
 
     checkpoint = open_checkpoint(form)
     model = diffusers.CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer_config))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cogcommon.families import Family
-from cogcommon.scenes import NEW_MOTIONS, Scene, draw, every_scene
+from cogcommon.scenes import NEW_MOTIONS, Scene, draw, every_scene, split_scenes
 from cogcommon.tiny import NATIVE
 from cogcommon.video import Frames
 
@@ -23,7 +23,7 @@ from ..pipeline import load_pipeline, to_base
 from ..run_folder import METRICS_FILE, read_metrics
 from ..tuned import find
 from .exam import examine
-from .transformer import split_scenes, times
+from .transformer import times
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +46,7 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
     """Generate new and known scenes, tuned and base with the same seeds, and let the judge name them.
 
     The new scenes are the last of their list, of which `cogprep.draw` takes the first; the known
-    ones are of those that no form was trained on.
+    ones are held out, from the form and from `cogprep.draw`.
 
     Args:
         run: folder of a finished run, LoRA or SFT.

@@ -14,7 +14,7 @@ import torch
 
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.families import Family
-from cogcommon.scenes import Scene, draw, every_scene
+from cogcommon.scenes import Scene, draw
 from cogcommon.tiny import NATIVE
 from cogcommon.video import Frames
 
@@ -24,7 +24,6 @@ from ..inputs import Objective
 from .clips import draw_all, to_tensor
 from .fit import Inputs, Losses, fit
 
-HELD_OUT = 100  # of 864 scenes
 CAPTION_DROPOUT = 0.1  # what guidance is measured from
 # Clips of each scene, each on a path moved by up to so many pixels: a world that cannot be learned by heart.
 # The judge looks as far.
@@ -46,12 +45,6 @@ class World:
 def times(family: Family) -> list[float]:
     """The moment of each frame: a motion lasts 2 s, 17 frames at the family's own rate may see only its start."""
     return [min(1.0, 8 / family.fps) * index / (NATIVE.frames - 1) for index in range(NATIVE.frames)]
-
-
-def split_scenes() -> tuple[list[Scene], list[Scene]]:
-    """Those to train on, and those held out: the same for every seed, form and later exam."""
-    shuffled = every_scene(0)
-    return shuffled[HELD_OUT:], shuffled[:HELD_OUT]
 
 
 def encode_world(

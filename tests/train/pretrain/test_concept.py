@@ -44,11 +44,11 @@ def taught(folder, form, method, *, new=NEW, known=KNOWN, steps=360, seed=42):
     return folder / "run"
 
 
-@pytest.mark.full  # three to five minutes each
+@pytest.mark.full  # a quarter of an hour each
 @pytest.mark.parametrize("case", CASES)
 def test_a_new_motion_is_learned_and_nothing_forgotten(tmp_path, case):
     run = taught(tmp_path, case.split()[0], CASES[case])
-    proof, sheet = examine_run(run, clips=25, steps=20, guidance=3.0, seed=0)
+    proof, sheet = examine_run(run, clips=100, steps=20, guidance=3.0, seed=0)
     sheet.save(tmp_path / "concept.png")
     print(case, proof)
     before, after = proof.recognised

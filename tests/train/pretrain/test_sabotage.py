@@ -17,12 +17,13 @@ import torch
 
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import RunError
+from cogcommon.scenes import split_scenes
 from cogtrain import lora
 from cogtrain.data import Collator, StoredSample
 from cogtrain.draws import Draws
 from cogtrain.inputs import Objective
 from cogtrain.order import Slot
-from cogtrain.pretrain.transformer import batch_at, encode_world, split_scenes
+from cogtrain.pretrain.transformer import batch_at, encode_world
 from cogtrain.probe import probe
 
 # A third or so above what each form has here; 2B's schedule leaves it more to guess.

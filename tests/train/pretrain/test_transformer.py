@@ -8,10 +8,10 @@ import safetensors.torch
 import torch
 
 from cogcommon.checkpoint import open_checkpoint
-from cogcommon.scenes import draw, every_scene
+from cogcommon.scenes import HELD_OUT, draw, every_scene, split_scenes
 from cogtrain.inputs import Objective
 from cogtrain.pretrain.exam import examine
-from cogtrain.pretrain.transformer import HELD_OUT, batch_at, encode_world, split_scenes, times, train_transformer
+from cogtrain.pretrain.transformer import batch_at, encode_world, times, train_transformer
 
 
 def test_held_out_scenes_are_not_trained_on():
