@@ -63,13 +63,15 @@ def compiling_alone() -> Iterator[None]:
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "cogtrain.lock").open("w") as ours:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(ours, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        # Not ours to report: a folder that cannot be written may hold what was compiled already; some know no locks.
+        with contextlib.suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context((root / "cogtrain.lock").open("w")), fcntl.LOCK_EX)
         for left in root.rglob("lock"):
             if not _open_in_a_process(left):
-                left.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    left.unlink()
         yield
 
 

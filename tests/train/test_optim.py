@@ -117,3 +117,14 @@ def test_a_build_that_was_killed_does_not_stop_the_next(tmp_path, monkeypatch):
     assert lock.exists()
     with compiling_alone():
         assert not lock.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_left_to_who_compiles(tmp_path, monkeypatch):
+    from cogtrain.zero import compiling_alone
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "below"))
+    entered = False
+    with compiling_alone():
+        entered = True
+    assert entered

@@ -148,8 +148,7 @@ def exam(
 @app.command()
 def concept(
     run: Annotated[Path, typer.Argument(help="Run of a fine-tune on clips of `python -m cogprep.draw --new`.")],
-    # 100 scenes were held out from the base model; the demo trains on 72 of them, to keep what is known.
-    clips: Annotated[int, typer.Option(min=1, max=28, help="To generate of each kind, tuned and base.")] = 8,
+    clips: Annotated[int, typer.Option(min=1, max=100, help="To generate of each kind, tuned and base.")] = 8,
     sampling_steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 12,
     guidance: Annotated[float, typer.Option(help="1 is none.")] = 3.0,
     seed: Seed = 0,
