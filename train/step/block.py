@@ -100,7 +100,7 @@ class Layout:
 
 
 def block_function(
-    layout: Layout, kernel: Kernel, *, rotary: bool, training: bool = True, chunks: int = 1
+    layout: Layout, kernel: Kernel, *, rotary: bool, training: bool = True, chunks: int = 1, fused: bool = False
 ) -> BlockFunction:
     """The function of all blocks with one layout.
 
@@ -109,18 +109,28 @@ def block_function(
         training: adapters' dropout is on.
         chunks: parts in which the tokens go through the feed-forward layer, whose middle is
             four times as wide as anything else; more parts need less memory.
+        fused: queries and keys are normalised and turned by `qk_norm`.
     """
     import torch
     import torch.nn.functional as F
 
-    def linear(x: torch.Tensor, at: Linear, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    from .qk_norm import qk_norm
+
+    def products(
+        x: torch.Tensor, at: Linear, weights: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the layer gives, and what its adapter adds."""
         bias = None if at.bias is None else weights[at.bias].to(x.dtype)
         y = F.linear(x, weights[at.weight].to(x.dtype), bias)
         if at.lora_A is None or at.lora_B is None:
-            return y
+            return y, None
         x = F.dropout(x, at.dropout) if training and at.dropout else x
         low = F.linear(x, weights[at.lora_A].to(x.dtype))
-        return y + at.scale * F.linear(low, weights[at.lora_B].to(x.dtype))
+        return y, F.linear(at.scale * low, weights[at.lora_B].to(x.dtype))
+
+    def linear(x: torch.Tensor, at: Linear, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        y, added = products(x, at, weights)
+        return y if added is None else y + added
 
     def normed(x: torch.Tensor, at: Norm, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
         weight = None if at.weight is None else weights[at.weight].to(x.dtype)
@@ -137,10 +147,30 @@ def block_function(
         text = normed(text, layout.norm[which], weights) * (1 + text_scale) + text_shift
         return torch.cat([text, video], dim=1), gate, text_gate
 
+    def heads(x_BSD: torch.Tensor) -> torch.Tensor:
+        return x_BSD.unflatten(-1, (layout.heads, -1))
+
     def rotated(x_BHSD: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
         real, imaginary = x_BHSD.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
         return (x_BHSD.float() * cos_SD + turned.float() * sin_SD).to(x_BHSD.dtype)
+
+    def placed(
+        x: torch.Tensor, at: Linear, norm: Norm | None, tables: tuple[torch.Tensor, ...], length: int,
+        weights: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:  # fmt: skip
+        """Queries or keys, (B, H, S, D): normalised, and turned by their position, but for the text's."""
+        y, added = products(x, at, weights)
+        if fused and norm and norm.weight is not None and norm.bias is not None:
+            weight, bias = weights[norm.weight].to(x.dtype), weights[norm.bias].to(x.dtype)
+            more = None if added is None else heads(added)
+            return qk_norm(heads(y), more, weight, bias, *(tables or (None, None)), length, norm.eps).transpose(1, 2)
+        y_BHSD = heads(y if added is None else y + added).transpose(1, 2)
+        y_BHSD = y_BHSD if norm is None else normed(y_BHSD, norm, weights)
+        if not tables:
+            return y_BHSD
+        cos, sin = F.pad(tables[0], (0, 0, length, 0), value=1.0), F.pad(tables[1], (0, 0, length, 0))
+        return rotated(y_BHSD, cos, sin)
 
     def forward(
         video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, *rest: torch.Tensor
@@ -149,12 +179,9 @@ def block_function(
         length = text.shape[1]
 
         tokens, gate, text_gate = modulated(0, video, text, temb, weights)
-        q, k, v = (linear(tokens, at, weights).unflatten(-1, (layout.heads, -1)).transpose(1, 2) for at in layout.qkv)
-        q = q if layout.norm_q is None else normed(q, layout.norm_q, weights)
-        k = k if layout.norm_k is None else normed(k, layout.norm_k, weights)
-        if rotary:  # text is not turned: by an angle of zero
-            cos, sin = F.pad(tables[0], (0, 0, length, 0), value=1.0), F.pad(tables[1], (0, 0, length, 0))
-            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        q = placed(tokens, layout.qkv[0], layout.norm_q, tables, length, weights)
+        k = placed(tokens, layout.qkv[1], layout.norm_k, tables, length, weights)
+        v = heads(linear(tokens, layout.qkv[2], weights)).transpose(1, 2)
         attended = attend(kernel, q, k, v).transpose(1, 2).flatten(2)
         attended = linear(attended, layout.out, weights)
         video = video + gate * attended[:, length:]

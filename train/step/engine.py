@@ -12,7 +12,7 @@ from .keep import Keep, keeping
 from .parking import Parked, Parking
 from .plan import Plan
 from .streaming import Reference, Streaming
-from .trial import attention_kernel
+from .trial import attention_kernel, qk_norm_works
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,7 @@ class Engine:
         self._dtype = dtype
         self._say = say
         self.kernel = attention_kernel(device, dtype, plan.compiled)
+        self.fused = plan.compiled and qk_norm_works(device, dtype)
         self._functions: dict[tuple[Layout, Keep | None, bool], BlockFunction] = {}
         self._layouts = [Layout.of(block) for block in blocks]
         self._weights = [tuple(block.parameters()) for block in blocks]
@@ -133,7 +134,10 @@ class Engine:
         keep = self.plan.keep[index] if training else None
         key = (layout, keep, rotary)
         if key not in self._functions:
-            function = block_function(layout, self.kernel, rotary=rotary, training=training, chunks=self.plan.chunks)
+            function = block_function(
+                layout, self.kernel, rotary=rotary, training=training, chunks=self.plan.chunks,
+                fused=self.fused and training,
+            )  # fmt: skip
             if keep is not None:
                 linears = (*layout.modulate, *layout.qkv, layout.out, layout.up, layout.down)
                 function = keeping(function, keep, dropout=any(linear.dropout for linear in linears))

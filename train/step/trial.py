@@ -70,3 +70,32 @@ def kernel_works(kernel: Kernel, device: torch.device, dtype: torch.dtype, compi
         expected.square().sum().backward()
     pairs = [(answer, expected), *((mine.grad, theirs.grad) for mine, theirs in zip(half, exact, strict=True))]
     return all(float((mine.detach().float() - theirs.detach()).abs().max()) < _FARTHEST for mine, theirs in pairs)  # type: ignore
+
+
+@lru_cache
+def qk_norm_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels of `qk_norm` can be built for a GPU, and give there what they give on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    from .qk_norm import qk_norm, qk_norm_backward
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, added, grad = (normal(1, 40, 2, _HEAD_DIM).to(dtype) for _ in range(3))
+    weight, bias = (normal(_HEAD_DIM).to(dtype) for _ in range(2))
+    angle = normal(33, _HEAD_DIM // 2).repeat_interleave(2, dim=1)
+    forward = (x, added, weight, bias, angle.cos(), angle.sin(), 7, 1e-6)
+    backward = (grad, x, added, weight, angle.cos(), angle.sin(), 7, 1e-6, True)
+    there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in (*forward, *backward)]
+    try:
+        answers = qk_norm(*there[:8]), *qk_norm_backward(*there[8:])
+    except Exception:  # whatever Triton and its compilers raise
+        return False
+    expected = qk_norm(*forward), *qk_norm_backward(*backward)
+    pairs = [(mine.cpu().float(), theirs.float()) for mine, theirs in zip(answers, expected, strict=True)]
+    return all(float((mine - theirs).norm() / theirs.norm()) < _FARTHEST for mine, theirs in pairs)
