@@ -6,13 +6,15 @@ In units of one activation (all tokens by the width; 0.10 GiB for 5B at
 * ``all``: whatever autograd or the compiler likes, about 14;
 * ``matmuls``: its input and what matrix products and attention give, about 10; norms,
   rotations and the activation are computed again, which costs next to nothing;
+* ``feedforward``: its input, the attention's output and the feed-forward's middle, 6: half of what
+  ``attention`` has to multiply again, and still few enough to be copied to the host while a block computes;
 * ``attention``: its input and the attention's output, 2; matrix products run again;
 * ``inputs``: its input, 1; everything runs again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,10 +23,12 @@ from .block import BlockFunction
 if TYPE_CHECKING:
     import torch
 
-Keep = Literal["all", "matmuls", "attention", "inputs"]
+Keep = Literal["all", "matmuls", "feedforward", "attention", "inputs"]
 
 # Kept by a block, in activations; compiled, at rank 128.
-ACTIVATIONS: Mapping[Keep, float] = {"all": 14.0, "matmuls": 10.2, "attention": 2.05, "inputs": 1.0}
+ACTIVATIONS: Mapping[Keep, float] = {
+    "all": 14.0, "matmuls": 10.1, "feedforward": 6.05, "attention": 2.05, "inputs": 1.0,
+}  # fmt: skip
 ALL_UNCOMPILED = 17.0  # diffusers' own block under autocast, as ZeRO-3 runs it (counted on a CPU: 16.4)
 
 
@@ -43,8 +47,7 @@ def keeping(function: BlockFunction, keep: Keep, *, dropout: bool = False) -> Bl
         return function
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if keep != "inputs":
-        policy = _keep_matmuls if keep == "matmuls" else _keep_attention
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _KEPT_PRODUCTS[keep]))
 
     def checkpointed(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return checkpoint(function, *tensors, **options)
@@ -52,6 +55,13 @@ def keeping(function: BlockFunction, keep: Keep, *, dropout: bool = False) -> Bl
     return checkpointed
 
 
+# Which matrix products are kept, by the lengths of a row that goes in and of one that comes out. A product over a
+# short row, as an adapter's second, is cheaper to repeat than to keep.
+_KEPT_PRODUCTS: Mapping[Keep, Callable[[int, int], bool]] = {
+    "matmuls": lambda into, out: into * 4 >= out,
+    "feedforward": lambda into, out: into * 4 == out,  # its middle is four times as wide as a token
+    "attention": lambda into, out: False,
+}
 _ATTENTION = (
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_flash_attention",
@@ -61,20 +71,12 @@ _ATTENTION = (
 _PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0}  # and which argument is the left factor
 
 
-def _keep_attention(context: Any, operation: Any, *arguments: Any, **options: Any) -> Any:
-    from torch.utils.checkpoint import CheckpointPolicy
-
-    name = operation.__name__.split(".")[0]
-    return CheckpointPolicy.MUST_SAVE if name in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _keep_matmuls(context: Any, operation: Any, *arguments: Any, **options: Any) -> Any:
+def _policy(keeps: Callable[[int, int], bool], context: Any, operation: Any, *arguments: Any, **options: Any) -> Any:
     from torch.utils.checkpoint import CheckpointPolicy
 
     name = operation.__name__.split(".")[0]
     kept = name in _ATTENTION
     if name in _PRODUCTS:
         left, right = arguments[_PRODUCTS[name]], arguments[_PRODUCTS[name] + 1]
-        # A product over a short dimension, as an adapter's second, is cheaper to repeat than to keep.
-        kept = left.shape[-1] * 4 >= right.shape[-1]
+        kept = keeps(left.shape[-1], right.shape[-1])
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -20,12 +20,12 @@ _GIB = 2**30
 # Of free memory, what a plan may fill: fragments, the CUDA libraries' workspaces and validation take the rest.
 USABLE = 0.88
 _HOST_USABLE = 0.8  # of host memory; what is locked cannot be swapped, and the batches in the making need some
-# The most that one block holds while it goes backward, in activations, beside what is kept. Compiled: meets the peak
-# of a LoRA on 5B that was measured on an H100 (22.3 GiB, computed 22.7). The others are estimates: plain, what such a
-# block keeps (17) and its gradients; chunked, without most of the feed-forward layer's middle.
-_WORK_COMPILED, _WORK_PLAIN, _WORK_CHUNKED = 16.0, 26.0, 11.0
+# The most that one block holds while it goes backward, in activations, beside what is kept: when its attention does.
+# Compiled: of a LoRA on 5B, 1.5 and 2B (H200, torch 2.11). Plain is an estimate: what such a block keeps (17) and its
+# gradients.
+_WORK_COMPILED, _WORK_PLAIN = 12.3, 26.0
+_PARKED_BESIDE = 8.2  # beside one block's: tensors on their way out or back; from the same runs
 _HOSTED_IN_FLIGHT = 2  # of each of two blocks: its weights, its gradients
-_PARKED_IN_FLIGHT = 3  # blocks whose tensors are on their way out or back
 _CHUNKS = 4  # of the feed-forward layer, where memory counts: its middle is four activations wide
 
 
@@ -139,9 +139,9 @@ class Plan:
 
     def peak(self, load: Load) -> int:
         """Predicted bytes of GPU memory at the worst moment of a step."""
-        work = _WORK_PLAIN if not self.compiled else _WORK_CHUNKED if self.chunks > 1 else _WORK_COMPILED
+        work = _WORK_COMPILED if self.compiled else _WORK_PLAIN
         each = [ALL_UNCOMPILED if keep == "all" and not self.compiled else ACTIVATIONS[keep] for keep in self.keep]
-        kept = min(sum(each), _PARKED_IN_FLIGHT * max(each)) if self.park else sum(each)
+        kept = max(each) + _PARKED_BESIDE if self.park else sum(each)
         blocks = min(load.layers, 2) if self.stream else load.layers
         weights = load.rest + load.trained + blocks * load.block
         if self.train_on_host:
@@ -159,6 +159,7 @@ class Plan:
         words: dict[Keep, str] = {
             "all": "nothing is recomputed",
             "matmuls": "only norms and activations are recomputed",
+            "feedforward": "all but the attention and the feed-forward layer's middle is recomputed",
             "attention": "all but the attention is recomputed",
             "inputs": "everything is recomputed",
         }
@@ -204,16 +205,21 @@ def ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
     layers = load.layers
     attention = _each("attention", layers)
     inputs = _each("inputs", layers)
+    feedforward = _each("feedforward", layers)
     parked = attention if compiled else inputs  # as in Plan.uncompiled
     if memory == "fast":
         for whole in range(layers, 0, -1):
             yield Plan(keep=_each("matmuls", whole) + attention[whole:], compiled=compiled)
     if memory != "low":
         yield Plan(keep=attention, compiled=compiled)
+        if compiled:
+            yield Plan(keep=feedforward, park=True, compiled=True)
         yield Plan(keep=parked, park=True, compiled=compiled)
         if load.hosted:
             yield Plan(keep=attention, train_on_host=True, compiled=compiled)
     moved = partial(Plan, stream=load.streams, train_on_host=load.hosted is not None, chunks=_CHUNKS, compiled=compiled)
+    if memory != "low" and compiled:
+        yield moved(keep=feedforward, park=True)
     yield moved(keep=parked, park=True)
     yield moved(keep=inputs, park=True)
     if load.streams or load.hosted:  # host memory is short, too
