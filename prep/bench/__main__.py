@@ -141,6 +141,7 @@ def main(
     text_layers: Annotated[int, typer.Option(min=1, help="Layers of T5; the true one has 24.")] = 24,
     serial: Annotated[int, typer.Option(min=1, help="Clips of the serial loop.")] = 6,
     size: Annotated[str, typer.Option(help="true, or tiny to try the benchmark on a CPU.")] = "true",
+    vae: Annotated[bool, typer.Option(help="The VAE alone, one lever at a time, too.")] = True,
 ) -> None:
     """Measure how fast this machine encodes."""
     chosen: Size = "tiny" if size == "tiny" else "true"
@@ -151,12 +152,12 @@ def main(
     with (where.root / "log.txt").open("w", encoding="utf-8") as log:
         bench = Bench(where, time.monotonic() + seconds, log)
         if make(bench, chosen, clips, text_layers):
-            levers(bench, chosen, _LEVERS)
+            levers(bench, chosen, _LEVERS if vae else ())
             encode(bench, chosen)
             bench.finish(bench.start("cogprep.bench.pipeline", where.root, chosen, serial), 90)
-            if chosen == "true" and bench.left_s > 20:
+            if vae and chosen == "true" and bench.left_s > 20:
                 bench.finish(bench.start("cogprep.bench.vae", where.root, "large", "fused, cudnn.benchmark"), 90)
-            for lever in _MORE_LEVERS:
+            for lever in _MORE_LEVERS if vae else ():
                 if bench.left_s > 15:
                     levers(bench, chosen, [lever])
         text = table(bench.results)
