@@ -41,16 +41,18 @@ def guide_table() -> str:
 
 def measured_table() -> str:
     """Every run that was measured, beside what was computed for it, as Markdown."""
-    lines = ["| run | GPUs | s/step | peak | computed | command |", "|---|---|---|---|---|---|"]
+    lines = ["| run | GPUs | s/step | peak | computed | host memory | command |", "|---|---|---|---|---|---|---|"]
     for run in sorted(measured(), key=lambda run: (run.row, run.gpus, run.memory == REFERENCE)):
         off = ""
         if run.memory != REFERENCE:
             computed = computed_for(run).peak / _GIB
             off = f"{computed:.1f} GB ({computed / run.peak_gib - 1:+.0%})"
         what = f"{run.family.upper()} {run.method.upper() if run.method == 'sft' else 'LoRA'}, {run.strategy}"
+        given = f", {run.card_gib:.0f} GB of it" if run.memory == "auto" else ""
+        host = "" if run.host_gib is None else f"{run.host_gib:.0f} GB"
         lines.append(
-            f"| {what}, {run.memory} | {run.gpus} x {run.gpu} | {run.s_per_step:.2f} | {run.peak_gib:.1f} GB | {off} "
-            f"| `{run.command}` |"
+            f"| {what}, {run.memory} | {run.gpus} x {run.gpu}{given} | {run.s_per_step:.2f} | {run.peak_gib:.1f} GB "
+            f"| {off} | {host} | `{run.command}` |"
         )
     return "\n".join(lines)
 
