@@ -58,7 +58,8 @@ def test_a_row_is_measured_on_a_small_shape(row):
     assert low["s_per_step"] > 0 and low["locked_gib"] >= 0 and low["peak_gib"] > 0
     assert "waits in host memory" in low["plan"] and plain["plan"].startswith("every block checkpointed")
     assert ("optimizer states are in host memory" in low["plan"]) == (row.number == 4)
-    assert "1.00" in table(found).splitlines()[-1]
+    *_, of_low, of_plain = table(found).splitlines()
+    assert "% in 3 steps" in of_low and "| 1.00 | 0.00% in 3 steps |" in of_plain
 
 
 def test_rows_of_the_guide_are_its_files():

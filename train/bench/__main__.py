@@ -37,6 +37,11 @@ def main(
     compile: Annotated[
         Literal["auto", "on", "off"], typer.Option(help="auto, on or off: the product's blocks.")
     ] = "auto",
+    steps: Annotated[int | None, typer.Option(min=3, help="Steps of each row; by default as few as settle.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of the transformer; as published by default.")
+    ] = None,
+    resolution: Annotated[str | None, typer.Option(help="F x H x W; the model's native size by default.")] = None,
     memory_trace: Annotated[bool, typer.Option(help="Who holds the memory at the peak, into bench.jsonl.")] = False,
     keep: Annotated[
         list[Path] | None,
@@ -58,7 +63,8 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     here = gpus or _gpus()
-    changes = {"small": small, "compile": compile} | ({"memory_trace": True} if memory_trace else {})
+    given = {"steps": steps, "layers": layers, "resolution": resolution, "memory_trace": memory_trace or None}
+    changes = {"small": small, "compile": compile} | {name: value for name, value in given.items() if value is not None}
     wanted = [dataclasses.replace(row, **changes, processes=row.processes_of(here)) for row in wanted]  # type: ignore[arg-type]
     print(_machine(), flush=True)
     began = time.monotonic()

@@ -21,7 +21,8 @@ def keep_file(file: Path) -> int:
     new = 0
     for line in file.read_text(encoding="utf-8").splitlines():
         result = json.loads(line)
-        if result["small"] or result.get("gpu", "CPU") == "CPU" or "s_per_step" not in result:
+        another = result["small"] or result.get("layers")
+        if another or result.get("gpu", "CPU") == "CPU" or "s_per_step" not in result:
             continue
         run = _measured(result)
         if _what(run) not in known:

@@ -36,6 +36,8 @@ class Row:
     profile: bool = False  # two more steps, under torch's profiler
     memory_trace: bool = False  # one more step, with every allocation remembered
     small: bool = False
+    layers: int | None = None  # of the transformer; as published by default
+    resolution: str | None = None  # the family's native one by default
     compile: Literal["auto", "on", "off"] = "auto"
 
     @property
@@ -74,11 +76,13 @@ class Row:
 
     @property
     def bucket(self) -> Resolution:
+        if self.resolution:
+            return Resolution.parse(self.resolution)
         return SMALL_BUCKET if self.small else BY_NAME[self.family].native
 
     @property
     def shape(self) -> Mapping[str, Any]:
-        return SMALL if self.small else {}
+        return {**(SMALL if self.small else {}), **({"num_layers": self.layers} if self.layers else {})}
 
 
 ROWS: tuple[Row, ...] = (
@@ -133,30 +137,35 @@ def _differs(number: int, kind: Kind) -> bool:
 def table(results: Iterable[Mapping[str, Any]]) -> str:
     """A Markdown table; times relative to the reference's of the same family."""
     results = [result for result in results if "s_per_step" in result]
-    against = {_compared(result): result["s_per_step"] for result in results if result["kind"] == "reference"}
+    against = {_compared(result): result for result in results if result["kind"] == "reference"}
     lines = [
-        "| | s/step | times the reference | peak GiB | host GiB | forward / backward / optimizer s | compile s |",
-        "|---|---|---|---|---|---|---|",
+        "| | s/step | times the reference | losses off its | peak GiB | host GiB | forward / backward / optimizer s "
+        "| compile s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        reference = against.get(_compared(result))
-        ratio = f"{reference / result['s_per_step']:.2f}" if reference else ""
+        ratio = off = ""
+        if reference := against.get(_compared(result)):
+            ratio = f"{reference['s_per_step'] / result['s_per_step']:.2f}"
+            pairs = list(zip(result["losses"], reference["losses"], strict=False))
+            off = f"{max(abs(mine / theirs - 1) for mine, theirs in pairs):.2%} in {len(pairs)} steps"
         parts = " / ".join(f"{result[part]:.2f}" for part in ("forward_s", "backward_s", "optimizer_s"))
         lines.append(
             f"| {_named(result)} | {result['s_per_step']:.2f} "
-            f"| {ratio} | {max(result['peak_gib'], result['first_peak_gib']):.1f} "
+            f"| {ratio} | {off} | {max(result['peak_gib'], result['first_peak_gib']):.1f} "
             f"| {result['host_gib']:.1f} | {parts} | {result['compile_s']:.0f} |"
         )
     return "\n".join(lines)
 
 
 def _compared(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    return result["family"], result["number"], result["processes"]
+    return result["family"], result["number"], result["processes"], result["bucket"], result["layers"]
 
 
 def _named(result: Mapping[str, Any]) -> str:
     rank = f" r{result['rank']}" if result["rank"] else ""
-    name = f"{result['family']}{rank} {result['bucket']}, {result['kind']}"
+    layers = f" {result['layers']} layers" if result["layers"] else ""
+    name = f"{result['family']}{rank} {result['bucket']}{layers}, {result['kind']}"
     if result["number"]:
         gpus = f" on {result['processes']} GPUs" if result["processes"] > 1 else ""
         name = f"{result['number']:02d}: {name}, {result['strategy']}{gpus}"
