@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ ZERO = [
     ("zero3-offload", "sft", "tiny-1.5-i2v", {}),
 ]
 
+EIGHT_BITS = [
+    ("ddp", "lora", "tiny", {"optimizer": "adamw8bit", "rank": 128}),
+    ("ddp", "sft", "tiny-i2v", {"optimizer": "adamw8bit"}),
+    ("zero2", "sft", "tiny", {"optimizer": "adamw8bit"}),
+]
+none_there = not (find_spec("bitsandbytes") or find_spec("torchao"))
+without_eight_bits = pytest.mark.skipif(none_there, reason="needs bitsandbytes or torchao")
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, make_shards):
@@ -45,7 +54,14 @@ def shards(tmp_path_factory, make_shards):
     return root
 
 
-@pytest.mark.parametrize("rows", [pytest.param(DDP, id="ddp"), pytest.param(ZERO, id="zero")])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(DDP, id="ddp"),
+        pytest.param(ZERO, id="zero"),
+        pytest.param(EIGHT_BITS, id="8bit", marks=without_eight_bits),
+    ],
+)
 def test_steps_a_checkpoint_a_resume_and_an_export(tmp_path, shards, run_ranks, rows):
     """The export is loaded back and compared by the run itself. Three steps at a time: fp16's first may overflow."""
     cases = []
