@@ -141,7 +141,7 @@ class Plan:
         """Predicted bytes of GPU memory at the worst moment of a step."""
         work = _WORK_COMPILED if self.compiled else _WORK_PLAIN
         each = [ALL_UNCOMPILED if keep == "all" and not self.compiled else ACTIVATIONS[keep] for keep in self.keep]
-        kept = max(each) + _PARKED_BESIDE if self.park else sum(each)
+        kept = min(sum(each), max(each) + _PARKED_BESIDE) if self.park else sum(each)
         blocks = min(load.layers, 2) if self.stream else load.layers
         weights = load.rest + load.trained + blocks * load.block
         if self.train_on_host:
