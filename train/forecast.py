@@ -21,7 +21,8 @@ from .run import Run, open_run
 from .run_folder import METRICS_FILE, read_metrics
 from .settings import LoraSettings, Memory, PlanSettings, SftSettings
 from .step.demand import Demand, choices
-from .zero_config import Strategy
+from .step.seconds import RELATIVE, seconds
+from .zero_config import STAGE, Strategy
 
 _GIB = 2**30
 
@@ -36,6 +37,8 @@ class Forecast:
     peak_gib: float
     host_gib: float
     fits: bool
+    computed_s: float | None  # a step, on ``computed_on``; None where we have measured nothing like it
+    computed_on: str
     s_per_step: float | None  # measured by us, where it was, on ``measured_on``
     measured_gib: float | None  # the peak there
     measured_on: str | None
@@ -62,7 +65,7 @@ def run(settings: PlanSettings) -> None:
         console = Console(soft_wrap=True, highlight=False)
         console.print(_table(found))
         console.print(
-            f"for each of {counted(gpus, 'GPU')} of {card / _GIB:.0f} GB; memory is computed, unless measured\n"
+            f"for each of {counted(gpus, 'GPU')} of {card / _GIB:.0f} GB; all is computed but what is called measured\n"
         )
         for method, line in advised.items():
             console.print(line.command if line else f"{method}: nothing fits; encode with a smaller --resolution")
@@ -90,12 +93,13 @@ def forecasts(settings: PlanSettings, card: int, gpus: int) -> list[Forecast]:
         if settings.method not in (method, "both"):
             continue
         planned = open_run(train, torch.device("cuda"), gpus)  # as on a machine that has one
-        lines += [_line(planned, settings, needs, card, gpus) for needs in choices(planned, card)]
+        lines += [_line(planned, settings, needs, card, gpus, _gpu(settings)) for needs in choices(planned, card)]
     return lines
 
 
-def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: int) -> Forecast:
+def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: int, gpu: str) -> Forecast:
     same = _measured(planned, needs, gpus)
+    takes = seconds(needs.load, needs.plan, gpu) if STAGE[needs.strategy] == 0 else None
     words = ["cogtrain", planned.method.name, "--shards", *_as_glob(settings.shards), "--strategy", needs.strategy]
     words += ["--memory", needs.memory, "--nproc", str(gpus)]
     if settings.model:
@@ -111,6 +115,8 @@ def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: 
         peak_gib=round(needs.peak / _GIB, 2),
         host_gib=round(needs.host / _GIB, 2),
         fits=needs.fits(card),
+        computed_s=None if takes is None else round(takes * planned.settings.accumulate, 3),
+        computed_on=gpu,
         s_per_step=same.s_per_step if same else None,
         measured_gib=same.peak_gib if same else None,
         measured_on=same.gpu if same else None,
@@ -161,9 +167,10 @@ def check(lines: Sequence[Forecast]) -> None:
             raise RunError("two steps of the advised command failed", where=line.command)
         peak = max(step.peak_gib for step in steps)
         off = f", {peak / line.peak_gib - 1:+.0%}" if line.peak_gib else ""
+        takes = f", computed {line.computed_s:.2f}" if line.computed_s else ""
         print(
             f"checked: {line.method} {line.strategy} {line.memory}: peak {peak:.1f} GiB, "
-            f"computed {line.peak_gib:.1f}{off}; {steps[-1].s_per_step:.2f} s for the second step",
+            f"computed {line.peak_gib:.1f}{off}; {steps[-1].s_per_step:.2f} s for the second step{takes}",
             file=sys.stderr,
         )
 
@@ -187,18 +194,29 @@ def _machine(settings: PlanSettings) -> tuple[int, int]:
     return card or torch.cuda.get_device_properties(0).total_memory, settings.gpus or max(1, here)
 
 
+def _gpu(settings: PlanSettings) -> str:
+    """Whose seconds are told: this machine's, or those of a GPU that we have measured."""
+    import torch
+
+    there = settings.gpu is None and torch.cuda.is_available()
+    return torch.cuda.get_device_name().removeprefix("NVIDIA ") if there else next(iter(RELATIVE))
+
+
 def _table(lines: Sequence[Forecast]) -> Any:
     from rich.table import Table
 
     shown = Table(box=None, header_style="bold")
-    for name in ("", "strategy", "memory", "GPU GiB", "host GiB", "measured", ""):
-        shown.add_column(name, justify="right" if "GiB" in name else "left")
+    on = lines[0].computed_on if lines else ""
+    names = ("", "strategy", "memory", "GPU GiB", "host GiB", f"s/step, {on}", "measured", "")
+    for name in names:
+        shown.add_column(name, justify="right" if "GiB" in name or "s/" in name else "left")
     for line in lines:
-        seconds = "-"
+        was = "-"
         if line.s_per_step:
-            seconds = f"{line.s_per_step:.2f} s/step, {line.measured_gib:.1f} GiB ({line.measured_on})"
+            was = f"{line.s_per_step:.2f} s/step, {line.measured_gib:.1f} GiB ({line.measured_on})"
         shown.add_row(
-            line.method, line.strategy, line.memory, f"{line.peak_gib:.1f}", f"{line.host_gib:.1f}", seconds,
+            line.method, line.strategy, line.memory, f"{line.peak_gib:.1f}", f"{line.host_gib:.1f}",
+            f"{line.computed_s:.2f}" if line.computed_s else "-", was,
             "fits" if line.fits else "does not fit", style=None if line.fits else "dim",
         )  # fmt: skip
     return shown

@@ -15,6 +15,7 @@ from cogtrain.bench.subject import random_checkpoint, random_shards
 from cogtrain.measured import REFERENCE, measured
 from cogtrain.run import open_run
 from cogtrain.settings import PlanSettings
+from cogtrain.step.seconds import seconds
 
 GIB = 2**30
 
@@ -84,6 +85,25 @@ def test_every_run_that_was_measured_is_within_a_tenth_of_what_is_computed(run):
     assert computed_for(run).peak / GIB == pytest.approx(run.peak_gib, rel=0.1)
 
 
+COMPILED = [run for run in measured() if run.memory != REFERENCE and run.strategy == "ddp" and run.method == "lora"]
+
+
+@pytest.mark.parametrize("run", COMPILED, ids=lambda run: run.row)
+def test_seconds_are_within_a_tenth_of_every_lora_that_was_measured(run):
+    needs = computed_for(run)
+    assert seconds(needs.load, needs.plan, run.gpu) == pytest.approx(run.s_per_step, rel=0.1)
+
+
+def test_seconds_are_told_of_what_we_have_measured_the_like_of(plan_of):
+    lines = plan_of(24, 2)
+    assert {(line.method, line.strategy, line.computed_s is not None) for line in lines} >= {
+        ("lora", "ddp", True), ("lora", "zero2", False), ("sft", "zero3-offload", False),
+    }  # fmt: skip
+    times = {line.memory: line.computed_s for line in plan_of(80) if (line.method, line.strategy) == ("lora", "ddp")}
+    assert times["fast"] < times["auto"] <= times["low"]
+    assert {line.computed_on for line in lines} == {"H200"}
+
+
 def test_what_a_shell_made_of_a_glob_is_a_glob_again(tmp_path, make_shards):
     make_shards(tmp_path / "out", samples=4)
     tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
@@ -96,7 +116,7 @@ def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
     settings = PlanSettings(shards=[str(tmp_path / "my out")], gpu="24GB", rank=4, method="lora")
     forecast.run(settings)
     said = capsys.readouterr().out
-    assert "memory is computed" in said and "fits" in said
+    assert "all is computed" in said and "s/step, H200" in said and "fits" in said
     forecast.run(dataclasses.replace(settings, json=True))
     lines = [forecast.Forecast(**line) for line in json.loads(capsys.readouterr().out)]
     assert lines[0].command in said and "--rank 4" in lines[0].command and lines[0].fits

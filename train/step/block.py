@@ -114,7 +114,7 @@ def block_function(
     import torch
     import torch.nn.functional as F
 
-    from .qk_norm import qk_norm
+    from .qk_norm import qk_norm, turned
 
     def products(
         x: torch.Tensor, at: Linear, weights: tuple[torch.Tensor, ...]
@@ -151,9 +151,7 @@ def block_function(
         return x_BSD.unflatten(-1, (layout.heads, -1))
 
     def rotated(x_BHSD: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor) -> torch.Tensor:
-        real, imaginary = x_BHSD.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-        return (x_BHSD.float() * cos_SD + turned.float() * sin_SD).to(x_BHSD.dtype)
+        return (x_BHSD.float() * cos_SD + turned(x_BHSD).float() * sin_SD).to(x_BHSD.dtype)
 
     def placed(
         x: torch.Tensor, at: Linear, norm: Norm | None, tables: tuple[torch.Tensor, ...], length: int,

@@ -20,11 +20,10 @@ _GIB = 2**30
 # Of free memory, what a plan may fill: fragments, the CUDA libraries' workspaces and validation take the rest.
 USABLE = 0.88
 _HOST_USABLE = 0.8  # of host memory; what is locked cannot be swapped, and the batches in the making need some
-# The most that one block holds while it goes backward, in activations, beside what is kept: when its attention does.
-# Compiled: of a LoRA on 5B, 1.5 and 2B (H200, torch 2.11). Plain is an estimate: what such a block keeps (17) and its
-# gradients.
+# Activations on the GPU, beside what is kept, as one block's attention goes backward; that is when most is. Compiled:
+# fitted to LoRAs of 5B, 1.5 and 2B (H200, torch 2.11). Plain is an estimate: what such a block keeps (17), gradients.
 _WORK_COMPILED, _WORK_PLAIN = 12.3, 26.0
-_PARKED_BESIDE = 8.2  # beside one block's: tensors on their way out or back; from the same runs
+_PARKED_BESIDE = 8.2  # of what is parked, on its way out or back, beside one block's; fitted to the same runs
 _HOSTED_IN_FLIGHT = 2  # of each of two blocks: its weights, its gradients
 _CHUNKS = 4  # of the feed-forward layer, where memory counts: its middle is four activations wide
 
@@ -44,9 +43,10 @@ class Hosted:
 
 @dataclass(frozen=True)
 class Load:
-    """What a step works on, in bytes.
+    """What a step works on, in bytes, but for what a block's forward pass multiplies.
 
-    ``activation`` is one tensor of all tokens by the width; ``block`` and ``rest``
+    ``attention`` and ``products`` are its floating-point operations, in the attention and in
+    its linear layers. ``activation`` is one tensor of all tokens by the width; ``block`` and ``rest``
     are frozen weights, of one block and outside the blocks; ``trained`` is masters,
     gradients and optimizer states. ``streams``: frozen weights may live on the host.
     ``hosted`` is set where all weights are trained, and may be in host memory.
@@ -57,6 +57,8 @@ class Load:
     block: int
     rest: int
     trained: int
+    attention: int
+    products: int
     streams: bool = True
     hosted: Hosted | None = None
 
@@ -104,6 +106,8 @@ class Load:
             block=block if frozen else 0,
             rest=rest if frozen else 0,
             trained=trained,
+            attention=4 * batch * tokens**2 * width,
+            products=24 * batch * tokens * width**2,
             streams=frozen and streams,
             hosted=hosted,
         )

@@ -28,7 +28,7 @@ def qk_norm(
     value = _normalised(x, added, eps)[0] * weight + bias
     if cos is not None and sin is not None:
         cosine, sine = _angles(cos, sin, skip)
-        value = value * cosine + _turned(value) * sine
+        value = value * cosine + turned(value) * sine
     return value.to(x.dtype).contiguous()
 
 
@@ -46,7 +46,7 @@ def qk_norm_backward(
     value = _wide(grad)
     if cos is not None and sin is not None:
         cosine, sine = _angles(cos, sin, skip)
-        value = value * cosine - _turned(value * sine)
+        value = value * cosine - turned(value * sine)
     of_weights = torch.stack([(value * normalised).sum((0, 1, 2)), value.sum((0, 1, 2))])
     value = value * weight
     along = (value * normalised).mean(-1, keepdim=True)
@@ -71,7 +71,8 @@ def _angles(cos: torch.Tensor, sin: torch.Tensor, skip: int) -> tuple[torch.Tens
     return pad(cos, (0, 0, skip, 0), value=1.0)[:, None], pad(sin, (0, 0, skip, 0))[:, None]
 
 
-def _turned(value: torch.Tensor) -> torch.Tensor:
+def turned(value: torch.Tensor) -> torch.Tensor:
+    """Each pair (a, b) of the last dimension a quarter on: (-b, a)."""
     real, imaginary = value.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([-imaginary, real], dim=-1).flatten(-2)
 
