@@ -47,9 +47,9 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
             log.say(note)
     engine = Engine(transformer, plan, runtime.device, runtime.dtype, log.say)
     if gpu:
-        kernel = {"cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}[engine.kernel]
+        names = {"flash4": "FlashAttention 4", "cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}
         log.say(
-            f"memory {run.settings.memory}: {plan}, attention by {kernel}; "
+            f"memory {run.settings.memory}: {plan}, attention by {names[engine.kernel]}; "
             f"about {gib(plan.peak(load))} of {gib(free)} free"
         )
     return engine

@@ -63,6 +63,7 @@ _KEPT_PRODUCTS: Mapping[Keep, Callable[[int, int], bool]] = {
     "attention": lambda into, out: False,
 }
 _ATTENTION = (
+    "flash4",
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",

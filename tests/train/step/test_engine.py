@@ -114,6 +114,23 @@ def test_fused_queries_and_keys_give_the_gradients_of_diffusers_blocks(form, met
         assert farthest(expected, gradients(checkpoint, transformer, torch.float64)) < 5e-7, keep
 
 
+def test_flash_attention_4_is_kept_and_not_run_again(monkeypatch):
+    from cogtrain.step import flash4
+
+    expected = gradients(*transformer_of("tiny-1.5", "lora"))
+    for keep, times in (("attention", 1), ("feedforward", 1), ("matmuls", 1), ("inputs", 2)):
+        made = []
+        scores = flash4._scores
+        monkeypatch.setattr(flash4, "_scores", lambda q, k, made=made, scores=scores: made.append(1) or scores(q, k))
+        checkpoint, transformer = transformer_of("tiny-1.5", "lora")
+        engine = Engine(transformer, Plan((keep,) * LAYERS, park=True, stream=True), CPU, torch.float32)
+        engine.park_all()
+        engine.kernel = "flash4"
+        assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6, keep
+        assert len(made) == (times + 1) * LAYERS, keep  # forward, perhaps again, backward
+        monkeypatch.setattr(flash4, "_scores", scores)
+
+
 def lent(tensor):
     return (
         StorageWeakRef(tensor.untyped_storage()),

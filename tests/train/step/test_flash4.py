@@ -1,0 +1,63 @@
+"""FlashAttention 4 as an operation: its gradients, what the compiler is told, and where it is taken."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cogtrain.step import trial
+from cogtrain.step.attention import attend
+from cogtrain.step.flash4 import flash4, flash4_backward
+
+GPU = torch.device("cuda")
+
+
+def inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, 17, 8, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+
+
+def test_it_is_attention():
+    mine, theirs = inputs(), inputs()
+    for leaves, answer in ((mine, attend("flash4", *mine)), (theirs, F.scaled_dot_product_attention(*theirs))):
+        (answer * torch.linspace(-1, 2, answer.numel(), dtype=answer.dtype).view_as(answer)).sum().backward()
+        leaves.append(answer.detach())
+    for one, other in zip(mine, theirs, strict=True):
+        one, other = (one.grad, other.grad) if one.requires_grad else (one, other)
+        assert (one - other).abs().max() < 1e-7 * other.abs().max()  # the sums of exponentials are fp32
+
+
+def test_the_compiler_is_told_the_truth_about_it():
+    q, k, v = (leaf.detach().transpose(1, 2).contiguous().requires_grad_() for leaf in inputs(torch.float32))
+    torch.library.opcheck(flash4, (q, k, v))
+    out, sums = (tensor.detach() for tensor in flash4(q, k, v))
+    torch.library.opcheck(flash4_backward, (out * 2, *(leaf.detach() for leaf in (q, k, v)), out, sums))
+
+
+@pytest.mark.parametrize(
+    ("there", "works", "times", "taken"),
+    [
+        (False, {"cudnn", "flash4"}, {}, "cudnn"),
+        (True, {"cudnn", "flash4"}, {"cudnn": 2.0, "flash4": 1.0}, "flash4"),
+        (True, {"cudnn", "flash4"}, {"cudnn": 1.0, "flash4": 2.0}, "cudnn"),
+        (True, {"flash4"}, {}, "flash4"),
+        (True, {"cudnn"}, {}, "cudnn"),
+        (True, {"flash"}, {}, "flash"),
+        (False, set(), {}, "torch"),
+    ],
+)
+def test_the_fastest_that_works_is_taken(monkeypatch, there, works, times, taken):
+    monkeypatch.setattr(trial, "_flash4_is_there", lambda: there)
+    monkeypatch.setattr(trial, "kernel_works", lambda kernel, *_: kernel in works)
+    monkeypatch.setattr(trial, "_milliseconds", lambda kernel, *_: times[kernel])
+    assert trial.attention_kernel.__wrapped__(GPU, torch.bfloat16, True) == taken
+    assert trial.attention_kernel.__wrapped__(GPU, torch.float32, True) == "torch"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not trial._flash4_is_there(), reason="needs flash-attn-4")
+@pytest.mark.parametrize("compiling", [False, True])
+def test_it_works_on_this_gpu(compiling):
+    assert trial.kernel_works("flash4", GPU, torch.bfloat16, compiling)
+    times = {kernel: trial._milliseconds(kernel, GPU, torch.bfloat16) for kernel in ("flash4", "cudnn", "flash")}
+    print("milliseconds, 8,192 tokens, 8 heads:", times)
+    assert times["flash4"] < times["flash"]
