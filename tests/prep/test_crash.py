@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,16 +159,20 @@ def test_an_interrupt_that_a_library_drops_still_stops_the_work(encoded):
 def test_workers_at_once_one_killed_and_another_division_finishes(count, later, encoded, one_a_shard, settings_of):
     """Every slice has a process; the first, which has most to do, is killed after its first shard."""
     out, one = encoded / "new", ("--shard-samples", "1")
-    workers = [start(encoded, *one, "--worker", f"{index}/{count}") for index in range(1, count + 1)]
-    while not (out / "000000.parquet").exists() and workers[0].poll() is None:
-        time.sleep(0.01)
-    assert kill_group(workers[0]), "it was done before it could be killed"
-    for worker in workers[1:]:
-        assert worker.wait(timeout=300) == 0, worker.stderr.read()
-        worker.stderr.close()
+    for _ in range(4):  # on a busy machine its last shard may be there before the kill is: then once more
+        shutil.rmtree(out, ignore_errors=True)
+        workers = [start(encoded, *one, "--worker", f"{index}/{count}") for index in range(1, count + 1)]
+        while not (out / "000000.parquet").exists() and workers[0].poll() is None:
+            time.sleep(0.01)
+        killed = kill_group(workers[0])
+        for worker in workers[1:]:
+            assert worker.wait(timeout=300) == 0, worker.stderr.read()
+            worker.stderr.close()
+        committed = {int(path.stem) for path in out.glob("*.parquet")}
+        if len(committed) < 5:
+            break
     left_by_the_killed = {number for number in range(5) if number % count == 0}
-    committed = {int(path.stem) for path in out.glob("*.parquet")}
-    assert {*range(5)} - left_by_the_killed <= committed and 0 in committed and len(committed) < 5
+    assert killed and {*range(5)} - left_by_the_killed <= committed and 0 in committed and len(committed) < 5
     reports = [json.loads((out / f"report-{index}-of-{count}.json").read_text()) for index in range(2, count + 1)]
     assert sum(report["encoded"] for report in reports) == 5 - len(left_by_the_killed)
     before = samples_on_disk(out)
