@@ -43,9 +43,9 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, compiling: bool) 
         return "torch"
     candidates: tuple[Kernel, ...] = ("flash4", "cudnn") if _flash4_is_there() else ("cudnn",)
     working = [kernel for kernel in candidates if kernel_works(kernel, device, dtype, compiling)]
-    if len(working) > 1:
-        return min(working, key=lambda kernel: _milliseconds(kernel, device, dtype))
-    return next(iter(working), "flash" if kernel_works("flash", device, dtype, compiling) else "torch")
+    if not working:
+        return "flash" if kernel_works("flash", device, dtype, compiling) else "torch"
+    return working[0] if len(working) == 1 else min(working, key=lambda kernel: _milliseconds(kernel, device, dtype))
 
 
 def _flash4_is_there() -> bool:

@@ -47,9 +47,11 @@ def test_the_compiler_is_told_the_truth_about_it():
 )
 def test_the_fastest_that_works_is_taken(monkeypatch, there, works, times, taken):
     monkeypatch.setattr(trial, "_flash4_is_there", lambda: there)
-    monkeypatch.setattr(trial, "kernel_works", lambda kernel, *_: kernel in works)
+    tried = []
+    monkeypatch.setattr(trial, "kernel_works", lambda kernel, *_: tried.append(kernel) or kernel in works)
     monkeypatch.setattr(trial, "_milliseconds", lambda kernel, *_: times[kernel])
     assert trial.attention_kernel.__wrapped__(GPU, torch.bfloat16, True) == taken
+    assert ("flash" in tried) == (taken in ("flash", "torch"))  # a trial takes seconds
     assert trial.attention_kernel.__wrapped__(GPU, torch.float32, True) == "torch"
 
 
