@@ -16,7 +16,7 @@ from typing import Any
 from cogcommon.errors import RunError, SettingError
 from cogcommon.words import counted
 
-from .measured import Measured, measured
+from .measured import Measured, gpu_here, measured
 from .run import Run, open_run
 from .run_folder import METRICS_FILE, read_metrics
 from .settings import LoraSettings, Memory, PlanSettings, SftSettings
@@ -196,10 +196,8 @@ def _machine(settings: PlanSettings) -> tuple[int, int]:
 
 def _gpu(settings: PlanSettings) -> str:
     """Whose seconds are told: this machine's, or those of a GPU that we have measured."""
-    import torch
-
-    there = settings.gpu is None and torch.cuda.is_available()
-    return torch.cuda.get_device_name().removeprefix("NVIDIA ") if there else next(iter(RELATIVE))
+    here = gpu_here() if settings.gpu is None else None
+    return here or next(iter(RELATIVE))
 
 
 def _table(lines: Sequence[Forecast]) -> Any:

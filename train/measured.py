@@ -48,6 +48,13 @@ def measured() -> tuple[Measured, ...]:
     return tuple(Measured(**json.loads(line)) for line in reversed(lines))
 
 
+def gpu_here() -> str | None:
+    """This machine's GPU, as ``Measured.gpu`` names it."""
+    import torch
+
+    return torch.cuda.get_device_name().removeprefix("NVIDIA ") if torch.cuda.is_available() else None
+
+
 def keep(run: Measured) -> None:
     """Append a run to the project's own."""
     with Path(__file__).with_name(FILE).open("a", encoding="utf-8") as stream:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from ..measured import gpu_here
 from ..progress import peak_gib
 from ..run import Run
 from ..step.demand import host_bytes_a_weight, offloaded_bytes, trained_weights
@@ -35,7 +36,7 @@ class Machine:
             "host_gib": self._most / _GIB,
             "rss_gib": peak_gib(torch.device("cpu")),
             "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if gpu else 0.0,
-            "gpu": torch.cuda.get_device_name().removeprefix("NVIDIA ") if gpu else "CPU",
+            "gpu": gpu_here() or "CPU",
             "card_gib": share * torch.cuda.get_device_properties(0).total_memory / _GIB if gpu else 0.0,
             "versions": {name: _version(name) for name in _LIBRARIES},
             "precision": run.precision,

@@ -114,7 +114,7 @@ def block_function(
     import torch
     import torch.nn.functional as F
 
-    from .qk_norm import qk_norm, turned
+    from .qk_norm import angles, qk_norm, turned
 
     def products(
         x: torch.Tensor, at: Linear, weights: tuple[torch.Tensor, ...]
@@ -167,8 +167,7 @@ def block_function(
         y_BHSD = y_BHSD if norm is None else normed(y_BHSD, norm, weights)
         if not tables:
             return y_BHSD
-        cos, sin = F.pad(tables[0], (0, 0, length, 0), value=1.0), F.pad(tables[1], (0, 0, length, 0))
-        return rotated(y_BHSD, cos, sin)
+        return rotated(y_BHSD, *angles(tables[0], tables[1], length))
 
     def forward(
         video: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, *rest: torch.Tensor

@@ -50,7 +50,7 @@ def backward(
         grad, x, added, weight_D, *_tables(cos_SD, sin_SD, x), out, parts_P2D, rows, tokens, skip, eps,
         HEADS=heads, D=width, ROWS=block, ADDED=added_BSHD is not None, ROTARY=cos_SD is not None, SUMS=sums,
     )  # fmt: skip
-    return out, parts_P2D.sum(0)
+    return out, parts_P2D.sum(0) if sums else parts_P2D[0]
 
 
 def _tables(

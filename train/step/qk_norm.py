@@ -27,7 +27,7 @@ def qk_norm(
     """
     value = _normalised(x, added, eps)[0] * weight + bias
     if cos is not None and sin is not None:
-        cosine, sine = _angles(cos, sin, skip)
+        cosine, sine = (table_SD[:, None] for table_SD in angles(cos, sin, skip))
         value = value * cosine + turned(value) * sine
     return value.to(x.dtype).contiguous()
 
@@ -45,13 +45,13 @@ def qk_norm_backward(
     normalised, scale = _normalised(x, added, eps)
     value = _wide(grad)
     if cos is not None and sin is not None:
-        cosine, sine = _angles(cos, sin, skip)
+        cosine, sine = (table_SD[:, None] for table_SD in angles(cos, sin, skip))
         value = value * cosine - turned(value * sine)
     of_weights = torch.stack([(value * normalised).sum((0, 1, 2)), value.sum((0, 1, 2))])
     value = value * weight
     along = (value * normalised).mean(-1, keepdim=True)
     value = (value - value.mean(-1, keepdim=True) - normalised * along) * scale
-    return value.to(x.dtype).contiguous(), of_weights.float() if x.dtype != torch.float64 else of_weights
+    return value.to(x.dtype).contiguous(), of_weights
 
 
 def _normalised(x: torch.Tensor, added: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,13 +62,17 @@ def _normalised(x: torch.Tensor, added: torch.Tensor | None, eps: float) -> tupl
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(_wide_dtype(x))
 
 
-def _angles(cos: torch.Tensor, sin: torch.Tensor, skip: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all tokens and heads: (S, 1, D)."""
+def _wide_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def angles(cos: torch.Tensor, sin: torch.Tensor, skip: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all tokens, (S, D): the first ``skip`` are turned by zero."""
     pad = torch.nn.functional.pad
-    return pad(cos, (0, 0, skip, 0), value=1.0)[:, None], pad(sin, (0, 0, skip, 0))[:, None]
+    return pad(cos, (0, 0, skip, 0), value=1.0), pad(sin, (0, 0, skip, 0))
 
 
 def turned(value: torch.Tensor) -> torch.Tensor:
@@ -98,7 +102,7 @@ def _(x: torch.Tensor, *_arguments: Any) -> torch.Tensor:
 
 @qk_norm_backward.register_fake
 def _(_grad: torch.Tensor, x: torch.Tensor, *_arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty((2, x.shape[-1]), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty((2, x.shape[-1]), dtype=_wide_dtype(x))
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
