@@ -1,12 +1,15 @@
-"""How far the fast step's loss and gradients are from fp32, beside how far the plain bf16 loop's are.
+"""How far the product's loss and gradients are from fp32, beside how far the plain bf16 loop's are.
 
-Four layers of the true width on one batch. Random weights have no outliers, and
-say nothing about quantised ones; nothing here is quantised.
+Four layers of the true width on one batch, a LoRA's weights trained and all. Random weights have no
+outliers, and say nothing about quantised ones; nothing here is quantised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.families import Resolution
@@ -28,27 +31,42 @@ _BUCKET = Resolution(17, 256, 384)
 _LAYERS = 4
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A loss, and the gradient of each weight, fp32, on the CPU."""
+
+    loss: float
+    gradients: Mapping[str, torch.Tensor]
+
+
 def numerics(row: Row, device: torch.device) -> Mapping[str, Any]:
-    """Relative error of the loss and of all gradients together, against fp32."""
+    """Errors of the loss and of all gradients together, relative to fp32, and the weights whose gradients are worst."""
     import torch
 
-    layers, rank = 3 if row.small else _LAYERS, row.rank or 128
+    layers = row.layers or (3 if row.small else _LAYERS)
     checkpoint = random_checkpoint(row.family, {**row.shape, "num_layers": layers})
-    bucket = row.bucket if row.small else _BUCKET
+    bucket = row.bucket if row.small or row.resolution else _BUCKET
     objective = Objective.of(checkpoint)
     batch = _batch(checkpoint, objective, bucket, device)
-    exact = _gradients(checkpoint, objective, batch, device, torch.float32, None, rank)
-    found = {"plain bf16": _against(exact, _gradients(checkpoint, objective, batch, device, torch.bfloat16, None,
-                                                      rank))}  # fmt: skip
-    compiled = compiler_fault(device) is None
-    ways: tuple[tuple[Keep, bool], ...] = (("attention", True), ("matmuls", False))
-    for keep, moved in ways:
-        plan = Plan((keep,) * layers, park=moved, stream=moved, chunks=4 if moved else 1, compiled=compiled)
-        name = f"{keep}{', from host memory' if moved else ''}"
-        got = _gradients(checkpoint, objective, batch, device, torch.bfloat16, plan, rank)
-        found[name] = _against(exact, got)
-        print(name, found[name], flush=True)
+    found = {}
+    for rank in (row.rank or 128, None):
+        exact = _found(checkpoint, objective, batch, device, torch.float32, None, rank)
+        method = "LoRA" if rank else "SFT"
+        for name, plan in _ways(layers, rank is None, compiler_fault(device) is None):
+            got = _found(checkpoint, objective, batch, device, torch.bfloat16, plan, rank)
+            found[f"{method}, {name}"] = _against(exact, got)
+            print(method, name, found[f"{method}, {name}"], flush=True)
     return {"numerics": found}
+
+
+def _ways(layers: int, full: bool, compiled: bool) -> Iterator[tuple[str, Plan | None]]:
+    attention: tuple[Keep, ...] = ("attention",) * layers
+    matmuls: tuple[Keep, ...] = ("matmuls",) * layers
+    yield "plain bf16", None
+    yield "attention", Plan(attention, compiled=compiled)
+    yield "matmuls", Plan(matmuls, compiled=compiled)
+    moved = Plan(attention, park=True, stream=not full, train_on_host=full, chunks=4, compiled=True)
+    yield "from host memory", moved if compiled else moved.uncompiled
 
 
 def _batch(checkpoint: RandomCheckpoint, objective: Objective, bucket: Resolution, device: torch.device) -> Batch:
@@ -72,39 +90,59 @@ def _batch(checkpoint: RandomCheckpoint, objective: Objective, bucket: Resolutio
     ).to(device)
 
 
-def _gradients(
+def _found(
     checkpoint: RandomCheckpoint, objective: Objective, batch: Batch, device: torch.device, dtype: torch.dtype,
-    plan: Plan | None, rank: int,
-) -> tuple[float, torch.Tensor]:  # fmt: skip
-    """Loss and all gradients in one vector, twice over: the second pass meets used buffers. ``plan`` None: plainly."""
+    plan: Plan | None, rank: int | None,
+) -> _Found:  # fmt: skip
+    """Of the second of two passes, which meets used buffers. ``plan`` None: plainly; ``rank`` None: all is trained."""
     import torch
 
     transformer = checkpoint.load_transformer(torch.bfloat16)  # the same rounded weights for all
-    transformer.to(dtype)
-    lora.attach(transformer, rank, rank / 2)
-    generator = torch.Generator().manual_seed(3)
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    with torch.no_grad():
-        for parameter in trained:  # B is zero at first, and A would have no gradient
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+    if rank:
+        transformer.to(dtype)
+        lora.attach(transformer, rank, rank / 2)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                if parameter.requires_grad:  # B is zero at first, and A would have no gradient
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+    else:
+        transformer.to(torch.float32).requires_grad_()
     transformer.train()
+    hosted = None
     if plan is None:
         transformer.to(device)
     else:
         engine = Engine(transformer, plan, device, dtype)
         engine.park_all()
+        hosted = engine.hosted
     for _ in range(2):
         transformer.zero_grad()
-        with torch.autocast(device.type, dtype, enabled=plan is None and dtype != torch.float32):
+        if hosted:
+            hosted.zero_grad()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and (plan is None or not rank)):
             loss = objective.losses(transformer, batch, dtype).mean()
         loss.backward()
-    gradients = [parameter.grad for parameter in transformer.parameters() if parameter.requires_grad]
-    vector = torch.cat([gradient.float().flatten().cpu() for gradient in gradients if gradient is not None])
-    return float(loss.detach()), vector
+    gradients = {parameter: parameter.grad for parameter in transformer.parameters() if parameter.grad is not None}
+    if hosted:
+        hosted.arrive()
+        gradients |= {weight.master: hosted.gradient(weight) for weight in hosted}
+    names = {parameter: name for name, parameter in transformer.named_parameters()}
+    return _Found(float(loss.detach()), {names[at]: gradient.float().cpu() for at, gradient in gradients.items()})
 
 
-def _against(exact: tuple[float, torch.Tensor], got: tuple[float, torch.Tensor]) -> dict[str, float]:
+def _against(exact: _Found, got: _Found) -> dict[str, Any]:
+    off: dict[str, float] = {}
+    square = whole = 0.0
+    for name, gradient in exact.gradients.items():
+        away, length = float((got.gradients[name] - gradient).norm()), float(gradient.norm())
+        square, whole = square + away**2, whole + length**2
+        kind = re.sub(r"transformer_blocks\.\d+\.", "", name)
+        error = away / max(length, 1e-30)
+        off[kind] = max(off.get(kind, 0.0), error if math.isfinite(error) else math.inf)
+    worst = sorted(off, key=lambda kind: -off[kind])[:3]
     return {
-        "loss": abs(got[0] - exact[0]) / exact[0],
-        "gradients": float((got[1] - exact[1]).norm() / exact[1].norm()),
+        "loss": abs(got.loss - exact.loss) / exact.loss,
+        "gradients": (square / whole) ** 0.5,
+        "worst": {kind: round(off[kind], 4) for kind in worst},
     }
