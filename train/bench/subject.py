@@ -57,11 +57,12 @@ def _fill(transformer: torch.nn.Module, dtype: torch.dtype) -> None:
     """Matrices normal with variance 1/fan_in, norms one, biases zero.
 
     Matrices of one fan-in are windows of the same memory, each from another place on: 5B is made in a
-    second and takes 0.4 GiB of host memory, not 10.4. What a run moves, it copies.
+    second and takes 0.4 GiB of host memory, not 10.4. What a run moves, it copies. Whatever the type, the numbers
+    are bf16's, as the published ones are: masters that lie between them move a bf16 copy at once, others later.
     """
     import torch
 
-    drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0)).to(dtype)
+    drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0))
     places = random.Random(0)
     longest: dict[int, int] = {}
     for parameter in transformer.parameters():
@@ -70,7 +71,7 @@ def _fill(transformer: torch.nn.Module, dtype: torch.dtype) -> None:
             longest[fan_in] = max(longest.get(fan_in, 0), parameter.numel())
     spare = min(_SPARE, max(longest.values()))
     numbers = {
-        fan_in: drawn.repeat(-(-(size + spare) // _DRAWN))[: size + spare] / math.sqrt(fan_in)
+        fan_in: (drawn / math.sqrt(fan_in)).bfloat16().to(dtype).repeat(-(-(size + spare) // _DRAWN))[: size + spare]
         for fan_in, size in longest.items()
     }
     with torch.no_grad():
