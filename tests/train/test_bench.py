@@ -95,6 +95,7 @@ def test_what_was_measured_on_a_gpu_is_kept_once(tmp_path, monkeypatch):
     row = dataclasses.asdict(guide_row(9, "low")) | {
         "row": "09/low", "command": "cogtrain sft", "bucket": "49x480x720", "date": "2026-01-01", "method": "sft",
         "precision": "bf16", "strategy": "ddp", "memory": "low", "plan": "as planned", "gpu": "H100", "card_gib": 79.2,
+        "attention": "cudnn",
         "s_per_step": 3.0, "peak_gib": 11.0, "first_peak_gib": 12.0, "host_gib": 90.0, "locked_gib": 70.0,
         "compile_s": 9.0, "versions": {"torch": "2.11"},
     }  # fmt: skip

@@ -61,5 +61,5 @@ def test_the_fastest_that_works_is_taken(monkeypatch, there, works, times, taken
 def test_it_works_on_this_gpu(compiling):
     assert trial.kernel_works("flash4", GPU, torch.bfloat16, compiling)
     times = {kernel: trial._milliseconds(kernel, GPU, torch.bfloat16) for kernel in ("flash4", "cudnn", "flash")}
-    print("milliseconds, 8,192 tokens, 8 heads:", times)
+    print("milliseconds:", times)
     assert times["flash4"] < times["flash"]

@@ -36,7 +36,7 @@ def gradients(function, given):
         value.clone().requires_grad_() if torch.is_tensor(value) and i < 4 else value for i, value in enumerate(given)
     ]
     out = function(*leaves)
-    (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)).sum().backward()
+    out.backward(torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view_as(out).to(out))
     return [out.detach(), *(leaf.grad for leaf in leaves[:4] if torch.is_tensor(leaf))]
 
 
