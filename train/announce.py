@@ -14,6 +14,7 @@ from .method import Exported
 from .progress import RunLog
 from .run import Run
 from .run_folder import Facts
+from .step.attention import Kernel
 from .step.plan import Plan
 from .strategy import Runtime
 
@@ -54,7 +55,7 @@ def checked(exported: Exported) -> str:
     return f"loaded back, the weights answer within {exported.difference:.0e} of the trained model"
 
 
-def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan) -> Facts:
+def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan, attention: Kernel) -> Facts:
     import torch
 
     counts = np.bincount(run.shards.bucket_of, minlength=len(run.shards.buckets))
@@ -79,6 +80,7 @@ def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan) -> Facts:
         trainable=trainable,
         version=__version__,
         plan=str(plan),
+        attention=attention,
     )
 
 

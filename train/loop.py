@@ -26,6 +26,7 @@ from .report import write_report
 from .run import Run, run_folder, settings_json, write_config
 from .run_folder import CONFIG_FILE, claimed, read_run
 from .signals import StopRequest
+from .step.attention import Kernel
 from .step.demand import diffusers_plan
 from .step.install import install
 from .step.plan import Plan
@@ -70,13 +71,13 @@ def train(run: Run, stop: StopRequest) -> Path:
             abandoned = together(runtime, lambda: _move_in(run, folder, done, closing) if runtime.main else [])
             tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
             log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, done, tracker))
-            model, optimizer, trained, plan = _model(run, runtime, log)
+            model, optimizer, trained, plan, attention = _model(run, runtime, log)
             if abandoned:
                 log.say(f"removed {', '.join(abandoned)}: their steps are made again")
             trainable = announce.count_weights(trained)
             announce.beginning(run, log, folder, trainable)
             if runtime.main:
-                announce.facts(run, runtime, trainable, plan).write(folder)
+                announce.facts(run, runtime, trainable, plan, attention).write(folder)
             # It measures the base model, so it comes before the resume.
             validation = Validation.begin(run, runtime, model, folder, log)
             average = Average(trained, settings.ema) if settings.ema else None
@@ -156,25 +157,26 @@ def _move_in(run: Run, folder: Path, done: int, closing: ExitStack) -> list[str]
     return checkpoints.clear(folder, after=done)
 
 
-def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter], Plan]:
+def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter], Plan, Kernel]:
     """The transformer and its optimizer, ready to train, the weights that are trained, and how the blocks are run."""
     settings = run.settings
     transformer = run.checkpoint.load_transformer(run.method.weight_dtype(runtime.dtype, runtime.sharded))
     run.method.apply(transformer)
     transformer.train()
     hosted = None
+    attention: Kernel
     if runtime.whole:
         engine = install(transformer, run, runtime, log)
-        hosted, plan = engine.hosted, engine.plan
+        hosted, plan, attention = engine.hosted, engine.plan, engine.kernel
     else:  # DeepSpeed gathers a layer's weights when diffusers' own block asks for them
-        plan = diffusers_plan(settings.memory, len(transformer.transformer_blocks))
+        plan, attention = diffusers_plan(settings.memory, len(transformer.transformer_blocks)), "torch"
         if settings.memory != "fast":
             transformer.enable_gradient_checkpointing()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     on_host = run.strategy.endswith("-offload")
     optimizer = make_optimizer(trained, settings, runtime.device, on_host=on_host, hosted=hosted)
     model, optimizer = runtime.prepare(transformer, optimizer, saved_by=run.resume.state.world if run.resume else None)
-    return model, optimizer, trained, plan
+    return model, optimizer, trained, plan, attention
 
 
 def _loss(

@@ -27,6 +27,7 @@ class Measured:
     strategy: str
     memory: str  # as --memory, or REFERENCE
     plan: str  # how the blocks were run, in words (`step.plan.Plan`)
+    attention: str  # by which kernel (`step.attention.Kernel`)
     gpu: str
     gpus: int
     card_gib: float  # GPU memory that the run was given

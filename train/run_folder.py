@@ -57,6 +57,7 @@ class Facts:
     trainable: int  # weights
     version: str
     plan: str = ""  # how the blocks were run (`step.plan.Plan`); newer than some runs
+    attention: str = ""  # by which kernel (`step.attention.Kernel`); newer than some runs
 
     def write(self, run: Path) -> None:
         commit_bytes(run / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())

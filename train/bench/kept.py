@@ -50,6 +50,7 @@ def _measured(result: Mapping[str, Any]) -> Measured:
         strategy=result["strategy"],
         memory=REFERENCE if reference else result["memory"],
         plan=result["plan"],
+        attention=result["attention"],
         gpu=result["gpu"],
         gpus=result["processes"],
         card_gib=round(result["card_gib"], 1),

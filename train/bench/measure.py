@@ -191,6 +191,7 @@ def _result(run: Run, row: Row, stop: _After) -> Mapping[str, Any]:
     if not (run.settings.out / METRICS_FILE).exists():
         return {}  # not the first process: that one writes for all
     lines = read_metrics(run.settings.out / METRICS_FILE)[0][: row.steps]
+    facts = read_run(run.settings.out).facts
     counted = lines[row.settling :]
     medians = {
         name: statistics.median(getattr(line, name) for line in counted)
@@ -203,9 +204,11 @@ def _result(run: Run, row: Row, stop: _After) -> Mapping[str, Any]:
         "first_peak_gib": stop.first_peak_gib,
         "kept_gib": lines[-1].kept_gib,
         "locked_gib": locked_bytes() / _GIB,
-        "plan": read_run(run.settings.out).facts.plan,
+        "plan": facts.plan,
+        "attention": facts.attention,
         **stop.machine.found(run),
         "losses": [round(line.loss, 5) for line in lines],
+        "norms": [round(line.grad_norm, 5) for line in lines],
         "all_s": [round(line.s_per_step, 3) for line in lines],
     }
 

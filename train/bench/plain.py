@@ -83,6 +83,7 @@ def reference(run: Run, row: Row, pinned: bool = True) -> Mapping[str, Any]:
         "peak_gib": peak_gib(device),
         "first_peak_gib": first_peak_gib,
         "plan": "every block checkpointed by diffusers" + ("" if pinned else ", host memory not page-locked"),
+        "attention": "torch",
         "losses": losses,
         "all_s": [round(times[3] - times[0], 3) for times in marks],
         **machine.found(run),
