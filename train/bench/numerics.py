@@ -60,12 +60,13 @@ def numerics(row: Row, device: torch.device) -> Mapping[str, Any]:
 
 
 def _ways(layers: int, full: bool, compiled: bool) -> Iterator[tuple[str, Plan | None]]:
-    attention: tuple[Keep, ...] = ("attention",) * layers
-    matmuls: tuple[Keep, ...] = ("matmuls",) * layers
+    def each(keep: Keep) -> tuple[Keep, ...]:
+        return (keep,) * layers
+
     yield "plain bf16", None
-    yield "attention", Plan(attention, compiled=compiled)
-    yield "matmuls", Plan(matmuls, compiled=compiled)
-    moved = Plan(attention, park=True, stream=not full, train_on_host=full, chunks=4, compiled=True)
+    yield "attention", Plan(each("attention"), compiled=compiled)
+    yield "matmuls", Plan(each("matmuls"), compiled=compiled)
+    moved = Plan(each("attention"), park=True, stream=not full, train_on_host=full, chunks=4, compiled=True)
     yield "from host memory", moved if compiled else moved.uncompiled
 
 
