@@ -112,6 +112,7 @@ def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = N
             batch=batch or run.settings.batch_size,
             size=_SIZES.get(run.precision, 2),
             trained=int(trained_weights(run) * bytes_a_weight(strategy, run.world)),
+            arriving=4 * trained_weights(run) if _arrive(run, strategy) else 0,
             frozen=not run.method.full,
             streams=strategy == "ddp",
             accumulate=run.settings.accumulate if can_host(run, strategy) else None,
@@ -136,6 +137,11 @@ def can_host(run: Run, strategy: Strategy) -> bool:
     settings = run.settings
     alone = strategy == "ddp" and run.world == 1
     return run.method.full and alone and settings.optimizer == "adamw" and not settings.ema
+
+
+def _arrive(run: Run, strategy: Strategy) -> bool:
+    """Whether gradients are memory of their own, as large as the weights, that is there in the backward pass alone."""
+    return run.method.full and strategy == "ddp" and run.settings.accumulate == 1
 
 
 def bytes_a_weight(strategy: Strategy, world: int) -> float:

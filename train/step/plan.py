@@ -23,6 +23,8 @@ _HOST_USABLE = 0.8  # of host memory; what is locked cannot be swapped, and the 
 # Activations on the GPU, beside what is kept, as one block's attention goes backward; that is when most is. Compiled:
 # fitted to LoRAs of 5B, 1.5 and 2B (H200, torch 2.11). Plain is an estimate: what such a block keeps (17), gradients.
 _WORK_COMPILED, _WORK_PLAIN = 12.3, 26.0
+# Where the attention is recomputed its inputs are there as the feed-forward goes backward; seen in one run, row 13.
+_WORK_ATTENTION_AGAIN = 6.0
 _PARKED_BESIDE = 8.2  # of what is parked, on its way out or back, beside one block's; fitted to the same runs
 _HOSTED_IN_FLIGHT = 2  # of each of two blocks: its weights, its gradients
 _CHUNKS = 4  # of the feed-forward layer, where memory counts: its middle is four activations wide
@@ -47,8 +49,9 @@ class Load:
 
     ``attention`` and ``products`` are its floating-point operations, in the attention and in
     its linear layers. ``activation`` is one tensor of all tokens by the width; ``block`` and ``rest``
-    are frozen weights, of one block and outside the blocks; ``trained`` is masters,
-    gradients and optimizer states. ``streams``: frozen weights may live on the host.
+    are what is not trained, of one block and outside the blocks; ``trained`` is masters,
+    gradients and optimizer states, and of it ``arriving`` what is there only once all blocks have gone backward:
+    gradients, where there are as many as weights. ``streams``: frozen weights may live on the host.
     ``hosted`` is set where all weights are trained, and may be in host memory.
     """
 
@@ -59,6 +62,7 @@ class Load:
     trained: int
     attention: int
     products: int
+    arriving: int = 0
     streams: bool = True
     hosted: Hosted | None = None
 
@@ -71,6 +75,7 @@ class Load:
         batch: int,
         size: int,
         trained: int,
+        arriving: int = 0,
         frozen: bool = True,
         streams: bool = True,
         accumulate: int | None = None,
@@ -81,6 +86,7 @@ class Load:
             batch: samples of one forward pass.
             size: bytes of a number as computed.
             trained: bytes of what is trained: masters, gradients, optimizer states.
+            arriving: of them, gradients that come in the backward pass.
             frozen: the checkpoint's own weights are, and what is trained lies beside them.
             streams: frozen weights may live on the host.
             accumulate: accumulation steps, where all weights are trained and may live on the host.
@@ -92,6 +98,8 @@ class Load:
         # Attention 4, feed-forward 8; two modulations of 6 outputs each; what is left is small.
         block = (12 * width**2 + 12 * width * config["time_embed_dim"]) * size
         rest = (config["text_embed_dim"] * width + 2 * width * config["time_embed_dim"]) * size
+        # A model without rotary tables adds one of positions, which is held as the weights are.
+        positions = 0 if config["use_rotary_positional_embeddings"] else tokens * width * (size if frozen else 4)
         hosted = None
         if accumulate is not None:
             numbers = config["num_layers"] * block // size
@@ -104,8 +112,9 @@ class Load:
             layers=config["num_layers"],
             activation=batch * tokens * width * size,
             block=block if frozen else 0,
-            rest=rest if frozen else 0,
+            rest=(rest if frozen else 0) + positions,
             trained=trained,
+            arriving=arriving,
             attention=4 * batch * tokens**2 * width,
             products=24 * batch * tokens * width**2,
             streams=frozen and streams,
@@ -144,14 +153,20 @@ class Plan:
     def peak(self, load: Load) -> int:
         """Predicted bytes of GPU memory at the worst moment of a step."""
         work = _WORK_COMPILED if self.compiled else _WORK_PLAIN
+        if self.compiled and "inputs" in self.keep:
+            work += _WORK_ATTENTION_AGAIN
         each = [ALL_UNCOMPILED if keep == "all" and not self.compiled else ACTIVATIONS[keep] for keep in self.keep]
         kept = min(sum(each), max(each) + _PARKED_BESIDE) if self.park else sum(each)
         blocks = min(load.layers, 2) if self.stream else load.layers
         weights = load.rest + load.trained + blocks * load.block
         if self.train_on_host:
             assert load.hosted
-            weights = load.hosted.rest + min(load.layers, 2) * _HOSTED_IN_FLIGHT * load.hosted.block
-        return int(weights + (kept + work) * load.activation)
+            weights = load.rest + load.hosted.rest + min(load.layers, 2) * _HOSTED_IN_FLIGHT * load.hosted.block
+            return int(weights + (kept + work) * load.activation)
+        # What is kept goes as the gradients come, and is less than they are, or more.
+        first = weights - load.arriving + (kept + work) * load.activation
+        last = weights + (min(kept, each[0]) + work) * load.activation
+        return int(max(first, last))
 
     def host(self, load: Load) -> int:
         """Bytes of host memory, most of them page-locked; beside the masters of what is trained there."""

@@ -292,7 +292,7 @@ def test_all_blocks_are_one_graph_without_breaks(form, method, monkeypatch):
 
 
 def test_a_compiler_that_fails_costs_a_sentence_and_not_the_run(monkeypatch):
-    def fails(graph, inputs):
+    def fails(graph, inputs, **options):
         raise RuntimeError("no such kernel\nand a page of it")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fails))
