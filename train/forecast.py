@@ -20,8 +20,10 @@ from .measured import Measured, gpu_here, measured
 from .run import Run, open_run
 from .run_folder import METRICS_FILE, read_metrics
 from .settings import LoraSettings, Memory, PlanSettings, SftSettings
+from .step.attention import Kernel
 from .step.demand import Demand, choices
 from .step.seconds import RELATIVE, seconds
+from .step.trial import flash4_is_there
 from .zero_config import STAGE, Strategy
 
 _GIB = 2**30
@@ -98,8 +100,9 @@ def forecasts(settings: PlanSettings, card: int, gpus: int) -> list[Forecast]:
 
 
 def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: int, gpu: str) -> Forecast:
-    same = _measured(planned, needs, gpus)
-    takes = seconds(needs.load, needs.plan, gpu) if STAGE[needs.strategy] == 0 else None
+    kernel: Kernel = "flash4" if settings.gpu is None and gpu_here() and flash4_is_there() else "cudnn"
+    same = _measured(planned, needs, gpus, kernel if STAGE[needs.strategy] < 3 else "torch")
+    takes = seconds(needs.load, needs.plan, gpu, kernel) if STAGE[needs.strategy] == 0 else None
     words = ["cogtrain", planned.method.name, "--shards", *_as_glob(settings.shards), "--strategy", needs.strategy]
     words += ["--memory", needs.memory, "--nproc", str(gpus)]
     if settings.model:
@@ -134,7 +137,7 @@ def _as_glob(shards: Sequence[str]) -> list[str]:
     return list(shards)
 
 
-def _measured(planned: Run, needs: Demand, gpus: int) -> Measured | None:
+def _measured(planned: Run, needs: Demand, gpus: int, kernel: Kernel) -> Measured | None:
     """The newest run of the same thing; None where nobody has measured it."""
     if planned.checkpoint.transformer_config["num_layers"] != planned.checkpoint.family.layers:
         return None  # a built-in model: of the family's form, not of its size
@@ -148,6 +151,7 @@ def _measured(planned: Run, needs: Demand, gpus: int) -> Measured | None:
         "gpus": gpus,
         "strategy": needs.strategy,
         "plan": str(needs.plan),
+        "attention": kernel,
     }
     return next((run for run in measured() if all(getattr(run, name) == value for name, value in same.items())), None)
 

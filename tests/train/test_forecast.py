@@ -85,13 +85,17 @@ def test_every_run_that_was_measured_is_within_a_tenth_of_what_is_computed(run):
     assert computed_for(run).peak / GIB == pytest.approx(run.peak_gib, rel=0.1)
 
 
-COMPILED = [run for run in measured() if run.memory != REFERENCE and run.strategy == "ddp" and run.method == "lora"]
+COMPILED = [run for run in measured() if run.memory != REFERENCE and run.strategy == "ddp" and run.gpus == 1]
 
 
 @pytest.mark.parametrize("run", COMPILED, ids=lambda run: run.row)
-def test_seconds_are_within_a_tenth_of_every_lora_that_was_measured(run):
+def test_seconds_are_within_a_tenth_of_every_run_that_was_measured(run):
     needs = computed_for(run)
-    assert seconds(needs.load, needs.plan, run.gpu) == pytest.approx(run.s_per_step, rel=0.1)
+    takes = seconds(needs.load, needs.plan, run.gpu, run.attention)  # type: ignore[arg-type]
+    if needs.plan.train_on_host:
+        assert takes is None
+    else:
+        assert takes == pytest.approx(run.s_per_step, rel=0.1)
 
 
 def test_seconds_are_told_of_what_we_have_measured_the_like_of(plan_of):

@@ -41,14 +41,15 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, compiling: bool) 
 
     if device.type != "cuda" or dtype == torch.float32:
         return "torch"
-    candidates: tuple[Kernel, ...] = ("flash4", "cudnn") if _flash4_is_there() else ("cudnn",)
+    candidates: tuple[Kernel, ...] = ("flash4", "cudnn") if flash4_is_there() else ("cudnn",)
     working = [kernel for kernel in candidates if kernel_works(kernel, device, dtype, compiling)]
     if not working:
         return "flash" if kernel_works("flash", device, dtype, compiling) else "torch"
     return working[0] if len(working) == 1 else min(working, key=lambda kernel: _milliseconds(kernel, device, dtype))
 
 
-def _flash4_is_there() -> bool:
+def flash4_is_there() -> bool:
+    """Whether FlashAttention 4 is installed; whether it works, and is the fastest, its trial tells."""
     try:
         return find_spec("flash_attn.cute") is not None
     except Exception:  # FlashAttention 2, whose name the package shares, may be there and broken

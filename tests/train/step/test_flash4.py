@@ -46,7 +46,7 @@ def test_the_compiler_is_told_the_truth_about_it():
     ],
 )
 def test_the_fastest_that_works_is_taken(monkeypatch, there, works, times, taken):
-    monkeypatch.setattr(trial, "_flash4_is_there", lambda: there)
+    monkeypatch.setattr(trial, "flash4_is_there", lambda: there)
     tried = []
     monkeypatch.setattr(trial, "kernel_works", lambda kernel, *_: tried.append(kernel) or kernel in works)
     monkeypatch.setattr(trial, "_milliseconds", lambda kernel, *_: times[kernel])
@@ -56,7 +56,7 @@ def test_the_fastest_that_works_is_taken(monkeypatch, there, works, times, taken
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not trial._flash4_is_there(), reason="needs flash-attn-4")
+@pytest.mark.skipif(not trial.flash4_is_there(), reason="needs flash-attn-4")
 @pytest.mark.parametrize("compiling", [False, True])
 def test_it_works_on_this_gpu(compiling):
     assert trial.kernel_works("flash4", GPU, torch.bfloat16, compiling)
