@@ -2,7 +2,8 @@
 
 A LoRA of each model by default; a row of the public guide's hardware table by its number, full fine-tuning and
 several GPUs among them. Each row is a process of its own, or one for each GPU, so that one that runs out of memory
-costs one row. The next row's processes make their weights while the one before has the GPU.
+costs one row. The next row's processes make their weights while the one before has the GPU,
+unless that computes on the host, too.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main(
             print(f"{row.name} and what follows: no time left", flush=True)
             break
         started.go()
-        if index + 1 < len(wanted):
+        if index + 1 < len(wanted) and not row.on_host:
             waiting = Started(wanted[index + 1], out)
         result = started.finish(min(row_seconds, left))
         results.append(result)

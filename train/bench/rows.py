@@ -63,6 +63,12 @@ class Row:
         return min(guide_rows()[self.number].processes or here, here) if self.number else 1
 
     @property
+    def on_host(self) -> bool:
+        """Whether the host computes, too, and would be slowed by whatever is prepared there."""
+        settings = self.settings
+        return settings.strategy.endswith("-offload") or (self.rank is None and settings.memory == "low")
+
+    @property
     def command(self) -> str:
         """What a user types for the same."""
         if self.number:
