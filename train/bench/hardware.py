@@ -49,6 +49,7 @@ def measured_table() -> str:
             off = f"{computed:.1f} GB ({computed / run.peak_gib - 1:+.0%})"
         what = f"{run.family.upper()} {run.method.upper() if run.method == 'sft' else 'LoRA'}, {run.strategy}"
         given = f", {run.card_gib:.0f} GB of it" if run.memory == "auto" else ""
+        given += ", FlashAttention 4" if run.attention == "flash4" else ""
         host = "" if run.host_gib is None else f"{run.host_gib:.0f} GB"
         lines.append(
             f"| {what}, {run.memory} | {run.gpus} x {run.gpu}{given} | {run.s_per_step:.2f} | {run.peak_gib:.1f} GB "
