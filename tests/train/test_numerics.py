@@ -31,6 +31,5 @@ def test_one_wrong_gradient_is_named():
 @pytest.mark.gpu
 def test_compiled_gradients_of_all_weights_are_right_at_full_size():
     """A compiler's fusion spoils those of the modulations over 16,000 tokens (`compiler._options`)."""
-    row = Row("5b", "numerics", layers=2, resolution="49x480x720")
-    for name, errors in numerics(row, torch.device("cuda"))["numerics"].items():
+    for name, errors in numerics(Row("5b", "numerics"), torch.device("cuda"))["numerics"].items():
         assert errors["gradients"] < 0.02 and max(errors["worst"].values()) < 0.05, (name, errors)

@@ -140,8 +140,8 @@ def can_host(run: Run, strategy: Strategy) -> bool:
 
 
 def _arrive(run: Run, strategy: Strategy) -> bool:
-    """Whether gradients are memory of their own, as large as the weights, that is there in the backward pass alone."""
-    return run.method.full and strategy == "ddp" and run.settings.accumulate == 1
+    """Whether gradients are as large as the weights and there in the backward pass alone; DDP's buckets stay."""
+    return run.method.full and strategy == "ddp" and run.world == 1 and run.settings.accumulate == 1
 
 
 def bytes_a_weight(strategy: Strategy, world: int) -> float:
