@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from cogcommon.checkpoint import open_checkpoint
 from cogtrain import lora
 from cogtrain.inputs import Objective
+from cogtrain.step import compiler
 from cogtrain.step.engine import Engine
 from cogtrain.step.keep import ACTIVATIONS
 from cogtrain.step.plan import Plan
@@ -305,6 +306,29 @@ def test_a_compiler_that_fails_costs_a_sentence_and_not_the_run(monkeypatch):
     for _ in range(2):
         assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
     assert len(said) == 1 and "not compiled" in said[0] and "no such kernel" in said[0] and "page" not in said[0]
+
+
+def test_the_compiler_is_kept_from_the_fusion_that_spoils_gradients(monkeypatch):
+    """Only a GPU shows the gradients (test_numerics); here, that both passes are compiled without it."""
+    import torch._inductor.compile_fx as inductor
+    import torch._inductor.config as config
+
+    if not hasattr(config.triton, "mix_order_reduction"):
+        pytest.skip("this torch does not have the fusion")
+    seen = []
+    generate = inductor.fx_codegen_and_compile
+
+    def watched(*arguments, **options):
+        seen.append((options["is_backward"], config.triton.mix_order_reduction))
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(inductor, "fx_codegen_and_compile", watched)
+    torch._dynamo.reset()
+    x = torch.ones(3, requires_grad=True)
+    with config.patch(force_disable_caches=True):
+        assert config.triton.mix_order_reduction is not False  # else it need not be told
+        compiler.compiled(lambda x: x.sin() * x)(x).sum().backward()
+    assert seen == [(False, False), (True, False)]
 
 
 def test_blocks_are_compiled_under_ddp_too(monkeypatch):
