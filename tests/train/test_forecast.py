@@ -85,6 +85,16 @@ def test_every_run_that_was_measured_is_within_a_tenth_of_what_is_computed(run):
     assert computed_for(run).peak / GIB == pytest.approx(run.peak_gib, rel=0.1)
 
 
+def test_a_run_is_computed_at_its_own_size_and_for_its_own_model():
+    run = next(run for run in measured() if run.row == "5b/low")
+    native, small, images = (
+        computed_for(dataclasses.replace(run, **changes)).load
+        for changes in ({}, {"resolution": "33x320x512"}, {"family": "5b-i2v"})
+    )
+    tokens = 9 * 20 * 32 + 226
+    assert small.activation == tokens * 3072 * 2 < native.activation == images.activation
+
+
 COMPILED = [run for run in measured() if run.memory != REFERENCE and run.strategy == "ddp" and run.gpus == 1]
 
 

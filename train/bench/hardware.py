@@ -6,10 +6,11 @@ from dataclasses import replace
 from functools import lru_cache
 
 from cogcommon.checkpoint import Checkpoint
-from cogcommon.families import BY_NAME
+from cogcommon.families import BY_NAME, Resolution
 
 from ..measured import REFERENCE, Measured, measured
 from ..run import Run
+from ..settings import LoraSettings, SftSettings, TrainSettings
 from ..sources import ShardSet
 from ..step.demand import Demand, demand
 from ..step.plan import ladder
@@ -48,6 +49,7 @@ def measured_table() -> str:
             computed = computed_for(run).peak / _GIB
             off = f"{computed:.1f} GB ({computed / run.peak_gib - 1:+.0%})"
         what = f"{run.family.upper()} {run.method.upper() if run.method == 'sft' else 'LoRA'}, {run.strategy}"
+        what += "" if run.resolution == _native(run.family) else f", {run.resolution}"
         given = f", {run.card_gib:.0f} GB of it" if run.memory == "auto" else ""
         given += ", FlashAttention 4" if run.attention == "flash4" else ""
         host = "" if run.host_gib is None else f"{run.host_gib:.0f} GB"
@@ -64,14 +66,10 @@ def computed_for(measured: Measured) -> Demand:
     Raises:
         ValueError: no plan is called so any more; the run must be measured again.
     """
-    settings = {
-        row.family: row.settings
-        for row in guide_rows().values()
-        if (row.family, row.method) == (measured.family, measured.method)
-    }[measured.family]
-    changes = {"rank": measured.rank} if measured.rank else {}
+    full = SftSettings(batch_size=measured.batch_size)
+    settings = full if measured.method == "sft" else LoraSettings(batch_size=full.batch_size, rank=measured.rank or 0)
     run = replace(
-        _run(measured.family, replace(settings, batch_size=measured.batch_size, **changes), measured.gpus),  # type: ignore[arg-type]
+        _run(measured.family, settings, measured.gpus, measured.resolution),
         strategy=measured.strategy,  # type: ignore[arg-type]
         precision=measured.precision,  # type: ignore[arg-type]
     )
@@ -103,7 +101,7 @@ def _cell(row: GuideRow, way: Way) -> str:
     wanted = (row.family, row.method, needs.strategy, memory, row.settings.precision, row.processes or 1)
     for run in measured():
         same = (run.family, run.method, run.strategy, run.memory, run.precision, run.gpus) == wanted
-        same = same and run.rank == getattr(row.settings, "rank", None)
+        same = same and run.rank == getattr(row.settings, "rank", None) and run.resolution == _native(row.family)
         if same and (way != "auto" or run.plan == str(needs.plan)):  # a larger card is given another plan
             return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
     return "" if way == "reference" else f"{needs.peak / _GIB:.1f} GB"
@@ -119,11 +117,15 @@ def _smallest(row: GuideRow) -> str:
     return f"{next(fitting)} GB"
 
 
+def _native(family: str) -> str:
+    return str(BY_NAME[family].native)
+
+
 @lru_cache
-def _subject(family: str) -> tuple[Checkpoint, ShardSet]:
+def _subject(family: str, resolution: str) -> tuple[Checkpoint, ShardSet]:
     checkpoint = random_checkpoint(family)
-    return checkpoint, random_shards(checkpoint, BY_NAME[family].native, samples=1)
+    return checkpoint, random_shards(checkpoint, Resolution.parse(resolution), samples=1)
 
 
-def _run(family: str, settings: object, world: int) -> Run:
-    return random_run(settings, *_subject(family), world)  # type: ignore[arg-type]
+def _run(family: str, settings: TrainSettings, world: int, resolution: str | None = None) -> Run:
+    return random_run(settings, *_subject(family, resolution or _native(family)), world)
