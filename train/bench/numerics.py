@@ -64,7 +64,9 @@ def _ways(layers: int, full: bool, compiled: bool) -> Iterator[tuple[str, Plan |
     yield "plain bf16", None
     yield "attention", Plan(each("attention"), compiled=compiled)
     yield "matmuls", Plan(each("matmuls"), compiled=compiled)
-    moved = Plan(each("attention"), park=True, stream=not full, train_on_host=full, chunks=4, compiled=True)
+    moved = Plan(
+        each("attention"), park=True, stream=not full, train_on_host=layers if full else 0, chunks=4, compiled=True
+    )
     yield "from host memory", moved if compiled else moved.uncompiled
 
 

@@ -70,7 +70,8 @@ def demand(
     else:
         plan = diffusers_plan(memory, load.layers)
     weights = trained_weights(run)
-    offloaded = 4 * weights if plan.train_on_host else int(offloaded_bytes(weights / run.world, strategy))
+    masters = 4 * weights * plan.train_on_host // load.layers
+    offloaded = masters + int(offloaded_bytes(weights / run.world, strategy))
     return Demand(strategy, memory, plan, load, offloaded, int(bytes_apart(weights, strategy, run.world)))
 
 

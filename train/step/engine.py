@@ -23,8 +23,8 @@ class Engine:
     """Runs the blocks of one transformer as a plan says.
 
     Names, parameters and the state dict of the transformer stay as they are.
-    Where the plan streams, the blocks' frozen parameters stay in host memory; where
-    it trains on the host, all of the blocks' parameters do, and ``hosted`` has them.
+    Where the plan streams, the blocks' frozen parameters stay in host memory; of the blocks that
+    it trains on the host all parameters do, and ``hosted`` has them.
 
     Args:
         transformer: on the CPU, adapters attached, what is trained chosen.
@@ -46,13 +46,20 @@ class Engine:
         self._functions: dict[tuple[Layout, Keep | None, bool], BlockFunction] = {}
         self._layouts = [Layout.of(block) for block in blocks]
         self._weights = [tuple(block.parameters()) for block in blocks]
-        frozen = [[p for p in weights if plan.train_on_host or not p.requires_grad] for weights in self._weights]
         self._parking = Parking(device) if plan.park else None
-        self.hosted = HostTraining(self._weights, device, dtype) if plan.train_on_host else None
-        self._streaming = Streaming(frozen, device) if plan.stream and all(frozen) else None
-        if self.hosted:
+        # The last blocks: their gradients come first, and the next step needs their weights last.
+        self._first_moved = len(blocks) - plan.train_on_host if plan.train_on_host else 0
+        self.hosted: HostTraining | None = None
+        self._streaming: Streaming | None = None
+        moved: list[list[torch.nn.Parameter]] = []
+        if plan.train_on_host:
+            moved = [list(weights) for weights in self._weights[self._first_moved :]]
+            self.hosted = HostTraining(moved, device, dtype)
             self._streaming = self.hosted.streaming
-        streamed = {id(p) for weights in frozen for p in weights} if self._streaming else set()
+        elif plan.stream:
+            moved = [[p for p in weights if not p.requires_grad] for weights in self._weights]
+            self._streaming = Streaming(moved, device) if all(moved) else None
+        streamed = {id(p) for weights in moved for p in weights} if self._streaming else set()
         _move(transformer, device, stay=streamed)
         if streamed:
             # What DDP would otherwise copy from rank 0 and refuse to see on two devices.
@@ -147,11 +154,12 @@ class Engine:
         return self._functions[key]
 
     def _weights_of(self, index: int, training: bool) -> tuple[torch.Tensor, ...]:
-        if self.hosted:
-            return tuple(self.hosted.take(index, then=index + 1, training=training))
-        if self._streaming is None:
+        moved = index - self._first_moved
+        if self._streaming is None or moved < 0:
             return self._weights[index]
-        streamed = iter(self._streaming.take(index, then=index + 1))
+        if self.hosted:
+            return tuple(self.hosted.take(moved, then=moved + 1, training=training))
+        streamed = iter(self._streaming.take(moved, then=moved + 1))
         return tuple(weight if weight.requires_grad else next(streamed) for weight in self._weights[index])
 
     def _pack(self, index: int, tensor: torch.Tensor, stay: set[int]) -> torch.Tensor | Parked | Reference:
@@ -170,7 +178,7 @@ class Engine:
             tensor = self._parking.take(kept)
         elif isinstance(kept, Reference):
             assert self._streaming
-            tensor = self._streaming.resolve(kept, then=index - 1)
+            tensor = self._streaming.resolve(kept, then=index - self._first_moved - 1)
         if self._parking:
             self._parking.fetch(index - 1)
         return tensor  # type: ignore[return-value]

@@ -53,12 +53,11 @@ class HostAdamW(torch.optim.AdamW):
             resident[0].add_(on_host.to(resident[0].device) * 0)
             scaler.unscale_(self)
             scale = scaler.get_scale()
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in resident]
-        device = norms[0].device if norms else on_host.device
-        norm = torch.linalg.vector_norm(torch.stack([on_host.to(device) / scale, *norms]))
+        other = torch.nn.utils.get_total_norm(resident)
+        norm = torch.linalg.vector_norm(torch.stack([on_host.to(other.device) / scale, other]))
         factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
-        for gradient in resident:
-            gradient.mul_(factor)
+        if resident:
+            torch._foreach_mul_(resident, factor)
         self._factor = factor / scale
         return norm
 
@@ -69,16 +68,15 @@ class HostAdamW(torch.optim.AdamW):
         It returns when all gradients are on the host. Whoever asks the engine for weights
         waits for them, and so does `state_dict`.
         """
-        super().step(closure)  # those on the GPU, which is not waited for
         self._hosted.arrive()
-        if bool(getattr(self, "found_inf", None) or False):
-            return
-        factor = float(self._factor)
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        for index, block in enumerate(self._hosted.blocks):
-            tasks = [task for weight in block for task in self._tasks(weight, group_of[id(weight.master)])]
-            updates = [self._threads.submit(self._update, tensors, factor, options) for tensors, options in tasks]
-            self._hosted.update(index, updates)
+        if not bool(getattr(self, "found_inf", None) or False):
+            factor = float(self._factor)
+            group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+            for index, block in enumerate(self._hosted.blocks):
+                tasks = [task for weight in block for task in self._tasks(weight, group_of[id(weight.master)])]
+                updates = [self._threads.submit(self._update, tensors, factor, options) for tensors, options in tasks]
+                self._hosted.update(index, updates)
+        super().step(closure)  # those on the GPU, meanwhile; it is not waited for
 
     def _tasks(
         self, weight: HostWeight, group: dict[str, Any]

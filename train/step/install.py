@@ -40,7 +40,7 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
     plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu)
     if gpu:
-        if load.hosted and not plan.train_on_host and not fits(plan, load, free):
+        if load.hosted and plan.train_on_host < load.layers and not fits(plan, load, free):
             raise no_room(plan, load, free=free, host_free=host_free)
         wanted = choose(memory, load, free=free, host_free=sys.maxsize, compiled=compiled)
         for note in notes(plan, wanted, load, free=free, host_free=host_free):
@@ -78,10 +78,10 @@ def notes(plan: Plan, wanted: Plan, load: Load, *, free: int, host_free: int) ->
 
 def no_room(plan: Plan, load: Load, *, free: int, host_free: int) -> RunError:
     """The error of all weights being trained where they fit neither on the GPU nor on the host."""
-    hosted = dataclasses.replace(plan, train_on_host=True)
+    none, every = (dataclasses.replace(plan, train_on_host=blocks) for blocks in (0, load.layers))
     return RunError(
-        f"to train all weights takes {gib(plan.peak(load))} of GPU memory, and {gib(free)} are free; "
-        f"or {gib(hosted.peak(load))} and {gib(hosted.host(load))} more of host memory, and {gib(host_free)} are free",
+        f"to train all weights takes {gib(none.peak(load))} of GPU memory, and {gib(free)} are free; "
+        f"or {gib(every.peak(load))} and {gib(every.host(load))} more of host memory, and {gib(host_free)} are free",
         where="full fine-tuning by one process",
         fix="a host with more memory, or --strategy zero2 on more GPUs",
     )

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from cogcommon.families import PATCH, Resolution
+from cogcommon.words import counted
 
 from .keep import ACTIVATIONS, ALL_UNCOMPILED, Keep
 
@@ -32,14 +33,14 @@ _CHUNKS = 4  # of the feed-forward layer, where memory counts: its middle is fou
 
 @dataclass(frozen=True)
 class Hosted:
-    """Bytes where the blocks' weights are trained in host memory (``host_training``); masters are there already.
+    """Bytes of one block whose weights are trained in host memory (``host_training``); masters are there already.
 
-    ``block`` is one block's weights as computed, ``rest`` all that is trained outside the blocks:
-    both on the GPU. ``host`` are copies, gradients, their sums and moments of all blocks.
+    ``block`` are its weights as computed, on the GPU; ``states`` what it would take there if it were trained there;
+    ``host`` copies, gradients, their sums and moments.
     """
 
     block: int
-    rest: int
+    states: int
     host: int
 
 
@@ -102,10 +103,10 @@ class Load:
         positions = 0 if config["use_rotary_positional_embeddings"] else tokens * width * (size if frozen else 4)
         hosted = None
         if accumulate is not None:
-            numbers = config["num_layers"] * block // size
+            numbers = block // size
             hosted = Hosted(
                 block=block,
-                rest=rest // size * 16,  # master, gradient, two moments, fp32
+                states=numbers * 16,  # master, gradient, two moments, fp32
                 host=numbers * (2 * size + 8 + (4 if accumulate > 1 else 0)),
             )
         return cls(
@@ -127,14 +128,14 @@ class Plan:
     """How the blocks of a run are run.
 
     ``keep`` is of each block; ``park`` moves what they keep to host memory, ``stream``
-    the frozen weights, ``train_on_host`` all weights, their gradients and optimizer
-    states; ``chunks`` are the feed-forward layer's.
+    the frozen weights; ``train_on_host`` says of how many blocks, the last ones, weights, gradients and
+    optimizer states are there; ``chunks`` are the feed-forward layer's.
     """
 
     keep: tuple[Keep, ...]
     park: bool = False
     stream: bool = False
-    train_on_host: bool = False
+    train_on_host: int = 0
     chunks: int = 1
     compiled: bool = False
 
@@ -158,20 +159,21 @@ class Plan:
         each = [ALL_UNCOMPILED if keep == "all" and not self.compiled else ACTIVATIONS[keep] for keep in self.keep]
         kept = min(sum(each), max(each) + _PARKED_BESIDE) if self.park else sum(each)
         blocks = min(load.layers, 2) if self.stream else load.layers
-        weights = load.rest + load.trained + blocks * load.block
+        weights, arriving = load.rest + load.trained + blocks * load.block, load.arriving
         if self.train_on_host:
             assert load.hosted
-            weights = load.rest + load.hosted.rest + min(load.layers, 2) * _HOSTED_IN_FLIGHT * load.hosted.block
-            return int(weights + (kept + work) * load.activation)
+            weights += min(self.train_on_host, 2) * _HOSTED_IN_FLIGHT * load.hosted.block
+            weights -= self.train_on_host * load.hosted.states
+            arriving -= self.train_on_host * load.hosted.states // 4 if arriving else 0
         # What is kept goes as the gradients come, and is less than they are, or more.
-        first = weights - load.arriving + (kept + work) * load.activation
+        first = weights - arriving + (kept + work) * load.activation
         last = weights + (min(kept, each[0]) + work) * load.activation
         return int(max(first, last))
 
     def host(self, load: Load) -> int:
         """Bytes of host memory, most of them page-locked; beside the masters of what is trained there."""
         kept = sum(ACTIVATIONS[keep] for keep in self.keep) * load.activation if self.park else 0
-        hosted = load.hosted.host if self.train_on_host and load.hosted else 0
+        hosted = self.train_on_host * load.hosted.host if load.hosted else 0
         return int(kept + hosted + (load.layers * load.block if self.stream else 0))
 
     def __str__(self) -> str:
@@ -189,7 +191,8 @@ class Plan:
         if self.stream:
             parts.append("frozen weights come from host memory")
         if self.train_on_host:
-            parts.append("weights, gradients and optimizer states are in host memory")
+            some = f" of {counted(self.train_on_host, 'block')}" if self.train_on_host < len(self.keep) else ""
+            parts.append(f"weights, gradients and optimizer states{some} are in host memory")
         parts.append("blocks compiled" if self.compiled else "not compiled")
         return ", ".join(parts)
 
@@ -207,7 +210,7 @@ def choose(memory: Memory, load: Load, *, free: int, host_free: int, compiled: b
         keep: Keep = "all" if memory == "fast" or (memory == "auto" and all_fits) else "inputs"
         return Plan(
             keep=(keep,) * load.layers, park=memory == "low", stream=memory == "low" and load.streams,
-            train_on_host=memory == "low" and load.hosted is not None, compiled=compiled,
+            train_on_host=load.layers if memory == "low" and load.hosted else 0, compiled=compiled,
         )  # fmt: skip
     plans = [plan for plan in ladder(memory, load, compiled) if plan.host(load) <= _HOST_USABLE * host_free]
     fitting = (plan for plan in plans if fits(plan, load, free))
@@ -234,9 +237,14 @@ def ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
         if compiled:
             yield Plan(keep=feedforward, park=True, compiled=True)
         yield Plan(keep=parked, park=True, compiled=compiled)
-        if load.hosted:
-            yield Plan(keep=attention, train_on_host=True, compiled=compiled)
-    moved = partial(Plan, stream=load.streams, train_on_host=load.hosted is not None, chunks=_CHUNKS, compiled=compiled)
+    every = layers if load.hosted else 0
+    if memory != "low" and load.hosted:
+        for some in range(1, layers):
+            if compiled:
+                yield Plan(keep=feedforward, park=True, train_on_host=some, compiled=True)
+            yield Plan(keep=parked, park=True, train_on_host=some, compiled=compiled)
+        yield Plan(keep=attention, train_on_host=every, compiled=compiled)
+    moved = partial(Plan, stream=load.streams, train_on_host=every, chunks=_CHUNKS, compiled=compiled)
     if memory != "low" and compiled:
         yield moved(keep=feedforward, park=True)
     yield moved(keep=parked, park=True)

@@ -15,7 +15,9 @@ from cogcommon.families import BY_NAME
 from cogcommon.tiny import NATIVE
 from cogtrain.bench.subject import random_checkpoint
 from cogtrain.run import open_run
+from cogtrain.run_folder import read_run
 from cogtrain.settings import SftSettings
+from cogtrain.step import install
 from cogtrain.step.demand import can_host
 from cogtrain.step.engine import Engine
 from cogtrain.step.host_adam import HostAdamW
@@ -48,9 +50,10 @@ def plain(form, accumulate=1, device=CPU):
     return dict(transformer.cpu().named_parameters()), norms
 
 
-def hosted(form, accumulate=1, dtype=torch.float32, steps=STEPS, compiled=False, device=CPU):
+def hosted(form, accumulate=1, dtype=torch.float32, steps=STEPS, compiled=False, device=CPU, blocks=LAYERS):
+    """The same with the last ``blocks`` blocks in host memory."""
     checkpoint, transformer = transformer_of(form, "sft")
-    plan = Plan(("attention",) * LAYERS, park=True, train_on_host=True, chunks=2, compiled=compiled)
+    plan = Plan(("attention",) * LAYERS, park=True, train_on_host=blocks, chunks=2, compiled=compiled)
     engine = Engine(transformer, plan, device, dtype)
     engine.park_all()
     optimizer = HostAdamW([*transformer.parameters()], engine.hosted, **OPTIONS)
@@ -61,7 +64,8 @@ def hosted(form, accumulate=1, dtype=torch.float32, steps=STEPS, compiled=False,
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 for name, gradient in gradients(checkpoint, transformer, dtype, 1 + micro, device)[1].items():
                     resident[name] = resident[name] + gradient if name in resident else gradient
-        assert not any("blocks" in name for name in resident)  # they have left
+        there = {int(name.split(".")[1]) for name in resident if name.startswith("transformer_blocks")}
+        assert there == set(range(LAYERS - blocks))  # those of the others have left
         for name, gradient in resident.items():
             transformer.get_parameter(name).grad = gradient
         norms.append(float(optimizer.clip(LARGEST)))
@@ -81,10 +85,10 @@ def farthest(expected, got):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_three_steps_are_those_of_torchs_adamw(form, accumulate):
+@pytest.mark.parametrize(("accumulate", "blocks"), [(1, LAYERS), (2, LAYERS), (2, 1)])
+def test_three_steps_are_those_of_torchs_adamw(form, accumulate, blocks):
     expected, norms = plain(form, accumulate)
-    got, found, *_ = hosted(form, accumulate)
+    got, found, *_ = hosted(form, accumulate, blocks=blocks)
     assert found == pytest.approx(norms, rel=1e-5)
     assert all(norm > 2 * LARGEST for norm in norms)
     untrained = dict(transformer_of(form, "sft")[1].named_parameters())
@@ -165,7 +169,7 @@ def test_fp16s_scaler_sees_an_overflow_on_the_host():
 
     def train(scaled, overflow=-1):
         checkpoint, transformer = transformer_of("tiny-2b", "sft")
-        engine = Engine(transformer, Plan(("inputs",) * LAYERS, train_on_host=True), CPU, torch.float16)
+        engine = Engine(transformer, Plan(("inputs",) * LAYERS, train_on_host=LAYERS), CPU, torch.float16)
         optimizer = HostAdamW([*transformer.parameters()], engine.hosted, **OPTIONS)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1) if scaled else None
         norms, scales, weights = [], [], []
@@ -234,8 +238,9 @@ def test_threads_are_alone_in_their_operations_and_leave_others_theirs():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_on_a_gpu_three_steps_are_those_of_torchs_adamw(accumulate):
     expected, norms = plain("tiny", accumulate, torch.device("cuda"))
-    for compiled in (False, True):
-        got, found, engine, _ = hosted("tiny", accumulate, compiled=compiled, device=torch.device("cuda"))
+    for compiled, blocks in ((False, LAYERS), (True, LAYERS), (True, 1)):
+        cuda = torch.device("cuda")
+        got, found, engine, _ = hosted("tiny", accumulate, compiled=compiled, device=cuda, blocks=blocks)
         assert found == pytest.approx(norms, rel=1e-3)
         assert farthest(expected, {name: weight.cpu() for name, weight in got.items()})[1] < 1e-4
         assert all(weight.master.device.type == "cpu" and weight.landing.is_pinned() for weight in engine.hosted)
@@ -251,18 +256,36 @@ def test_5b_fits_a_24_gb_card_where_the_host_has_room():
         return choose(memory, load, free=free * GIB, host_free=host * GIB, compiled=True), load
 
     chosen, load = plan()
-    assert chosen.train_on_host and chosen.park and not chosen.stream
+    assert chosen.train_on_host == 42 and chosen.park and not chosen.stream
     assert chosen.peak(load) < 12 * GIB
     # Copies, gradients and moments: 12 bytes a weight of the blocks; with accumulation also an fp32 sum.
-    assert load.hosted.host == pytest.approx(12 * numbers, rel=0.02)
-    assert plan(accumulate=2)[1].hosted.host == pytest.approx(16 * numbers, rel=0.02)
-    assert plan(memory="auto")[0].train_on_host and not plan(memory="auto", free=140)[0].train_on_host
+    assert 42 * load.hosted.host == pytest.approx(12 * numbers, rel=0.02)
+    assert 42 * plan(accumulate=2)[1].hosted.host == pytest.approx(16 * numbers, rel=0.02)
     none, load = plan(host=40)
-    assert not none.train_on_host
+    assert none.train_on_host < 42
     error = no_room(none, load, free=22 * GIB, host_free=40 * GIB)
     for part in ("22.0 GiB are free", "66.3 GiB more of host memory", "40.0 GiB are free"):
         assert part in error.what
     assert "host memory" in str(chosen)
+
+
+def test_no_more_blocks_than_need_be_are_trained_in_host_memory():
+    config = random_checkpoint("5b").transformer_config
+    trained = 16 * 5_570_000_000
+    load = Load.of(config, BY_NAME["5b"].native, batch=1, size=2, trained=trained, arriving=trained // 4, frozen=False,
+                   accumulate=1)  # fmt: skip
+    plans = {
+        free: choose("auto", load, free=free * GIB, host_free=200 * GIB, compiled=True)
+        for free in (140, 79, 60, 40, 22, 4)
+    }
+    counts = [plan.train_on_host for plan in plans.values()]
+    assert counts[0] == 0 and counts[-1] == 42 and counts == sorted(counts) and len(set(counts)) == 6
+    for free, plan in plans.items():
+        assert plan.peak(load) <= 0.88 * free * GIB
+        if plan.train_on_host not in (0, 42):  # with one block fewer there it would not fit
+            fewer = dataclasses.replace(plan, train_on_host=plan.train_on_host - 1)
+            assert fewer.peak(load) > 0.88 * free * GIB and fewer.host(load) < plan.host(load)
+            assert f"of {plan.train_on_host} blocks are in host memory" in str(plan)
 
 
 def test_predicted_host_bytes_are_those_that_are_there():
@@ -274,7 +297,9 @@ def test_predicted_host_bytes_are_those_that_are_there():
     assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 20 * numbers
     config = dict(open_checkpoint("random-tiny").transformer_config) | {"num_layers": LAYERS}
     load = Load.of(config, NATIVE, batch=1, size=4, trained=0, frozen=False, accumulate=2)
-    assert load.hosted.host == pytest.approx(20 * numbers, rel=0.1)  # norms and biases count for more in a small one
+    assert LAYERS * load.hosted.host == pytest.approx(
+        20 * numbers, rel=0.1
+    )  # norms and biases count for more in a small one
 
 
 # Whole runs
@@ -309,6 +334,28 @@ def test_a_run_is_the_same_run_under_every_memory_setting(run, form, accumulate)
     assert low[1] == pytest.approx(auto[1], rel=1e-4)
     assert low[0][0] != low[0][-1]
     assert (low[2] / "transformer/config.json").is_file()  # loaded back and compared by the run itself
+
+
+@pytest.fixture
+def one_block(monkeypatch):
+    """Runs train their last block in host memory and the others where they compute, as on a card of middling size."""
+    monkeypatch.setattr(
+        install, "choose", lambda memory, load, **free: Plan(("inputs",) * load.layers, park=True, train_on_host=1)
+    )
+
+
+@pytest.mark.parametrize("form", ["tiny", "tiny-i2v"])
+def test_a_run_with_one_block_in_host_memory_is_that_run_and_is_resumed(run, form, request):
+    settings = {"steps": 4, "caption_dropout": 0.5}
+    plain = run("auto", form, memory="auto", **settings)
+    request.getfixturevalue("one_block")
+    whole = run("whole", form, **settings)
+    assert "states of 1 block are in host memory" in read_run(whole[2]).facts.plan
+    assert whole[0] == pytest.approx(plain[0], rel=1e-5)
+    run("parts", form, **settings | {"steps": 2})
+    parts = run("parts", form, **settings)
+    assert parts[0] == whole[0] and parts[1] == whole[1]
+    assert (parts[2] / "transformer/config.json").is_file()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
