@@ -78,8 +78,8 @@ class TrainSettings:
         shown="the family's on a GPU (2B fp16, else bf16), fp32 on a CPU",
     )  # fmt: skip
     strategy: Strategy = setting(
-        "auto", "how weights and optimizer states are spread over GPUs", shown="ddp for LoRA; for sft zero2, "
-        "on one GPU zero2-offload, or ddp with --memory low", section=_HARDWARE,
+        "auto", "how weights and optimizer states are spread over GPUs", section=_HARDWARE,
+        shown="ddp for LoRA and on one GPU, else zero2",
     )  # fmt: skip
     deepspeed: Path | None = setting(
         None, "DeepSpeed JSON, merged into the one derived from these settings", section=_HARDWARE

@@ -41,12 +41,8 @@ def choose(settings: TrainSettings, *, full: bool, gpus: int) -> Strategy:
                 where=f"{settings.deepspeed}: zero_optimization",
             )
         return named  # type: ignore[return-value]
-    if not full or gpus == 0:
-        return "ddp"
-    if gpus == 1:  # `step.host_training` offloads more than DeepSpeed, and only what does not fit
-        hosts = settings.memory == "low" and settings.optimizer == "adamw" and not settings.ema
-        return "ddp" if hosts else "zero2-offload"
-    return "zero2"
+    # On one GPU `step.host_training` offloads more than DeepSpeed, and only what does not fit.
+    return "zero2" if full and gpus > 1 else "ddp"
 
 
 def deepspeed_config(settings: TrainSettings, strategy: Strategy, precision: str, world: int) -> dict[str, Any]:

@@ -43,6 +43,9 @@ def main(
         int | None, typer.Option(min=1, help="Layers of the transformer; as published by default.")
     ] = None,
     resolution: Annotated[str | None, typer.Option(help="F x H x W; the model's native size by default.")] = None,
+    within: Annotated[
+        float | None, typer.Option(help="GiB of GPU memory that rows may use, as on a smaller card.")
+    ] = None,
     memory_trace: Annotated[bool, typer.Option(help="Who holds the memory at the peak, into bench.jsonl.")] = False,
     keep: Annotated[
         list[Path] | None,
@@ -64,7 +67,13 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     here = gpus or _gpus()
-    given = {"steps": steps, "layers": layers, "resolution": resolution, "memory_trace": memory_trace or None}
+    given = {
+        "steps": steps,
+        "layers": layers,
+        "resolution": resolution,
+        "within_gib": within,
+        "memory_trace": memory_trace or None,
+    }
     changes = {"small": small, "compile": compile} | {name: value for name, value in given.items() if value is not None}
     wanted = [dataclasses.replace(row, **changes, processes=row.processes_of(here)) for row in wanted]  # type: ignore[arg-type]
     print(_machine(), flush=True)

@@ -63,7 +63,7 @@ def reference(run: Run, row: Row, pinned: bool = True) -> Mapping[str, Any]:
         accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(round(loss.item(), 5))
+        losses.append(round(accelerator.reduce(loss.detach(), "mean").item(), 5))
         times.append(_now(device))
         marks.append(times)
         machine.look()

@@ -66,7 +66,8 @@ class Row:
     def on_host(self) -> bool:
         """Whether the host computes, too, and would be slowed by whatever is prepared there."""
         settings = self.settings
-        return settings.strategy.endswith("-offload") or (self.rank is None and settings.memory == "low")
+        small = settings.memory == "low" or self.within_gib is not None
+        return settings.strategy.endswith("-offload") or (self.rank is None and small)
 
     @property
     def command(self) -> str:
