@@ -217,19 +217,51 @@ def test_compiled_all_blocks_are_one_graph(monkeypatch):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_threads_are_alone_in_their_operations_and_leave_others_theirs():
+def test_the_forward_pass_waits_for_the_blocks_that_it_has_come_to(monkeypatch):
+    """A step returns before its updates have been made; `take` waits for those of its block, and for no others'."""
+    go = threading.Semaphore(0)
+    update = HostAdamW._update
+
+    def late(self, *what):
+        go.acquire()
+        update(self, *what)
+
+    *_, engine, optimizer = hosted("tiny", steps=1)
+    monkeypatch.setattr(HostAdamW, "_update", late)
+    for weight in engine.hosted:
+        weight.landing.normal_()
+        weight.full = True
+        engine.hosted._norms.append(torch.linalg.vector_norm(weight.landing))
+    before = {id(weight): weight.copy.clone() for weight in engine.hosted}
+    optimizer.clip(LARGEST)
+    optimizer.step()
+    optimizer.zero_grad()
+    blocks = engine.hosted.blocks
+    assert all(torch.equal(weight.copy, before[id(weight)]) for weight in engine.hosted)
+    tasks = [len(engine.hosted._updates[index]) for index in range(LAYERS)]
+    go.release(sum(tasks[:2]))
+    for weight, view in zip(blocks[0], engine.hosted.take(0, then=1, training=False), strict=True):
+        assert torch.equal(view, weight.copy) and not torch.equal(weight.copy, before[id(weight)])
+    assert all(torch.equal(weight.copy, before[id(weight)]) for weight in blocks[-1])
+    go.release(sum(tasks))
+    optimizer.state_dict()
+    assert not any(torch.equal(weight.copy, before[id(weight)]) for weight in blocks[-1])
+
+
+@pytest.mark.parametrize(("cores", "each"), [(3, 1), (9, 2)])
+def test_threads_share_the_cores_and_leave_others_theirs(cores, each):
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
+    torch.set_num_threads(cores)
     try:
         *_, optimizer = hosted("tiny", steps=1)
         workers = optimizer._threads
-        assert {update.result() for update in [workers.submit(torch.get_num_threads) for _ in range(20)]} == {1}
-        assert torch.get_num_threads() == 3
+        assert {update.result() for update in [workers.submit(torch.get_num_threads) for _ in range(20)]} == {each}
+        assert torch.get_num_threads() == cores
         seen = []
         other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         other.start()
         other.join()
-        assert seen == [3]
+        assert seen == [cores]
     finally:
         torch.set_num_threads(before)
 
