@@ -30,7 +30,6 @@ from .step.attention import Kernel
 from .step.demand import diffusers_plan
 from .step.install import install
 from .step.plan import Plan
-from .step.trial import kernel_of_diffusers
 from .step_log import StepLog, can_defer, skip_if_not_finite
 from .strategy import Runtime, start
 from .tracker import open_tracker
@@ -165,12 +164,12 @@ def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torc
     run.method.apply(transformer)
     transformer.train()
     hosted = None
+    attention: Kernel
     if runtime.whole:
         engine = install(transformer, run, runtime, log)
         hosted, plan, attention = engine.hosted, engine.plan, engine.kernel
     else:  # DeepSpeed gathers a layer's weights when diffusers' own block asks for them
-        plan = diffusers_plan(settings.memory, len(transformer.transformer_blocks))
-        attention = kernel_of_diffusers(runtime.device, runtime.dtype)
+        plan, attention = diffusers_plan(settings.memory, len(transformer.transformer_blocks)), "torch"
         if settings.memory != "fast":
             transformer.enable_gradient_checkpointing()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]

@@ -55,8 +55,9 @@ def deepspeed_config(settings: TrainSettings, strategy: Strategy, precision: str
         "stage": STAGE[strategy],
         "contiguous_gradients": True,
         "overlap_comm": True,
-        # 5e8 elements is DeepSpeed's default; 5e7 takes 100 MB instead of 1 GB in bf16.
-        "reduce_bucket_size": 50_000_000,
+        # 5e8 elements is DeepSpeed's default; 5e7 takes 100 MB instead of 1 GB in bf16. Stage 3 lets the host be only
+        # two buckets ahead of the GPU, which are two weights of 5B if they are small.
+        "reduce_bucket_size": 200_000_000 if STAGE[strategy] == 3 else 50_000_000,
     }
     if strategy == "zero3":
         zero["stage3_gather_16bit_weights_on_model_save"] = True

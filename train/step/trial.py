@@ -48,18 +48,6 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, compiling: bool) 
     return working[0] if len(working) == 1 else min(working, key=lambda kernel: _milliseconds(kernel, device, dtype))
 
 
-def kernel_of_diffusers(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel of diffusers' own blocks, which leave the choice to torch; in this process it is cuDNN's from now on,
-    where that runs."""
-    import torch
-
-    if device.type != "cuda" or dtype == torch.float32 or not kernel_works("cudnn", device, dtype, compiling=False):
-        return "torch"
-    torch.backends.cuda.enable_flash_sdp(False)  # torch prefers both to cuDNN's
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    return "cudnn"
-
-
 def flash4_is_there() -> bool:
     """Whether FlashAttention 4 is installed; whether it works, and is the fastest, its trial tells."""
     try:
