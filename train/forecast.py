@@ -101,8 +101,8 @@ def forecasts(settings: PlanSettings, card: int, gpus: int) -> list[Forecast]:
 
 def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: int, gpu: str) -> Forecast:
     kernel: Kernel = "flash4" if settings.gpu is None and gpu_here() and flash4_is_there() else "cudnn"
-    same = _measured(planned, needs, gpus, kernel if STAGE[needs.strategy] < 3 else "torch")
-    takes = seconds(needs.load, needs.plan, gpu, kernel) if STAGE[needs.strategy] == 0 else None
+    same = _measured(planned, needs, gpus, kernel)
+    takes = seconds(planned, needs, gpu, kernel)
     words = ["cogtrain", planned.method.name, "--shards", *_as_glob(settings.shards), "--strategy", needs.strategy]
     words += ["--memory", needs.memory, "--nproc", str(gpus)]
     if settings.model:
@@ -151,8 +151,9 @@ def _measured(planned: Run, needs: Demand, gpus: int, kernel: Kernel) -> Measure
         "gpus": gpus,
         "strategy": needs.strategy,
         "plan": str(needs.plan),
-        "attention": kernel,
     }
+    if STAGE[needs.strategy] < 3:  # there the choice is torch's
+        same["attention"] = kernel
     return next((run for run in measured() if all(getattr(run, name) == value for name, value in same.items())), None)
 
 

@@ -13,7 +13,8 @@ from ..run import Run
 from ..settings import LoraSettings, SftSettings, TrainSettings
 from ..sources import ShardSet
 from ..step.demand import Demand, demand
-from ..step.plan import ladder
+from ..step.plan import Plan, ladder
+from ..step.seconds import seconds
 from ..zero_config import STAGE
 from .guide import GuideRow, Way, guide_rows
 from .subject import random_checkpoint, random_run, random_shards
@@ -41,13 +42,17 @@ def guide_table() -> str:
 
 
 def measured_table() -> str:
-    """Every run that was measured, beside what was computed for it, as Markdown."""
+    """Every run that was measured, the newest of its kind, beside what was computed for it, as Markdown."""
     lines = ["| run | GPUs | s/step | peak | computed | host memory | command |", "|---|---|---|---|---|---|---|"]
-    for run in sorted(measured(), key=lambda run: (run.row, run.gpus, run.memory == REFERENCE)):
+    newest: dict[tuple[object, ...], Measured] = {}
+    for run in measured():
+        newest.setdefault((run.row, run.plan, run.attention, run.gpu, run.gpus, run.resolution), run)
+    for run in sorted(newest.values(), key=lambda run: (run.row, run.gpus, run.memory == REFERENCE)):
         off = ""
         if run.memory != REFERENCE:
-            computed = computed_for(run).peak / _GIB
-            off = f"{computed:.1f} GB ({computed / run.peak_gib - 1:+.0%})"
+            needs, takes = computed_for(run)
+            off = f"{needs.peak / _GIB:.1f} GB ({needs.peak / _GIB / run.peak_gib - 1:+.0%})"
+            off += f", {takes:.2f} s ({takes / run.s_per_step - 1:+.0%})" if takes else ""
         what = f"{run.family.upper()} {run.method.upper() if run.method == 'sft' else 'LoRA'}, {run.strategy}"
         what += "" if run.resolution == _native(run.family) else f", {run.resolution}"
         given = f", {run.card_gib:.0f} GB of it" if run.memory == "auto" else ""
@@ -60,8 +65,8 @@ def measured_table() -> str:
     return "\n".join(lines)
 
 
-def computed_for(measured: Measured) -> Demand:
-    """What is predicted for a run of ours that was measured, under the plan that it had.
+def computed_for(measured: Measured) -> tuple[Demand, float | None]:
+    """What is predicted for a run of ours that was measured, under the plan that it had: bytes, and seconds.
 
     Raises:
         ValueError: no plan is called so any more; the run must be measured again.
@@ -74,8 +79,12 @@ def computed_for(measured: Measured) -> Demand:
         precision=measured.precision,  # type: ignore[arg-type]
     )
     found = demand(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
-    if STAGE[run.strategy] == 3:
-        return found
+    if STAGE[run.strategy] < 3:
+        found = replace(found, plan=_plan_of(measured, found))
+    return found, seconds(run, found, measured.gpu, measured.attention)  # type: ignore[arg-type]
+
+
+def _plan_of(measured: Measured, found: Demand) -> Plan:
     plans = [
         plan
         for compiled in (True, False)
@@ -84,7 +93,7 @@ def computed_for(measured: Measured) -> Demand:
     ]
     if not plans:
         raise ValueError(f"no plan is called {measured.plan!r}")
-    return found if found.plan in plans else replace(found, plan=plans[0])
+    return found.plan if found.plan in plans else plans[0]
 
 
 def _shown(row: GuideRow) -> str:
@@ -104,11 +113,17 @@ def _cell(row: GuideRow, way: Way) -> str:
         same = same and run.rank == getattr(row.settings, "rank", None) and run.resolution == _native(row.family)
         if same and (way != "auto" or run.plan == str(needs.plan)):  # a larger card is given another plan
             return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
-    return "" if way == "reference" else f"{needs.peak / _GIB:.1f} GB"
+    if way == "reference":
+        return ""
+    return f"{needs.peak / _GIB:.1f} GB, {seconds(_run_of(row, way), needs):.1f} s"
 
 
 def _demand(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Demand:
-    return demand(_run(row.family, row.settings_for(way), row.processes or 1), card=card * _GIB)
+    return demand(_run_of(row, way), card=card * _GIB)
+
+
+def _run_of(row: GuideRow, way: Way) -> Run:
+    return _run(row.family, row.settings_for(way), row.processes or 1)
 
 
 def _smallest(row: GuideRow) -> str:
