@@ -9,7 +9,7 @@ import pytest
 
 from cogcommon.settings import flag_of, shown_default
 from cogprep.settings import EncodeSettings
-from cogtrain.bench.hardware import guide_table, measured_table
+from cogtrain.bench.hardware import beside_table, guide_table, measured_table
 from cogtrain.settings import LoraSettings
 
 README = Path(__file__).parents[1] / "README.md"
@@ -26,7 +26,11 @@ def table(cls) -> str:
 
 def with_tables(text: str) -> str:
     tables = {f"options of {name}": table(cls) for name, cls in OPTIONS.items()}
-    tables |= {"hardware table": guide_table(), "runs measured": measured_table()}
+    tables |= {
+        "hardware table": guide_table(),
+        "beside a plain loop": beside_table(),
+        "runs measured": measured_table(),
+    }
     for name, rows in tables.items():
         mark = f"<!-- {name} -->"
         text, count = re.subn(rf"{mark}\n(?:\|.*\n)*", lambda _match, m=mark, r=rows: f"{m}\n{r}\n", text)

@@ -41,6 +41,33 @@ def guide_table() -> str:
     return "\n".join(lines)
 
 
+def beside_table() -> str:
+    """Where a plain loop was measured: the fastest of them beside our fastest and our smallest run, as Markdown."""
+    lines = ["| | GPUs | plain loop | cogtrain, fastest | cogtrain, smallest |", "|---|---|---|---|---|"]
+    groups: dict[tuple[str, str, str, int], list[Measured]] = {}
+    for run in reversed(measured()):
+        if run.resolution == _native(run.family):
+            spread = "" if run.gpus == 1 or run.strategy == "ddp" else f", {run.strategy}"
+            groups.setdefault((run.family, run.method, spread, run.gpus), []).append(run)
+    for (family, method, spread, gpus), runs in sorted(groups.items(), key=lambda group: (group[0][3], group[0][1])):
+        plain = [run for run in runs if run.memory == REFERENCE]
+        ours = [run for run in runs if run.memory != REFERENCE]
+        if plain and ours:
+            fastest = min(ours, key=lambda run: run.s_per_step)
+            smallest = min(ours, key=lambda run: run.peak_gib)
+            name = f"{family.upper()} {'LoRA' if method == 'lora' else 'all weights'}{spread}"
+            cells = [_took(min(plain, key=lambda run: run.s_per_step)), _took(fastest)]
+            cells.append("" if smallest is fastest else _took(smallest))
+            lines.append(f"| {name} | {gpus} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _took(run: Measured) -> str:
+    how = ", offloaded" if run.strategy.endswith("-offload") else ""
+    how += ", FlashAttention 4" if run.attention == "flash4" else ""
+    return f"{run.s_per_step:.2f} s, {run.peak_gib:.1f} GB{how}"
+
+
 def measured_table() -> str:
     """Every run that was measured, the newest of its kind, beside what was computed for it, as Markdown."""
     lines = ["| run | GPUs | s/step | peak | computed | host memory | command |", "|---|---|---|---|---|---|---|"]
