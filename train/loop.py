@@ -27,7 +27,7 @@ from .run import Run, run_folder, settings_json, write_config
 from .run_folder import CONFIG_FILE, claimed, read_run
 from .signals import StopRequest
 from .step.attention import Kernel
-from .step.demand import diffusers_plan
+from .step.demand import diffusers_plan, own_blocks
 from .step.install import install
 from .step.plan import Plan
 from .step_log import StepLog, can_defer, skip_if_not_finite
@@ -165,7 +165,7 @@ def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torc
     transformer.train()
     hosted = None
     attention: Kernel
-    if runtime.whole:
+    if own_blocks(settings, run.strategy):
         engine = install(transformer, run, runtime, log)
         hosted, plan, attention = engine.hosted, engine.plan, engine.kernel
     else:  # DeepSpeed gathers a layer's weights when diffusers' own block asks for them
@@ -222,7 +222,7 @@ def _saved_tensors(run: Run, runtime: Runtime) -> AbstractContextManager[Any]:
     """ZeRO-3 with --memory low: what the backward pass needs waits in host memory, the blocks' inputs."""
     import torch
 
-    if run.settings.memory != "low" or runtime.whole:
+    if run.settings.memory != "low" or own_blocks(run.settings, run.strategy):
         return nullcontext()
     return torch.autograd.graph.save_on_cpu(pin_memory=runtime.device.type == "cuda")
 

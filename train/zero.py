@@ -113,6 +113,34 @@ def full_weight(parameter: torch.nn.Parameter) -> torch.Tensor:
     return weight
 
 
+def gather_by_block(transformer: Any) -> None:
+    """Have ZeRO-3 gather the weights of a block when it is called, all at once, not those of each layer in it."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(transformer, [type(transformer.transformer_blocks[0])])
+    for block in transformer.transformer_blocks:  # before DeepSpeed's own hooks
+        block.register_forward_pre_hook(_as_places, with_kwargs=True)
+
+
+_ARGUMENTS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
+
+
+def _as_places(block: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A block's arguments by place, the first of them differentiable.
+
+    By these torch's full backward hooks, and so DeepSpeed, tell that a block has gone backward. They know nothing of
+    arguments by name, as diffusers gives them, nor of those that need no gradient, as a LoRA's first block gets;
+    DeepSpeed would let the weights go before their gradients come.
+    """
+    import torch
+
+    named = dict(named)
+    first, *rest = (*arguments, *(named.pop(name, None) for name in _ARGUMENTS[len(arguments) :]))
+    if block.training and torch.is_grad_enabled() and not first.requires_grad:
+        first = first.detach().requires_grad_()
+    return (first, *rest), named
+
+
 def save(engine: Any, folder: Path) -> None:
     """Write the engine's state into a checkpoint; every rank calls it. What is frozen is left out."""
     engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=_partly_frozen(engine))

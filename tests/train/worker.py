@@ -1,11 +1,12 @@
 """One rank of a test's process group: runs several trainings one after the other and writes down what it saw.
 
 Usage: torchrun ... worker.py CASES.json OUT. A case is {"name", "method", "settings"} and perhaps {"spoil": i},
-which makes sample i NaN; rank r writes
+which makes sample i NaN, or {"compiler": name}, a backend of torch.compile; rank r writes
 OUT/<name>-<r>.json with the samples it took, what was drawn for them, and the live optimizer's values.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from cogcommon.device import pick_device, quiet_libraries
 device = pick_device(int(os.environ["LOCAL_RANK"]))
 quiet_libraries()
 
+import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
 from cogtrain import data, loop  # noqa: E402
@@ -77,6 +79,8 @@ def main(cases, out):
             return sample if index != spoilt else dataclasses.replace(sample, text=sample.text * float("nan"))
 
         data.read_sample = read_spoilt
+        if "compiler" in case:
+            torch.compile = functools.partial(torch.compile, backend=case["compiler"])
         loop.train(run, StopRequest())
         # An 8-bit optimizer has its rate in a tensor.
         (out / f"{case['name']}-{rank}.json").write_text(json.dumps(seen, default=float))

@@ -15,6 +15,7 @@ from .plan import USABLE, Load, Memory, Plan, choose
 if TYPE_CHECKING:
     from ..method import Method
     from ..run import Run
+    from ..settings import TrainSettings
 
 _SIZES = {"fp32": 4}  # bytes of a number as computed; half precision else
 _MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
@@ -65,7 +66,7 @@ def demand(
     """
     strategy, memory = strategy or run.strategy, memory or run.settings.memory
     load = load_of(run, strategy=strategy, batch=batch or run.settings.batch_size)
-    if STAGE[strategy] < 3:
+    if own_blocks(run.settings, strategy):
         plan = choose(memory, load, free=card, host_free=sys.maxsize, compiled=compiled)
     else:
         plan = diffusers_plan(memory, load.layers)
@@ -95,6 +96,11 @@ def _possible(run: Run, strategy: Strategy) -> bool:
         return False  # nothing to spread over
     on_host = strategy.endswith("-offload")
     return (strategy == "ddp" or not run.settings.ema) and (run.settings.optimizer == "adamw" or not on_host)
+
+
+def own_blocks(settings: TrainSettings, strategy: Strategy) -> bool:
+    """Whether blocks are run by `step.engine`; under ZeRO-3 only where that is asked for, else they are diffusers'."""
+    return STAGE[strategy] < 3 or settings.compile == "on"
 
 
 def diffusers_plan(memory: Memory, layers: int) -> Plan:

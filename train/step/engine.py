@@ -29,12 +29,15 @@ class Engine:
     Args:
         transformer: on the CPU, adapters attached, what is trained chosen.
         dtype: that the blocks compute in.
+        lent: DeepSpeed places the weights, and gathers a block's for as long as it computes (`zero.gather_by_block`).
+            What autograd keeps are the parameters themselves, whose memory is given back in between; views of them are
+            computed again.
         say: is told when the compiler fails on the blocks, after which they run uncompiled.
     """
 
     def __init__(
         self, transformer: CogVideoXTransformer3DModel, plan: Plan, device: torch.device, dtype: torch.dtype,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = print, *, lent: bool = False,
     ) -> None:  # fmt: skip
         blocks = transformer.transformer_blocks
         self.plan = plan
@@ -60,7 +63,8 @@ class Engine:
             moved = [[p for p in weights if not p.requires_grad] for weights in self._weights]
             self._streaming = Streaming(moved, device) if all(moved) else None
         streamed = {id(p) for weights in moved for p in weights} if self._streaming else set()
-        _move(transformer, device, stay=streamed)
+        if not lent:
+            _move(transformer, device, stay=streamed)
         if streamed:
             # What DDP would otherwise copy from rank 0 and refuse to see on two devices.
             transformer._ddp_params_and_buffers_to_ignore = [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError, SettingError
 
+from .. import zero
 from .demand import load_of
 from .engine import Engine
 from .plan import Load, Plan, choose, fits, gib
@@ -45,7 +46,9 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
         wanted = choose(memory, load, free=free, host_free=sys.maxsize, compiled=compiled)
         for note in notes(plan, wanted, load, free=free, host_free=host_free):
             log.say(note)
-    engine = Engine(transformer, plan, runtime.device, runtime.dtype, log.say)
+    if not runtime.whole:
+        zero.gather_by_block(transformer)
+    engine = Engine(transformer, plan, runtime.device, runtime.dtype, log.say, lent=not runtime.whole)
     if gpu:
         names = {"flash4": "FlashAttention 4", "cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}
         log.say(

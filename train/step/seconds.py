@@ -45,13 +45,15 @@ RELATIVE: Mapping[str, float] = {"H200": 1.0, "H100 80 GB": 1.02, "H100 80GB HBM
 def seconds(run: Run, needs: Demand, gpu: str = "H200", kernel: Kernel = "cudnn") -> float | None:
     """Seconds of a step, one accumulation; None for what no measurement stands behind.
 
-    That is a GPU that is not in `RELATIVE`, an attention kernel that is not in `_ATTENTION`, and blocks of ours that
-    are not compiled.
+    That is a GPU that is not in `RELATIVE`, an attention kernel that is not in `_ATTENTION`, blocks of ours that
+    are not compiled, and, under stage 3, those that are.
     Copies of ours to the host and back take no time of their own: they are made beside the computation.
     """
     stage, load, plan = STAGE[needs.strategy], needs.load, needs.plan
     weights = trained_weights(run)
     if stage == 3:
+        if plan.compiled:
+            return None
         total = _PLAIN_BLOCKS * _blocks(load, plan, "cudnn", full=run.method.full) + _GATHERING * load.layers
         if plan.park:
             total += 2 * sum(ACTIVATIONS[keep] for keep in plan.keep) * load.activation / _LINK

@@ -34,3 +34,18 @@ def test_what_zero_holds_is_what_is_computed(tmp_path):
         if not strategy.endswith("-offload"):
             step = bytes_apart(weights, strategy, WORLD) / weights
             assert found["step"] / weights == pytest.approx(step, abs=0.2), strategy
+
+
+def test_our_blocks_under_zero3_hold_no_weights_between_the_passes(tmp_path):
+    """DeepSpeed lends a block its weights for as long as it computes; a view that autograd kept would keep them all."""
+    script = Path(__file__).with_name("lent_weights.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
+         str(tmp_path)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "held.json").read_text())
+    assert len(found) == 4
+    for plan, share in found.items():
+        assert share["between"] == 0 and 0.1 < share["most"] < 0.5, (plan, share)
