@@ -275,7 +275,7 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # names that torch will drop
     warnings.filterwarnings("ignore", category=UserWarning, module="_distutils_hack")  # DeepSpeed's doing
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # torch 2.13; accelerate has no other
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # by accelerate
 
 
 def _detached(parameter: torch.nn.Parameter) -> torch.Tensor:
