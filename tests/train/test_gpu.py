@@ -33,6 +33,8 @@ ZERO = [
     ("zero2-offload", "sft", "tiny-2b", {}),
     ("zero3", "lora", "tiny-i2v", {}),
     ("zero3", "sft", "tiny", {"memory": "low"}),
+    ("zero3", "sft", "tiny", {"compile": COMPILE}),
+    ("zero3", "lora", "tiny-i2v", {"compile": COMPILE, "memory": "low"}),
     ("zero3-offload", "sft", "tiny-1.5-i2v", {}),
 ]
 
