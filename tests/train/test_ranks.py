@@ -100,49 +100,6 @@ def test_every_strategy_method_and_family_trains_resumes_and_exports(
             assert any(not torch.equal(tensor, base[name]) for name, tensor in tuned.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [
-        pytest.param([("zero3", "lora", "tiny-1.5-i2v", "low"), ("zero3", "sft", "tiny", "low")], id="ci"),
-        pytest.param(
-            [
-                *itertools.product(
-                    ["zero3"], ("lora", "sft"), [family.builtin for family in FAMILIES], ("auto", "low", "fast")
-                ),
-                ("zero3-offload", "sft", "tiny-1.5-i2v", "low"),
-            ],
-            id="all",
-            marks=pytest.mark.full,
-        ),
-    ],
-)
-def test_our_own_blocks_under_zero3_are_the_same_run(tmp_path, make_shards, run_ranks, cases):
-    """With --compile on; what they keep and what of the weights they lend, compiled as on a GPU up to its code."""
-    forms = {form for _, _, form, _ in cases}
-    for form in forms:
-        make_shards(tmp_path / form, form, samples=4, image_variants=1)
-    wanted = [
-        case for method in ("lora", "sft") for case in matrix(["ddp"], tmp_path, methods=[method], forms=sorted(forms))
-    ]
-    for strategy, method, form, memory in cases:
-        for case in matrix([strategy], tmp_path, methods=[method], forms=[form]):
-            settings = case["settings"] | {"memory": memory, "compile": "on"}
-            settings["out"] = tmp_path / "runs" / f"{strategy}-{method}-{form}-{memory}"
-            wanted.append(case | {"name": f"{case['name']}-{memory}", "settings": settings, "compiler": "aot_eager"})
-    # Groups of their own: a process that has been DDP's cannot become DeepSpeed's.
-    for strategy in ("ddp", "zero3"):
-        mine = [case for case in wanted if case["name"].startswith(strategy)]
-        run_ranks(2, mine, tmp_path / f"ranks-{strategy}")
-    for strategy, method, form, memory in cases:
-        run = tmp_path / "runs" / f"{strategy}-{method}-{form}-{memory}"
-        facts = json.loads((run / "facts.json").read_text())
-        assert "blocks compiled" in facts["plan"] and ("waits in host memory" in facts["plan"]) == (memory == "low")
-        expected = losses(tmp_path / "runs" / f"ddp-{method}-{form}")
-        assert sorted(expected) == [1, 2]
-        assert losses(run) == pytest.approx(expected, rel=1e-5), run.name
-        assert list(run.glob("*.safetensors" if method == "lora" else "transformer/*.safetensors"))
-
-
 def test_every_setting_reaches_the_live_optimizer(tmp_path, make_shards, run_ranks):
     make_shards(tmp_path / "out", samples=8)
     values = {

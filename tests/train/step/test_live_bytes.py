@@ -36,6 +36,7 @@ def test_what_zero_holds_is_what_is_computed(tmp_path):
             assert found["step"] / weights == pytest.approx(step, abs=0.2), strategy
 
 
+@pytest.mark.full  # half a minute
 def test_our_blocks_under_zero3_hold_no_weights_between_the_passes(tmp_path):
     """DeepSpeed lends a block its weights for as long as it computes; a view that autograd kept would keep them all."""
     script = Path(__file__).with_name("lent_weights.py")
