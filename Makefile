@@ -35,9 +35,9 @@ check: venv
 	$(BIN)/mypy
 
 # Test files side by side: make test JOBS=8. One thread a process: two processes of two threads on two cores
-# wait for each other (2.5 to 6 times slower).
+# wait for each other (2.5 to 6 times slower). In their order: files of few long tests would else come last, one alone.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: check
 	$(PYTEST) -m "not gpu and not full"
