@@ -116,17 +116,21 @@ def block_function(
 
     from .qk_norm import angles, qk_norm, turned
 
+    # Not F.linear: for ZeRO-3 DeepSpeed puts a function of its own in its place, and torch 2.11 compiles that
+    # with zeros for gradients (2.13 does not).
+    multiply = torch.ops.aten.linear.default
+
     def products(
         x: torch.Tensor, at: Linear, weights: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the layer gives, and what its adapter adds."""
         bias = None if at.bias is None else weights[at.bias].to(x.dtype)
-        y = F.linear(x, weights[at.weight].to(x.dtype), bias)
+        y = multiply(x, weights[at.weight].to(x.dtype), bias)
         if at.lora_A is None or at.lora_B is None:
             return y, None
         x = F.dropout(x, at.dropout) if training and at.dropout else x
-        low = F.linear(x, weights[at.lora_A].to(x.dtype))
-        return y, F.linear(at.scale * low, weights[at.lora_B].to(x.dtype))
+        low = multiply(x, weights[at.lora_A].to(x.dtype))
+        return y, multiply(at.scale * low, weights[at.lora_B].to(x.dtype))
 
     def linear(x: torch.Tensor, at: Linear, weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
         y, added = products(x, at, weights)

@@ -386,6 +386,22 @@ def test_evaluation_computes_the_same_without_gradients():
     assert transformer.training
 
 
+def test_blocks_multiply_with_torchs_own_function(monkeypatch):
+    """DeepSpeed puts another in its place, which one version of the compiler gives gradients of zero."""
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    Engine(transformer, Plan(("inputs",) * LAYERS), CPU, torch.float32)
+    weights = {id(weight) for weight in transformer.transformer_blocks.parameters()}
+    linear, seen = torch.nn.functional.linear, set()
+
+    def replaced(x, weight, bias=None):
+        seen.add(id(weight))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", replaced)
+    loss_of(checkpoint, transformer).backward()
+    assert seen and not seen & weights
+
+
 def test_a_kernel_is_tried_backward_also_where_nothing_is_trained():
     with torch.no_grad():  # as under ZeRO-3, where validation is the first to ask
         assert kernel_works("torch", CPU, torch.bfloat16, compiling=False)
