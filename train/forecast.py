@@ -24,7 +24,7 @@ from .step.attention import Kernel
 from .step.demand import Demand, choices
 from .step.seconds import RELATIVE, seconds
 from .step.trial import flash4_is_there
-from .zero_config import STAGE, Strategy
+from .zero_config import Strategy
 
 _GIB = 2**30
 
@@ -151,10 +151,10 @@ def _measured(planned: Run, needs: Demand, gpus: int, kernel: Kernel) -> Measure
         "gpus": gpus,
         "strategy": needs.strategy,
         "plan": str(needs.plan),
+        "attention": kernel,
     }
-    if STAGE[needs.strategy] < 3:  # there the choice is torch's
-        same["attention"] = kernel
-    return next((run for run in measured() if all(getattr(run, name) == value for name, value in same.items())), None)
+    runs = (run for run in measured() if all(getattr(run, name) == value for name, value in same.items()))
+    return next((run for run in runs if not run.faster_since), None)
 
 
 def check(lines: Sequence[Forecast]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from .run import Run, run_folder, settings_json, write_config
 from .run_folder import CONFIG_FILE, claimed, read_run
 from .signals import StopRequest
 from .step.attention import Kernel
-from .step.demand import diffusers_plan, own_blocks
 from .step.install import install
 from .step.plan import Plan
 from .step_log import StepLog, can_defer, skip_if_not_finite
@@ -163,20 +162,12 @@ def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torc
     transformer = run.checkpoint.load_transformer(run.method.weight_dtype(runtime.dtype, runtime.sharded))
     run.method.apply(transformer)
     transformer.train()
-    hosted = None
-    attention: Kernel
-    if own_blocks(settings, run.strategy):
-        engine = install(transformer, run, runtime, log)
-        hosted, plan, attention = engine.hosted, engine.plan, engine.kernel
-    else:  # DeepSpeed gathers a layer's weights when diffusers' own block asks for them
-        plan, attention = diffusers_plan(settings.memory, len(transformer.transformer_blocks)), "torch"
-        if settings.memory != "fast":
-            transformer.enable_gradient_checkpointing()
+    engine = install(transformer, run, runtime, log)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     on_host = run.strategy.endswith("-offload")
-    optimizer = make_optimizer(trained, settings, runtime.device, on_host=on_host, hosted=hosted)
+    optimizer = make_optimizer(trained, settings, runtime.device, on_host=on_host, hosted=engine.hosted)
     model, optimizer = runtime.prepare(transformer, optimizer, saved_by=run.resume.state.world if run.resume else None)
-    return model, optimizer, trained, plan, attention
+    return model, optimizer, trained, engine.plan, engine.kernel
 
 
 def _loss(
@@ -188,8 +179,7 @@ def _loss(
     Args:
         deferred: `StepLog` finds those a step later; do not wait for the GPU here.
     """
-    with _saved_tensors(run, runtime):
-        losses_B = objective.losses(model, batch, runtime.dtype)
+    losses_B = objective.losses(model, batch, runtime.dtype)
     gathered: torch.Tensor = runtime.accelerator.gather(losses_B.detach())
     if deferred:
         return losses_B.mean(), gathered
@@ -203,8 +193,7 @@ def _loss(
         raise stop_for(bad, step, runtime.main)
     log.say(f"step {step}: the loss is not finite; left out, with the rest of its batch: {listed(bad)}")
     # Every rank goes through the model once more, on zeros, so that gradients exist and add nothing.
-    with _saved_tensors(run, runtime):
-        nothing = objective.losses(model, batch.blank(), runtime.dtype).mean()
+    nothing = objective.losses(model, batch.blank(), runtime.dtype).mean()
     if runtime.agree(int(not bool(nothing.isfinite()))):
         raise (
             RunError(
@@ -216,15 +205,6 @@ def _loss(
             else PeerFailed()
         )
     return nothing * 0, gathered[:0]
-
-
-def _saved_tensors(run: Run, runtime: Runtime) -> AbstractContextManager[Any]:
-    """ZeRO-3 with --memory low: what the backward pass needs waits in host memory, the blocks' inputs."""
-    import torch
-
-    if run.settings.memory != "low" or own_blocks(run.settings, run.strategy):
-        return nullcontext()
-    return torch.autograd.graph.save_on_cpu(pin_memory=runtime.device.type == "cuda")
 
 
 def _places(run: Run, runtime: Runtime, done: int) -> Iterator[list[Slot]]:

@@ -39,6 +39,7 @@ class Measured:
     compile_s: float | None = None  # once, beside the steps
     date: str = ""
     commit: str = ""
+    faster_since: bool = False  # our code has been made faster: the bytes still hold, the seconds do not
     versions: dict[str, str] = field(default_factory=dict)
 
 

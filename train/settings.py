@@ -92,8 +92,8 @@ class TrainSettings:
         "what does not fit; low: move all that can be moved", section=_HARDWARE,
     )  # fmt: skip
     compile: Literal["auto", "on", "off"] = setting(
-        "auto", "compile the transformer's blocks, once per resolution; auto: on a GPU, where a compiler is installed, "
-        "but not under ZeRO-3, which then runs diffusers' own", section=_HARDWARE,
+        "auto", "compile the transformer's blocks, once per resolution; auto: on a GPU, where a compiler is installed",
+        section=_HARDWARE,
     )  # fmt: skip
     nproc: int | None = setting(None, "processes on this host", shown="one per GPU", section=_HARDWARE)
 

@@ -52,6 +52,17 @@ def train_here() -> Callable:
     return run
 
 
+@pytest.fixture
+def losses() -> Callable:
+    """losses(run folder) -> {step: loss}."""
+
+    def read(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable:
     """run_ranks(world, cases, folder) -> {case name: [what each rank saw]}; see worker.py."""

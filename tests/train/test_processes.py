@@ -7,16 +7,11 @@ import pytest
 STRATEGIES = ["zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 
 
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
 def rates(run):
     return [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_two_and_four_processes_are_the_same_run(tmp_path, make_shards, run_ranks):
+def test_one_two_and_four_processes_are_the_same_run(tmp_path, make_shards, run_ranks, losses):
     make_shards(tmp_path / "out", samples=10, posterior="moments")
     common = {
         "shards": [str(tmp_path / "out")], "rank": 4, "epochs": 2, "lr": 1e-2, "lr_schedule": "cosine", "seed": 3,

@@ -1,7 +1,6 @@
 """Every strategy, method and family on two processes."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -11,11 +10,6 @@ from cogcommon.families import BY_NAME, FAMILIES
 from cogtrain import lora
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
-
-
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def matrix(strategies, root, methods=("lora", "sft"), forms=tuple(family.builtin for family in FAMILIES)):
@@ -39,7 +33,7 @@ def matrix(strategies, root, methods=("lora", "sft"), forms=tuple(family.builtin
     ],
 )
 def test_every_strategy_method_and_family_trains_resumes_and_exports(
-    tmp_path, make_shards, run_ranks, strategies, families
+    tmp_path, make_shards, run_ranks, strategies, families, losses
 ):
     from diffusers import CogVideoXTransformer3DModel
 

@@ -15,7 +15,6 @@ from ..sources import ShardSet
 from ..step.demand import Demand, demand
 from ..step.plan import Plan, ladder
 from ..step.seconds import seconds
-from ..zero_config import STAGE
 from .guide import GuideRow, Way, guide_rows
 from .subject import random_checkpoint, random_run, random_shards
 
@@ -86,7 +85,8 @@ def measured_table() -> str:
         given += ", FlashAttention 4" if run.attention == "flash4" else ""
         host = "" if run.host_gib is None else f"{run.host_gib:.0f} GB"
         lines.append(
-            f"| {what}, {run.memory} | {run.gpus} x {run.gpu}{given} | {run.s_per_step:.2f} | {run.peak_gib:.1f} GB "
+            f"| {what}, {run.memory} | {run.gpus} x {run.gpu}{given} | {run.s_per_step:.2f}"
+            f"{', faster since' if run.faster_since else ''} | {run.peak_gib:.1f} GB "
             f"| {off} | {host} | `{run.command}` |"
         )
     return "\n".join(lines)
@@ -106,8 +106,7 @@ def computed_for(measured: Measured) -> tuple[Demand, float | None]:
         precision=measured.precision,  # type: ignore[arg-type]
     )
     found = demand(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
-    if STAGE[run.strategy] < 3:
-        found = replace(found, plan=_plan_of(measured, found))
+    found = replace(found, plan=_plan_of(measured, found))
     return found, seconds(run, found, measured.gpu, measured.attention)  # type: ignore[arg-type]
 
 
@@ -139,6 +138,8 @@ def _cell(row: GuideRow, way: Way) -> str:
         same = (run.family, run.method, run.strategy, run.memory, run.precision, run.gpus) == wanted
         same = same and run.rank == getattr(row.settings, "rank", None) and run.resolution == _native(row.family)
         if same and (way != "auto" or run.plan == str(needs.plan)):  # a larger card is given another plan
+            if run.faster_since:
+                return f"**{run.peak_gib:.1f} GB**, {seconds(_run_of(row, way), needs):.1f} s"
             return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
     if way == "reference":
         return ""

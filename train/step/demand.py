@@ -9,13 +9,12 @@ from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING
 
-from ..zero_config import STAGE, Strategy
+from ..zero_config import BUCKET_OF_STAGE_3, STAGE, Strategy
 from .plan import USABLE, Load, Memory, Plan, choose
 
 if TYPE_CHECKING:
     from ..method import Method
     from ..run import Run
-    from ..settings import TrainSettings
 
 _SIZES = {"fp32": 4}  # bytes of a number as computed; half precision else
 _MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
@@ -66,10 +65,7 @@ def demand(
     """
     strategy, memory = strategy or run.strategy, memory or run.settings.memory
     load = load_of(run, strategy=strategy, batch=batch or run.settings.batch_size)
-    if own_blocks(run.settings, strategy):
-        plan = choose(memory, load, free=card, host_free=sys.maxsize, compiled=compiled)
-    else:
-        plan = diffusers_plan(memory, load.layers)
+    plan = choose(memory, load, free=card, host_free=sys.maxsize, compiled=compiled)
     weights = trained_weights(run)
     masters = 4 * weights * plan.train_on_host // load.layers
     offloaded = masters + int(offloaded_bytes(weights / run.world, strategy))
@@ -98,16 +94,6 @@ def _possible(run: Run, strategy: Strategy) -> bool:
     return (strategy == "ddp" or not run.settings.ema) and (run.settings.optimizer == "adamw" or not on_host)
 
 
-def own_blocks(settings: TrainSettings, strategy: Strategy) -> bool:
-    """Whether blocks are run by `step.engine`; under ZeRO-3 only where that is asked for, else they are diffusers'."""
-    return STAGE[strategy] < 3 or settings.compile == "on"
-
-
-def diffusers_plan(memory: Memory, layers: int) -> Plan:
-    """How diffusers' own blocks are run, under ZeRO-3; what they keep waits in host memory under low."""
-    return Plan(keep=("all" if memory == "fast" else "inputs",) * layers, park=memory == "low")
-
-
 def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = None) -> Load:
     """The load of a run in its largest bucket."""
     strategy = strategy or run.strategy
@@ -133,7 +119,10 @@ def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = N
     whole = Load.of(config, run.shards.buckets[0], batch=1, size=size, trained=0)
     live = min(_LIVE * size, whole.layers * whole.block + whole.rest)
     here = 0 if strategy == "zero3-offload" else 1 / run.world
-    return replace(load, block=int(load.block * here), rest=int(load.rest * here) + live)
+    # Gradients on their way: a block's as they come, a bucket, its copy in parts, and this process's part of the sum.
+    trained = trained_weights(run)
+    exchanged = trained / whole.layers + BUCKET_OF_STAGE_3 + min(trained, BUCKET_OF_STAGE_3) * (1 + 1 / run.world)
+    return replace(load, block=int(load.block * here), rest=int(load.rest * here) + live + int(exchanged * size))
 
 
 def can_host(run: Run, strategy: Strategy) -> bool:

@@ -29,7 +29,7 @@ Keep = Literal["all", "matmuls", "feedforward", "attention", "inputs"]
 ACTIVATIONS: Mapping[Keep, float] = {
     "all": 14.0, "matmuls": 10.1, "feedforward": 6.05, "attention": 2.05, "inputs": 1.0,
 }  # fmt: skip
-ALL_UNCOMPILED = 17.0  # diffusers' own block under autocast, as ZeRO-3 runs it (counted on a CPU: 16.4)
+ALL_UNCOMPILED = 17.0
 
 
 def keeping(function: BlockFunction, keep: Keep, *, dropout: bool = False) -> BlockFunction:

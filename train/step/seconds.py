@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..zero_config import STAGE
 from .attention import Kernel
 from .demand import Demand, trained_weights
-from .keep import ACTIVATIONS, Keep
+from .keep import Keep
 from .plan import Load, Plan
 
 if TYPE_CHECKING:
@@ -27,17 +27,13 @@ _AGAIN: Mapping[Keep, float] = {"all": 0, "matmuls": 0, "feedforward": 4 / 12, "
 # Bytes read and written for each that a trained weight takes: master, gradient and two moments in the update, and
 # before it, where all are trained, the gradient's norm and the copies in half precision.
 _OPTIMIZER, _CASTS = 40 / 16, 30 / 16
-# A weight that is trained in host memory (`host_adam`), on a host of 16 cores: 28 bytes at 47 GB/s; fp16 is converted
-# more slowly. Five runs, from before the update was made faster; none of it hides behind the forward pass.
-_ON_HOST, _ON_HOST_FP16 = 0.59e-9, 0.78e-9
-# DeepSpeed on two H200s, from one run of 2B and one of 5B for each stage. Stages 1 and 2: the same for every model, and
-# for a weight (gradients exchanged, weights gathered, the update).
-_ZERO, _ZERO_WEIGHT = 0.10, 0.047e-9
-# Stage 3: diffusers' own blocks against compiled ones, and what gathering a block adds, all passes together.
-_PLAIN_BLOCKS, _GATHERING = 1.2, 0.019
-_LINK = 50e9  # bytes/s to host memory and back (PCIe 5), for what torch copies there in between, under stage 3 and low
-# A weight of a process's part that DeepSpeed offloads; one run (2B, stage 3). Plain loops took 0.6 and 1.0.
-_OFFLOADED = 1.0e-9
+# A weight that is trained in host memory (`host_adam`), on a host of 16 cores: 28 bytes at 57 GB/s, measured alone.
+# fp16 is converted more slowly.
+_ON_HOST, _ON_HOST_FP16 = 0.49e-9, 0.60e-9
+# DeepSpeed on two H200s, from one run of 2B and one of 5B for each stage: the same for every model, and for a weight
+# (gradients exchanged, weights gathered, the update).
+_ZERO, _ZERO_3 = (0.10, 0.047e-9), (0.15, 0.064e-9)
+_OFFLOADED = 0.63e-9  # a weight of a process's part that it offloads; 2B and 5B, stage 3
 # Times an H200, by the names that the driver gives them.
 RELATIVE: Mapping[str, float] = {"H200": 1.0, "H100 80 GB": 1.02, "H100 80GB HBM3": 1.02}
 
@@ -45,32 +41,32 @@ RELATIVE: Mapping[str, float] = {"H200": 1.0, "H100 80 GB": 1.02, "H100 80GB HBM
 def seconds(run: Run, needs: Demand, gpu: str = "H200", kernel: Kernel = "cudnn") -> float | None:
     """Seconds of a step, one accumulation; None for what no measurement stands behind.
 
-    That is a GPU that is not in `RELATIVE`, an attention kernel that is not in `_ATTENTION`, blocks of ours that
-    are not compiled, and, under stage 3, those that are.
-    Copies of ours to the host and back take no time of their own: they are made beside the computation.
+    That is a GPU that is not in `RELATIVE`, an attention kernel that is not in `_ATTENTION`, blocks that are not
+    compiled. Copies of ours to the host and back take no time of their own: they are made beside the computation.
     """
     stage, load, plan = STAGE[needs.strategy], needs.load, needs.plan
-    weights = trained_weights(run)
-    if stage == 3:
-        if plan.compiled:
-            return None
-        total = _PLAIN_BLOCKS * _blocks(load, plan, "cudnn", full=run.method.full) + _GATHERING * load.layers
-        if plan.park:
-            total += 2 * sum(ACTIVATIONS[keep] for keep in plan.keep) * load.activation / _LINK
-    elif kernel not in _ATTENTION or not plan.compiled:
+    if kernel not in _ATTENTION or not plan.compiled or gpu not in RELATIVE:
         return None
-    else:
-        total = _blocks(load, plan, kernel, full=run.method.full)
-    if stage in (1, 2):
-        total += _ZERO + _ZERO_WEIGHT * weights
-    if needs.strategy.endswith("-offload"):
-        total += _OFFLOADED * weights / run.world
+    weights = trained_weights(run)
+    total = _blocks(load, plan, kernel, full=run.method.full)
     if stage == 0:
         hosted = plan.train_on_host * load.hosted.states if load.hosted else 0
         bytes_each = _OPTIMIZER + (_CASTS if run.method.full else 0)
         total += (load.trained - hosted) * bytes_each / _MEMORY
-        total += hosted / 16 * (_ON_HOST_FP16 if run.precision == "fp16" else _ON_HOST)
-    return total * RELATIVE[gpu] if gpu in RELATIVE else None
+        if hosted:  # block after block, beside the next forward pass, which begins with those that are done
+            update = hosted / 16 * (_ON_HOST_FP16 if run.precision == "fp16" else _ON_HOST)
+            total += max(update / plan.train_on_host, update - _forward(load, kernel))
+    else:
+        each, a_weight = _ZERO_3 if stage == 3 else _ZERO
+        total += each + a_weight * weights
+    if needs.strategy.endswith("-offload"):
+        total += _OFFLOADED * weights / run.world
+    return total * RELATIVE[gpu]
+
+
+def _forward(load: Load, kernel: Kernel) -> float:
+    """Of the forward pass of all blocks, but for norms and the like."""
+    return load.layers * (load.attention / _ATTENTION[kernel] + load.products / _PRODUCTS)
 
 
 def _blocks(load: Load, plan: Plan, kernel: Kernel, *, full: bool) -> float:

@@ -74,7 +74,8 @@ def test_demand_of_5b_is_what_was_measured(run_of):
     assert peaks == sorted(peaks, reverse=True) and peaks[2] < 0.25 * peaks[1]
     full = run_of(SftSettings(strategy="zero3"), "5b", world=8)
     eight, one = demand(full).peak, demand(dataclasses.replace(full, world=1)).peak
-    assert one - eight == pytest.approx(7 / 8 * 16 * trained_weights(full), rel=1e-6)
+    spread = 16 * trained_weights(full) + 2 * 200_000_000  # and of a bucket the part that is a process's own
+    assert one - eight == pytest.approx(7 / 8 * spread, rel=1e-6)
 
 
 def test_out_of_memory_gives_the_peaks_that_were_planned_with(run_of):
@@ -88,7 +89,7 @@ def test_out_of_memory_gives_the_peaks_that_were_planned_with(run_of):
     assert "a smaller --resolution" in fix(SftSettings(strategy="ddp", memory="low"))
     assert fix(SftSettings(strategy="zero2-offload")).startswith("--strategy ddp --memory low: about ")
     both = fix(SftSettings(strategy="zero2"), 2)
-    assert both.startswith("--strategy zero3: about ") and "; or --strategy zero3-offload: " in both
+    assert both.startswith("--strategy zero3: about ") and "; or --strategy zero3-offload --memory low: " in both
     assert "--batch-size 1 --accumulate 6 (the same global batch)" in fix(LoraSettings(batch_size=3, accumulate=2))
 
 
