@@ -64,6 +64,7 @@ def beside_table() -> str:
 def _took(run: Measured) -> str:
     how = ", offloaded" if run.strategy.endswith("-offload") else ""
     how += ", FlashAttention 4" if run.attention == "flash4" else ""
+    how += ", faster since" if run.faster_since else ""
     return f"{run.s_per_step:.2f} s, {run.peak_gib:.1f} GB{how}"
 
 

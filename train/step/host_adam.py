@@ -92,7 +92,7 @@ class HostAdamW(torch.optim.AdamW):
             if gradient is not None:
                 update = self._one(weight, gradient, group_of[id(weight.master)])
                 (alone.append([update]) if gradient.numel() >= _CHUNK else together.append(update))
-        return [*alone, together]
+        return [*alone, together] if together else alone
 
     def _one(self, weight: HostWeight, gradient: torch.Tensor, group: dict[str, Any]) -> _Update:
         state = self.state[weight.master]
