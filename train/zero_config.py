@@ -70,6 +70,10 @@ def deepspeed_config(settings: TrainSettings, strategy: Strategy, precision: str
         if strategy == "zero3-offload":
             zero["stage3_gather_16bit_weights_on_model_save"] = True
             zero["offload_param"] = dict(place)
+            if settings.nvme is not None:
+                # A block's eight large weights are read at once (`zero.gather_by_block`), and more of the next. The
+                # largest of any model has 38 million numbers.
+                zero["offload_param"] |= {"buffer_count": 24, "buffer_size": 40_000_000}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulate,

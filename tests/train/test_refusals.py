@@ -186,6 +186,7 @@ def test_nvme_goes_into_the_dict(tmp_path):
     zero = deepspeed_config(SftSettings(nvme=tmp_path), "zero3-offload", "bf16", 1)["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
         assert zero[part]["device"] == "nvme" and zero[part]["nvme_path"] == str(tmp_path)
+    assert zero["offload_param"]["buffer_count"] > 2 * 8  # this block's large weights, and the next one's
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path, make_shards, train_here):
