@@ -89,6 +89,14 @@ def test_every_run_that_was_measured_is_within_a_tenth_of_what_is_computed(run):
     assert computed_for(run)[0].peak / GIB == pytest.approx(run.peak_gib, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "run", [run for run in measured() if run.memory != REFERENCE and run.host_gib], ids=lambda run: run.row
+)
+def test_host_memory_is_within_a_tenth_or_a_few_gigabytes(run):
+    ourselves = 4 * run.gpus  # Python, torch, CUDA and the samples, for each process
+    assert computed_for(run)[0].host * run.gpus / GIB + ourselves == pytest.approx(run.host_gib, rel=0.1, abs=4)
+
+
 def test_a_run_is_computed_at_its_own_size_and_for_its_own_model():
     run = next(run for run in measured() if run.row == "5b/low")
     native, small, images = (

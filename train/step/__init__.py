@@ -9,9 +9,10 @@ Each module is one lever that can be read alone and switched off:
 * ``trial``: what runs on the device, tried once;
 * ``parking``: what is kept waits in host memory;
 * ``streaming``: the frozen weights live in host memory and come one block ahead;
-* ``host_training``: all weights live there, with their gradients and optimizer states;
+* ``host_training``: blocks are trained there, all or the last of them: weights, gradients and optimizer states;
 * ``host_adam``: the optimizer that steps there;
 * ``plan``: which of these a run needs, by arithmetic, from the memory there is;
 * ``demand``: what a run would take under each strategy and setting, before it is loaded;
+* ``seconds``: how long a step would take;
 * ``engine``: puts them together, in a diffusers transformer.
 """

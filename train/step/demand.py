@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..zero_config import BUCKET_OF_STAGE_3, STAGE, Strategy
+from ..zero_config import STAGE, Strategy, deepspeed_config
 from .plan import USABLE, Load, Memory, Plan, choose
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ _SIZES = {"fp32": 4}  # bytes of a number as computed; half precision else
 _MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
 _STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 _SUB_GROUP = 10**9  # weights that ZeRO-3 steps at once (sub_group_size)
+# Bytes of a weight in each piece of host memory that DeepSpeed locks.
+_LOCKED: Mapping[str, tuple[int, ...]] = {"zero2-offload": (4, 4, 2), "zero3-offload": (2, 4, 2)}
 _LIVE = 10**9  # weights that ZeRO-3 holds whole at most (stage3_max_live_parameters, where the passes turn round)
 
 
@@ -117,12 +120,20 @@ def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = N
         return load
     size = _SIZES.get(run.precision, 2)
     whole = Load.of(config, run.shards.buckets[0], batch=1, size=size, trained=0)
-    live = min(_LIVE * size, whole.layers * whole.block + whole.rest)
+    zero = _zero(run, strategy)
+    live = min(int(zero["stage3_max_live_parameters"]) * size, whole.layers * whole.block + whole.rest)
     here = 0 if strategy == "zero3-offload" else 1 / run.world
     # Gradients on their way: a block's as they come, a bucket, its copy in parts, and this process's part of the sum.
-    trained = trained_weights(run)
-    exchanged = trained / whole.layers + BUCKET_OF_STAGE_3 + min(trained, BUCKET_OF_STAGE_3) * (1 + 1 / run.world)
+    trained, bucket = trained_weights(run), int(zero["reduce_bucket_size"])
+    exchanged = trained / whole.layers + bucket + min(trained, bucket) * (1 + 1 / run.world)
     return replace(load, block=int(load.block * here), rest=int(load.rest * here) + live + int(exchanged * size))
+
+
+def _zero(run: Run, strategy: Strategy) -> Mapping[str, Any]:
+    """DeepSpeed's settings, with the user's file in them where it is about this strategy."""
+    settings = run.settings if strategy == run.strategy else replace(run.settings, deepspeed=None)
+    config = deepspeed_config(settings, strategy, run.precision, run.world)
+    return {"stage3_max_live_parameters": _LIVE, **config["zero_optimization"]}
 
 
 def can_host(run: Run, strategy: Strategy) -> bool:
@@ -184,12 +195,14 @@ def host_bytes_a_weight(strategy: Strategy) -> int:
 def offloaded_bytes(weights: float, strategy: Strategy) -> float:
     """Host memory that DeepSpeed takes for a process's part of the trained weights.
 
-    Stage 2 has all but the moments in one page-locked piece each, for which torch takes the next power of two:
-    122 GiB for 5B, where 93 would do.
+    Some of it is in one page-locked piece each, for which torch takes the next power of two: under stage 2 all but the
+    moments (122 GiB for 5B, where 93 would do), under stage 3 copies and gradients.
     """
-    if strategy != "zero2-offload":
+    if not weights or strategy not in _LOCKED:
         return host_bytes_a_weight(strategy) * weights
-    return 8 * weights + sum(1 << int(size * weights - 1).bit_length() for size in (4, 4, 2))
+    locked = _LOCKED[strategy]
+    pieces = sum(1 << int(size * weights - 1).bit_length() for size in locked)
+    return (host_bytes_a_weight(strategy) - sum(locked)) * weights + pieces
 
 
 def trained_weights(run: Run) -> int:

@@ -1,4 +1,4 @@
-"""Full fine-tuning with only the blocks that compute at the moment on the GPU.
+"""Full fine-tuning of blocks that are on the GPU only while they compute; all of a transformer's, or its last ones.
 
 A weight that is trained costs 16 bytes: an fp32 master, two fp32 moments and a gradient. For 5B that is 83 GiB,
 and the GPU needs most of it only once a step. So masters and moments live in host memory, where `HostAdamW` updates
@@ -41,7 +41,7 @@ class HostWeight:
 
 
 class HostTraining:
-    """The weights of all blocks with their gradients, in host memory.
+    """The weights of blocks, all or the last ones, with their gradients, in host memory.
 
     Args:
         blocks: the parameters of each block, all of them fp32 and trained; they stay where they are.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cogcommon.errors import RunError, SettingError
 
 from .. import zero
-from .demand import load_of
+from .demand import load_of, offloaded_bytes, trained_weights
 from .engine import Engine
 from .plan import Load, Plan, choose, fits, gib
 from .trial import compiler_fault
@@ -37,7 +37,7 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
     gpu = runtime.device.type == "cuda"
     load = load_of(run)
     free = _free(runtime.device) if gpu else 0
-    host_free = _host_free(load)
+    host_free = _host_free(load) - int(offloaded_bytes(trained_weights(run) / run.world, run.strategy))
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
     plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu)
     if gpu:

@@ -223,7 +223,7 @@ def fits(plan: Plan, load: Load, free: int) -> bool:
 
 
 def ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
-    """Plans from fast to small. Times differ little from the third on: copies hide behind the computation."""
+    """Plans from fast to small. Copies hide behind the computation; training on the host does not always."""
     layers = load.layers
     attention = _each("attention", layers)
     inputs = _each("inputs", layers)

@@ -42,7 +42,8 @@ def seconds(run: Run, needs: Demand, gpu: str = "H200", kernel: Kernel = "cudnn"
     """Seconds of a step, one accumulation; None for what no measurement stands behind.
 
     That is a GPU that is not in `RELATIVE`, an attention kernel that is not in `_ATTENTION`, blocks that are not
-    compiled. Copies of ours to the host and back take no time of their own: they are made beside the computation.
+    compiled. Stage 1 is computed as stage 2, and what stage 2 offloads as what stage 3 does; neither was measured.
+    Copies of ours to the host and back take no time of their own: they are made beside the computation.
     """
     stage, load, plan = STAGE[needs.strategy], needs.load, needs.plan
     if kernel not in _ATTENTION or not plan.compiled or gpu not in RELATIVE:

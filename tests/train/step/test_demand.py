@@ -1,6 +1,7 @@
 """What a run is said to take, against small models that live and published shapes that do not fit here."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -62,7 +63,17 @@ def test_zero_spreads_what_its_stage_says():
 def test_what_is_page_locked_is_a_power_of_two():
     for weights, gib in ((5_570_283_072, 32 + 32 + 16), (2**30, 4 + 4 + 2)):
         assert offloaded_bytes(weights, "zero2-offload") == 8 * weights + gib * GIB
-    assert offloaded_bytes(100, "zero3-offload") == 2000 and offloaded_bytes(100, "zero2") == 0
+    assert offloaded_bytes(2**29, "zero3-offload") == 20 * 2**29 and offloaded_bytes(100, "zero2") == 0
+    assert offloaded_bytes(2**29 + 1, "zero3-offload") == pytest.approx(28 * 2**29)  # 12, and twice 8
+
+
+def test_a_file_of_ones_own_counts(run_of, tmp_path):
+    def peak(bucket):
+        file = tmp_path / f"{bucket}.json"
+        file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": bucket}}))
+        return demand(run_of(SftSettings(strategy="zero3", deepspeed=file), "5b", world=2)).peak
+
+    assert peak(500_000_000) - peak(200_000_000) == 300_000_000 * 2 * 2.5  # a bucket, its copy, half of the sum
 
 
 def test_demand_of_5b_is_what_was_measured(run_of):
