@@ -37,7 +37,7 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
     gpu = runtime.device.type == "cuda"
     load = load_of(run)
     free = _free(runtime.device) if gpu else 0
-    host_free = _host_free(load) - int(offloaded_bytes(trained_weights(run) / run.world, run.strategy))
+    host_free = _host_free(run, load)
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
     plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu)
     if gpu:
@@ -90,14 +90,18 @@ def no_room(plan: Plan, load: Load, *, free: int, host_free: int) -> RunError:
     )
 
 
-def _host_free(load: Load) -> int:
-    """Bytes of host memory for this process: what is free, and the copy of the weights that it will give up."""
+def _host_free(run: Run, load: Load) -> int:
+    """Bytes of host memory for this process: what is free, and the copy of the weights that it will give up.
+
+    But for what DeepSpeed will take.
+    """
     import psutil
 
     memory = psutil.Process().memory_info()
     own = memory.rss - getattr(memory, "shared", 0)  # pages of a file that was read count as free already
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(psutil.virtual_memory().available // processes + min(own, load.layers * load.block))
+    offloaded = offloaded_bytes(trained_weights(run) / run.world, run.strategy)
+    return max(0, int(psutil.virtual_memory().available // processes + min(own, load.layers * load.block) - offloaded))
 
 
 def _free(device: torch.device) -> int:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -11,7 +13,9 @@ from cogtrain.bench.subject import random_checkpoint, random_shards
 from cogtrain.guard import out_of_memory
 from cogtrain.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
-from cogtrain.step.demand import bytes_a_weight, demand, offloaded_bytes, trained_weights
+from cogtrain.step import install
+from cogtrain.step.demand import bytes_a_weight, demand, load_of, offloaded_bytes, trained_weights
+from cogtrain.step.plan import choose
 
 GIB = 2**30
 
@@ -65,6 +69,19 @@ def test_what_is_page_locked_is_a_power_of_two():
         assert offloaded_bytes(weights, "zero2-offload") == 8 * weights + gib * GIB
     assert offloaded_bytes(2**29, "zero3-offload") == 20 * 2**29 and offloaded_bytes(100, "zero2") == 0
     assert offloaded_bytes(2**29 + 1, "zero3-offload") == pytest.approx(28 * 2**29)  # 12, and twice 8
+
+
+def test_what_deepspeed_will_take_of_the_host_is_left_to_it(run_of, monkeypatch):
+    run = run_of(SftSettings(strategy="zero3-offload"), "5b", world=8)
+    load, theirs = load_of(run), int(offloaded_bytes(trained_weights(run) / 8, "zero3-offload"))
+    assert load.block == 0  # no weights of its own for a process to give up
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for free, left in ((theirs + 10 * GIB, 10 * GIB), (theirs // 2, 0)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=8 * free))
+        host_free = install._host_free(run, load)
+        assert host_free == pytest.approx(left, abs=1)
+        plan = choose("low", load, free=12 * GIB, host_free=host_free, compiled=True)
+        assert plan.host(load) <= 0.8 * left
 
 
 def test_a_file_of_ones_own_counts(run_of, tmp_path):
