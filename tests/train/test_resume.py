@@ -79,9 +79,8 @@ def undisturbed(place, make_shards):
 
 
 CAMPAIGN = [(s, a, b) for s in ("ddp", "zero2", "zero3") for a, b in ((2, 2), (2, 1), (1, 2))]
-IN_CI = [("ddp", 2, 2), ("zero3", 1, 2)]
-KILLS = [(*case, number) for number, case in enumerate(IN_CI)] + [
-    pytest.param(*CAMPAIGN[number % len(CAMPAIGN)], number, marks=pytest.mark.full) for number in range(2, 24)
+KILLS = [("zero3", 1, 2, 0)] + [  # the first in CI; DDP is stopped there by signals, below
+    pytest.param(*CAMPAIGN[number % len(CAMPAIGN)], number, marks=pytest.mark.full) for number in range(1, 24)
 ]
 
 
