@@ -6,12 +6,11 @@ BIN := .venv/bin
 
 venv: .venv/ready
 
-# Modules are compiled at their first import, and most are never imported.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("cogtune needs Python 3.11 or newer; name one with make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-compile -c constraints.txt "torch>=2.8" setuptools
-	$(BIN)/pip install -q --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt "torch>=2.8" setuptools
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
 # Teach the built-in model a motion that it has never seen, beside more clips of what it knows, so that it
