@@ -91,10 +91,8 @@ def no_room(plan: Plan, load: Load, *, free: int, host_free: int) -> RunError:
 
 
 def _host_free(run: Run, load: Load) -> int:
-    """Bytes of host memory for this process: what is free, and the copy of the weights that it will give up.
-
-    But for what DeepSpeed will take.
-    """
+    """Bytes of host memory for this process: what is free, and the copy of the weights that it will give up, less what
+    DeepSpeed will take."""
     import psutil
 
     memory = psutil.Process().memory_info()
