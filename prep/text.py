@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from cogcommon.checkpoint import Checkpoint
+from cogcommon.memory import free_gpu_memory
 
 from .disk import disk_errors
 from .progress import say
@@ -83,9 +84,7 @@ class TextEncoder:
 
 def _free(device: torch.device) -> float:
     """Bytes that weights may take of a device."""
-    import torch
-
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+    return free_gpu_memory(device) if device.type == "cuda" else float("inf")
 
 
 class TextStore:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cogcommon.checkpoint import Checkpoint
+from cogcommon.memory import free_gpu_memory
 from cogcommon.video import Frames
 
 from .inputs import Objective
@@ -117,7 +118,9 @@ def decode(vae: AutoencoderKLCogVideoX, latent_BFCHW: torch.Tensor, frames: int)
 
     device = latent_BFCHW.device
     if device.type == "cuda":  # whole frames would pass training's own peak
-        vae.enable_tiling(*tile_within(_room(device) - sum(parameter.nbytes for parameter in vae.parameters())))
+        vae.enable_tiling(
+            *tile_within(free_gpu_memory(device) - sum(parameter.nbytes for parameter in vae.parameters()))
+        )
     vae.to(device)
     try:
         latent_BCFHW = latent_BFCHW[:, -frames:].permute(0, 2, 1, 3, 4) / vae.config.scaling_factor
@@ -134,13 +137,3 @@ def tile_within(room: int) -> tuple[int, int]:
     """Height and width of the largest tiles that a decode has room for, in bytes; the smallest where it has none."""
     fitting = (tile for tile in _TILES if tile[0] * tile[1] * DECODE_BYTES_PER_PIXEL <= room)
     return next(fitting, _TILES[-1])
-
-
-def _room(device: torch.device) -> int:
-    """Bytes of a GPU that this process may still take."""
-    import torch
-
-    torch.cuda.empty_cache()  # what training has freed
-    free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device.index)
-    return min(free, int(total * share) - torch.cuda.memory_reserved(device))

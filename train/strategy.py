@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import RunError
+from cogcommon.memory import free_gpu_memory
 
 from . import zero
 from .settings import TrainSettings
@@ -224,9 +225,8 @@ class Runtime:
 
         if self.device.type == "cpu":
             return self.device
-        torch.cuda.empty_cache()
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        fits = 1.2 * size < torch.cuda.mem_get_info(self.device)[0]
+        fits = 1.2 * size < free_gpu_memory(self.device)
         return self.device if fits else torch.device("cpu")
 
 

@@ -5,16 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
-from cogtrain.bench import kept
+from cogtrain.bench import kept, machine
 from cogtrain.bench.allocations import at_the_peak, held
 from cogtrain.bench.guide import guide_rows
-from cogtrain.bench.machine import lacking
 from cogtrain.bench.measure import _After, _Enough, prepare, product
 from cogtrain.bench.plain import reference
 from cogtrain.bench.rows import Row, guide_row, rows_named, table
@@ -47,7 +44,7 @@ def test_a_row_is_measured_on_a_small_shape(row):
         AcceleratorState._reset_state(reset_partial_state=True)  # this process may have made other runs
         row = changed(row, kind=kind)
         run = prepare(row)
-        assert lacking(run) is None
+        assert machine.lacking(run) is None
         early = []
         result = reference(run, row) if kind == "reference" else product(run, row, early.append)
         assert [dict(result)] == early or kind == "reference"
@@ -84,11 +81,11 @@ def test_a_row_for_which_the_host_has_no_memory_is_left_out(monkeypatch):
     run = prepare(changed(guide_row(9, "file"), steps=1))
     config = random_checkpoint("5b").transformer_config
     large = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, transformer_config=config))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * 2**30))
+    monkeypatch.setattr(machine, "free_host_memory", lambda: 64 * 2**30)
     # 8 bytes a weight for the moments, and 32, 32 and 16 GiB: what torch page-locks is a power of two.
-    needed = {pinned: lacking(large, pinned) for pinned in (True, False)}
+    needed = {pinned: machine.lacking(large, pinned) for pinned in (True, False)}
     assert needed[True].startswith("126 GiB of host memory needed") and needed[False].startswith("97 GiB")
-    assert lacking(dataclasses.replace(large, strategy="ddp")) is None
+    assert machine.lacking(dataclasses.replace(large, strategy="ddp")) is None
 
 
 def test_what_was_measured_on_a_gpu_is_kept_once(tmp_path, monkeypatch):

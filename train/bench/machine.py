@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from cogcommon.memory import free_host_memory
+
 from ..measured import gpu_here
 from ..progress import peak_gib
 from ..run import Run
@@ -54,13 +56,11 @@ def lacking(run: Run, pinned: bool = True) -> str | None:
     Args:
         pinned: it is to be page-locked.
     """
-    import psutil
-
     if not run.strategy.endswith("-offload"):
         return None
     part = trained_weights(run) / run.world
     each = offloaded_bytes(part, run.strategy) if pinned else host_bytes_a_weight(run.strategy) * part
-    needed, there = run.world * (each + _OURSELVES), psutil.virtual_memory().available
+    needed, there = run.world * (each + _OURSELVES), free_host_memory()
     return f"{needed / _GIB:.0f} GiB of host memory needed, {there / _GIB:.0f} there" if needed > there else None
 
 

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError, SettingError
+from cogcommon.memory import free_gpu_memory, free_host_memory
 
 from .. import zero
 from .demand import load_of, offloaded_bytes, trained_weights
@@ -16,7 +17,6 @@ from .plan import Load, Plan, choose, fits, gib
 from .trial import compiler_fault
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import CogVideoXTransformer3DModel
 
     from ..progress import RunLog
@@ -36,7 +36,7 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
     """
     gpu = runtime.device.type == "cuda"
     load = load_of(run)
-    free = _free(runtime.device) if gpu else 0
+    free = free_gpu_memory(runtime.device) if gpu else 0
     host_free = _host_free(run, load)
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
     plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu)
@@ -99,16 +99,7 @@ def _host_free(run: Run, load: Load) -> int:
     own = memory.rss - getattr(memory, "shared", 0)  # pages of a file that was read count as free already
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     offloaded = offloaded_bytes(trained_weights(run) / run.world, run.strategy)
-    return max(0, int(psutil.virtual_memory().available // processes + min(own, load.layers * load.block) - offloaded))
-
-
-def _free(device: torch.device) -> int:
-    """Free bytes of the GPU, within the fraction that this process may allocate."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device.index)  # None: the current GPU
-    return min(free, int(total * share))
+    return max(0, int(free_host_memory() // processes + min(own, load.layers * load.block) - offloaded))
 
 
 def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:

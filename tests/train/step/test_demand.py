@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
@@ -77,7 +75,7 @@ def test_what_deepspeed_will_take_of_the_host_is_left_to_it(run_of, monkeypatch)
     assert load.block == 0  # no weights of its own for a process to give up
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     for free, left in ((theirs + 10 * GIB, 10 * GIB), (theirs // 2, 0)):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=8 * free))
+        monkeypatch.setattr(install, "free_host_memory", lambda free=free: 8 * free)
         host_free = install._host_free(run, load)
         assert host_free == pytest.approx(left, abs=1)
         plan = choose("low", load, free=12 * GIB, host_free=host_free, compiled=True)
