@@ -18,13 +18,17 @@ from .errors import ModelError
 from .families import BUILTIN_NAMES, FAMILIES, RANDOM, VAE_SPATIAL, Family, Resolution, check_resolution, family_of
 from .tiny import NATIVE as BUILTIN_NATIVE
 from .tiny import builtin_folder
+from .typed import parse_object
+from .weights import check_weights, load_part, weight_files
+from .words import first_line
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-Part = Literal["transformer", "vae", "text_encoder", "tokenizer"]
+WeightedPart = Literal["transformer", "vae", "text_encoder"]
+Part = Literal[WeightedPart, "tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class WeightsIdentity:
 class Checkpoint:
     """An opened checkpoint. Configs are the parts' own JSON."""
 
-    name: str  # as the user typed it
+    name: str  # a built-in form, a hub id, or the absolute path of a local folder
     root: Path
     revision: str | None  # commit on the hub
     family: Family
@@ -60,7 +64,9 @@ class Checkpoint:
             return self.family.native
         config = self.transformer_config
         return Resolution(
-            config["sample_frames"], config["sample_height"] * VAE_SPATIAL, config["sample_width"] * VAE_SPATIAL
+            config.get("sample_frames", self.family.native.frames),
+            config["sample_height"] * VAE_SPATIAL,
+            config["sample_width"] * VAE_SPATIAL,
         )
 
     def check_resolution(self, resolution: Resolution) -> None:
@@ -74,39 +80,43 @@ class Checkpoint:
         return self.root / part
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
-        from diffusers import AutoencoderKLCogVideoX
-
-        return self._load("vae", AutoencoderKLCogVideoX, torch_dtype=dtype).eval().requires_grad_(False)
+        return self._load("vae", torch_dtype=dtype).eval().requires_grad_(False)
 
     def load_transformer(self, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-        from diffusers import CogVideoXTransformer3DModel
-
-        return self._load("transformer", CogVideoXTransformer3DModel, torch_dtype=dtype)
+        return self._load("transformer", torch_dtype=dtype)
 
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
-        from transformers import T5EncoderModel
-
-        return self._load("text_encoder", T5EncoderModel, dtype=dtype).eval().requires_grad_(False)
+        return self._load("text_encoder", dtype=dtype).eval().requires_grad_(False)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import T5Tokenizer
 
-        return self._load("tokenizer", T5Tokenizer)
-
-    def _load(self, part: Part, cls: Any, **options: Any) -> Any:
-        folder = self.folder(part)
+        folder = self.folder("tokenizer")
         try:
-            return cls.from_pretrained(folder, **options)
-        except (OSError, ValueError, KeyError) as error:
+            return T5Tokenizer.from_pretrained(folder)
+        except Exception as error:  # the libraries that read its files raise all kinds
             raise ModelError(
-                f"the {part} of {self.name} cannot be loaded: {str(error).splitlines()[0]}",
+                f"the tokenizer of {self.name} cannot be loaded: {first_line(error)}",
                 where=str(folder),
                 fix="fetch the checkpoint again, or try --model tiny",
             ) from error
 
-    def identity(self, part: Part) -> WeightsIdentity:
+    def check_weights(self, *parts: WeightedPart) -> None:
+        """Refuse parts whose files do not hold exactly the weights that they have, before one is read.
+
+        Raises:
+            ModelError: names the part and the first such weight.
+        """
+        for part in parts:
+            check_weights(self.folder(part), part, self.name)
+
+    def _load(self, part: WeightedPart, **options: Any) -> Any:
+        return load_part(self.folder(part), part, self.name, **options)
+
+    def identity(self, part: WeightedPart) -> WeightsIdentity:
         """Hashes of a part's config and weights (about 2 GB/s a core; free in the hub's cache)."""
         folder = self.folder(part)
+        weight_files(folder, part, self.name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         # Keys that start with "_" say who wrote the file, not what it means.
         facts = json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True)
@@ -120,10 +130,7 @@ class Checkpoint:
 
 def _weights_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise ModelError("no weights in the folder", where=str(folder), fix="fetch the checkpoint again")
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         # The hub's cache stores a large file under its own sha256.
         blob = file.resolve().name if file.is_symlink() else ""
         if not re.fullmatch(r"[0-9a-f]{64}", blob):
@@ -131,6 +138,20 @@ def _weights_sha256(folder: Path) -> str:
                 blob = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.name} {blob}\n".encode())
     return digest.hexdigest()
+
+
+# What we read of the parts' own JSON without asking; the rest is the business of the libraries.
+_FACTS: tuple[tuple[str, str, tuple[type, ...]], ...] = (
+    *(
+        ("transformer", key, (int,))
+        for key in (
+            "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim",
+            "max_text_seq_length", "text_embed_dim", "sample_height", "sample_width",
+        )
+    ),
+    ("vae", "scaling_factor", (int, float)),
+    ("text_encoder", "d_model", (int,)),
+)  # fmt: skip
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -157,6 +178,8 @@ def open_checkpoint(name: str) -> Checkpoint:
             where="it is neither a built-in form, nor a folder, nor a hub id (owner/name)",
             fix="--model " + " | ".join([*BUILTIN_NAMES, *(family.hub_id for family in FAMILIES)]),
         )
+    if not on_hub and name.removeprefix(RANDOM) not in BUILTIN_NAMES:
+        name = str(root)  # shards and runs remember it, and are read from other working folders
     configs = {
         part: _read_json(root / part / file, name)
         for part, file in {
@@ -166,11 +189,20 @@ def open_checkpoint(name: str) -> Checkpoint:
             "scheduler": "scheduler_config.json",
         }.items()
     }
+    family = family_of(configs["transformer"], where=str(root / "transformer" / "config.json"))
+    for part, key, kinds in _FACTS:
+        value = configs[part].get(key)
+        if type(value) not in kinds or not value > 0:  # type: ignore[operator]
+            raise ModelError(
+                f"{part}/{key} of {name} is {value!r}, which cannot be",
+                where=str(root / part / "config.json"),
+                fix="take the config.json of the published checkpoint",
+            )
     return Checkpoint(
         name=name,
         root=root,
         revision=revision,
-        family=family_of(configs["transformer"], where=str(root / "transformer" / "config.json")),
+        family=family,
         transformer_config=configs["transformer"],
         vae_config=configs["vae"],
         text_config=configs["text_encoder"],
@@ -181,15 +213,13 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 def _read_json(path: Path, name: str) -> Mapping[str, Any]:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name} is not a whole diffusers checkpoint: {path.parent.name}/{path.name} is missing or damaged",
             where=str(path),
             fix="fetch it again; it needs transformer, vae, text_encoder, tokenizer and scheduler",
         ) from error
-    assert isinstance(loaded, dict)
-    return loaded
 
 
 def _fetch(name: str, patterns: list[str], revision: str | None) -> Path:

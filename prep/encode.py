@@ -93,7 +93,9 @@ def encode(settings: EncodeSettings) -> Report:
     parts = gpu_count(settings.gpus, visible_gpus()) if part.source in ("default", "--worker") else 1
     if parts > 1:
         # A wrong setting or list is said once, not by every process.
-        settings.read_lists(settings.open_model().family.task).trusted()
+        checkpoint = settings.open_model()
+        settings.read_lists(checkpoint.family.task).trusted()
+        checkpoint.check_weights("text_encoder", "vae")
         return encode_in_parts(settings, part, parts)
     return encode_slice(settings)
 
@@ -143,6 +145,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
             say(f"note: {lack}")
         models = Models(checkpoint, device, precision, settings, clock)
         if shards or (established and not (out / EMPTY_CAPTION_FILE).exists()):
+            checkpoint.check_weights("text_encoder", "vae")  # before hours of T5, not after
             for round_ in rounds(shards, contract):
                 with TextStore(out) as text:
                     contract = models.embed_captions(round_, text, contract)

@@ -47,6 +47,7 @@ def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
         ModelError: the weights are of another model.
     """
     checkpoint = tuned.checkpoint
+    checkpoint.check_weights("text_encoder", "vae")  # the transformer is checked when it is loaded, which is now
     if tuned.transformer_folder:
         transformer = sft.load(tuned.transformer_folder, checkpoint, dtype)
     else:

@@ -104,6 +104,9 @@ def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
         shards = shards.without(held_out)
         if len(shards) < total:
             notes.append(f"{total - len(shards)} samples of --shards are held out for validation and not trained")
+    checkpoint.check_weights("transformer")
+    if settings.validate_videos:
+        checkpoint.check_weights("vae")
     order = _order(settings, shards, world, notes)
     steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * order.steps_per_epoch
     run = Run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.errors import ModelError, RunError
 from cogcommon.files import fsync_folder
+from cogcommon.typed import parse_object
+from cogcommon.weights import load_part
 
 from .probe import difference, limit, probe
 
@@ -81,14 +82,11 @@ def load(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> CogVideoXT
     Raises:
         ModelError: damaged, or not of this checkpoint.
     """
-    from diffusers import CogVideoXTransformer3DModel
-
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        transformer = CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        config = parse_object((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"the tuned transformer cannot be loaded: {str(error).splitlines()[0]}",
+            f"the tuned transformer has no config.json that can be read: {error}",
             where=str(folder),
             fix="give the `transformer` folder of a run",
         ) from error
@@ -99,7 +97,7 @@ def load(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> CogVideoXT
                 where=str(folder / "config.json"),
                 fix="give the --model that it was trained from",
             )
-    return transformer
+    return load_part(folder, "transformer", str(folder), torch_dtype=dtype)
 
 
 def check(

@@ -63,7 +63,7 @@ def test_wrong_weights_are_refused_in_words(tmp_path):
     with pytest.raises(ModelError, match=r"not one of tiny-2b: "):
         sft.load(folder, open_checkpoint("tiny-2b"), torch.float32)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cut short"):
         sft.load(folder, checkpoint, torch.float32)
 
 
