@@ -194,17 +194,13 @@ def _escaped(text: str) -> str:
 
 def run_app(app: typer.Typer) -> None:
     """Run a command line: exit 0 done, 2 the user can fix it, 1 a bug (traceback)."""
-    from rich.console import Console
-    from rich.markup import escape
+    from .terminal import print_in_any_encoding, show_error
 
+    print_in_any_encoding()
     try:
         app()
     except CogError as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        head, *rest = str(error).split("\n")
-        console.print(f"[bold red]error:[/] [red]{escape(head)}[/]")
-        for line in rest:
-            console.print(escape(line))
+        show_error(error)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)

@@ -8,7 +8,6 @@ OUT/.survey, are ever touched, and never a file that a live process writes.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -16,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
 from cogcommon.errors import DataRootError, SettingError
 from cogcommon.families import Resolution
+from cogcommon.names import json_text
 from cogcommon.records import read_table, record_name, tar_name
+from cogcommon.terminal import Console
 from cogcommon.words import counted, in_bytes
 
 from .cut import Cut
@@ -59,24 +58,24 @@ def run(settings: CleanSettings) -> None:
     Raises:
         SettingError: there is something to remove, but no terminal to ask on and no --yes.
     """
-    console = Console(stderr=settings.json, highlight=False, soft_wrap=True)
+    console = Console(stderr=settings.json, soft_wrap=True)
     out = settings.out
     if not settings.dry_run:
         for split in SPLITS:
             finish_rewrites(split_folder(out, split))  # it may only lack its last renames
     removals = list(find_removals(out, everything=settings.all, say=console.print))
     if settings.json:
-        print(json.dumps([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals], indent=1))
+        print(json_text([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals]))
     else:
         for removal in removals:
-            console.print(f"{removal.path}: {removal.why}, {in_bytes(removal.size)}", markup=False)
+            console.print(f"{removal.path}: {removal.why}, {in_bytes(removal.size)}")
     if not removals:
         there = f"nothing to remove in {out}" if out.is_dir() else f"nothing to remove: there is no folder {out}"
-        console.print(there, markup=False)
+        console.print(there)
         return
     total = f"{counted(len(removals), 'thing')}, {in_bytes(sum(removal.size for removal in removals))}"
     if settings.dry_run:
-        console.print(f"would remove {total}", markup=False)
+        console.print(f"would remove {total}")
         return
     if not settings.yes:
         if not sys.stdin.isatty():
@@ -88,7 +87,7 @@ def run(settings: CleanSettings) -> None:
             return
     in_use = carry_out(out, removals)
     left = f"; {in_use} in use by a live process and left alone" if in_use else ""
-    console.print(f"removed {total}{left}", markup=False)
+    console.print(f"removed {total}{left}")
 
 
 def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) -> Iterator[Removal]:

@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from rich.console import Console
-
 from cogcommon import __version__
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.contract import EMPTY_CAPTION_FILE, Contract
@@ -30,6 +28,7 @@ from cogcommon.device import (
 from cogcommon.errors import DataRootError
 from cogcommon.families import Resolution
 from cogcommon.records import read_record
+from cogcommon.terminal import Console
 from cogcommon.words import counted
 
 from .disk import ShardBusy, disk_errors, lack_of_room

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from cogcommon.errors import CogError, RunError, SettingError
+from cogcommon.names import plain
 
 from .pool import default_workers
 from .report import Rejection, Report
@@ -139,5 +140,5 @@ def _child(settings: EncodeSettings, index: int) -> None:
     try:
         encode_slice(settings).write(settings.out)
     except CogError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(plain(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

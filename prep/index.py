@@ -8,16 +8,15 @@ empty; the next `cogprep encode` recognises the samples by their keys.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
 
 from cogcommon.contract import CONTRACT_FILE, Contract
 from cogcommon.errors import ShardError
 from cogcommon.files import commit_bytes
+from cogcommon.names import json_text
 from cogcommon.records import SampleRow, ShardHeader, ShardRecord, read_table, record_name, tar_name, write_record
+from cogcommon.terminal import Console
 from cogcommon.words import counted
 
 from .disk import ShardBusy, disk_errors, lock_shard, locked_elsewhere
@@ -44,9 +43,9 @@ def run(settings: IndexSettings) -> None:
         ShardError: a tar without a record is not whole, or there is no contract to be had.
     """
     done = index(settings.out)
-    console = Console(stderr=settings.json, highlight=False, soft_wrap=True)
+    console = Console(stderr=settings.json, soft_wrap=True)
     if settings.json:
-        print(json.dumps(done.__dict__, indent=1))
+        print(json_text(done.__dict__))
     if done.contract:
         console.print(f"put back {CONTRACT_FILE}")
     for name in done.records:

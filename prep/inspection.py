@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from cogcommon.contract import CONTRACT_FILE, Contract
 from cogcommon.errors import ShardError
+from cogcommon.names import json_text
 from cogcommon.records import read_table
+from cogcommon.terminal import Console, styled
 from cogcommon.words import counted, in_bytes
 
 from .output import SPLITS, Split, read_contract, records_in, shard_label, split_folder
@@ -65,7 +64,7 @@ class Contents:
     rows: Sequence[Row]
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        return json_text(dataclasses.asdict(self))
 
 
 def run(settings: InspectSettings) -> None:
@@ -74,7 +73,7 @@ def run(settings: InspectSettings) -> None:
     if settings.json:
         print(contents.to_json())
     else:
-        show(contents, Console(highlight=False))
+        show(contents, Console())
 
 
 def inspect(out: Path) -> Contents:
@@ -141,7 +140,7 @@ def show(contents: Contents, console: Console) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    facts.add_row("model", escape(f"{contract.model} ({contract.family}, {contract.task})"))
+    facts.add_row("model", f"{contract.model} ({contract.family}, {contract.task})")
     for split in SPLITS:
         if contents.shards.get(split):
             facts.add_row(
@@ -155,23 +154,25 @@ def show(contents: Contents, console: Console) -> None:
     if contract.image_variants:
         stored += f", {contract.image_variants} image variants"
     facts.add_row("stored", stored)
-    facts.add_row("settings", escape(", ".join(_setting(name, value) for name, value in contract.settings.items())))
+    facts.add_row("settings", ", ".join(_setting(name, value) for name, value in contract.settings.items()))
     facts.add_row("fingerprint", contract.fingerprint[:16])
     if contents.captions_truncated:
         facts.add_row("captions cut", str(contents.captions_truncated))
     console.print(facts)
     for reason, count in sorted(contents.rejected.items()):
-        console.print(f"[yellow]rejected {count}[/]: {escape(reason)}")
+        console.print(styled((f"rejected {count}", "yellow"), f": {reason}"))
     for name in contents.uncommitted:
-        console.print(f"[yellow]{name} has no record[/]: `cogprep encode` finishes it, `cogprep index` recovers it")
+        console.print(
+            styled((f"{name} has no record", "yellow"), ": `cogprep encode` finishes it, `cogprep index` recovers it")
+        )
     for name in contents.lost:
-        console.print(f"[red]{name} is gone[/], and counted above: `cogprep encode` makes it anew")
+        console.print(styled((f"{name} is gone", "red"), ", and counted above: `cogprep encode` makes it anew"))
     if contents.rows:
         table = Table("shard", "clip", "bucket", "fps", "caption", box=None, padding=(0, 1))
         room = max(27, console.width - 53)
         for row in contents.rows:
             caption = row.caption if len(row.caption) <= room else row.caption[: room - 1] + "…"
-            table.add_row(row.shard, escape(row.source), row.bucket, f"{row.effective_fps:.2f}", escape(caption))
+            table.add_row(row.shard, row.source, row.bucket, f"{row.effective_fps:.2f}", caption)
         console.print(table)
 
 

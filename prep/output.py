@@ -14,6 +14,7 @@ from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.errors import DataRootError, SettingError, ShardError
 from cogcommon.families import Task
 from cogcommon.files import commit_bytes
+from cogcommon.names import command_line
 from cogcommon.records import read_table, record_name, tar_name
 
 from .clip import Hashed
@@ -82,7 +83,7 @@ def _check_size(tar: Path, recorded: int) -> None:
         raise ShardError(
             f"{tar.name} has {size} bytes; its record says {recorded}",
             where=str(tar),
-            fix=f"remove {tar} and {tar.with_suffix('.parquet')} and run `cogprep encode` again",
+            fix=f"`{command_line('rm', tar, tar.with_suffix('.parquet'))}`, and run `cogprep encode` again",
         )
 
 
@@ -116,7 +117,7 @@ def check_contract(out: Path, ours: Contract) -> Contract | None:
             f"{out} was encoded with other settings; the two never mix",
             where="\n       ".join(f"{line} ({CONTRACT_FILE})" for line in ours.differences(theirs)),
             fix=f"use the old settings; or keep both, with --out ANOTHER; or start over, "
-            f"after `cogprep clean-cache --out {out} --all`",
+            f"after `{command_line('cogprep', 'clean-cache', '--out', out, '--all')}`",
         )
     return theirs
 
@@ -138,7 +139,7 @@ def commit_contract(out: Path, ours: Contract, empty_caption: bytes) -> Contract
         raise ShardError(
             f"{EMPTY_CAPTION_FILE} is not the one that the contract names",
             where=str(path),
-            fix=f"remove {path} and run the same command again on the device that made these shards",
+            fix=f"`{command_line('rm', path)}`, and run the same command again on the device that made these shards",
         )
     return theirs
 
@@ -195,5 +196,6 @@ def guard_foreign_root(out: Path, origin: Origin) -> None:
         raise DataRootError(
             f"{out} holds nothing of this data root, and would lose all that it holds",
             where=f"{origin.data_root}; {out} was encoded from {before.data_root}",
-            fix=f"--out ANOTHER; or start over, after `cogprep clean-cache --out {out} --all`",
+            fix="--out ANOTHER; or start over, after "
+            f"`{command_line('cogprep', 'clean-cache', '--out', out, '--all')}`",
         )

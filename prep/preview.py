@@ -7,19 +7,18 @@ The source side is made again from the data root, by the same code as encode.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
 
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.contract import Contract
 from cogcommon.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import ModelError, ShardError
 from cogcommon.families import Resolution
+from cogcommon.names import json_text, quoted
 from cogcommon.records import (
     IMAGE_CLEAN_MEAN,
     IMAGE_MEAN,
@@ -28,6 +27,7 @@ from cogcommon.records import (
     read_record,
     tar_name,
 )
+from cogcommon.terminal import Console
 
 from .clip import Fault
 from .cut import Cut
@@ -58,14 +58,14 @@ def run(settings: PreviewSettings) -> None:
         page = write_html(preview, folder / "index.html")
         sheets = write_sheets(preview, folder)
     if settings.json:
-        print(json.dumps(_told(preview, page, sheets), indent=1, ensure_ascii=False))
+        print(json_text(_told(preview, page, sheets)))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(soft_wrap=True)
     for shown in preview.shown:
         said = shown.source.reason if isinstance(shown.source, Fault) else f"PSNR {shown.psnr:.1f} dB"
-        console.print(f"{shown.shard}  {shown.row.source}  {said}", markup=False)
-    console.print(f"\n[bold]open {page}[/]")
-    console.print("or   " + ", ".join(map(str, sheets)), markup=False)
+        console.print(f"{shown.shard}  {shown.row.source}  {said}")
+    console.print(f"\nopen {page}", style="bold")
+    console.print("or   " + ", ".join(map(str, sheets)))
 
 
 def _told(preview: Preview, page: Path, sheets: Sequence[Path]) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Decoder:
             raise ModelError(
                 f"the VAE of {checkpoint.name} is not the one that encoded this folder",
                 where=f"weights {vae.weights_sha256[:12]} here, {theirs.weights_sha256[:12]} in the contract",
-                fix=f"--model with the checkpoint that `cogprep encode` used ({contract.model})",
+                fix=f"give the checkpoint that `cogprep encode` used: --model {quoted(contract.model)}",
             )
         self._dtype = dtype_of(default_precision(checkpoint.family, self._device))
         self._vae = checkpoint.load_vae(self._dtype).to(self._device)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from cogcommon.contract import Contract
 from cogcommon.families import BUILTIN_NAMES
 from cogcommon.files import commit_bytes
+from cogcommon.names import plain
 from cogcommon.records import SampleRow
 
 from .clip import Fault
@@ -112,7 +113,7 @@ def write_html(preview: Preview, path: Path) -> Path:
     """Write the page."""
     body = "\n".join(_card(shown) for shown in preview.shown)
     page = _PAGE.format(title=html.escape(str(preview.out)), summary=html.escape(summary(preview)), body=body)
-    commit_bytes(path, page.encode())
+    commit_bytes(path, plain(page).encode())
     return path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from cogcommon.files import commit_bytes
+from cogcommon.names import plain
 
 from .clip import Fault
 from .picture import Pixels
@@ -114,4 +115,4 @@ def _words(
     colour: tuple[int, int, int],
     anchor: str = "la",
 ) -> None:
-    draw.text(at, text, fill=colour, font=ImageFont.load_default(size), anchor=None if "\n" in text else anchor)
+    draw.text(at, plain(text), fill=colour, font=ImageFont.load_default(size), anchor=None if "\n" in text else anchor)

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from cogcommon.terminal import Console
 from cogcommon.words import counted, in_words
 
 from . import interrupt
@@ -33,7 +33,7 @@ class Progress:
         self._done = 0
         self._note = ""
         self._started = self._printed = time.monotonic()
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = Console(stderr=True, soft_wrap=True)
         self._bars: Bars | None = None
         if self._console.is_terminal:
             self._bars = Bars(
@@ -83,7 +83,7 @@ class Progress:
         )
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False)
+        self._console.print(line)
 
 
 @dataclass
@@ -107,4 +107,4 @@ class Clock:
 
 def say(line: str) -> None:
     """Print one line to stderr; stdout is for the result."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)
+    Console(stderr=True, soft_wrap=True).print(line)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.files import commit_bytes
+from cogcommon.names import json_text, tars_in
 from cogcommon.records import record_name
+from cogcommon.terminal import Console, styled
 from cogcommon.words import counted, in_words
 
 from .disk import disk_errors
@@ -89,7 +89,7 @@ class Report:
         return "report.json" if part.count == 1 else f"report-{part.index}-of-{part.count}.json"
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        return json_text(dataclasses.asdict(self))
 
 
 def make_report(
@@ -190,38 +190,34 @@ def show(report: Report, console: Console, report_path: Path) -> None:
     }.items():  # fmt: skip
         if count:
             parts.append(f"{name} {count}")
-    console.print(f"[bold]{', '.join(parts)}[/] in {in_words(report.seconds['total'])}", highlight=False)
+    console.print(styled((", ".join(parts), "bold"), f" in {in_words(report.seconds['total'])}"))
     if report.encoded:
-        console.print(f"{report.clips_per_minute:.1f} clips/min; {report.advice}", highlight=False)
+        console.print(f"{report.clips_per_minute:.1f} clips/min; {report.advice}")
     if report.gpu_busy is not None:
         warm_up = in_words(report.seconds.get("warm_up", 0.0))
-        console.print(
-            f"the GPU was busy {report.gpu_busy:.0%} of that time, after {warm_up} of warm-up", highlight=False
-        )
+        console.print(f"the GPU was busy {report.gpu_busy:.0%} of that time, after {warm_up} of warm-up")
     if report.captions_truncated:
         console.print(
             f"{counted(report.captions_truncated, 'caption')} cut at the length that the model reads; "
             "`cogprep validate` shows where",
-            highlight=False,
         )
     if report.tiled:
-        console.print(f"memory was short: the VAE ran in tiles for {counted(report.tiled, 'clip')}", highlight=False)
+        console.print(f"memory was short: the VAE ran in tiles for {counted(report.tiled, 'clip')}")
     if report.busy:
-        console.print(f"another process is writing {', '.join(report.busy)}; left to it", highlight=False)
+        console.print(f"another process is writing {', '.join(report.busy)}; left to it")
     if report.unfinished:
         shown = ", ".join(report.unfinished[:4]) + (" ..." if len(report.unfinished) > 4 else "")
         if report.worker == "1/1":
-            console.print(f"not finished yet: {shown}; run the same command again", highlight=False)
+            console.print(f"not finished yet: {shown}; run the same command again")
         else:
             slices = ", ".join(report.unfinished_slices[:16]) + (" ..." if len(report.unfinished_slices) > 16 else "")
             console.print(
                 f"not finished yet: slices {slices} ({shown}); run them, or all of it without --worker",
-                highlight=False,
             )
-    console.print(f"shards in {report.out}, details in {report_path}", highlight=False, soft_wrap=True)
+    console.print(f"shards in {report.out}, details in {report_path}", soft_wrap=True)
     if report.usable and not report.unfinished:
         out = Path(report.out)
-        line = f"next: cogtrain lora --shards {out / '*.tar'}"
+        line = f"next: cogtrain lora --shards {tars_in(out)}"
         if any((out / "val").glob("*.tar")):
-            line += f" --validate-shards {out / 'val' / '*.tar'}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+            line += f" --validate-shards {tars_in(out / 'val')}"
+        console.print(line, soft_wrap=True)

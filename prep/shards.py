@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING
 from cogcommon.contract import Contract
 from cogcommon.errors import ShardError
 from cogcommon.files import commit, commit_bytes, fsync_folder
+from cogcommon.names import command_line
 from cogcommon.records import (
     SampleRow,
     ShardHeader,
@@ -75,7 +76,7 @@ def read_extent(tar: Path, row: SampleRow) -> bytes:
         raise ShardError(
             f"sample {row.key} is damaged",
             where=f"{tar}, bytes {row.offset} to {row.offset + row.size}",
-            fix=f"remove {tar.name} and {tar.with_suffix('.parquet').name} and run `cogprep encode` again",
+            fix=f"`{command_line('rm', tar, tar.with_suffix('.parquet'))}`, and run `cogprep encode` again",
         )
     return extent
 

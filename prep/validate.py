@@ -11,12 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from rich.console import Console
-
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.device import DTYPES, item_bytes, quiet_libraries
 from cogcommon.errors import DataRootError
 from cogcommon.families import BUILTIN_NAMES, Resolution
+from cogcommon.terminal import Console
 from cogcommon.words import counted
 
 from .advice import Looked, advise, cut_captions
@@ -42,7 +41,7 @@ def run(settings: ValidateSettings) -> None:
     if settings.json:
         print(verdict.to_json())
     else:
-        show(verdict, Console(highlight=False))
+        show(verdict, Console())
     if verdict.faults:
         first = verdict.faults[0]
         count = len(verdict.faults)

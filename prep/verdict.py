@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from cogcommon.families import Resolution
+from cogcommon.names import json_text
+from cogcommon.terminal import Console, styled
 from cogcommon.words import counted, in_bytes, in_words
 
 from .advice import Advice
@@ -72,69 +72,72 @@ class Verdict:
         values = dataclasses.asdict(self)
         for bucket, row in zip(self.plan, values["plan"], strict=True):
             row["resolution"] = str(bucket.resolution)
-        return json.dumps(values, indent=1, ensure_ascii=False)
+        return json_text(values)
 
 
 def show(verdict: Verdict, console: Console) -> None:
     """Print the page: faults, advice, plan."""
+    checked = f"({verdict.family}, {verdict.family_fps} fps), checked in {in_words(verdict.seconds)}"
     console.print(
-        f"[bold]{escape(verdict.data_root)}[/]: {counted(verdict.lines, 'clip')} for {escape(verdict.model)} "
-        f"[dim]({verdict.family}, {verdict.family_fps} fps), checked in {in_words(verdict.seconds)}[/]"
+        styled(
+            (verdict.data_root, "bold"), f": {counted(verdict.lines, 'clip')} for {verdict.model} ", (checked, "dim")
+        )
     )
     if verdict.faults:
         _show_faults(verdict, console)
     else:
-        console.print("\n[bold green]no faults[/]")
+        console.print("\nno faults", style="bold green")
     if verdict.advice:
         _show_advice(verdict, console)
     if verdict.plan:
         _show_plan(verdict, console)
     for note in verdict.notes:
-        console.print(f"\n[dim]{escape(note)}[/]")
+        console.print(f"\n{note}", style="dim")
 
 
 def _show_faults(verdict: Verdict, console: Console) -> None:
-    console.print(f"\n[bold red]{counted(len(verdict.faults), 'fault')}[/]")
+    console.print(f"\n{counted(len(verdict.faults), 'fault')}", style="bold red")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(overflow="fold", max_width=24)
     table.add_column(overflow="fold")
     for fault in verdict.faults[:_SHOWN]:
-        table.add_row(escape(fault.place), escape(fault.entry), escape(fault.what))
+        table.add_row(fault.place, fault.entry, fault.what)
     console.print(Padding(table, (0, 0, 0, 2), expand=False))
     if len(verdict.faults) > _SHOWN:
         console.print(f"  and {len(verdict.faults) - _SHOWN} more; --json lists them all")
 
 
 def _show_advice(verdict: Verdict, console: Console) -> None:
-    console.print("\n[bold yellow]advice[/] [dim](nothing here stops an encode)[/]")
+    console.print(styled("\n", ("advice", "bold yellow"), (" (nothing here stops an encode)", "dim")))
     for advice in verdict.advice:
         count = f", {counted(len(advice.lines), 'clip')}" if advice.lines else ""
-        console.print(Padding(f"[yellow]{advice.kind}[/]{count}: {escape(advice.what)}", (0, 0, 0, 2), expand=False))
+        line = styled((advice.kind, "yellow"), f"{count}: {advice.what}")
+        console.print(Padding(line, (0, 0, 0, 2), expand=False))
         for text in _examples(advice):
             console.print(Padding(text, (0, 0, 0, 6), expand=False))
         if advice.fix:
-            console.print(Padding(f"[dim]->[/] {escape(advice.fix)}", (0, 0, 0, 4), expand=False))
+            console.print(Padding(styled(("-> ", "dim"), advice.fix), (0, 0, 0, 4), expand=False))
 
 
-def _examples(advice: Advice) -> Iterator[str]:
+def _examples(advice: Advice) -> Iterator[Text]:
     more = len(advice.lines) - _SHOWN_LINES
     if not any(detail for _, detail in advice.lines):  # lines alone fit on one
         numbers = ", ".join(str(line) for line, _ in advice.lines[: 4 * _SHOWN_LINES])
         more -= 3 * _SHOWN_LINES
         if advice.lines:
-            yield f"[dim]line{'s' if len(advice.lines) > 1 else ''} {numbers}[/]"
+            yield styled((f"line{'s' if len(advice.lines) > 1 else ''} {numbers}", "dim"))
     else:
         for line, detail in advice.lines[:_SHOWN_LINES]:
-            yield f"[dim]line {line}[/]  {escape(detail)}"
+            yield styled((f"line {line}", "dim"), f"  {detail}")
     if more > 0:
-        yield f"[dim]and {more} more[/]"
+        yield styled((f"and {more} more", "dim"))
 
 
 def _show_plan(verdict: Verdict, console: Console) -> None:
     held = f", {verdict.validation} of them held out for validation" if verdict.validation else ""
-    trained = f"[dim](trained at {verdict.family_fps} fps)[/]"
-    console.print(f"\n[bold]plan[/]: {counted(verdict.usable, 'clip')}{held} {trained}")
+    trained = f"(trained at {verdict.family_fps} fps)"
+    console.print(styled("\n", ("plan", "bold"), f": {counted(verdict.usable, 'clip')}{held} ", (trained, "dim")))
     timed = any(row.gpu_s is not None for row in verdict.plan)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("bucket", style="cyan", no_wrap=True)
@@ -157,7 +160,7 @@ def _show_plan(verdict: Verdict, console: Console) -> None:
         cells = ["all", str(clips), "", "", "", str(shards), in_bytes(sum(row.bytes for row in verdict.plan))]
         table.add_row(*cells, *([in_words(sum(row.gpu_s or 0.0 for row in verdict.plan))] if timed else []))
     console.print(table)
-    console.print("[dim]frames: in a clip; fps: of those used; cut: cut off the picture, on average[/]")
+    console.print("frames: in a clip; fps: of those used; cut: cut off the picture, on average", style="dim")
 
 
 def _range(ends: tuple[float, float], form: str) -> str:

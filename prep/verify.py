@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.errors import ShardError
 from cogcommon.families import Resolution
+from cogcommon.names import command_line, json_text
 from cogcommon.records import (
     IMAGE_CLEAN_MEAN,
     IMAGE_MEAN,
@@ -25,6 +23,7 @@ from cogcommon.records import (
     read_record,
     split_extent,
 )
+from cogcommon.terminal import Console
 from cogcommon.words import counted, in_bytes
 
 from .output import SPLITS, read_contract, records_in, shard_label, split_folder
@@ -59,7 +58,7 @@ class Verified:
     differences: Sequence[Difference]
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        return json_text(dataclasses.asdict(self))
 
 
 def run(settings: VerifySettings) -> None:
@@ -72,14 +71,13 @@ def run(settings: VerifySettings) -> None:
     if settings.json:
         print(verified.to_json())
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(soft_wrap=True)
         for difference in verified.differences:
             console.print(
-                f"{difference.source}: encoded again, at most {difference.largest:.3g} apart ({difference.tensor})",
-                markup=False,
+                f"{difference.source}: encoded again, at most {difference.largest:.3g} apart ({difference.tensor})"
             )
         for problem in verified.problems:
-            console.print(f"{problem.shard}: {problem.what}", style="red", markup=False)
+            console.print(f"{problem.shard}: {problem.what}", style="red")
         if not verified.problems:
             size = in_bytes(verified.bytes_read)
             console.print(
@@ -91,7 +89,7 @@ def run(settings: VerifySettings) -> None:
         raise ShardError(
             f"{len(damaged)} of {counted(verified.shards, 'shard')} not as recorded",
             where=", ".join(damaged),
-            fix=f"remove each with its record, for example `rm {tar} {tar.with_suffix('.parquet')}`, "
+            fix=f"remove each with its record, for example `{command_line('rm', tar, tar.with_suffix('.parquet'))}`, "
             "and run the `cogprep encode` command again: it makes them anew",
         )
 

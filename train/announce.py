@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cogcommon import __version__
+from cogcommon.names import command_line
 from cogcommon.words import counted
 
 from .method import Exported
@@ -45,7 +46,7 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
 def ending(run: Run, log: RunLog, folder: Path, exported: Exported) -> None:
     log.say(f"wrote {exported.path}; {checked(exported)}")
     image = " --image FIRST_FRAME.png" if run.checkpoint.family.task == "i2v" else ""
-    log.say(f'next: cogtrain generate --run {folder} --prompt "..."{image}')
+    log.say(f'next: {command_line("cogtrain", "generate", "--run", folder)} --prompt "..."{image}')
 
 
 def checked(exported: Exported) -> str:

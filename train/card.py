@@ -9,6 +9,7 @@ from typing import Literal
 from cogcommon.device import DTYPES
 from cogcommon.families import BUILTIN_NAMES, RANDOM
 from cogcommon.files import commit_bytes
+from cogcommon.names import plain
 
 from .chart import number, smoothed
 from .run_folder import CARD_FILE, Run
@@ -34,7 +35,7 @@ def write_card(folder: Path, run: Run, kind: Kind, step: int) -> Path:
         step: at which the weights are.
     """
     path = folder / CARD_FILE
-    commit_bytes(path, card(run, kind, step, folder.name).encode())
+    commit_bytes(path, plain(card(run, kind, step, folder.name)).encode())
     return path
 
 
@@ -45,7 +46,9 @@ def card(run: Run, kind: Kind, step: int, folder: str) -> str:
     pipeline = "CogVideoXImageToVideoPipeline" if i2v else "CogVideoXPipeline"
     names = {"lora": "", "peft": "", "transformer": ", CogVideoXTransformer3DModel"}[kind]
     builtin = facts.model.removeprefix(RANDOM) in BUILTIN_NAMES  # diffusers knows it by its folder only
-    model = f'builtin_folder("{facts.model}")' if builtin else f'"{facts.model}"'
+    quoted_model = json.dumps(facts.model, ensure_ascii=False)  # as Python writes it, too
+    model = f"builtin_folder({quoted_model})" if builtin else quoted_model
+    folder = json.dumps(folder, ensure_ascii=False)[1:-1]
     use = _USE[kind].format(pipeline=pipeline, model=model, dtype=DTYPES[facts.precision], folder=folder)
     more_imports = "from peft import PeftModel\n" if kind == "peft" else ""
     more_imports += "from cogcommon.tiny import builtin_folder\n" if builtin else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.contract import Contract
 from cogcommon.errors import ModelError, ShardError
+from cogcommon.names import quoted
 
 from .sources import ShardSet
 
@@ -17,10 +18,10 @@ def check_model(contract: Contract, checkpoint: Checkpoint, where: str) -> None:
     Raises:
         ModelError: with both values.
     """
-    ours = f"--model {checkpoint.name}"
+    ours = f"--model {quoted(checkpoint.name)}"
     fix = f"encode the clips again with `cogprep encode {ours}`"
     if contract.model != checkpoint.name:
-        fix = f"--model {contract.model}, or {fix}"
+        fix = f"--model {quoted(contract.model)}, or {fix}"
     vae = checkpoint.vae_config
     facts = {
         "family": (contract.family, checkpoint.family.name),

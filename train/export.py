@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.device import dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import RunError, SettingError
 from cogcommon.files import commit_bytes
+from cogcommon.names import json_text
 from cogcommon.settings import resolve
+from cogcommon.terminal import Console
 
 from . import checkpoint as checkpoints
 from . import lora, sft
@@ -75,11 +75,11 @@ def run(settings: ExportSettings) -> None:
         kind, exported = "lora", _as_lora(transformer, model, out, compute, run, step)
     write_card(out, run, kind, step)
     if settings.json:
-        print(json.dumps({"path": str(exported.path), "kind": kind, "step": step, "difference": exported.difference}))
+        print(json_text({"path": str(exported.path), "kind": kind, "step": step, "difference": exported.difference}))
         return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"wrote {exported.path}, step {step}", markup=False)
-    console.print(checked(exported), markup=False)
+    console = Console(soft_wrap=True)
+    console.print(f"wrote {exported.path}, step {step}")
+    console.print(checked(exported))
 
 
 def _trained(

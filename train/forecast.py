@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cogcommon.errors import RunError, SettingError
+from cogcommon.names import command_line, json_text
 from cogcommon.words import counted
 
 from .measured import Measured, gpu_here, measured
@@ -53,7 +53,7 @@ def run(settings: PlanSettings) -> None:
     Raises:
         CogError: anything that the user can put right.
     """
-    from rich.console import Console
+    from cogcommon.terminal import Console
 
     card, gpus = _machine(settings)
     found = forecasts(settings, card, gpus)
@@ -62,9 +62,9 @@ def run(settings: PlanSettings) -> None:
         for method in dict.fromkeys(line.method for line in found)
     }
     if settings.json:
-        print(json.dumps([dataclasses.asdict(line) for line in found]))
+        print(json_text([dataclasses.asdict(line) for line in found]))
     else:
-        console = Console(soft_wrap=True, highlight=False)
+        console = Console(soft_wrap=True)
         console.print(_table(found))
         console.print(
             f"for each of {counted(gpus, 'GPU')} of {card / _GIB:.0f} GB; all is computed but what is called measured\n"
@@ -123,7 +123,7 @@ def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: 
         s_per_step=same.s_per_step if same else None,
         measured_gib=same.peak_gib if same else None,
         measured_on=same.gpu if same else None,
-        command=shlex.join(words),
+        command=command_line(*words),
     )
 
 

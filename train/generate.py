@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-
 from cogcommon.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import SettingError
 from cogcommon.families import Resolution
+from cogcommon.names import json_text
+from cogcommon.terminal import Console
 from cogcommon.video import write_mp4
 
 from .pipeline import Request, draw, load_pipeline, place, to_base
@@ -35,7 +34,7 @@ def run(settings: GenerateSettings) -> None:
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
     folder = settings.out or _default_folder(settings)
-    console = Console(stderr=settings.json, highlight=False)
+    console = Console(stderr=settings.json)
 
     quiet_libraries()
     dtype = dtype_of(precision)
@@ -68,7 +67,7 @@ def run(settings: GenerateSettings) -> None:
     files["contact sheet"] = folder / "contact-sheet.png"
     contact_sheet(request.prompt, facts, columns, fps).save(files["contact sheet"])
     if settings.json:
-        print(json.dumps({"files": {name: str(file) for name, file in files.items()}, "seconds": round(seconds, 1)}))
+        print(json_text({"files": {name: str(file) for name, file in files.items()}, "seconds": round(seconds, 1)}))
         return
     for name, file in files.items():
         console.print(f"{name:<14} {file}", soft_wrap=True)

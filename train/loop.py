@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.copies import CopyStream
 from cogcommon.errors import RunError
+from cogcommon.names import command_line
 
 from . import announce
 from . import checkpoint as checkpoints
@@ -136,7 +137,9 @@ def train(run: Run, stop: StopRequest) -> Path:
                     if runtime.main:
                         write_report(folder)
                 if signal and step < run.steps:
-                    raise Stopped(128 + signal, f"cogtrain {run.method.name} --config {folder / CONFIG_FILE}")
+                    raise Stopped(
+                        128 + signal, command_line("cogtrain", run.method.name, "--config", folder / CONFIG_FILE)
+                    )
             with average.in_place() if average else nullcontext():
                 exported = run.method.export(runtime, model, run.checkpoint, folder, announce.weights_file_facts(run))
             if exported is not None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cogcommon.files import commit_bytes
+from cogcommon.terminal import Console
 
 from .run_folder import METRICS_FILE, StepLine, ValidationLine
 from .tracker import Tracker
@@ -74,7 +74,7 @@ class RunLog:
         self.folder = folder
         self.steps = steps
         self._tracker = tracker
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True)
         self._done = done
         self._at_start = done
         self._started = time.perf_counter()
@@ -109,7 +109,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line for the reader, above the bar."""
         if self.folder is not None:
-            self.console.print(text, markup=False)
+            self.console.print(text)
             self.console.file.flush()
 
     def step(self, metrics: StepLine) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cogcommon.files import commit_bytes
+from cogcommon.names import plain
 from cogcommon.words import counted
 
 from .chart import Line, chart, number, smoothed
@@ -24,7 +25,7 @@ def write_report(folder: Path) -> Path:
         RunError: no run folder.
     """
     path = folder / REPORT_FILE
-    commit_bytes(path, page(read_run(folder)).encode())
+    commit_bytes(path, plain(page(read_run(folder))).encode())
     return path
 
 

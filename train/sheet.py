@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cogcommon.names import plain
 from cogcommon.video import Frames
 
 if TYPE_CHECKING:
@@ -62,14 +63,14 @@ def contact_sheet(title: str, facts: str, columns: Sequence[Column], fps: float)
     cell_height = round(_CELL * columns[0].frames_FHWC.shape[1] / columns[0].frames_FHWC.shape[2])
     width = 2 * _MARGIN + _FRAMES * (_CELL + _GAP) - _GAP
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    lines = _wrapped(measure, title, _font(24), width - 2 * _MARGIN, most=3)
+    lines = _wrapped(measure, plain(title), _font(24), width - 2 * _MARGIN, most=3)
     top = _MARGIN + 32 * len(lines) + 40
     row = cell_height + 34 + 24
     sheet = Image.new("RGB", (width, top + row * len(columns) + _MARGIN - 16), PAPER)
     draw = ImageDraw.Draw(sheet)
     for index, line in enumerate(lines):
         draw.text((_MARGIN, _MARGIN + 32 * index), line, fill=INK, font=_font(24))
-    draw.text((_MARGIN, _MARGIN + 32 * len(lines) + 4), facts, fill=FAINT, font=_font(16))
+    draw.text((_MARGIN, _MARGIN + 32 * len(lines) + 4), plain(facts), fill=FAINT, font=_font(16))
     for row_index, column in enumerate(columns):
         y = top + row * row_index
         draw.text((_MARGIN, y + 13), column.label, fill=INK, font=_font(18), anchor="lm")

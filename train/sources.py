@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from cogcommon.contract import EMPTY_CAPTION_FILE, Contract
 from cogcommon.errors import ShardError
 from cogcommon.families import Resolution
+from cogcommon.names import command_line
 from cogcommon.records import ShardHeader, extent_intact, read_table
 
 from .order import Ints
@@ -191,7 +192,7 @@ def open_shards(words: Sequence[str], option: str = "--shards") -> ShardSet:
         raise ShardError(
             f"no usable sample in {len(opened)} shard{'s' * (len(opened) > 1)}: every clip was rejected",
             where=first.shown,
-            fix=f"`cogprep inspect {first.shown.rpartition('/')[0] or '.'}` gives the reasons",
+            fix=f"`{command_line('cogprep', 'inspect', first.shown.rpartition('/')[0] or '.')}` gives the reasons",
         )
     twice = pc.value_counts(table["key"])
     twice = twice.filter(pc.greater(twice.field("counts"), 1))
@@ -271,8 +272,8 @@ def _open_one(place: tuple[Any, str, str]) -> tuple[Shard, pa.Table]:
         raise ShardError(
             "a shard without its record: it was never finished",
             where=shown,
-            fix=f"`cogprep encode` finishes an interrupted folder; `cogprep index {folder}` "
-            "rebuilds what can be rebuilt",
+            fix="`cogprep encode` finishes an interrupted folder; "
+            f"`{command_line('cogprep', 'index', folder)}` rebuilds what can be rebuilt",
         ) from error
     try:
         header, table = read_table(io.BytesIO(raw), _COLUMNS)
