@@ -54,6 +54,7 @@ def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Fam
         _speed(looked, family),
         _bars(looked),
         _captions(captions, family),
+        _quoted(looked),
         _twice(looked),
         _same_caption(looked),
         _much_cut(looked),
@@ -112,6 +113,20 @@ def _captions(cuts: Sequence[CaptionCut], family: Family) -> Advice | None:
         f"the model reads {family.text_tokens} tokens; the rest of these is lost",
         "put what matters first, or shorten them",
         [(cut.line, f"{cut.tokens} tokens: ...{cut.kept} | {cut.lost}...") for cut in cuts],
+    )
+
+
+def in_quotes(caption: str) -> bool:
+    """Whether a caption stands in quotes as a whole, as tables write it."""
+    return len(caption) > 1 and caption[0] + caption[-1] in ('""', "“”", "„“", "«»", "''", "``")
+
+
+def _quoted(looked: Sequence[Looked]) -> Advice | None:
+    return _of(
+        "quotes",
+        "these captions stand in quotes, which are trained as a part of them",
+        "take the quotes out, if a table put them there",
+        [(one.sample.line, one.sample.caption) for one in looked if in_quotes(one.sample.caption)],
     )
 
 

@@ -31,6 +31,7 @@ from cogcommon.records import read_record
 from cogcommon.terminal import Console
 from cogcommon.words import counted
 
+from .advice import in_quotes
 from .disk import ShardBusy, disk_errors, lack_of_room
 from .engine import Engine, Outcome
 from .gpus import encode_in_parts, gpu_count
@@ -114,6 +115,8 @@ def encode_slice(settings: EncodeSettings) -> Report:
     data = settings.read_lists(checkpoint.family.task).trusted()
     if data.images_unused:
         say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} is a text-to-video model")
+    if quoted := sum(in_quotes(sample.caption) for sample in data.samples):
+        say(f"note: {counted(quoted, 'caption')} in quotes, which are trained as a part of them")
     device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
     precision = settings.precision or default_precision(checkpoint.family, device)
     with clock("weights"):

@@ -6,6 +6,7 @@ yields no samples at all; and all faults are found at once, not one a run.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from cogcommon.errors import DataRootError
 from cogcommon.families import Task
 from cogcommon.words import counted
 
+# Byte order marks, wherever lists were joined, and what has neither width nor meaning. The joiners U+200C and
+# U+200D do mean something, in Persian and in emoji.
+_UNSEEN = "\ufeff\u200b\u2060"
 _SHOWN = 20  # faults an error message prints; `validate --json` has them all
 
 
@@ -113,7 +117,7 @@ def read_lists(
     faults: list[ListFault] = []
     columns: dict[str, list[str]] = {}
     for column, name in names.items():
-        entries = _read_list(root / name, name, faults)
+        entries = _read_list(root, name, column != "captions", faults)
         if entries is not None:
             columns[column] = entries
     counts = {names[column]: len(entries) for column, entries in columns.items()}
@@ -139,11 +143,14 @@ def read_lists(
     return DataSet(root, samples, (), columns, unused)
 
 
-def _read_list(path: Path, name: str, faults: list[ListFault]) -> list[str] | None:
+def _read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) -> list[str] | None:
     """The entries of one list; None if it cannot be read."""
     try:
-        # utf-8-sig: a byte order mark is no part of the first entry.
-        text = path.read_bytes().decode("utf-8-sig")
+        data = (root / name).read_bytes()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            faults.append(ListFault(name, 0, "UTF-16, as Windows writes it; save the list as UTF-8"))
+            return None
+        text = data.decode("utf-8")
     except FileNotFoundError:
         faults.append(ListFault(name, 0, "the list is missing"))
         return None
@@ -156,6 +163,8 @@ def _read_list(path: Path, name: str, faults: list[ListFault]) -> list[str] | No
         return None
     # Not splitlines(): it also cuts at form feeds and at Unicode separators, which captions contain.
     entries = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    if any(mark in text for mark in _UNSEEN):
+        entries = [_seen(entry, root if of_files else None) for entry in entries]
     while entries and not entries[-1]:
         entries.pop()
     if not entries:
@@ -164,3 +173,11 @@ def _read_list(path: Path, name: str, faults: list[ListFault]) -> list[str] | No
     faults += [ListFault(name, line, "blank line") for line, entry in enumerate(entries, 1) if not entry]
     faults += [ListFault(name, line, "a NUL byte") for line, entry in enumerate(entries, 1) if "\0" in entry]
     return entries
+
+
+def _seen(entry: str, root: Path | None) -> str:
+    """An entry without what nobody sees in it, unless there is a file of exactly that name."""
+    seen = entry.translate(dict.fromkeys(map(ord, _UNSEEN))).strip()
+    if seen == entry or root is None or "\0" in entry:
+        return seen
+    return entry if (root / entry).exists() and not (root / seen).exists() else seen

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from .clip import BadClip
+from .near import near
 
 
 def hash_file(path: Path) -> bytes:
@@ -37,7 +38,8 @@ def refuse_special(path: Path) -> os.stat_result:
         with path.open("rb"):
             return info
     except FileNotFoundError:
-        dangling = path.is_symlink()
-        raise BadClip("a link that points nowhere" if dangling else "the file is missing") from None
+        if path.is_symlink():
+            raise BadClip("a link that points nowhere") from None
+        raise BadClip("; ".join(filter(None, ["the file is missing", near(path)]))) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise BadClip(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -40,6 +40,32 @@ def test_only_newlines_end_a_line(tmp_path):
     assert [s.caption for s in read_lists(tmp_path, task="t2v").samples] == ["one\u2028still one\x0cand", "two"]
 
 
+def test_byte_order_marks_and_zero_width_characters_are_no_content_wherever_they_stand(tmp_path):
+    (tmp_path / "b\u200b.mp4").touch()  # but a name that has one is a name
+    joined = "\u0645\u06cc\u200c\u0634\u0648\u062f \U0001f469\u200d\U0001f4bb"  # U+200C and U+200D have a meaning
+    lay(
+        tmp_path,
+        prompts=f"\ufeffa cat\n\ufeffa\u200b dog\u2060 \n{joined}\n",
+        videos="\u200ba.mp4\ufeff\nb\u200b.mp4\n\ufeffsub/c\u2060.mp4\n",
+    )
+    data = read_lists(tmp_path, task="t2v").trusted()
+    assert [s.caption for s in data.samples] == [
+        "a cat",
+        "a dog",
+        "a \u0645\u06cc\u200c\u0634\u0648\u062f \U0001f469\u200d\U0001f4bb",
+    ]
+    assert [s.source for s in data.samples] == ["a.mp4", "b\u200b.mp4", "sub/c.mp4"]
+
+
+def test_a_line_of_nothing_that_is_seen_is_blank(tmp_path):
+    assert faults(lay(tmp_path, prompts="a\n\u200b \ufeff\nb\n", videos="a\nb\nc\n")) == ["prompts.txt:2: blank line"]
+
+
+def test_a_list_in_utf_16_is_called_that(tmp_path):
+    lay(tmp_path, prompts="a cat\n".encode("utf-16"), videos="a.mp4\n")
+    assert faults(tmp_path) == ["prompts.txt: UTF-16, as Windows writes it; save the list as UTF-8"]
+
+
 def test_all_faults_at_once(tmp_path):
     lay(tmp_path, prompts="a\n\nb\nc\n", videos="\na.mp4\nb.mp4\n", images=b"x.png\n\xff\n")
     assert faults(tmp_path, "i2v") == [
