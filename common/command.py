@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
 from .errors import CogError
+from .failures import machines_fault
 from .settings import default_of, flag_of, resolve, shown_default
 
 S = TypeVar("S")
@@ -199,8 +201,24 @@ def run_app(app: typer.Typer) -> None:
     print_in_any_encoding()
     try:
         app()
+        sys.stdout.flush()  # what fails only at the interpreter's end has no one to say it
     except CogError as error:
         show_error(error)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)
+    except Exception as error:
+        fault = machines_fault(error)
+        if fault is None:
+            raise
+        show_error(fault)
+        _drop_output()
+        sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Let go of what stdout could not take, or the interpreter fails on it once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

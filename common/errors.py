@@ -49,3 +49,13 @@ class ShardError(CogError):
 
 class RunError(CogError):
     """A training run that cannot start, go on, or be resumed as asked."""
+
+
+class DiskError(CogError):
+    """A disk that is full, or a file system that refuses; ``errno`` is the system's number for it."""
+
+    def __init__(
+        self, what: str, *, where: str | None = None, fix: str | None = None, errno: int | None = None
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.errno = errno

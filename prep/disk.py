@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
-from cogcommon.errors import CogError, ShardError
+from cogcommon import failures
 from cogcommon.words import in_bytes
 
 
@@ -71,32 +69,16 @@ def lock_shard(folder: Path, number: int) -> Iterator[None]:
 
 def lack_of_room(folder: Path, needed: int) -> str:
     """What to tell whoever starts a work of ``needed`` bytes on a disk that is too full for it; else empty."""
-    free = shutil.disk_usage(folder).free
-    if needed <= free:
+    free = failures.room_of(folder)
+    if free is None or needed <= free:
         return ""
-    return f"the shards need {in_bytes(needed)}, and the disk of {folder} has {in_bytes(free)} free: it will run full"
+    return f"this takes {in_bytes(needed)}, and the disk of {folder} has {in_bytes(free)} free: it will run full"
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk or a file system that refuses is one clear message.
+def disk_errors(path: Path) -> AbstractContextManager[None]:
+    """What the file system refuses while shards, or what belongs to them, are written: one clear message.
 
     Raises:
-        ShardError: in place of the OSError.
+        DiskError: in place of the system's or the library's own error.
     """
-    try:
-        yield
-    except CogError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ShardError(
-                "the disk is full" if error.errno == errno.ENOSPC else f"no more room: {error.strerror}",
-                where=str(path),
-                fix="make room and run the same command again; finished shards are kept",
-            ) from error
-        raise ShardError(
-            f"the file system refused: {error.strerror or error}",
-            where=str(error.filename or path),
-            fix="name a folder that can be written",
-        ) from error
+    return failures.disk_errors(path, go_on="run the command again: finished shards are kept")

@@ -107,7 +107,8 @@ def encode_slice(settings: EncodeSettings) -> Report:
         DataRootError: the lists cannot be trusted.
         SettingError: the folder was encoded with other settings; a size that the model cannot take.
         ModelError: the model cannot be had.
-        ShardError: the disk is full, or a committed shard is damaged.
+        ShardError: a committed shard is damaged.
+        DiskError: the disk is full.
     """
     clock = Clock()
     part = choose_slice(settings.worker, os.environ)
@@ -143,7 +144,8 @@ def encode_slice(settings: EncodeSettings) -> Report:
             # No clip at all can be read: rather a disk that is not there than an order to drop everything.
             dropped = _drop_gone(settings, part.of(plan.drops), outcome) if found.candidates else 0
         shards = part.of(plan.shards)
-        if lack := lack_of_room(out, sum(len(s.samples) * _sample_bytes(contract, s.bucket) for s in shards)):
+        needed = sum(len(shard.samples) * _sample_bytes(contract, shard.bucket) for shard in shards)
+        if lack := lack_of_room(out, needed + scratch_bytes(shards, contract)):
             say(f"note: {lack}")
         models = Models(checkpoint, device, precision, settings, clock)
         if shards or (established and not (out / EMPTY_CAPTION_FILE).exists()):
@@ -258,7 +260,7 @@ def make_contract(settings: PlanSettings, checkpoint: Checkpoint, precision: Pre
 
 def rounds(shards: Sequence[PlannedShard], contract: Contract) -> Iterator[list[PlannedShard]]:
     """Shards in groups whose embeddings fit into the scratch file; without shards, one empty group."""
-    text_bytes = contract.text_tokens * contract.text_dim * item_bytes(contract.dtype)
+    text_bytes = _text_bytes(contract)
     group: list[PlannedShard] = []
     captions = 0
     for shard in shards:
@@ -268,6 +270,19 @@ def rounds(shards: Sequence[PlannedShard], contract: Contract) -> Iterator[list[
         group.append(shard)
         captions += len(shard.samples)
     yield group
+
+
+def scratch_bytes(shards: Sequence[PlannedShard], contract: Contract) -> int:
+    """The most that the scratch file of embeddings (`TextStore`) takes of the disk, beside the shards."""
+    captions = (
+        len({planned.sample.caption for shard in group for planned in shard.samples})
+        for group in rounds(shards, contract)
+    )
+    return max(captions) * _text_bytes(contract)
+
+
+def _text_bytes(contract: Contract) -> int:
+    return contract.text_tokens * contract.text_dim * item_bytes(contract.dtype)
 
 
 def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome) -> int:

@@ -123,7 +123,7 @@ class Engine:
         """Encode and commit shards; what came of them is added to the outcome.
 
         Raises:
-            ShardError: the disk is full. What was committed stays good.
+            DiskError: the disk is full. What was committed stays good.
         """
         steps: deque[_Decode | _LeftBehind | _Commit] = deque()
 

@@ -108,7 +108,7 @@ class ShardWriter:
     Raises:
         ShardBusy: another live process writes it.
         ShardDone: its record exists already.
-        ShardError: the disk is full, or another fault of the file system.
+        DiskError: the disk is full, or another fault of the file system.
     """
 
     def __init__(self, folder: Path, number: int, contract: Contract, planned: Collection[str]) -> None:
@@ -201,7 +201,8 @@ def drop_samples(folder: Path, number: int, keep: Collection[str]) -> ShardRecor
 
     Raises:
         ShardBusy: another live process writes it.
-        ShardError: the shard is damaged, or the disk is full.
+        ShardError: the shard is damaged.
+        DiskError: the disk is full.
     """
     tar, record_path = folder / tar_name(number), folder / record_name(number)
     new_tar, new_record = _new(tar), _new(record_path)

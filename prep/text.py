@@ -105,7 +105,7 @@ class TextStore:
         """Encode every caption that is not there yet; ``done`` is called after each of them.
 
         Raises:
-            ShardError: the disk is full.
+            DiskError: the disk is full.
         """
         import torch
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from cogcommon.contract import Contract
-from cogcommon.errors import ShardError
+from cogcommon.errors import DiskError
 from cogcommon.families import Resolution
 from cogcommon.records import read_record
 from cogprep.clip import Hashed
@@ -166,13 +166,13 @@ def disk_full(_at: int) -> None:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Fork, work, wait. 0 done, 2 a ShardError, 9 killed, 1 anything else."""
+    """Fork, work, wait. 0 done, 2 a full disk, 9 killed, 1 anything else."""
     child = os.fork()
     if child == 0:
         code = 0
         try:
             work()
-        except ShardError as error:
+        except DiskError as error:
             code = 2 if "disk is full" in error.what else 3
         except BaseException:
             traceback.print_exc()

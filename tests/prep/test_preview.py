@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cogcommon.checkpoint import open_checkpoint
-from cogcommon.errors import ModelError, SettingError, ShardError
+from cogcommon.errors import DiskError, ModelError, SettingError, ShardError
 from cogcommon.records import LATENT_MEAN, tar_name
 from cogprep.clean import find_removals
 from cogprep.cli import app
@@ -175,6 +175,6 @@ def test_clean_cache_all_removes_the_pages(out):
 
 
 def test_a_folder_that_takes_no_pages_is_one_message(out):
-    with pytest.raises(ShardError, match="the file system refused") as caught:
+    with pytest.raises(DiskError, match="a part of the path is a file") as caught:
         run(PreviewSettings(out=out, samples=1, to=out / "contract.json" / "pages"))
-    assert "name a folder" in caught.value.fix
+    assert "name another folder" in caught.value.fix

@@ -13,6 +13,7 @@ import torch
 import webdataset
 
 from cogcommon.contract import CONTRACT_FILE, Contract
+from cogcommon.errors import DiskError
 from cogcommon.records import SampleRow, ShardRecord, extent_intact, read_record, split_extent
 from cogprep import shards
 from cogprep.disk import ShardBusy, locked_elsewhere
@@ -251,6 +252,6 @@ def test_a_full_disk_is_one_clear_error(three: Path) -> None:
         pytest.skip("no /dev/full on this system")
     writer = ShardWriter(three, 1, contract_in(three), ())
     writer._stream = full.open("wb", buffering=0)
-    with pytest.raises(shards.ShardError, match="the disk is full") as caught:
+    with pytest.raises(DiskError, match="the disk is full") as caught:
         writer.add(*samples_of(three)[0])
     assert "make room" in str(caught.value)

@@ -1,0 +1,177 @@
+"""What the file system refuses, told by its number, whoever the error went through."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from cogcommon import failures
+from cogcommon.errors import CogError, DiskError, ShardError
+from cogcommon.failures import disk_errors, machines_fault, number_of, room_of
+from cogcommon.video import write_mp4
+
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
+
+
+def told(number, **named):
+    with pytest.raises(DiskError) as caught, disk_errors(Path("runs/a"), **named):
+        raise OSError(number, os.strerror(number), "runs/a/file")
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "do"),
+    [
+        (errno.ENOSPC, "disk is full", "make room"),
+        (errno.EDQUOT, "quota", "quota"),
+        (errno.EFBIG, "larger than files may be", "ulimit -f"),
+        (errno.EROFS, "read-only", "mount it for writing"),
+        (errno.EACCES, "no permission", "ls -ld"),
+        (errno.EPERM, "does not allow it", "lsattr"),
+        (errno.ENOENT, "has gone", "nothing else moves or removes"),
+        (errno.ENAMETOOLONG, "name is longer", "shorter path"),
+        (errno.ELOOP, "links in a circle", "the folder itself"),
+        (errno.EMFILE, "this process may not open more files", "ulimit -n"),
+        (errno.ENFILE, "the machine may not open more files", "fs.file-max"),
+        (errno.EIO, "could not read or write", "dmesg"),
+        (errno.ESTALE, "network drive has lost", "mount the drive again"),
+        (errno.ENOTCONN, "not connected", "mount the drive again"),
+        (errno.ENOTDIR, "is a file, not a folder", "name another folder"),
+    ],
+)
+def test_each_number_has_words_of_its_own(number, what, do):
+    error = told(number, go_on="run it again")
+    assert what in error.what and do in error.fix and error.fix.endswith("then run it again")
+    assert error.where == "runs/a/file" and error.errno == number
+
+
+def test_a_number_that_is_not_in_the_table_is_told_in_the_systems_words():
+    assert os.strerror(errno.EDOM) in told(errno.EDOM).what
+
+
+def test_a_full_disk_says_how_much_is_needed_and_how_much_is_free(tmp_path):
+    free = room_of(tmp_path)
+    assert free == pytest.approx(os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize, rel=0.2)
+    with pytest.raises(DiskError) as caught, disk_errors(tmp_path / "not" / "there", needs=67_000_000_000):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "67 GB are to be written" in caught.value.what and "are free" in caught.value.what
+    assert "of room" in caught.value.fix
+
+
+def write_with_safetensors(file):
+    safetensors.torch.save_file({"a": torch.ones(100_000)}, file)
+
+
+def write_with_torch(file):
+    torch.save({"a": torch.ones(100_000)}, file)
+
+
+def write_with_torch_to_a_stream(file):
+    with file.open("wb") as stream:
+        torch.save({"a": torch.ones(100_000)}, stream)
+
+
+def write_with_pyarrow(file):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"a": np.random.default_rng(0).random(100_000)}), file)
+
+
+def write_with_av(file):
+    write_mp4(file, np.random.default_rng(0).integers(0, 255, (9, 64, 96, 3), np.uint8), 8)
+
+
+def write_with_pillow(file):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)).save(file, "PNG")
+
+
+@pytest.fixture
+def no_file_larger_than_8_kib():
+    """The system itself refuses larger ones, with EFBIG: as a full disk does, but without a mount."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_with_safetensors,
+        write_with_torch_to_a_stream,
+        write_with_pyarrow,
+        write_with_av,
+        write_with_pillow,
+    ],
+)
+def test_every_librarys_word_for_what_the_system_refused_is_understood(write, tmp_path, no_file_larger_than_8_kib):
+    with pytest.raises(DiskError, match="larger than files may be") as caught, disk_errors(tmp_path / "a.mp4"):
+        write(tmp_path / "a.mp4")
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_torchs_own_writer_keeps_no_number_so_the_disk_is_asked(tmp_path, monkeypatch, no_file_larger_than_8_kib):
+    for free, number in ((10**9, errno.EIO), (0, errno.ENOSPC)):
+        monkeypatch.setattr(failures, "room_of", lambda path, free=free: free)
+        with pytest.raises(DiskError) as caught, disk_errors(tmp_path / "a.pt"):
+            write_with_torch(tmp_path / "a.pt")
+        assert caught.value.errno == number
+
+
+def test_what_is_no_fault_of_the_disk_passes_unchanged(tmp_path):
+    for error in (ValueError("no"), RuntimeError("CUDA error"), BrokenPipeError(errno.EPIPE, "x"), ShardError("mine")):
+        with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
+            raise error
+        assert caught.value is error
+
+
+def test_a_slip_while_an_error_of_the_disk_is_handled_is_not_the_disks(tmp_path):
+    with pytest.raises(KeyError), disk_errors(tmp_path):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            {}["ours"]
+
+
+def test_only_what_must_be_the_machines_is_caught_at_the_end():
+    assert isinstance(machines_fault(OSError(errno.EMFILE, "x")), CogError)
+    assert machines_fault(FileNotFoundError(errno.ENOENT, "x", "lost")) is None
+    assert machines_fault(ZeroDivisionError()) is None
+    assert number_of(ConnectionResetError(errno.ECONNRESET, "x"), Path()) is None
+
+
+@needs_full
+@pytest.mark.parametrize("program", ["cogprep", "cogtrain"])
+def test_output_that_goes_to_a_full_disk_is_one_message(program):
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", program, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.returncode == 2, done.stderr
+    assert "the disk is full" in done.stderr and "Traceback" not in done.stderr and "ignored" not in done.stderr
+
+
+def test_too_few_open_files_is_one_message(tmp_path):
+    def few():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
+
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds/videos.txt").write_text("a.mp4\n")
+    (tmp_path / "ds/prompts.txt").write_text("a\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "cogprep", "encode", "--data-root", "ds", "--resolution", "17x64x96", "--model", "tiny",
+         "--workers", "8"],
+        cwd=tmp_path, preexec_fn=few, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
