@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+_END = 1 << 20  # bytes of a weights file's beginning, where its tensors are listed, and of its end
+
 WeightedPart = Literal["transformer", "vae", "text_encoder"]
 Part = Literal[WeightedPart, "tokenizer"]
 
@@ -45,7 +47,7 @@ class WeightsIdentity:
 class Checkpoint:
     """An opened checkpoint. Configs are the parts' own JSON."""
 
-    name: str  # a built-in form, a hub id, or the absolute path of a local folder
+    name: str  # a built-in form, a hub id without a revision, or the absolute path of a local folder
     root: Path
     revision: str | None  # commit on the hub
     family: Family
@@ -113,19 +115,41 @@ class Checkpoint:
     def _load(self, part: WeightedPart, **options: Any) -> Any:
         return load_part(self.folder(part), part, self.name, **options)
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells the transformer's weights from others without reading all of them; nothing is fetched.
+
+        On the hub the commit; of a folder a hash of the config, and of each file's name, size and both ends.
+        """
+        if self.on_hub:
+            assert self.revision is not None
+            return self.revision
+        digest = hashlib.sha256(_facts_of(self.root / "transformer").encode())
+        for file in sorted((self.root / "transformer").glob("*.safetensors")):
+            with file.open("rb") as stream:
+                size = stream.seek(0, 2)
+                digest.update(f"{file.name} {size}\n".encode())
+                for start in (0, max(0, size - _END)):
+                    stream.seek(start)
+                    digest.update(stream.read(_END))
+        return digest.hexdigest()
+
     def identity(self, part: WeightedPart) -> WeightsIdentity:
         """Hashes of a part's config and weights (about 2 GB/s a core; free in the hub's cache)."""
         folder = self.folder(part)
         weight_files(folder, part, self.name)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        # Keys that start with "_" say who wrote the file, not what it means.
-        facts = json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True)
         return WeightsIdentity(
             id=self.name,
             revision=self.revision,
-            config_sha256=hashlib.sha256(facts.encode()).hexdigest(),
+            config_sha256=hashlib.sha256(_facts_of(folder).encode()).hexdigest(),
             weights_sha256=_weights_sha256(folder),
         )
+
+
+def _facts_of(folder: Path) -> str:
+    """A part's config, but for keys that start with "_": they say who wrote the file, not what it means."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True)
 
 
 def _weights_sha256(folder: Path) -> str:
@@ -154,23 +178,26 @@ _FACTS: tuple[tuple[str, str, tuple[type, ...]], ...] = (
 )  # fmt: skip
 
 
-def open_checkpoint(name: str) -> Checkpoint:
+def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint by name, without its weights.
 
     Args:
-        name: a built-in form (``tiny``, ...), a local diffusers folder, or a hub id.
+        name: a built-in form (``tiny``, ...), a local diffusers folder, or a hub id, perhaps with a revision:
+            ``owner/name@revision``.
+        revision: on the hub, of a name without one; None: the newest.
 
     Raises:
         ModelError: it cannot be found or is no CogVideoX; says where it was looked for.
     """
     on_hub = False
-    revision = None
+    given, revision = revision, None
     if name.removeprefix(RANDOM) in BUILTIN_NAMES:
         root = builtin_folder(name)
     elif Path(name).expanduser().is_dir():
         root = Path(name).expanduser().resolve()
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/", "~")):
-        root = _fetch(name, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*"], None)
+    elif (asked := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", name)) is not None:
+        name = asked[1]
+        root = _fetch(name, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*"], asked[2] or given)
         on_hub, revision = True, root.name
     else:
         raise ModelError(
@@ -229,8 +256,9 @@ def _fetch(name: str, patterns: list[str], revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=10))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"the model {name} is not here, and cannot be downloaded: {_why_not(error)}",
+            f"the model {name}{at} is not here, and cannot be downloaded: {_why_not(error)}",
             where=f"looked in {constants.HF_HUB_CACHE} and on the hub ({constants.ENDPOINT})",
             fix=f"check the name and the network, or fetch it elsewhere with `hf download {name} --local-dir FOLDER` "
             "and give --model FOLDER; --model tiny needs no download",
@@ -239,10 +267,17 @@ def _fetch(name: str, patterns: list[str], revision: str | None) -> Path:
 
 def _why_not(error: Exception) -> str:
     """Why the hub gave nothing."""
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if isinstance(error, GatedRepoError):
         return "its terms must be accepted on the hub first, then `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "the hub no longer has this revision; --model NAME@main takes the newest"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no such model, or shows it only to others"
     if isinstance(error, LocalEntryNotFoundError | ConnectionError):
