@@ -7,11 +7,13 @@ of the settings and the shards.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ class RunState:
     facts: Mapping[str, Any]
     settings: Mapping[str, Any]  # of the run, for the note of what was changed
     schema: int = _SCHEMA
+    identity: str = field(default_factory=lambda: secrets.token_hex(8))  # no two checkpoints have the same
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,14 @@ class SavedCheckpoint:
 
     folder: Path
     state: RunState
+
+    @property
+    def digest(self) -> str:
+        """Tells it from every other checkpoint, and from a part of itself: of its state, its files' names and sizes."""
+        digest = hashlib.sha256((self.folder / STATE_FILE).read_bytes())
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
 
 
 def folder_name(step: int) -> str:
@@ -112,7 +123,7 @@ def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, bat
         RunError: names the first fact that differs, and what to change.
     """
     for name, now in facts.items():
-        then: Any = found.state.facts.get(name)
+        then: Any = found.state.facts.get(name, now)  # a fact may be newer than the checkpoint
         if then == now:
             continue
         fix = f"set {name} back, or start a new run with another --out"

@@ -6,7 +6,6 @@ import os
 import sys
 
 from cogcommon.command import add_command, make_app, run_app
-from cogcommon.errors import CogError
 
 from .settings import ExportSettings, GenerateSettings, LoraSettings, PlanSettings, SftSettings, TrainSettings
 
@@ -16,36 +15,31 @@ app = make_app("cogtrain", "Fine-tune CogVideoX on the shards that cogprep encod
 def train(settings: TrainSettings) -> None:
     """Start a run; in several processes where there are several GPUs."""
     from .launch import join_environment, relaunch, wanted_processes
+    from .signals import Stopped, StopRequest, ending_at_once
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from cogcommon.device import pick_device, quiet_libraries
+    with ending_at_once():
+        from cogcommon.device import pick_device, quiet_libraries
 
-    joined = join_environment()
-    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
-    from .run import open_run
+        from .peers import PeerFailed, meet
+        from .run import open_run
 
-    world = int(os.environ["WORLD_SIZE"]) if joined else wanted_processes(settings)
-    try:
-        run = open_run(settings, device, world)
-    except CogError:
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)  # every rank finds the same fault; the first one says it
-        raise
-    if world > 1 and not joined:
-        sys.exit(relaunch(world))
-    quiet_libraries()
-    from .guard import PeerFailed
-    from .loop import Stopped
-    from .loop import train as train_run
-    from .signals import StopRequest
-
-    with StopRequest().listening() as stop:
+        if not join_environment() and (processes := wanted_processes(settings)) > 1:
+            open_run(settings, pick_device(), processes)  # what can be refused is refused before they start
+            sys.exit(relaunch(processes))
         try:
-            train_run(run, stop)
+            peers = meet()
+            with peers.leaving_together():
+                device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
+                run = peers.together(lambda: open_run(settings, device, peers.world, peers))
+                quiet_libraries()
+                from .loop import train as train_run
+
+                train_run(run, StopRequest(), peers)
         except PeerFailed:
             sys.exit(2)  # the one that has failed says why
         except Stopped as stopped:
-            if os.environ.get("RANK", "0") == "0":
+            if peers.main:
                 print(f"stopped; to resume: {stopped.command}", flush=True)
             sys.exit(stopped.code)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from cogcommon.errors import CogError, RunError
+from cogcommon.errors import RunError
 
 from .order import Ints
+from .peers import PeerFailed
 from .run import Run
 from .step.demand import Demand, choices, demand
 from .step.plan import gib
@@ -17,34 +18,7 @@ from .step.plan import gib
 if TYPE_CHECKING:
     import torch
 
-    from .strategy import Runtime
-
-_T = TypeVar("_T")
 _SHOWN = 8  # samples named in one message
-
-
-class PeerFailed(RunError):
-    """Another rank has an error, and says it."""
-
-    def __init__(self) -> None:
-        super().__init__("another process of the run has failed")
-
-
-def together(runtime: Runtime, act: Callable[[], _T]) -> _T:
-    """Run something that may fail on one rank; if it does, all ranks stop, so that none waits for ever.
-
-    Raises:
-        CogError: this rank's error, or `PeerFailed`.
-    """
-    results: list[_T] = []
-    fault: CogError | None = None
-    try:
-        results.append(act())
-    except CogError as error:
-        fault = error
-    if runtime.agree(int(fault is not None)):
-        raise fault or PeerFailed()
-    return results[0]
 
 
 def not_finite(losses: Sequence[float], places: Ints, run: Run) -> list[str]:

@@ -8,14 +8,14 @@ import os
 import re
 import signal
 import sys
-from types import FrameType
 from typing import Any
 
 from cogcommon.errors import RunError, SettingError
 
 from .settings import TrainSettings
+from .signals import StopRequest, end_by
 
-_SLURM_PORTS = (29500, 4096)  # first port, and how many
+_SLURM_PORTS = (29500, 3000)  # first port, and how many: below those that Linux gives to anyone (32768)
 
 
 def join_environment() -> bool:
@@ -31,7 +31,8 @@ def join_environment() -> bool:
     if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ or tasks < 2:
         return False
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    step = os.environ["SLURM_STEP_ID"]
+    job = int(os.environ.get("SLURM_JOB_ID", "0")) + 97 * int(step if step.isdecimal() else 0)  # two at a time, perhaps
     first, count = _SLURM_PORTS
     os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=str(tasks))
     os.environ.setdefault("LOCAL_RANK", str(_gpu_of_task(int(os.environ.get("SLURM_LOCALID", "0")))))
@@ -54,9 +55,9 @@ def _tasks_here(counts: str) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of SLURM's list: ``gpu[007-009,12],big1`` is ``gpu007``."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    return (match.group(1) + (match.group(2) or "")) if match else "127.0.0.1"
+    """The first host of SLURM's list: ``gpu[007-009,12]-ib0,big1`` is ``gpu007-ib0``."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[\]])+", nodes)  # up to a comma outside of brackets
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first else "127.0.0.1"
 
 
 def wanted_processes(settings: TrainSettings) -> int:
@@ -83,16 +84,16 @@ def relaunch(processes: int) -> int:
         RunError: a process was killed.
     """
     # The launcher would pass a signal on and kill everything 30 s later, which is too soon to save a
-    # large model. We pass it on ourselves and let the processes end by themselves.
+    # large model. We pass it on ourselves and let the processes end by themselves; one is left to the launcher.
     # torch 2.8 reads the environment, newer ones the field.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    newer: dict[str, Any] = {"signals_to_handle": "SIGHUP"} if hasattr(LaunchConfig, "signals_to_handle") else {}
+    newer: dict[str, Any] = {"signals_to_handle": "SIGQUIT"} if hasattr(LaunchConfig, "signals_to_handle") else {}
     config = LaunchConfig(
         run_id=str(os.getpid()),
         min_nodes=1,
@@ -100,16 +101,21 @@ def relaunch(processes: int) -> int:
         nproc_per_node=processes,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",  # else the host's own name, which need not resolve
         max_restarts=0,
         monitor_interval=0.2,
         **newer,
     )
-    passed = {number: signal.signal(number, _pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    passing = _PassOn()
     try:
-        elastic_launch(config, sys.executable)("-m", "cogtrain", *sys.argv[1:])
+        with passing.listening():
+            elastic_launch(config, sys.executable)("-m", "cogtrain", *sys.argv[1:])
         return 0
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if passing.signal and failure.exitcode in (-passing.signal, -signal.SIGKILL):
+            print("stopped; nothing was trained since the last checkpoint, if there is one", flush=True)
+            return 128 + passing.signal
         if failure.exitcode >= 0:
             return int(failure.exitcode)
         raise RunError(
@@ -117,14 +123,17 @@ def relaunch(processes: int) -> int:
             where="its last lines are above; the system's log says whether memory ran out",
             fix="run the same command with --out and the folder of the run: it continues from its last checkpoint",
         ) from error
-    finally:
-        for number, handler in passed.items():
-            signal.signal(number, handler)
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    import psutil
+class _PassOn(StopRequest):
+    """Passes a signal on to the processes of the run; the second time it ends them, since they may be stuck."""
 
-    for process in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+    def take(self, number: int, again: bool) -> None:
+        import psutil
+
+        children = psutil.Process().children()
+        if not children:
+            end_by(number)
+        for process in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if again else number)

@@ -11,25 +11,27 @@ from cogcommon.copies import CopyStream
 from cogcommon.errors import RunError
 from cogcommon.names import command_line
 
-from . import announce
+from . import agreement, announce
 from . import checkpoint as checkpoints
 from .card import write_card
 from .clock import StepClock
 from .data import Batch, Collator, prefetch
 from .draws import seed_of
 from .ema import Average
-from .guard import PeerFailed, listed, not_finite, out_of_memory, stop_for, together
+from .guard import listed, not_finite, out_of_memory, stop_for
 from .inputs import Objective
 from .optim import clip, learning_rate, make_optimizer
 from .order import Slot, rank_slots
+from .peers import PeerFailed, Peers, meet
 from .progress import RunLog, cut_metrics
 from .report import write_report
 from .run import Run, run_folder, settings_json, write_config
 from .run_folder import CONFIG_FILE, claimed, read_run
-from .signals import StopRequest
+from .signals import Stopped, StopRequest
 from .step.attention import Kernel
 from .step.install import install
 from .step.plan import Plan
+from .step.room import common_room
 from .step_log import StepLog, can_defer, skip_if_not_finite
 from .strategy import Runtime, start
 from .tracker import open_tracker
@@ -41,34 +43,36 @@ if TYPE_CHECKING:
 _AHEAD = 4  # batches in the making
 
 
-class Stopped(Exception):
-    """The run was asked to stop; it has saved. ``code`` is what to exit with."""
-
-    def __init__(self, code: int, command: str) -> None:
-        super().__init__(command)
-        self.code = code
-        self.command = command
-
-
-def train(run: Run, stop: StopRequest) -> Path:
+def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
     """Train, and export what was trained.
+
+    Args:
+        stop: is asked after each step, and meanwhile takes signals.
+        peers: all processes of the run, each of which calls this; None: those that the environment tells of.
 
     Returns:
         The run's folder.
 
     Raises:
         CogError: the run cannot go on.
-        Stopped: by SIGTERM or SIGINT, after a checkpoint.
+        Stopped: by a signal, after a checkpoint.
     """
     import torch
 
     settings = run.settings
     done = run.resume.state.step if run.resume else 0
-    runtime = start(settings, run.strategy, run.precision, cpu=not torch.cuda.is_available(), autocast=run.method.full)
-    folder = Path(runtime.tell(str(run_folder(run))))
+    peers = peers or meet()
+    agreement.check_alike(run, peers)
+    folder = Path(peers.tell(str(run_folder(run))))
     with ExitStack() as closing:
         try:
-            abandoned = together(runtime, lambda: _move_in(run, folder, done, closing) if runtime.main else [])
+            peers.together(lambda: closing.enter_context(claimed(folder)) if peers.main else None)
+            agreement.check_shared(folder, peers)
+            runtime = start(
+                settings, run.strategy, run.precision, cpu=not torch.cuda.is_available(), autocast=run.method.full,
+                peers=peers,
+            )  # fmt: skip
+            abandoned = peers.together(lambda: _move_in(run, folder, done) if peers.main else [])
             tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
             log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, done, tracker))
             model, optimizer, trained, plan, attention = _model(run, runtime, log)
@@ -79,7 +83,7 @@ def train(run: Run, stop: StopRequest) -> Path:
             if runtime.main:
                 announce.facts(run, runtime, trainable, plan, attention).write(folder)
             # It measures the base model, so it comes before the resume.
-            validation = Validation.begin(run, runtime, model, folder, log)
+            validation = Validation.begin(run, runtime, model, folder, log, stop)
             average = Average(trained, settings.ema) if settings.ema else None
             shadow = average.shadow if average else None
             if run.resume is not None:
@@ -95,6 +99,7 @@ def train(run: Run, stop: StopRequest) -> Path:
             copies = CopyStream(runtime.device)
             step_log = StepLog(run, runtime, log)
             deferred = can_defer(run, runtime, optimizer)
+            closing.enter_context(stop.listening())  # before this there is nothing to save
             for step in range(done + 1, run.steps + 1):
                 clock = StepClock(runtime.device)
                 torch.manual_seed(seed_of(settings.seed, step, str(runtime.rank), "dropout"))
@@ -102,7 +107,7 @@ def train(run: Run, stop: StopRequest) -> Path:
                 runtime.set_rate(optimizer, rate)
                 losses: list[torch.Tensor] = []
                 for micro in range(settings.accumulate):
-                    batch = together(runtime, lambda: next(batches)).upload(copies)
+                    batch = peers.together(lambda: next(batches)).upload(copies)
                     clock.end("data")
                     with runtime.accelerator.accumulate(model):
                         loss, found = _loss(model, batch, objective, run, runtime, log, step, micro, deferred)
@@ -129,13 +134,16 @@ def train(run: Run, stop: StopRequest) -> Path:
                 if validation and validates:
                     with average.in_place() if average else nullcontext():  # what would be exported
                         line = validation.measure(model, step)
-                    log.validation(line)
-                if saves:
+                    if line is not None:
+                        log.validation(line)
+                    signal = runtime.agree(stop.signal)
+                if saves or signal:
                     state = checkpoints.RunState(step, runtime.world, run.facts(), settings_json(settings))
                     saved = checkpoints.save(runtime, model, optimizer, shadow, state, folder, settings.keep)
                     log.say(f"saved {saved}")
                     if runtime.main:
                         write_report(folder)
+                    signal = signal or runtime.agree(stop.signal)  # one that came meanwhile: this checkpoint will do
                 if signal and step < run.steps:
                     raise Stopped(
                         128 + signal, command_line("cogtrain", run.method.name, "--config", folder / CONFIG_FILE)
@@ -146,14 +154,14 @@ def train(run: Run, stop: StopRequest) -> Path:
                 write_card(folder, read_run(folder), "transformer" if run.method.full else "lora", run.steps)
                 write_report(folder)
                 announce.ending(run, log, folder, exported)
+            peers.wait()  # rank 0 may yet fail
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, run) from error
     return folder
 
 
-def _move_in(run: Run, folder: Path, done: int, closing: ExitStack) -> list[str]:
-    """Take the run's folder for this run alone, in the state after step ``done``; names of checkpoints removed."""
-    closing.enter_context(claimed(folder))
+def _move_in(run: Run, folder: Path, done: int) -> list[str]:
+    """Bring the run's folder into the state after step ``done``; names of checkpoints removed."""
     write_config(run, folder)
     cut_metrics(folder, done)
     return checkpoints.clear(folder, after=done)
@@ -162,10 +170,11 @@ def _move_in(run: Run, folder: Path, done: int, closing: ExitStack) -> list[str]
 def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter], Plan, Kernel]:
     """The transformer and its optimizer, ready to train, the weights that are trained, and how the blocks are run."""
     settings = run.settings
+    room = common_room(runtime.peers, runtime.device)
     transformer = run.checkpoint.load_transformer(run.method.weight_dtype(runtime.dtype, runtime.sharded))
     run.method.apply(transformer)
     transformer.train()
-    engine = install(transformer, run, runtime, log)
+    engine = install(transformer, run, runtime, log, room)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     on_host = run.strategy.endswith("-offload")
     optimizer = make_optimizer(trained, settings, runtime.device, on_host=on_host, hosted=engine.hosted)

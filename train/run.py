@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.contract import Contract
 from cogcommon.device import Precision, default_precision
 from cogcommon.errors import RunError, SettingError, ShardError
 from cogcommon.files import commit_bytes
 
 from . import zero
+from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find, list_checkpoints
 from .compatibility import check_alike, check_model, lost_tars
 from .method import Method, method_of
 from .order import Order
+from .peers import ALONE, Peers
 from .run_folder import CONFIG_FILE
 from .settings import TrainSettings
 from .sources import ShardSet, open_shards
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_EPOCHS = 10
+_REVISION = "revision of the base model"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Run:
         return {
             "method": self.method.name,
             "base model": f"{self.checkpoint.family.name} {self.checkpoint.name}",
+            _REVISION: self.checkpoint.fingerprint,
             "shards": self.shards.fingerprint,
             "global batch": self.global_batch,
             "--seed": self.settings.seed,
@@ -67,17 +72,21 @@ class Run:
         }
 
 
-def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
+def open_run(
+    settings: TrainSettings, device: torch.device, world: int, peers: Peers = ALONE
+) -> Run:  # fmt: skip
     """Check the settings, the shards and the model against each other.
 
     Args:
         device: that this process trains on.
         world: processes of the run.
+        peers: those of them that have met; each calls this, and each may find a fault that the others do not.
 
     Raises:
         CogError: anything that the user can put right.
     """
     notes: list[str] = []
+    resume = agree_on_resume(lambda: _find_resume(settings), peers)  # together, so before anything that may fail here
     method = method_of(settings)
     strategy = choose(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
     _check_strategy(settings, strategy)
@@ -86,7 +95,7 @@ def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
     if lost := lost_tars(shards):
         names = ", ".join(lost[:4]) + " ..." * (len(lost) > 4)
         notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")
-    checkpoint = open_checkpoint(settings.model or shards.contract.model)
+    checkpoint = _base_model(settings, shards.contract, resume)
     check_model(shards.contract, checkpoint, shards.shards[0].shown)
     for bucket in shards.buckets:
         checkpoint.check_resolution(bucket)
@@ -120,7 +129,7 @@ def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
         strategy=strategy,
         precision=precision,
         world=world,
-        resume=_find_resume(settings),
+        resume=resume,
         notes=tuple(notes),
     )
     if run.resume is not None:
@@ -129,6 +138,17 @@ def open_run(settings: TrainSettings, device: torch.device, world: int) -> Run:
         if changed:
             notes.append("changed since the checkpoint: " + ", ".join(changed))
     return dataclasses.replace(run, notes=tuple(notes))
+
+
+def _base_model(settings: TrainSettings, contract: Contract, resume: SavedCheckpoint | None) -> Checkpoint:
+    """The checkpoint to train: at the revision that the run began with, or that the shards were made with. The hub may
+    have a newer one by now."""
+    name, revision = settings.model or contract.model, None
+    if resume is not None:
+        revision = resume.state.facts.get(_REVISION)
+    elif name == contract.model:
+        revision = contract.revision
+    return open_checkpoint(name, revision)
 
 
 def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
@@ -187,6 +207,7 @@ def _order(settings: TrainSettings, shards: ShardSet, world: int, notes: list[st
 
 
 def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
+    """The checkpoint that ``--resume`` asks for."""
     if settings.resume == "never":
         return None
     if settings.resume != "auto":
@@ -233,7 +254,7 @@ def write_config(run: Run, folder: Path) -> None:
     resolved = dataclasses.replace(
         run.settings,
         out=folder,
-        model=run.checkpoint.name,
+        model=run.checkpoint.name + (f"@{run.checkpoint.revision}" if run.checkpoint.revision else ""),
         precision=run.precision,
         strategy=run.strategy,
         config=None,

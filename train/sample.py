@@ -8,6 +8,7 @@ time, so that guidance costs no memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +66,14 @@ def sample(
     *,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
+    each: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Scaled latents (B, F, C, h, w), fp32, with the padding frames still at the front.
 
     Args:
         generator: of the noise that DPM adds at each step.
         dtype: the type the transformer computes in.
+        each: is called before each step; what it raises ends the sampling.
     """
     import torch
 
@@ -86,6 +89,7 @@ def sample(
     clean = None  # what DPM made of the step before
     with torch.no_grad():
         for index, t in enumerate(scheduler.timesteps):
+            each()
             scale = guidance
             if dynamic:  # as the pipelines have it
                 scale = 1 + guidance * (1 - math.cos(math.pi * ((steps - t.item()) / steps) ** 5)) / 2

@@ -12,7 +12,6 @@ import socket
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from cogcommon.errors import RunError
 from cogcommon.memory import free_gpu_memory
 
 from . import zero
+from .peers import Peers, meet
 from .settings import TrainSettings
 from .zero_config import STAGE, Strategy, deepspeed_config
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _WEIGHTS = "weights.safetensors"  # what is trained, under the transformer's own names
 _AVERAGE = "average.safetensors"
 _OPTIMIZER = "optimizer.pt"
-_PATIENCE = timedelta(days=1)  # with ranks that live; of a dead one the launcher tells
 _UNIVERSAL = ".universal"  # scratch folder of a run: a checkpoint for another number of processes
 
 
@@ -42,7 +41,7 @@ class Runtime:
     strategy: Strategy
     precision: str
     config: dict[str, Any] | None  # DeepSpeed's, None for DDP
-    _agreement: Any  # process group on the CPU for agree()
+    peers: Peers
     _converts: bool = False  # the checkpoint was written by another number of processes
 
     @property
@@ -80,27 +79,10 @@ class Runtime:
 
     def agree(self, value: int) -> int:
         """The largest of all ranks' values; over the CPU, so that no GPU waits."""
-        if self.world == 1:
-            return value
-        import torch
-        import torch.distributed as dist
-
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._agreement)
-        return int(tensor)
+        return self.peers.agree(value)
 
     def wait(self) -> None:
-        self.agree(0)
-
-    def tell(self, value: str) -> str:
-        """Rank 0's value, on every rank."""
-        if self.world == 1:
-            return value
-        import torch.distributed as dist
-
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._agreement)
-        return box[0]
+        self.peers.wait()
 
     def full_weight(self) -> Callable[[torch.nn.Parameter], torch.Tensor]:
         """A function that gives a trained weight whole and in fp32; to be called on every rank.
@@ -230,13 +212,16 @@ class Runtime:
         return self.device if fits else torch.device("cpu")
 
 
-def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: bool, autocast: bool = True) -> Runtime:
-    """Join the process group, if there is one, and make accelerate's handle.
+def start(
+    settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: bool, autocast: bool = True,
+    peers: Peers | None = None,
+) -> Runtime:  # fmt: skip
+    """Make accelerate's handle, over the processes that have met.
 
     Args:
+        peers: None: meet them.
         autocast: fp32 weights are to be computed with in half precision (DDP).
     """
-    import torch.distributed as dist
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -245,7 +230,7 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
         "gradient_accumulation_steps": settings.accumulate,
     }
     _hush()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    peers = peers or meet()
     config = None
     if strategy == "ddp":
         # Gradients live in the buckets they are exchanged in, not beside them: 6.8 GB less for all weights of 2B.
@@ -256,7 +241,7 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
         ]
         accelerator = Accelerator(cpu=cpu, **options)
     else:
-        config = deepspeed_config(settings, strategy, precision, world)
+        config = deepspeed_config(settings, strategy, precision, peers.world)
         single_process_environment()
         if cpu:
             zero.without_shared_memory_op()
@@ -265,9 +250,8 @@ def start(settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: b
         accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=json.loads(json.dumps(config))), **options
         )
-    # gloo's own half hour is less than a validation video takes on a slow GPU, for which the other ranks wait.
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if accelerator.num_processes > 1 else None
-    return Runtime(accelerator, strategy, precision, config, group)
+    assert accelerator.num_processes == peers.world, (accelerator.num_processes, peers.world)
+    return Runtime(accelerator, strategy, precision, config, peers)
 
 
 def _hush() -> None:

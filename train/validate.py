@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,13 @@ from cogcommon.files import commit_bytes
 from cogcommon.video import Frames, write_mp4
 
 from .data import Collator, StoredSample, read_sample
-from .guard import together
 from .inputs import Objective
 from .order import Slot
 from .progress import RunLog, peak_gib, reset_peak
 from .run import Run
 from .run_folder import VALIDATION, ValidationLine
 from .sample import Conditions, decode, load_decoder, sample
+from .signals import StopRequest
 from .sources import ShardSet
 from .step.engine import Engine
 from .step.plan import Plan
@@ -42,12 +42,17 @@ _BASE_FILE = "base.json"
 CAPTIONS_FILE = "captions.json"
 
 
+class _Asked(Exception):
+    """The run is asked to stop: what is saved for it matters more than the validation."""
+
+
 @dataclass(frozen=True)
 class Validation:
     """Measures a model on held-out samples.
 
     Args:
         objective: without any weighting of the loss.
+        stop: is asked between samples and between sampling steps.
         base_loss: of the untouched base model.
     """
 
@@ -57,10 +62,13 @@ class Validation:
     objective: Objective
     folder: Path
     log: RunLog
+    stop: StopRequest
     base_loss: float
 
     @classmethod
-    def begin(cls, run: Run, runtime: Runtime, model: torch.nn.Module, folder: Path, log: RunLog) -> Validation | None:
+    def begin(
+        cls, run: Run, runtime: Runtime, model: torch.nn.Module, folder: Path, log: RunLog, stop: StopRequest
+    ) -> Validation | None:
         """Measure the base model, unless this run has done so before; None without held-out samples.
 
         Call it when nothing has been trained or resumed yet: LoRA's B is zero
@@ -72,7 +80,9 @@ class Validation:
         """
         if run.held_out is None:
             return None
-        validation = cls(run, runtime, run.held_out, Objective.of(run.checkpoint), folder / VALIDATION, log, math.nan)
+        validation = cls(
+            run, runtime, run.held_out, Objective.of(run.checkpoint), folder / VALIDATION, log, stop, math.nan
+        )
         known = validation._remembered()
         if known is None:
             log.say(f"validation: {len(run.held_out)} held-out samples at {len(TIMESTEPS)} timesteps; base model first")
@@ -93,7 +103,7 @@ class Validation:
         path = self.folder / _BASE_FILE
         if self.runtime.main and path.exists():
             found = path.read_text(encoding="utf-8")
-        known = json.loads(self.runtime.tell(found) or "{}")
+        known = json.loads(self.runtime.peers.tell(found) or "{}")
         return known["loss"] if known.get("facts") == self._facts() else None
 
     def _remember(self, loss: float) -> None:
@@ -109,10 +119,13 @@ class Validation:
     def videos(self) -> int:
         return min(self.run.settings.validate_videos, len(self.held_out))
 
-    def measure(self, model: torch.nn.Module, step: int) -> ValidationLine:
-        """Loss, and videos where asked for; every rank calls it."""
+    def measure(self, model: torch.nn.Module, step: int) -> ValidationLine | None:
+        """Loss, and videos where asked for; every rank calls it. None if the run is asked to stop meanwhile."""
         training = peak_gib(self.runtime.device)  # since the last validation
-        value, peak = self._take(model, step)
+        try:
+            value, peak = self._take(model, step)
+        except _Asked:
+            return None
         if self.runtime.device.type == "cuda" and peak > training:
             self.log.say(
                 f"validation held {peak:.1f} GiB of the GPU, training {training:.1f}"
@@ -139,6 +152,7 @@ class Validation:
         rows = []
         with self._evaluating(model) as plain:
             for number in range(rounds):
+                self._go_on()
                 index = number * self.runtime.world + self.runtime.rank
                 # A rank that has none left repeats the first: under ZeRO-3 all ranks run every forward pass.
                 stored = self._read(index if index < len(self.held_out) else 0)
@@ -162,18 +176,31 @@ class Validation:
             for start in range(0, self.videos, self.runtime.world):  # a round; all meet before the next one
                 index = start + self.runtime.rank
                 stored = self._read(min(index, self.videos - 1))
-                if index < self.videos:
-                    frames = self._video(transformer, decoder, stored)
-                    write_mp4(folder / f"{index}.mp4", frames, self.run.checkpoint.family.fps)
+                with suppress(_Asked):  # all leave together, below
+                    if index < self.videos:
+                        frames = self._video(transformer, decoder, stored)
+                        write_mp4(folder / f"{index}.mp4", frames, self.run.checkpoint.family.fps)
+                self._go_on()
         if self.runtime.main:
             captions = [read_sample(self.held_out, index).caption for index in range(self.videos)]
             commit_bytes(self.folder / CAPTIONS_FILE, json.dumps(captions, ensure_ascii=False).encode())
         self.runtime.wait()
 
+    def _go_on(self) -> None:
+        """Raises:
+        _Asked: any rank is asked to stop.
+        """
+        if self.runtime.agree(self.stop.signal):
+            raise _Asked
+
     def _video(self, transformer: torch.nn.Module, decoder: AutoencoderKLCogVideoX, stored: StoredSample) -> Frames:
         """A video from a sample's caption, and image, as stored."""
         import safetensors.torch
         import torch
+
+        def go_on() -> None:
+            if self.stop.signal:
+                raise _Asked
 
         device = self.runtime.device
         batch = Collator(self.objective, _SEED, held_out=True)([stored], [Slot(0, 0, 0)]).to(device)
@@ -182,7 +209,9 @@ class Validation:
         conditions = Conditions(batch.noise_BFCHW, batch.text_BLD, empty[None].to(device), batch.image_BFCHW)
         generator = torch.Generator().manual_seed(_SEED)
         with self.runtime.accelerator.autocast():
-            latent = sample(transformer, self.objective, self.run.checkpoint, conditions, generator, self.runtime.dtype)
+            latent = sample(
+                transformer, self.objective, self.run.checkpoint, conditions, generator, self.runtime.dtype, each=go_on
+            )
         return decode(decoder, latent, batch.latent_BFCHW.shape[1])
 
     @contextmanager
@@ -220,7 +249,7 @@ class Validation:
 
     def _read(self, index: int) -> StoredSample:
         """A held-out sample; when any rank cannot read its own, all stop together."""
-        return together(self.runtime, lambda: read_sample(self.held_out, index))
+        return self.runtime.peers.together(lambda: read_sample(self.held_out, index))
 
     @contextmanager
     def _evaluating(self, model: torch.nn.Module) -> Iterator[Any]:

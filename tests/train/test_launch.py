@@ -97,7 +97,15 @@ def test_torchruns_environment_wins(environment):
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu1", "gpu1"), ("gpu[007-009,12],big1", "gpu007"), ("a,b", "a"), ("node-[3,5]", "node-3"), ("n[12]", "n12")],
+    [
+        ("gpu1", "gpu1"),
+        ("gpu[007-009,12],big1", "gpu007"),
+        ("a,b", "a"),
+        ("node-[3,5]", "node-3"),
+        ("n[12]", "n12"),
+        ("gpu[1-2]-ib0", "gpu1-ib0"),
+        ("rack[1-2,7]n[01-04],x", "rack1n01"),
+    ],
 )
 def test_the_first_host_of_slurms_list(nodes, first):
     assert launch.first_host(nodes) == first

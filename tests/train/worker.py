@@ -1,8 +1,9 @@
 """One rank of a test's process group: runs several trainings one after the other and writes down what it saw.
 
 Usage: torchrun ... worker.py CASES.json OUT. A case is {"name", "method", "settings"} and perhaps {"spoil": i},
-which makes sample i NaN, or {"compiler": name}, a backend of torch.compile; rank r writes
-OUT/<name>-<r>.json with the samples it took, what was drawn for them, and the live optimizer's values.
+which makes sample i NaN, {"compiler": name}, a backend of torch.compile, or {"other": {"folder", "settings"}}, the
+working folder of rank 1 and settings of its own; rank r writes OUT/<name>-<r>.json with the samples it took, what was
+drawn for them, the live optimizer's values, and, where {"refused": true}, the error and the seconds until it came.
 """
 
 import dataclasses
@@ -11,9 +12,11 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from cogcommon.device import pick_device, quiet_libraries
+from cogcommon.errors import CogError
 
 device = pick_device(int(os.environ["LOCAL_RANK"]))
 quiet_libraries()
@@ -23,6 +26,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 from cogtrain import data, loop  # noqa: E402
 from cogtrain.inputs import Objective  # noqa: E402
+from cogtrain.peers import meet  # noqa: E402
 from cogtrain.run import open_run  # noqa: E402
 from cogtrain.settings import LoraSettings, SftSettings  # noqa: E402
 from cogtrain.signals import StopRequest  # noqa: E402
@@ -64,14 +68,17 @@ def main(cases, out):
 
     Objective.losses, Runtime.prepare = watched_losses, watched_prepare
     rank = os.environ["RANK"]
+    peers = meet()
     read = data.read_sample
     for case in cases:
         seen.clear()
         seen["samples"] = []
         AcceleratorState._reset_state(reset_partial_state=True)
         cls = {"lora": LoraSettings, "sft": SftSettings}[case["method"]]
-        settings = {k: Path(v) if k in ("out", "deepspeed", "nvme") else v for k, v in case["settings"].items()}
-        run = open_run(cls(**settings), device, int(os.environ["WORLD_SIZE"]))
+        other = case.get("other", {}) if rank != "0" else {}
+        os.chdir(other.get("folder", out))
+        settings = case["settings"] | other.get("settings", {})
+        settings = {k: Path(v) if k in ("out", "deepspeed", "nvme") else v for k, v in settings.items()}
         spoilt = case.get("spoil")
 
         def read_spoilt(shards, index, spoilt=spoilt):
@@ -81,7 +88,14 @@ def main(cases, out):
         data.read_sample = read_spoilt
         if "compiler" in case:
             torch.compile = functools.partial(torch.compile, backend=case["compiler"])
-        loop.train(run, StopRequest())
+        began = time.monotonic()
+        try:
+            run = peers.together(lambda: open_run(cls(**settings), device, peers.world, peers))  # noqa: B023
+            loop.train(run, StopRequest(), peers)
+        except CogError as error:
+            if not case.get("refused"):
+                raise
+            seen["error"] = [type(error).__name__, str(error), time.monotonic() - began]
         # An 8-bit optimizer has its rate in a tensor.
         (out / f"{case['name']}-{rank}.json").write_text(json.dumps(seen, default=float))
 

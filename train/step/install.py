@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError, SettingError
-from cogcommon.memory import free_gpu_memory, free_host_memory
 
 from .. import zero
 from .demand import load_of, offloaded_bytes, trained_weights
 from .engine import Engine
 from .plan import Load, Plan, choose, fits, gib
+from .room import Room
 from .trial import compiler_fault
 
 if TYPE_CHECKING:
@@ -24,11 +23,14 @@ if TYPE_CHECKING:
     from ..strategy import Runtime
 
 
-def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime, log: RunLog) -> Engine:
+def install(
+    transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime, log: RunLog, room: Room
+) -> Engine:  # fmt: skip
     """Put the blocks of a transformer under the plan that its run asks for, and the rest on the device.
 
     Args:
         transformer: on the CPU, in training mode, adapters attached.
+        room: that each process had before it was loaded.
 
     Raises:
         SettingError: ``--compile on`` without a compiler.
@@ -36,8 +38,8 @@ def install(transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime
     """
     gpu = runtime.device.type == "cuda"
     load = load_of(run)
-    free = free_gpu_memory(runtime.device) if gpu else 0
-    host_free = _host_free(run, load)
+    free = room.gpu
+    host_free = _host_free(run, load, room, sum(parameter.nbytes for parameter in transformer.parameters()))
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
     plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu)
     if gpu:
@@ -90,16 +92,15 @@ def no_room(plan: Plan, load: Load, *, free: int, host_free: int) -> RunError:
     )
 
 
-def _host_free(run: Run, load: Load) -> int:
-    """Bytes of host memory for this process: what is free, and the copy of the weights that it will give up, less what
-    DeepSpeed will take."""
-    import psutil
+def _host_free(run: Run, load: Load, room: Room, loaded: int) -> int:
+    """Bytes of host memory for this process: what there is, less what DeepSpeed will take and the weights, but for the
+    copy of them that it will give up.
 
-    memory = psutil.Process().memory_info()
-    own = memory.rss - getattr(memory, "shared", 0)  # pages of a file that was read count as free already
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    Args:
+        loaded: bytes of the weights.
+    """
     offloaded = offloaded_bytes(trained_weights(run) / run.world, run.strategy)
-    return max(0, int(free_host_memory() // processes + min(own, load.layers * load.block) - offloaded))
+    return max(0, int(room.host - loaded + min(loaded, load.layers * load.block) - offloaded))
 
 
 def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:
@@ -107,6 +108,8 @@ def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:
     if wanted == "off" or (wanted == "auto" and runtime.device.type == "cpu"):
         return False
     fault = compiler_fault(runtime.device)
+    if runtime.agree(int(fault is not None)) and fault is None:
+        fault = "not in another process of the run"
     if fault and wanted == "on":
         raise SettingError(
             f"nothing can be compiled here: {fault}",

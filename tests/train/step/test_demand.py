@@ -14,6 +14,7 @@ from cogtrain.settings import LoraSettings, SftSettings
 from cogtrain.step import install
 from cogtrain.step.demand import bytes_a_weight, demand, load_of, offloaded_bytes, trained_weights
 from cogtrain.step.plan import choose
+from cogtrain.step.room import Room
 
 GIB = 2**30
 
@@ -69,14 +70,12 @@ def test_what_is_page_locked_is_a_power_of_two():
     assert offloaded_bytes(2**29 + 1, "zero3-offload") == pytest.approx(28 * 2**29)  # 12, and twice 8
 
 
-def test_what_deepspeed_will_take_of_the_host_is_left_to_it(run_of, monkeypatch):
+def test_what_deepspeed_will_take_of_the_host_is_left_to_it(run_of):
     run = run_of(SftSettings(strategy="zero3-offload"), "5b", world=8)
     load, theirs = load_of(run), int(offloaded_bytes(trained_weights(run) / 8, "zero3-offload"))
     assert load.block == 0  # no weights of its own for a process to give up
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     for free, left in ((theirs + 10 * GIB, 10 * GIB), (theirs // 2, 0)):
-        monkeypatch.setattr(install, "free_host_memory", lambda free=free: 8 * free)
-        host_free = install._host_free(run, load)
+        host_free = install._host_free(run, load, Room(host=free, gpu=12 * GIB), loaded=0)
         assert host_free == pytest.approx(left, abs=1)
         plan = choose("low", load, free=12 * GIB, host_free=host_free, compiled=True)
         assert plan.host(load) <= 0.8 * left

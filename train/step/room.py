@@ -1,0 +1,43 @@
+"""How much memory each process of a run may take: measured by all of them before any takes some."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cogcommon.memory import free_gpu_memory, free_host_memory
+
+from ..peers import Peers
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes for each process of a run: of its host's memory, and of its GPU's (0 on a CPU)."""
+
+    host: int
+    gpu: int
+
+
+def common_room(peers: Peers, device: torch.device) -> Room:
+    """The least that any process of the run has, so that one plan is all of theirs; every rank calls it.
+
+    Call it before a weight is loaded: what one process has taken, the next on its host would miss.
+    """
+    gpu = free_gpu_memory(device) if device.type == "cuda" else 0
+    return smallest(peers.gather((peers.place.machine, free_host_memory(), gpu)))
+
+
+def smallest(measured: list[tuple[str, int, int]]) -> Room:
+    """The least share of all processes; those of one machine share its memory.
+
+    Args:
+        measured: of each process its machine, and the free bytes of the host and of the GPU.
+    """
+    processes = Counter(machine for machine, _, _ in measured)
+    return Room(
+        host=min(host // processes[machine] for machine, host, _ in measured), gpu=min(gpu for _, _, gpu in measured)
+    )
