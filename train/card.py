@@ -107,7 +107,6 @@ def _losses(run: Run, step: int) -> dict[str, str]:
     validations = [line for line in run.validations if line.step <= step]
     if validations:
         last = validations[-1]
-        rows["held-out loss"] = (
-            f"{number(last.val_loss)} at step {last.step:,}; the base model's is {number(last.base_val_loss)}"
-        )
+        tuned, base = ("not finite" if loss is None else number(loss) for loss in (last.val_loss, last.base_val_loss))
+        rows["held-out loss"] = f"{tuned} at step {last.step:,}; the base model's is {base}"
     return rows

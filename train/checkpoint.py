@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.errors import RunError
 from cogcommon.files import fsync_folder
 
+from .finite import all_finite
+from .peers import PeerFailed
 from .strategy import Runtime
 
 if TYPE_CHECKING:
@@ -161,7 +163,11 @@ def save(
 
     Args:
         average: this rank's part of the moving average of the weights.
+
+    Raises:
+        RunError: a weight, or a number of the optimizer's state, is not finite.
     """
+    _check_finite(runtime, model, optimizer, average, f"step {state.step}", "resume the last checkpoint")
     final = run / folder_name(state.step)
     temporary = run / f".{final.name}.tmp"
     if runtime.main:
@@ -182,6 +188,29 @@ def save(
                 shutil.rmtree(old)
     runtime.wait()
     return final
+
+
+def load(runtime: Runtime, model: Any, optimizer: Any, average: list[torch.Tensor] | None, folder: Path) -> None:
+    """Read a checkpoint back; every rank calls it.
+
+    Raises:
+        RunError: it is damaged, does not fit this model, or holds what is not finite.
+    """
+    runtime.load_state(model, optimizer, average, folder)
+    _check_finite(runtime, model, optimizer, average, str(folder), "resume an older one")
+
+
+def _check_finite(
+    runtime: Runtime, model: Any, optimizer: Any, average: list[torch.Tensor] | None, where: str, do: str
+) -> None:
+    if runtime.agree(int(not all_finite(runtime.held(model, optimizer, average)))):
+        raise (
+            RunError(
+                "the weights, or the optimizer's state, are not finite", where=where, fix=f"{do}, with a lower --lr"
+            )
+            if runtime.main
+            else PeerFailed()
+        )
 
 
 def _fsync_tree(folder: Path) -> None:

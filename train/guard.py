@@ -1,56 +1,19 @@
-"""What can go wrong inside a step: losses that are not finite, memory that is not enough."""
+"""Errors of one rank that all ranks stop for, and memory that is not enough."""
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
 
-from .order import Ints
-from .peers import PeerFailed
-from .run import Run
 from .step.demand import Demand, choices, demand
 from .step.plan import gib
 
 if TYPE_CHECKING:
     import torch
 
-_SHOWN = 8  # samples named in one message
-
-
-def not_finite(losses: Sequence[float], places: Ints, run: Run) -> list[str]:
-    """The samples whose loss is not finite, as ``key in shard``.
-
-    Args:
-        losses: of all ranks, rank by rank.
-        places: indices of their samples, in the same order.
-    """
-    named = []
-    for loss, index in zip(losses, places, strict=True):
-        if not math.isfinite(loss):
-            extent = run.shards.extent(int(index))
-            named.append(f"{extent.key} in {run.shards.shards[extent.shard].shown} ({loss})")
-    return named
-
-
-def listed(named: Sequence[str]) -> str:
-    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-    return ", ".join(named[:_SHOWN]) + more
-
-
-def stop_for(named: Sequence[str], step: int, main: bool) -> RunError:
-    """The error of a loss that is not finite; all ranks raise one, rank 0 says it."""
-    if not main:
-        return PeerFailed()
-    return RunError(
-        f"the loss of {len(named)} sample{'s' * (len(named) > 1)} is not finite",
-        where=f"step {step}: {listed(named)}",
-        fix="`cogprep verify` tells whether the samples are whole; --on-nonfinite skip goes on without them; "
-        "if it happens everywhere, a lower --lr or --precision bf16",
-    )
+    from .run import Run
 
 
 def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:

@@ -18,7 +18,8 @@ from .clock import StepClock
 from .data import Batch, Collator, prefetch
 from .draws import seed_of
 from .ema import Average
-from .guard import listed, not_finite, out_of_memory, stop_for
+from .finite import Judge, listed, not_finite, stop_for
+from .guard import out_of_memory
 from .inputs import Objective
 from .optim import clip, learning_rate, make_optimizer
 from .order import Slot, rank_slots
@@ -87,7 +88,7 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
             average = Average(trained, settings.ema) if settings.ema else None
             shadow = average.shadow if average else None
             if run.resume is not None:
-                runtime.load_state(model, optimizer, shadow, run.resume.folder)
+                checkpoints.load(runtime, model, optimizer, shadow, run.resume.folder)
             objective = Objective.of(
                 run.checkpoint, settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None
             )
@@ -97,8 +98,9 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
             )  # fmt: skip
             closing.callback(batches.close)
             copies = CopyStream(runtime.device)
-            step_log = StepLog(run, runtime, log)
             deferred = can_defer(run, runtime, optimizer)
+            judge = Judge(run, runtime, log)
+            step_log = StepLog(run, runtime, log, judge if deferred else None)
             closing.enter_context(stop.listening())  # before this there is nothing to save
             for step in range(done + 1, run.steps + 1):
                 clock = StepClock(runtime.device)
@@ -106,6 +108,7 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
                 rate = learning_rate(step, run.steps, settings)
                 runtime.set_rate(optimizer, rate)
                 losses: list[torch.Tensor] = []
+                makes = True
                 for micro in range(settings.accumulate):
                     batch = peers.together(lambda: next(batches)).upload(copies)
                     clock.end("data")
@@ -119,8 +122,11 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
                             norm = clip(runtime, optimizer, trained, settings)
                             step_log.flush()  # the step before: if it was not finite, nothing is trained after it
                             if deferred:
-                                skip_if_not_finite(optimizer, losses)
-                        optimizer.step()
+                                skip_if_not_finite(optimizer, losses, norm)
+                            else:
+                                makes = judge.gradient(step, float(norm), samples=sum(map(len, losses)))
+                        if makes:
+                            optimizer.step()
                         optimizer.zero_grad()
                 if average:
                     average.update(step)
@@ -148,6 +154,7 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
                     raise Stopped(
                         128 + signal, command_line("cogtrain", run.method.name, "--config", folder / CONFIG_FILE)
                     )
+            judge.end()
             with average.in_place() if average else nullcontext():
                 exported = run.method.export(runtime, model, run.checkpoint, folder, announce.weights_file_facts(run))
             if exported is not None:
@@ -203,6 +210,7 @@ def _loss(
         return losses_B.mean(), gathered
     if run.settings.on_nonfinite == "stop":
         raise stop_for(bad, step, runtime.main)
+    del losses_B  # and with it all that the first pass has kept
     log.say(f"step {step}: the loss is not finite; left out, with the rest of its batch: {listed(bad)}")
     # Every rank goes through the model once more, on zeros, so that gradients exist and add nothing.
     nothing = objective.losses(model, batch.blank(), runtime.dtype).mean()

@@ -20,6 +20,7 @@ from cogcommon.checkpoint import Checkpoint
 from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.files import commit_bytes
 
+from .finite import refuse_to_write
 from .probe import difference, limit, probe
 from .settings import TARGET_MODULES
 
@@ -116,6 +117,9 @@ def state_dict(
     Args:
         read: gives a weight whole; under ZeRO the ranks hold parts, and all of them call this.
 
+    Raises:
+        RunError: a weight is not finite.
+
     Returns:
         ``transformer.<layer>.lora_A.weight`` (rank, in) and ``...lora_B.weight`` (out, rank).
     """
@@ -131,6 +135,7 @@ def state_dict(
                 weight *= layer.scaling[_ADAPTER]
             state[f"{_PREFIX}{name}.{side}.weight"] = weight.contiguous()
     assert state, "no adapters attached"
+    refuse_to_write(state.values(), "the adapters' weights are")
     return state
 
 

@@ -82,17 +82,22 @@ def make_optimizer(
     return _prodigy(settings)(parameters, decouple=True, use_bias_correction=True, safeguard_warmup=True, **common)
 
 
-def clip(runtime: Runtime, optimizer: Any, trained: Sequence[torch.nn.Parameter], settings: TrainSettings) -> Any:
+def clip(
+    runtime: Runtime, optimizer: Any, trained: Sequence[torch.nn.Parameter], settings: TrainSettings
+) -> torch.Tensor:
     """Clip the norm of all gradients, wherever they are.
 
     Returns:
-        The norm as it was.
+        The norm as it was, which is finite exactly where all gradients are.
     """
+    import torch
+
     largest = settings.max_grad_norm or float("inf")
     inner = unwrapped(optimizer)
     if hasattr(inner, "clip"):  # HostAdamW: its gradients are not in .grad
-        return inner.clip(largest, runtime.accelerator.scaler)
-    return runtime.accelerator.clip_grad_norm_(trained, largest)
+        norm: torch.Tensor = inner.clip(largest, runtime.accelerator.scaler)
+        return norm
+    return torch.as_tensor(runtime.accelerator.clip_grad_norm_(trained, largest))
 
 
 def unwrapped(optimizer: Any) -> Any:

@@ -118,7 +118,7 @@ class RunLog:
         if self.folder is None:
             return
         note = (
-            f"loss {metrics.loss:.4f}  lr {metrics.lr:.2g}  {metrics.s_per_step:.2f} s/step  "
+            f"loss {_shown(metrics.loss)}  lr {metrics.lr:.2g}  {metrics.s_per_step:.2f} s/step  "
             f"peak {metrics.peak_gib:.1f} GiB"
         )
         now = time.perf_counter()
@@ -131,19 +131,20 @@ class RunLog:
 
     def validation(self, line: ValidationLine) -> None:
         self.write(asdict(line))
-        change = 100 * (line.val_loss / line.base_val_loss - 1)
+        change = f" ({line.change:+.1f} %)" if line.change is not None else ""
         self.say(
-            f"step {line.step}/{self.steps}  held-out loss {line.val_loss:.4f}, base model {line.base_val_loss:.4f} "
-            f"({change:+.1f} %)"
+            f"step {line.step}/{self.steps}  held-out loss {_shown(line.val_loss)}, "
+            f"base model {_shown(line.base_val_loss)}{change}"
         )
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         if self._tracker is not None:
-            self._tracker.log({name: value for name, value in line.items() if name != "step"}, line["step"])
+            known = {name: value for name, value in line.items() if name != "step" and value is not None}
+            self._tracker.log(known, line["step"])
         if self.folder is not None:
             with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+                stream.write(json.dumps(line) + "\n")
 
 
 def clock(seconds: float) -> str:
@@ -152,6 +153,5 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

@@ -62,9 +62,9 @@ def _figures(run: Run) -> str:
         shown.append((number(smoothed(losses)[-1][1]), "training loss, smoothed"))
     if run.validations:
         last = run.validations[-1]
-        change = 100 * (last.val_loss / last.base_val_loss - 1)
-        shown.append((number(last.val_loss), "held-out loss"))
-        shown.append((f"{change:+.1f} %", f"against the base model's {number(last.base_val_loss)}"))
+        shown.append(("not finite" if last.val_loss is None else number(last.val_loss), "held-out loss"))
+        if last.change is not None and last.base_val_loss is not None:
+            shown.append((f"{last.change:+.1f} %", f"against the base model's {number(last.base_val_loss)}"))
     if run.steps:
         # The first steps warm caches and compile kernels.
         settled = sorted(line.s_per_step for line in run.steps[min(3, len(run.steps) - 1) :])
@@ -86,8 +86,10 @@ def _curves(run: Run) -> Iterable[str]:
     if run.validations:
         base = run.validations[-1].base_val_loss
         # Before the first step the model is the base model.
-        held_out = [(0, base), *((line.step, line.val_loss) for line in run.validations)]
-        lines.append(Line("base model, held out", [(0, base), (losses[-1][0], base)], "base"))
+        measured = [(0, base), *((line.step, line.val_loss) for line in run.validations)]
+        held_out = [(step, loss) for step, loss in measured if loss is not None]
+        if base is not None:
+            lines.append(Line("base model, held out", [(0, base), (losses[-1][0], base)], "base"))
         lines.append(Line("held out", held_out, "held-out", marks=True))
     legend = "".join(f'<span class="{line.style}"><i></i>{line.name}</span>' for line in lines)
     yield f'<h2>Loss</h2><figure><div class="legend">{legend}</div>{chart(lines)}</figure>'

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -69,9 +70,9 @@ class StepLine:
 
     step: int
     epoch: int
-    loss: float
+    loss: float | None  # None, here and below: not finite
     lr: float
-    grad_norm: float
+    grad_norm: float | None
     s_per_step: float
     samples_per_s: float
     peak_gib: float
@@ -88,9 +89,21 @@ class ValidationLine:
     """One validation. ``base_val_loss`` is the untouched base model's, on the same samples and noise."""
 
     step: int
-    val_loss: float
-    base_val_loss: float
+    val_loss: float | None
+    base_val_loss: float | None
     val_peak_gib: float = 0.0  # of memory held meanwhile
+
+    @property
+    def change(self) -> float | None:
+        """Per cent from the base model's loss; None where one of the two is not finite."""
+        if self.val_loss is None or not self.base_val_loss:
+            return None
+        return 100 * (self.val_loss / self.base_val_loss - 1)
+
+
+def finite(value: float) -> float | None:
+    """As it stands in a line: JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from cogcommon.files import fsync_folder
 from cogcommon.typed import parse_object
 from cogcommon.weights import load_part
 
+from .finite import refuse_to_write
 from .probe import difference, limit, probe
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def state_dict(
         dtype: of the file; the masters are rounded to it once.
         read: gives a weight whole; under ZeRO the ranks hold parts, and all of them call this.
         keep: false on ranks that only help to gather; they get an empty dict.
+
+    Raises:
+        RunError: a weight is not finite, or not in ``dtype``.
     """
     state = {}
     for name, parameter in transformer.named_parameters():
@@ -43,6 +47,7 @@ def state_dict(
         if keep:
             assert weight.numel(), "a part of a weight: it must be gathered"
             state[name] = weight.to("cpu", dtype, copy=True).contiguous()
+    refuse_to_write(state.values(), f"the weights, in {str(dtype).removeprefix('torch.')}, are")
     return state
 
 

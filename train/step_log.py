@@ -1,9 +1,9 @@
 """Logs each step's loss and gradient norm one step late, so that the host never waits for the GPU.
 
 Reading a loss makes the host wait for the GPU, and the GPU then waits for the host. So a step's
-numbers are copied to page-locked memory and read after the next step has been queued. A loss
-that is not finite is therefore noticed one step late; by then `skip_if_not_finite` has kept it
-from the weights, on the GPU itself.
+numbers are copied to page-locked memory and read after the next step has been queued. A loss or a
+gradient that is not finite is therefore noticed one step late; by then `skip_if_not_finite` has kept
+it from the weights, on the GPU itself.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.copies import download
 
 from .clock import StepClock
-from .guard import not_finite, stop_for
+from .finite import Judge, not_finite, stop_for
 from .optim import unwrapped
 from .progress import RunLog, peak_gib
 from .run import Run
-from .run_folder import StepLine
+from .run_folder import StepLine, finite
 from .strategy import Runtime
 
 if TYPE_CHECKING:
@@ -44,11 +44,12 @@ def can_defer(run: Run, runtime: Runtime, optimizer: Any) -> bool:
     )
 
 
-def skip_if_not_finite(optimizer: Any, losses: Sequence[torch.Tensor]) -> None:
-    """Make a fused optimizer's next step do nothing if any loss is not finite; the host does not wait."""
+def skip_if_not_finite(optimizer: Any, losses: Sequence[torch.Tensor], norm: torch.Tensor) -> None:
+    """Make a fused optimizer's next step do nothing if a loss or the gradient is not finite; the host does not wait."""
     import torch
 
-    unwrapped(optimizer).found_inf = 1.0 - torch.cat([*losses]).isfinite().all().float()
+    numbers = torch.cat([*losses, norm.detach().reshape(1).to(losses[0].device, losses[0].dtype)])
+    unwrapped(optimizer).found_inf = 1.0 - numbers.isfinite().all().float()
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,17 @@ class _Pending:
 
 
 class StepLog:
-    """Takes each step's numbers when it has been queued, and logs them once they have reached the host."""
+    """Takes each step's numbers when it has been queued, and logs them once they have reached the host.
 
-    def __init__(self, run: Run, runtime: Runtime, log: RunLog) -> None:
+    Args:
+        judge: of the gradients, where they are seen here first (`can_defer`).
+    """
+
+    def __init__(self, run: Run, runtime: Runtime, log: RunLog, judge: Judge | None) -> None:
         self._run = run
         self._runtime = runtime
         self._log = log
+        self._judge = judge
         self._pending: _Pending | None = None
 
     def add(self, step: int, rate: float, losses: Sequence[torch.Tensor], norm: Any, clock: StepClock) -> None:
@@ -83,7 +89,7 @@ class StepLog:
         """Wait for the numbers of the last step that was added, and log them.
 
         Raises:
-            RunError: a loss was not finite; the weights are those of the step before.
+            RunError: a loss or the gradient was not finite; the weights are those of the step before.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -97,6 +103,8 @@ class StepLog:
             bad = not_finite(losses, run.order.epoch(epoch)[place], run)
             if bad:
                 raise stop_for(bad, pending.step, self._runtime.main)
+        if self._judge:
+            self._judge.gradient(pending.step, norm, samples=len(losses))
         times = pending.clock.read()
         if times.compile > 1:
             self._log.say(
@@ -106,9 +114,9 @@ class StepLog:
             StepLine(
                 step=pending.step,
                 epoch=epoch,
-                loss=sum(losses) / len(losses) if losses else float("nan"),
+                loss=finite(sum(losses) / len(losses)) if losses else None,
                 lr=pending.rate,
-                grad_norm=norm,
+                grad_norm=finite(norm),
                 s_per_step=times.step,
                 samples_per_s=run.global_batch / times.step,
                 peak_gib=peak_gib(self._runtime.device),

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,9 +112,24 @@ class Runtime:
         if self._converts:
             self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
         if self.sharded:
-            return self.accelerator.prepare(model, optimizer)
+            engine, wrapped = self.accelerator.prepare(model, optimizer)
+            zero.prepare(engine)
+            return engine, wrapped
         # Weights are where they belong; moving them again would bring streamed ones to the GPU.
         return self.accelerator.prepare(model, optimizer, device_placement=[False, False])
+
+    def held(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None) -> Iterator[torch.Tensor]:
+        """What this process holds of the trained weights, of their average and of the optimizer's state."""
+        import torch
+
+        if self.sharded:
+            yield from zero.held(model)
+            return
+        states = optimizer.state_dict()["state"]  # first: one that steps beside the computation ends it here
+        yield from self._trained(model).values()
+        yield from average or ()
+        for state in states.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     def save_state(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None, folder: Path) -> None:
         """Write what was trained and the optimizer's state; every rank calls it.

@@ -24,7 +24,7 @@ from .inputs import Objective
 from .order import Slot
 from .progress import RunLog, peak_gib, reset_peak
 from .run import Run
-from .run_folder import VALIDATION, ValidationLine
+from .run_folder import VALIDATION, ValidationLine, finite
 from .sample import Conditions, decode, load_decoder, sample
 from .signals import StopRequest
 from .sources import ShardSet
@@ -104,12 +104,15 @@ class Validation:
         if self.runtime.main and path.exists():
             found = path.read_text(encoding="utf-8")
         known = json.loads(self.runtime.peers.tell(found) or "{}")
-        return known["loss"] if known.get("facts") == self._facts() else None
+        if known.get("facts") != self._facts():
+            return None
+        return math.nan if known["loss"] is None else float(known["loss"])
 
     def _remember(self, loss: float) -> None:
         if self.runtime.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            commit_bytes(self.folder / _BASE_FILE, json.dumps({"facts": self._facts(), "loss": loss}).encode())
+            known = {"facts": self._facts(), "loss": finite(loss)}
+            commit_bytes(self.folder / _BASE_FILE, json.dumps(known).encode())
 
     def _facts(self) -> list[Any]:
         """What the base model's loss and videos depend on."""
@@ -131,7 +134,7 @@ class Validation:
                 f"validation held {peak:.1f} GiB of the GPU, training {training:.1f}"
                 + ("; --validate-videos 0 lowers it" if self.videos else "")
             )
-        return ValidationLine(step, value, self.base_loss, peak)
+        return ValidationLine(step, finite(value), finite(self.base_loss), peak)
 
     def _take(self, model: torch.nn.Module, step: int) -> tuple[float, float]:
         """The loss, and the most memory held meanwhile; before and after it is counted anew."""
@@ -164,8 +167,15 @@ class Validation:
                 rows.append(torch.stack(row))
         losses_RT = self.runtime.accelerator.gather(torch.stack(rows)).double().cpu()  # rank by rank
         by_sample = losses_RT.view(self.runtime.world, rounds, -1).transpose(0, 1).reshape(-1, len(TIMESTEPS))
-        values = by_sample[: len(self.held_out)].flatten().tolist()
-        return math.fsum(values) / len(values)
+        by_sample = by_sample[: len(self.held_out)]
+        for index in (~by_sample.isfinite().all(1)).nonzero().flatten().tolist():
+            extent = self.held_out.extent(index)
+            self.log.say(
+                f"note: the held-out loss of {extent.key} in {self.held_out.shards[extent.shard].shown} is not finite"
+            )
+        values = by_sample.flatten().tolist()
+        # `math.fsum` takes no sum of infinities of both signs.
+        return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
 
     def draw(self, model: torch.nn.Module, step: int) -> None:
         """Write ``validation/step-N/i.mp4`` for the first held-out samples, each on one rank, side by side."""

@@ -141,6 +141,23 @@ def _as_places(block: torch.nn.Module, arguments: tuple[Any, ...], named: dict[s
     return (first, *rest), named
 
 
+def held(engine: Any) -> Iterator[torch.Tensor]:
+    """What this process holds of the fp32 masters and of the optimizer's state."""
+    import torch
+
+    optimizer = engine.optimizer.optimizer  # torch's, or DeepSpeed's own Adam, inside ZeRO's
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for master, state in optimizer.state.items():  # stage 3 leaves its groups empty between two steps
+        yield from (value for value in (master, *state.values()) if isinstance(value, torch.Tensor))
+
+
+def prepare(engine: Any) -> None:
+    """Let fp16's loss scale stay at its least instead of ending the run in a traceback; `finite.Judge` ends it."""
+    if hasattr(scaler := engine.optimizer.loss_scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+
+
 def save(engine: Any, folder: Path) -> None:
     """Write the engine's state into a checkpoint; every rank calls it. What is frozen is left out."""
     engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=_partly_frozen(engine))

@@ -109,6 +109,10 @@ _OPTIONS = {
 }
 
 
+# Without these DeepSpeed would step with a gradient that is not finite.
+_FOR_NOT_FINITE = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
+
+
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
     """A DeepSpeed JSON.
 
@@ -143,6 +147,8 @@ def _merge(config: dict[str, Any], own: Mapping[str, Any], settings: TrainSettin
             if not isinstance(inner, dict):
                 raise _contradiction(settings, dotted, value, inner, "a plain value")
             _merge(inner, value, settings, [*at, key])
+        elif dotted in _FOR_NOT_FINITE and value is False:
+            raise _contradiction(settings, dotted, value, True, "a gradient that is not finite must be seen")
         elif dotted in _OPTIONS and config.get(key, _ABSENT[type(value)]) != value:
             raise _contradiction(settings, dotted, value, config.get(key, "none"), _OPTIONS[dotted])
         else:

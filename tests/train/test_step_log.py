@@ -98,9 +98,10 @@ def test_a_held_step_leaves_the_optimizer_where_it_was():
 
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    for losses, gradient in (([1.0], 1.0), ([1.0, float("nan")], float("nan")), ([2.0], 1.0)):
+    nan = float("nan")
+    for losses, gradient in (([1.0], 1.0), ([1.0, nan], nan), ([1.0, 1.0], nan), ([1.0, nan], 1.0), ([2.0], 1.0)):
         weight.grad = torch.full((4,), gradient)
-        skip_if_not_finite(optimizer, [torch.tensor(losses)])
+        skip_if_not_finite(optimizer, [torch.tensor(losses)], torch.tensor(2 * gradient))
         optimizer.step()
     undisturbed = torch.nn.Parameter(torch.ones(4))
     other = torch.optim.AdamW([undisturbed], lr=0.1, fused=True)
@@ -123,7 +124,7 @@ def test_fp16s_scaler_skips_the_step_whose_loss_is_not_finite():
         loss = (weight * factor).sum()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        skip_if_not_finite(optimizer, [loss.detach().reshape(1)])
+        skip_if_not_finite(optimizer, [loss.detach().reshape(1)], weight.grad.norm())
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -1,9 +1,10 @@
 """One rank of a test's process group: runs several trainings one after the other and writes down what it saw.
 
 Usage: torchrun ... worker.py CASES.json OUT. A case is {"name", "method", "settings"} and perhaps {"spoil": i},
-which makes sample i NaN, {"compiler": name}, a backend of torch.compile, or {"other": {"folder", "settings"}}, the
-working folder of rank 1 and settings of its own; rank r writes OUT/<name>-<r>.json with the samples it took, what was
-drawn for them, the live optimizer's values, and, where {"refused": true}, the error and the seconds until it came.
+which makes sample i NaN, {"nan_gradient": steps}, {"compiler": name}, a backend of torch.compile, or {"other":
+{"folder", "settings"}}, the working folder of rank 1 and settings of its own; rank r writes OUT/<name>-<r>.json with
+the samples it took, what was drawn for them, the live optimizer's values, and, where {"refused": true} or its gradients
+are NaN, the error and the seconds until it came.
 """
 
 import dataclasses
@@ -17,6 +18,9 @@ from pathlib import Path
 
 from cogcommon.device import pick_device, quiet_libraries
 from cogcommon.errors import CogError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from nan_gradient import make_gradients_nan
 
 device = pick_device(int(os.environ["LOCAL_RANK"]))
 quiet_libraries()
@@ -67,6 +71,7 @@ def main(cases, out):
         return model, optimizer
 
     Objective.losses, Runtime.prepare = watched_losses, watched_prepare
+    nan_gradient_at = make_gradients_nan()
     rank = os.environ["RANK"]
     peers = meet()
     read = data.read_sample
@@ -86,6 +91,7 @@ def main(cases, out):
             return sample if index != spoilt else dataclasses.replace(sample, text=sample.text * float("nan"))
 
         data.read_sample = read_spoilt
+        nan_gradient_at(case.get("nan_gradient"))
         if "compiler" in case:
             torch.compile = functools.partial(torch.compile, backend=case["compiler"])
         began = time.monotonic()
@@ -93,7 +99,7 @@ def main(cases, out):
             run = peers.together(lambda: open_run(cls(**settings), device, peers.world, peers))  # noqa: B023
             loop.train(run, StopRequest(), peers)
         except CogError as error:
-            if not case.get("refused"):
+            if not (case.get("refused") or case.get("nan_gradient")):
                 raise
             seen["error"] = [type(error).__name__, str(error), time.monotonic() - began]
         # An 8-bit optimizer has its rate in a tensor.

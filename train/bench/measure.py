@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -211,8 +212,8 @@ def _result(run: Run, row: Row, stop: _After) -> Mapping[str, Any]:
         "plan": facts.plan,
         "attention": facts.attention,
         **stop.machine.found(run),
-        "losses": [round(line.loss, 5) for line in lines],
-        "norms": [round(line.grad_norm, 5) for line in lines],
+        "losses": [round(line.loss or math.nan, 5) for line in lines],
+        "norms": [round(line.grad_norm or math.nan, 5) for line in lines],
         "all_s": [round(line.s_per_step, 3) for line in lines],
     }
 

@@ -101,7 +101,10 @@ def tell(proof: Proof) -> str:
 
 def _held_out_loss(run: Path) -> tuple[float, float] | None:
     _, validations = read_metrics(run / METRICS_FILE)
-    return (validations[-1].base_val_loss, validations[-1].val_loss) if validations else None
+    if not validations:
+        return None
+    base, tuned = validations[-1].base_val_loss, validations[-1].val_loss
+    return None if base is None or tuned is None else (base, tuned)
 
 
 def _beside(scenes: Sequence[Scene], columns: Sequence[tuple[str, Frames, Sequence[Scene]]]) -> Image:
