@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from .locks import Busy, NoLocks, lock, open_locked
+
+# What is being written, .NAME.HOST-RANDOM.tmp: no two writers share a name, in whatever containers they run.
+# The guard keeps writers of one name apart where the file system cannot.
+TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9-]{1,24}-[0-9a-f]{16}|guard)\.tmp", re.ASCII | re.DOTALL)
+
+# How file systems without hard links answer (exFAT, FAT, some FUSE drivers and network shares).
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder that nobody else takes; `TEMPORARY` knows it as ours."""
+    host = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:24].strip("-") or "host"
+    return path.with_name(f".{path.name}.{host}-{secrets.token_hex(8)}.tmp")
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
+    """Make renames and removals in a folder durable, where the file system knows how."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # some know it for files only
+            raise
     finally:
         os.close(descriptor)
 
@@ -29,22 +55,91 @@ def commit_bytes(path: Path, data: bytes, *, exclusive: bool = False) -> bool:
 
     Returns:
         Whether the file is ours; always true unless ``exclusive``.
+
+    Raises:
+        NoLocks: for ``exclusive``, where there are neither hard links nor locks.
     """
-    # The process id keeps two writers apart; a leftover is what clean-cache calls half-written.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, stream = _open_temporary(path)
     try:
-        with temporary.open("wb") as stream:
+        with stream:  # locked until it has its name, so that clean-cache knows that we live
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        if exclusive:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            fsync_folder(path.parent)
-        else:
+            if exclusive:
+                return _commit_first(temporary, path)
             commit(temporary, path)
-        return True
+            return True
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open_temporary(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new temporary file, locked where the file system keeps locks."""
+    while True:
+        temporary = temporary_beside(path)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        stream = os.fdopen(descriptor, "wb")
+        try:
+            lock(stream, temporary)
+            if os.path.lexists(temporary):
+                return temporary, stream
+        except NoLocks:
+            return temporary, stream
+        except Busy:
+            pass  # clean-cache came between, took it for a dead writer's, and removes it
+        stream.close()
+
+
+def _commit_first(temporary: Path, final: Path) -> bool:
+    """Give a finished file its name unless that is taken; returns whether it was free."""
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with _alone_with(final):
+            if os.path.lexists(final):
+                return False
+            commit(temporary, final)
+            return True
+    fsync_folder(final.parent)
+    return True
+
+
+@contextmanager
+def _alone_with(path: Path) -> Iterator[None]:
+    """Keep other writers of a file waiting."""
+    guard = path.with_name(f".{path.name}.guard.tmp")
+    while True:
+        try:
+            stream = open_locked(guard)
+            break
+        except Busy:
+            time.sleep(0.01)
+    with stream:
+        try:
+            yield
+        finally:
+            guard.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_file(folder: Path) -> Iterator[Path]:
+    """A temporary name in a folder; what is left under it goes with the block."""
+    temporary = temporary_beside(folder / "scratch")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under; the file gets its own when the block has ended well."""
+    with scratch_file(path.parent) as temporary:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        commit(temporary, path)

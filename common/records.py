@@ -106,6 +106,26 @@ def record_name(number: int) -> str:
     return f"{number:06d}.parquet"
 
 
+def shard_number(name: str, kind: str = "parquet") -> int | None:
+    """The number in the name of a record, or of a tar; None for any other name."""
+    digits, _, suffix = name.partition(".")
+    if suffix != kind or not (digits.isascii() and digits.isdigit()) or len(digits) > 18:
+        return None
+    return int(digits) if digits == f"{int(digits):06d}" else None
+
+
+def number_in_record(path: Path) -> int | None:
+    """The number that a record of ours says in its header; None if it is none, or its header is damaged."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        text = metadata[_METADATA_KEY]
+        if hashlib.sha256(text).hexdigest().encode() == metadata[_CHECK_KEY]:
+            return int(json.loads(text)["number"])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        pass
+    return None
+
+
 def write_record(record: ShardRecord, path: Path) -> None:
     """Commit a record; from then on the shard counts."""
     commit_bytes(path, record_bytes(record))

@@ -9,11 +9,13 @@ from typing import Any
 import av
 import numpy as np
 
+from .files import whole
+
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def write_mp4(path: Path, frames_FHWC: Frames, fps: float, *, crf: int = 18, preset: str = "medium") -> None:
-    """Encode RGB frames as an upright, BT.709-tagged H.264 mp4 that browsers play.
+    """Encode RGB frames as an upright, BT.709-tagged H.264 mp4 that browsers play. It is there whole or not at all.
 
     Args:
         frames_FHWC: uint8 RGB; height and width even.
@@ -23,7 +25,10 @@ def write_mp4(path: Path, frames_FHWC: Frames, fps: float, *, crf: int = 18, pre
     """
     count, height, width, channels = frames_FHWC.shape
     assert channels == 3 and height % 2 == 0 and width % 2 == 0 and count > 0, frames_FHWC.shape
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+    with (
+        whole(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # mbtree off: with it x264 gave 17 different files in 100 for the same frames, without it 1 in 300.

@@ -2,44 +2,37 @@
 
 What goes: what a killed run left half-written, tars and records without their
 other half, samples that the data root no longer has, and with --all everything
-that was derived. Only names that cogprep itself gives, in OUT, OUT/val, OUT/preview and
-OUT/.survey, are ever touched, and never a file that a live process writes.
+that was derived. Only what `cogprep.proof` proves to be ours is ever touched, and
+never a file that a live process writes. All of it is looked at twice: for the list,
+and, under its lock, at the moment it goes, for a question may stand for days.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
-from cogcommon.errors import DataRootError, SettingError
-from cogcommon.families import Resolution
+from cogcommon.errors import SettingError
+from cogcommon.files import TEMPORARY
+from cogcommon.locks import locked_elsewhere
 from cogcommon.names import json_text
-from cogcommon.records import read_table, record_name, tar_name
+from cogcommon.ownership import RECORD_FILE, Made, is_file, is_folder, refuse_data_root
+from cogcommon.records import SampleRow, read_table, record_name, shard_number, tar_name
 from cogcommon.terminal import Console
 from cogcommon.words import counted, in_bytes
 
-from .cut import Cut
-from .disk import ShardBusy, disk_errors, locked_elsewhere, temporary_name
-from .output import ORIGIN_FILE, SPLITS, read_contract, read_origin, records_in, scan, split_folder
-from .plan import Drop
-from .pool import Pool, default_workers
+from .disk import ShardBusy, disk_errors, lock_shard, temporary_name, work_goes_on
+from .output import SPLITS, Split, records_in, split_folder
+from .proof import A_PREVIEW, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output
 from .settings import CleanSettings
-from .shards import drop_samples, finish_rewrites
-from .survey import survey
-from .survey_cache import FOLDER, SurveyCache
-from .workers import Slice
+from .shards import committed_shards, drop_samples, finish_rewrites
+from .stale import Wanted
 
-# The temporary file of a commit, .NAME.PROCESS.tmp, and what one shard may leave behind.
-_COMMIT = re.compile(r"\..+\.(?P<process>\d+)\.tmp")
-_SHARD = re.compile(r"\.?(?P<number>\d{6})\.(?P<kind>tar|parquet|tar\.new|parquet\.new|tar\.tmp)")
-_PREVIEW = re.compile(r"index\.html|sheet-\d+\.png")
-_CACHE = re.compile(r"[0-9a-f]{32}\.json|\.[0-9a-f]{32}\.json\.\d+\.tmp")
-_OF_THE_FOLDER = re.compile(rf"{CONTRACT_FILE}|{EMPTY_CAPTION_FILE}|{ORIGIN_FILE}|report(-\d+-of-\d+)?\.json")
+# These tell what the shards are, so they go after the last of them.
+_OF_THE_SHARDS = (CONTRACT_FILE, EMPTY_CAPTION_FILE)
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,8 @@ class Removal:
     path: Path
     why: str
     size: int  # bytes that it frees
-    drop: Drop | None = None  # rewrite the shard; the file stays
+    shard: tuple[Split, int] | None = None  # that it belongs to
+    gone: frozenset[str] = frozenset()  # keys of samples to take out; the rest of the shard stays
 
 
 def run(settings: CleanSettings) -> None:
@@ -60,9 +54,10 @@ def run(settings: CleanSettings) -> None:
     """
     console = Console(stderr=settings.json, soft_wrap=True)
     out = settings.out
-    if not settings.dry_run:
-        for split in SPLITS:
-            finish_rewrites(split_folder(out, split))  # it may only lack its last renames
+    refuse_data_root(out, "--out")
+    if not settings.dry_run and is_output(out):
+        for folder in _folders(out).values():
+            finish_rewrites(folder)  # it may only lack its last renames
     removals = list(find_removals(out, everything=settings.all, say=console.print))
     if settings.json:
         print(json_text([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals]))
@@ -85,139 +80,177 @@ def run(settings: CleanSettings) -> None:
         if input(f"remove {total}? [y/N] ").strip().lower() not in ("y", "yes"):
             console.print("nothing was removed")
             return
-    in_use = carry_out(out, removals)
-    left = f"; {in_use} in use by a live process and left alone" if in_use else ""
+    in_use = carry_out(out, removals, everything=settings.all)
+    left = f"; {in_use} in use or changed meanwhile, and left alone" if in_use else ""
     console.print(f"removed {total}{left}")
+
+
+def _folders(out: Path) -> dict[Split, Path]:
+    """Where shards lie. A link is not followed."""
+    return {split: split_folder(out, split) for split in SPLITS if split == "train" or is_folder(out / split)}
 
 
 def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) -> Iterator[Removal]:
     """What can go. Nothing is called stale where the data root cannot be read.
 
     Raises:
-        SettingError: ``out`` is the data root itself.
+        SettingError: ``out`` is a data root.
         ShardError: a record is damaged.
     """
     if not out.is_dir():
         return
-    origin = read_origin(out)
-    if origin is not None and out.resolve() == Path(origin.data_root):
-        raise SettingError(
-            "this folder is the data root itself", where=str(out), fix="--out takes the folder of shards"
-        )
-    for split in SPLITS:
-        yield from _files(split_folder(out, split), everything)
-    if everything:
-        yield from _files_of(out / "preview", _PREVIEW, "a preview")
-        yield from _files_of(out / FOLDER, _CACHE, "what was found out about clips")
-    else:
+    refuse_data_root(out, "--out")
+    if not is_output(out):
+        say(f"{out} was not made by cogprep: there is neither a contract of its own in it, nor a record of a shard")
+        return
+    for split, folder in _folders(out).items():
+        for number in sorted(_numbers(folder)):
+            if not _locked(folder, number):
+                yield from _of_shard(folder, split, number, everything)
+    yield from _beside_shards(out, everything)
+    if not everything:
         yield from _stale(out, say)
 
 
-def _files(folder: Path, everything: bool) -> Iterator[Removal]:
-    """Half-written files and orphans of a folder; with ``everything`` all that is ours."""
-    present = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
-    for name, path in sorted(present.items()):
-        if path.is_symlink() or not path.is_file():
-            continue
-        size = path.stat().st_size
-        if (commit := _COMMIT.fullmatch(name)) and not _alive(int(commit["process"])):
-            yield Removal(path, "half-written", size)
-        elif everything and _OF_THE_FOLDER.fullmatch(name):
-            yield Removal(path, "settings or a report", size)
-        elif shard := _SHARD.fullmatch(name):
-            number, kind = int(shard["number"]), shard["kind"]
-            if f"{record_name(number)}.new" in present:
-                continue  # a rewrite that the next writer finishes
-            # A writer locks its temporary tar, and between renaming it and the record the tar itself.
-            if locked_elsewhere(folder / temporary_name(number)) or locked_elsewhere(folder / tar_name(number)):
-                continue
-            if kind.endswith(("new", "tmp")):
-                yield Removal(path, "half-written", size)
-            elif everything:
-                yield Removal(path, "a shard" if kind == "tar" else "the record of a shard", size)
-            elif kind == "tar" and record_name(number) not in present:
-                yield Removal(path, "a tar without a record", size)
-            elif kind == "parquet" and tar_name(number) not in present:
-                yield Removal(path, "a record without a tar", size)
+def _numbers(folder: Path) -> set[int]:
+    """Numbers of all shards that have left anything in a folder."""
+    found = set(committed_shards(folder))
+    for path in folder.iterdir():
+        if (number := shard_number(path.name, "tar")) is not None:
+            found.add(number)
+        elif half := SHARD_TEMPORARY.fullmatch(path.name):
+            found.add(int(half[1]))
+    return found
 
 
-def _files_of(folder: Path, ours: re.Pattern[str], what: str) -> Iterator[Removal]:
-    """The files of a folder of ours that have names of ours."""
-    if folder.is_dir() and not folder.is_symlink():
+def _locked(folder: Path, number: int) -> bool:
+    # A writer locks its temporary tar, and between renaming it and the record the tar itself.
+    return locked_elsewhere(folder / temporary_name(number)) or _being_committed(folder / tar_name(number))
+
+
+def _being_committed(tar: Path) -> bool:
+    return is_file(tar) and locked_elsewhere(tar)
+
+
+def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iterator[Removal]:
+    """What can go of a shard, as it is at this moment."""
+    tar, record = folder / tar_name(number), folder / record_name(number)
+    if (folder / f".{record.name}.new").exists():
+        return  # a rewrite that the next writer finishes
+    reasons = {folder / temporary_name(number): "half-written", folder / f".{tar.name}.new": "half-written"}
+    if everything:
+        reasons |= {record: "the record of a shard", tar: "a shard"}
+    elif not record.exists():
+        reasons |= {tar: "a tar without a record"}
+    elif not tar.exists():
+        reasons |= {record: "a record without a tar"}
+    for path, why in reasons.items():
+        if is_ours(path):
+            yield Removal(path, why, path.stat().st_size, (split, number))
+
+
+def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
+    """Files of a folder that belong to no shard, in the order in which they go."""
+    folders = [*_folders(out).values(), *(out / name for name in (SURVEY, PREVIEW) if is_folder(out / name))]
+    for folder in folders:
         for path in sorted(folder.iterdir()):
-            if ours.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-                yield Removal(path, what, path.stat().st_size)
+            if TEMPORARY.fullmatch(path.name) and is_file(path) and not locked_elsewhere(path):
+                yield Removal(path, "half-written", path.stat().st_size)
+    if not everything:
+        return
+    for folder in folders:
+        if (made := Made.read(folder)) and made.by == A_PREVIEW:
+            for path in [*(folder / name for name in sorted(made.files) if made.owns(name)), folder / RECORD_FILE]:
+                yield Removal(path, "a preview", path.stat().st_size)
+    for path in [*_files(out / SURVEY), *sorted(_files(out), key=lambda path: path.name in _OF_THE_SHARDS)]:
+        of_shard = any(shard_number(path.name, kind) is not None for kind in ("tar", "parquet"))
+        if is_ours(path) and not (of_shard or TEMPORARY.fullmatch(path.name) or SHARD_TEMPORARY.fullmatch(path.name)):
+            what = "what was found out about clips" if path.parent.name == SURVEY else "settings or a report"
+            yield Removal(path, what, path.stat().st_size)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() and (folder.name != SURVEY or is_folder(folder)) else []
 
 
 def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
     """Samples whose clip, caption or image the data root no longer has, by content."""
-    keys = current_keys(out)
-    if keys is None:
+    wanted = Wanted(out)
+    if not wanted.known():
         say("the data root cannot be read, so no sample is called stale")
         return
     for split, number, path in records_in(out):
         tar = path.with_suffix(".tar")
-        if not tar.exists():
+        if not (is_ours(tar) and is_ours(path)):
             continue
-        _, table = read_table(path, ["key", "size"])
-        sizes = dict(zip(table.column("key").to_pylist(), table.column("size").to_pylist(), strict=True))
-        gone = sizes.keys() - keys
+        rows = read_table(path, ["key", "size", "source", "caption"])[1].to_pylist()
+        gone = {
+            row["key"]: max(row["size"], 0) for row in rows if not wanted.has(row["key"], row["source"], row["caption"])
+        }
         if gone:
-            freed = sum(max(sizes[key], 0) for key in gone)
-            drop = Drop(split, number, frozenset(sizes.keys() & keys), len(gone))
-            yield Removal(tar, f"{len(gone)} of {len(sizes)} samples are no longer in the data root", freed, drop)
+            why = f"{len(gone)} of {len(rows)} samples are no longer in the data root"
+            yield Removal(tar, why, sum(gone.values()), (split, number), frozenset(gone))
 
 
-def current_keys(out: Path) -> set[str] | None:
-    """Keys of every sample that the data root has now; None where it cannot be read."""
-    contract, origin = read_contract(out), read_origin(out)
-    if contract is None:
-        return set()
-    try:
-        data = None if origin is None else origin.read_lists(contract.task)
-    except DataRootError:
-        return None
-    if data is None or data.faults:
-        return None
-    buckets = [Resolution.parse(text) for text in contract.settings["resolution"]]
-    with Pool(default_workers()) as pool:
-        found = survey(
-            data,
-            scan(out),
-            contract,
-            buckets=buckets,
-            cut=Cut.of(contract),
-            holdout=0,
-            pool=pool,
-            advance=lambda: None,
-            cache=SurveyCache(None, data.root, "", Slice(1, 1, "default")),
-        )
-    return set(found.keys) or None
-
-
-def carry_out(out: Path, removals: Sequence[Removal]) -> int:
-    """Remove; returns how many were in use after all. Records go before their tars, so that no half shard counts."""
-    in_use = 0
+def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> int:
+    """Remove what was listed and can still go; returns how much of it stays."""
+    stay = 0
+    wanted = Wanted(out)
     with disk_errors(out):
-        for removal in sorted(removals, key=lambda removal: removal.path.suffix != ".parquet"):
-            if removal.drop is None:
-                removal.path.unlink(missing_ok=True)
+        for removal in removals:
+            if removal.shard is None:
                 continue
+            split, number = removal.shard
+            folder = split_folder(out, split)
             try:
-                drop_samples(split_folder(out, removal.drop.split), removal.drop.number, removal.drop.keep)
+                if removal.gone:
+                    stay += not _drop(folder, number, removal.gone, wanted)
+                else:
+                    stay += not _remove_of_shard(folder, removal, everything)
             except ShardBusy:
-                in_use += 1
-        for folder in (out / "preview", out / FOLDER, split_folder(out, "val"), out):
-            if folder.is_dir() and not any(folder.iterdir()):
+                stay += 1
+        busy = work_goes_on(out)
+        now = {removal.path for removal in _beside_shards(out, everything)}
+        empty = not busy and not any(_numbers(folder) for folder in _folders(out).values())
+        for removal in removals:
+            if removal.shard is not None:
+                continue
+            last = removal.path.parent == out and removal.path.name in _OF_THE_SHARDS
+            if removal.path not in now or (last and not empty):
+                stay += 1
+            else:
+                removal.path.unlink(missing_ok=True)
+        for folder in (out / PREVIEW, out / SURVEY, out / "val", out):
+            if is_folder(folder) and not busy and not any(folder.iterdir()):
                 folder.rmdir()
-    return in_use
+    return stay
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
+def _remove_of_shard(folder: Path, removal: Removal, everything: bool) -> bool:
+    """Remove a file of a shard, if it can go now that the shard is locked."""
+    assert removal.shard is not None
+    split, number = removal.shard
+    if not folder.is_dir():
         return True
+    with lock_shard(folder, number):
+        if _being_committed(folder / tar_name(number)):
+            raise ShardBusy
+        now = {found.path: found.why for found in _of_shard(folder, split, number, everything)}
+        if now.get(removal.path) != removal.why:
+            return not removal.path.exists()
+        if removal.path != folder / temporary_name(number) or removal.size:  # else it is our lock, and goes with it
+            removal.path.unlink(missing_ok=True)
     return True
+
+
+def _drop(folder: Path, number: int, gone: Collection[str], wanted: Wanted) -> bool:
+    """Take samples out of a shard that are still not wanted; returns whether that was all that were listed."""
+    kept = []
+
+    def keep(row: SampleRow) -> bool:
+        stays = row.key not in gone or wanted.has(row.key, row.source, row.caption)
+        kept.append(stays and row.key in gone)
+        return stays
+
+    drop_samples(folder, number, keep)
+    return not any(kept)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cogcommon import failures
+from cogcommon import failures, locks
+from cogcommon.files import TEMPORARY, temporary_beside
 from cogcommon.words import in_bytes
+
+_MARK = "encode"  # .encode.HOST-RANDOM.tmp
 
 
 class ShardBusy(Exception):
@@ -22,32 +24,16 @@ def temporary_name(number: int) -> str:
 
 
 def open_locked(path: Path) -> IO[bytes]:
-    """Open a temporary tar for this process alone. The lock goes with the process, however it ends."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, its writer may have renamed or removed it.
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return os.fdopen(descriptor, "r+b", buffering=1 << 20)
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ShardBusy from None
-        os.close(descriptor)
+    """Open a temporary tar for this process alone. The lock goes with the process, however it ends.
 
-
-def locked_elsewhere(path: Path) -> bool:
-    """Whether a live process holds a temporary tar."""
+    Raises:
+        ShardBusy: another live process writes it.
+        NoLocks: the file system keeps no locks.
+    """
     try:
-        with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
+        return locks.open_locked(path)
+    except locks.Busy:
+        raise ShardBusy from None
 
 
 @contextmanager
@@ -65,6 +51,34 @@ def lock_shard(folder: Path, number: int) -> Iterator[None]:
             # A killed writer's work may lie in it; that is for the next one.
             if os.fstat(stream.fileno()).st_size == 0:
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def at_work(out: Path) -> Iterator[None]:
+    """Hold a locked file in a folder, by which clean-cache knows that a run lives there.
+
+    Raises:
+        NoLocks: the file system keeps no locks, and writers could not be told apart.
+    """
+    with disk_errors(out):
+        for left in out.glob(f".{_MARK}.*.tmp"):
+            if TEMPORARY.fullmatch(left.name) and not locks.locked_elsewhere(left):
+                left.unlink(missing_ok=True)
+        while True:
+            mark = temporary_beside(out / _MARK)
+            with suppress(locks.Busy):  # whoever looks whether we live holds it for a moment
+                stream = locks.open_locked(mark)
+                break
+    try:
+        with stream:
+            yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def work_goes_on(out: Path) -> bool:
+    """Whether a run lives in a folder."""
+    return any(locks.locked_elsewhere(mark) for mark in out.glob(f".{_MARK}.*.tmp") if TEMPORARY.fullmatch(mark.name))
 
 
 def lack_of_room(folder: Path, needed: int) -> str:

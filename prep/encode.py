@@ -32,7 +32,7 @@ from cogcommon.terminal import Console
 from cogcommon.words import counted
 
 from .advice import in_quotes
-from .disk import ShardBusy, disk_errors, lack_of_room
+from .disk import ShardBusy, at_work, disk_errors, lack_of_room
 from .engine import Engine, Outcome
 from .gpus import encode_in_parts, gpu_count
 from .lists import check_root
@@ -41,13 +41,14 @@ from .output import SPLITS, Origin, check_contract, guard_foreign_root, records_
 from .plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
 from .pool import Pool, default_workers
 from .progress import Clock, Progress, say
+from .proof import check_output
 from .report import Report, make_report, show
 from .settings import EncodeSettings, PlanSettings
 from .shards import drop_samples, settle
 from .survey import Survey, survey
 from .survey_cache import SurveyCache
 from .text import TextStore
-from .workers import choose_slice, local_rank
+from .workers import POD, choose_slice, local_rank
 
 # T5 runs over the captions of a round, then makes room for the VAE. A round's embeddings lie in a
 # scratch file: 17,000 captions of T5-XXL in bf16, a day of encoding between two loads of T5.
@@ -87,10 +88,11 @@ def encode(settings: EncodeSettings) -> Report:
     """
     part = choose_slice(settings.worker, os.environ)
     check_root(settings.root)  # before a model is looked for on the hub
+    check_output(settings.out, "--out", (settings.prompts, settings.videos))
     if part.count > 1:
         say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
     # Under a launcher there is one process a GPU already.
-    parts = gpu_count(settings.gpus, visible_gpus()) if part.source in ("default", "--worker") else 1
+    parts = gpu_count(settings.gpus, visible_gpus()) if part.source in ("default", "--worker", POD) else 1
     if parts > 1:
         # A wrong setting or list is said once, not by every process.
         checkpoint = settings.open_model()
@@ -132,7 +134,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
             _plan_rejected_anew(out)
     established = check_contract(out, contract)
     outcome = Outcome()
-    with Pool(settings.workers or default_workers()) as pool:
+    with at_work(out), Pool(settings.workers or default_workers()) as pool:
         with clock("probe"):
             cache = SurveyCache(out, settings.root, f"{settings.buckets} {settings.cut} {checkpoint.family.fps}", part)
             found, plan = survey_and_plan(settings, contract, pool, cache)
@@ -290,7 +292,7 @@ def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome
     dropped = 0
     for drop in drops:
         try:
-            drop_samples(split_folder(settings.out, drop.split), drop.number, drop.keep)
+            drop_samples(split_folder(settings.out, drop.split), drop.number, drop.keeps)
             dropped += drop.dropped
         except ShardBusy:
             outcome.busy.append((drop.split, drop.number))
@@ -301,7 +303,6 @@ def _plan_rejected_anew(out: Path) -> None:
     """Take the rows of rejected samples out of the records, so that they are planned as new ones."""
     for split, number, path in records_in(out):
         rows = read_record(path).rows
-        keep = {row.key for row in rows if row.status == "ok"}
-        if len(keep) < len(rows):
+        if any(row.status != "ok" for row in rows):
             with suppress(ShardBusy):
-                drop_samples(split_folder(out, split), number, keep)
+                drop_samples(split_folder(out, split), number, lambda row: row.status == "ok")

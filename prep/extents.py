@@ -13,6 +13,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from cogcommon.records import SampleRow
@@ -37,6 +38,10 @@ INFO_FIELDS = (
 )
 # Of these, what only encoding finds out; the rest is known to the plan.
 FOUND_FIELDS = ("caption_tokens", "caption_truncated", "frames", "effective_fps", "crop_box", "colour", "tiled")
+
+
+_OWNER = "cogprep"  # user and group of every member
+_MOST_TEXT = 1 << 24  # bytes of a json member, far more than any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,7 @@ def make_extent(row: SampleRow, tensors: Mapping[str, torch.Tensor]) -> Extent:
     info |= {name: getattr(row, name) for name in INFO_FIELDS}
     text = json.dumps(info, sort_keys=True, ensure_ascii=False).encode()
     sink = io.BytesIO()
-    writer = webdataset.TarWriter(sink, user="cogprep", group="cogprep", encoder=False, mtime=0)
+    writer = webdataset.TarWriter(sink, user=_OWNER, group=_OWNER, encoder=False, mtime=0)
     writer.write({"__key__": row.key, "json": text, "safetensors": payload})
     size = writer.tarstream.offset  # closing adds the end mark, which is not part of the sample
     writer.close()
@@ -134,6 +139,23 @@ def _read_member(stream: IO[bytes]) -> _Member | None:
     if len(body) < _padded(member.size):
         return None
     return _Member(member.name, body[: member.size], header + body)
+
+
+def signed(path: Path) -> bool:
+    """Whether our writer began a tar: by its first member, or because it is the tar of a shard without samples."""
+    with path.open("rb") as stream:
+        header = stream.read(tarfile.BLOCKSIZE)
+        if not any(header):
+            rest = stream.read(tarfile.RECORDSIZE)
+            return len(header) + len(rest) == tarfile.RECORDSIZE and not any(rest)
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+            if (member.uname, member.gname) != (_OWNER, _OWNER) or member.size > _MOST_TEXT:
+                return False
+            info = json.loads(stream.read(member.size))
+            return bool(member.name == f"{info['key']}.json" and info["tensors_sha256"])
+        except (tarfile.HeaderError, ValueError, KeyError, TypeError, RecursionError):
+            return False
 
 
 def finish_tar(stream: IO[bytes]) -> tuple[int, str]:

@@ -14,14 +14,16 @@ from pathlib import Path
 from cogcommon.contract import CONTRACT_FILE, Contract
 from cogcommon.errors import ShardError
 from cogcommon.files import commit_bytes
+from cogcommon.locks import locked_elsewhere
 from cogcommon.names import json_text
 from cogcommon.records import SampleRow, ShardHeader, ShardRecord, read_table, record_name, tar_name, write_record
 from cogcommon.terminal import Console
 from cogcommon.words import counted
 
-from .disk import ShardBusy, disk_errors, lock_shard, locked_elsewhere
+from .disk import ShardBusy, disk_errors, lock_shard
 from .extents import INFO_FIELDS, tar_end_whole, whole_extents
 from .output import SPLITS, read_contract, records_in, split_folder
+from .proof import check_output, is_ours
 from .settings import IndexSettings
 from .shards import settle, tars_without_record
 
@@ -67,6 +69,7 @@ def index(out: Path) -> Indexed:
     Raises:
         ShardError: there is neither a contract nor a record to take it from.
     """
+    check_output(out, "OUT")
     with disk_errors(out):
         for split in SPLITS:
             settle(split_folder(out, split))
@@ -80,10 +83,11 @@ def index(out: Path) -> Indexed:
         for split in SPLITS:
             folder = split_folder(out, split)
             for tar in tars_without_record(folder):
-                if locked_elsewhere(tar):
-                    continue
                 try:
                     with lock_shard(folder, int(tar.stem)):
+                        # A writer renames its tar, locked still, before it writes the record.
+                        if locked_elsewhere(tar) or not is_ours(tar) or tar.with_suffix(".parquet").exists():
+                            continue
                         whole = _put_back(folder, int(tar.stem), contract)
                 except ShardBusy:
                     continue

@@ -19,12 +19,12 @@ from cogcommon.records import read_table, record_name, tar_name
 
 from .clip import Hashed
 from .lists import DataSet, read_lists
+from .proof import ORIGIN_FILE, refuse_foreign
 from .settings import PlanSettings
 from .shards import committed_shards
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
-ORIGIN_FILE = "origin.json"
 
 _SCANNED = ["key", "status", "reason", "source", "source_size", "source_mtime_ns", "source_sha256"]
 
@@ -174,6 +174,7 @@ class Origin:
         )
 
     def write(self, out: Path) -> None:
+        refuse_foreign(out / ORIGIN_FILE)
         commit_bytes(out / ORIGIN_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
 

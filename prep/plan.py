@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from cogcommon.contract import Contract
 from cogcommon.families import Family, Resolution
+from cogcommon.records import SampleRow
 
 from .clip import Hashed
 from .lists import Sample
@@ -58,6 +59,9 @@ class Drop:
     number: int
     keep: frozenset[str]
     dropped: int
+
+    def keeps(self, row: SampleRow) -> bool:
+        return row.key in self.keep
 
 
 @dataclass(frozen=True, slots=True)

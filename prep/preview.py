@@ -19,6 +19,7 @@ from cogcommon.device import default_precision, dtype_of, pick_device, quiet_lib
 from cogcommon.errors import ModelError, ShardError
 from cogcommon.families import Resolution
 from cogcommon.names import json_text, quoted
+from cogcommon.ownership import check_output, refuse_data_root, take_output
 from cogcommon.records import (
     IMAGE_CLEAN_MEAN,
     IMAGE_MEAN,
@@ -35,9 +36,10 @@ from .disk import disk_errors
 from .output import Split, read_contract, read_origin, records_in, shard_label, split_folder
 from .picture import Pixels
 from .pool import Pool
-from .preview_page import Preview, Shown, write_html
-from .preview_sheet import write_sheets
+from .preview_page import Preview, Shown, html_of
+from .preview_sheet import draw_sheets
 from .progress import Progress
+from .proof import A_PREVIEW, PREVIEW
 from .settings import PreviewSettings
 from .shards import read_tensors
 from .source_view import view_source
@@ -51,12 +53,16 @@ _SAMPLES, _FEW = 8, 3
 
 def run(settings: PreviewSettings) -> None:
     """The command: make the pages and say where they are."""
-    folder = settings.to or settings.out / "preview"
+    folder, option = (settings.to, "--to") if settings.to else (settings.out / PREVIEW, "OUT/preview, or --to")
+    refuse_data_root(settings.out, "OUT")
+    check_output(folder, A_PREVIEW, option)
     preview = make_preview(settings)
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        page = write_html(preview, folder / "index.html")
-        sheets = write_sheets(preview, folder)
+        made = take_output(folder, A_PREVIEW, option)
+        before = set(made.files)
+        page = made.commit_bytes("index.html", html_of(preview))
+        sheets = [made.commit_bytes(f"sheet-{number}.png", data) for number, data in enumerate(draw_sheets(preview))]
+        made.forget(*before - {page.name, *(sheet.name for sheet in sheets)})  # of an earlier preview with more samples
     if settings.json:
         print(json_text(_told(preview, page, sheets)))
         return

@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 
 from cogcommon.contract import Contract
 from cogcommon.families import BUILTIN_NAMES
-from cogcommon.files import commit_bytes
 from cogcommon.names import plain
 from cogcommon.records import SampleRow
 
@@ -109,12 +108,11 @@ def summary(preview: Preview) -> str:
     return f"{samples}; {contract.model} ({contract.task}), stored as {contract.dtype}{mean}{toy}"
 
 
-def write_html(preview: Preview, path: Path) -> Path:
-    """Write the page."""
+def html_of(preview: Preview) -> bytes:
+    """The page."""
     body = "\n".join(_card(shown) for shown in preview.shown)
-    page = _PAGE.format(title=html.escape(str(preview.out)), summary=html.escape(summary(preview)), body=body)
-    commit_bytes(path, plain(page).encode())
-    return path
+    title = html.escape(str(preview.out))
+    return plain(_PAGE.format(title=title, summary=html.escape(summary(preview)), body=body)).encode()
 
 
 def _card(shown: Shown) -> str:

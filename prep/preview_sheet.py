@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import textwrap
-from pathlib import Path
+from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
-from cogcommon.files import commit_bytes
 from cogcommon.names import plain
 
 from .clip import Fault
@@ -25,11 +24,8 @@ _PAPER, _INK, _SOFT, _LINE = (250, 250, 248), (28, 28, 30), (120, 120, 124), (22
 _GRADES = {"good": (46, 125, 50), "fair": (178, 106, 0), "poor": (179, 38, 30)}
 
 
-def write_sheets(preview: Preview, folder: Path) -> list[Path]:
-    """Write sheet-0.png, sheet-1.png, ...; sheets of an earlier preview go."""
-    for old in folder.glob("sheet-*.png"):
-        old.unlink()
-    paths = []
+def draw_sheets(preview: Preview) -> Iterator[bytes]:
+    """The sheets, as PNG files."""
     for start in range(0, len(preview.shown), _PER_SHEET):
         blocks = [_block(shown) for shown in preview.shown[start : start + _PER_SHEET]]
         sheet = Image.new("RGB", (_WIDTH, _HEAD + sum(block.height + 1 for block in blocks)), _LINE)
@@ -43,9 +39,7 @@ def write_sheets(preview: Preview, folder: Path) -> list[Path]:
             top += block.height + 1
         data = io.BytesIO()
         sheet.save(data, "PNG")
-        paths.append(folder / f"sheet-{start // _PER_SHEET}.png")
-        commit_bytes(paths[-1], data.getvalue())
-    return paths
+        yield data.getvalue()
 
 
 def _block(shown: Shown) -> Image.Image:

@@ -23,6 +23,7 @@ from .engine import Outcome
 from .output import shard_label, split_folder
 from .plan import Plan, Rejected
 from .pool import default_workers
+from .proof import refuse_foreign
 from .settings import EncodeSettings
 from .survey import Survey
 from .workers import Slice
@@ -81,6 +82,7 @@ class Report:
         index, _, count = self.worker.partition("/")
         path = out / self.name_of(Slice(int(index), int(count), ""))
         with disk_errors(path):
+            refuse_foreign(path)
             commit_bytes(path, self.to_json().encode())
         return path
 

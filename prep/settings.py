@@ -205,7 +205,7 @@ class EncodeSettings(PlanSettings):
     worker: str | None = setting(
         None,
         "encode slice i of n of the planned shards, as 2/8",
-        shown="1/1, or from RANK and WORLD_SIZE, or an srun step",
+        shown="1/1, or from RANK and WORLD_SIZE, an srun step, or JOB_COMPLETION_INDEX and JOB_COMPLETION_COUNT",
         section="Work",
     )
     strict: bool = setting(False, "exit with 2 if any clip was rejected", section="Work")

@@ -11,14 +11,15 @@ The names a shard goes through, and what each means::
     .000007.tar.tmp     being written, locked by its writer (a rewrite locks it too, and leaves it empty)
     000007.tar          whole, but without its record it does not count
     000007.parquet      the record: from here on the shard is committed
-    000007.tar.new      a rewrite without some samples, whole
-    000007.parquet.new  its record: from here on the next writer will finish the rewrite
+    .000007.tar.new     a rewrite without some samples, whole
+    .000007.parquet.new its record: from here on the next writer will finish the rewrite
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -35,6 +36,7 @@ from cogcommon.records import (
     read_record,
     record_bytes,
     record_name,
+    shard_number,
     split_extent,
     tar_name,
     write_record,
@@ -42,6 +44,7 @@ from cogcommon.records import (
 
 from .disk import ShardBusy, disk_errors, lock_shard, open_locked, temporary_name
 from .extents import FOUND_FIELDS, Extent, finish_tar, make_extent, whole_extents
+from .proof import is_ours, refuse_foreign
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +56,14 @@ class ShardDone(Exception):
 
 def committed_shards(folder: Path) -> list[int]:
     """Numbers of the shards that have a record, ascending."""
-    return sorted(int(path.stem) for path in folder.glob("[0-9]*.parquet") if path.stem.isdigit())
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(number for name in names if (number := shard_number(name)) is not None)
 
 
 def tars_without_record(folder: Path) -> list[Path]:
     """Tars that do not count: still being written, left by a killed writer, or with a lost record."""
-    tars = sorted(path for path in folder.glob("[0-9]*.tar") if path.stem.isdigit())
-    return [tar for tar in tars if not (folder / record_name(int(tar.stem))).exists()]
+    tars = sorted(path for path in folder.glob("*.tar") if shard_number(path.name, "tar") is not None)
+    return [tar for tar in tars if not tar.with_suffix(".parquet").exists()]
 
 
 def read_extent(tar: Path, row: SampleRow) -> bytes:
@@ -124,6 +128,7 @@ class ShardWriter:
                 if (folder / record_name(number)).exists():
                     (folder / temporary_name(number)).unlink(missing_ok=True)
                     raise ShardDone
+                refuse_foreign(folder / tar_name(number))  # it would be replaced
                 self._take_over(set(planned))
             except BaseException:
                 self._stream.close()
@@ -158,6 +163,7 @@ class ShardWriter:
         path = self.folder / tar_name(self.number)
         with disk_errors(path):
             size, digest = finish_tar(self._stream)
+            refuse_foreign(path)
             commit(self.folder / temporary_name(self.number), path)
             record = ShardRecord(ShardHeader(self.number, size, digest, self.contract), self._rows)
             write_record(record, self.folder / record_name(self.number))
@@ -190,11 +196,11 @@ class ShardWriter:
                         self._left_behind[extent.info["key"]] = dataclasses.replace(extent, offset=offset, data=b"")
 
 
-def drop_samples(folder: Path, number: int, keep: Collection[str]) -> ShardRecord | None:
+def drop_samples(folder: Path, number: int, keep: Callable[[SampleRow], bool]) -> ShardRecord | None:
     """Rewrite a committed shard without the samples that are gone, from its own bytes.
 
     Args:
-        keep: keys that stay, in any order; nothing else stays.
+        keep: whether a sample stays. It is asked under the shard's lock, for what the shard holds then.
 
     Returns:
         The new record; None if nothing stays and the shard was removed.
@@ -209,18 +215,29 @@ def drop_samples(folder: Path, number: int, keep: Collection[str]) -> ShardRecor
     # Locked to the end, or another process would take this rewrite for one that a killed process left.
     with disk_errors(tar), lock_shard(folder, number):
         _finish_rewrite(folder, number)
+        if not record_path.exists():  # somebody was first
+            return None
         old = read_record(record_path)
-        rows = [row for row in old.rows if row.key in keep]
+        rows = [row for row in old.rows if keep(row)]
+        if len(rows) == len(old.rows):
+            return old
         if not rows:
             remove_shard(folder, number)
             return None
-        with new_tar.open("w+b", buffering=1 << 20) as sink:
+        refuse_foreign(tar)
+        with _open_new(new_tar) as sink:
             placed = list(_copied(rows, tar, sink))
             size, digest = finish_tar(sink)
         record = ShardRecord(ShardHeader(number, size, digest, old.header.contract), placed)
         commit_bytes(new_record, record_bytes(record))
         _finish_rewrite(folder, number)
     return record
+
+
+def _open_new(path: Path) -> IO[bytes]:
+    """Open a rewrite's tar, over what a killed process left of one; never through a link."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    return os.fdopen(descriptor, "w+b", buffering=1 << 20)
 
 
 def _copied(rows: Sequence[SampleRow], tar: Path, sink: IO[bytes]) -> Iterator[SampleRow]:
@@ -240,11 +257,11 @@ def _copied(rows: Sequence[SampleRow], tar: Path, sink: IO[bytes]) -> Iterator[S
 
 
 def remove_shard(folder: Path, number: int) -> None:
-    """Remove a shard: first the record, so that it stops counting, then the tar."""
-    (folder / record_name(number)).unlink(missing_ok=True)
-    fsync_folder(folder)
-    (folder / tar_name(number)).unlink(missing_ok=True)
-    fsync_folder(folder)
+    """Remove a shard: first the record, so that it stops counting, then the tar. What is not ours stays."""
+    for path in (folder / record_name(number), folder / tar_name(number)):
+        if is_ours(path):
+            path.unlink(missing_ok=True)
+            fsync_folder(folder)
 
 
 def settle(folder: Path) -> None:
@@ -254,27 +271,31 @@ def settle(folder: Path) -> None:
     """
     finish_rewrites(folder)
     for number in committed_shards(folder):
-        if not (folder / tar_name(number)).exists():
+        if not os.path.lexists(folder / tar_name(number)):
             with suppress(ShardBusy), disk_errors(folder), lock_shard(folder, number):
-                if not (folder / tar_name(number)).exists():
+                if not os.path.lexists(folder / tar_name(number)):
                     remove_shard(folder, number)
 
 
 def finish_rewrites(folder: Path) -> None:
     """Finish, or undo, the rewrites that a killed process left half-way."""
-    for number in sorted({int(path.name[:6]) for path in folder.glob("[0-9]*.new") if path.name[:6].isdigit()}):
+    halves = [path.name[1:].removesuffix(".new") for path in folder.glob(".*.new")]
+    found = [shard_number(name, kind) for name in halves for kind in ("tar", "parquet")]
+    for number in sorted({number for number in found if number is not None}):
         with suppress(ShardBusy), disk_errors(folder), lock_shard(folder, number):
             _finish_rewrite(folder, number)
 
 
 def _new(path: Path) -> Path:
-    return path.with_name(path.name + ".new")
+    return path.with_name(f".{path.name}.new")
 
 
 def _finish_rewrite(folder: Path, number: int) -> None:
     """Carry out a rewrite whose record is there, drop one whose record is not. Needs the lock."""
     tar, record = folder / tar_name(number), folder / record_name(number)
     if _new(record).exists():
+        refuse_foreign(tar)
+        refuse_foreign(record)
         if _new(tar).exists():
             record.unlink(missing_ok=True)
             fsync_folder(folder)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,13 +23,13 @@ from pathlib import Path
 from cogcommon import __version__
 from cogcommon.families import Resolution
 from cogcommon.files import commit_bytes
+from cogcommon.ownership import is_folder
 
 from .clip import Fault, Hashed
 from .look import Probed
 from .pool import Pool
+from .proof import SURVEY, is_surveyed
 from .workers import Slice
-
-FOLDER = ".survey"
 
 _GROUP = 64  # clips a file, at most about; 8 kB
 _MOST_GROUPS = 1 << 14  # of 600 clips for 10,000,000
@@ -47,7 +46,7 @@ class SurveyCache:
     """
 
     def __init__(self, out: Path | None, root: Path, depend_on: str, part: Slice) -> None:
-        self._folder = None if out is None else out / FOLDER
+        self._folder = None if out is None else out / SURVEY
         self._root = root
         self._settings = f"{__version__} {depend_on}"
         self._part = part
@@ -111,8 +110,12 @@ class SurveyCache:
 
     def discard(self) -> None:
         """Remove the cache: the shards' records know the clips now."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None and is_folder(self._folder):
+            with suppress(OSError):
+                for path in self._folder.iterdir():
+                    if is_surveyed(path):
+                        path.unlink(missing_ok=True)
+                self._folder.rmdir()
 
 
 def _read(path: Path | None) -> dict[str, Probed]:

@@ -13,6 +13,9 @@ from .plan import Drop, PlannedShard
 
 S = TypeVar("S", PlannedShard, Drop)
 
+POD = "the indexed job"  # a source of slices
+_POD, _PODS = "JOB_COMPLETION_INDEX", ("JOB_COMPLETION_COUNT", "JOB_COMPLETIONS")
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -52,10 +55,11 @@ def choose_slice(worker: str | None, environment: Mapping[str, str]) -> Slice:
     """The slice asked for, or the one that the launcher's environment implies.
 
     SLURM_* is believed only inside an srun step of more than one task: an sbatch script's own shell
-    has SLURM_PROCID=0 and SLURM_NTASKS=8 too, and would encode an eighth and call it done.
+    has SLURM_PROCID=0 and SLURM_NTASKS=8 too, and would encode an eighth and call it done. Kubernetes tells the
+    pod of an indexed job its index, and nobody how many there are: that the manifest has to say.
 
     Raises:
-        SettingError: ``worker`` is not i/n with 1 <= i <= n.
+        SettingError: ``worker`` is not i/n with 1 <= i <= n; an indexed job does not say how many pods it has.
     """
     if worker is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", worker)
@@ -72,4 +76,15 @@ def choose_slice(worker: str | None, environment: Mapping[str, str]) -> Slice:
             index, count = int(environment[rank]) + 1, int(environment[size])
             if count > 1 and index <= count:
                 return Slice(index, count, source)
+    if environment.get(_POD, "").isdigit():
+        count = next((int(environment[name]) for name in _PODS if environment.get(name, "").isdigit()), 0)
+        index = int(environment[_POD]) + 1
+        if not 1 <= index <= count:
+            raise SettingError(
+                f"pod {index} of an indexed job of {count}" if count else "an indexed job that does not say its count",
+                where=f"{_POD}={environment[_POD]}, {_PODS[0]}={environment.get(_PODS[0], '')}",
+                fix=f"set {_PODS[0]} to the job's completions, in the env of its manifest; "
+                f"or --worker $(({_POD} + 1))/N",
+            )
+        return Slice(index, count, POD)
     return Slice(1, 1, "default")

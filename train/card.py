@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
 from cogcommon.device import DTYPES
 from cogcommon.families import BUILTIN_NAMES, RANDOM
-from cogcommon.files import commit_bytes
 from cogcommon.names import plain
+from cogcommon.ownership import Made
 
 from .chart import number, smoothed
 from .run_folder import CARD_FILE, Run
@@ -26,17 +27,19 @@ _USE: dict[Kind, str] = {
 }
 
 
-def write_card(folder: Path, run: Run, kind: Kind, step: int) -> Path:
-    """Write the card beside the weights.
+def write_card(folder: Path, run: Run, kind: Kind, step: int) -> Path | None:
+    """Write the card beside the weights, unless somebody has written in it: then it stays, and None is returned.
 
     Args:
-        folder: that holds the weights.
+        folder: that holds the weights, and a record.
         kind: of weights.
         step: at which the weights are.
     """
-    path = folder / CARD_FILE
-    commit_bytes(path, plain(card(run, kind, step, folder.name)).encode())
-    return path
+    made = Made.read(folder)
+    assert made, folder
+    if os.path.lexists(folder / CARD_FILE) and not made.owns(CARD_FILE):
+        return None
+    return made.commit_bytes(CARD_FILE, plain(card(run, kind, step, folder.name)).encode())
 
 
 def card(run: Run, kind: Kind, step: int, folder: str) -> str:

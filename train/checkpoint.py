@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import RunError
-from cogcommon.files import fsync_folder
+from cogcommon.files import TEMPORARY, fsync_folder, temporary_beside
+from cogcommon.ownership import is_file, is_folder, remove_folder, replace_folder
 
 from .finite import all_finite
 from .peers import PeerFailed
+from .run_folder import A_CHECKPOINT
 from .strategy import Runtime
 
 if TYPE_CHECKING:
@@ -68,28 +71,49 @@ def folder_name(step: int) -> str:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    named = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit() and (path / STATE_FILE).exists()]
-    return sorted(named, key=lambda path: int(path.name[11:]))
+    named = [path for path in _named(run) if (path / STATE_FILE).exists()]
+    return sorted(named, key=_step_of)
+
+
+def _named(run: Path) -> list[Path]:
+    return [path for path in run.glob("checkpoint-*") if re.fullmatch(r"[0-9]{1,18}", path.name[11:])]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[11:])
 
 
 def clear(run: Path, after: int) -> list[str]:
     """Remove what a killed run left half-written, and checkpoints of steps that will be made again.
 
     Args:
+        run: its folder, claimed.
         after: the step from which the run goes on; 0 for one that starts anew. Later
             checkpoints would pass for newer ones, and be kept in the new ones' place.
 
     Returns:
         Names of the whole checkpoints that were removed.
+
+    Raises:
+        RunError: a later checkpoint is not as a run of ours made it.
     """
     for path in run.glob(".*.tmp"):  # checkpoints, files, an export
-        if path.is_dir():
+        if TEMPORARY.fullmatch(path.name) and is_folder(path):
             shutil.rmtree(path)
-        else:
+        elif TEMPORARY.fullmatch(path.name) and is_file(path):
             path.unlink()
-    abandoned = [path for path in list_checkpoints(run) if int(path.name[11:]) > after]
+    whole = list_checkpoints(run)
+    for path in _named(run):
+        if path not in whole:  # a kill came between, when it was to go
+            remove_folder(path, A_CHECKPOINT)
+    abandoned = [path for path in whole if _step_of(path) > after]
     for path in abandoned:
-        shutil.rmtree(path)
+        if not remove_folder(path, A_CHECKPOINT, first=STATE_FILE):
+            raise RunError(
+                f"{path.name} is newer than the step to go on from, and not one that this run has made",
+                where=str(path),
+                fix="move it elsewhere, or start a new run with another --out",
+            )
     return [path.name for path in abandoned]
 
 
@@ -169,9 +193,8 @@ def save(
     """
     _check_finite(runtime, model, optimizer, average, f"step {state.step}", "resume the last checkpoint")
     final = run / folder_name(state.step)
-    temporary = run / f".{final.name}.tmp"
+    temporary = Path(runtime.peers.tell(str(temporary_beside(final))))
     if runtime.main:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     runtime.wait()
     runtime.save_state(model, optimizer, average, temporary)
@@ -179,13 +202,10 @@ def save(
     if runtime.main:
         (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         _fsync_tree(temporary)
-        if final.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(final)
-        temporary.rename(final)
-        fsync_folder(run)
+        replace_folder(temporary, final, A_CHECKPOINT)  # the same step is there after a resume from an older one
         for old in list_checkpoints(run)[:-keep]:
             if old != final:
-                shutil.rmtree(old)
+                remove_folder(old, A_CHECKPOINT, first=STATE_FILE)
     runtime.wait()
     return final
 

@@ -16,6 +16,7 @@ from cogcommon.device import dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import RunError, SettingError
 from cogcommon.files import commit_bytes
 from cogcommon.names import json_text
+from cogcommon.ownership import check_output, take_output
 from cogcommon.settings import resolve
 from cogcommon.terminal import Console
 
@@ -25,7 +26,7 @@ from .announce import checked
 from .card import Kind, write_card
 from .method import Exported, method_of
 from .probe import difference, limit, probe
-from .run_folder import CONFIG_FILE, Run, read_run
+from .run_folder import CARD_FILE, CONFIG_FILE, Run, read_run
 from .settings import ExportSettings, LoraSettings, SftSettings
 from .strategy import read_weights
 
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-PEFT_FILE = "adapter_model.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_FILES = (lora.FILE, PEFT_FILE, PEFT_CONFIG)
+_EXPORT = "an export"  # what made the files of a folder
 
 
 def run(settings: ExportSettings) -> None:
@@ -55,6 +58,7 @@ def run(settings: ExportSettings) -> None:
             where=f"--to peft, {run.folder}",
             fix="--to diffusers",
         )
+    out = settings.out or folder / "exported" / settings.to
     import torch
 
     pick_device()
@@ -64,8 +68,15 @@ def run(settings: ExportSettings) -> None:
     stored = dtype_of(settings.precision or run.facts.precision)  # type: ignore[arg-type]
     # A CPU computes slowly in fp16, if at all; 2B, the only family with it, is 6.8 GB in fp32.
     compute = torch.float32 if stored == torch.float16 else stored
+    asked = json.dumps([settings.to, step, run.facts.shards_fingerprint, model.name, str(stored)])
+    before = check_output(out, _EXPORT, "--out")
+    if before and before.request != asked:
+        raise SettingError(
+            "this folder holds another export: of another step, run or form", where=f"--out {out}", fix="--out ANOTHER"
+        )
     transformer = _trained(folder, run, model, compute, is_checkpoint)
-    out = settings.out or folder / "exported" / settings.to
+    made = take_output(out, _EXPORT, "--out", asked)
+    made.open(*_FILES)
     kind: Kind
     if run.facts.method == "sft" or settings.to == "merged":
         kind, exported = "transformer", _as_transformer(transformer, model, out, stored)
@@ -73,13 +84,16 @@ def run(settings: ExportSettings) -> None:
         kind, exported = "peft", _as_peft(transformer, model, out, compute)
     else:
         kind, exported = "lora", _as_lora(transformer, model, out, compute, run, step)
-    write_card(out, run, kind, step)
+    made.close(*_FILES)
+    card = write_card(out, run, kind, step)
     if settings.json:
         print(json_text({"path": str(exported.path), "kind": kind, "step": step, "difference": exported.difference}))
         return
     console = Console(soft_wrap=True)
     console.print(f"wrote {exported.path}, step {step}")
     console.print(checked(exported))
+    if card is None:
+        console.print(f"{out / CARD_FILE} was changed by somebody, and stays as it is")
 
 
 def _trained(
@@ -161,7 +175,7 @@ def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: P
     config.base_model_name_or_path = model.name
     config.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)
-    commit_bytes(out / "adapter_config.json", _json(config.to_dict()))
+    commit_bytes(out / PEFT_CONFIG, _json(config.to_dict()))
     renamed = {f"base_model.model.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
     commit_bytes(out / PEFT_FILE, to_bytes(renamed, metadata={"format": "pt"}))
 

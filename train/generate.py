@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +15,9 @@ from pathlib import Path
 from cogcommon.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import SettingError
 from cogcommon.families import Resolution
+from cogcommon.files import scratch_file
 from cogcommon.names import json_text
+from cogcommon.ownership import check_output, state_of, take_output
 from cogcommon.terminal import Console
 from cogcommon.video import write_mp4
 
@@ -19,6 +25,8 @@ from .pipeline import Request, draw, load_pipeline, place, to_base
 from .settings import GenerateSettings
 from .sheet import Column, contact_sheet, side_by_side
 from .tuned import Tuned, find
+
+_VIDEOS = "generated videos"  # what made the files of a folder
 
 
 def run(settings: GenerateSettings) -> None:
@@ -33,7 +41,18 @@ def run(settings: GenerateSettings) -> None:
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
-    folder = settings.out or _default_folder(settings)
+    asked = request_text(settings, tuned, request, fps, precision)
+    folder = settings.out or default_folder(settings, asked)
+    before = check_output(folder, _VIDEOS, "--out")
+    if before and before.request != asked:
+        raise SettingError(
+            "this folder holds a video of another prompt, or of other settings or weights",
+            where=f"--out {folder}",
+            fix="--out with another folder, or leave it out: every prompt gets a folder of its own",
+        )
+    names = ["tuned.mp4", "contact-sheet.png", *(["base.mp4", "side-by-side.mp4"] if settings.base else [])]
+    if before:
+        before.refuse_foreign(*names)
     console = Console(stderr=settings.json)
 
     quiet_libraries()
@@ -50,22 +69,23 @@ def run(settings: GenerateSettings) -> None:
             columns.append(Column("base", draw(pipeline, request, advance)))
     seconds = time.monotonic() - started
 
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {column.label: folder / f"{column.label}.mp4" for column in columns}
-    for name in ("base.mp4", "side-by-side.mp4"):  # of an earlier call, perhaps with other settings
-        (folder / name).unlink(missing_ok=True)
-    for column in columns:
-        write_mp4(files[column.label], column.frames_FHWC, fps)
+    made = take_output(folder, _VIDEOS, "--out", asked)
+    videos = {column.label: column.frames_FHWC for column in columns}
     if len(columns) > 1:
-        files["side by side"] = folder / "side-by-side.mp4"
-        write_mp4(files["side by side"], side_by_side(columns), fps)
+        videos["side by side"] = side_by_side(columns)
+    files = {}
+    for label, frames_FHWC in videos.items():
+        with scratch_file(folder) as scratch:
+            write_mp4(scratch, frames_FHWC, fps)
+            files[label] = made.commit(scratch, f"{label.replace(' ', '-')}.mp4")
     weights = tuned.lora_file or tuned.transformer_folder
     facts = (
         f"{weights} on {checkpoint.name}  ·  {request.resolution}  ·  {settings.steps} steps  ·  "
         f"guidance {settings.guidance:g}  ·  seed {settings.seed}  ·  {precision}"
     )
-    files["contact sheet"] = folder / "contact-sheet.png"
-    contact_sheet(request.prompt, facts, columns, fps).save(files["contact sheet"])
+    sheet = io.BytesIO()
+    contact_sheet(request.prompt, facts, columns, fps).save(sheet, "PNG")
+    files["contact sheet"] = made.commit_bytes("contact-sheet.png", sheet.getvalue())
     if settings.json:
         print(json_text({"files": {name: str(file) for name, file in files.items()}, "seconds": round(seconds, 1)}))
         return
@@ -117,9 +137,26 @@ def _request(settings: GenerateSettings, tuned: Tuned) -> Request:
     )
 
 
-def _default_folder(settings: GenerateSettings) -> Path:
-    words = re.sub(r"[^a-z0-9]+", "-", settings.prompt.lower()).strip("-")[:40].rstrip("-")
-    return (settings.run or Path()) / "generated" / f"{words or 'video'}-{settings.seed}"
+def request_text(settings: GenerateSettings, tuned: Tuned, request: Request, fps: float, precision: str) -> str:
+    """All that a video depends on, weights and image by their content."""
+    weights = tuned.lora_file or tuned.transformer_folder
+    assert weights
+    files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
+    image = None if settings.image is None else state_of(settings.image)
+    asked = {
+        "prompt": request.prompt, "image": image, "resolution": str(request.resolution), "steps": request.steps,
+        "guidance": request.guidance, "seed": request.seed, "fps": fps, "precision": precision, "base": settings.base,
+        "model": tuned.checkpoint.name, "weights": [state_of(file) for file in files],
+    }  # fmt: skip
+    return json.dumps(asked, ensure_ascii=False)
+
+
+def default_folder(settings: GenerateSettings, asked: str) -> Path:
+    """A folder of its own for each request, named after the prompt in whatever letters."""
+    prompt = unicodedata.normalize("NFC", settings.prompt).lower()
+    words = re.sub(r"[\W_]+", "-", prompt).strip("-")[:40].rstrip("-")
+    digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return (settings.run or Path()) / "generated" / f"{words or 'video'}-{settings.seed}-{digest}"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from .peers import PeerFailed, Peers, meet
 from .progress import RunLog, cut_metrics
 from .report import write_report
 from .run import Run, run_folder, settings_json, write_config
-from .run_folder import CONFIG_FILE, claimed, read_run
+from .run_folder import CARD_FILE, CONFIG_FILE, claimed, read_run
 from .signals import Stopped, StopRequest
 from .step.attention import Kernel
 from .step.install import install
@@ -158,7 +158,8 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
             with average.in_place() if average else nullcontext():
                 exported = run.method.export(runtime, model, run.checkpoint, folder, announce.weights_file_facts(run))
             if exported is not None:
-                write_card(folder, read_run(folder), "transformer" if run.method.full else "lora", run.steps)
+                if not write_card(folder, read_run(folder), "transformer" if run.method.full else "lora", run.steps):
+                    log.say(f"{folder / CARD_FILE} was changed by somebody, and stays as it is")
                 write_report(folder)
                 announce.ending(run, log, folder, exported)
             peers.wait()  # rank 0 may yet fail

@@ -22,13 +22,14 @@ from cogcommon.files import commit_bytes
 
 from .finite import refuse_to_write
 from .probe import difference, limit, probe
+from .run_folder import WEIGHTS_FILE
 from .settings import TARGET_MODULES
 
 if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
+FILE = WEIGHTS_FILE
 
 _ADAPTER = "default"
 _PREFIX = "transformer."

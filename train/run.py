@@ -13,7 +13,7 @@ from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.contract import Contract
 from cogcommon.device import Precision, default_precision
 from cogcommon.errors import RunError, SettingError, ShardError
-from cogcommon.files import commit_bytes
+from cogcommon.ownership import Made
 
 from . import zero
 from .agreement import agree_on_resume
@@ -249,7 +249,9 @@ def run_folder(run: Run) -> Path:
 
 
 def write_config(run: Run, folder: Path) -> None:
-    """``config.toml``: every setting, as ``--config`` reads it."""
+    """``config.toml``: every setting, as ``--config`` reads it. One that somebody has changed is set aside."""
+    made = Made.read(folder)
+    assert made, folder  # it is claimed
     lines = [f"# cogtrain {run.method.name} --config {folder / CONFIG_FILE}"]
     resolved = dataclasses.replace(
         run.settings,
@@ -264,7 +266,8 @@ def write_config(run: Run, folder: Path) -> None:
     )
     lines += [f"{name} = {_toml(value)}" for name, value in settings_json(resolved).items() if value is not None]
     try:
-        commit_bytes(folder / CONFIG_FILE, ("\n".join(lines) + "\n").encode())
+        made.set_aside(CONFIG_FILE)
+        made.commit_bytes(CONFIG_FILE, ("\n".join(lines) + "\n").encode())
     except OSError as error:
         raise RunError(f"cannot write the run: {error.strerror}", where=str(folder), fix="another --out") from error
 

@@ -13,19 +13,21 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import io
 import json
 import math
-import os
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from cogcommon.errors import RunError
 from cogcommon.files import commit_bytes
+from cogcommon.locks import Busy, NoLocks, open_locked
+from cogcommon.ownership import Made, refuse_other, take_output
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
@@ -33,6 +35,12 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION = "validation"
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
+LOCK_FILE = ".lock"
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
+TRANSFORMER = "transformer"  # of full fine-tuning: a diffusers folder
+# What a run writes over, again and again. The card and the settings are people's to change, so they are not among it.
+RUN_FILES = (FACTS_FILE, METRICS_FILE, REPORT_FILE, VALIDATION, WEIGHTS_FILE)
+A_RUN, A_TRANSFORMER, A_CHECKPOINT = "a training run", "a transformer", "a checkpoint"  # what made a folder's files
 
 
 @dataclass(frozen=True)
@@ -118,31 +126,33 @@ class Run:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Make the run's folder, and keep other processes from training in it. The lock ends with the process.
+def claimed(folder: Path) -> Iterator[Made]:
+    """Make the run's folder ours, and keep other processes from training in it. The lock ends with the process.
 
     Raises:
+        SettingError: it holds files that no run of ours has made.
         RunError: another process trains in it, or it cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
+        made = take_output(folder, A_RUN, "--out")
+        made.open(*RUN_FILES)
+        refuse_other(folder / TRANSFORMER, A_TRANSFORMER)
+        lock: IO[bytes] = open_locked(folder / LOCK_FILE)
+    except NoLocks:
+        print(f"note: no locks here, so nothing keeps a second run out of {folder}", file=sys.stderr)
+        lock = io.BytesIO()
+    except Busy:
+        raise RunError("another process trains in this folder", where=str(folder), fix="give another --out") from None
     except OSError as error:
         raise RunError(
             f"cannot write the run: {error.strerror}", where=str(folder), fix="give another --out"
         ) from error
-    try:
+    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                "another process trains in this folder", where=str(folder), fix="give another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(lock)
+            yield made
+        finally:
+            with suppress(OSError):  # a full disk: the files stay open
+                (Made.read(folder) or made).close(*RUN_FILES)
 
 
 def read_settings(run: Path) -> Mapping[str, Any]:

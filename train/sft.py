@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.errors import ModelError, RunError
-from cogcommon.files import fsync_folder
+from cogcommon.files import temporary_beside
+from cogcommon.ownership import replace_folder
 from cogcommon.typed import parse_object
 from cogcommon.weights import load_part
 
 from .finite import refuse_to_write
 from .probe import difference, limit, probe
+from .run_folder import A_TRANSFORMER, TRANSFORMER
 
 if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-FOLDER = "transformer"
+FOLDER = TRANSFORMER
 
 
 def state_dict(
@@ -65,19 +66,14 @@ def save(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, folder: Path
     # Position tables are buffers: never trained, and in the file as the checkpoint has them.
     assert not result.unexpected_keys, result
     assert set(result.missing_keys) <= {name for name, _ in transformer.named_buffers()}, result
-    target, scratch, old = folder / FOLDER, folder / f".{FOLDER}.tmp", folder / f".{FOLDER}.old"
+    target = folder / FOLDER
+    scratch = temporary_beside(target)
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in (scratch, old):
-        shutil.rmtree(left_over, ignore_errors=True)
     transformer.save_pretrained(scratch, max_shard_size="5GB")
     for file in scratch.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-    if target.exists():
-        target.rename(old)
-    scratch.rename(target)
-    fsync_folder(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(scratch, target, A_TRANSFORMER)
     return target
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import RunError
+from cogcommon.files import temporary_beside
 from cogcommon.memory import free_gpu_memory
 
 from . import zero
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 _WEIGHTS = "weights.safetensors"  # what is trained, under the transformer's own names
 _AVERAGE = "average.safetensors"
 _OPTIMIZER = "optimizer.pt"
-_UNIVERSAL = ".universal"  # scratch folder of a run: a checkpoint for another number of processes
 
 
 @dataclass
@@ -167,7 +167,7 @@ class Runtime:
             if not self.sharded:
                 self._load_plain(model, optimizer, average, folder)
             elif self._converts:
-                scratch = folder.parent / _UNIVERSAL
+                scratch = Path(self.peers.tell(str(temporary_beside(folder.parent / "universal"))))
                 if self.main:
                     zero.convert(folder, scratch)
                 self.wait()

@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import io
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,11 +190,10 @@ def convert(folder: Path, into: Path) -> None:
 
     Args:
         folder: a checkpoint.
-        into: is replaced.
+        into: a new folder.
     """
     from deepspeed.checkpoint.ds_to_universal import main
 
-    shutil.rmtree(into, ignore_errors=True)
     (into / _TAG).mkdir(parents=True)
     options = argparse.Namespace(
         input_folder=str(folder / _TAG),

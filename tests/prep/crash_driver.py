@@ -85,7 +85,7 @@ def bring_up_to_date(out: Path, contract: Contract, clips: list[str]) -> Outcome
         candidates, keys, splits, dict.fromkeys(keys, BUCKET), committed, bucket_order=[BUCKET], chunk={BUCKET: 2}
     )
     for drop in plan.drops:
-        drop_samples(split_folder(out, drop.split), drop.number, drop.keep)
+        drop_samples(split_folder(out, drop.split), drop.number, drop.keeps)
     outcome = Outcome()
     Engine(
         out=out,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cogcommon.errors import SettingError
-from cogcommon.records import read_record
+from cogcommon.files import temporary_beside
+from cogcommon.locks import open_locked
+from cogcommon.records import read_record, write_record
 from cogprep import clean
 from cogprep.clean import run
 from cogprep.settings import CleanSettings
@@ -40,17 +41,22 @@ def test_nothing_to_remove_asks_nothing(encoded, monkeypatch, capsys, tmp_path):
 
 def test_half_written_and_orphaned_files_go(encoded):
     out = encoded / "out"
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    for name in (".000009.tar.tmp", f".report.json.{gone.pid}.tmp", "000008.tar", "000001.tar.new"):
+    dead = temporary_beside(out / "report.json").name
+    for name in (".000009.tar.tmp", dead, ".000001.tar.new"):
         (out / name).write_bytes(b"half")
-    shutil.copy(out / "000000.parquet", out / "000007.parquet")
-    (out / f".contract.json.{os.getpid()}.tmp").write_bytes(b"of a live process")
-    (out / "000003.tar.backup").write_bytes(b"somebody's own")
-    (out / "notes.txt").write_bytes(b"somebody's own")
-    assert cleaned(out) == {
-        ".000009.tar.tmp", f".report.json.{gone.pid}.tmp", "000008.tar", "000001.tar.new", "000007.parquet",
-    }  # fmt: skip
+    shutil.copy(out / "000000.tar", out / "000008.tar")
+    record = read_record(out / "000000.parquet")
+    write_record(replace(record, header=replace(record.header, number=7)), out / "000007.parquet")
+    live = temporary_beside(out / "contract.json")
+    with open_locked(live):
+        before = names(out)
+        (out / "000003.tar.backup").write_bytes(b"somebody's own")
+        (out / "000010.tar").write_bytes(b"somebody's own")
+        (out / "000011.parquet.new").write_bytes(b"somebody's own")
+        (out / f".report.json.{os.getpid()}.tmp").write_bytes(b"somebody's own")
+        (out / "notes.txt").write_bytes(b"somebody's own")
+        assert cleaned(out) == {".000009.tar.tmp", dead, ".000001.tar.new", "000008.tar", "000007.parquet"}
+        assert live.exists() and before
 
 
 def test_what_a_live_writer_holds_stays(encoded):
@@ -60,18 +66,21 @@ def test_what_a_live_writer_holds_stays(encoded):
     assert cleaned(out) == set()
     before = names(encoded / "ds")
     assert ".000005.tar.tmp" not in cleaned(out, all=True)
-    assert names(out) == {".000005.tar.tmp"} and names(encoded / "ds") == before
+    # What it writes would be worth nothing without the contract.
+    assert names(out) == {".000005.tar.tmp", "contract.json", "empty_caption.safetensors"}
+    assert names(encoded / "ds") == before
     writer.abandon()
-    assert cleaned(out) == {".000005.tar.tmp"} and not out.exists()
+    assert cleaned(out, all=True) == {".000005.tar.tmp", "contract.json", "empty_caption.safetensors"}
+    assert not out.exists()
 
 
 def test_a_rewrite_that_lacks_its_last_renames_is_finished_not_removed(encoded):
     out = encoded / "out"
-    (out / "000000.tar").rename(out / "000000.tar.new")
-    (out / "000000.parquet").rename(out / "000000.parquet.new")
+    (out / "000000.tar").rename(out / ".000000.tar.new")
+    (out / "000000.parquet").rename(out / ".000000.parquet.new")
     run(CleanSettings(out=out, dry_run=True))
-    assert (out / "000000.tar.new").exists()
-    assert cleaned(out) == {"000000.tar.new", "000000.parquet.new"}
+    assert (out / ".000000.tar.new").exists()
+    assert cleaned(out) == {".000000.tar.new", ".000000.parquet.new"}
     assert (out / "000000.tar").exists() and (out / "000000.parquet").exists()
 
 
@@ -116,29 +125,29 @@ def test_all_removes_everything_derived_but_nothing_else(encoded):
 
 def test_it_asks_and_takes_no_for_an_answer(encoded, monkeypatch):
     out = encoded / "out"
-    (out / "000008.tar").write_bytes(b"half")
+    (out / ".000008.tar.tmp").write_bytes(b"half")
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(clean.sys, "stdin", terminal)
     monkeypatch.setattr("builtins.input", lambda _: "")
     assert cleaned(out, yes=False) == set()
     monkeypatch.setattr("builtins.input", lambda _: "y")
-    assert cleaned(out, yes=False) == {"000008.tar"}
+    assert cleaned(out, yes=False) == {".000008.tar.tmp"}
 
 
 def test_without_a_terminal_it_lists_and_fails(encoded, monkeypatch, capsys):
     out = encoded / "out"
-    (out / "000008.tar").write_bytes(b"half")
+    (out / ".000008.tar.tmp").write_bytes(b"half")
     monkeypatch.setattr(clean.sys, "stdin", io.StringIO())
     with pytest.raises(SettingError, match="nothing was removed"):
         run(CleanSettings(out=out))
-    assert "000008.tar" in capsys.readouterr().out and (out / "000008.tar").exists()
+    assert ".000008.tar.tmp" in capsys.readouterr().out and (out / ".000008.tar.tmp").exists()
 
 
 def test_the_data_root_itself_is_refused(encoded):
     root = encoded / "ds"
     shutil.copy(encoded / "out" / "origin.json", root / "origin.json")
     (root / "000008.tar").write_bytes(b"the user's own")
-    with pytest.raises(SettingError, match="data root itself"):
+    with pytest.raises(SettingError, match="is a data root"):
         run(CleanSettings(out=root, yes=True, all=True))
     assert (root / "000008.tar").exists()

@@ -13,7 +13,8 @@ from cogprep import survey_cache
 from cogprep.clip import Fault, Hashed
 from cogprep.encode import encode
 from cogprep.look import Probed
-from cogprep.survey_cache import FOLDER, SurveyCache
+from cogprep.proof import SURVEY
+from cogprep.survey_cache import SurveyCache
 from cogprep.workers import Slice
 
 SOURCES = [f"{index}.mp4" for index in range(20)]
@@ -68,7 +69,7 @@ def test_the_second_has_nothing_to_look_at_but_what_was_broken(place):
 def test_every_worker_begins_with_other_clips(place):
     beginnings = []
     for worker in range(1, 5):
-        for path in (place.out / FOLDER).glob("*"):
+        for path in (place.out / SURVEY).glob("*"):
             path.unlink()
         beginnings.append(place.find(f"{worker}/4")[1][0])
     assert len(set(beginnings)) == 4
@@ -93,7 +94,7 @@ def test_part_of_a_group_is_added_to_what_was_known_of_it(place):
 
 def test_a_damaged_file_is_not_believed(place):
     place.find()
-    for path in (place.out / FOLDER).iterdir():
+    for path in (place.out / SURVEY).iterdir():
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
@@ -101,7 +102,7 @@ def test_a_damaged_file_is_not_believed(place):
 
 
 def test_a_folder_that_takes_nothing_costs_time_only(place):
-    (place.out / FOLDER).write_bytes(b"a file where the folder should be")
+    (place.out / SURVEY).write_bytes(b"a file where the folder should be")
     assert place.find() == place.find()
 
 
@@ -112,10 +113,10 @@ def never(*_args, **_named):
 def test_the_second_worker_of_an_encode_opens_no_clip_for_the_plan(encoded, settings_of, monkeypatch):
     out = encoded / "new"
     encode(settings_of(encoded, out=out, worker="1/2"))
-    assert list((out / FOLDER).iterdir())
+    assert list((out / SURVEY).iterdir())
     monkeypatch.setattr(survey_module, "probe", never)
     report = encode(settings_of(encoded, out=out, worker="2/2"))
     assert (report.rejected, report.unfinished) == (0, [])
-    assert not (out / FOLDER).exists(), "all is committed; the records know the clips"
+    assert not (out / SURVEY).exists(), "all is committed; the records know the clips"
     same = [path.read_bytes() == (encoded / "out" / path.name).read_bytes() for path in sorted(out.glob("*.tar"))]
     assert same == [True] * 3

@@ -27,6 +27,10 @@ from cogprep.workers import Slice, choose_slice, local_rank
         (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, "1/1"),
         (None, {"SLURM_PROCID": "6", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}, "7/8"),
         (None, {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, "1/1"),
+        (None, {"JOB_COMPLETION_INDEX": "2", "JOB_COMPLETION_COUNT": "4"}, "3/4"),
+        (None, {"JOB_COMPLETION_INDEX": "0", "JOB_COMPLETIONS": "1"}, "1/1"),
+        (None, {"JOB_COMPLETION_INDEX": "1", "JOB_COMPLETION_COUNT": "4", "RANK": "1", "WORLD_SIZE": "2"}, "2/2"),
+        ("1/8", {"JOB_COMPLETION_INDEX": "2"}, "1/8"),
     ],
 )
 def test_where_the_slice_comes_from(worker, environment, expected):
@@ -37,6 +41,14 @@ def test_where_the_slice_comes_from(worker, environment, expected):
 def test_a_slice_that_is_none(wrong):
     with pytest.raises(SettingError, match="not a slice"):
         choose_slice(wrong, {})
+
+
+@pytest.mark.parametrize("count", [{}, {"JOB_COMPLETION_COUNT": "2"}])
+def test_an_indexed_job_must_say_how_many_pods_it_has(count):
+    """Kubernetes does not; every pod would encode everything."""
+    with pytest.raises(SettingError, match="indexed job") as caught:
+        choose_slice(None, {"JOB_COMPLETION_INDEX": "2", **count})
+    assert "JOB_COMPLETION_COUNT" in caught.value.fix
 
 
 def test_every_division_takes_every_shard_once():

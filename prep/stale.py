@@ -1,0 +1,86 @@
+"""What the data root of an output folder has now, by which samples are called stale."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from cogcommon.errors import DataRootError
+from cogcommon.families import Resolution
+
+from .cut import Cut
+from .output import Origin, read_contract, read_origin, scan
+from .pool import Pool, default_workers
+from .survey import survey
+from .survey_cache import SurveyCache
+from .workers import Slice
+
+
+class Wanted:
+    """The samples of a data root as it is at the moment it is asked: a changed list is read again.
+
+    A line that is there wants its sample, even if its file is not: a disk may not be mounted.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._state: object = None
+        self._keys: set[str] = set()
+        self._lines: set[tuple[str, str]] = set()  # source and caption of lines whose file cannot be read
+        self._known = False
+
+    def known(self) -> bool:
+        """Whether the data root says what it has."""
+        self._look()
+        return self._known
+
+    def has(self, key: str, source: str, caption: str) -> bool:
+        """Whether a committed sample is wanted, or that cannot be told."""
+        self._look()
+        return not self._known or key in self._keys or (source, caption) in self._lines
+
+    def _look(self) -> None:
+        origin = read_origin(self._out)
+        state = origin, _state_of_lists(origin)
+        if state != self._state:
+            self._known = origin is not None and self._read(origin)
+            self._state = state
+
+    def _read(self, origin: Origin) -> bool:
+        try:
+            contract = read_contract(self._out)
+            data = None if contract is None else origin.read_lists(contract.task)
+        except DataRootError:
+            return False
+        if contract is None or data is None or data.faults:
+            return False
+        buckets = [Resolution.parse(text) for text in contract.settings["resolution"]]
+        with Pool(default_workers()) as pool:
+            found = survey(
+                data,
+                scan(self._out),
+                contract,
+                buckets=buckets,
+                cut=Cut.of(contract),
+                holdout=0,
+                pool=pool,
+                advance=lambda: None,
+                cache=SurveyCache(None, data.root, "", Slice(1, 1, "default")),
+            )
+        self._keys = set(found.keys)
+        self._lines = {(rejected.sample.source, rejected.sample.caption) for rejected in found.rejected}
+        return bool(found.keys)
+
+
+def _state_of_lists(origin: Origin | None) -> list[str]:
+    """A hash of each list, empty where it cannot be read."""
+    if origin is None:
+        return []
+    names = [origin.prompts, origin.videos, origin.images or "images.txt"]
+    states = []
+    for name in names:
+        try:
+            states.append(hashlib.sha256((Path(origin.data_root) / name).read_bytes()).hexdigest())
+        except OSError:
+            states.append("")
+    return states

@@ -1,0 +1,229 @@
+"""No command of cogtrain changes a byte of what is not its own, whatever lies in its folder."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cogcommon.errors import CogError, SettingError
+from cogcommon.families import BY_NAME, Resolution
+from cogcommon.files import commit_bytes
+from cogcommon.ownership import replace_folder, take_output
+from cogtrain import checkpoint as checkpoints
+from cogtrain import export, generate
+from cogtrain.card import write_card
+from cogtrain.pipeline import Request
+from cogtrain.progress import RunLog, cut_metrics
+from cogtrain.run_folder import A_TRANSFORMER, Facts, claimed
+from cogtrain.settings import GenerateSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from foreign_trees import Tree
+
+NAMES = (
+    "README.md", "config.toml", "facts.json", "metrics.jsonl", "report.html", "validation", "checkpoint-1",
+    "checkpoint-1/state.json", "checkpoint-1/weights.bin", "checkpoint-2/notes.txt", "checkpoint-3/state.json",
+    "checkpoint-9/mine", ".checkpoint-4.tmp/mine", ".mine.tmp", ".cogtune.json", "transformer",
+    "transformer/config.json", "transformer/notes.txt", "pytorch_lora_weights.safetensors", "adapter_config.json",
+    "adapter_model.safetensors", "tuned.mp4", "base.mp4", "side-by-side.mp4", "contact-sheet.png", "prompts.txt",
+    "videos.txt", ".lock", "validation/step-000002/0.mp4", "exported/diffusers/README.md",
+)  # fmt: skip
+
+FACTS = Facts(
+    "tiny", None, "5b", "t2v", "lora", "c" * 64, "s" * 64, 1, {"17x64x96": 4}, 0, 3, 1, 1, "ddp", "fp32", "CPU", 10, "1"
+)
+
+
+class OneRank:
+    main = True
+    peers = SimpleNamespace(tell=lambda value: value)
+
+    def wait(self) -> None:
+        pass
+
+    def save_state(self, _model, _optimizer, _average, folder: Path) -> None:
+        (folder / "weights.bin").write_bytes(folder.name.encode())
+        (folder / "inner").mkdir()
+        (folder / "inner" / "rank.bin").write_bytes(b"rank")
+
+
+def train_in(folder: Path, full: bool = False) -> None:
+    """What a run of three steps does to its folder, resumed where it can be."""
+    whole = checkpoints.list_checkpoints(folder)
+    done = checkpoints.find(folder).state.step if whole else 0
+    with claimed(folder) as made:
+        made.set_aside("config.toml")
+        made.commit_bytes("config.toml", b'model = "tiny"\n')
+        cut_metrics(folder, done)
+        checkpoints.clear(folder, after=done)
+        FACTS.write(folder)
+        log = RunLog(folder, 3, done)
+        for step in range(done + 1, done + 4):
+            log.write({"step": step, "epoch": 0, "loss": 1.0})
+            state = checkpoints.RunState(step, 1, {}, {})
+            checkpoints.save(OneRank(), None, None, None, state, folder, keep=2)
+        if full:
+            scratch = folder / ".transformer.scratch"
+            scratch.mkdir()
+            (scratch / "config.json").write_bytes(b"{}")
+            replace_folder(scratch, folder / "transformer", A_TRANSFORMER)
+        write_card(folder, SimpleNamespace(facts=FACTS, steps=[], validations=[], settings={}), "lora", 3)
+
+
+@pytest.fixture(autouse=True)
+def _finite(monkeypatch) -> None:
+    """There are no weights to look at."""
+    monkeypatch.setattr(checkpoints, "_check_finite", lambda *_: None)
+
+
+@pytest.fixture
+def generate_in(tmp_path, monkeypatch) -> Callable:
+    """generate_in(folder or None, **settings): the command, with drawn frames in place of a model's."""
+    frames = np.zeros((9, 16, 16, 3), np.uint8)
+    family = BY_NAME["5b"]
+    tuned = SimpleNamespace(
+        checkpoint=SimpleNamespace(family=family, name="tiny", native=Resolution(17, 64, 96)),
+        lora_file=tmp_path / "lora.safetensors", transformer_folder=None, resolution=Resolution(17, 64, 96),
+    )  # fmt: skip
+    tuned.lora_file.write_bytes(b"weights")
+
+    def request(settings, _tuned) -> Request:
+        resolution = Resolution.parse(settings.resolution or "17x64x96")
+        return Request(settings.prompt, None, resolution, settings.steps, settings.guidance, settings.seed, 226, True)
+
+    replaced = {
+        "find": lambda *_: tuned, "_request": request, "load_pipeline": lambda *_: None, "place": lambda *_: None,
+        "draw": lambda *_: frames, "to_base": lambda *_: None,
+    }  # fmt: skip
+    for name, function in replaced.items():
+        monkeypatch.setattr(generate, name, function)
+
+    def run(folder: Path | None, **settings) -> None:
+        generate.run(GenerateSettings(**{"prompt": "a cat", "out": folder, "json": True} | settings))
+
+    return run
+
+
+@pytest.fixture
+def ours(tmp_path, generate_in):
+    """Folders that cogtrain made."""
+    folders = [tmp_path / name for name in ("run", "full", "videos", "export")]
+    train_in(folders[0])
+    train_in(folders[1], full=True)
+    generate_in(folders[2])
+    export_to(folders[3])
+    return folders
+
+
+def export_to(folder: Path) -> None:
+    """What an export does to its folder."""
+    made = take_output(folder, export._EXPORT, "--out")
+    made.open(*export._FILES)
+    for name in export._FILES:
+        commit_bytes(folder / name, b"weights")
+    made.close(*export._FILES)
+    write_card(folder, SimpleNamespace(facts=FACTS, steps=[], validations=[], settings={}), "lora", 3)
+
+
+def let_loose(trees: int, seed: int, ours, generate_in, tmp_path) -> None:
+    draw = random.Random(seed)
+    refused = 0
+    for number in range(trees):
+        folder = tmp_path / "here"
+        tree = Tree(folder, ours, NAMES, draw)
+        run = draw.choice([train_in, lambda top: train_in(top, full=True), generate_in, export_to])
+        set_aside = set()
+        try:
+            run(tree.top)
+        except CogError:
+            refused += 1
+        if tree.touched() == [str(tree.top / "config.toml")]:  # its settings are read by name: moved, not changed
+            set_aside = {path.read_bytes() for path in tree.top.glob("config-yours*")}
+        assert not tree.touched() or set_aside, f"tree {number} of seed {seed}: {tree.touched()} in {tree.told()}"
+        shutil.rmtree(folder)
+    assert 0 < refused < trees
+
+
+def test_what_is_somebodys_stays_as_it_is(ours, generate_in, tmp_path, capsys):
+    let_loose(100, 1, ours, generate_in, tmp_path)
+
+
+@pytest.mark.full
+def test_what_is_somebodys_stays_as_it_is_in_thousands_of_trees(ours, generate_in, tmp_path, capsys):
+    let_loose(3300, 2, ours, generate_in, tmp_path)
+
+
+def test_a_run_takes_no_folder_of_somebodys(tmp_path):
+    for name in ("README.md", "metrics.jsonl", "src/main.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(SettingError, match="did not make"), claimed(tmp_path):
+            pass
+        assert (tmp_path / name).read_text() == "mine" and not (tmp_path / ".cogtune.json").exists()
+        (tmp_path / name).unlink()
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with pytest.raises(SettingError, match="data root"), claimed(tmp_path):
+        pass
+
+
+def test_a_card_and_settings_that_somebody_edits_are_kept(tmp_path):
+    run = tmp_path / "run"
+    train_in(run)
+    for name in ("README.md", "config.toml"):
+        (run / name).write_text((run / name).read_text() + "# mine")
+    train_in(run)
+    assert (run / "README.md").read_text().endswith("# mine")
+    assert (run / "config-yours.toml").read_text().endswith("# mine")
+    assert not (run / "config.toml").read_text().endswith("# mine")
+
+
+def test_a_checkpoint_that_goes_leaves_what_somebody_put_into_it(tmp_path):
+    run = tmp_path / "run"
+    train_in(run)
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-2", "checkpoint-3"]
+    (run / "checkpoint-2" / "inner" / "notes.txt").write_text("mine")
+    (run / "checkpoint-99").mkdir()  # no state in it: not whole, and not ours
+    (run / "checkpoint-99" / "mine").write_text("mine")
+    train_in(run)
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
+    assert [path.name for path in (run / "checkpoint-2").rglob("*")] == ["inner", "notes.txt"]
+    assert (run / "checkpoint-99" / "mine").exists()
+
+
+def test_each_request_has_a_folder_of_its_own(generate_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = [
+        {"prompt": "一只猫在跑"}, {"prompt": "一只狗在睡觉"}, {"prompt": "собака бежит"}, {"prompt": "кошка спит"},
+        {"prompt": "a photo of a red dog running on a beach at sunset"}, {"prompt": "!"}, {"prompt": "?"},
+        {"prompt": "a photo of a red dog running on a beach, asleep"}, {"steps": 10}, {"guidance": 3.0},
+        {"resolution": "9x64x96"}, {"seed": 7}, {"fps": 4.0}, {"base": False}, {},
+    ]  # fmt: skip
+    for settings in asked:
+        generate_in(None, **settings)
+    folders = sorted((tmp_path / "generated").iterdir())
+    assert len(folders) == len(asked)
+    assert any("一只猫在跑" in folder.name for folder in folders)
+    generate_in(None, **asked[0])  # the same video again
+    assert sorted((tmp_path / "generated").iterdir()) == folders
+
+
+def test_a_folder_with_another_video_is_not_written_over(generate_in, tmp_path, capsys):
+    out = tmp_path / "videos"
+    generate_in(out)
+    before = (out / "tuned.mp4").read_bytes()
+    with pytest.raises(SettingError, match="another prompt"):
+        generate_in(out, prompt="a dog")
+    generate_in(out)
+    assert (out / "tuned.mp4").read_bytes() == before
+    (out / "base.mp4").write_bytes(b"mine")
+    with pytest.raises(SettingError, match="not as we made it"):
+        generate_in(out)
+    assert json.loads((out / ".cogtune.json").read_text())["by"] == "generated videos"
