@@ -47,6 +47,10 @@ class ShardError(CogError):
     """A shard that is damaged, missing, foreign, or not committed."""
 
 
+class StoreError(CogError):
+    """A file that the place where it lies does not give, and why; of what is in the file this says nothing."""
+
+
 class RunError(CogError):
     """A training run that cannot start, go on, or be resumed as asked."""
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +31,8 @@ IMAGE_MEAN = "image_mean"  # (K, C, 1, h, w), K pre-noised first frames (I2V)
 IMAGE_STD = "image_std"
 IMAGE_CLEAN_MEAN = "image_clean_mean"  # (C, 1, h, w), the first frame as it is (I2V)
 IMAGE_CLEAN_STD = "image_clean_std"
+
+_Bytes = TypeVar("_Bytes", bytes, memoryview)
 
 _METADATA_KEY = b"cogtune"
 _CHECK_KEY = b"cogtune.sha256"
@@ -191,18 +193,17 @@ def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tup
     return ShardHeader(contract=contract, **header), table
 
 
-def split_extent(extent: bytes, row: SampleRow | dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """The json and the safetensors bytes of a sample, from its extent.
+def split_extent(extent: _Bytes, row: SampleRow | dict[str, Any]) -> tuple[dict[str, Any], _Bytes]:
+    """The json and the safetensors bytes of a sample, from its extent; of a memoryview without a copy.
 
     Args:
         row: gives offset, json_offset, json_size, tensors_offset, tensors_size.
     """
     get = row.__getitem__ if isinstance(row, dict) else lambda name: getattr(row, name)
-    start = get("offset")
-    info = extent[get("json_offset") - start :][: get("json_size")]
-    tensors = extent[get("tensors_offset") - start :][: get("tensors_size")]
-    return json.loads(info), tensors
+    info_at, tensors_at = get("json_offset") - get("offset"), get("tensors_offset") - get("offset")
+    info = extent[info_at : info_at + get("json_size")]
+    return json.loads(bytes(info)), extent[tensors_at : tensors_at + get("tensors_size")]
 
 
-def extent_intact(extent: bytes, sha256: bytes) -> bool:
+def extent_intact(extent: bytes | bytearray, sha256: bytes) -> bool:
     return hashlib.sha256(extent).digest() == sha256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from cogcommon.checkpoint import Checkpoint
@@ -71,6 +72,7 @@ def check_alike(training: Contract, held_out: Contract, where: str) -> None:
 
 def lost_tars(shards: ShardSet) -> list[str]:
     """Tars that are gone from the shards' local folders, though their records are there: a copy that was cut short."""
-    folders = {Path(shard.shown).parent for shard in shards.shards if "://" not in shard.shown}
+    folders = {Path(shard.path).parent for shard in shards.shards if not shard.file.remote}
     records = (record for folder in sorted(folders) for record in sorted(folder.glob("[0-9]*.parquet")))
-    return [str(tar) for tar in (record.with_suffix(".tar") for record in records) if not tar.exists()]
+    named = (record for record in records if re.fullmatch("[0-9]{6,}", record.stem))
+    return [str(tar) for tar in (record.with_suffix(".tar") for record in named) if not tar.exists()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,10 +27,12 @@ from .draws import Draws, Purpose
 from .inputs import Objective
 from .order import Slot
 from .sources import ShardSet
+from .store import Stop
 
 if TYPE_CHECKING:
     import torch
 
+_FETCHED = 64  # batches on the way to the cache: two minutes of training, which hide as long a stall
 _READERS = 4  # threads; reading, hashing and drawing all release the GIL
 
 
@@ -89,18 +93,17 @@ class StoredSample:
     image_clean_mean: torch.Tensor | None  # (C, 1, h, w)
 
 
-def read_sample(shards: ShardSet, index: int) -> StoredSample:
+def read_sample(shards: ShardSet, index: int, stop: Stop | None = None) -> StoredSample:
     """Read one sample.
 
     Raises:
         ShardError: its bytes are damaged; the shard is named.
+        StoreError: they cannot be read, and why.
     """
-    import safetensors.torch
-
     extent = shards.extent(index)
     shown = shards.shards[extent.shard].shown
-    info, raw = split_extent(shards.read(extent), dataclasses.asdict(extent))
-    tensors = safetensors.torch.load(raw)
+    info, raw = split_extent(memoryview(shards.read(extent, stop)), dataclasses.asdict(extent))
+    tensors = _tensors(raw)
     resolution = extent.bucket
     wanted = (resolution.latent_frames, resolution.latent_height, resolution.latent_width)
     if tuple(tensors[LATENT_MEAN].shape[1:]) != wanted:
@@ -120,6 +123,24 @@ def read_sample(shards: ShardSet, index: int) -> StoredSample:
         image_std=tensors.get(IMAGE_STD),
         image_clean_mean=tensors.get(IMAGE_CLEAN_MEAN),
     )
+
+
+def _tensors(raw: memoryview) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in its own memory.
+
+    safetensors.torch.load wants `bytes` and copies: two copies of 6 MB take as long as reading and hashing them.
+    """
+    import torch
+
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # what `cogprep encode` writes
+    start = 8 + int.from_bytes(raw[:8], "little")
+    described = json.loads(bytes(raw[8:start]))
+    described.pop("__metadata__", None)
+    return {
+        name: torch.frombuffer(raw[start:], dtype=types[one["dtype"]], offset=one["data_offsets"][0],
+                               count=math.prod(one["shape"])).view(one["shape"])
+        for name, one in described.items()
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -205,19 +226,41 @@ def prefetch(
         ahead: batches in the making; each costs about 15 MB at 49x480x720.
         pin: in page-locked memory, for an asynchronous copy to the GPU.
     """
+    stop = Stop()
 
-    def make(slots: list[Slot]) -> Batch:
-        batch = collate([read_sample(shards, slot.sample) for slot in slots], slots)
+    def make(slots: list[Slot], fetching: Sequence[Future[None]]) -> Batch:
+        for fetch in fetching:
+            if not fetch.cancel():  # it has begun
+                fetch.exception()  # which the read below meets, too
+        batch = collate([read_sample(shards, slot.sample, stop) for slot in slots], slots)
         return batch.pin() if pin else batch
 
     pool = ThreadPoolExecutor(_READERS, thread_name_prefix="cogtrain-reader")
+    fetchers = ThreadPoolExecutor(_READERS, thread_name_prefix="cogtrain-fetcher")
     waiting: deque[Future[Batch]] = deque()
     try:
-        for slots in places:
-            waiting.append(pool.submit(make, slots))
+        for slots, fetching in _fetched_ahead(shards, places, fetchers, stop):
+            waiting.append(pool.submit(make, slots, fetching))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stop.set()
+        for threads in (pool, fetchers):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _fetched_ahead(
+    shards: ShardSet, places: Iterator[list[Slot]], fetchers: ThreadPoolExecutor, stop: Stop
+) -> Iterator[tuple[list[Slot], Sequence[Future[None]]]]:
+    """The places, and what brings their samples into the cache, begun `_FETCHED` places before their turn."""
+    coming: deque[tuple[list[Slot], Sequence[Future[None]]]] = deque()
+    for slots in places:
+        fetching = (
+            [] if shards.cache is None else [fetchers.submit(shards.fetch_ahead, one.sample, stop) for one in slots]
+        )
+        coming.append((slots, fetching))
+        if shards.cache is None or len(coming) > _FETCHED:
+            yield coming.popleft()
+    yield from coming

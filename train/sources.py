@@ -9,30 +9,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-import braceexpand
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogcommon.contract import EMPTY_CAPTION_FILE, Contract
-from cogcommon.errors import ShardError
+from cogcommon.contract import Contract
+from cogcommon.errors import CogError, ShardError, StoreError
 from cogcommon.families import Resolution
 from cogcommon.names import command_line
 from cogcommon.records import ShardHeader, extent_intact, read_table
 
+from .cache import Cache
 from .order import Ints
+from .shard_words import Found, expand
+from .store import FAULTS, TRAINING, Part, Stop, StoredFile, WholeFilesOnly
 
 _COLUMNS = [
     "key", "status", "bucket", "offset", "size", "json_offset", "json_size", "tensors_offset", "tensors_size",
     "sha256", "source_sha256",
 ]  # fmt: skip
 _TAIL = 10240  # a tar ends with zeros, at most one record of 20 blocks
+_PARQUET = b"PAR1"  # how a record begins
 _OPEN_THREADS = 16  # records are small; over a network the wait is what counts
 
 
@@ -40,10 +41,19 @@ _OPEN_THREADS = 16  # records are small; over a network the wait is what counts
 class Shard:
     """A committed shard: its tar and what its record says of it."""
 
-    path: str  # of the tar, as the file system wants it
-    shown: str  # as messages name it
-    fs: Any
+    file: StoredFile
     header: ShardHeader
+    empty_caption: StoredFile  # of its folder
+    etag: str = ""  # when it was opened
+
+    @property
+    def path(self) -> str:
+        return self.file.path
+
+    @property
+    def shown(self) -> str:
+        """As messages name it."""
+        return self.file.shown
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class ShardSet:
     shards: Sequence[Shard]
     table: pa.Table  # _COLUMNS and "shard", one row a sample
     buckets: Sequence[Resolution]
+    cache: Cache | None = None
 
     @property
     def contract(self) -> Contract:
@@ -119,60 +130,109 @@ class ShardSet:
             )
         return dataclasses.replace(self, table=table)
 
-    def read(self, extent: Extent) -> bytes:
+    def read(self, extent: Extent, stop: Stop | None = None) -> bytearray:
         """A sample's bytes, checked against its hash.
 
         Raises:
-            ShardError: they differ, or cannot be read.
+            ShardError: they are not what was written: read twice, and the same both times.
+            StoreError: they cannot be read, and why.
         """
-        shard = self.shards[extent.shard]
-        try:
-            data = shard.fs.cat_file(shard.path, start=extent.offset, end=extent.offset + extent.size)
-        except Exception as error:  # each file system raises its own kinds
-            raise ShardError(f"sample {extent.key} cannot be read: {error}", where=shard.shown) from error
+        cache = self.cache if self.shards[extent.shard].file.remote else None
+        if cache is not None and (kept := cache.get(extent.sha256)) is not None:
+            return kept
+        data = self._fetch(extent, stop)
         if not extent_intact(data, extent.sha256):
-            raise _damaged(shard.shown, f"sample {extent.key} is not what was written")
-        return bytes(data)
+            again = self._fetch(extent, stop)
+            if not extent_intact(again, extent.sha256):
+                raise self._why(extent, data, again)
+            FAULTS.add("the bytes of a sample came wrong once", self.shards[extent.shard].shown, TRAINING)
+            data = again
+        if cache is not None:
+            cache.put(extent.sha256, data)
+        return data
+
+    def fetch_ahead(self, index: int, stop: Stop | None = None) -> None:
+        """Bring a sample into the cache, if it takes any and the sample lies elsewhere. Raises as `read`."""
+        extent = self.extent(index)
+        cache = self.cache if self.shards[extent.shard].file.remote else None
+        if cache is not None and cache.takes(extent.size) and not cache.has(extent.sha256):
+            self.read(extent, stop)
+
+    def _fetch(self, extent: Extent, stop: Stop | None) -> bytearray:
+        file = self.shards[extent.shard].file
+        try:
+            return file.read(extent.offset, extent.offset + extent.size, TRAINING, stop).data
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"sample {extent.key} cannot be read: the shard is gone, which was there when the run was opened",
+                where=file.shown,
+                fix="put it back; the same command goes on from the last checkpoint of --out",
+            ) from error
+
+    def _why(self, extent: Extent, first: bytearray, second: bytearray) -> CogError:
+        """The true reason for a sample that twice was not what was written."""
+        shard = self.shards[extent.shard]
+        if first != second:
+            return StoreError(
+                f"sample {extent.key} cannot be read: the store gives other bytes each time",
+                where=shard.shown,
+                fix="another server or mirror; a proxy between may be at fault",
+            )
+        if shard.file.remote:
+            try:
+                now = shard.file.stat(fresh=True)
+            except FileNotFoundError:
+                now = Part(bytearray(), 0)
+            if (now.size, now.etag) != (shard.header.tar_size, shard.etag):
+                return StoreError(
+                    f"sample {extent.key} cannot be read: the shard has been replaced since the run was opened",
+                    where=shard.shown,
+                    fix="put the old one back, or start a run on the new ones",
+                )
+        return _damaged(shard.file, f"sample {extent.key} is not what was written")
 
     def empty_caption(self) -> bytes:
         """The stored embedding of the empty caption: safetensors with "text" (L, D).
 
         Raises:
             ShardError: missing beside the shards, or not the one of their contract.
+            StoreError: it cannot be read, and why.
         """
-        shard = self.shards[0]
-        path = shard.path.rsplit("/", 1)[0] + "/" + EMPTY_CAPTION_FILE
-        shown = shard.shown.rsplit("/", 1)[0] + "/" + EMPTY_CAPTION_FILE if "/" in shard.shown else EMPTY_CAPTION_FILE
-        try:
-            data = bytes(shard.fs.cat_file(path))
-        except Exception as error:
-            raise ShardError(
-                "the embedding of the empty caption is missing", where=shown, fix="`cogprep encode` writes it again"
-            ) from error
-        if hashlib.sha256(data).hexdigest() != self.contract.empty_caption_sha256:
-            raise ShardError(
-                "this embedding of the empty caption does not belong to the shards beside it",
-                where=shown,
-                fix="remove it; `cogprep encode` writes it again",
-            )
-        return data
+        file = self.shards[0].empty_caption
+        for _ in range(2 if file.remote else 1):
+            try:
+                data = bytes(file.read_all().data)
+            except FileNotFoundError as error:
+                raise ShardError(
+                    "the embedding of the empty caption is missing",
+                    where=file.shown,
+                    fix="`cogprep encode` writes it again",
+                ) from error
+            if hashlib.sha256(data).hexdigest() == self.contract.empty_caption_sha256:
+                return data
+        raise ShardError(
+            "this embedding of the empty caption does not belong to the shards beside it",
+            where=file.shown,
+            fix="remove it; `cogprep encode` writes it again",
+        )
 
 
-def open_shards(words: Sequence[str], option: str = "--shards") -> ShardSet:
+def open_shards(words: Sequence[str], option: str = "--shards", cache: Cache | None = None) -> ShardSet:
     """Open and check shards, without reading samples.
 
     Args:
         words: tars, globs, brace ranges, folders, URLs; as the option was given.
         option: for messages.
+        cache: for samples behind a URL.
 
     Raises:
         ShardError: none there; one without a record, of another size, or encoded
             otherwise than the first; no usable sample.
     """
-    paths = expand(words, option)
     with ThreadPoolExecutor(_OPEN_THREADS) as pool:
-        # By content, so that neither the order of the words nor the folder's name enters the order of samples.
-        opened = sorted(pool.map(_open_one, paths), key=lambda one: one[0].header.tar_sha256)
+        opened = list(pool.map(lambda found: _open_one(found, cache), expand(words, option)))
+    # By content, so that neither the order of the words nor the folder's name enters the order of samples.
+    opened.sort(key=lambda one: one[0].header.tar_sha256)
     first, *rest = [shard for shard, _ in opened]
     for shard in rest:
         if shard.header.contract.fingerprint != first.header.contract.fingerprint:
@@ -203,100 +263,95 @@ def open_shards(words: Sequence[str], option: str = "--shards") -> ShardSet:
             fix="give each shard once, and only one copy of a folder",
         )
     buckets = sorted(Resolution.parse(name) for name in pc.unique(table["bucket"]).to_pylist())
-    return ShardSet([shard for shard, _ in opened], table, buckets)
+    if cache is not None:
+        cache.keep(table["sha256"])
+    return ShardSet([shard for shard, _ in opened], table, buckets, cache)
 
 
-def expand(words: Iterable[str], option: str) -> list[tuple[Any, str, str]]:
-    """(file system, path, shown name) of every tar that the words name, once each, in order.
-
-    Raises:
-        ShardError: a word that stands for nothing.
-    """
-    found: dict[str, tuple[Any, str, str]] = {}
-    for word in words:
-        for name in braceexpand.braceexpand(word):
-            try:
-                fs, path = fsspec.core.url_to_fs(name)
-                prefix = name[: -len(path)] if name.endswith(path) else ""
-                if any(mark in path for mark in "*?[") and not fs.exists(path):
-                    matches = sorted(fs.glob(path))
-                elif fs.isdir(path):
-                    matches = sorted(fs.glob(path.rstrip("/") + "/*.tar"))
-                else:
-                    matches = [path]
-            except (ImportError, ValueError, OSError) as error:
-                raise ShardError(f"{name} cannot be looked up: {error}", where=option) from error
-            if not matches:
-                raise ShardError(
-                    f"no shard matches {name}",
-                    where=option,
-                    fix="give the tars that `cogprep encode` wrote, for example --shards out/*.tar",
-                )
-            for match in matches:
-                if not match.endswith(".tar"):
-                    raise ShardError(
-                        f"{match} is not a shard",
-                        where=option,
-                        fix="give the .tar files; their records lie beside them",
-                    )
-                shown = match if "://" in name else _as_typed(name, path, match)
-                found.setdefault(match, (fs, match, prefix + match if "://" in name else shown))
-    if not found:
-        raise ShardError(
-            f"{option} is not given",
-            fix=f"{option} out/*.tar (what `cogprep encode` wrote)",
-        )
-    return list(found.values())
-
-
-def _as_typed(name: str, absolute: str, match: str) -> str:
-    """A local match relative to the working folder where the word was relative."""
-    root = absolute[: -len(name)] if absolute.endswith(name) else ""
-    return match[len(root) :] if root and match.startswith(root) else match
-
-
-def _open_one(place: tuple[Any, str, str]) -> tuple[Shard, pa.Table]:
-    fs, path, shown = place
-    record = path.removesuffix(".tar") + ".parquet"
-    shown_record = shown.removesuffix(".tar") + ".parquet"
-    folder = shown.rpartition("/")[0] or "."
-    try:
-        size = fs.info(path)["size"]
-    except FileNotFoundError as error:
-        raise ShardError(
-            "no such shard", where=shown, fix="`cogprep encode` makes what is missing; check the path"
-        ) from error
-    try:
-        raw = fs.cat_file(record)
-    except FileNotFoundError as error:
-        raise ShardError(
-            "a shard without its record: it was never finished",
-            where=shown,
-            fix="`cogprep encode` finishes an interrupted folder; "
-            f"`{command_line('cogprep', 'index', folder)}` rebuilds what can be rebuilt",
-        ) from error
-    try:
-        header, table = read_table(io.BytesIO(raw), _COLUMNS)
-    except ShardError as error:
-        raise ShardError(error.what, where=shown_record, fix=error.fix) from error
-    if size != header.tar_size:
-        raise _damaged(shown, f"the tar has {size:,} bytes, its record says {header.tar_size:,}")
+def _open_one(found: Found, cache: Cache | None) -> tuple[Shard, pa.Table]:
+    """Two requests: the record, and the tar's last bytes, whose answer tells its size."""
+    header, table = _record(found)
     good = table.filter(pc.equal(table["status"], "ok")).sort_by("offset")
     end = 0
     for offset, length in zip(good["offset"].to_pylist(), good["size"].to_pylist(), strict=True):
         if offset != end:
-            raise _damaged(shown_record, f"bytes {end:,} to {offset:,} of the tar belong to no sample")
+            raise _damaged(found.record, f"bytes {end:,} to {offset:,} of the tar belong to no sample")
         end = offset + length
-    # The extents are hashed when read; behind them come only the zeros that end a tar.
-    tail = fs.cat_file(path, start=end, end=size) if end < size else b""
-    if len(tail) > _TAIL or tail.strip(b"\0"):
-        raise _damaged(shown, "there is something behind the last sample")
-    return Shard(path, shown, fs, header), table
+    tar = found.tar
+    try:
+        try:
+            tail = _tail(tar, end)
+        except WholeFilesOnly:
+            if cache is None:
+                raise
+            tar = cache.whole(tar, header.tar_sha256, header.tar_size)
+            tail = _tail(tar, end)
+        if tar.remote and _fault_of(tail, header):  # nothing is called damaged because a server erred once
+            tail = _tail(tar, end)
+    except FileNotFoundError as error:
+        raise _no_such_shard(tar) from error
+    if (fault := _fault_of(tail, header)) and tar.remote:
+        raise StoreError(
+            f"this is not the tar of its record: {fault}",
+            where=tar.shown,
+            fix="upload both again: the upload was cut short, or another file took the tar's place",
+        )
+    if fault:
+        raise _damaged(tar, fault)
+    return Shard(tar, header, found.empty_caption, tail.etag), table
 
 
-def _damaged(shown: str, what: str) -> ShardError:
-    return ShardError(
-        f"a damaged shard: {what}",
-        where=shown,
-        fix="`cogprep verify` lists all damage; remove the shard and its record, and `cogprep encode` makes it anew",
-    )
+def _record(found: Found) -> tuple[ShardHeader, pa.Table]:
+    file = found.record
+    for _ in range(2 if file.remote else 1):
+        try:
+            raw = bytes(file.read_all().data)
+        except FileNotFoundError as error:
+            try:
+                found.tar.stat()
+            except FileNotFoundError:
+                raise _no_such_shard(found.tar) from error
+            folder = found.tar.shown.rpartition("/")[0] or "."
+            raise ShardError(
+                "a shard without its record: it was never finished",
+                where=found.tar.shown,
+                fix="`cogprep encode` finishes an interrupted folder; "
+                f"`{command_line('cogprep', 'index', folder)}` rebuilds what can be rebuilt",
+            ) from error
+        try:
+            return read_table(io.BytesIO(raw), _COLUMNS)
+        except ShardError as error:
+            fault = error
+    if file.remote and not raw.startswith(_PARQUET):
+        raise StoreError(
+            f"the server sends something else in place of the record, beginning with {raw[:24]!r}",
+            where=file.shown,
+            fix="open the URL in a browser: it may be the page of a login or of a proxy",
+        )
+    raise ShardError(fault.what, where=file.shown, fix=fault.fix) from fault
+
+
+def _no_such_shard(tar: StoredFile) -> ShardError:
+    return ShardError("no such shard", where=tar.shown, fix="`cogprep encode` makes what is missing; check the path")
+
+
+def _tail(tar: StoredFile, end: int) -> Part:
+    """What follows the samples, size and etag."""
+    tail = tar.read(end, end + _TAIL + 1)
+    return tail if tail.size is not None else dataclasses.replace(tar.stat(), data=tail.data)
+
+
+def _fault_of(tail: Part, header: ShardHeader) -> str:
+    """What is wrong with a tar's size or last bytes. The samples are hashed when read; behind them come only zeros."""
+    if tail.size != header.tar_size:
+        return f"the tar has {tail.size or 0:,} bytes, its record says {header.tar_size:,}"
+    if len(tail.data) > _TAIL or tail.data.strip(b"\0"):
+        return "there is something behind the last sample"
+    return ""
+
+
+def _damaged(file: StoredFile, what: str) -> ShardError:
+    fix = "`cogprep verify` lists all damage; remove the shard and its record, and `cogprep encode` makes it anew"
+    if file.remote:
+        fix = "compare it with the copy that `cogprep encode` wrote (`cogprep verify` there), and upload it again"
+    return ShardError(f"a damaged shard: {what}", where=file.shown, fix=fix)

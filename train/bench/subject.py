@@ -17,11 +17,13 @@ from cogcommon.contract import Contract
 from cogcommon.families import BY_NAME, RANDOM, Family, Resolution
 from cogcommon.records import ShardHeader
 
+from ..fsspec_store import FsspecStore
 from ..method import method_of
 from ..order import Order
 from ..run import Run
 from ..settings import TrainSettings
 from ..sources import Shard, ShardSet
+from ..store import StoredFile
 from ..zero_config import choose
 
 if TYPE_CHECKING:
@@ -163,8 +165,9 @@ def random_shards(checkpoint: Checkpoint, bucket: Resolution, samples: int = 8) 
         data += info + raw
     fs = fsspec.filesystem("memory")
     fs.pipe("/bench.tar", data)
+    file = StoredFile(FsspecStore(fs), "/bench.tar", "memory")
     header = ShardHeader(0, len(data), hashlib.sha256(data).hexdigest(), _contract(checkpoint, family, bucket))
-    return ShardSet([Shard("/bench.tar", "memory", fs, header)], pa.Table.from_pylist(rows), [bucket])
+    return ShardSet([Shard(file, header, file)], pa.Table.from_pylist(rows), [bucket])
 
 
 def _contract(checkpoint: Checkpoint, family: Family, bucket: Resolution) -> Contract:

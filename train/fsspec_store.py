@@ -1,0 +1,140 @@
+"""Shards in object stores (s3, gs, hf) and wherever else fsspec reaches, as a store."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import fsspec
+import fsspec.asyn
+
+from cogcommon.errors import StoreError
+
+from .store import STALLED, Fault, Part, without_secrets
+
+# What reads a kind of URL: the module, what installs it, and our extra where there is one.
+_READERS = {
+    "s3": ("s3fs", "s3fs", "s3"),
+    "s3a": ("s3fs", "s3fs", "s3"),
+    "gs": ("gcsfs", "gcsfs", "gcs"),
+    "gcs": ("gcsfs", "gcsfs", "gcs"),
+    "hf": ("huggingface_hub", "huggingface_hub", "hf"),
+    "abfs": ("adlfs", "adlfs", ""),
+    "az": ("adlfs", "adlfs", ""),
+}
+_SLOW = 64 * 1024  # bytes a second: fsspec tells nothing of progress, so an attempt may take this long in all
+_CREDENTIALS = "check the credentials that this machine gives (environment, configuration file or role)"
+
+
+def open_fsspec(url: str, option: str) -> tuple[FsspecStore, str]:
+    """The store of a URL, and its path there.
+
+    Raises:
+        StoreError: nothing reads this kind of URL, or what does is not installed.
+    """
+    scheme = url.partition("://")[0].rpartition("::")[2].lower()
+    shown = without_secrets(url)
+    module, package, extra = _READERS.get(scheme, ("", "", ""))
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            instead = f", or with cogtune's own extra: pip install -e '.[{extra}]'" if extra else ""
+            raise StoreError(
+                f"{scheme}:// needs {package}, which is not installed",
+                where=f"{option} {shown}",
+                fix=f"pip install {package}{instead}",
+            ) from error
+    options: dict[str, Any] = {}
+    if module == "s3fs":  # one place tries again: `store.patiently`, which counts and tells
+        options = {"config_kwargs": {"connect_timeout": 10, "read_timeout": STALLED, "retries": {"max_attempts": 0}}}
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError, OSError) as error:
+        raise StoreError(
+            f"{shown} cannot be looked up: {without_secrets(str(error))}",
+            where=option,
+            fix="a path, or a URL of http, https, s3, gs or hf",
+        ) from error
+    if module == "s3fs":
+        fs.retries = 1
+    return FsspecStore(fs), path
+
+
+class FsspecStore:
+    """Files of an fsspec file system; see `store.Store`."""
+
+    remote = True
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+
+    def read(self, path: str, start: int, end: int) -> Part:
+        try:
+            data = self._call("cat_file", end - start, path, start=start, end=end)
+        except Fault as fault:
+            if "InvalidRange" not in str(fault.__cause__) and "416" not in str(fault.__cause__):
+                raise
+            data = b""  # behind the end
+        return Part(bytearray(data))
+
+    def read_all(self, path: str) -> Part:
+        data = self._call("cat_file", 0, path)
+        return Part(bytearray(data), len(data))
+
+    def stat(self, path: str, *, fresh: bool = False) -> Part:
+        if fresh:
+            self._fs.invalidate_cache()
+        info = self._call("info", 0, path)  # from the folder's listing where that has been read already
+        etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("blob_id") or ""
+        return Part(bytearray(), info["size"], str(etag))
+
+    def names(self, folder: str) -> list[str]:
+        return [str(path) for path in self._call("ls", 0, folder, detail=False)]
+
+    def matching(self, pattern: str) -> list[str]:
+        found: Sequence[str] = self._call("glob", 0, pattern)
+        return [str(path) for path in found]
+
+    def _call(self, name: str, size: int, *args: Any, **options: Any) -> Any:
+        """One call, with a time-out; what goes wrong is a `Fault`."""
+        timeout = STALLED + size / _SLOW
+        try:
+            method = getattr(self._fs, "_" + name, None)
+            if isinstance(self._fs, fsspec.asyn.AsyncFileSystem) and method is not None:
+                return fsspec.asyn.sync(self._fs.loop, method, *args, timeout=timeout, **options)
+            return _within(timeout, getattr(self._fs, name), *args, **options)
+        except FileNotFoundError:
+            raise
+        except (TimeoutError, fsspec.exceptions.FSTimeoutError) as error:
+            raise Fault(f"the store does not answer (nothing within {timeout:.0f} s)") from error
+        except PermissionError as error:
+            reason = f"the store refuses: {without_secrets(str(error))}"
+            raise Fault(reason, passing=False, fix=_CREDENTIALS) from error
+        except Exception as error:  # each file system raises its own kinds
+            text = without_secrets(str(error)) or type(error).__name__
+            lasting = "Credentials" in type(error).__name__ or isinstance(error, ValueError | TypeError)
+            raise Fault(text, passing=not lasting, fix=_CREDENTIALS if lasting else None) from error
+
+
+def _within(seconds: float, act: Any, *args: Any, **options: Any) -> Any:
+    """Call something that has no time-out of its own; a thread that it holds on to ends with the process."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(act(*args, **options))
+        except BaseException as error:  # raised below, by the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError
+    return results[0]

@@ -1,0 +1,258 @@
+"""Shards behind http and https: ranges, signed URLs, and servers that do not do what they should.
+
+requests and not fsspec's HTTPFileSystem: that hides the answer's headers, so a server that sends
+the whole file, other bytes or compressed ones goes unseen.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import fnmatch
+import functools
+import html.parser
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urljoin, urlsplit
+
+from cogcommon.words import in_words
+
+from .store import SLOWEST, STALLED, Fault, NoRanges, Part
+
+if TYPE_CHECKING:
+    import requests
+
+_CONNECT = 10.0  # seconds
+_PIECE = 2**20  # bytes taken from the socket at a time
+_RECORD_MOST = 2**28  # bytes of a file that is read whole
+_SIGN_AGAIN = (
+    "check the credentials; where a signed URL has expired, sign it again: the same command with the new URLs goes "
+    "on from the last checkpoint of --out"
+)
+
+
+class HttpStore:
+    """Files behind URLs; see `store.Store`."""
+
+    remote = True
+
+    def read(self, path: str, start: int, end: int) -> Part:
+        with self._get(path, f"bytes={start}-{end - 1}") as answer:
+            if answer.status_code == 416:
+                return Part(bytearray(), _size_when_past_the_end(answer, start), _etag(answer))
+            if answer.status_code == 200:
+                size = _length(answer)
+                if start == 0 and size is not None and size <= end:
+                    return Part(_body(answer, size), size, _etag(answer))
+                raise NoRanges
+            first, last, size = _content_range(answer)
+            if first != start or last != min(end, size or end) - 1:
+                raise Fault(f"the server sends other bytes than asked for ({first}-{last}, not {start}-{end - 1})")
+            length = _length(answer)
+            if length is not None and length != last + 1 - first:
+                raise Fault(f"the server's answer contradicts itself: Content-Length {length} for {last + 1 - first}")
+            return Part(_body(answer, last + 1 - first), size, _etag(answer))
+
+    def read_all(self, path: str) -> Part:
+        with self._get(path) as answer:
+            size = _length(answer)
+            data = _body(answer, size)
+            return Part(data, len(data), _etag(answer))
+
+    def stat(self, path: str, *, fresh: bool = False) -> Part:
+        """By asking for one byte: signed URLs allow GET alone, not HEAD."""
+        with self._get(path, "bytes=0-0") as answer:
+            if answer.status_code == 206:
+                return Part(bytearray(), _content_range(answer)[2], _etag(answer))
+            if answer.status_code == 416:
+                return Part(bytearray(), _size_when_past_the_end(answer, 0), _etag(answer))
+            return Part(bytearray(), _length(answer), _etag(answer))  # the connection is closed before the body comes
+
+    def download(self, path: str) -> Iterator[bytes]:
+        """The whole file, piece by piece."""
+        with self._get(path) as answer:
+            yield from _pieces(answer, _length(answer))
+
+    def names(self, folder: str) -> list[str]:
+        """What a folder's page links to."""
+        folder, mark, query = folder.partition("?")
+        folder = folder.rstrip("/") + "/"
+        page = _Links()
+        page.feed(self.read_all(folder + mark + query).data.decode(errors="replace"))
+        found = {urljoin(folder, link).partition("?")[0].partition("#")[0] for link in page.links}
+        inside = (url for url in found if url.startswith(folder) and "/" not in url[len(folder) :] and url != folder)
+        return [url + mark + query for url in sorted(inside)]
+
+    def matching(self, pattern: str) -> list[str]:
+        pattern, mark, query = pattern.partition("?")
+        folder, _, name = pattern.rpartition("/")
+        if any(sign in folder for sign in "*["):
+            raise Fault("a web server's folders cannot be searched; only the last name may hold *", passing=False)
+        entries = self.names(folder + mark + query)
+        return [one for one in entries if fnmatch.fnmatchcase(unquote(_name(one)), unquote(name))]
+
+    @contextmanager
+    def _get(self, url: str, range_: str | None = None) -> Iterator[requests.Response]:
+        """One GET, its status checked; whatever goes wrong until the body has been read is a `Fault`."""
+        import requests
+        import urllib3
+
+        headers = {"Accept-Encoding": "identity"} | ({"Range": range_} if range_ else {})
+        try:
+            with _session().get(url, headers=headers, stream=True, timeout=(_CONNECT, STALLED)) as answer:
+                _check(answer, asked_for_range=range_ is not None)
+                yield answer
+        except FileNotFoundError:
+            raise
+        # The library's own texts hold the URL, and with it the signature.
+        except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
+            within = _CONNECT if isinstance(error, requests.ConnectTimeout) else STALLED
+            raise Fault(f"the server does not answer (nothing for {in_words(within)})") from None
+        except requests.TooManyRedirects:
+            raise Fault("the server redirects in a circle", passing=False) from None
+        except requests.exceptions.SSLError as error:
+            raise Fault(f"no secure connection: {_innermost(error)}", passing=False) from None
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, UnicodeError):
+            raise Fault("this is not a URL that can be asked for", passing=False) from None
+        except (urllib3.exceptions.IncompleteRead, urllib3.exceptions.ProtocolError) as error:
+            raise Fault(f"the connection broke off ({_innermost(error)})") from None
+        except requests.ConnectionError as error:
+            raise Fault(f"no connection to {urlsplit(url).hostname}: {_innermost(error)}") from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise Fault(f"the connection failed ({_innermost(error)})") from None
+
+
+@functools.cache
+def _session() -> requests.Session:
+    """One for all threads; proxies, .netrc and certificates as requests finds them."""
+    import requests
+
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=64, max_retries=0))
+    return session
+
+
+def _check(answer: requests.Response, *, asked_for_range: bool) -> None:
+    status = answer.status_code
+    if status in (404, 410):
+        raise FileNotFoundError(status)
+    told = f"the server answers {status} {answer.reason or ''}".rstrip()
+    if status in (401, 403, 407):
+        raise Fault(told + _s3_reason(answer), passing=False, fix=_SIGN_AGAIN)
+    if status in (408, 425, 429) or (status >= 500 and status not in (501, 505)):
+        raise Fault(told, wait=_retry_after(answer.headers.get("Retry-After", "")))
+    if status not in ((200, 206, 416) if asked_for_range else (200,)):
+        raise Fault(told + _s3_reason(answer), passing=False)
+    coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("", "identity") and status != 416:
+        raise Fault(
+            f"the server compresses what it sends (Content-Encoding: {coding}), though asked not to",
+            passing=False,
+            fix="switch compression off for .tar and .parquet there",
+        )
+
+
+def _body(answer: requests.Response, size: int | None) -> bytearray:
+    if size is None:
+        return bytearray().join(_pieces(answer, None, _RECORD_MOST))
+    if size > _RECORD_MOST and answer.status_code == 200:
+        raise Fault(f"the server sends {size:,} bytes, more than any record has", passing=False)
+    data = bytearray(size)
+    end = 0
+    for piece in _pieces(answer, size):
+        data[end : end + len(piece)] = piece
+        end += len(piece)
+    return data
+
+
+def _pieces(answer: requests.Response, size: int | None, most: int | None = None) -> Iterator[bytes]:
+    """A body as it comes; fewer bytes than announced, or too few in `STALLED` seconds, are a `Fault`."""
+    total = lately = 0
+    since = time.monotonic()
+    while size is None or total < size:
+        piece = answer.raw.read1(_PIECE if size is None else min(_PIECE, size - total))
+        if not piece:
+            break
+        total += len(piece)
+        lately += len(piece)
+        if most is not None and total > most:
+            raise Fault("the server does not stop sending", passing=False)
+        if (now := time.monotonic()) - since > STALLED:
+            if lately < SLOWEST * STALLED:
+                raise Fault(f"the server stalls ({lately:,} bytes in {in_words(now - since)})")
+            since, lately = now, 0
+        yield piece
+    if size is not None and total < size:
+        raise Fault(f"the answer is cut short ({total:,} of {size:,} bytes)")
+
+
+def _content_range(answer: requests.Response) -> tuple[int, int, int | None]:
+    """First byte, last byte, and bytes of the whole file where told."""
+    told = answer.headers.get("Content-Range", "")
+    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", told.strip(), re.ASCII)
+    if not match:
+        raise Fault(f"the server sends a part of the file without saying which (Content-Range: {told[:60]!r})")
+    return int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])
+
+
+def _size_when_past_the_end(answer: requests.Response, start: int) -> int:
+    match = re.fullmatch(r"bytes \*/(\d{1,18})", answer.headers.get("Content-Range", "").strip(), re.ASCII)
+    if match and int(match[1]) > start:
+        raise Fault(f"the server refuses bytes from {start:,} on, of a file of {int(match[1]):,}")
+    if not match:
+        raise Fault("the server refuses the range (416), and does not say how long the file is")
+    return int(match[1])
+
+
+def _length(answer: requests.Response) -> int | None:
+    told = answer.headers.get("Content-Length", "").strip()
+    return int(told) if re.fullmatch(r"\d{1,18}", told, re.ASCII) else None
+
+
+def _etag(answer: requests.Response) -> str:
+    return str(answer.headers.get("ETag", ""))
+
+
+def _retry_after(told: str) -> float:
+    if told.strip().isdecimal() and len(told) < 9:
+        return float(told)
+    date = email.utils.parsedate_tz(told)
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+
+
+def _s3_reason(answer: requests.Response) -> str:
+    """What an object store's XML says of the fault; the rest of it can hold signatures."""
+    try:
+        text = answer.raw.read(4096).decode(errors="replace")
+    except Exception:  # the status alone will do
+        return ""
+    match = re.search(r"<Message>([^<>]{1,200})</Message>", text)
+    return f" ({match[1].strip()})" if match else ""
+
+
+def _innermost(error: BaseException) -> str:
+    """The system's own words, of an error that libraries have wrapped; never a URL."""
+    while True:
+        inner = error.__cause__ or error.__context__ or getattr(error, "reason", None)
+        if not isinstance(inner, BaseException):
+            inner = next((arg for arg in error.args if isinstance(arg, BaseException)), None)
+        if inner is None:
+            break
+        error = inner
+    return (error.strerror if isinstance(error, OSError) and error.strerror else "") or type(error).__name__
+
+
+def _name(url: str) -> str:
+    return url.partition("?")[0].rpartition("/")[2]
+
+
+class _Links(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value for name, value in attrs if tag == "a" and name == "href" and value]
