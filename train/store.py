@@ -169,7 +169,7 @@ class StoredFile:
     def remote(self) -> bool:
         return self.store.remote
 
-    def read(self, start: int, end: int, patience: Patience = OPENING, stop: Stop | None = None) -> Part:
+    def read(self, start: int, end: int, patience: Patience | None = None, stop: Stop | None = None) -> Part:
         """Bytes from ``start`` to before ``end``; fewer only where the file ends earlier.
 
         Raises:
@@ -178,13 +178,17 @@ class StoredFile:
         """
         return self._try(lambda: self.store.read(self.path, start, end), patience, stop)
 
-    def read_all(self, patience: Patience = OPENING, stop: Stop | None = None) -> Part:
+    def read_all(self, patience: Patience | None = None, stop: Stop | None = None) -> Part:
         """The whole file, a small one. Raises as `read`."""
         return self._try(lambda: self.store.read_all(self.path), patience, stop)
 
     def stat(self, *, fresh: bool = False) -> Part:
         """Size and etag, without data; ``fresh``: as they are now. Raises as `read`."""
-        return self._try(lambda: self.store.stat(self.path, fresh=fresh), OPENING, None)
+        return self._try(lambda: self.store.stat(self.path, fresh=fresh), None, None)
+
+    def count(self, reason: str) -> None:
+        """Count a fault that was made good by reading again."""
+        FAULTS.add(reason, self.shown, TRAINING)
 
     def beside(self, ending: str) -> StoredFile:
         """The file of the same name with another ending; a query string, which may sign for both, stays."""
@@ -195,8 +199,8 @@ class StoredFile:
         """Another file of the same folder."""
         return StoredFile(self.store, _renamed(self.path, lambda _: name), _renamed(self.shown, lambda _: name))
 
-    def _try(self, attempt: Callable[[], _T], patience: Patience, stop: Stop | None) -> _T:
-        return patiently(attempt, self.shown, patience, stop)
+    def _try(self, attempt: Callable[[], _T], patience: Patience | None, stop: Stop | None) -> _T:
+        return patiently(attempt, self.shown, patience or OPENING, stop)
 
 
 def patiently(attempt: Callable[[], _T], shown: str, patience: Patience, stop: Stop | None = None) -> _T:
