@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cogcommon.families import Resolution
+from cogcommon.image import BadImage, read_upright
 
 from .clip import BadClip, Fault
 from .cut import Cut, Placement, pick_frames, place
@@ -46,11 +47,12 @@ def decode_clip(
                 return picked
             placement = place(*video.display_size, resolution, cut, key)
             clip_FHWC = np.zeros((resolution.frames, resolution.height, resolution.width, 3), np.uint8)
-            distinct = sorted(set(picked.indices))
-            scaled = video.frames(distinct, placement.width, placement.height)
-            for slot, frame_HWC in enumerate(scaled):
+            slot = 0
+            for frame_HWC in video.frames(sorted(set(picked.indices)), placement.width, placement.height):
                 _cut(frame_HWC, placement, clip_FHWC[slot])
-            clip_FHWC[len(distinct) :] = clip_FHWC[len(distinct) - 1]  # --short repeat
+                repeats = picked.indices.count(picked.indices[slot])
+                clip_FHWC[slot + 1 : slot + repeats] = clip_FHWC[slot]
+                slot += repeats
             image_HWC = None if image is None else read_image(image, resolution, cut, key)
             return Clip(
                 clip_FHWC, picked.indices, picked.effective_fps, placement.box, video.colour.decision, image_HWC
@@ -60,16 +62,11 @@ def decode_clip(
 
 
 def image_size(path: Path) -> tuple[int, int] | Fault:
-    """Upright width and height of a picture, without decoding it."""
+    """Upright width and height of a picture, which is read as `read_image` will read it."""
     try:
-        refuse_special(path)
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: 5 to 8 are quarter turns
-            return (image.height, image.width) if turned else (image.width, image.height)
+        return _read_upright(path).size
     except BadClip as bad:
-        return Fault(f"image: {bad}")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return Fault(f"image: not a picture, or damaged ({error})")
+        return Fault(str(bad))
 
 
 def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels:
@@ -78,22 +75,20 @@ def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels
     Raises:
         BadClip: it cannot be read.
     """
-    try:
-        refuse_special(path)
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            placement = place(upright.width, upright.height, resolution, cut, key)
-            if "A" in upright.getbands() or "transparency" in upright.info:
-                straight = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", straight.size, (0, 0, 0, 255)), straight)
-            scaled = upright.convert("RGB").resize((placement.width, placement.height), Image.Resampling.BICUBIC)
-    except BadClip as bad:
-        raise BadClip(f"image: {bad}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadClip(f"image: cannot be read ({error})") from error
+    upright = _read_upright(path)
+    placement = place(upright.width, upright.height, resolution, cut, key)
+    scaled = upright.resize((placement.width, placement.height), Image.Resampling.BICUBIC)
     image_HWC = np.zeros((resolution.height, resolution.width, 3), np.uint8)
     _cut(np.asarray(scaled), placement, image_HWC)
     return image_HWC
+
+
+def _read_upright(path: Path) -> Image.Image:
+    try:
+        refuse_special(path)
+        return read_upright(path)
+    except (BadClip, BadImage) as bad:
+        raise BadClip(f"image: {bad}") from None
 
 
 def _cut(scaled_HWC: Pixels, placement: Placement, into_HWC: Pixels) -> None:

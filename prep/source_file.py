@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from pathlib import Path
+
+from cogcommon.regular_file import Missing, Unreadable, check_regular
 
 from .clip import BadClip
 from .near import near
@@ -22,24 +23,14 @@ def hash_file(path: Path) -> bytes:
 
 
 def refuse_special(path: Path) -> os.stat_result:
-    """Refuse what is not a regular, readable file: opening a pipe or a device could block for ever.
+    """See `check_regular`; of a missing file, what lies near it is named.
 
     Raises:
         BadClip: missing, unreadable, empty, or no regular file.
     """
     try:
-        info = path.stat()
-        if stat.S_ISDIR(info.st_mode):
-            raise BadClip("a folder, not a file")
-        if not stat.S_ISREG(info.st_mode):
-            raise BadClip("not a regular file (a pipe, socket or device)")
-        if info.st_size == 0:
-            raise BadClip("the file is empty (0 bytes)")
-        with path.open("rb"):
-            return info
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise BadClip("a link that points nowhere") from None
-        raise BadClip("; ".join(filter(None, ["the file is missing", near(path)]))) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        raise BadClip(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        return check_regular(path)
+    except Missing as error:
+        raise BadClip("; ".join(filter(None, [str(error), near(path)]))) from None
+    except Unreadable as error:
+        raise BadClip(str(error)) from error

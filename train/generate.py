@@ -16,6 +16,7 @@ from cogcommon.device import default_precision, dtype_of, pick_device, quiet_lib
 from cogcommon.errors import SettingError
 from cogcommon.families import Resolution
 from cogcommon.files import scratch_file
+from cogcommon.image import BadImage, read_upright, scale_to_cover
 from cogcommon.names import json_text
 from cogcommon.ownership import check_output, state_of, take_output
 from cogcommon.terminal import Console
@@ -94,8 +95,6 @@ def run(settings: GenerateSettings) -> None:
 
 
 def _request(settings: GenerateSettings, tuned: Tuned) -> Request:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if not settings.prompt.strip():
         raise SettingError("there is no prompt", where="--prompt", fix='--prompt "what the video shows"')
     if settings.steps < 1:
@@ -117,14 +116,13 @@ def _request(settings: GenerateSettings, tuned: Tuned) -> Request:
                 fix="leave --image out, or use weights of an I2V model",
             )
         try:
-            with Image.open(settings.image) as opened:
-                upright = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+            upright = read_upright(settings.image)
+        except BadImage as bad:
             raise SettingError(
-                "the image cannot be read", where=str(settings.image), fix="give a PNG or JPEG"
-            ) from error
+                f"the image cannot be used: {bad}", where=str(settings.image), fix="--image FILE, a PNG or JPEG"
+            ) from None
         # Scaled to cover and cut, as the encoder does; the pipeline alone would stretch it.
-        image = ImageOps.fit(upright, (resolution.width, resolution.height), Image.Resampling.LANCZOS)
+        image = scale_to_cover(upright, resolution.width, resolution.height)
     return Request(
         prompt=settings.prompt,
         image=image,

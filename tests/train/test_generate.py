@@ -169,7 +169,9 @@ def test_what_does_not_go_together_is_said_in_words(tmp_path, make_run, picture)
     assert "named twice" in fault("--run", run, "--lora", file, *SMALL)
     assert "none was given" in fault("--run", i2v, *SMALL)
     assert "takes no image" in fault("--run", run, *SMALL, "--image", picture)
-    assert "cannot be read" in fault("--run", i2v, *SMALL, "--image", file)
+    assert "not a picture" in fault("--run", i2v, *SMALL, "--image", file)
+    assert "the file is missing" in fault("--run", i2v, *SMALL, "--image", tmp_path / "none.png")
+    assert "a folder" in fault("--run", i2v, *SMALL, "--image", tmp_path)
     assert "trained for 5b" in fault("--lora", file, "--model", "tiny-2b", *SMALL)
     assert "no prompt" in fault("--run", run)
     assert "8N+1" in fault("--run", run, "--prompt", "x", "--resolution", "16x64x96")
@@ -191,6 +193,22 @@ def test_the_image_is_cut_and_not_stretched(make_run, picture):
     white = np.asarray(request.image)[..., 0] > 127
     assert request.image.size == (96, 64)
     assert abs(np.ptp(white.any(0).nonzero()[0]) - np.ptp(white.any(1).nonzero()[0])) <= 1
+
+
+@pytest.mark.parametrize("size", [(400, 100), (97, 211), (96, 64), (640, 480)])
+def test_the_image_is_the_one_that_encode_trains_on(make_run, tmp_path, size):
+    """Turned by its EXIF, its alpha over black, scaled and cut alike: not one pixel differs."""
+    from cogprep.cut import Cut
+    from cogprep.decode import read_image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "cutout.png", exif=exif)
+    settings = GenerateSettings(run=make_run("tiny-i2v"), prompt="x", image=tmp_path / "cutout.png")
+    request = generate._request(settings, find(settings.run, None, None, None))
+    encoded = read_image(settings.image, request.resolution, Cut(), "key")
+    assert np.array_equal(np.asarray(request.image), encoded)
 
 
 def test_sheets_hold_the_frames_where_they_say():

@@ -1,0 +1,39 @@
+"""Checks a file that a person named before any decoder opens it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+class Unreadable(Exception):
+    """The file cannot be read; the message says why, without its name."""
+
+
+class Missing(Unreadable):
+    """There is nothing of that name."""
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """Refuse what is not a regular, readable file: opening a pipe or a device could block for ever.
+
+    Raises:
+        Unreadable: missing, unreadable, empty, or no regular file.
+    """
+    try:
+        info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            raise Unreadable("a folder, not a file")
+        if not stat.S_ISREG(info.st_mode):
+            raise Unreadable("not a regular file (a pipe, socket or device)")
+        if info.st_size == 0:
+            raise Unreadable("the file is empty (0 bytes)")
+        with path.open("rb"):
+            return info
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise Unreadable("a link that points nowhere") from None
+        raise Missing("the file is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise Unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
