@@ -46,3 +46,4 @@ class ClipFacts:
     size: int
     mtime_ns: int
     sha256: bytes
+    videos: int = 1  # video streams in the file; one of them is used

@@ -1,7 +1,9 @@
-"""Reading video: the one module that opens files with PyAV.
+"""Reading video: the pictures of a clip, each in its place and as a player shows it.
 
 A file that cannot be trusted becomes a `clip.Fault`; nothing here raises for a bad clip
 but `BadClip`, which `look` and `decode` turn into that value.
+
+`container` opens the file, `times` finds out when each picture is shown, `picture` makes it RGB.
 
 Measured facts behind the choices (PyAV 18, one core): untagged HD decoded as BT.601
 is up to 23/255 wrong; flipped bytes decode without an error unless ``err_detect``
@@ -10,7 +12,6 @@ is ``explode``; one scaler thread does 636 frames/s where automatic threads do 3
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -20,19 +21,14 @@ from statistics import median
 from types import TracebackType
 
 import av
-from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
 
 from .clip import BadClip, ClipFacts
-from .picture import Colour, Pixels, Turn, colour_of, to_rgb, turn_of
+from .container import open_video, video_streams, words_of
+from .picture import Colour, Pixels, Tags, Turn, colour_of, to_rgb, turn_of
 from .source_file import hash_file, refuse_special
-
-# The file protocol alone: a playlist called clip.mp4 must not reach other files or the network.
-_OPTIONS = {"protocol_whitelist": "file"}
-_NO_VIDEO = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg "plays" text files as video
-_HEADED = ("matroska", "mov", "flv", "avi")  # formats whose header states a duration that can be believed
+from .times import read_times, usual_rate
 
 
 class Video:
@@ -45,9 +41,12 @@ class Video:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stat = refuse_special(path)
-        self._container, self._stream = _open(path)
+        self._container, self._stream = open_video(path)
+        self._container_tags = Tags.of(self._stream.codec_context)  # before a frame is decoded and says more
         try:
-            self._read_packets()
+            self._times = read_times(self._container, self._stream)
+            if self._times.by == "dts":
+                self._times = self._times.after_delay(self.first_frame, float(self._stream.time_base or 0))
         except BaseException:
             self._container.close()
             raise
@@ -60,64 +59,17 @@ class Video:
     ) -> None:
         self._container.close()
 
-    def _read_packets(self) -> None:
-        """Read every packet without decoding: the frames' times, and whether the file ends early."""
-        codec = self._stream.codec_context.name
-        base = float(self._stream.time_base or 0)
-        stamps: list[int | None] = []
-        last_end = 0.0
-        packets, first_key, skipped = 0, None, None
-        promised = len(self._stream.index_entries) or self._stream.frames
-        try:
-            for packet in self._container.demux():
-                if packet.size == 0:
-                    continue
-                if packet.pts is not None:
-                    last_end = max(last_end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                if packet.stream_index != self._stream.index:
-                    continue
-                if packet.is_corrupt:
-                    of = f" of {promised}" if promised > packets else ""
-                    raise BadClip(f"damaged or cut short: frame {packets}{of} is incomplete")
-                packets += 1
-                if packet.is_keyframe and skipped is None:
-                    skipped, first_key = len(stamps), packet.pts
-                hidden = codec == "vp8" and not bytes(packet)[0] & 0x10  # the show_frame bit, RFC 6386 9.1
-                if not packet.is_discard and not hidden:  # an edit list discards what it hides
-                    stamps.append(packet.pts)
-        except av.error.FFmpegError as error:
-            raise BadClip(f"damaged or cut short after {packets} frames: {_words(error)}") from error
-        if "matroska" not in self._container.format.name and packets < promised:
-            raise BadClip(f"cut short: {packets} of {promised} frames are in the file")
-        self._check_end(last_end)
-        stamps = stamps[skipped or 0 :]  # before the first key frame nothing can be decoded
-        known = [stamp for stamp in stamps if stamp is not None]
-        ordered = self._container.format.name != "avi"  # AVI stores no order of display; FFmpeg counts packets
-        if ordered and len(known) == len(stamps) and len(set(known)) == len(known):
-            self._stamps: list[int] | None = sorted(stamp for stamp in known if first_key is None or stamp >= first_key)
-            self.times_s = tuple(stamp * base for stamp in self._stamps)
-        else:  # no times to trust: the mean rate is all there is
-            rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
-            self._stamps = None
-            self.times_s = tuple(index / rate for index in range(len(stamps)))
-        if not self.times_s:
-            raise BadClip("there are no frames in it")
-
-    def _check_end(self, last_end_s: float) -> None:
-        """A header that promises much more than the file holds: the copy was cut."""
-        if self._container.duration is None or not self._container.format.name.startswith(_HEADED):
-            return
-        start = (self._container.start_time or 0) / av.time_base
-        promised = self._container.duration / av.time_base
-        if promised - (last_end_s - start) > max(0.5, 0.1 * promised):
-            raise BadClip(f"cut short: the header says {promised:.1f} s, the data ends at {last_end_s - start:.1f} s")
+    @property
+    def times_s(self) -> tuple[float, ...]:
+        """When each picture is shown, ascending, in seconds of the file's own clock."""
+        return self._times.times_s
 
     @property
     def interval_s(self) -> float:
         """The usual time from one frame to the next."""
         if len(self.times_s) > 1:
             return median(after - before for before, after in pairwise(self.times_s))
-        return 1 / float(self._stream.average_rate or self._stream.guessed_rate or 25)
+        return 1 / usual_rate(self._stream)
 
     @cached_property
     def first_frame(self) -> VideoFrame:
@@ -128,7 +80,7 @@ class Video:
 
     @cached_property
     def colour(self) -> Colour:
-        return colour_of(self.first_frame)
+        return colour_of(self.first_frame, self._container_tags)
 
     @cached_property
     def turn(self) -> Turn:
@@ -167,6 +119,7 @@ class Video:
             rotation=self.turn.degrees,
             sar=self.sar,
             colour=self.colour.decision,
+            videos=len(video_streams(self._container)),
             size=self._stat.st_size,
             mtime_ns=self._stat.st_mtime_ns,
             sha256=digest,
@@ -184,7 +137,7 @@ class Video:
         with suppress(av.error.FFmpegError):  # not every format can be wound; the first frame is there
             for part in range(1, count):
                 index = len(self.times_s) * part // count
-                self._container.seek(self._stamps[index] if self._stamps else 0, stream=self._stream)
+                self._container.seek(self._times.stamps[index] if self._times.stamps else 0, stream=self._stream)
                 frame = next(self._container.decode(self._stream), None)
                 if frame is not None and frame.pts is not None:
                     found[frame.pts] = frame
@@ -203,11 +156,10 @@ class Video:
         across, down = (height, width) if self.turn.transpose else (width, height)
         wanted = iter(indices)
         next_wanted = next(wanted, None)
-        for index, frame in self._decode():
+        for index, frame in self._shown():
             if index != next_wanted:
                 continue
-            if (frame.width, frame.height) != (self.first_frame.width, self.first_frame.height):
-                raise BadClip(f"the picture size changes at frame {index}, to {frame.width}x{frame.height}")
+            self._refuse_change(index, frame)
             yield self.turn.apply(to_rgb(scaler, frame, across, down, self.colour))
             next_wanted = next(wanted, None)
             if next_wanted is None:
@@ -215,60 +167,45 @@ class Video:
         if next_wanted is not None:
             raise BadClip(f"frame {next_wanted} of {len(self.times_s)} cannot be decoded")
 
+    def _refuse_change(self, index: int, frame: VideoFrame) -> None:
+        """Refuse a clip whose later frames are not of the first one's kind."""
+        if (frame.width, frame.height) != (self.first_frame.width, self.first_frame.height):
+            raise BadClip(f"the picture size changes at frame {index}, to {frame.width}x{frame.height}")
+        colour = colour_of(frame, self._container_tags)
+        if colour != self.colour:
+            raise BadClip(f"the colours change at frame {index}, from {self.colour.decision} to {colour.decision}")
+        if turn_of(frame) != self.turn:
+            raise BadClip(f"the picture is turned another way from frame {index} on")
+
+    def _shown(self) -> Iterator[tuple[int, VideoFrame]]:
+        """Every frame with its index, as a player shows them.
+
+        MPEG-4 has pictures that are not coded: the one before stays. Their packets give no frame.
+        """
+        last: VideoFrame | None = None
+        expected = 0
+        for index, frame in self._decode():
+            while expected < index and last is not None and self._stream.codec_context.name == "mpeg4":
+                yield expected, last
+                expected += 1
+            if index != expected:
+                raise BadClip(f"frame {expected} of {len(self.times_s)} cannot be decoded")
+            yield index, frame
+            expected, last = index + 1, frame
+
     def _decode(self) -> Iterator[tuple[int, VideoFrame]]:
-        """Every frame with its index into ``times_s``, from the first on."""
-        container, stream = _open(self.path)  # anew: not every format can be wound back
+        """Every decoded frame with its index into ``times_s``, from the first on."""
+        container, stream = open_video(self.path)  # anew: not every format can be wound back
         expected = 0
         try:
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise BadClip(f"frame {expected} is damaged")
-                if self._stamps is not None:
-                    if frame.pts is None or frame.pts < self._stamps[0]:
-                        continue  # pictures before the first key frame
-                    index = bisect_left(self._stamps, frame.pts)
-                    if index != expected:
-                        raise BadClip(f"frame {expected} of {len(self._stamps)} cannot be decoded")
-                yield expected, frame
-                expected += 1
+                index = self._times.index_of(frame, expected)
+                if index is not None:
+                    yield index, frame
+                    expected = index + 1
         except av.error.FFmpegError as error:
-            raise BadClip(f"damaged: frame {expected} cannot be decoded ({_words(error)})") from error
+            raise BadClip(f"damaged: frame {expected} cannot be decoded ({words_of(error)})") from error
         finally:
             container.close()
-
-
-def _open(path: Path) -> tuple[InputContainer, VideoStream]:
-    """The file and its video stream.
-
-    Raises:
-        BadClip: it cannot be opened, or has no video.
-    """
-    try:
-        # "file:" keeps a colon in a name from meaning a protocol;
-        # a title that is not UTF-8 is no reason to refuse a clip.
-        container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="ignore")
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadClip(f"not a video, or damaged: {_words(error)}") from error
-    streams = [
-        stream
-        for stream in container.streams.video
-        # the cover picture of a song is no clip
-        if not stream.disposition & av.stream.Disposition.attached_pic
-        and stream.codec_context is not None
-        and stream.codec_context.name not in _NO_VIDEO
-    ]
-    if not streams:
-        sound = bool(container.streams.audio)
-        container.close()
-        raise BadClip("there is only sound in it, no video" if sound else "there is no video in it")
-    codec = streams[0].codec_context
-    codec.thread_count = 1  # the pool runs one file per core; set before the first decode
-    codec.options = {"err_detect": "explode"}
-    return container, streams[0]
-
-
-def _words(error: Exception) -> str:
-    """What FFmpeg says, without its number and the path."""
-    if isinstance(error, av.error.FFmpegError):
-        return str(error.strerror or type(error).__name__)
-    return str(error)

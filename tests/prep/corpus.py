@@ -20,7 +20,7 @@ WIDTH, HEIGHT, FRAMES, FPS = 144, 96, 30, 24
 CORNERS = np.array([[[200, 40, 40], [40, 180, 60]], [[50, 60, 200], [190, 180, 50]]], np.float64)
 FULL, LIMITED = 2, 1
 BT709, BT601, BT2020 = 1, 6, 9
-PQ, HLG = 16, 18
+PQ, HLG, BT2020_10_BIT = 16, 18, 14
 
 
 def card(index: int, width: int = WIDTH, height: int = HEIGHT, frames: int = FRAMES) -> np.ndarray:
@@ -69,6 +69,7 @@ def write(
     trc: int | None = None,
     rotate: int | None = None,
     mirror: bool = False,
+    display: list[int] | None = None,
     sar: Fraction | None = None,
     sound: bool = False,
 ) -> Path:
@@ -78,6 +79,7 @@ def write(
         matrix, range_: what the pixels are really converted with.
         tag, tag_range: what the file says of it; None or False leaves it untagged.
         rotate: degrees counter-clockwise that a player is told to turn the picture.
+        display: the whole display matrix, nine numbers.
     """
     height, width = pictures[0].shape[:2] if pictures else (HEIGHT, WIDTH)
     quality = {"libx264": {"crf": "6"}, "libx265": {"crf": "6", "x265-params": "log-level=none"}}.get(codec, {})
@@ -91,7 +93,8 @@ def write(
         if times is not None:
             context.time_base = Fraction(1, 1000)
         if tag is not None:
-            context.colorspace, context.color_primaries, context.color_trc = tag, tag, tag
+            context.colorspace, context.color_primaries = tag, tag
+            context.color_trc = BT2020_10_BIT if tag == BT2020 else tag
         if trc is not None:
             context.color_trc = trc
         if tag_range:
@@ -100,6 +103,8 @@ def write(
             context.sample_aspect_ratio = sar
         if rotate is not None or mirror:
             stream.set_display_rotation(rotate or 0, mirror)
+        if display is not None:
+            stream.set_display_matrix(display)
         audio = _add_sound(file) if sound else None
         for index, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(

@@ -290,6 +290,43 @@ def picture(folder: Path) -> Path:
     return (folder / "a.png").rename(folder / "a.mp4")
 
 
+def concatenation(folder: Path) -> Path:
+    write(folder / "b.mp4", cards())
+    return with_text(folder, "a.txt", "ffconcat version 1.0\nfile b.mp4\n")
+
+
+def row_of_pictures(folder: Path) -> Path:
+    """FFmpeg takes this name for a pattern, and would read frame00.png to frame29.png."""
+    for index, one in enumerate(cards()):
+        Image.fromarray(one).save(folder / f"frame{index:02d}.png")
+    return with_text(folder, "frame%02d.png", "x")
+
+
+def animated_webp(folder: Path) -> Path:
+    first, *others = map(Image.fromarray, cards())
+    first.save(folder / "a.webp", save_all=True, append_images=others, duration=40)
+    return folder / "a.webp"
+
+
+def unknown_codec(folder: Path) -> Path:
+    path = write(folder / "a.avi", cards(), codec="mpeg4", **SD)
+    path.write_bytes(path.read_bytes().replace(b"FMP4", b"QQQQ").replace(b"fmp4", b"qqqq"))
+    return path
+
+
+def cut_in_index(source: Path, path: Path) -> Path:
+    data = source.read_bytes()
+    begin = data.index(b"moov") - 4
+    path.write_bytes(data[: begin + int.from_bytes(data[begin : begin + 4], "big") // 2])
+    return path
+
+
+def without_index(source: Path, path: Path) -> Path:
+    data = source.read_bytes()
+    path.write_bytes(data[: data.index(b"moov") - 4])
+    return path
+
+
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n/etc/hostname\n#EXT-X-ENDLIST\n"
 TOO_SHORT = r"too short: 1 frame, 9 are needed"
 
@@ -298,12 +335,28 @@ BAD = {
     "empty": (lambda d: with_text(d, "a.mp4", ""), r"the file is empty \(0 bytes\)"),
     "text": (lambda d: with_text(d, "a.mp4", "not a video\n" * 50), "not a video, or damaged"),
     "a list as a clip": (lambda d: with_text(d, "a.txt", "not a video\n" * 50), "no video|not a video"),
-    "a web page": (lambda d: with_text(d, "a.mp4", "<!doctype html><h1>404</h1>"), "not a video"),
-    "a playlist of other files": (lambda d: with_text(d, "a.m3u8", PLAYLIST), "not a video|no video"),
+    "a web page": (lambda d: with_text(d, "a.mp4", "<!doctype html><h1>404</h1>"), "a web page, not a video"),
+    "a playlist of other files": (lambda d: with_text(d, "a.m3u8", PLAYLIST), r"a playlist \(m3u8\)"),
+    "a playlist called mp4": (lambda d: with_text(d, "a.mp4", "\ufeff" + PLAYLIST), r"a playlist \(m3u8\)"),
+    "a list of clips to join": (concatenation, r"a list of other files \(ffconcat\).* ffmpeg -i CLIP -c copy"),
+    "a playlist in XML": (
+        lambda d: with_text(d, "a.mpd", '<?xml version="1.0"?>\n<MPD xmlns="urn:x"></MPD>'), r"a playlist \(DASH"),
+    "a row of pictures": (row_of_pictures, "not a video"),
+    "a Git LFS pointer": (
+        lambda d: with_text(d, "a.mp4", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
+    "an animated WebP": (animated_webp, "an animated WebP, .* python -c"),
+    "an unknown codec": (unknown_codec, "its codec cannot be decoded here"),
     "only a header": (
         lambda d: cut_short(write(d / "b.mp4", cards()), d / "a.mp4", 0.001), "not a video"),
     "cut short, index at the end": (
-        lambda d: cut_short(write(d / "b.mp4", cards(), movflags=""), d / "a.mp4"), "not a video"),
+        lambda d: cut_short(write(d / "b.mp4", cards(), movflags=""), d / "a.mp4"),
+        "cut short: its 'mdat' box"),
+    "cut inside its index, at the end": (
+        lambda d: cut_in_index(write(d / "b.mp4", cards(), movflags=""), d / "a.mp4"), "cut short: its 'moov' box"),
+    "cut inside its index, in front": (
+        lambda d: cut_in_index(write(d / "b.mp4", cards()), d / "a.mp4"), "cut short: its 'moov' box"),
+    "a recording without its index": (
+        lambda d: without_index(write(d / "b.mp4", cards(), movflags=""), d / "a.mp4"), "it has no index"),
     "cut short, index in front": (
         lambda d: cut_short(write(d / "b.mp4", cards()), d / "a.mp4"), "cut short"),
     "cut short by one percent": (
@@ -350,6 +403,62 @@ def cut_between(source: Path, path: Path) -> Path:
         end = packets[19].pos + packets[19].size
     path.write_bytes(source.read_bytes()[:end])
     return path
+
+
+@pytest.mark.parametrize("matrix", range(8))
+def test_every_display_matrix_is_undone(matrix, tmp_path):
+    """Quarter turns and mirrors, with pixels that are twice as wide as high: the card stands upright."""
+    transpose, mirror_x, mirror_y = matrix & 4, matrix & 2, matrix & 1
+    stored = cards(WIDTH if transpose else WIDTH // 2, HEIGHT // 2 if transpose else HEIGHT)
+    # what is stored, so that: transposed first, then mirrored, it is the card
+    stored = [picture[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1] for picture in stored]
+    stored = [picture.swapaxes(0, 1) for picture in stored] if transpose else stored
+    x, y = (-1 if mirror_x else 1) << 16, (-1 if mirror_y else 1) << 16
+    rows = [0, y, 0, x, 0, 0] if transpose else [x, 0, 0, 0, y, 0]
+    path = write(tmp_path / "a.mp4", stored, sar=Fraction(2), display=[*rows, 0, 0, 1 << 30])
+    facts = facts_of(path)
+    assert (facts.width, facts.height) == (WIDTH, HEIGHT)
+    clip = decode(path)
+    for index, picture in zip(clip.indices, clip.frames_FHWC, strict=True):
+        assert_shows(picture, index)
+
+
+def two_videos(path: Path, *, default: int | None, small: int = 0) -> Path:
+    """Two streams in one file, one of them a small negative; perhaps one marked as default."""
+    large = write(path.with_name("large.mkv"), cards())
+    negative = write(path.with_name("negative.mkv"), [255 - picture for picture in cards(48, 32)])
+    with av.open(str(path), "w") as new:
+        files = [av.open(str(file)) for file in ((negative, large) if small == 0 else (large, negative))]
+        streams = [new.add_stream_from_template(file.streams.video[0]) for file in files]
+        for number, stream in enumerate(streams):
+            stream.disposition = av.stream.Disposition.default if number == default else av.stream.Disposition(0)
+        for file, stream in zip(files, streams, strict=True):
+            for packet in file.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    new.mux(packet)
+            file.close()
+    return path
+
+
+@pytest.mark.parametrize("small", [0, 1])
+@pytest.mark.parametrize("default", [None, 0, 1])
+def test_of_several_videos_the_default_is_taken_else_the_largest(default, small, tmp_path):
+    """As players do: the preview of a dash camera, in front of its film, is not what people mean."""
+    path = two_videos(tmp_path / "a.mkv", default=default, small=small)
+    facts = facts_of(path)
+    assert facts.videos == 2
+    if default == small:
+        assert (facts.width, facts.height) == (48, 32)
+    else:
+        assert_shows(decode(path).frames_FHWC[0], 0)
+
+
+def test_colours_that_change_are_refused(tmp_path):
+    first, second = write(tmp_path / "a.h264", cards(frames=20)), write(tmp_path / "b.h264", cards(), range_=FULL)
+    (tmp_path / "c.h264").write_bytes(first.read_bytes() + second.read_bytes())
+    fault = decode(tmp_path / "c.h264")
+    assert re.search("the colours change at frame 2., from bt709 limited .* to bt709 full", fault.reason), fault
 
 
 @pytest.mark.parametrize("kind", BAD)
