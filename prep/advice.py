@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cogcommon.families import Family
 
+from .cut import Cut
 from .lists import Sample
 from .look import Look
 
@@ -47,7 +48,7 @@ class Looked:
     image: tuple[int, int] | None = None  # width and height of its own first frame (I2V)
 
 
-def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Family) -> list[Advice]:
+def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Family, cut: Cut) -> list[Advice]:
     """Everything worth saying, the gravest first."""
     found = [
         _few(looked),
@@ -61,7 +62,9 @@ def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Fam
         _other_shape(looked),
         _enlarged(looked),
         _interlaced(looked),
-        _variable(looked),
+        _held(looked),
+        _variable(looked, cut),
+        _several(looked),
         _turned(looked),
     ]
     return [advice for advice in found if advice is not None]
@@ -189,11 +192,37 @@ def _interlaced(looked: Sequence[Looked]) -> Advice | None:
     return _of("interlaced", "moving edges are combed", "ffmpeg -i CLIP -vf bwdif OUT", lines)
 
 
-def _variable(looked: Sequence[Looked]) -> Advice | None:
+def _held(looked: Sequence[Looked]) -> Advice | None:
+    lines = [
+        (one.sample.line, f"{one.look.picked.repeats} of {len(one.look.picked.indices)} frames repeat the one before")
+        for one in looked
+        if one.look.picked.repeats
+    ]
+    return _of(
+        "held pictures",
+        "a picture stays for longer than the model's frames are apart, and is repeated as long as it stays",
+        "cut such a part off (--start, or ffmpeg -ss) unless the model should learn it",
+        lines,
+    )
+
+
+def _variable(looked: Sequence[Looked], cut: Cut) -> Advice | None:
     lines = [
         (one.sample.line, f"{one.look.facts.fps:.3g} fps on average") for one in looked if one.look.facts.variable_rate
     ]
+    if cut.by_number:
+        what = f"--frames {cut.frames} takes frames by their number, so motion changes its speed"
+        return _of("variable rate", what, "--frames auto, which takes them by their time", lines)
     return _of("variable rate", "frames are picked by their time, so motion keeps its speed", "", lines)
+
+
+def _several(looked: Sequence[Looked]) -> Advice | None:
+    lines = [
+        (one.sample.line, f"{one.look.facts.videos}; used is {one.look.facts.width}x{one.look.facts.height}")
+        for one in looked
+        if one.look.facts.videos > 1
+    ]
+    return _of("several videos in a file", "the one marked default is used, else the largest", "", lines)
 
 
 def _turned(looked: Sequence[Looked]) -> Advice | None:

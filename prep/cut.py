@@ -50,6 +50,11 @@ class Cut:
     crop: Crop = "center"
     seed: int = 42  # of random crops
 
+    @property
+    def by_number(self) -> bool:
+        """Whether frames are taken by their number, whatever their times."""
+        return self.frames in ("head", "reference")
+
     @classmethod
     def of(cls, contract: Contract) -> Cut:
         """How the clips of a folder were cut."""
@@ -63,6 +68,11 @@ class Picked:
 
     indices: tuple[int, ...]
     effective_fps: float
+
+    @property
+    def repeats(self) -> int:
+        """How many of them show the frame before once more."""
+        return len(self.indices) - len(set(self.indices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +98,8 @@ class Placement:
 def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: float) -> Picked | Fault:
     """Choose ``count`` frames of a clip by their times.
 
-    No frame is taken twice unless ``cut.short`` is ``repeat`` and the clip has too
-    few: a frame shown twice would teach the model to stutter.
+    No frame is taken twice, since a frame shown twice would teach the model to stutter, but for two reasons: a
+    picture that stays on screen is repeated for as long as it stays (`_show`), and ``cut.short`` is ``repeat``.
 
     Args:
         times_s: time of every source frame, ascending, seconds.
@@ -100,13 +110,16 @@ def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: floa
     candidates = range(bisect_left(times_s, times_s[0] + cut.start - 1e-6), len(times_s), cut.stride)
     if not candidates:
         return Fault(f"--start {cut.start:g} is past its end ({times_s[-1] - times_s[0]:.2f} s)")
-    if len(candidates) < count:
+    shown = [Shown(index, times_s[index]) for index in candidates]
+    if not cut.by_number:
+        shown = _show(shown, count, family_fps)
+    if len(shown) < count:
         if cut.short == "reject":
             thinned = "" if len(candidates) == len(times_s) else f" after --start and --stride (of {len(times_s)})"
             return Fault(f"too short: {_frames(len(candidates))}{thinned}, {count} are needed")
-        repeated = [*candidates, *[candidates[-1]] * (count - len(candidates))]
-        return Picked(tuple(repeated), _rate([times_s[i] for i in candidates], family_fps))
-    times = [times_s[index] for index in candidates]
+        repeated = [*shown, *[shown[-1]] * (count - len(shown))]
+        return Picked(tuple(one.index for one in repeated), _rate([one.time_s for one in shown], family_fps))
+    times = [one.time_s for one in shown]
     if cut.frames == "head":
         chosen = list(range(count))
     elif cut.frames == "reference":
@@ -123,15 +136,43 @@ def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: floa
             chosen = _nearest(times, [times[0] + span * index / (count - 1) for index in range(count)])
         else:
             chosen = _nearest(times, at_speed)
-    picked = [times[index] for index in chosen]
-    rate = _rate(picked, family_fps)
+    rate = _rate([times[index] for index in chosen], family_fps)
     if cut.frames == "fps" and abs(rate / family_fps - 1) > 0.05:
         return Fault(f"too slow: its own rate gives {rate:.2f} fps where the model has {family_fps:g}")
-    return Picked(tuple(candidates[index] for index in chosen), rate)
+    return Picked(tuple(shown[index].index for index in chosen), rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A source frame that is on screen at a time, in seconds."""
+
+    index: int
+    time_s: float
+
+
+def _show(frames: Sequence[Shown], count: int, family_fps: float) -> list[Shown]:
+    """The frames, and one that stays for longer than the model's interval as often as a constant rate would store it.
+
+    That rate is the clip's usual one. A clip that is slower than the model throughout so gives every frame once, and
+    plays too fast, which `validate` says. If only a part is slower, the rate is the model's, since frames that lie
+    densely elsewhere would otherwise be taken in a row to fill up: slow motion.
+    """
+    if len(frames) < 2:
+        return list(frames)
+    gaps = [after.time_s - before.time_s for before, after in pairwise(frames)]
+    usual = median(gaps)
+    if min(gaps) < 0.5 / family_fps:
+        usual = min(usual, 1 / family_fps)
+    shown = []
+    for frame, gap in zip(frames, gaps, strict=False):
+        stays = round(gap / usual) if gap > 1 / family_fps + 1e-6 else 1
+        stays = max(1, min(stays, 8 * count))  # of a gap of hours no more than could be picked
+        shown += [Shown(frame.index, frame.time_s + gap * place / stays) for place in range(stays)]
+    return [*shown, frames[-1]]
 
 
 def _nearest(times: Sequence[float], targets: Sequence[float]) -> list[int]:
-    """For each target the nearest frame, moved as little as keeps them distinct and in order."""
+    """For each target the nearest time, moved as little as keeps them distinct and in order."""
     chosen: list[int] = []
     for target in targets:
         after = min(bisect_left(times, target), len(times) - 1)

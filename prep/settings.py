@@ -59,9 +59,9 @@ class PlanSettings:
     )
     frames: FrameMode = setting(
         "auto",
-        "which frames are used, none of them twice. auto: at the family's 8 or 16 fps where the clip is long enough, "
-        "else spread over the clip; even: always spread; fps: at the family's rate, or the clip is rejected; "
-        "head: the first ones in a row; reference: every (n // F)-th, as in the original guide",
+        "which frames are used, none twice unless it stays on screen. auto: at the family's 8 or 16 fps where the clip "
+        "is long enough, else spread over the clip; even: always spread; fps: at the family's rate, or the clip is "
+        "rejected; head: the first ones in a row; reference: every (n // F)-th, as in the original guide",
         section="Cut",
     )
     start: float = setting(0.0, "seconds to skip at the beginning of every clip", section="Cut")

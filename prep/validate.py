@@ -86,7 +86,7 @@ def validate(settings: ValidateSettings) -> Verdict:
         usable=len(looked),
         validation=sum(one.look.facts.sha256 in held for one in looked),
         faults=faults,
-        advice=advise(looked, cuts, family) if looked else (),
+        advice=advise(looked, cuts, family, settings.cut) if looked else (),
         plan=plan_buckets(settings, checkpoint, looked, held) if looked else (),
         notes=list(_notes(settings, checkpoint, data, looked)),
         seconds=time.perf_counter() - begun,

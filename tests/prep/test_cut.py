@@ -42,11 +42,39 @@ def test_variable_rate_is_picked_by_time_not_by_index():
 
 
 @pytest.mark.parametrize("mode", ["auto", "even", "head", "reference", "fps"])
-def test_no_frame_is_taken_twice(mode):
-    times = [0, 0.01, 0.02, 0.03, 3, 3.01, 3.02, 3.03, 6, 9]
+def test_no_frame_is_taken_twice_where_none_stays(mode):
+    times = [0, 0.01, 0.02, 0.03, 0.8, 0.81, 0.82, 0.83, 1.7, 2.6]
     picked = pick_frames(times, 9, Cut(frames=mode), 1)
     assert isinstance(picked, Fault) or len(set(picked.indices)) == 9
     assert isinstance(picked, Fault) or sorted(picked.indices) == list(picked.indices)
+
+
+HOLD = at(30, 30) + [2 + index / 30 for index in range(60)]  # frame 29 stays for a second
+
+
+def test_a_frame_that_stays_is_repeated_as_long_as_it_stays():
+    picked = pick_frames(HOLD, 17, Cut(), 8)
+    assert picked.indices == (0, 4, 7, 11, 15, 19, 22, 26, *[29] * 8, 30)
+    assert picked.repeats == 7
+    assert picked.effective_fps == pytest.approx(8)
+    # by number, as asked for: no time counts
+    assert pick_frames(HOLD, 17, Cut(frames="head"), 8).indices == tuple(range(17))
+
+
+def test_a_hold_is_long_enough_where_its_frames_would_not_be():
+    """Nine pictures, one of which stays for a second, are seventeen frames at 8 fps."""
+    times = [*at(8, 5), *[1.5 + index / 8 for index in range(8)]]
+    assert pick_frames(times, 17, Cut(), 8).indices == (0, 1, 2, 3, *[4] * 8, 5, 6, 7, 8, 9)
+
+
+def test_a_part_slower_than_the_family_does_not_make_the_rest_slow_motion():
+    """Four frames a second for two seconds, then thirty: each at its own time."""
+    times = at(4, 8) + [2 + index / 30 for index in range(60)]
+    picked = pick_frames(times, 25, Cut(), 8)
+    shown = [times[index] for index in picked.indices]
+    wanted = [index / 8 for index in range(25)]
+    assert max(abs(time - want) for time, want in zip(shown[:16], wanted, strict=False)) <= 0.126
+    assert shown[16:] == pytest.approx(wanted[16:], abs=0.034)
 
 
 def test_a_source_slower_than_the_family_gives_every_frame_and_says_its_rate():

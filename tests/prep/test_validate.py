@@ -23,7 +23,7 @@ from cogprep.validate import validate
 from cogprep.verdict import show
 
 sys.path.insert(0, str(Path(__file__).parent))
-from corpus import cards, cut_short, write, write_sound
+from corpus import card, cards, cut_short, write, write_sound
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,40 @@ def test_images_are_looked_at_for_i2v(settings, root):
     shapes = next(advice for advice in verdict.advice if advice.kind == "image of another shape")
     assert shapes.lines == [(2, "image 96x96, clip 144x96")]
     assert verdict.usable == 2
+
+
+@pytest.fixture(scope="module")
+def held_root(tmp_path_factory):
+    """One clip whose picture 9 stays for half a second."""
+    root = tmp_path_factory.mktemp("held")
+    frames = [*range(10), *range(22, 60)]
+    write(root / "a.mp4", [card(index, frames=60) for index in frames], times=[index / 24 for index in frames])
+    (root / "videos.txt").write_text("a.mp4\n")
+    (root / "prompts.txt").write_text("a bar that waits\n")
+    return root
+
+
+def test_advice_on_held_pictures_is_true_of_what_is_picked(settings, held_root):
+    told = {one.kind: one for one in validate(replace(settings, data_root=held_root)).advice}
+    assert told["held pictures"].lines == [(1, "4 of 17 frames repeat the one before")]
+    assert "keeps its speed" in told["variable rate"].what
+    assert "speed" not in told
+    told = {one.kind: one for one in validate(replace(settings, data_root=held_root, frames="head")).advice}
+    assert "held pictures" not in told
+    assert told["variable rate"].what == "--frames head takes frames by their number, so motion changes its speed"
+
+
+def test_a_first_frame_that_encode_cannot_read_is_a_fault_already(settings, root, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (288, 192), "red").save(tmp_path / "whole.png")
+    (root / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:100])
+    (root / "one.txt").write_text("videos/good.mp4\n")
+    (root / "half.txt").write_text("half.png\n")
+    chosen = {"videos": "one.txt", "prompts": "one.txt", "images": "half.txt"}
+    (fault,) = validate(replace(settings, model="tiny-i2v", **chosen)).faults
+    assert (fault.file, fault.line) == ("half.txt", 1)
+    assert "image: damaged, or cut short" in fault.what
 
 
 def invoke(*words):
