@@ -27,6 +27,7 @@ def setting(
     flag: str | None = None,
     section: str | None = None,
     positional: bool = False,
+    instead_of: str | None = None,
 ) -> Any:
     """Declare a setting.
 
@@ -38,9 +39,14 @@ def setting(
         section: heading under which ``--help`` lists it.
         positional: a bare word on the command line (``cogprep inspect OUT``), not an option. Never a list:
             the words after another list option would land in it without a sound.
+        instead_of: another setting that says the same in another way: given as an option, this one takes the place of
+            that one's value in a file.
     """
     assert not (positional and isinstance(default, list))
-    metadata = {"help": help, "shown": shown, "flag": flag, "section": section, "positional": positional}
+    metadata = {
+        "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
+        "instead_of": instead_of,
+    }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -95,8 +101,11 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
                     fix="settings are called like the options: " + ", ".join(sorted(known)),
                 )
             values[name] = _coerced(value, types[name], where=f"{config}: {key}")
-    values.update({name: value for name, value in given.items() if value is not None})
-    return cls(**values)
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options:
+        if other := known[name].metadata.get("instead_of"):
+            values.pop(other, None)
+    return cls(**values | options)
 
 
 def _coerced(value: Any, annotation: Any, *, where: str) -> Any:

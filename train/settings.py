@@ -36,8 +36,10 @@ class TrainSettings:
     caption_dropout: float = setting(0.0, "share of samples trained with an empty caption", section=_DATA)
     config: Path | None = setting(None, "TOML file of settings; what is given here as an option wins", section=_RUN)
     out: Path | None = setting(None, "folder of the run", shown="runs/<family>-<method>-<time>", section=_RUN)
-    steps: int | None = setting(None, "optimizer steps to train", shown="from --epochs", section=_RUN)
-    epochs: int | None = setting(None, "passes over the samples", shown="10", section=_RUN)
+    steps: int | None = setting(
+        None, "optimizer steps to train", shown="from --epochs", section=_RUN, instead_of="epochs"
+    )
+    epochs: int | None = setting(None, "passes over the samples", shown="10", section=_RUN, instead_of="steps")
     seed: int = setting(42, "seed of the order of samples and of everything drawn for them", section=_RUN)
     tracker: Literal["none", "tensorboard", "wandb"] = setting(
         "none", "also send metrics to this tracker (metrics.jsonl is always written)", section=_RUN
