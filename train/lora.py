@@ -161,7 +161,7 @@ def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, st
 
 
 def read_facts(file: Path) -> dict[str, str]:
-    """What `save` wrote beside the weights; empty for a file of another tool.
+    """What `save` wrote beside the weights; of a file of another tool, what reads like it, or nothing.
 
     Raises:
         ModelError: no safetensors file.
@@ -173,8 +173,9 @@ def read_facts(file: Path) -> dict[str, str]:
             facts = json.loads((opened.metadata() or {}).get(_FACTS, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(f"not a LoRA file: {error}", where=str(file), fix=f"give a {FILE}") from error
-    assert isinstance(facts, dict)
-    return facts
+    if not isinstance(facts, dict):
+        return {}
+    return {name: value for name, value in facts.items() if isinstance(value, str)}
 
 
 def load_file(file: Path) -> dict[str, torch.Tensor]:

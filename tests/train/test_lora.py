@@ -61,6 +61,9 @@ def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp
     assert len(state) == 2 * 4 * 2  # A and B, four projections, two layers
     assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in state)
     assert lora.read_facts(tmp_path / lora.FILE) == {"base_model": "tiny"}
+    for others, read in ((["tiny"], {}), ({"family": ["5b"], "rank": 4, "alpha": "2"}, {"alpha": "2"})):
+        save_file(state, tmp_path / "other.safetensors", metadata={"cogtune": json.dumps(others)})
+        assert lora.read_facts(tmp_path / "other.safetensors") == read
     found = lora.check(
         tmp_path / lora.FILE, checkpoint, lora.state_dict(transformer), probe(transformer), CPU, torch.bfloat16
     )
