@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cogcommon.errors import SettingError
+
+_PROJECT = "cogtrain"  # where all runs are found together
 
 Name = Literal["none", "tensorboard", "wandb"]
 
@@ -41,7 +44,8 @@ def open_tracker(name: Name, folder: Path, settings: Mapping[str, Any]) -> Track
     if name == "tensorboard":
         tracker = TensorBoardTracker("tensorboard", folder)
     else:
-        tracker = WandBTracker(folder.name, dir=str(folder))
+        # What accelerate calls the run's name is wandb's project.
+        tracker = WandBTracker(os.environ.get("WANDB_PROJECT", _PROJECT), name=folder.name, dir=str(folder))
     tracker.start()
     tracker.store_init_configuration({key: _plain(value) for key, value in settings.items()})
     return tracker  # type: ignore[no-any-return]

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -45,3 +47,21 @@ def test_one_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingError, match="--tracker wandb needs a package"):
         tracker.check_installed("wandb")
+
+
+def test_runs_of_wandb_are_runs_of_one_project(monkeypatch, tmp_path):
+    from accelerate import PartialState
+
+    begun = []
+    PartialState(cpu=True)  # accelerate's loggers ask which process they are in
+    wandb = ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None)
+    wandb.config = SimpleNamespace(update=lambda *values, **options: None)
+    wandb.init = lambda **named: begun.append(named) or SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for name in ("one", "two"):
+        tracker.open_tracker("wandb", tmp_path / name, {})
+    assert [(one["project"], one["name"]) for one in begun] == [("cogtrain", "one"), ("cogtrain", "two")]
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    tracker.open_tracker("wandb", tmp_path / "three", {})
+    assert begun[-1]["project"] == "mine"
