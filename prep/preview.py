@@ -156,7 +156,7 @@ class Decoder:
     def __init__(self, model: str | None, contract: Contract) -> None:
         self._device = pick_device()
         quiet_libraries()
-        checkpoint = open_checkpoint(model or contract.model)
+        checkpoint = open_checkpoint(model or contract.model, None if model else contract.revision)
         vae = checkpoint.identity("vae")
         theirs = contract.vae
         if (vae.config_sha256, vae.weights_sha256) != (theirs.config_sha256, theirs.weights_sha256):

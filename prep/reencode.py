@@ -73,7 +73,7 @@ def encode_again(
 def _models(contract: Contract) -> tuple[LatentEncoder, TextEncoder]:
     device = pick_device()
     quiet_libraries()
-    checkpoint = open_checkpoint(contract.model)
+    checkpoint = open_checkpoint(contract.model, contract.revision)
     dtype = dtype_of(contract.dtype)
     latents = LatentEncoder(
         checkpoint.load_vae(dtype).to(device),

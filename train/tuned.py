@@ -44,6 +44,7 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
             where=" and ".join(given) or "--run, --lora, --transformer",
             fix="give one of --run RUN, --lora FILE, --transformer DIR",
         )
+    revision = None
     if run:
         model = model or read_settings(run).get("model")
         lora_file = run / lora.FILE if (run / lora.FILE).is_file() else None
@@ -58,7 +59,8 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
         lora_file = lora_file / lora.FILE if lora_file.is_dir() else lora_file
         if not lora_file.is_file():
             raise RunError("no such file", where=str(lora_file), fix=f"--lora RUN/{lora.FILE}")
-        model = model or lora.read_facts(lora_file).get("base_model")
+        facts = lora.read_facts(lora_file)
+        model, revision = model or facts.get("base_model"), None if model else facts.get("revision")
     elif transformer and not (transformer / "config.json").is_file():
         raise RunError("not a transformer folder", where=str(transformer), fix="--transformer RUN/transformer")
     if not model:
@@ -67,7 +69,7 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
             where=str(lora_file or transformer),
             fix="--model NAME, the checkpoint that they were trained on",
         )
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, revision or None)
     trained_at = _resolution_of(run) if run else None
     return Tuned(checkpoint, lora_file, None if lora_file else transformer, trained_at or checkpoint.native)
 

@@ -116,7 +116,13 @@ class Validation:
 
     def _facts(self) -> list[Any]:
         """What the base model's loss and videos depend on."""
-        return [self.held_out.fingerprint, self.run.checkpoint.name, self.run.precision, [*TIMESTEPS], self.videos]
+        return [
+            self.held_out.fingerprint,
+            self.run.checkpoint.fingerprint,
+            self.run.precision,
+            [*TIMESTEPS],
+            self.videos,
+        ]
 
     @property
     def videos(self) -> int:

@@ -77,3 +77,46 @@ def test_long_captions_fit_the_text_length():
     tokens = open_checkpoint("tiny").load_tokenizer()(caption).input_ids
     assert len(tokens) < len(caption) / 2.2
     assert tokens.count(2) == 0, "no unknown pieces in plain English"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's own cache without a network: hub(commit, newest=False) adds a revision of owner/tiny to it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--owner--tiny"
+
+    def add(commit, *, newest=False):
+        shutil.copytree(open_checkpoint("tiny").root, repository / "snapshots" / commit)
+        if newest:
+            (repository / "refs").mkdir(exist_ok=True)
+            (repository / "refs" / "main").write_text(commit)
+
+    return add
+
+
+def test_a_revision_of_the_hub_is_opened_by_argument_and_by_name(hub):
+    old, new = "0" * 39 + "1", "0" * 39 + "2"
+    hub(old)
+    hub(new, newest=True)
+    assert open_checkpoint("owner/tiny").revision == new
+    for opened in (open_checkpoint("owner/tiny", old), open_checkpoint(f"owner/tiny@{old}")):
+        assert (opened.name, opened.revision, opened.fingerprint) == ("owner/tiny", old, old)
+    assert open_checkpoint("owner/tiny@main", old).revision == new
+    with pytest.raises(ModelError, match=f"owner/tiny at revision {'9' * 40} is not here"):
+        open_checkpoint("owner/tiny", "9" * 40)
+
+
+def test_other_weights_in_the_same_folder_have_another_fingerprint(tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(open_checkpoint("tiny").root, copied)
+    before = open_checkpoint(str(copied)).fingerprint
+    assert before == open_checkpoint("tiny").fingerprint
+    (weights,) = (copied / "transformer").glob("*.safetensors")
+    with weights.open("r+b") as stream:
+        stream.seek(-4, 2)
+        stream.write(b"\1\2\3\4")
+    assert open_checkpoint(str(copied)).fingerprint != before
