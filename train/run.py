@@ -118,6 +118,9 @@ def open_run(
         checkpoint.check_weights("vae")
     order = _order(settings, shards, world, notes)
     steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * order.steps_per_epoch
+    if resume is not None and resume.state.step > steps:
+        notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
+        steps = resume.state.step
     run = Run(
         settings=settings,
         method=method,
