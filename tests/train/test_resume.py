@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import time
 import psutil
 import pytest
 
-from cogcommon.errors import RunError
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import RunError, SettingError
 from cogtrain import checkpoint as checkpoints
 from cogtrain.run_folder import claimed
 from cogtrain.settings import LoraSettings
@@ -106,7 +108,8 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, bef
     assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
 
 
-@pytest.mark.parametrize(("number", "code", "world"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 1)])
+# SLURM sends its signals to the launcher and to its processes at once.
+@pytest.mark.parametrize(("number", "code", "world"), [(signal.SIGUSR1, 138, 2), (signal.SIGTERM, 143, 1)])
 def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, code, world):
     expected = undisturbed("ddp")
     run = place / f"stopped-{code}"
@@ -114,7 +117,8 @@ def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, co
     words[words.index("--save-every") + 1] = 100  # nothing but the signal saves
     process = begin(words, place)
     wait_for_step(process, run, 2)
-    process.send_signal(number)
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children()]:
+        member.send_signal(number)
     out, err = finish(process, code)
     assert "Traceback" not in err
     assert len(checkpoints.list_checkpoints(run)) == 1
@@ -200,6 +204,44 @@ def test_the_resume_command_of_a_run_that_began_anew_resumes(here):
 def test_a_finished_run_is_not_trained_further(here):
     before = losses(here(steps=2))
     assert losses(here(steps=2)) == before
+
+
+def test_fewer_steps_than_were_made_are_not_what_the_weights_are_labelled_with(here):
+    from cogtrain import lora
+    from cogtrain.run_folder import read_run
+
+    here(steps=3)
+    run = here(steps=2)
+    assert read_run(run).facts.steps == 3 and "| steps | 3 of 3 |" in (run / "README.md").read_text()
+    assert lora.read_facts(run / lora.FILE)["steps"] == "3"
+
+
+def test_epochs_given_as_an_option_take_the_place_of_a_runs_steps(here):
+    from cogcommon.settings import resolve
+
+    run = here(steps=2)
+    again = resolve(LoraSettings, {"epochs": 1}, run / "config.toml")
+    assert (again.steps, again.epochs) == (None, 1)
+    with pytest.raises(SettingError, match="both say how long"):  # where both were typed
+        resolve(LoraSettings, {"epochs": 1, "steps": 2}, run / "config.toml")
+
+
+@pytest.mark.parametrize("change", ["other weights", "another revision"])
+def test_a_run_goes_on_with_the_base_model_that_it_began_with(here, tmp_path, change):
+    model = tmp_path / "model"
+    shutil.copytree(open_checkpoint("tiny").root, model)
+    run = here(steps=2, model=str(model))
+    if change == "other weights":
+        (weights,) = (model / "transformer").glob("*.safetensors")
+        with weights.open("r+b") as stream:
+            stream.seek(-4, 2)
+            stream.write(b"\0\0\0\0")
+    else:  # as a checkpoint of the hub would say it
+        state = json.loads((run / "checkpoint-2" / "state.json").read_text())
+        state["facts"]["revision of the base model"] = "0" * 40
+        (run / "checkpoint-2" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(RunError, match="another revision of the base model"):
+        here(steps=3, model=str(model))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,56 @@
+"""A process that fails, or dies, takes the others with it in seconds; one reason is said."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cogtrain import peers
+from cogtrain.peers import Place
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "says"),
+    [("raises", 2, "error: its disk is full"), ("killed", -signal.SIGKILL, "ended without a word")],
+)
+def test_all_leave_when_one_does(how, code, says):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("leaving.py")
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    bare = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    began = time.monotonic()
+    both = [
+        subprocess.Popen(
+            [sys.executable, script, "leave", how], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=bare | meeting | {"RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120) for process in both]
+    assert time.monotonic() - began < 100
+    assert [process.returncode for process in both] == [2, code], said
+    errors = "".join(err for _, err in said)
+    assert errors.count("error:") == 1 and says in errors and "Traceback" not in errors
+    # As a bare PyTorchJob starts them, with no word of what is on the same host.
+    assert [out for out, _ in said] == ["rank 0, 2 here\n", "rank 1, 2 here\n"]
+
+
+def test_a_process_has_a_gpu_of_its_own_among_those_that_it_sees(monkeypatch):
+    places = (Place("m1", "a"), Place("m2", "b"), Place("m1", "a"), Place("m2", "b"), Place("m2", "c"))
+    for rank, visible, gpu, here in ((2, 8, "1", "2"), (3, 8, "1", "2"), (3, 1, "0", "2"), (4, 8, "0", "1")):
+        monkeypatch.setattr("cogcommon.device.visible_gpus", lambda visible=visible: visible)
+        monkeypatch.setattr(os, "environ", {})
+        peers._tell_local_rank(peers.Peers(rank, 5, places))
+        assert os.environ == {"LOCAL_RANK": gpu, "LOCAL_WORLD_SIZE": here}
+
+
+def test_alone_there_is_nobody_to_ask():
+    assert peers.ALONE.gather(3) == [3] and peers.ALONE.agree(3) == 3 and peers.ALONE.tell("x") == "x"
+    assert peers.ALONE.together(lambda: 5) == 5

@@ -1,0 +1,98 @@
+"""Which signals save, and when they do not."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from cogtrain import signals
+from cogtrain.settings import LoraSettings
+from cogtrain.signals import SIGNALS, StopRequest
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_asks_once_and_ends_when_it_comes_again(number, monkeypatch):
+    ended, now = [], [100.0]
+    monkeypatch.setattr(signals, "end_by", ended.append)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    before = signal.getsignal(number)
+    with StopRequest().listening() as stop:
+        for _ in range(2):  # a scheduler sends it to a launcher and its processes
+            os.kill(os.getpid(), number)
+        assert stop.signal == number and not ended
+        now[0] += 3
+        other = next(one for one in SIGNALS if one != number)
+        os.kill(os.getpid(), other)  # `sbatch --signal` first, then the end of the time
+        assert stop.signal == number and not ended
+        os.kill(os.getpid(), number)
+        assert ended == [number]
+    assert signal.getsignal(number) == before
+
+
+def test_what_nohup_silenced_stays_silent():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest().listening() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and stop.signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_can_be_started_from_a_thread(tmp_path, make_shards, train_here):
+    make_shards(tmp_path / "out", samples=2)
+    settings = LoraSettings(shards=[str(tmp_path / "out")], rank=2, steps=1, out=tmp_path / "run")
+    faults = []
+
+    def run():
+        try:
+            train_here(settings)
+        except BaseException as error:
+            faults.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not faults and (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+def test_a_signal_in_a_validation_cuts_it_short(tmp_path, make_shards, train_here, monkeypatch):
+    """The scheduler's patience is for the checkpoint."""
+    from cogtrain import validate
+
+    make_shards(tmp_path / "out", samples=2)
+    make_shards(tmp_path / "held", samples=6, seed=3, captions=("held out",))
+    read, seen = validate.Validation._read, []
+
+    def read_and_be_told(self, index):
+        seen.append(index)
+        if len(seen) == 6 + 2:  # the base model's, and two more
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return read(self, index)
+
+    monkeypatch.setattr(validate.Validation, "_read", read_and_be_told)
+    settings = LoraSettings(
+        shards=[str(tmp_path / "out")], validate_shards=[str(tmp_path / "held")], rank=2, steps=3, validate_every=1,
+        save_every=100, out=tmp_path / "run",
+    )  # fmt: skip
+    with pytest.raises(signals.Stopped) as stopped:
+        train_here(settings)
+    assert stopped.value.code == 138 and len(seen) == 8
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_that_finds_no_processes_ends_the_launcher(number):
+    code = (
+        "import time; from cogtrain.launch import _PassOn\n"
+        "with _PassOn().listening(): print('ready', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    began = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(timeout=50) == -number and time.monotonic() - began < 50
