@@ -44,6 +44,22 @@ def default_precision(family: Family, device: torch.device) -> Precision:
     return family.precision if device.type == "cuda" else "fp32"
 
 
+# Of a GPU's name, or "this GPU".
+EMULATED = (
+    "{} has no bf16 in hardware (it came with Ampere): torch emulates it, many times as slowly; --precision fp16 is "
+    "2B's own, and for the others, which were trained in bf16, to be tried"
+)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is computed in hardware; so it is where we cannot ask."""
+    import torch
+
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def dtype_of(precision: Precision | Dtype) -> torch.dtype:
     import torch
 

@@ -61,16 +61,7 @@ def attach(
     from peft import LoraConfig
 
     assert rank >= 1 and alpha > 0 and 0 <= dropout < 1  # LoraSettings
-    linear = _linear(transformer)
-    for target in target_modules:
-        if not targets(transformer, [target]):
-            block = "transformer_blocks.0."
-            known = sorted(name.removeprefix(block) for name in linear if name.startswith(block))
-            raise SettingError(
-                f"the transformer has no linear layer called {target!r}",
-                where="--target-modules",
-                fix="layers of a block: " + ", ".join(known),
-            )
+    check_targets(transformer, target_modules)
     transformer.requires_grad_(False)
     transformer.add_adapter(
         LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules)), _ADAPTER
@@ -85,6 +76,25 @@ def attach(
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             bound = 1 / math.sqrt(weight.shape[1])  # as torch.nn.Linear starts
             weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
+
+
+def check_targets(transformer: torch.nn.Module, target_modules: Sequence[str]) -> None:
+    """Refuse a layer that the transformer, which may be one without memory, does not have.
+
+    Raises:
+        SettingError: with the layers of a block.
+    """
+    block = "transformer_blocks.0."
+    known = sorted(name.removeprefix(block) for name in _linear(transformer) if name.startswith(block))
+    for target in target_modules:
+        if not targets(transformer, [target]):
+            raise SettingError(
+                f"the transformer has no linear layer called {target!r}",
+                where="--target-modules",
+                fix="layers of a block: " + ", ".join(known),
+            )
+    if not target_modules:
+        raise SettingError("no layer gets an adapter", where="--target-modules", fix="some of " + ", ".join(known))
 
 
 def targets(transformer: torch.nn.Module, target_modules: Sequence[str]) -> dict[str, torch.nn.Linear]:

@@ -6,8 +6,10 @@ is exported. Everything else is the same run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,7 +17,7 @@ from cogcommon.checkpoint import Checkpoint
 
 from . import lora, sft
 from .probe import probe
-from .settings import LoraSettings, TrainSettings
+from .settings import TARGET_MODULES, LoraSettings, TrainSettings
 from .strategy import Runtime
 
 if TYPE_CHECKING:
@@ -31,6 +33,14 @@ class Method(Protocol):
 
     def weight_dtype(self, dtype: torch.dtype, sharded: bool) -> torch.dtype:
         """The type in which the checkpoint's weights are loaded, to compute in ``dtype``."""
+        ...
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse what cannot be trained of a checkpoint, before its weights are read.
+
+        Raises:
+            SettingError: it has no such layers.
+        """
         ...
 
     def apply(self, transformer: CogVideoXTransformer3DModel) -> None:
@@ -82,6 +92,10 @@ class Lora:
     def weight_dtype(self, dtype: torch.dtype, sharded: bool) -> torch.dtype:
         return dtype
 
+    def check(self, checkpoint: Checkpoint) -> None:
+        if tuple(self.settings.target_modules) != TARGET_MODULES:  # which every family has
+            lora.check_targets(outline(checkpoint.transformer_config), self.settings.target_modules)
+
     def apply(self, transformer: CogVideoXTransformer3DModel) -> None:
         settings = self.settings
         lora.attach(
@@ -125,6 +139,9 @@ class Sft:
 
         return dtype if sharded else torch.float32
 
+    def check(self, checkpoint: Checkpoint) -> None:
+        pass
+
     def apply(self, transformer: CogVideoXTransformer3DModel) -> None:
         transformer.requires_grad_(True)
 
@@ -150,3 +167,17 @@ class Sft:
 
 def method_of(settings: TrainSettings) -> Method:
     return Lora(settings) if isinstance(settings, LoraSettings) else Sft()
+
+
+def outline(config: Mapping[str, Any]) -> CogVideoXTransformer3DModel:
+    """The transformer of a ``config.json`` with its layers' names and shapes, and no memory; to be left as it is."""
+    return _outline(json.dumps(dict(config)))
+
+
+@lru_cache
+def _outline(config_json: str) -> CogVideoXTransformer3DModel:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+    with torch.device("meta"):
+        return CogVideoXTransformer3DModel.from_config(json.loads(config_json))

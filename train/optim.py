@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import SettingError
 
 from . import zero
-from .settings import TrainSettings
+from .settings import Optimizer, TrainSettings
+from .zero_config import Strategy, can_spread
 
 if TYPE_CHECKING:
     import torch
 
     from .step.host_training import HostTraining
     from .strategy import Runtime
+
+
+# Package, module and class; the first that can be imported.
+_PACKAGES: Mapping[Optimizer, tuple[tuple[str, str, str], ...]] = {
+    "adamw8bit": (("bitsandbytes", "bitsandbytes.optim", "AdamW8bit"), ("torchao", "torchao.optim", "AdamW8bit")),
+    "prodigy": (("prodigyopt", "prodigyopt", "Prodigy"),),
+}
+# Peak rates that can be meant: from, and below. AdamW moves a weight by about the rate, whatever its gradient is.
+_RATES: Mapping[Optimizer, tuple[float, float]] = {"adamw": (0, 0.5), "adamw8bit": (0, 0.5), "prodigy": (0.1, 10)}
 
 
 def warmup_steps(settings: TrainSettings, steps: int) -> int:
@@ -37,6 +48,46 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
     return settings.lr * factor[settings.lr_schedule]
 
 
+def check_optimizer(settings: TrainSettings, strategy: Strategy) -> None:
+    """Refuse an optimizer that would not do what it is chosen for.
+
+    Raises:
+        SettingError: it needs another strategy, or another rate.
+    """
+    name = settings.optimizer
+    if not can_spread(name, strategy):
+        why = (
+            f"--optimizer {name} does not step in host memory"
+            if strategy.endswith("-offload")
+            else f"Prodigy finds one rate from all weights; under {strategy} each process has a part of them"
+        )
+        fix = "--strategy ddp" if name == "prodigy" else "a strategy without -offload"
+        raise SettingError(why, where="--optimizer, --strategy", fix=f"--optimizer adamw, or {fix}")
+    least, most = _RATES[name]
+    if not (settings.lr == 0 or least <= settings.lr < most):
+        if name == "prodigy":
+            raise SettingError(
+                f"Prodigy finds the rate itself and multiplies it by --lr; {settings.lr:g} would hold it still"
+                if settings.lr < least
+                else f"Prodigy finds the rate itself and multiplies it by --lr; {settings.lr:g} would be far too much",
+                where="--optimizer prodigy, --lr",
+                fix="--lr 1",
+            )
+        raise SettingError(
+            f"a rate of {settings.lr:g} moves every weight by about as much in a step, and few are larger than 0.1",
+            where="--lr",
+            fix="--lr 1e-4 (LoRA), --lr 1e-5 (sft); 1 is Prodigy's: --optimizer prodigy",
+        )
+
+
+def check_installed(name: Optimizer) -> None:
+    """Raises:
+    SettingError: the optimizer needs a package that is not there.
+    """
+    if name in _PACKAGES:
+        _class_of(name)
+
+
 def make_optimizer(
     parameters: Sequence[torch.nn.Parameter],
     settings: TrainSettings,
@@ -45,7 +96,7 @@ def make_optimizer(
     on_host: bool,
     hosted: HostTraining | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer that the settings ask for.
+    """The optimizer that the settings ask for (`check_optimizer`, `check_installed`).
 
     Args:
         device: that the forward pass runs on.
@@ -53,7 +104,7 @@ def make_optimizer(
         hosted: the weights that the engine keeps there (``step.host_training``), if it does.
 
     Raises:
-        SettingError: it needs a package that is not there, or does not work as set.
+        SettingError: DeepSpeed's that steps in host memory cannot be compiled.
     """
     import torch
 
@@ -63,12 +114,6 @@ def make_optimizer(
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
-    if on_host and settings.optimizer != "adamw":
-        raise SettingError(
-            f"--optimizer {settings.optimizer} does not step in host memory",
-            where="--optimizer, --strategy",
-            fix="--optimizer adamw, or a strategy without -offload",
-        )
     if settings.optimizer == "adamw":
         if hosted is not None:
             from .step.host_adam import HostAdamW
@@ -77,9 +122,9 @@ def make_optimizer(
         if on_host:
             return zero.host_adam(parameters, **common)
         return torch.optim.AdamW(parameters, fused=device.type == "cuda", **common)
-    if settings.optimizer == "adamw8bit":
-        return _adamw8bit()(parameters, **common)
-    return _prodigy(settings)(parameters, decouple=True, use_bias_correction=True, safeguard_warmup=True, **common)
+    if settings.optimizer == "prodigy":
+        common |= {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+    return _class_of(settings.optimizer)(parameters, **common)
 
 
 def clip(
@@ -105,34 +150,16 @@ def unwrapped(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _adamw8bit() -> Any:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
+def _class_of(name: Optimizer) -> Any:
+    """Of an optimizer that is not torch's own."""
+    for _, module, cls in _PACKAGES[name]:
         try:
-            from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise SettingError(
-                "--optimizer adamw8bit needs a package that is not installed",
-                where="--optimizer",
-                fix="pip install bitsandbytes (or torchao)",
-            ) from error
-    return AdamW8bit
-
-
-def _prodigy(settings: TrainSettings) -> Any:
-    if settings.lr < 0.1:
-        raise SettingError(
-            f"Prodigy finds the rate itself and multiplies it by --lr; {settings.lr:g} would hold it still",
-            where="--optimizer prodigy, --lr",
-            fix="--lr 1",
-        )
-    try:
-        from prodigyopt import Prodigy
-    except ImportError as error:
-        raise SettingError(
-            "--optimizer prodigy needs a package that is not installed",
-            where="--optimizer",
-            fix="pip install prodigyopt",
-        ) from error
-    return Prodigy
+            return getattr(importlib.import_module(module), cls)
+        except ImportError:  # not there, or made for another machine
+            continue
+    named = [package for package, _, _ in _PACKAGES[name]]
+    raise SettingError(
+        f"--optimizer {name} needs a package that is not installed",
+        where="--optimizer",
+        fix=f"pip install {named[0]}" + "".join(f" (or {other})" for other in named[1:]),
+    )

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.contract import Contract
-from cogcommon.device import Precision, default_precision
+from cogcommon.device import EMULATED, Precision, default_precision, has_bf16
 from cogcommon.errors import RunError, SettingError, ShardError
+from cogcommon.families import Resolution
 from cogcommon.ownership import Made
 
 from . import zero
@@ -20,6 +21,7 @@ from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find, list_checkpoints
 from .compatibility import check_alike, check_model, lost_tars
 from .method import Method, method_of
+from .optim import check_optimizer
 from .order import Order
 from .peers import ALONE, Peers
 from .run_folder import CONFIG_FILE
@@ -51,6 +53,14 @@ class Run:
     world: int
     resume: SavedCheckpoint | None
     notes: tuple[str, ...]  # what the user should know, one sentence each
+
+    @property
+    def buckets(self) -> tuple[Resolution, ...]:
+        return tuple(self.shards.buckets)
+
+    @property
+    def held_out_buckets(self) -> tuple[Resolution, ...]:
+        return tuple(self.held_out.buckets) if self.held_out else ()
 
     @property
     def global_batch(self) -> int:
@@ -90,6 +100,7 @@ def open_run(
     method = method_of(settings)
     strategy = choose(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
     _check_strategy(settings, strategy)
+    check_optimizer(settings, strategy)
     check_installed(settings.tracker)
     shards = open_shards(settings.shards)
     if lost := lost_tars(shards):
@@ -97,18 +108,27 @@ def open_run(
         notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")
     checkpoint = _base_model(settings, shards.contract, resume)
     check_model(shards.contract, checkpoint, shards.shards[0].shown)
-    for bucket in shards.buckets:
-        checkpoint.check_resolution(bucket)
+    method.check(checkpoint)
+    _check_buckets(shards, checkpoint)
+    if settings.validate_videos and not settings.validate_shards:
+        raise SettingError(
+            "there are no held-out samples to make videos of",
+            where="--validate-videos",
+            fix="--validate-shards with some that `cogprep encode --holdout` set aside, or leave --validate-videos out",
+        )
     if settings.caption_dropout or settings.validate_videos:  # guidance needs it too
         shards.empty_caption()
     precision = settings.precision or default_precision(checkpoint.family, device)
     if precision == "fp16" and device.type == "cpu":
         raise SettingError("fp16 needs a GPU", where="--precision fp16", fix="--precision bf16 or fp32")
+    if precision == "bf16" and not has_bf16(device):
+        notes.append(EMULATED.format("this GPU"))
     deepspeed_config(settings, strategy, precision, world)
     held_out = None
     if settings.validate_shards:
         held_out = open_shards(settings.validate_shards, "--validate-shards")
         check_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
+        _check_buckets(held_out, checkpoint)
         total = len(shards)
         shards = shards.without(held_out)
         if len(shards) < total:
@@ -121,6 +141,10 @@ def open_run(
     if resume is not None and resume.state.step > steps:
         notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
         steps = resume.state.step
+    if settings.warmup is not None and settings.warmup >= steps:
+        notes.append(f"the rate of --lr is never reached: {settings.warmup} steps of warm-up, {steps} in all")
+    if settings.lr == 0:
+        notes.append("--lr 0 trains nothing")
     run = Run(
         settings=settings,
         method=method,
@@ -152,6 +176,19 @@ def _base_model(settings: TrainSettings, contract: Contract, resume: SavedCheckp
     elif name == contract.model:
         revision = contract.revision
     return open_checkpoint(name, revision)
+
+
+def _check_buckets(shards: ShardSet, checkpoint: Checkpoint) -> None:
+    """Refuse samples of a size that the model cannot take, wherever they come from."""
+    for bucket in shards.buckets:
+        try:
+            checkpoint.check_resolution(bucket)
+        except SettingError as error:
+            raise ShardError(
+                f"samples of {bucket}: {error.what}",
+                where=shards.shards[0].shown,
+                fix=f"other shards, or encode these clips again with {error.fix}",
+            ) from error
 
 
 def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:

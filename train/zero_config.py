@@ -14,10 +14,21 @@ from typing import Any, Literal
 
 from cogcommon.errors import SettingError
 
-from .settings import TrainSettings
+from .settings import Optimizer, TrainSettings
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 STAGE: Mapping[str, int] = {"ddp": 0, "zero1": 1, "zero2": 2, "zero2-offload": 2, "zero3": 3, "zero3-offload": 3}
+
+
+def can_spread(optimizer: Optimizer, strategy: Strategy) -> bool:
+    """Whether an optimizer does under a strategy what it does under DDP.
+
+    Prodigy finds one rate from sums over all weights; where each process steps a part of them, each would find its
+    own. What steps in host memory is DeepSpeed's AdamW.
+    """
+    if strategy == "ddp":
+        return True
+    return optimizer == "adamw" if strategy.endswith("-offload") else optimizer != "prodigy"
 
 
 def choose(settings: TrainSettings, *, full: bool, gpus: int) -> Strategy:

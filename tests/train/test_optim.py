@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cogcommon.errors import SettingError
-from cogtrain.optim import learning_rate, make_optimizer, warmup_steps
+from cogtrain.optim import check_installed, check_optimizer, learning_rate, make_optimizer, warmup_steps
 from cogtrain.settings import LoraSettings, SftSettings
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def test_every_setting_is_in_the_optimizer():
 
 def test_prodigy_wants_its_own_rate():
     with pytest.raises(SettingError, match="finds the rate itself") as caught:
-        make_optimizer([], LoraSettings(optimizer="prodigy"), CPU, on_host=False)
+        check_optimizer(LoraSettings(optimizer="prodigy"), "ddp")
     assert caught.value.fix == "--lr 1"
 
 
@@ -60,25 +60,17 @@ def test_prodigy_trains(tmp_path, make_shards, train_here):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    import builtins
-
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.split(".")[0] in ("bitsandbytes", "torchao", "prodigyopt"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    for package in ("bitsandbytes", "torchao", "prodigyopt"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
     for optimizer, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
         with pytest.raises(SettingError, match="not installed") as caught:
-            make_optimizer([], LoraSettings(optimizer=optimizer, lr=1.0), CPU, on_host=False)
+            check_installed(optimizer)
         assert f"pip install {package}" in caught.value.fix
 
 
 def test_only_adamw_steps_in_host_memory():
     with pytest.raises(SettingError, match="does not step in host memory"):
-        make_optimizer([], SftSettings(optimizer="adamw8bit"), CPU, on_host=True)
+        check_optimizer(SftSettings(optimizer="adamw8bit"), "zero2-offload")
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
