@@ -10,37 +10,45 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from cogcommon.errors import RunError, SettingError
+from cogcommon.device import EMULATED, Precision, default_precision
+from cogcommon.errors import RunError
 from cogcommon.names import command_line, json_text
-from cogcommon.words import counted
 
-from .measured import Measured, gpu_here, measured
-from .run import Run, open_run
+from .machine import Machine, machine_for
+from .measured import Measured, measured
+from .method import method_of
+from .optim import check_optimizer
+from .run import open_run
 from .run_folder import METRICS_FILE, read_metrics
-from .settings import LoraSettings, Memory, PlanSettings, SftSettings
-from .step.attention import Kernel
-from .step.demand import Demand, choices
-from .step.seconds import RELATIVE, seconds
-from .step.trial import flash4_is_there
-from .zero_config import Strategy
+from .settings import LoraSettings, Memory, PlanSettings, SftSettings, TrainSettings
+from .step.demand import Demand, Intent, Trains, choices
+from .step.seconds import seconds
+from .zero_config import Strategy, choose
+
+if TYPE_CHECKING:
+    from cogcommon.checkpoint import Checkpoint
+    from cogcommon.families import Resolution
 
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One line of the table. Memory in GiB, for each process; computed, but for what is called measured."""
+    """One line of the table. Memory in GiB; computed, but for what is called measured."""
 
     method: str
     strategy: Strategy
     memory: Memory
-    peak_gib: float
-    host_gib: float
-    fits: bool
-    computed_s: float | None  # a step, on ``computed_on``; None where we have measured nothing like it
-    computed_on: str
+    precision: Precision
+    peak_gib: float  # of the GPU, for each process
+    host_gib: float  # of the host while it trains, for each process
+    host_total_gib: float  # of the host at its worst moment, by all processes on it: loading, training or exporting
+    fits: bool  # GPU and host
+    lacks: Literal["", "GPU memory", "host memory", "GPU and host memory"]
+    computed_s: float | None  # a step, on ``computed_on``; None where there is nothing to compute it from
+    computed_on: str | None
     s_per_step: float | None  # measured by us, where it was, on ``measured_on``
     measured_gib: float | None  # the peak there
     measured_on: str | None
@@ -53,10 +61,10 @@ def run(settings: PlanSettings) -> None:
     Raises:
         CogError: anything that the user can put right.
     """
-    from cogcommon.terminal import Console
+    from rich.console import Console
 
-    card, gpus = _machine(settings)
-    found = forecasts(settings, card, gpus)
+    machine = machine_for(settings)
+    found = forecasts(settings, machine)
     advised = {
         method: next((line for line in found if line.method == method and line.fits), None)
         for method in dict.fromkeys(line.method for line in found)
@@ -64,67 +72,123 @@ def run(settings: PlanSettings) -> None:
     if settings.json:
         print(json_text([dataclasses.asdict(line) for line in found]))
     else:
-        console = Console(soft_wrap=True)
+        console = Console(soft_wrap=True, highlight=False)
         console.print(_table(found))
-        console.print(
-            f"for each of {counted(gpus, 'GPU')} of {card / _GIB:.0f} GB; all is computed but what is called measured\n"
-        )
+        console.print(machine.described() + "; all is computed but what is called measured\n", markup=False)
+        if not machine.bf16 and any(line.precision == "bf16" for line in found):
+            console.print("note: " + EMULATED.format(machine.name) + "\n", markup=False)
         for method, line in advised.items():
-            console.print(line.command if line else f"{method}: nothing fits; encode with a smaller --resolution")
+            lines = [line for line in found if line.method == method]
+            console.print(line.command if line else f"{method}: nothing fits; {_remedy(lines)}", markup=False)
     if settings.check:
         check([line for line in advised.values() if line])
 
 
-def forecasts(settings: PlanSettings, card: int, gpus: int) -> list[Forecast]:
-    """Every strategy and memory setting, in the order in which they are advised; LoRA first.
-
-    Args:
-        card: bytes of memory of each GPU.
-    """
+def forecasts(settings: PlanSettings, machine: Machine) -> list[Forecast]:
+    """Every strategy and memory setting for shards, in the order in which they are advised; LoRA first."""
     import torch
 
     from cogcommon.device import quiet_libraries
 
     quiet_libraries()
-    common: dict[str, Any] = {
-        "shards": settings.shards, "model": settings.model, "batch_size": settings.batch_size, "resume": "never",
-    }  # fmt: skip
-    wanted = {"lora": LoraSettings(rank=settings.rank, **common), "sft": SftSettings(**common)}
-    lines: list[Forecast] = []
-    for method, train in wanted.items():
-        if settings.method not in (method, "both"):
-            continue
-        planned = open_run(train, torch.device("cuda"), gpus)  # as on a machine that has one
-        lines += [_line(planned, settings, needs, card, gpus, _gpu(settings)) for needs in choices(planned, card)]
+    device = torch.device("cuda")  # as on a machine that has one
+    runs = [open_run(train, device, machine.gpus) for train in _wanted(settings)]
+    return [line for run in runs for line in lines_of(run, machine)]
+
+
+def forecasts_for(
+    settings: PlanSettings, checkpoint: Checkpoint, buckets: Sequence[Resolution], machine: Machine
+) -> list[Forecast]:
+    """The same for a model and sizes, of which there need be no shards.
+
+    Raises:
+        SettingError: the model cannot take a size, or the settings do not go together.
+    """
+    import torch
+
+    lines = []
+    for bucket in buckets:
+        checkpoint.check_resolution(bucket)
+    for train in _wanted(settings):
+        method = method_of(train)
+        strategy = choose(train, full=method.full, gpus=machine.gpus)
+        check_optimizer(train, strategy)
+        precision = train.precision or default_precision(checkpoint.family, torch.device("cuda"))
+        lines += lines_of(
+            Intent(train, method, checkpoint, tuple(buckets), strategy, precision, machine.gpus), machine
+        )  # fmt: skip
     return lines
 
 
-def _line(planned: Run, settings: PlanSettings, needs: Demand, card: int, gpus: int, gpu: str) -> Forecast:
-    kernel: Kernel = "flash4" if settings.gpu is None and gpu_here() and flash4_is_there() else "cudnn"
-    same = _measured(planned, needs, gpus, kernel)
-    takes = seconds(planned, needs, gpu, kernel)
-    words = ["cogtrain", planned.method.name, "--shards", *_as_glob(settings.shards), "--strategy", needs.strategy]
-    words += ["--memory", needs.memory, "--nproc", str(gpus)]
+def _wanted(settings: PlanSettings) -> list[TrainSettings]:
+    """Settings of the runs to compare."""
+    common: dict[str, Any] = {
+        "shards": settings.shards, "model": settings.model, "batch_size": settings.batch_size, "resume": "never",
+        "optimizer": settings.optimizer, "ema": settings.ema,
+    }  # fmt: skip
+    if settings.optimizer == "prodigy":
+        common["lr"] = 1.0
+    if settings.optimizer == "prodigy" or settings.ema:
+        common["strategy"] = "ddp"
+    wanted = {"lora": LoraSettings(rank=settings.rank, **common), "sft": SftSettings(**common)}
+    return [train for method, train in wanted.items() if settings.method in (method, "both")]
+
+
+def lines_of(run: Trains, machine: Machine) -> list[Forecast]:
+    """A run under every strategy and memory setting."""
+    found = choices(run, machine.gpu, machine.host_each, machine.speed)
+    return [_line(run, needs, machine) for needs in found]
+
+
+def _line(run: Trains, needs: Demand, machine: Machine) -> Forecast:
+    same = _measured(run, needs, machine)
+    takes = seconds(run, needs, machine.speed, machine.kernel) if machine.speed else None
+    total = needs.host_at_most(machine.together)
+    lacks = [
+        name
+        for name, enough in (
+            ("GPU", needs.fits(machine.gpu)),
+            ("host", machine.host is None or total <= machine.host),
+        )
+        if not enough
+    ]
+    return Forecast(
+        method=run.method.name,
+        strategy=needs.strategy,
+        memory=needs.memory,
+        precision=run.precision,
+        peak_gib=round(needs.peak / _GIB, 2),
+        host_gib=round(needs.host / _GIB, 2),
+        host_total_gib=round(total / _GIB, 2),
+        fits=not lacks,
+        lacks=" and ".join(lacks) + " memory" if lacks else "",  # type: ignore[arg-type]
+        computed_s=None if takes is None else round(takes * run.settings.accumulate, 3),
+        computed_on=machine.computed_on,
+        s_per_step=same.s_per_step if same else None,
+        measured_gib=same.peak_gib if same else None,
+        measured_on=same.gpu if same else None,
+        command=command_line(*_words(run, needs)),
+    )
+
+
+def _words(run: Trains, needs: Demand) -> list[str]:
+    """The command, as typed."""
+    settings = run.settings
+    words = ["cogtrain", run.method.name, "--shards", *(_as_glob(settings.shards) or ["out/*.tar"])]
+    words += ["--strategy", needs.strategy, "--memory", needs.memory, "--nproc", str(run.world)]
     if settings.model:
         words += ["--model", settings.model]
     if settings.batch_size != 1:
         words += ["--batch-size", str(settings.batch_size)]
-    if isinstance(planned.settings, LoraSettings):
+    if settings.optimizer != "adamw":
+        words += ["--optimizer", settings.optimizer]
+    if settings.optimizer == "prodigy":
+        words += ["--lr", "1"]
+    if settings.ema:
+        words += ["--ema", f"{settings.ema:g}"]
+    if isinstance(settings, LoraSettings):
         words += ["--rank", str(settings.rank)]
-    return Forecast(
-        method=planned.method.name,
-        strategy=needs.strategy,
-        memory=needs.memory,
-        peak_gib=round(needs.peak / _GIB, 2),
-        host_gib=round(needs.host / _GIB, 2),
-        fits=needs.fits(card),
-        computed_s=None if takes is None else round(takes * planned.settings.accumulate, 3),
-        computed_on=gpu,
-        s_per_step=same.s_per_step if same else None,
-        measured_gib=same.peak_gib if same else None,
-        measured_on=same.gpu if same else None,
-        command=command_line(*words),
-    )
+    return words
 
 
 def _as_glob(shards: Sequence[str]) -> list[str]:
@@ -137,21 +201,24 @@ def _as_glob(shards: Sequence[str]) -> list[str]:
     return list(shards)
 
 
-def _measured(planned: Run, needs: Demand, gpus: int, kernel: Kernel) -> Measured | None:
+def _measured(run: Trains, needs: Demand, machine: Machine) -> Measured | None:
     """The newest run of the same thing; None where nobody has measured it."""
-    if planned.checkpoint.transformer_config["num_layers"] != planned.checkpoint.family.layers:
+    settings = run.settings
+    if run.checkpoint.transformer_config["num_layers"] != run.checkpoint.family.layers:
         return None  # a built-in model: of the family's form, not of its size
-    (resolution,) = planned.shards.buckets if len(planned.shards.buckets) == 1 else (None,)
+    if settings.optimizer != "adamw" or settings.ema:
+        return None
+    (resolution,) = run.buckets if len(run.buckets) == 1 else (None,)
     same = {
-        "family": planned.checkpoint.family.name,
-        "method": planned.method.name,
-        "rank": getattr(planned.settings, "rank", None),
+        "family": run.checkpoint.family.name,
+        "method": run.method.name,
+        "rank": getattr(settings, "rank", None),
         "resolution": str(resolution),
-        "batch_size": planned.settings.batch_size,
-        "gpus": gpus,
+        "batch_size": settings.batch_size,
+        "gpus": machine.gpus,
         "strategy": needs.strategy,
         "plan": str(needs.plan),
-        "attention": kernel,
+        "attention": machine.kernel,
     }
     runs = (run for run in measured() if all(getattr(run, name) == value for name, value in same.items()))
     return next((run for run in runs if not run.faster_since), None)
@@ -180,46 +247,30 @@ def check(lines: Sequence[Forecast]) -> None:
         )
 
 
-def _machine(settings: PlanSettings) -> tuple[int, int]:
-    """Bytes of a GPU, and how many there are."""
-    import torch
-
-    here = torch.cuda.device_count()
-    card = settings.card
-    if card is None and not here:
-        raise SettingError(
-            "there is no GPU here to plan for", where="--gpu", fix="say how much memory one has: --gpu 24GB"
-        )
-    if settings.check and (not here or settings.gpu or (settings.gpus or 1) > here):
-        raise SettingError(
-            "--check runs on the GPUs of this machine only", where="--check", fix="leave out --gpu and --gpus"
-        )
-    if settings.gpus is not None and settings.gpus < 1:
-        raise SettingError(f"{settings.gpus} GPUs", where="--gpus", fix="--gpus 1 or more")
-    return card or torch.cuda.get_device_properties(0).total_memory, settings.gpus or max(1, here)
-
-
-def _gpu(settings: PlanSettings) -> str:
-    """Whose seconds are told: this machine's, or those of a GPU that we have measured."""
-    here = gpu_here() if settings.gpu is None else None
-    return here or next(iter(RELATIVE))
+def _remedy(lines: Sequence[Forecast]) -> str:
+    """What to do where no line fits."""
+    of_card = [line for line in lines if line.lacks == "host memory"]
+    if of_card:
+        least = min(line.host_total_gib for line in of_card)
+        return f"the GPU would do with {least:.0f} GiB of host memory"
+    return "encode with a smaller --resolution"
 
 
 def _table(lines: Sequence[Forecast]) -> Any:
     from rich.table import Table
 
     shown = Table(box=None, header_style="bold")
-    on = lines[0].computed_on if lines else ""
-    names = ("", "strategy", "memory", "GPU GiB", "host GiB", f"s/step, {on}", "measured", "")
+    on = lines[0].computed_on if lines else None
+    names = ["", "strategy", "memory", "GPU GiB", "host GiB", *([f"s/step, {on}"] if on else []), "measured", ""]
     for name in names:
         shown.add_column(name, justify="right" if "GiB" in name or "s/" in name else "left")
     for line in lines:
         was = "-"
         if line.s_per_step:
             was = f"{line.s_per_step:.2f} s/step, {line.measured_gib:.1f} GiB ({line.measured_on})"
-        shown.add_row(
-            line.method, line.strategy, line.memory, f"{line.peak_gib:.1f}", f"{line.host_gib:.1f}",
-            f"{line.computed_s:.2f}" if line.computed_s else "-", was,
-            "fits" if line.fits else "does not fit", style=None if line.fits else "dim",
-        )  # fmt: skip
+        cells = [line.method, line.strategy, line.memory, f"{line.peak_gib:.1f}", f"{line.host_total_gib:.1f}"]
+        if on:
+            cells.append(f"{line.computed_s:.2f}" if line.computed_s else "-")
+        verdict = "fits" if line.fits else f"too little {line.lacks}"
+        shown.add_row(*cells, was, verdict, style=None if line.fits else "dim")
     return shown

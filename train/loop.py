@@ -178,7 +178,7 @@ def _move_in(run: Run, folder: Path, done: int) -> list[str]:
 def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter], Plan, Kernel]:
     """The transformer and its optimizer, ready to train, the weights that are trained, and how the blocks are run."""
     settings = run.settings
-    room = common_room(runtime.peers, runtime.device)
+    room = common_room(runtime.peers, runtime.device, runtime.dtype)
     transformer = run.checkpoint.load_transformer(run.method.weight_dtype(runtime.dtype, runtime.sharded))
     run.method.apply(transformer)
     transformer.train()

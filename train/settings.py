@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -134,6 +134,10 @@ class TrainSettings:
                 raise SettingError(
                     f"{value} is too large", where=self.option(name), fix=f"a number below {below[name]}"
                 )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingError(f"{value} is not a finite number", where=flag_of(field), fix="a number")
         if self.caption_dropout > 1:
             raise SettingError(f"{self.caption_dropout} is too large", where="--caption-dropout", fix="a share: 0 to 1")
 
@@ -175,26 +179,20 @@ class PlanSettings:
     shards: list[str] = setting([], "the training shards: tars, globs, brace ranges or URLs", shown="required")
     model: str | None = setting(None, "another checkpoint of the same family", shown="the one the shards were made for")
     method: Literal["lora", "sft", "both"] = setting("both", "what to train")
-    gpu: str | None = setting(None, "memory of one GPU, as 24GB", shown="this machine's")
+    gpu: str | None = setting(
+        None, "a card by name, as 4090, a100-80 or l4; or its memory: 24GB as it is sold, 22GiB as it is free",
+        shown="this machine's",
+    )  # fmt: skip
     gpus: int | None = setting(None, "GPUs, one process each", shown="this machine's, at least 1")
+    host: str | None = setting(
+        None, "memory of the host, as 64GB", shown="what is free here; with --gpu, as much as it takes"
+    )
     rank: int = setting(128, "rank of the LoRA")
     batch_size: int = setting(1, "samples per process and accumulation step")
+    optimizer: Optimizer = setting("adamw", "as for training")
+    ema: float = setting(0.0, "as for training")
     check: bool = setting(False, "run two steps of the advised command here, and compare the peak")
     json: bool = setting(False, "print the result as JSON")
-
-    @property
-    def card(self) -> int | None:
-        """Bytes of a GPU; its maker's GB are GiB.
-
-        Raises:
-            SettingError: it is not a size.
-        """
-        if self.gpu is None:
-            return None
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB?|GiB)?", self.gpu.strip(), re.IGNORECASE)
-        if not match or float(match[1]) <= 0:
-            raise SettingError(f"{self.gpu!r} is not an amount of memory", where="--gpu", fix="--gpu 24GB")
-        return int(float(match[1]) * 2**30)
 
 
 _WEIGHTS, _VIDEO = "Weights", "Video"

@@ -14,7 +14,7 @@ from ..settings import LoraSettings, SftSettings, TrainSettings
 from ..sources import ShardSet
 from ..step.demand import Demand, demand
 from ..step.plan import Plan, ladder
-from ..step.seconds import seconds
+from ..step.seconds import H200, seconds, speed_of
 from .guide import GuideRow, Way, guide_rows
 from .subject import random_checkpoint, random_run, random_shards
 
@@ -108,7 +108,8 @@ def computed_for(measured: Measured) -> tuple[Demand, float | None]:
     )
     found = demand(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
     found = replace(found, plan=_plan_of(measured, found))
-    return found, seconds(run, found, measured.gpu, measured.attention)  # type: ignore[arg-type]
+    speed = speed_of(measured.gpu)
+    return found, seconds(run, found, speed, measured.attention) if speed else None  # type: ignore[arg-type]
 
 
 def _plan_of(measured: Measured, found: Demand) -> Plan:
@@ -140,11 +141,11 @@ def _cell(row: GuideRow, way: Way) -> str:
         same = same and run.rank == getattr(row.settings, "rank", None) and run.resolution == _native(row.family)
         if same and (way != "auto" or run.plan == str(needs.plan)):  # a larger card is given another plan
             if run.faster_since:
-                return f"**{run.peak_gib:.1f} GB**, {seconds(_run_of(row, way), needs):.1f} s"
+                return f"**{run.peak_gib:.1f} GB**, {seconds(_run_of(row, way), needs, H200):.1f} s"
             return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
     if way == "reference":
         return ""
-    return f"{needs.peak / _GIB:.1f} GB, {seconds(_run_of(row, way), needs):.1f} s"
+    return f"{needs.peak / _GIB:.1f} GB, {seconds(_run_of(row, way), needs, H200):.1f} s"
 
 
 def _demand(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Demand:

@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..zero_config import STAGE, Strategy, deepspeed_config
+from ..settings import Optimizer
+from ..zero_config import STAGE, Strategy, can_spread, deepspeed_config
+from .cost import Speed, plan_seconds
 from .plan import USABLE, Load, Memory, Plan, choose
 
 if TYPE_CHECKING:
-    from ..method import Method
-    from ..run import Run
+    from cogcommon.checkpoint import Checkpoint
+    from cogcommon.device import Precision
+    from cogcommon.families import Resolution
 
-_SIZES = {"fp32": 4}  # bytes of a number as computed; half precision else
+    from ..method import Method
+    from ..settings import TrainSettings
+
+
+class Trains(Protocol):
+    """What is to be trained: a `Run`, or an `Intent` for which there need be no shards yet."""
+
+    @property
+    def settings(self) -> TrainSettings: ...
+    @property
+    def method(self) -> Method: ...
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+    @property
+    def buckets(self) -> tuple[Resolution, ...]: ...
+    @property
+    def held_out_buckets(self) -> tuple[Resolution, ...]: ...
+    @property
+    def strategy(self) -> Strategy: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def world(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Intent:
+    """A run of which only a model and sizes are known."""
+
+    settings: TrainSettings
+    method: Method
+    checkpoint: Checkpoint
+    buckets: tuple[Resolution, ...]
+    strategy: Strategy
+    precision: Precision
+    world: int
+    held_out_buckets: tuple[Resolution, ...] = ()
+
+
+PROCESS = 4 << 30  # bytes of host memory of a process itself: Python, torch, CUDA and the samples
+# Bytes that an optimizer holds for a weight. AdamW: two moments. In 8 bits: two, with a scale in fp32 for each 256 of
+# them. Prodigy: two moments, the sum of gradients and the weight as it was (none for LoRA's B, which began at zero).
+STATES: Mapping[Optimizer, float] = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "prodigy": 16.0}
 _MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
 _STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 _SUB_GROUP = 10**9  # weights that ZeRO-3 steps at once (sub_group_size)
@@ -35,7 +79,9 @@ class Demand:
     plan: Plan
     load: Load
     offloaded: int = 0  # bytes of host memory that DeepSpeed takes, or the masters trained there, for each process
-    apart: int = 0  # the most GPU memory that DeepSpeed takes outside the forward and the backward pass
+    apart: int = 0  # the most GPU memory that is taken outside the forward and the backward pass of training
+    loading: int = 0  # bytes of host memory for the checkpoint's weights before they are moved, for each process
+    ending: int = 0  # bytes of host memory beside what training holds, for the export, by one process
 
     @property
     def peak(self) -> int:
@@ -53,73 +99,124 @@ class Demand:
 
     @property
     def host(self) -> int:
+        """Of host memory while it trains, for each process, but for what a process takes itself."""
         return self.locked + self.offloaded
+
+    def host_at_most(self, processes: int) -> int:
+        """Of host memory at its worst moment, by all processes on one host: loading, training or exporting."""
+        training = processes * self.host
+        return processes * PROCESS + max(processes * self.loading, training + self.ending)
 
 
 def demand(
-    run: Run, *, card: int = sys.maxsize, strategy: Strategy | None = None, memory: Memory | None = None,
-    batch: int | None = None, compiled: bool = True,
+    run: Trains, *, card: int = sys.maxsize, host: int = sys.maxsize, speed: Speed | None = None,
+    strategy: Strategy | None = None, memory: Memory | None = None, batch: int | None = None, compiled: bool = True,
 ) -> Demand:  # fmt: skip
     """What a run needs in its largest bucket.
 
     Args:
         card: bytes of the GPU's memory.
+        host: bytes of host memory for each process, before anything is loaded.
+        speed: of the GPU and its link; without it, copies count as hidden behind the computation.
         strategy, memory, batch: other than the run's own.
     """
     strategy, memory = strategy or run.strategy, memory or run.settings.memory
     load = load_of(run, strategy=strategy, batch=batch or run.settings.batch_size)
-    plan = choose(memory, load, free=card, host_free=sys.maxsize, compiled=compiled)
-    weights = trained_weights(run)
-    masters = 4 * weights * plan.train_on_host // load.layers
-    offloaded = masters + int(offloaded_bytes(weights / run.world, strategy))
-    return Demand(strategy, memory, plan, load, offloaded, int(bytes_apart(weights, strategy, run.world)))
+    weights, full = trained_weights(run), run.method.full
+    loading, theirs = _loading(run, strategy), int(offloaded_bytes(weights / run.world, strategy))
+    left = host
+    if host < sys.maxsize:  # as `install` will find it: the weights are loaded, and frozen ones give up their copy
+        left = max(0, host - PROCESS - theirs - loading + min(loading, load.layers * load.block))
+    cost = partial(plan_seconds, load, speed=speed, full=full, fp16=run.precision == "fp16") if speed else None
+    plan = choose(memory, load, free=card, host_free=left, compiled=compiled, cost=cost)
+    apart = bytes_apart(weights, strategy, run.world, run.settings.optimizer, size=_size(run))
+    validating = max((plan.evaluating(load, _load(run, bucket, batch=1)) for bucket in run.held_out_buckets), default=0)
+    return Demand(
+        strategy, memory, plan, load,
+        offloaded=4 * weights * plan.train_on_host // load.layers + theirs,
+        apart=max(int(apart), validating),
+        loading=loading,
+        ending=_ending(run, plan, strategy),
+    )  # fmt: skip
 
 
-def choices(run: Run, card: int) -> list[Demand]:
+def choices(run: Trains, card: int, host: int = sys.maxsize, speed: Speed | None = None) -> list[Demand]:
     """Every strategy and memory setting that a run may have, in the order in which they are advised.
 
     Strategies from fast to small, first the default of --memory; what comes to the same is left out.
+
+    Args:
+        card, host, speed: as in `demand`.
     """
     found: list[Demand] = []
     for strategy, memory in product(_STRATEGIES, _MEMORIES):
         if not _possible(run, strategy):
             continue
-        needs = demand(run, card=card, strategy=strategy, memory=memory)
+        needs = demand(run, card=card, host=host, speed=speed, strategy=strategy, memory=memory)
         if not any((needs.strategy, needs.plan) == (other.strategy, other.plan) for other in found):
             found.append(needs)
     return found
 
 
-def _possible(run: Run, strategy: Strategy) -> bool:
+def _possible(run: Trains, strategy: Strategy) -> bool:
     if run.world == 1 and strategy in ("zero1", "zero2", "zero3"):
         return False  # nothing to spread over
-    on_host = strategy.endswith("-offload")
-    return (strategy == "ddp" or not run.settings.ema) and (run.settings.optimizer == "adamw" or not on_host)
+    return strategy == "ddp" or (not run.settings.ema and can_spread(run.settings.optimizer, strategy))
 
 
-def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = None) -> Load:
+def _size(run: Trains) -> int:
+    """Bytes of a number as computed."""
+    return 4 if run.precision == "fp32" else 2
+
+
+def _load(run: Trains, bucket: Resolution, *, batch: int) -> Load:
+    """The untrained model on a bucket."""
+    return Load.of(run.checkpoint.transformer_config, bucket, batch=batch, size=_size(run), trained=0)
+
+
+def _loading(run: Trains, strategy: Strategy) -> int:
+    """Host memory of the checkpoint's weights as `Method.weight_dtype` has them loaded, for each process."""
+    base = _load(run, run.buckets[0], batch=1)
+    whole = base.layers * base.block + base.rest
+    return whole * 4 // _size(run) if run.method.full and strategy == "ddp" else whole
+
+
+def _ending(run: Trains, plan: Plan, strategy: Strategy) -> int:
+    """Host memory for the export beside what training holds, by rank 0 (`Method.export`).
+
+    What was trained is there as it is written, and again as it is loaded back; what was on the GPU makes room for that.
+    """
+    weights, size = trained_weights(run), _size(run)
+    if run.method.full:
+        released = 4 * weights * (len(plan.keep) - plan.train_on_host) // len(plan.keep) if strategy == "ddp" else 0
+        return 2 * size * weights + released
+    base = _loading(run, strategy)
+    return base + 8 * weights + (base if strategy == "ddp" and not plan.stream else 0)
+
+
+def load_of(run: Trains, *, strategy: Strategy | None = None, batch: int | None = None) -> Load:
     """The load of a run in its largest bucket."""
     strategy = strategy or run.strategy
-    config = run.checkpoint.transformer_config
+    config, settings = run.checkpoint.transformer_config, run.settings
+    held = bytes_a_weight(strategy, run.world, settings.optimizer, ema=settings.ema > 0, size=_size(run))
     loads = [
         Load.of(
             config,
             bucket,
             batch=batch or run.settings.batch_size,
-            size=_SIZES.get(run.precision, 2),
-            trained=int(trained_weights(run) * bytes_a_weight(strategy, run.world)),
+            size=_size(run),
+            trained=int(trained_weights(run) * held),
             arriving=4 * trained_weights(run) if _arrive(run, strategy) else 0,
             frozen=not run.method.full,
             streams=strategy == "ddp",
             accumulate=run.settings.accumulate if can_host(run, strategy) else None,
         )
-        for bucket in run.shards.buckets
+        for bucket in run.buckets
     ]
     load = max(loads, key=lambda load: load.activation)
     if STAGE[strategy] < 3:
         return load
-    size = _SIZES.get(run.precision, 2)
-    whole = Load.of(config, run.shards.buckets[0], batch=1, size=size, trained=0)
+    size, whole = _size(run), _load(run, run.buckets[0], batch=1)
     zero = _zero(run, strategy)
     live = min(int(zero["stage3_max_live_parameters"]) * size, whole.layers * whole.block + whole.rest)
     here = 0 if strategy == "zero3-offload" else 1 / run.world
@@ -129,14 +226,14 @@ def load_of(run: Run, *, strategy: Strategy | None = None, batch: int | None = N
     return replace(load, block=int(load.block * here), rest=int(load.rest * here) + live + int(exchanged * size))
 
 
-def _zero(run: Run, strategy: Strategy) -> Mapping[str, Any]:
+def _zero(run: Trains, strategy: Strategy) -> Mapping[str, Any]:
     """DeepSpeed's settings, with the user's file in them where it is about this strategy."""
     settings = run.settings if strategy == run.strategy else replace(run.settings, deepspeed=None)
     config = deepspeed_config(settings, strategy, run.precision, run.world)
     return {"stage3_max_live_parameters": _LIVE, **config["zero_optimization"]}
 
 
-def can_host(run: Run, strategy: Strategy) -> bool:
+def can_host(run: Trains, strategy: Strategy) -> bool:
     """Whether all weights may be trained in host memory (``host_training``): by one process, with AdamW.
 
     An average of the weights would be one more copy.
@@ -146,40 +243,50 @@ def can_host(run: Run, strategy: Strategy) -> bool:
     return run.method.full and alone and settings.optimizer == "adamw" and not settings.ema
 
 
-def _arrive(run: Run, strategy: Strategy) -> bool:
+def _arrive(run: Trains, strategy: Strategy) -> bool:
     """Whether gradients are as large as the weights and there in the backward pass alone; DDP's buckets stay."""
     return run.method.full and strategy == "ddp" and run.world == 1 and run.settings.accumulate == 1
 
 
-def bytes_a_weight(strategy: Strategy, world: int) -> float:
-    """GPU memory of a trained weight, its gradient and AdamW's two moments in the backward pass, for each process.
+def bytes_a_weight(
+    strategy: Strategy, world: int, optimizer: Optimizer = "adamw", *, ema: bool = False, size: int = 2
+) -> float:
+    """GPU memory of a trained weight, its gradient and the optimizer's states in the backward pass, for each process.
 
-    DDP holds all in fp32. DeepSpeed computes with a copy in half precision, as its gradients are,
-    and spreads gradients and what it holds in fp32 (12 bytes) over the processes, or has it on the host; stage 3
-    spreads the copy, too (ZeRO, arXiv 1910.02054, section 5; stage 1 lets go of gradients as stage 2 does).
-    Offloaded gradients leave as soon as a bucket is full of them.
+    DDP holds all in fp32, and the moving average beside it. DeepSpeed computes with a copy in half precision, as its
+    gradients are, and spreads gradients and what it holds in fp32 (4 bytes and the states) over the processes, or has
+    it on the host; stage 3 spreads the copy, too (ZeRO, arXiv 1910.02054, section 5; stage 1 lets go of gradients as
+    stage 2 does). Offloaded gradients leave as soon as a bucket is full of them.
+
+    Args:
+        size: bytes of a number as computed.
     """
+    states = STATES[optimizer]
     if strategy == "ddp":
-        return 16.0
+        return 8 + states + 4 * ema
     if strategy.endswith("-offload"):
-        return 2.0 if STAGE[strategy] == 2 else 0.0
-    return 16.0 / world if strategy == "zero3" else 2.0 + 14.0 / world
+        return size if STAGE[strategy] == 2 else 0
+    if strategy == "zero3":
+        return (2 * size + 4 + states) / world
+    return size + (size + 4 + states) / world
 
 
-def bytes_apart(weights: int, strategy: Strategy, world: int) -> float:
+def bytes_apart(
+    weights: int, strategy: Strategy, world: int, optimizer: Optimizer = "adamw", *, size: int = 2
+) -> float:
     """GPU memory for the trained weights at DeepSpeed's worst moment without activations, for each process.
 
-    At the start all weights are on each GPU in half precision, for stages 1 and 2 a second time when they are made
+    At the start all weights are on each GPU as computed, for stages 1 and 2 a second time when they are made
     one piece, for stage 3 with the process's part. In the step a process's part of the gradients is there as it
-    came, made one piece and in fp32 (2 + 2 + 4 bytes); under stage 3 that is done for a billion weights at a time.
-    (DeepSpeed 0.19, runtime/zero; test_live_bytes counts it.)
+    came, made one piece and in fp32 (2 + 2 + 4 bytes in half precision); under stage 3 that is done for a billion
+    weights at a time. (DeepSpeed 0.19, runtime/zero; test_live_bytes counts it.)
     """
-    part = weights / world
-    step: dict[Strategy, float] = {"zero3": 16 * part + 6 * min(_SUB_GROUP, part)}
-    step |= dict.fromkeys(("zero1", "zero2"), 2 * weights + 20 * part)
-    start = {0: 0.0, 1: 4.0 * weights, 2: 4.0 * weights, 3: 2.0 * weights}[STAGE[strategy]]
+    part, states = weights / world, STATES[optimizer]
+    step: dict[Strategy, float] = {"zero3": (2 * size + 4 + states) * part + (size + 4) * min(_SUB_GROUP, part)}
+    step |= dict.fromkeys(("zero1", "zero2"), size * weights + (2 * size + 8 + states) * part)
+    start: float = {0: 0, 1: 2, 2: 2, 3: 1}[STAGE[strategy]] * size * weights
     if strategy == "zero3":
-        start += 2 * part
+        start += size * part
     return max(start, step.get(strategy, 0.0))
 
 
@@ -205,23 +312,11 @@ def offloaded_bytes(weights: float, strategy: Strategy) -> float:
     return (host_bytes_a_weight(strategy) - sum(locked)) * weights + pieces
 
 
-def trained_weights(run: Run) -> int:
+def trained_weights(run: Trains) -> int:
     """How many weights a run trains, from its checkpoint's config."""
-    return _trained_weights(run.method, json.dumps(dict(run.checkpoint.transformer_config)))  # type: ignore[arg-type]
+    from ..method import outline
 
-
-@lru_cache
-def _trained_weights(method: Method, config_json: str) -> int:
-    import torch
-    from diffusers import CogVideoXTransformer3DModel
-
-    config = json.loads(config_json)
-    with torch.device("meta"):
-        without, one = (
-            method.trained(CogVideoXTransformer3DModel.from_config(config | {"num_layers": layers}))
-            for layers in (0, 1)
-        )
-    return without + config["num_layers"] * (one - without)
+    return run.method.trained(outline(run.checkpoint.transformer_config))
 
 
 assert set(_STRATEGIES) == set(STAGE)

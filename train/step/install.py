@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError, SettingError
 
 from .. import zero
+from .cost import plan_seconds
 from .demand import load_of, offloaded_bytes, trained_weights
 from .engine import Engine
 from .plan import Load, Plan, choose, fits, gib
@@ -41,21 +43,27 @@ def install(
     free = room.gpu
     host_free = _host_free(run, load, room, sum(parameter.nbytes for parameter in transformer.parameters()))
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
-    plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu)
+    known = None
+    if room.speed is not None:
+        known = partial(
+            plan_seconds, load, speed=room.speed, full=run.method.full, fp16=run.precision == "fp16"
+        )  # fmt: skip
+    plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu, cost=known)
     if gpu:
         if load.hosted and plan.train_on_host < load.layers and not fits(plan, load, free):
             raise no_room(plan, load, free=free, host_free=host_free)
-        wanted = choose(memory, load, free=free, host_free=sys.maxsize, compiled=compiled)
+        wanted = choose(memory, load, free=free, host_free=sys.maxsize, compiled=compiled, cost=known)
         for note in notes(plan, wanted, load, free=free, host_free=host_free):
             log.say(note)
     if not runtime.whole:
         zero.gather_by_block(transformer)
     engine = Engine(transformer, plan, runtime.device, runtime.dtype, log.say, lent=not runtime.whole)
     if gpu:
+        link = f", copies at {room.speed.link / 1e9:.0f} GB/s" if room.speed else ""
         names = {"flash4": "FlashAttention 4", "cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}
         log.say(
             f"memory {run.settings.memory}: {plan}, attention by {names[engine.kernel]}; "
-            f"about {gib(plan.peak(load))} of {gib(free)} free"
+            f"about {gib(plan.peak(load))} of {gib(free)} free{link}"
         )
     return engine
 

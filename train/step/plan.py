@@ -5,7 +5,7 @@ Bytes are predicted from shapes alone, before any weight is on the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -24,10 +24,14 @@ _HOST_USABLE = 0.8  # of host memory; what is locked cannot be swapped, and the 
 # Activations on the GPU, beside what is kept, as one block's attention goes backward; that is when most is. Compiled:
 # fitted to LoRAs of 5B, 1.5 and 2B (H200, torch 2.11). Plain is an estimate: what such a block keeps (17), gradients.
 _WORK_COMPILED, _WORK_PLAIN = 12.3, 26.0
+# Without gradients: in and out of the feed-forward's middle, and what a block computes them from. 5B with guidance at
+# 49x480x720, in diffusers' own blocks, took 3 GiB: 14.7 activations of the two samples.
+FORWARD = 15
 # Where the attention is recomputed its inputs are there as the feed-forward goes backward; seen in one run, row 13.
 _WORK_ATTENTION_AGAIN = 6.0
 _PARKED_BESIDE = 8.2  # of what is parked, on its way out or back, beside one block's; fitted to the same runs
 _HOSTED_IN_FLIGHT = 2  # of each of two blocks: its weights, its gradients
+_AS_FAST = 1.1  # times the seconds of the fastest: no reason to move more memory
 _CHUNKS = 4  # of the feed-forward layer, where memory counts: its middle is four activations wide
 
 
@@ -170,6 +174,16 @@ class Plan:
         last = weights + (min(kept, each[0]) + work) * load.activation
         return int(max(first, last))
 
+    def evaluating(self, load: Load, held_out: Load) -> int:
+        """Predicted bytes of GPU memory of a forward pass without gradients, on a held-out load."""
+        blocks = min(load.layers, 2) if self.stream else load.layers
+        weights = load.rest + load.trained - load.arriving + blocks * load.block
+        if self.train_on_host:
+            assert load.hosted
+            weights += min(self.train_on_host, 2) * load.hosted.block
+            weights -= self.train_on_host * load.hosted.states * (3 if load.arriving else 4) // 4
+        return int(weights + FORWARD * held_out.activation)
+
     def host(self, load: Load) -> int:
         """Bytes of host memory, most of them page-locked; beside the masters of what is trained there."""
         kept = sum(ACTIVATIONS[keep] for keep in self.keep) * load.activation if self.park else 0
@@ -197,13 +211,18 @@ class Plan:
         return ", ".join(parts)
 
 
-def choose(memory: Memory, load: Load, *, free: int, host_free: int, compiled: bool, gpu: bool = True) -> Plan:
+def choose(
+    memory: Memory, load: Load, *, free: int, host_free: int, compiled: bool, gpu: bool = True,
+    cost: Callable[[Plan], float] | None = None,
+) -> Plan:  # fmt: skip
     """The fastest plan of its kind that fits; the smallest one where none does.
 
     Args:
         free: bytes of GPU memory that this process may use.
         host_free: bytes of host memory that nobody else needs, those of the frozen weights among them.
         gpu: on a CPU there is one memory: what is kept has to fit there and, but for ``low``, nothing moves.
+        cost: seconds of a step; without it copies count as hidden behind the computation. ``low`` moves what it can,
+            whatever it costs.
     """
     if not gpu:
         all_fits = ALL_UNCOMPILED * load.layers * load.activation <= _HOST_USABLE * host_free
@@ -213,8 +232,13 @@ def choose(memory: Memory, load: Load, *, free: int, host_free: int, compiled: b
             train_on_host=load.layers if memory == "low" and load.hosted else 0, compiled=compiled,
         )  # fmt: skip
     plans = [plan for plan in ladder(memory, load, compiled) if plan.host(load) <= _HOST_USABLE * host_free]
-    fitting = (plan for plan in plans if fits(plan, load, free))
-    return next(fitting, min(plans, key=lambda plan: plan.peak(load)))
+    fitting = [plan for plan in plans if fits(plan, load, free)]
+    if not fitting:
+        return min(plans, key=lambda plan: plan.peak(load))
+    if cost is None or memory == "low":
+        return fitting[0]
+    costs = [cost(plan) for plan in fitting]
+    return next(plan for plan, takes in zip(fitting, costs, strict=True) if takes <= _AS_FAST * min(costs))
 
 
 def fits(plan: Plan, load: Load, free: int) -> bool:
@@ -223,7 +247,7 @@ def fits(plan: Plan, load: Load, free: int) -> bool:
 
 
 def ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
-    """Plans from fast to small. Copies hide behind the computation; training on the host does not always."""
+    """Plans from fast to small, where copies hide behind the computation."""
     layers = load.layers
     attention = _each("attention", layers)
     inputs = _each("inputs", layers)
