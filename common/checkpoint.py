@@ -178,19 +178,33 @@ _FACTS: tuple[tuple[str, str, tuple[type, ...]], ...] = (
 )  # fmt: skip
 
 
-def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str, revision: str | None = None, *, named_by: str | None = None) -> Checkpoint:
     """Open a checkpoint by name, without its weights.
 
     Args:
         name: a built-in form (``tiny``, ...), a local diffusers folder, or a hub id, perhaps with a revision:
             ``owner/name@revision``.
         revision: on the hub, of a name without one; None: the newest.
+        named_by: what remembers the name, where it was not given now; an error says so.
 
     Raises:
         ModelError: it cannot be found or is no CogVideoX; says where it was looked for.
     """
+    try:
+        return _open(name, revision)
+    except ModelError as error:
+        if named_by is None:
+            raise
+        raise ModelError(
+            error.what,
+            where=f"{named_by} names this model; {error.where}",
+            fix=f"--model FOLDER, if the checkpoint lies elsewhere now; else {error.fix}",
+        ) from error
+
+
+def _open(name: str, given: str | None) -> Checkpoint:
     on_hub = False
-    given, revision = revision, None
+    revision = None
     if name.removeprefix(RANDOM) in BUILTIN_NAMES:
         root = builtin_folder(name)
     elif Path(name).expanduser().is_dir():

@@ -40,7 +40,7 @@ class Resolution:
             SettingError: the text is not three numbers, F is not 8N+1, or H or W
                 is not a multiple of 16. The message names the nearest legal sizes.
         """
-        match = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,6})x([0-9]{1,6})x([0-9]{1,6})\s*", text)
         if not match:
             raise SettingError(
                 f"{text!r} is not a resolution",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +30,7 @@ def setting(
     section: str | None = None,
     positional: bool = False,
     instead_of: str | None = None,
+    prose: bool = False,
 ) -> Any:
     """Declare a setting.
 
@@ -41,11 +44,12 @@ def setting(
             the words after another list option would land in it without a sound.
         instead_of: another setting that says the same in another way: given as an option, this one takes the place of
             that one's value in a file.
+        prose: a text for the model, which may have line breaks.
     """
     assert not (positional and isinstance(default, list))
     metadata = {
         "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
-        "instead_of": instead_of,
+        "instead_of": instead_of, "prose": prose,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -85,10 +89,10 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
     values: dict[str, Any] = {}
     if config is not None:
         try:
-            loaded = tomllib.loads(config.read_text(encoding="utf-8"))
+            loaded = parse_toml(config.read_bytes())
         except OSError as error:
             raise SettingError(f"cannot read the settings file: {error.strerror}", where=str(config)) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise SettingError(f"not TOML: {error}", where=str(config)) from error
         types = get_type_hints(cls)
         for key, value in loaded.items():
@@ -105,7 +109,42 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
     for name in options:
         if other := known[name].metadata.get("instead_of"):
             values.pop(other, None)
-    return cls(**values | options)
+    values |= options
+    for name, value in values.items():
+        if not known[name].metadata.get("prose"):
+            _check_text(value, flag_of(known[name]))
+    return cls(**values)
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """TOML, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is none, whatever is wrong with it.
+    """
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError("it is no UTF-8; save the file as UTF-8") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _check_text(value: Any, flag: str) -> None:
+    """Refuse what no path, name or pattern has, before hours of work end in a file that cannot be read again.
+
+    Raises:
+        SettingError: names the option.
+    """
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str | Path) and (found := re.search("[\x00-\x1f\x7f]", str(text))):
+            raise SettingError(
+                f"a control character (U+{ord(found[0]):04X}) in {json.dumps(str(text))}",
+                where=flag,
+                fix=r'in a TOML file "\n" in a path is a line break: write / between folders, as on the command line',
+            )
+        if isinstance(text, str) and not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
+            raise SettingError("this is not UTF-8", where=f"{flag} {text}", fix="rename it, or type it in UTF-8")
 
 
 def _coerced(value: Any, annotation: Any, *, where: str) -> Any:

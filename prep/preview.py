@@ -106,7 +106,7 @@ def make_preview(settings: PreviewSettings) -> Preview:
     cut = Cut.of(contract)
     origin = read_origin(out)
     roots = Path(origin.data_root) if origin else Path()
-    latents = Decoder(settings.model, contract)
+    latents = Decoder(out, settings.model, contract)
     if settings.samples is None and any(latents.frugal(Resolution.parse(row.bucket)) for *_, row in chosen):
         chosen = choose(records, _FEW)
     shown = []
@@ -153,10 +153,14 @@ class Decoder:
         ModelError: it cannot be had, or is another one than encoded the folder.
     """
 
-    def __init__(self, model: str | None, contract: Contract) -> None:
+    def __init__(self, out: Path, model: str | None, contract: Contract) -> None:
         self._device = pick_device()
         quiet_libraries()
-        checkpoint = open_checkpoint(model or contract.model, None if model else contract.revision)
+        checkpoint = open_checkpoint(
+            model or contract.model,
+            None if model else contract.revision,
+            named_by=None if model else f"the contract of {out}",
+        )
         vae = checkpoint.identity("vae")
         theirs = contract.vae
         if (vae.config_sha256, vae.weights_sha256) != (theirs.config_sha256, theirs.weights_sha256):

@@ -28,9 +28,18 @@ if TYPE_CHECKING:
 
 
 def encode_again(
-    out: Path, contract: Contract, shards: Sequence[tuple[Path, ShardRecord]], *, count: int, workers: int
+    out: Path,
+    contract: Contract,
+    shards: Sequence[tuple[Path, ShardRecord]],
+    *,
+    count: int,
+    workers: int,
+    model: str | None = None,
 ) -> list[Difference]:
     """Encode ``count`` samples, spread over the folder, from their clips.
+
+    Args:
+        model: the checkpoint, if it is elsewhere than the contract says.
 
     Raises:
         ShardError: the folder does not say where its clips are, or a clip is not the one that was encoded.
@@ -45,7 +54,7 @@ def encode_again(
     if not count:
         return []
     chosen = [everything[index * len(everything) // count] for index in range(count)]
-    latents, text = _models(contract)
+    latents, text = _models(out, contract, model)
     cut = Cut.of(contract)
     tasks = (
         (
@@ -70,10 +79,14 @@ def encode_again(
     return differences
 
 
-def _models(contract: Contract) -> tuple[LatentEncoder, TextEncoder]:
+def _models(out: Path, contract: Contract, model: str | None) -> tuple[LatentEncoder, TextEncoder]:
     device = pick_device()
     quiet_libraries()
-    checkpoint = open_checkpoint(contract.model, contract.revision)
+    checkpoint = open_checkpoint(
+        model or contract.model,
+        None if model else contract.revision,
+        named_by=None if model else f"the contract of {out}",
+    )
     dtype = dtype_of(contract.dtype)
     latents = LatentEncoder(
         checkpoint.load_vae(dtype).to(device),

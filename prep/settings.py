@@ -99,7 +99,7 @@ class PlanSettings:
             "start": 0, "stride": 1, "holdout": 0, "shard_samples": 1, "image_variants": 1, "workers": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not least <= value < float("inf"):  # a NaN neither
                 flag = "--" + name.replace("_", "-")
                 raise SettingError(f"{value} is too small", where=flag, fix=f"{flag} {least} or more")
         if self.out.resolve() == self.root.resolve():
@@ -123,7 +123,7 @@ class PlanSettings:
     @property
     def shard_size(self) -> int:
         """--shard-bytes in bytes; k, M, G and T are powers of 1000 as on the label of a disk."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", self.shard_bytes, re.IGNORECASE)
+        match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kMGT]?)B?\s*", self.shard_bytes, re.IGNORECASE)
         if not match or float(match[1]) == 0:
             raise SettingError(
                 f"{self.shard_bytes!r} is not a size", where="--shard-bytes", fix="for example --shard-bytes 500MB"
@@ -281,6 +281,7 @@ class VerifySettings:
     out: Path = setting(Path("out"), "folder with the shards", positional=True)
     reencode: int = setting(0, "encode this many samples again and report the largest difference")
     workers: int = setting(1, "processes that decode clips for --reencode")
+    model: str | None = setting(None, "checkpoint for --reencode, if it is elsewhere now", shown="as encoded")
     json: bool = setting(False, "print the result as JSON")
 
     def __post_init__(self) -> None:

@@ -67,7 +67,7 @@ def run(settings: VerifySettings) -> None:
     Raises:
         ShardError: there is any problem.
     """
-    verified = verify(settings.out, reencode=settings.reencode, workers=settings.workers)
+    verified = verify(settings.out, reencode=settings.reencode, workers=settings.workers, model=settings.model)
     if settings.json:
         print(verified.to_json())
     else:
@@ -94,11 +94,12 @@ def run(settings: VerifySettings) -> None:
         )
 
 
-def verify(out: Path, *, reencode: int = 0, workers: int = 1) -> Verified:
+def verify(out: Path, *, reencode: int = 0, workers: int = 1, model: str | None = None) -> Verified:
     """Read every byte of every committed shard.
 
     Args:
         reencode: samples to encode again, if all is as recorded.
+        model: the checkpoint for that, if it is elsewhere than the contract says.
         workers: decode processes for that.
 
     Raises:
@@ -131,7 +132,7 @@ def verify(out: Path, *, reencode: int = 0, workers: int = 1) -> Verified:
     if reencode and not problems:
         from .reencode import encode_again
 
-        differences = encode_again(out, contract, good, count=reencode, workers=workers)
+        differences = encode_again(out, contract, good, count=reencode, workers=workers, model=model)
     return Verified(len(records), samples, bytes_read, problems, differences)
 
 

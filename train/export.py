@@ -64,7 +64,11 @@ def run(settings: ExportSettings) -> None:
     pick_device()
     quiet_libraries()
     step = checkpoints.find(folder).state.step if is_checkpoint else run.facts.steps
-    model = open_checkpoint(settings.model or run.facts.model, None if settings.model else run.facts.revision)
+    model = open_checkpoint(
+        settings.model or run.facts.model,
+        None if settings.model else run.facts.revision,
+        named_by=None if settings.model else str(run.folder),
+    )
     stored = dtype_of(settings.precision or run.facts.precision)  # type: ignore[arg-type]
     # A CPU computes slowly in fp16, if at all; 2B, the only family with it, is 6.8 GB in fp32.
     compute = torch.float32 if stored == torch.float16 else stored

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
-from cogcommon.contract import Contract
 from cogcommon.device import EMULATED, Precision, default_precision, has_bf16
 from cogcommon.errors import RunError, SettingError, ShardError
 from cogcommon.families import Resolution
+from cogcommon.names import command_line
 from cogcommon.ownership import Made
 
 from . import zero
@@ -106,7 +106,7 @@ def open_run(
     if lost := lost_tars(shards):
         names = ", ".join(lost[:4]) + " ..." * (len(lost) > 4)
         notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")
-    checkpoint = _base_model(settings, shards.contract, resume)
+    checkpoint = _base_model(settings, shards, resume)
     check_model(shards.contract, checkpoint, shards.shards[0].shown)
     method.check(checkpoint)
     _check_buckets(shards, checkpoint)
@@ -167,15 +167,17 @@ def open_run(
     return dataclasses.replace(run, notes=tuple(notes))
 
 
-def _base_model(settings: TrainSettings, contract: Contract, resume: SavedCheckpoint | None) -> Checkpoint:
+def _base_model(settings: TrainSettings, shards: ShardSet, resume: SavedCheckpoint | None) -> Checkpoint:
     """The checkpoint to train: at the revision that the run began with, or that the shards were made with. The hub may
     have a newer one by now."""
+    contract = shards.contract
     name, revision = settings.model or contract.model, None
     if resume is not None:
         revision = resume.state.facts.get(_REVISION)
     elif name == contract.model:
         revision = contract.revision
-    return open_checkpoint(name, revision)
+    made_for = f"the contract of {shards.shards[0].shown}"
+    return open_checkpoint(name, revision, named_by=None if settings.model else made_for)
 
 
 def _check_buckets(shards: ShardSet, checkpoint: Checkpoint) -> None:
@@ -260,7 +262,7 @@ def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
 # They say where and how long, not what is trained.
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "shards",
          "validate_shards", "save_every", "keep", "validate_every", "validate_videos", "tracker", "model",
-         "memory", "compile", "deepspeed", "on_nonfinite", "strategy", "precision"}  # fmt: skip
+         "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision"}  # fmt: skip
 
 
 def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
@@ -292,9 +294,10 @@ def write_config(run: Run, folder: Path) -> None:
     """``config.toml``: every setting, as ``--config`` reads it. One that somebody has changed is set aside."""
     made = Made.read(folder)
     assert made, folder  # it is claimed
-    lines = [f"# cogtrain {run.method.name} --config {folder / CONFIG_FILE}"]
+    folder = folder.absolute()
+    lines = [f"# {command_line('cogtrain', run.method.name, '--config', folder / CONFIG_FILE)}"]
     resolved = dataclasses.replace(
-        run.settings,
+        _absolute(run.settings),
         out=folder,
         model=run.checkpoint.name + (f"@{run.checkpoint.revision}" if run.checkpoint.revision else ""),
         precision=run.precision,
@@ -308,8 +311,30 @@ def write_config(run: Run, folder: Path) -> None:
     try:
         made.set_aside(CONFIG_FILE)
         made.commit_bytes(CONFIG_FILE, ("\n".join(lines) + "\n").encode())
+    except UnicodeEncodeError as error:
+        raise RunError(
+            "a path of this run is no UTF-8, which its config.toml cannot hold",
+            where=str(folder),
+            fix="rename the folder, or name it by a link (ln -s)",
+        ) from error
     except OSError as error:
         raise RunError(f"cannot write the run: {error.strerror}", where=str(folder), fix="another --out") from error
+
+
+def _absolute(settings: TrainSettings) -> TrainSettings:
+    """The settings with every path absolute, so that they mean the same in every working folder."""
+
+    def absolute(word: str) -> str:
+        return word if "://" in word or word.startswith(("/", "~")) else f"{Path.cwd()}/{word}"
+
+    changed: dict[str, Any] = {
+        field.name: value.absolute()
+        for field in dataclasses.fields(settings)
+        if isinstance(value := getattr(settings, field.name), Path)
+    }
+    for name in ("shards", "validate_shards"):
+        changed[name] = [absolute(word) for word in getattr(settings, name)]
+    return dataclasses.replace(settings, **changed)
 
 
 def _toml(value: Any) -> str:

@@ -17,7 +17,6 @@ import io
 import json
 import math
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ from typing import IO, Any, Literal
 from cogcommon.errors import RunError
 from cogcommon.files import commit_bytes
 from cogcommon.locks import Busy, NoLocks, open_locked
+from cogcommon.names import plain
 from cogcommon.ownership import Made, refuse_other, take_output
+from cogcommon.settings import parse_toml
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
@@ -139,7 +140,7 @@ def claimed(folder: Path) -> Iterator[Made]:
         refuse_other(folder / TRANSFORMER, A_TRANSFORMER)
         lock: IO[bytes] = open_locked(folder / LOCK_FILE)
     except NoLocks:
-        print(f"note: no locks here, so nothing keeps a second run out of {folder}", file=sys.stderr)
+        print(plain(f"note: no locks here, so nothing keeps a second run out of {folder}"), file=sys.stderr)
         lock = io.BytesIO()
     except Busy:
         raise RunError("another process trains in this folder", where=str(folder), fix="give another --out") from None
@@ -164,8 +165,8 @@ def read_settings(run: Path) -> Mapping[str, Any]:
     for folder in (run, run.absolute().parent):
         if (folder / CONFIG_FILE).is_file():
             try:
-                return tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            except ValueError as error:
+                return parse_toml((folder / CONFIG_FILE).read_bytes())
+            except (OSError, ValueError) as error:
                 raise RunError(
                     f"the settings of the run are damaged: {error}", where=str(folder / CONFIG_FILE)
                 ) from error

@@ -213,6 +213,7 @@ class GenerateSettings:
         "what the video shows; with the --id-token, if the clips were encoded with one",
         shown="required",
         section=_VIDEO,
+        prose=True,
     )
     image: Path | None = setting(None, "first frame (image-to-video only), cut to the video's shape", section=_VIDEO)
     resolution: str | None = setting(

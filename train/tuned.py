@@ -45,6 +45,7 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
             fix="give one of --run RUN, --lora FILE, --transformer DIR",
         )
     revision = None
+    given_model = model
     if run:
         model = model or read_settings(run).get("model")
         lora_file = run / lora.FILE if (run / lora.FILE).is_file() else None
@@ -69,7 +70,7 @@ def find(run: Path | None, lora_file: Path | None, transformer: Path | None, mod
             where=str(lora_file or transformer),
             fix="--model NAME, the checkpoint that they were trained on",
         )
-    checkpoint = open_checkpoint(model, revision or None)
+    checkpoint = open_checkpoint(model, revision or None, named_by=None if given_model else str(run or lora_file))
     trained_at = _resolution_of(run) if run else None
     return Tuned(checkpoint, lora_file, None if lora_file else transformer, trained_at or checkpoint.native)
 

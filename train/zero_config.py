@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cogcommon.errors import SettingError
+from cogcommon.typed import parse_object
 
 from .settings import Optimizer, TrainSettings
 
@@ -131,14 +132,11 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         SettingError: it cannot be read.
     """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except OSError as error:
         raise SettingError(f"cannot read the DeepSpeed file: {error.strerror}", where=f"--deepspeed {path}") from error
     except ValueError as error:
-        raise SettingError(f"not JSON: {error}", where=f"--deepspeed {path}") from error
-    if not isinstance(loaded, dict):
-        raise SettingError("not a DeepSpeed configuration", where=f"--deepspeed {path}")
-    return loaded
+        raise SettingError(f"not a DeepSpeed configuration: {error}", where=f"--deepspeed {path}") from error
 
 
 def _check_spelling(own: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:

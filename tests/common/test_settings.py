@@ -128,3 +128,42 @@ def test_a_positional_setting_is_a_bare_word(tmp_path):
     ]  # fmt: skip
     assert "[OUT]" in CliRunner().invoke(app, ["--help"]).output
     assert CliRunner().invoke(app, ["one", "two"]).exit_code == 2
+
+
+def test_a_file_of_windows_is_read(tmp_path):
+    """Notepad puts a byte order mark in front and \\r\\n at the end of every line."""
+    file = tmp_path / "run.toml"
+    file.write_bytes(b'\xef\xbb\xbfsteps = 3\r\nstrategy = "zero2"\r\n')
+    assert resolve(Settings, {}, file).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("steps = 3\n".encode("utf-16"), "UTF-8"),
+        (b"a = " + b"[" * 5000, "nested too deeply"),
+        (b'out = "runs\\new"', "a control character (U+000A)"),
+        (b'out = "a\\u001b[2J"', "a control character (U+001B)"),
+        (b'shards = ["out", "v\\t*.tar"]', "a control character (U+0009)"),
+    ],
+    ids=["utf-16", "deep", "line break", "escape", "list"],
+)
+def test_a_file_that_cannot_be_meant_is_one_message(tmp_path, data, told):
+    file = tmp_path / "run.toml"
+    file.write_bytes(data)
+    with pytest.raises(SettingError) as caught:
+        resolve(Settings, {}, file)
+    assert told in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_a_control_character_or_no_utf_8_on_the_command_line_is_refused():
+    for given in ({"out": Path("a\nb")}, {"shards": ["a", "b\x7f"]}, {"shards": ["\udcff"]}):
+        with pytest.raises(SettingError, match=r"control character|UTF-8"):
+            resolve(Settings, given)
+    assert resolve(Settings, {"out": Path("\udcff")}).out == Path("\udcff"), "a folder may have any name"
+
+    @dataclass(frozen=True)
+    class Spoken:
+        prompt: str = setting("", "What to show.", prose=True)
+
+    assert resolve(Spoken, {"prompt": "a dog\nruns"}).prompt == "a dog\nruns"

@@ -70,7 +70,7 @@ def test_both_sides_are_what_was_encoded(out):
 
 
 def test_the_decoded_beginning_equals_the_beginning_of_the_whole(out):
-    decoder = Decoder(None, read_contract(out))
+    decoder = Decoder(out, None, read_contract(out))
     _, number, row = choose(list(records_in(out)), 1)[0]
     latent = read_tensors(out / tar_name(number), row)[LATENT_MEAN]
     vae = open_checkpoint("tiny").load_vae(torch.float32)
@@ -143,7 +143,7 @@ def test_another_vae_and_an_empty_folder_and_odd_numbers_are_refused(out, tmp_pa
     contract = read_contract(out)
     other = replace(contract, vae=replace(contract.vae, weights_sha256="0" * 64))
     with pytest.raises(ModelError, match="is not the one that encoded this folder"):
-        Decoder(None, other)
+        Decoder(out, None, other)
     with pytest.raises(ShardError, match="nothing has been encoded there"):
         make_preview(PreviewSettings(out=tmp_path / "none"))
     with pytest.raises(SettingError, match="8N"):

@@ -159,7 +159,9 @@ def test_a_deepspeed_file_is_merged(tmp_path):
     assert "optimizer" not in merged and "scheduler" not in merged
 
 
-@pytest.mark.parametrize(("content", "says"), [("{", "not JSON"), ("[]", "not a DeepSpeed"), (None, "cannot read")])
+@pytest.mark.parametrize(
+    ("content", "says"), [("{", "not a DeepSpeed"), ("[]", "not a DeepSpeed"), (None, "cannot read")]
+)
 def test_a_deepspeed_file_that_is_none(tmp_path, content, says):
     path = tmp_path / "ds.json" if content is None else file(tmp_path, content)
     with pytest.raises(SettingError, match=says):

@@ -1,10 +1,22 @@
 """`cogtrain lora` from shards to weights, as a user starts it."""
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+import torch
+
+from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import ModelError
+from cogcommon.settings import resolve
 from cogtrain import lora
+from cogtrain.run import open_run, write_config
+from cogtrain.run_folder import claimed
+from cogtrain.settings import LoraSettings
 
 
 def cogtrain(*words, cwd, ok=True, **environment):
@@ -44,3 +56,33 @@ def test_full_fine_tuning(tmp_path, make_shards):
     make_shards(tmp_path / "out", samples=2)
     cogtrain("sft", "--shards", "out", "--steps", 2, "--out", "run", cwd=tmp_path)
     assert (tmp_path / "run" / "transformer" / "config.json").exists()
+
+
+def test_the_settings_of_a_run_mean_the_same_in_every_working_folder(tmp_path, make_shards, monkeypatch):
+    """config.toml is what "to resume" names: its paths are absolute. So is a local model in the shards' contract."""
+    start, elsewhere = tmp_path / "a & b", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(open_checkpoint("random-tiny").root, start / "model")
+    monkeypatch.chdir(start)
+    make_shards(start / "out", form="./model", samples=2)
+    Path("own.json").write_bytes(b'\xef\xbb\xbf{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    Path("windows.toml").write_bytes(
+        b'\xef\xbb\xbfshards = ["out/*.tar"]\r\nsteps = 1\r\nout = "run"\r\n'
+        b'deepspeed = "own.json"\r\nstrategy = "zero2"'
+    )
+    run = open_run(resolve(LoraSettings, {}, Path("windows.toml")), torch.device("cpu"), 1)
+    with claimed(Path("run")):
+        write_config(run, Path("run"))
+
+    monkeypatch.chdir(elsewhere)
+    config = start / "run" / "config.toml"
+    again = open_run(resolve(LoraSettings, {}, config), torch.device("cpu"), 1)
+    assert again.facts() == run.facts() and again.settings.out == start / "run"
+    assert again.settings.deepspeed == start / "own.json" and again.checkpoint.root == start / "model"
+    assert shlex.split(config.read_text().splitlines()[0]) == ["#", "cogtrain", "lora", "--config", str(config)]
+
+    (start / "model").rename(start / "moved")
+    with pytest.raises(ModelError) as caught:
+        open_run(LoraSettings(shards=[str(start / "out")]), torch.device("cpu"), 1)
+    assert str(start / "out") in caught.value.where and "--model FOLDER" in caught.value.fix
+    open_run(LoraSettings(shards=[str(start / "out")], model=str(start / "moved")), torch.device("cpu"), 1)
