@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def counted(count: int, noun: str, plural: str = "") -> str:
     """``1 clip``, ``1,200 clips``."""
@@ -23,6 +25,15 @@ def in_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def bytes_of(text: str) -> int | None:
+    """Bytes of a size as people type it, 500MB or 2 g, in powers of 1000; None where it is no size."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kMGT]?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    if not match:
+        return None
+    size = float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " ")
+    return int(size) or None
 
 
 def first_line(error: BaseException) -> str:

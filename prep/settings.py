@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from cogcommon.device import Precision
 from cogcommon.errors import SettingError
 from cogcommon.families import Resolution, Task
 from cogcommon.settings import setting
+from cogcommon.words import bytes_of
 
 from .cut import Crop, Cut, Fit, FrameMode, Short
 from .lists import DataSet, read_lists
@@ -122,13 +122,13 @@ class PlanSettings:
 
     @property
     def shard_size(self) -> int:
-        """--shard-bytes in bytes; k, M, G and T are powers of 1000 as on the label of a disk."""
-        match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kMGT]?)B?\s*", self.shard_bytes, re.IGNORECASE)
-        if not match or float(match[1]) == 0:
+        """--shard-bytes in bytes."""
+        size = bytes_of(self.shard_bytes)
+        if size is None:
             raise SettingError(
                 f"{self.shard_bytes!r} is not a size", where="--shard-bytes", fix="for example --shard-bytes 500MB"
             )
-        return int(float(match[1]) * 1000 ** {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}[match[2].lower()])
+        return size
 
     def samples_a_shard(self, sample_bytes: int) -> int:
         """As asked for by number, else as many of this size as --shard-bytes takes, at least one."""

@@ -17,6 +17,7 @@ from .run import Run
 from .run_folder import Facts
 from .step.attention import Kernel
 from .step.plan import Plan
+from .store import FAULTS
 from .strategy import Runtime
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
 
 
 def ending(run: Run, log: RunLog, folder: Path, exported: Exported) -> None:
+    if faults := str(FAULTS):
+        log.say(faults)
     log.say(f"wrote {exported.path}; {checked(exported)}")
     image = " --image FIRST_FRAME.png" if run.checkpoint.family.task == "i2v" else ""
     log.say(f'next: {command_line("cogtrain", "generate", "--run", folder)} --prompt "..."{image}')

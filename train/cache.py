@@ -24,10 +24,11 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +39,7 @@ from cogcommon.words import in_bytes
 
 from .http_store import HttpStore
 from .local_store import LocalStore
-from .store import OPENING, StoredFile, patiently
+from .store import OPENING, Fault, StoredFile, patiently
 
 _FOLDER = "cogtrain-cache"
 _SPARE = 0.05  # share of the disk that is left free: the run's own checkpoints need room, too
@@ -107,9 +108,10 @@ class Cache:
     def put(self, sha256: bytes, data: bytearray) -> None:
         """Keep bytes if there is room; where there is none, the run goes on without."""
         try:
-            if self._closed or self.has(sha256) or not self._reserve(len(data)):
-                return
-            self._write(sha256.hex(), [data], len(data))
+            if not self._closed and not self.has(sha256) and self._disk_has(len(data)):
+                with self._writing(sha256.hex()) as (stream, temporary):
+                    _write(stream, data)
+                    self._commit(temporary, sha256.hex(), len(data))
         except OSError as error:
             self._close(error.strerror or str(error))
 
@@ -121,44 +123,53 @@ class Cache:
             ShardError: what comes, twice the same, is not what its record says.
         """
         path = self._path(sha256)
-        with open(self.root / "fetching", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others find it
-            if not path.exists() or path.stat().st_size != size:
-                self._fetch(file, sha256, size)
-        os.utime(path)
+        try:
+            with open(self.root / "fetching", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others find it
+                if not path.exists() or path.stat().st_size != size:
+                    self._fetch(file, sha256, size)
+            os.utime(path)
+            self.keep(pa.chunked_array([pa.array([bytes.fromhex(sha256)], pa.binary())]))
+        except OSError as error:
+            raise StoreError(
+                f"the cache cannot be written: {error.strerror}",
+                where=f"--cache {self.root.parent}, {file.shown}",
+                fix="another disk",
+            ) from error
         return StoredFile(LocalStore(), str(path), file.shown)
 
     def _fetch(self, file: StoredFile, sha256: str, size: int) -> None:
         assert isinstance(file.store, HttpStore)
-        store, found = file.store, set()
+        store = file.store
+        came = set()
         for _ in range(2):
-            if not self._reserve(size):
-                raise StoreError(
-                    f"the server gives whole files only, and there is no room for {in_bytes(size)} more in the cache"
-                    + (f" ({self._closed})" if self._closed else ""),
-                    where=f"--cache {self.root.parent}, {file.shown}",
-                    fix="a larger --cache-size, or another disk",
-                )
+            with self._writing(sha256) as (stream, temporary):
 
-            def attempt() -> str:
-                return self._write(sha256, store.download(file.path), size, expected=sha256)
+                def attempt(stream: BinaryIO = stream) -> str:
+                    digest = hashlib.sha256()
+                    stream.seek(0)
+                    stream.truncate()
+                    try:
+                        for piece in store.download(file.path):
+                            digest.update(piece)
+                            _write(stream, piece)
+                    except FileNotFoundError:
+                        raise Fault("the server no longer has it (404)", passing=False) from None
+                    return digest.hexdigest()
 
-            try:
-                digest = patiently(attempt, file.shown, OPENING)
-            except OSError as error:
-                self._release(size)
-                raise StoreError(
-                    f"the cache cannot be written: {error.strerror}", where=f"--cache {self.root.parent}",
-                    fix="another disk",
-                ) from error  # fmt: skip
-            except StoreError:
-                self._release(size)
-                raise
-            if digest == sha256:
-                return
-            self._release(size)
-            found.add(digest)
-        if len(found) > 1:
+                room = size <= self.size and self._disk_has(size)
+                digest = patiently(attempt, file.shown, OPENING) if room else ""
+                if digest == sha256 and self._commit(temporary, sha256, size):
+                    return
+                if not room or digest == sha256:
+                    raise StoreError(
+                        "the server gives whole files only, and there is no room in the cache for this one "
+                        f"({in_bytes(size)}{'; ' if self._closed else ''}{self._closed})",
+                        where=f"--cache {self.root.parent}, {file.shown}",
+                        fix="a larger --cache-size, or another disk",
+                    )
+                came.add(digest)
+        if len(came) > 1:
             raise StoreError("cannot be read: the server gives other bytes each time", where=file.shown)
         raise ShardError(
             "a damaged shard: the tar is not what its record says",
@@ -166,64 +177,53 @@ class Cache:
             fix="compare it with the copy that `cogprep encode` wrote (`cogprep verify` there), and upload it again",
         )
 
-    def _write(self, name: str, pieces: Iterable[bytes | bytearray], size: int, expected: str = "") -> str:
-        """Write what was reserved; the name is given last, and only if the hash is the expected one."""
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[tuple[BinaryIO, Path]]:
+        """A file to write in, which is gone afterwards unless it was committed."""
         path = self._path(name)
+        path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-        digest = hashlib.sha256()
         try:
-            path.parent.mkdir(exist_ok=True)
             with temporary.open("wb", buffering=0) as stream:
-                for piece in pieces:
-                    view = memoryview(piece)
-                    if expected:
-                        digest.update(view)
-                    while view:
-                        view = view[stream.write(view) :]
-                written = stream.tell()
-            if written == size and expected in ("", digest.hexdigest()):
-                if path.exists():
-                    self._release(size)  # somebody else was faster
-                temporary.replace(path)
-        except BaseException:
-            if not expected:
-                self._release(size)
-            raise
+                yield stream, temporary
         finally:
             temporary.unlink(missing_ok=True)
-        return digest.hexdigest()
 
-    def _reserve(self, size: int) -> bool:
-        """Count bytes that are to be written, after making room for them."""
-        disk = os.statvfs(self.root)
-        if disk.f_bavail * disk.f_frsize - size < _SPARE * disk.f_blocks * disk.f_frsize:
-            self._close(f"the disk is nearly full ({in_bytes(disk.f_bavail * disk.f_frsize)} left)")
-            return False
+    def _commit(self, temporary: Path, name: str, size: int) -> bool:
+        """Give a written file its name, after making room for it; whether there is any."""
+        path = self._path(name)
         with self._counted() as count:
+            if path.exists() and path.stat().st_size == size:
+                return True  # somebody else was faster
             if count.total + size > self.size:
                 count.total = self._make_room(size)
             if count.total + size > self.size:
-                self._close(f"{in_bytes(self.size)} are full of what this run reads")
+                self._close(f"its {in_bytes(self.size)} are full of what this run reads")
                 return False
+            temporary.replace(path)
             count.total += size
         return True
 
-    def _release(self, size: int) -> None:
-        with contextlib.suppress(OSError), self._counted() as count:
-            count.total -= size
+    def _disk_has(self, size: int) -> bool:
+        disk = os.statvfs(self.root)
+        free = disk.f_bavail * disk.f_frsize
+        if free - size >= _SPARE * disk.f_blocks * disk.f_frsize:
+            return True
+        self._close(f"the disk is nearly full ({in_bytes(free)} left)")
+        return False
 
     def _make_room(self, size: int) -> int:
         """Remove what this run does not read, what was longest unused first; bytes that are left."""
         entries = sorted(self._entries(), key=lambda entry: entry.used)
         total = sum(entry.size for entry in entries)
         ours = self._ours()
-        spare = [entry for entry in entries if int(entry.name[:16], 16) not in ours]
-        for entry in spare:
-            if total + size <= self.size * 0.95:  # a little more than is needed, so that not every sample looks around
+        for entry in entries:
+            if total + size <= 0.95 * self.size:  # more than is needed, so that not every sample looks around
                 break
-            with contextlib.suppress(OSError):
-                self._path(entry.name).unlink()
-                total -= entry.size
+            if int(entry.name[:16], 16) not in ours:
+                with contextlib.suppress(OSError):
+                    self._path(entry.name).unlink()
+                    total -= entry.size
         return total
 
     def _ours(self) -> set[int]:
@@ -269,6 +269,12 @@ class Cache:
             first, self._closed = not self._closed, reason
         if first:
             print(f"--cache {self.root.parent}: {reason}; what is there is used, nothing is added", file=sys.stderr)
+
+
+def _write(stream: BinaryIO, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]
 
 
 @dataclass(frozen=True)

@@ -256,11 +256,18 @@ def _fetched_ahead(
 ) -> Iterator[tuple[list[Slot], Sequence[Future[None]]]]:
     """The places, and what brings their samples into the cache, begun `_FETCHED` places before their turn."""
     coming: deque[tuple[list[Slot], Sequence[Future[None]]]] = deque()
+    begun: dict[int, Future[None]] = {}  # by sample: in a small set one comes again before its turn
     for slots in places:
-        fetching = (
-            [] if shards.cache is None else [fetchers.submit(shards.fetch_ahead, one.sample, stop) for one in slots]
-        )
-        coming.append((slots, fetching))
-        if shards.cache is None or len(coming) > _FETCHED:
-            yield coming.popleft()
+        if shards.cache is None:
+            yield slots, ()
+            continue
+        for slot in slots:
+            if slot.sample not in begun:
+                begun[slot.sample] = fetchers.submit(shards.fetch_ahead, slot.sample, stop)
+        coming.append((slots, [begun[slot.sample] for slot in slots]))
+        if len(coming) > _FETCHED:
+            first, fetching = coming.popleft()
+            yield first, fetching
+            for slot in first:
+                begun.pop(slot.sample, None)
     yield from coming

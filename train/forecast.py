@@ -25,6 +25,7 @@ from .run_folder import METRICS_FILE, read_metrics
 from .settings import LoraSettings, Memory, PlanSettings, SftSettings, TrainSettings
 from .step.demand import Demand, Intent, Trains, choices
 from .step.seconds import seconds
+from .store import without_secrets
 from .zero_config import Strategy, choose
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def run(settings: PlanSettings) -> None:
         for method in dict.fromkeys(line.method for line in found)
     }
     if settings.json:
-        print(json_text([dataclasses.asdict(line) for line in found]))
+        print(without_secrets(json_text([dataclasses.asdict(line) for line in found])))
     else:
         console = Console(soft_wrap=True, highlight=False)
         console.print(_table(found))
@@ -79,7 +80,9 @@ def run(settings: PlanSettings) -> None:
             console.print("note: " + EMULATED.format(machine.name) + "\n", markup=False)
         for method, line in advised.items():
             lines = [line for line in found if line.method == method]
-            console.print(line.command if line else f"{method}: nothing fits; {_remedy(lines)}", markup=False)
+            console.print(
+                without_secrets(line.command) if line else f"{method}: nothing fits; {_remedy(lines)}", markup=False
+            )
     if settings.check:
         check([line for line in advised.values() if line])
 
@@ -236,7 +239,7 @@ def check(lines: Sequence[Forecast]) -> None:
             done = subprocess.run([sys.executable, "-m", "cogtrain", *words], stdout=subprocess.DEVNULL)
             steps, _ = read_metrics(Path(folder) / METRICS_FILE)
         if done.returncode != 0 or not steps:
-            raise RunError("two steps of the advised command failed", where=line.command)
+            raise RunError("two steps of the advised command failed", where=without_secrets(line.command))
         peak = max(step.peak_gib for step in steps)
         off = f", {peak / line.peak_gib - 1:+.0%}" if line.peak_gib else ""
         takes = f", computed {line.computed_s:.2f}" if line.computed_s else ""

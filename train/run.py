@@ -18,6 +18,7 @@ from cogcommon.ownership import Made
 
 from . import zero
 from .agreement import agree_on_resume
+from .cache import Cache
 from .checkpoint import SavedCheckpoint, check_same, find, list_checkpoints
 from .compatibility import check_alike, check_model, lost_tars
 from .method import Method, method_of
@@ -27,6 +28,7 @@ from .peers import ALONE, Peers
 from .run_folder import CONFIG_FILE
 from .settings import TrainSettings
 from .sources import ShardSet, open_shards
+from .store import without_secrets
 from .tracker import check_installed
 from .zero_config import Strategy, choose, deepspeed_config
 
@@ -102,7 +104,10 @@ def open_run(
     _check_strategy(settings, strategy)
     check_optimizer(settings, strategy)
     check_installed(settings.tracker)
-    shards = open_shards(settings.shards)
+    cache = Cache(settings.cache, settings.cache_bytes) if settings.cache else None
+    shards = open_shards(settings.shards, cache=cache)
+    if cache is not None and not any(shard.file.remote for shard in shards.shards):
+        notes.append("--cache has nothing to do: these shards are on this machine, or wholly in the cache")
     if lost := lost_tars(shards):
         names = ", ".join(lost[:4]) + " ..." * (len(lost) > 4)
         notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")
@@ -126,7 +131,7 @@ def open_run(
     deepspeed_config(settings, strategy, precision, world)
     held_out = None
     if settings.validate_shards:
-        held_out = open_shards(settings.validate_shards, "--validate-shards")
+        held_out = open_shards(settings.validate_shards, "--validate-shards", cache)
         check_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
         _check_buckets(held_out, checkpoint)
         total = len(shards)
@@ -262,7 +267,8 @@ def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
 # They say where and how long, not what is trained.
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "shards",
          "validate_shards", "save_every", "keep", "validate_every", "validate_videos", "tracker", "model",
-         "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision"}  # fmt: skip
+         "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
+         "cache_size"}  # fmt: skip
 
 
 def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
@@ -275,8 +281,9 @@ def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
 
 
 def settings_json(settings: TrainSettings) -> dict[str, Any]:
-    """The settings as JSON values."""
+    """The settings as JSON values; URLs have lost what signs them, since people share what a run writes."""
     plain = dataclasses.asdict(settings)
+    plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
@@ -307,6 +314,8 @@ def write_config(run: Run, folder: Path) -> None:
         steps=run.steps,
         epochs=None,
     )
+    if any(without_secrets(word) != word for word in [*run.settings.shards, *run.settings.validate_shards]):
+        lines.append("# Signatures and passwords of URLs are left out: give --shards (and --validate-shards) again.")
     lines += [f"{name} = {_toml(value)}" for name, value in settings_json(resolved).items() if value is not None]
     try:
         made.set_aside(CONFIG_FILE)

@@ -11,6 +11,7 @@ from typing import Literal
 from cogcommon.device import Precision
 from cogcommon.errors import SettingError
 from cogcommon.settings import flag_of, setting
+from cogcommon.words import bytes_of
 
 Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 Memory = Literal["auto", "fast", "low"]
@@ -33,6 +34,11 @@ class TrainSettings:
     model: str | None = setting(
         None, "another checkpoint of the same family", shown="the one the shards were made for", section=_DATA
     )
+    cache: Path | None = setting(
+        None, "folder on a local disk that keeps samples of shards behind URLs, for all runs of this host",
+        section=_DATA,
+    )  # fmt: skip
+    cache_size: str = setting("200GB", "the most that --cache keeps", section=_DATA)
     caption_dropout: float = setting(0.0, "share of samples trained with an empty caption", section=_DATA)
     config: Path | None = setting(None, "TOML file of settings; what is given here as an option wins", section=_RUN)
     out: Path | None = setting(None, "folder of the run", shown="runs/<family>-<method>-<time>", section=_RUN)
@@ -138,8 +144,19 @@ class TrainSettings:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise SettingError(f"{value} is not a finite number", where=flag_of(field), fix="a number")
+        _ = self.cache_bytes
         if self.caption_dropout > 1:
             raise SettingError(f"{self.caption_dropout} is too large", where="--caption-dropout", fix="a share: 0 to 1")
+
+    @property
+    def cache_bytes(self) -> int:
+        """--cache-size in bytes."""
+        size = bytes_of(self.cache_size)
+        if size is None:
+            raise SettingError(
+                f"{self.cache_size!r} is not a size", where="--cache-size", fix="for example --cache-size 200GB"
+            )
+        return size
 
     def option(self, name: str) -> str:
         """The option that sets a field, as typed."""

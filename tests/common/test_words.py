@@ -1,6 +1,6 @@
 import pytest
 
-from cogcommon.words import counted, in_bytes, in_words
+from cogcommon.words import bytes_of, counted, in_bytes, in_words
 
 
 def test_counts_agree_with_their_noun():
@@ -16,3 +16,11 @@ def test_times(seconds, said):
 @pytest.mark.parametrize(("size", "said"), [(12, "12 B"), (1e3, "1 kB"), (6.34e6, "6.34 MB"), (23.4e12, "23.4 TB")])
 def test_sizes(size, said):
     assert in_bytes(size) == said
+
+
+def test_a_size_is_read_as_people_type_it():
+    sizes = {"500MB": 500_000_000, "2 g": 2 * 10**9, "1.5kB": 1500, "7": 7, " 200GB ": 200 * 10**9, "1T": 10**12}
+    assert {text: bytes_of(text) for text in sizes} == sizes
+    assert [bytes_of(text) for text in ("", "GB", "0", "-1GB", "1EB", "1²", "٣GB", "1e9", "9" * 400, "nan")] == [
+        None
+    ] * 10
