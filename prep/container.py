@@ -6,9 +6,12 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import av
 from av.container import InputContainer
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from .clip import BadClip
@@ -17,6 +20,8 @@ _NO_VIDEO = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg "plays" text files as v
 _PICTURES = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails  # a song's cover is no clip
 
 _FIRST_BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"sidx", b"pnot"}
+
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 # Formats that only say which other files to read. A content hash does not see what those hold.
 _READ_OTHERS = {"concat", "hls", "image2", "mlv", "sdp", "vobsub"}
@@ -76,6 +81,22 @@ def video_streams(container: InputContainer) -> list[VideoStream]:
         if not stream.disposition & _PICTURES
         and (stream.codec_context is None or stream.codec_context.name not in _NO_VIDEO)
     ]
+
+
+def decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """The frames from where the container stands.
+
+    A WebM's transparency lies beside its pictures, where only libvpx looks for it; without it the colours
+    that are hidden there would be shown.
+    """
+    reader = _WITH_ALPHA.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+    if reader is None:
+        yield from container.decode(stream)
+        return
+    decoder = cast(VideoCodecContext, av.CodecContext.create(reader, "r"))
+    decoder.thread_count = 1
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet if packet.size else None)
 
 
 def words_of(error: Exception) -> str:

@@ -25,7 +25,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from .clip import BadClip, ClipFacts
-from .container import open_video, video_streams, words_of
+from .container import decode, open_video, video_streams, words_of
 from .picture import Colour, Pixels, Tags, Turn, colour_of, to_rgb, turn_of
 from .source_file import hash_file, refuse_special
 from .times import read_times, usual_rate
@@ -138,7 +138,7 @@ class Video:
             for part in range(1, count):
                 index = len(self.times_s) * part // count
                 self._container.seek(self._times.stamps[index] if self._times.stamps else 0, stream=self._stream)
-                frame = next(self._container.decode(self._stream), None)
+                frame = next(decode(self._container, self._stream), None)
                 if frame is not None and frame.pts is not None:
                     found[frame.pts] = frame
         return [self.turn.apply(to_rgb(scaler, frame, across, down, self.colour)) for frame in found.values()]
@@ -159,23 +159,17 @@ class Video:
         for index, frame in self._shown():
             if index != next_wanted:
                 continue
-            self._refuse_change(index, frame)
-            yield self.turn.apply(to_rgb(scaler, frame, across, down, self.colour))
+            if (frame.width, frame.height) != (self.first_frame.width, self.first_frame.height):
+                raise BadClip(f"the picture size changes at frame {index}, to {frame.width}x{frame.height}")
+            if turn_of(frame) != self.turn:
+                raise BadClip(f"the picture is turned another way from frame {index} on")
+            colour = colour_of(frame, self._container_tags)  # each frame's own: joined streams may change it
+            yield self.turn.apply(to_rgb(scaler, frame, across, down, colour))
             next_wanted = next(wanted, None)
             if next_wanted is None:
                 return
         if next_wanted is not None:
             raise BadClip(f"frame {next_wanted} of {len(self.times_s)} cannot be decoded")
-
-    def _refuse_change(self, index: int, frame: VideoFrame) -> None:
-        """Refuse a clip whose later frames are not of the first one's kind."""
-        if (frame.width, frame.height) != (self.first_frame.width, self.first_frame.height):
-            raise BadClip(f"the picture size changes at frame {index}, to {frame.width}x{frame.height}")
-        colour = colour_of(frame, self._container_tags)
-        if colour != self.colour:
-            raise BadClip(f"the colours change at frame {index}, from {self.colour.decision} to {colour.decision}")
-        if turn_of(frame) != self.turn:
-            raise BadClip(f"the picture is turned another way from frame {index} on")
 
     def _shown(self) -> Iterator[tuple[int, VideoFrame]]:
         """Every frame with its index, as a player shows them.
@@ -198,7 +192,7 @@ class Video:
         container, stream = open_video(self.path)  # anew: not every format can be wound back
         expected = 0
         try:
-            for frame in container.decode(stream):
+            for frame in decode(container, stream):
                 if frame.is_corrupt:
                     raise BadClip(f"frame {expected} is damaged")
                 index = self._times.index_of(frame, expected)
