@@ -1,8 +1,8 @@
 """When each picture of a clip is shown, from its packets alone: nothing is decoded here.
 
-A container that stores the time of display (pts) is believed. AVI does not: what FFmpeg gives
-as pts there is a guess from the kinds of the pictures, wrong for DivX's packed bitstreams. The
-place of a chunk in an AVI is a time, though, and one that counts the empty chunks of dropped
+A container that stores the time of display (pts) is believed. AVI and ASF do not: what FFmpeg
+gives as pts there is a guess from the kinds of the pictures, wrong for DivX's packed bitstreams.
+The place of a chunk in an AVI is a time, though, and one that counts the empty chunks of dropped
 frames: a decoder that holds back N pictures shows picture K when chunk K + N comes.
 """
 
@@ -25,6 +25,7 @@ from .container import words_of
 
 _HEADED = ("matroska", "mov", "flv", "avi")  # formats whose header states a duration that can be believed
 
+_DECODED_AT = ("avi", "asf")  # formats that store when a packet is decoded, and nothing else
 _BACK_S = 0.2  # packets come in the order of decoding; what steps back further than a slip is another recording
 
 
@@ -122,7 +123,7 @@ def _times_of(
 ) -> Times:
     base = float(stream.time_base or 0)
     pts = [stamp for stamp, _ in shown if stamp is not None]
-    if container.format.name != "avi" and len(set(pts)) == len(shown):
+    if container.format.name not in _DECODED_AT and len(set(pts)) == len(shown):
         stamps = tuple(sorted(stamp for stamp in pts if first_key is None or stamp >= first_key))
         return Times(tuple(stamp * base for stamp in stamps), "pts", stamps)
     dts = [stamp for _, stamp in shown if stamp is not None]
