@@ -148,7 +148,7 @@ class Checkpoint:
 
 def _facts_of(folder: Path) -> str:
     """A part's config, but for keys that start with "_": they say who wrote the file, not what it means."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = parse_object((folder / "config.json").read_bytes())
     return json.dumps({k: v for k, v in config.items() if not k.startswith("_")}, sort_keys=True)
 
 

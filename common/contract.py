@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from .checkpoint import WeightsIdentity
 from .device import Dtype
-from .errors import ShardError
-from .families import BY_NAME, Family, Task
+from .errors import SettingError, ShardError
+from .families import BY_NAME, Family, Resolution, Task
+from .typed import build, parse_object
 
 SCHEMA = 1
 CONTRACT_FILE = "contract.json"
@@ -55,6 +56,35 @@ class Contract:
     latents_scaled: bool = False
     layout: str = "CFHW"
     schema: int = SCHEMA
+
+    def _check(self) -> None:
+        """Refuse values that have the right type, and that no encode writes.
+
+        Raises:
+            ValueError, SettingError: with the first of them.
+        """
+        family = BY_NAME.get(self.family)
+        if family is None or family.task != self.task:
+            raise ValueError(f"there is no family {self.family!r} for {self.task}")
+        if not (0 < self.scaling_factor < float("inf") and self.text_tokens > 0 and self.text_dim > 0):
+            raise ValueError("a size that cannot be")
+        if self.image_variants < (self.task == "i2v"):
+            raise ValueError(f"{self.image_variants} image variants")
+        if self.latents_scaled or self.layout != "CFHW":
+            raise ValueError("latents in a form that this version does not read")
+        _ = self.buckets
+
+    @property
+    def buckets(self) -> list[Resolution]:
+        """The sizes that clips were cut to.
+
+        Raises:
+            ValueError, SettingError: the settings do not say them.
+        """
+        sizes = self.settings.get("resolution")
+        if not isinstance(sizes, list) or not sizes or not all(isinstance(size, str) for size in sizes):
+            raise ValueError("settings: no resolution")
+        return [Resolution.parse(size) for size in sizes]
 
     @property
     def family_row(self) -> Family:
@@ -103,14 +133,18 @@ class Contract:
             ShardError: not a contract, or of another schema version.
         """
         try:
-            values = json.loads(text)
-            schema = values["schema"]
-            if schema == SCHEMA:
-                values["vae"] = WeightsIdentity(**values["vae"])
-                values["text_encoder"] = WeightsIdentity(**values["text_encoder"])
-                return cls(**values)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(f"not a shard contract: {error}", where=where) from error
+            values = parse_object(text)
+            schema = values.get("schema")
+            if schema == SCHEMA and type(schema) is int:
+                contract = build(cls, values)
+                contract._check()
+                return contract
+        except (ValueError, SettingError) as error:
+            raise ShardError(
+                f"not a shard contract: {error.what if isinstance(error, SettingError) else error}",
+                where=where,
+                fix="remove it; `cogprep index OUT` takes it from the record of a shard",
+            ) from error
         raise ShardError(
             f"shards of schema {schema}; this version reads schema {SCHEMA}",
             where=where,

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,9 @@ import pyarrow.parquet as pq
 
 from .contract import Contract
 from .errors import ShardError
+from .failures import disk_error
 from .files import commit_bytes
+from .typed import parse_object
 
 # Members of a sample: <key>.json and <key>.safetensors. Tensors in the latter:
 LATENT_MEAN = "latent_mean"  # (C, F', h, w), unscaled posterior mean; or the sample itself
@@ -119,10 +122,11 @@ def shard_number(name: str, kind: str = "parquet") -> int | None:
 def number_in_record(path: Path) -> int | None:
     """The number that a record of ours says in its header; None if it is none, or its header is damaged."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        with path.open("rb") as stream:
+            metadata = pq.read_schema(stream).metadata or {}
         text = metadata[_METADATA_KEY]
         if hashlib.sha256(text).hexdigest().encode() == metadata[_CHECK_KEY]:
-            return int(json.loads(text)["number"])
+            return int(parse_object(text)["number"])
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         pass
     return None
@@ -169,14 +173,19 @@ def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tup
     """
     where = str(path) if isinstance(path, Path) else "record"
     try:
-        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        # Opened here: pyarrow takes no path that is not UTF-8.
+        with path.open("rb") if isinstance(path, Path) else nullcontext(path) as stream:
+            table = pq.read_table(stream, columns=columns, page_checksum_verification=True)
         wanted = [SCHEMA.field(name) for name in columns or SCHEMA.names]
         if {(field.name, field.type) for field in table.schema} != {(field.name, field.type) for field in wanted}:
             raise ValueError(f"its columns are {table.schema.to_string(show_schema_metadata=False)}")
         text = table.schema.metadata[_METADATA_KEY]
         if hashlib.sha256(text).hexdigest().encode() != table.schema.metadata[_CHECK_KEY]:
             raise ValueError("its header is not what was written")
-        header = json.loads(text)
+        header = parse_object(text)
+        contract = header.pop("contract")
+        if [type(header[name]) for name in ("number", "tar_size", "tar_sha256")] != [int, int, str] or len(header) != 3:
+            raise ValueError("its header is not one of this version")
     except FileNotFoundError as error:
         raise ShardError(
             "the record is missing",
@@ -184,13 +193,14 @@ def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tup
             fix="`cogprep encode` finishes an interrupted folder; `cogprep index OUT` says what else is there",
         ) from error
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
+            raise disk_error(error, error.errno, Path(where)) from error
         raise ShardError(
             f"the record is damaged: {error}",
             where=where,
             fix="remove it and run `cogprep encode` again; it makes this shard anew",
         ) from error
-    contract = Contract.from_json(header.pop("contract"), where=where)
-    return ShardHeader(contract=contract, **header), table
+    return ShardHeader(contract=Contract.from_json(contract, where=where), **header), table
 
 
 def split_extent(extent: _Bytes, row: SampleRow | dict[str, Any]) -> tuple[dict[str, Any], _Bytes]:

@@ -15,7 +15,10 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
+from cogcommon.contract import CONTRACT_FILE
+from cogcommon.errors import ShardError
 from cogcommon.families import Resolution
+from cogcommon.typed import build
 
 from .clip import ClipFacts, Fault
 
@@ -57,9 +60,16 @@ class Cut:
 
     @classmethod
     def of(cls, contract: Contract) -> Cut:
-        """How the clips of a folder were cut."""
+        """How the clips of a folder were cut.
+
+        Raises:
+            ShardError: the contract says what no encode writes.
+        """
         settings = contract.settings
-        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+        try:
+            return build(cls, {field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+        except ValueError as error:
+            raise ShardError(f"the settings in the contract are damaged: {error}", where=CONTRACT_FILE) from error
 
 
 @dataclass(frozen=True, slots=True)

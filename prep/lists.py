@@ -7,6 +7,7 @@ yields no samples at all; and all faults are found at once, not one a run.
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,8 +159,8 @@ def _read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) -
         line = error.object.count(b"\n", 0, error.start) + 1
         faults.append(ListFault(name, line, "not UTF-8; save the list as UTF-8"))
         return None
-    except OSError as error:
-        faults.append(ListFault(name, 0, f"cannot be read: {error.strerror}"))
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        faults.append(ListFault(name, 0, f"cannot be read: {getattr(error, 'strerror', None) or error}"))
         return None
     # Not splitlines(): it also cuts at form feeds and at Unicode separators, which captions contain.
     entries = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
@@ -180,4 +181,4 @@ def _seen(entry: str, root: Path | None) -> str:
     seen = entry.translate(dict.fromkeys(map(ord, _UNSEEN))).strip()
     if seen == entry or root is None or "\0" in entry:
         return seen
-    return entry if (root / entry).exists() and not (root / seen).exists() else seen
+    return entry if os.path.exists(root / entry) and not os.path.exists(root / seen) else seen  # noqa: PTH110, no error

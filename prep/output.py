@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from cogcommon.families import Task
 from cogcommon.files import commit_bytes
 from cogcommon.names import command_line
 from cogcommon.records import read_table, record_name, tar_name
+from cogcommon.typed import build, parse_object
 
 from .clip import Hashed
 from .lists import DataSet, read_lists
@@ -181,8 +183,11 @@ class Origin:
 def read_origin(out: Path) -> Origin | None:
     """Where the folder came from; None if it does not say."""
     try:
-        return Origin(**json.loads((out / ORIGIN_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        origin = build(Origin, parse_object((out / ORIGIN_FILE).read_bytes()))
+        if b"\0" in b"".join(map(os.fsencode, (origin.data_root, origin.prompts, origin.videos, origin.images or ""))):
+            raise ValueError("no path")
+        return origin
+    except (OSError, ValueError):  # also of what os.fsencode cannot take
         return None
 
 

@@ -94,7 +94,7 @@ def _models(out: Path, contract: Contract, model: str | None) -> tuple[LatentEnc
         posterior=contract.posterior,
         tiling=contract.tiling,
         image_variants=contract.image_variants,
-        seed=contract.settings.get("seed", 0),
+        seed=Cut.of(contract).seed if "seed" in contract.settings else 0,
     )
     return latents, TextEncoder(checkpoint, device, dtype)
 

@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 
 from cogcommon.errors import DataRootError
-from cogcommon.families import Resolution
 
 from .cut import Cut
 from .output import Origin, read_contract, read_origin, scan
@@ -54,13 +53,12 @@ class Wanted:
             return False
         if contract is None or data is None or data.faults:
             return False
-        buckets = [Resolution.parse(text) for text in contract.settings["resolution"]]
         with Pool(default_workers()) as pool:
             found = survey(
                 data,
                 scan(self._out),
                 contract,
-                buckets=buckets,
+                buckets=contract.buckets,
                 cut=Cut.of(contract),
                 holdout=0,
                 pool=pool,

@@ -29,6 +29,7 @@ from cogcommon.locks import Busy, NoLocks, open_locked
 from cogcommon.names import plain
 from cogcommon.ownership import Made, refuse_other, take_output
 from cogcommon.settings import parse_toml
+from cogcommon.typed import build, parse_object
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
@@ -181,7 +182,7 @@ def read_run(run: Path) -> Run:
     """
     settings = read_settings(run)
     try:
-        facts = Facts(**json.loads((run / FACTS_FILE).read_text(encoding="utf-8")))
+        facts = build(Facts, parse_object((run / FACTS_FILE).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"the facts of the run are missing or damaged: {error}", where=str(run / FACTS_FILE)) from error
     steps, validations = read_metrics(run / METRICS_FILE)
