@@ -22,7 +22,7 @@ from cogcommon.ownership import check_output, state_of, take_output
 from cogcommon.terminal import Console
 from cogcommon.video import write_mp4
 
-from .pipeline import Request, draw, load_pipeline, place, to_base
+from .pipeline import Request, draw, load_pipeline, place, step_bytes, to_base
 from .settings import GenerateSettings
 from .sheet import Column, contact_sheet, side_by_side
 from .tuned import Tuned, find
@@ -58,14 +58,15 @@ def run(settings: GenerateSettings) -> None:
 
     quiet_libraries()
     dtype = dtype_of(precision)
+    step = step_bytes(checkpoint.transformer_config, request.resolution, request.guidance, dtype.itemsize)
     pipeline = load_pipeline(tuned, dtype)
-    place(pipeline, device, request.resolution)
+    place(pipeline, device, request.resolution, step)
     started = time.monotonic()
     with _progress(console, "tuned", settings.steps) as advance:
         columns = [Column("tuned", draw(pipeline, request, advance))]
     if settings.base:
         to_base(pipeline, tuned, dtype)
-        place(pipeline, device, request.resolution)
+        place(pipeline, device, request.resolution, step)
         with _progress(console, "base", settings.steps) as advance:
             columns.append(Column("base", draw(pipeline, request, advance)))
     seconds = time.monotonic() - started

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +10,18 @@ import numpy as np
 
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.families import Resolution
+from cogcommon.memory import free_gpu_memory
 from cogcommon.video import Frames
 
 from . import lora, sft
-from .sample import DECODE_BYTES_PER_PIXEL, sampler_of
+from .sample import DECODE_BYTES_PER_PIXEL, sampler_of, tile_within
+from .step.plan import FORWARD, Load
 from .tuned import Tuned
 
 if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
     from PIL.Image import Image
-
-# One step of 5B with guidance at 49x480x720: in and out of a feed-forward's middle, (2, 17776, 12288) in bf16,
-# are 1.6 GiB; queries, keys, values and their copies come to less.
-_STEP_BYTES = 3 << 30
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,16 @@ def to_base(pipeline: DiffusionPipeline, tuned: Tuned, dtype: torch.dtype) -> No
         pipeline.register_modules(transformer=tuned.checkpoint.load_transformer(dtype).eval())
 
 
-def place(pipeline: DiffusionPipeline, device: torch.device, resolution: Resolution) -> None:
-    """Put the pipeline on the device; on a small GPU one part, or one layer, at a time."""
+def place(pipeline: DiffusionPipeline, device: torch.device, resolution: Resolution, step: int) -> None:
+    """Put the pipeline on the device; on a small GPU one part, or one layer, at a time.
+
+    Args:
+        step: bytes that a sampling step works on, beside the weights (`step_bytes`).
+    """
     import torch
 
     if device.type == "cpu":
         return
-    torch.cuda.empty_cache()  # of the video before
     parts = [
         [(parameter.numel() * parameter.element_size(), parameter.device) for parameter in part.parameters()]
         for part in pipeline.components.values()
@@ -100,16 +101,30 @@ def place(pipeline: DiffusionPipeline, device: torch.device, resolution: Resolut
     ]
     sizes = [sum(size for size, _ in part) for part in parts]
     there = sum(size for part in parts for size, at in part if at.type == device.type)
-    free = torch.cuda.mem_get_info(device)[0] + there  # what it has there already is room for it
-    decode = resolution.height * resolution.width * DECODE_BYTES_PER_PIXEL
-    if sum(sizes) + decode < free:
+    free = free_gpu_memory(device) + there  # what it has there already is room for it
+    resident = sum(sizes)
+    if resident + step < free:
         pipeline.to(device)
-    elif max(sizes) + _STEP_BYTES < free:
+    elif max(sizes) + step < free:
         pipeline.enable_model_cpu_offload(device=device)
+        resident = max(sizes)
     else:
         pipeline.enable_sequential_cpu_offload(device=device)
-    if decode > free:
-        pipeline.vae.enable_tiling()
+        resident = 0
+    decode = resolution.height * resolution.width * DECODE_BYTES_PER_PIXEL
+    if resident + decode > free:
+        pipeline.vae.enable_tiling(*tile_within(free - resident))
+
+
+def step_bytes(transformer_config: Mapping[str, Any], resolution: Resolution, guidance: float, item: int) -> int:
+    """Bytes that a sampling step works on, beside the weights.
+
+    Args:
+        guidance: above 1 the pipelines draw with and without the prompt at once.
+        item: bytes of a number as computed.
+    """
+    batch = 2 if guidance > 1 else 1
+    return FORWARD * Load.of(transformer_config, resolution, batch=batch, size=item, trained=0).activation
 
 
 def draw(pipeline: DiffusionPipeline, request: Request, advance: Callable[[], None]) -> Frames:

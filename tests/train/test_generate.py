@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.command import add_command
 from cogcommon.errors import CogError
-from cogcommon.families import BUILTIN_NAMES, Resolution
-from cogtrain import generate, lora
-from cogtrain.pipeline import Request, draw, load_pipeline, place, to_base
+from cogcommon.families import BUILTIN_NAMES, BY_NAME, Resolution
+from cogtrain import generate, lora, pipeline
+from cogtrain.bench.subject import random_checkpoint
+from cogtrain.pipeline import Request, draw, load_pipeline, place, step_bytes, to_base
 from cogtrain.settings import GenerateSettings
 from cogtrain.sheet import Column, contact_sheet, side_by_side
 from cogtrain.tuned import find
@@ -107,8 +108,22 @@ def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run):
     assert not np.array_equal(with_lora, base)
 
 
-@pytest.mark.parametrize("gib, way", [(40, "to"), (28, "model"), (9, "layers")])
-def test_the_base_video_is_placed_as_the_tuned_one_was(monkeypatch, gib, way):
+@pytest.mark.parametrize(
+    ("gib", "family", "guidance", "way"),
+    [
+        (40, "5b", 6, "to"),
+        (28, "5b", 6, "to, tiles"),
+        (22, "5b", 6, "model, tiles"),
+        (9, "5b", 6, "layers, tiles"),
+        (15, "5b", 6, "model, tiles"),
+        (15, "1.5-5b", 6, "layers, tiles"),  # a step works on 7.7 GiB, not on 3
+        (15, "1.5-5b", 1, "model, tiles"),
+        (100, "1.5-5b", 6, "to"),
+    ],
+)
+def test_each_video_is_placed_by_its_size_and_the_base_video_as_the_tuned_one_was(
+    monkeypatch, gib, family, guidance, way
+):
     """On a GPU that holds the pipeline and a decode, but not a second time."""
     told = []
 
@@ -119,7 +134,7 @@ def test_the_base_video_is_placed_as_the_tuned_one_was(monkeypatch, gib, way):
                 name: torch.nn.Linear(1 << 14, int(size * 2**15), bias=False, device="meta", dtype=torch.bfloat16)
                 for name, size in sizes.items()
             }
-            self.vae = SimpleNamespace(enable_tiling=lambda: told.append("tiles"))
+            self.vae = SimpleNamespace(enable_tiling=lambda height, width: told.append("tiles"))
 
         def to(self, device):
             told.append("to")
@@ -130,12 +145,13 @@ def test_the_base_video_is_placed_as_the_tuned_one_was(monkeypatch, gib, way):
         def enable_sequential_cpu_offload(self, device):
             told.append("layers")
 
-    pipeline, resolution = Pipeline(), Resolution(49, 480, 720)
+    resolution = BY_NAME[family].native
+    step = step_bytes(random_checkpoint(family).transformer_config, resolution, guidance, 2)
     # As if the parts were not on this device at first, and for the second video were, where there was room.
-    for device, used in [("cuda", 0.0), ("meta", 20.3)][: 2 if way == "to" else 1]:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, used=used: (int((gib - used) * 2**30), None))
-        place(pipeline, torch.device(device), resolution)
-        assert told == ([way] if gib > 16 else [way, "tiles"])
+    for device, used in [("cuda", 0.0), ("meta", 20.3)][: 2 if way.startswith("to") else 1]:
+        monkeypatch.setattr(pipeline, "free_gpu_memory", lambda device, used=used: int((gib - used) * 2**30))
+        place(Pipeline(), torch.device(device), resolution, step)
+        assert ", ".join(told) == way
         told.clear()
 
 
