@@ -22,16 +22,18 @@ def train(settings: TrainSettings) -> None:
         from cogcommon.device import pick_device, quiet_libraries
 
         from .peers import PeerFailed, meet
+        from .ready import check_ready
         from .run import open_run
 
         if not join_environment() and (processes := wanted_processes(settings)) > 1:
-            open_run(settings, pick_device(), processes)  # what can be refused is refused before they start
+            check_ready(open_run(settings, pick_device(), processes), processes)  # refuse it before they start
             sys.exit(relaunch(processes))
         try:
             peers = meet()
             with peers.leaving_together():
                 device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
                 run = peers.together(lambda: open_run(settings, device, peers.world, peers))
+                peers.together(lambda: check_ready(run, peers.here, device))
                 quiet_libraries()
                 from .loop import train as train_run
 

@@ -78,6 +78,11 @@ class Peers:
     def place(self) -> Place:
         return self.places[self.rank]
 
+    @property
+    def here(self) -> int:
+        """Processes of the run on this machine."""
+        return sum(place.machine == self.place.machine for place in self.places)
+
     def agree(self, value: int) -> int:
         """The largest of all ranks' values; over the CPU, so that no GPU waits."""
         if self.world == 1:

@@ -52,6 +52,17 @@ def host_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch
         ) from error
 
 
+def check_host_adam() -> None:
+    """Compile what `host_adam` needs, once for all processes.
+
+    Raises:
+        SettingError: it cannot be compiled here.
+    """
+    import torch
+
+    host_adam([torch.nn.Parameter(torch.zeros(1))])
+
+
 @contextlib.contextmanager
 def compiling_alone() -> Iterator[None]:
     """Let one process at a time compile DeepSpeed's operations, past what a killed one left.

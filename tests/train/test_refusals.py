@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 from cogcommon.checkpoint import Checkpoint
 from cogcommon.errors import CogError, RunError, SettingError
 from cogcommon.records import read_record, write_record
+from cogtrain import ready
+from cogtrain.ready import check_ready
 from cogtrain.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.step import trial
+from cogtrain.step.demand import demand
 from cogtrain.zero_config import choose, deepspeed_config
 
 CPU = torch.device("cpu")
@@ -54,6 +59,19 @@ def open_here(tmp_path, make_shards, monkeypatch):
             "mkdir fast",
         ),
         ({"nvme": Path("fast"), "strategy": "zero2"}, "offloads nothing", "--nvme", "zero3-offload"),
+        ({"target_modules": ["to_qq"]}, "no linear layer called 'to_qq'", "--target-modules", "attn1.to_q"),
+        ({"target_modules": ["transformer_blocks.99.attn1.to_q"]}, "no linear layer", "--target-modules", "to_q"),
+        ({"target_modules": []}, "no layer gets an adapter", "--target-modules", "attn1.to_q"),
+        ({"optimizer": "prodigy"}, "finds the rate itself", "--optimizer prodigy, --lr", "--lr 1"),
+        ({"optimizer": "prodigy", "lr": 1e3}, "far too much", "--lr", "--lr 1"),
+        ({"optimizer": "prodigy", "lr": 1.0, "strategy": "zero1"}, "under zero1 each process", "--strategy", "ddp"),
+        ({"optimizer": "prodigy", "lr": 1.0, "strategy": "zero2"}, "under zero2 each process", "--strategy", "ddp"),
+        ({"optimizer": "prodigy", "lr": 1.0, "strategy": "zero3"}, "under zero3 each process", "--strategy", "ddp"),
+        ({"optimizer": "prodigy", "lr": 1.0, "strategy": "zero2-offload"}, "host memory", "--strategy", "ddp"),
+        ({"optimizer": "adamw8bit", "strategy": "zero3-offload"}, "host memory", "--strategy", "without -offload"),
+        ({"lr": 1.0}, "a rate of 1 moves every weight", "--lr", "--lr 1e-4"),
+        ({"lr": 1e4, "cls": SftSettings}, "a rate of 10000", "--lr", "--lr 1e-5"),
+        ({"validate_videos": 2}, "no held-out samples", "--validate-videos", "--validate-shards"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
@@ -79,6 +97,39 @@ def test_shards_of_another_text_length(open_here, tmp_path):
         open_here()
 
 
+def test_held_out_samples_of_a_size_that_the_model_cannot_take(open_here, tmp_path, make_shards):
+    make_shards(tmp_path / "val", samples=2)
+    for path in (tmp_path / "val").glob("*.parquet"):
+        record = read_record(path)
+        rows = [dataclasses.replace(row, bucket="97x64x96") for row in record.rows]
+        write_record(dataclasses.replace(record, rows=rows), path)
+    with pytest.raises(CogError) as caught:
+        open_here(validate_shards=["val"])
+    assert "samples of 97x64x96" in caught.value.what and "at most 49" in caught.value.what
+    assert "val" in caught.value.where and "encode these clips again" in caught.value.fix
+
+
+def test_what_this_machine_lacks_is_said_before_a_weight_is_read(open_here, monkeypatch):
+    run = open_here(optimizer="prodigy", lr=1.0)
+    check_ready(run, 1)
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(SettingError, match="needs a package"):
+        check_ready(run, 1)
+    monkeypatch.setattr(trial, "compiler_fault", lambda device: "no gcc")
+    with pytest.raises(SettingError, match="no gcc"):
+        check_ready(open_here(compile="on"), 1, CPU)
+
+
+def test_host_memory_that_is_not_enough_to_load_is_said_once_and_for_all_processes(open_here, monkeypatch):
+    run = open_here()
+    takes = demand(run).loading
+    monkeypatch.setattr(ready, "free_host_memory", lambda: int(2.5 * takes))
+    check_ready(run, 2)
+    with pytest.raises(RunError, match="for each of 3 processes") as caught:
+        check_ready(run, 3)
+    assert "--nproc with fewer" in caught.value.fix and "container" in caught.value.where
+
+
 def test_a_tar_that_is_gone_is_said(open_here, tmp_path):
     assert open_here().notes == ()
     (tmp_path / "out" / "000001.tar").unlink()
@@ -96,6 +147,9 @@ def test_a_tar_that_is_gone_is_said(open_here, tmp_path):
         ({"beta1": 1.0}, "1.0 is too large"),
         ({"caption_dropout": 1.5}, "1.5 is too large"),
         ({"rank": 0}, "0 is too small"),
+        ({"lr": float("inf")}, "inf is not a finite number"),
+        ({"alpha": float("inf")}, "inf is not a finite number"),
+        ({"max_grad_norm": float("inf")}, "inf is not a finite number"),
         ({"alpha": 0.0}, "0.0 is too small"),
         ({"lora_dropout": 1.0}, "1.0 is not a share"),
     ],

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cogcommon.errors import RunError, SettingError
+from cogcommon.errors import RunError
 
 from .. import zero
 from .cost import plan_seconds
@@ -15,7 +15,7 @@ from .demand import load_of, offloaded_bytes, trained_weights
 from .engine import Engine
 from .plan import Load, Plan, choose, fits, gib
 from .room import Room
-from .trial import compiler_fault
+from .trial import compiler_fault, no_compiler
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
@@ -119,11 +119,7 @@ def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:
     if runtime.agree(int(fault is not None)) and fault is None:
         fault = "not in another process of the run"
     if fault and wanted == "on":
-        raise SettingError(
-            f"nothing can be compiled here: {fault}",
-            where="--compile on",
-            fix="install gcc and Triton (it comes with torch on Linux), or --compile auto",
-        )
+        raise no_compiler(fault)
     if fault:
         log.say(f"note: blocks are not compiled, and a step takes about half as long again ({fault})")
     return fault is None

@@ -6,6 +6,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from cogcommon.errors import SettingError
+
 from .attention import Kernel, attend
 from .compiler import compiled, in_one_line
 from .keep import keeping
@@ -32,6 +34,22 @@ def compiler_fault(device: torch.device) -> str | None:
     except Exception as error:  # torch raises whatever the compilers below it raise
         return in_one_line(error)
     return None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises:
+    SettingError: ``--compile on``, and nothing can be compiled.
+    """
+    if fault := compiler_fault(device):
+        raise no_compiler(fault)
+
+
+def no_compiler(fault: str) -> SettingError:
+    return SettingError(
+        f"nothing can be compiled here: {fault}",
+        where="--compile on",
+        fix="install gcc and Triton (it comes with torch on Linux), or --compile auto",
+    )
 
 
 @lru_cache
