@@ -1,7 +1,8 @@
-"""One rank of two: trains three steps under each strategy, and counts the bytes of all tensors that live meanwhile.
+"""One rank of two: trains three steps in each way, and counts the bytes of all tensors that live meanwhile.
 
-Usage: torchrun ... live_bytes.py STRATEGIES OUT. Rank 0 writes OUT/<strategy>.json: weights, and bytes in the
-backward pass's end (``held``) and at the most in the optimizer's step (``step``); there are no activations then.
+Usage: torchrun ... live_bytes.py WAYS OUT, where a way is STRATEGY:OPTIMIZER or STRATEGY:OPTIMIZER:ema. Rank 0 writes
+OUT/<way>.json: weights, and bytes in the backward pass's end (``held``) and at the most in the optimizer's step
+(``step``); there are no activations then.
 """
 
 import gc
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from cogtrain.bench.rows import SMALL  # noqa: E402
 from cogtrain.bench.subject import random_checkpoint  # noqa: E402
+from cogtrain.ema import Average  # noqa: E402
 from cogtrain.inputs import Objective  # noqa: E402
 from cogtrain.method import Sft  # noqa: E402
 from cogtrain.optim import make_optimizer  # noqa: E402
@@ -74,11 +76,16 @@ def inputs_of(checkpoint):
     return objective.model_inputs(noisy, None, text, torch.tensor([300]), torch.bfloat16)
 
 
-def measure(strategy, file):
-    settings = SftSettings(strategy=strategy, deepspeed=file)
+def measure(way, file):
+    strategy, optimizer, *ema = way.split(":")
+    sharded = strategy != "ddp"
+    settings = SftSettings(
+        strategy=strategy, deepspeed=file if sharded else None, optimizer=optimizer,
+        lr=1.0 if optimizer == "prodigy" else 1e-5,
+    )  # fmt: skip
     runtime = start(settings, strategy, "bf16", cpu=True)
     checkpoint, method, live = random_checkpoint("5b", SHAPE), Sft(), Live()
-    transformer = checkpoint.load_transformer(torch.bfloat16)
+    transformer = checkpoint.load_transformer(method.weight_dtype(torch.bfloat16, sharded))
     method.apply(transformer)
     found = {"weights": method.trained(transformer)}
     for tensor in [*transformer.parameters(), *transformer.buffers()]:
@@ -90,7 +97,9 @@ def measure(strategy, file):
         on_host = strategy.endswith("-offload")
         optimizer = make_optimizer(parameters, settings, torch.device("cuda"), on_host=on_host)
         model, optimizer = runtime.prepare(transformer.train(), optimizer, saved_by=None)
-        make_step = model.optimizer.step
+        average = Average(parameters, 0.9) if ema else None
+        stepping = model.optimizer if sharded else optimizer
+        make_step = stepping.step
 
         def step(*arguments, **options):
             gc.collect()
@@ -98,17 +107,20 @@ def measure(strategy, file):
             make_step(*arguments, **options)
             found["step"] = live.most
 
-        model.optimizer.step = step
+        stepping.step = step
         for _ in range(3):  # the moments come with the first
             loss = model(**inputs_of(checkpoint), return_dict=False)[0].float().square().mean()
             runtime.accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
+            if average:
+                average.update(1)
             del loss
     return found
 
 
 if __name__ == "__main__":
+    torch.compiler.set_stance("force_eager")  # torchao would compile its step for minutes
     out, rank = Path(sys.argv[2]), os.environ["RANK"]
     file = out / f"deepspeed-{rank}.json"
     file.write_text(json.dumps({"zero_optimization": ZERO}))
@@ -117,4 +129,4 @@ if __name__ == "__main__":
         result = measure(name, file)
         gc.collect()
         if rank == "0":
-            (out / f"{name}.json").write_text(json.dumps(result))
+            (out / f"{name.replace(':', '-')}.json").write_text(json.dumps(result))
