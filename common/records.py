@@ -3,7 +3,8 @@
 A shard counts only once its record exists. One row stands for one planned
 sample, rejected ones too. Offsets and hashes cover a sample's whole extent in
 the tar (headers, members and padding, one contiguous range), so one read gives
-a sample and one hash answers for every byte of it.
+a sample and one hash answers for every byte of it. A sample that a passing fault
+kept out has no row; the header keeps its place, for the next run to fill.
 """
 
 from __future__ import annotations
@@ -95,12 +96,34 @@ class ShardHeader:
     tar_size: int
     tar_sha256: str
     contract: Contract
+    waiting: Sequence[tuple[int, str]] = ()  # planned samples that a passing fault kept out: place and key
 
 
 @dataclass(frozen=True)
 class ShardRecord:
     header: ShardHeader
     rows: Sequence[SampleRow]
+
+    @classmethod
+    def of(
+        cls, number: int, tar: tuple[int, str], contract: Contract, places: Sequence[SampleRow | str]
+    ) -> ShardRecord:
+        """A record of what `places` gives.
+
+        Args:
+            tar: its size and sha256.
+        """
+        waiting = tuple((place, key) for place, key in enumerate(places) if isinstance(key, str))
+        rows = [row for row in places if isinstance(row, SampleRow)]
+        return cls(ShardHeader(number, *tar, contract, waiting), rows)
+
+    @property
+    def places(self) -> list[SampleRow | str]:
+        """The samples in planned order; of one that waits, its key."""
+        places: list[SampleRow | str] = [*self.rows]
+        for place, key in sorted(self.header.waiting):
+            places.insert(place, key)
+        return places
 
 
 def tar_name(number: int) -> str:
@@ -139,12 +162,14 @@ def write_record(record: ShardRecord, path: Path) -> None:
 
 def record_bytes(record: ShardRecord) -> bytes:
     """The record as Parquet. The same record gives the same bytes."""
-    header = {
+    header: dict[str, Any] = {
         "number": record.header.number,
         "tar_size": record.header.tar_size,
         "tar_sha256": record.header.tar_sha256,
         "contract": record.header.contract.to_json(),
     }
+    if record.header.waiting:
+        header["waiting"] = [list(place_and_key) for place_and_key in record.header.waiting]
     columns = {field.name: [getattr(row, field.name) for row in record.rows] for field in fields(SampleRow)}
     # Parquet checks its pages, but not its footer, where the header lies.
     text = json.dumps(header).encode()
@@ -183,7 +208,9 @@ def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tup
         if hashlib.sha256(text).hexdigest().encode() != table.schema.metadata[_CHECK_KEY]:
             raise ValueError("its header is not what was written")
         header = parse_object(text)
-        contract = header.pop("contract")
+        contract, waiting = header.pop("contract"), header.pop("waiting", [])
+        if [[type(place), type(key)] for place, key in waiting] != [[int, str]] * len(waiting):
+            raise ValueError("its header is not one of this version")
         if [type(header[name]) for name in ("number", "tar_size", "tar_sha256")] != [int, int, str] or len(header) != 3:
             raise ValueError("its header is not one of this version")
     except FileNotFoundError as error:
@@ -200,6 +227,7 @@ def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tup
             where=where,
             fix="remove it and run `cogprep encode` again; it makes this shard anew",
         ) from error
+    header["waiting"] = tuple((place, key) for place, key in waiting)
     return ShardHeader(contract=Contract.from_json(contract, where=where), **header), table
 
 

@@ -179,6 +179,8 @@ def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
     if not wanted.known():
         say("the data root cannot be read, so no sample is called stale")
         return
+    if wanted.kept:
+        say(f"{counted(wanted.kept, 'sample')} kept: in the lists of the data root, but not to be read now")
     for split, number, path in records_in(out):
         tar = path.with_suffix(".tar")
         if not (is_ours(tar) and is_ours(path)):

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why one clip cannot be used, in words for its owner. It travels to the report as a value."""
+    """Why one clip cannot be used, in words for its owner. It travels to the report as a value.
+
+    A fault that may be gone the next time (a decoder that was killed, a file that went out of reach)
+    is ``passing``: it says nothing of the clip, so it is never recorded, and the next run tries again.
+    """
 
     reason: str
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,20 @@
 
 The main path, in the order things happen::
 
-    lists -> contract -> survey (probe, hash) -> plan -> drop what is gone
+    lists -> contract -> survey (probe, hash) -> plan -> questions, refusals
           -> for each round: T5 over its captions, then decode -> VAE -> shards
+             (in the first, when all models are there: drop what is gone)
           -> report
+
+Until then nothing that the folder holds is changed, so a run that is refused or that
+cannot load its models leaves everything as it was.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
 
 from cogcommon import __version__
 from cogcommon.checkpoint import Checkpoint
@@ -25,9 +28,8 @@ from cogcommon.device import (
     pick_device,
     visible_gpus,
 )
-from cogcommon.errors import DataRootError
+from cogcommon.errors import CogError, DataRootError
 from cogcommon.families import Resolution
-from cogcommon.records import read_record
 from cogcommon.terminal import Console
 from cogcommon.words import counted
 
@@ -35,9 +37,20 @@ from .advice import in_quotes
 from .disk import ShardBusy, at_work, disk_errors, lack_of_room
 from .engine import Engine, Outcome
 from .gpus import encode_in_parts, gpu_count
+from .holdout import ask_to_move
 from .lists import check_root
 from .models import Models
-from .output import SPLITS, Origin, check_contract, guard_foreign_root, records_in, scan, split_folder
+from .output import (
+    SPLITS,
+    Committed,
+    Origin,
+    check_contract,
+    guard_other_data,
+    read_origin,
+    remembered_holdout,
+    scan,
+    split_folder,
+)
 from .plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
 from .pool import Pool, default_workers
 from .progress import Clock, Progress, say
@@ -71,11 +84,9 @@ def run(settings: EncodeSettings) -> None:
         raise DataRootError(
             "none of the clips can be used", where=str(settings.root), fix=f"see the reasons above, or in {path}"
         )
-    if settings.strict and report.rejected:
+    if settings.strict and (trouble := report.trouble):
         raise DataRootError(
-            f"{counted(report.rejected, 'clip')} rejected",
-            where=str(path),
-            fix="mend or remove these lines of the lists, or leave --strict out",
+            trouble, where=str(path), fix="mend or remove these lines of the lists, or leave --strict out"
         )
 
 
@@ -126,57 +137,67 @@ def encode_slice(settings: EncodeSettings) -> Report:
         contract = make_contract(settings, checkpoint, precision)
 
     out = settings.out
+    established = check_contract(out, contract)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             settle(split_folder(out, split))
-        if settings.retry_rejected:
-            _plan_rejected_anew(out)
-    established = check_contract(out, contract)
     outcome = Outcome()
-    with at_work(out), Pool(settings.workers or default_workers()) as pool:
+    with at_work(out), Pool(settings.workers or default_workers(), timeout_s=settings.clip_timeout) as pool:
         with clock("probe"):
             cache = SurveyCache(out, settings.root, f"{settings.buckets} {settings.cut} {checkpoint.family.fps}", part)
-            found, plan = survey_and_plan(settings, contract, pool, cache)
-        origin = Origin.of(settings)
-        if plan.dropped and not plan.reused:
-            guard_foreign_root(out, origin)
-        with clock("drop"), disk_errors(out):
-            origin.write(out)
-            # No clip at all can be read: rather a disk that is not there than an order to drop everything.
-            dropped = _drop_gone(settings, part.of(plan.drops), outcome) if found.candidates else 0
+            committed = scan(out, retry_rejected=settings.retry_rejected)
+            found, plan = survey_and_plan(settings, contract, committed, pool, cache)
+        origin = Origin.of(settings, found.holdout)
+        try:
+            if not settings.replace:
+                guard_other_data(out, origin, plan.dropped)
+            ask_to_move(
+                remembered_holdout(out, committed), found.holdout, out, settings.yes,
+                held=found.clips & committed.clips("val"), trained=found.clips & committed.clips("train"),
+            )  # fmt: skip
+        except CogError:
+            cache.discard()
+            raise
         shards = part.of(plan.shards)
         needed = sum(len(shard.samples) * _sample_bytes(contract, shard.bucket) for shard in shards)
         if lack := lack_of_room(out, needed + scratch_bytes(shards, contract)):
             say(f"note: {lack}")
         models = Models(checkpoint, device, precision, settings, clock)
-        if shards or (established and not (out / EMPTY_CAPTION_FILE).exists()):
+        no_empty_caption = established and not (out / EMPTY_CAPTION_FILE).exists()
+        work = list(rounds(shards, contract)) if shards or no_empty_caption else []
+        dropped = 0 if work else _begin(settings, origin, part.of(plan.drops), outcome, clock)
+        if work:
             checkpoint.check_weights("text_encoder", "vae")  # before hours of T5, not after
-            for round_ in rounds(shards, contract):
-                with TextStore(out) as text:
-                    contract = models.embed_captions(round_, text, contract)
-                    total = sum(len(shard.samples) for shard in round_)
-                    latents = models.latents
-                    outcome.encoder = latents.choice
-                    with clock("encode"), Progress("Encoding", total) as bar:
-                        Engine(
-                            out=out,
-                            root=settings.root,
-                            contract=contract,
-                            cut=settings.cut,
-                            latents=latents,
-                            text=text,
-                            pool=pool,
-                            outcome=outcome,
-                            advance=lambda bar=bar: bar.advance(outcome.waits_for),  # type: ignore[misc]
-                        ).encode(round_)
+        for round_ in work:
+            with TextStore(out) as text:
+                contract = models.embed_captions(round_, text, contract)
+                latents = models.latents
+                outcome.encoder = latents.choice
+                if round_ is work[0]:
+                    dropped = _begin(settings, origin, part.of(plan.drops), outcome, clock)
+                total = sum(len(shard.samples) for shard in round_)
+                with clock("encode"), Progress("Encoding", total) as bar:
+                    Engine(
+                        out=out,
+                        root=settings.root,
+                        contract=contract,
+                        cut=settings.cut,
+                        latents=latents,
+                        text=text,
+                        pool=pool,
+                        outcome=outcome,
+                        advance=lambda bar=bar: bar.advance(outcome.waits_for),  # type: ignore[misc]
+                    ).encode(round_)
     report = make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device.type)
     if not report.unfinished:
         cache.discard()
     return report
 
 
-def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, cache: SurveyCache) -> tuple[Survey, Plan]:
+def survey_and_plan(
+    settings: PlanSettings, contract: Contract, committed: Committed, pool: Pool, cache: SurveyCache
+) -> tuple[Survey, Plan]:
     """Identify every sample of the data root and place it.
 
     Raises:
@@ -185,7 +206,6 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, cach
         ShardError: a record is damaged.
     """
     data = settings.read_lists(contract.task).trusted()
-    committed = scan(settings.out)
     with Progress("Checking", len({sample.source for sample in data.samples})) as bar:
         found = survey(
             data,
@@ -194,14 +214,12 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, cach
             buckets=settings.buckets,
             cut=settings.cut,
             holdout=settings.holdout,
+            before=remembered_holdout(settings.out, committed),
             pool=pool,
             advance=bar.advance,
             cache=cache,
         )
-    held = {
-        candidate.clip.sha256 for candidate, split in zip(found.candidates, found.splits, strict=True) if split == "val"
-    }
-    settings.check_holdout(held=len(held), of=len({candidate.clip.sha256 for candidate in found.candidates}))
+    settings.check_holdout(held=len(found.holdout.clips & found.clips), of=len(found.clips))
     chunk = {bucket: settings.samples_a_shard(_sample_bytes(contract, bucket)) for bucket in settings.buckets}
     plan = make_plan(
         found.candidates,
@@ -211,8 +229,10 @@ def survey_and_plan(settings: PlanSettings, contract: Contract, pool: Pool, cach
         committed,
         bucket_order=settings.buckets,
         chunk=chunk,
+        kept=[one.key for one in found.kept],
     )
-    return found, plan
+    # No clip at all can be read: rather a disk that is not there than an order to drop everything.
+    return found, plan if found.candidates else replace(plan, drops=[])
 
 
 def _sample_bytes(contract: Contract, bucket: Resolution) -> int:
@@ -287,6 +307,18 @@ def _text_bytes(contract: Contract) -> int:
     return contract.text_tokens * contract.text_dim * item_bytes(contract.dtype)
 
 
+def _begin(settings: EncodeSettings, origin: Origin, drops: Sequence[Drop], outcome: Outcome, clock: Clock) -> int:
+    """The first change to what the folder holds: whose its samples are, and what goes.
+
+    Returns:
+        The samples dropped.
+    """
+    with clock("drop"), disk_errors(settings.out):
+        if origin != read_origin(settings.out):
+            origin.write(settings.out)
+        return _drop_gone(settings, drops, outcome)
+
+
 def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome) -> int:
     """Rewrite the shards that have lost samples; returns how many samples were dropped."""
     dropped = 0
@@ -297,12 +329,3 @@ def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome
         except ShardBusy:
             outcome.busy.append((drop.split, drop.number))
     return dropped
-
-
-def _plan_rejected_anew(out: Path) -> None:
-    """Take the rows of rejected samples out of the records, so that they are planned as new ones."""
-    for split, number, path in records_in(out):
-        rows = read_record(path).rows
-        if any(row.status != "ok" for row in rows):
-            with suppress(ShardBusy):
-                drop_samples(split_folder(out, split), number, lambda row: row.status == "ok")

@@ -20,8 +20,9 @@ from cogcommon.families import Resolution
 from cogcommon.records import SampleRow
 
 from .clip import Fault
+from .completion import Writer, open_shard
 from .cut import Cut
-from .decode import Clip, decode_clip
+from .decode import Clip
 from .disk import ShardBusy
 from .encoder_choice import Choice
 from .gpu_time import GpuTime
@@ -29,6 +30,7 @@ from .output import Split, split_folder
 from .plan import PlannedSample, PlannedShard, Rejected
 from .pool import Pool
 from .shards import ShardDone, ShardWriter
+from .surveyed import decode_as_surveyed
 from .text import TextStore
 from .vae import LatentEncoder, Pending
 from .write_thread import WriteThread
@@ -45,6 +47,7 @@ class Outcome:
     recovered: int = 0  # taken over from what a killed run had written
     elsewhere: int = 0  # committed by another process after the plan was made
     rejected: list[Rejected] = field(default_factory=list)
+    postponed: list[Rejected] = field(default_factory=list)  # left out of the records; the next run tries again
     busy: list[tuple[Split, int]] = field(default_factory=list)  # shards that another process writes
     tiled: int = 0
     truncated: int = 0  # captions longer than the model's text
@@ -64,7 +67,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Decode:
-    writer: ShardWriter
+    writer: Writer
     planned: PlannedSample
 
 
@@ -76,7 +79,7 @@ class _LeftBehind:
 
 @dataclass(frozen=True)
 class _Commit:
-    writer: ShardWriter
+    writer: Writer
 
 
 class Engine:
@@ -116,7 +119,7 @@ class Engine:
         self._pool = pool
         self._outcome = outcome
         self._advance = advance
-        self._open: list[ShardWriter] = []
+        self._open: list[Writer] = []
         self._flight: deque[tuple[Pending | None, Callable[[], None]]] = deque()  # in order, for the writer
 
     def encode(self, shards: Sequence[PlannedShard]) -> None:
@@ -136,7 +139,7 @@ class Engine:
         self._outcome.gpu.pause()
         try:
             with WriteThread() as thread:
-                clips = self._pool.run(decode_clip, requests(), window=self._window(shards))
+                clips = self._pool.run(decode_as_surveyed, requests(), window=self._window(shards))
                 while True:
                     started = time.perf_counter()
                     clip = next(clips, None)
@@ -163,7 +166,8 @@ class Engine:
             try:
                 folder = split_folder(self._out, shard.split)
                 folder.mkdir(parents=True, exist_ok=True)
-                writer = ShardWriter(folder, shard.number, self._contract, {p.key for p in shard.samples})
+                keys = {planned.key for planned in shard.samples}
+                writer = open_shard(folder, shard.number, self._contract, keys, completes=shard.completes)
             except ShardBusy:
                 self._outcome.busy.append((shard.split, shard.number))
                 continue
@@ -171,16 +175,20 @@ class Engine:
                 self._outcome.elsewhere += len(shard.samples)
                 continue
             self._open.append(writer)
-            left_behind = writer.left_behind()
+            left_behind = writer.left_behind() if isinstance(writer, ShardWriter) else set()
             for planned in shard.samples:
-                yield (_LeftBehind if planned.key in left_behind else _Decode)(writer, planned)
+                if isinstance(writer, ShardWriter) and planned.key in left_behind:
+                    yield _LeftBehind(writer, planned)
+                else:
+                    yield _Decode(writer, planned)
             yield _Commit(writer)
 
     def _request(self, planned: PlannedSample) -> tuple[Any, ...]:
         sample = planned.sample
         image = self._root / sample.image if sample.image else None
         fps = self._contract.family_row.fps
-        return self._root / sample.source, planned.bucket, self._cut, fps, planned.key, image
+        expected = planned.clip, planned.image_sha256
+        return *expected, self._root / sample.source, planned.bucket, self._cut, fps, planned.key, image
 
     def _window(self, shards: Sequence[PlannedShard]) -> int:
         largest = max((_clip_bytes(shard.bucket) for shard in shards), default=1)
@@ -188,21 +196,26 @@ class Engine:
 
     def _pass(self, step: _Decode | _LeftBehind | _Commit) -> None:
         """Queue a step that needs no clip."""
-        writer = step.writer
         if isinstance(step, _LeftBehind):
-            row = planned_row(step.planned)
-            self._flight.append((None, lambda: writer.add_left_behind(row)))
+            left, row = step.writer, planned_row(step.planned)
+            self._flight.append((None, lambda: left.add_left_behind(row)))
             self._outcome.recovered += 1
             self._advance()
         else:
+            writer = step.writer
             self._flight.append((None, lambda: self._commit(writer)))
 
-    def _commit(self, writer: ShardWriter) -> None:
+    def _commit(self, writer: Writer) -> None:
         writer.commit()
         self._open.remove(writer)
 
     def _encode_one(self, step: _Decode, clip: Clip | Fault) -> None:
         writer, row = step.writer, planned_row(step.planned)
+        if isinstance(clip, Fault) and clip.passing:
+            self._outcome.postponed.append(Rejected(step.planned.sample, clip.reason, passing=True))
+            self._flight.append((None, lambda: writer.postpone(row.key)))
+            self._advance()
+            return
         if isinstance(clip, Fault):
             self._outcome.rejected.append(Rejected(step.planned.sample, clip.reason))
             rejected = replace(row, status="rejected", reason=clip.reason)
@@ -247,7 +260,7 @@ class Engine:
             if pending is not None:
                 self._advance()
 
-    def _write(self, writer: ShardWriter, row: SampleRow, pending: Pending) -> None:
+    def _write(self, writer: Writer, row: SampleRow, pending: Pending) -> None:
         latents = pending.latents()
         text_LD, facts = self._text.read(row.caption)
         self._outcome.truncated += facts.truncated

@@ -78,16 +78,18 @@ def encode_in_parts(settings: EncodeSettings, part: Slice, parts: int) -> Report
 
 def _read_report(out: Path, own: Slice) -> Report:
     values = json.loads((out / Report.name_of(own)).read_bytes())
-    values["rejections"] = [Rejection(**rejection) for rejection in values["rejections"]]
+    for name in ("rejections", "kept_samples", "postponed_samples"):
+        values[name] = [Rejection(**sample) for sample in values[name]]
     return Report(**values)
 
 
 def add_up(reports: Sequence[Report], part: Slice, total_s: float) -> Report:
     """One report of many slices: counts are summed, what every slice says alike is said once."""
     first = reports[0]
-    rejections = {
-        (rejection.line, rejection.source): rejection for report in reports for rejection in report.rejections
-    }
+    rejections, kept, postponed = (
+        sorted({sample for report in reports for sample in getattr(report, name)}, key=lambda sample: sample.line)
+        for name in ("rejections", "kept_samples", "postponed_samples")
+    )
     # A slice that ended early saw the others' shards unfinished; what is missing now, all miss.
     unfinished = set.intersection(*(set(report.unfinished) for report in reports))
     slowest = max(reports, key=lambda report: report.seconds["total"])
@@ -97,7 +99,11 @@ def add_up(reports: Sequence[Report], part: Slice, total_s: float) -> Report:
         recovered=sum(report.recovered for report in reports),
         dropped=sum(report.dropped for report in reports),
         rejected=len(rejections),
-        rejections=[rejections[key] for key in sorted(rejections)],
+        rejections=rejections,
+        kept=len(kept),
+        kept_samples=kept,
+        postponed=len(postponed),
+        postponed_samples=postponed,
         seconds={**slowest.seconds, "total": round(total_s, 3)},
         clips_per_minute=round(sum(report.clips_per_minute for report in reports), 2),
         bound_by=slowest.bound_by,

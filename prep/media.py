@@ -26,6 +26,7 @@ from av.video.reformatter import VideoReformatter
 
 from .clip import BadClip, ClipFacts
 from .container import decode, open_video, video_streams, words_of
+from .heartbeat import beat
 from .picture import Colour, Pixels, Tags, Turn, colour_of, to_rgb, turn_of
 from .source_file import hash_file, refuse_special
 from .times import read_times, usual_rate
@@ -193,6 +194,7 @@ class Video:
         expected = 0
         try:
             for frame in decode(container, stream):
+                beat()
                 if frame.is_corrupt:
                     raise BadClip(f"frame {expected} is damaged")
                 index = self._times.index_of(frame, expected)

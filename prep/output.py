@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +18,10 @@ from cogcommon.files import commit_bytes
 from cogcommon.names import command_line
 from cogcommon.records import read_table, record_name, tar_name
 from cogcommon.typed import build, parse_object
+from cogcommon.words import counted
 
 from .clip import Hashed
+from .holdout import Holdout
 from .lists import DataSet, read_lists
 from .proof import ORIGIN_FILE, refuse_foreign
 from .settings import PlanSettings
@@ -49,21 +51,43 @@ class Placed:
     source_sha256: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A sample that a committed shard has a place for, and nothing in it yet."""
+
+    number: int
+    place: int
+
+
+def _no_waiting() -> Mapping[Split, Mapping[str, Waiting]]:
+    return {split: {} for split in SPLITS}
+
+
 @dataclass(frozen=True)
 class Committed:
     """Everything that the records of a folder say, by split and key."""
 
     samples: Mapping[Split, Mapping[str, Placed]]
     hashes: Mapping[str, Hashed]  # by source, as the list names it
+    waiting: Mapping[Split, Mapping[str, Waiting]] = field(default_factory=_no_waiting)
+    out: Path | None = None  # the folder, for what is looked up only seldom
+
+    def clips(self, split: Split) -> set[bytes]:
+        """Content hashes of the clips that a split has."""
+        return {placed.source_sha256 for placed in self.samples[split].values()} - {b""}
 
 
-def scan(out: Path) -> Committed:
+def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
     """Read the records of a folder.
+
+    Args:
+        retry_rejected: a rejected sample counts as one that waits.
 
     Raises:
         ShardError: a record is damaged, or a tar has not the size that its record says.
     """
     samples: dict[Split, dict[str, Placed]] = {split: {} for split in SPLITS}
+    waiting: dict[Split, dict[str, Waiting]] = {split: {} for split in SPLITS}
     hashes: dict[str, Hashed] = {}
     for split, number, path in records_in(out):
         header, table = read_table(path, _SCANNED)
@@ -71,11 +95,20 @@ def scan(out: Path) -> Committed:
         if not tar.exists():  # `settle` removes such a record, unless a live process is at it
             continue
         _check_size(tar, header.tar_size)
-        columns = (table.column(name).to_pylist() for name in _SCANNED)
+        columns = [table.column(name).to_pylist() for name in _SCANNED]
+        lacking = {key for _, key in header.waiting}
         for key, _status, reason, source, size, mtime_ns, sha256 in zip(*columns, strict=True):
-            samples[split][key] = Placed(number, reason, sha256)
             hashes[source] = Hashed(size, mtime_ns, sha256)
-    return Committed(samples, hashes)
+            if reason and retry_rejected:
+                lacking.add(key)
+            else:
+                samples[split][key] = Placed(number, reason, sha256)
+        if lacking:
+            order = columns[0]
+            for place, key in header.waiting:
+                order.insert(place, key)
+            waiting[split] |= {key: Waiting(number, place) for place, key in enumerate(order) if key in lacking}
+    return Committed(samples, hashes, waiting, out)
 
 
 def _check_size(tar: Path, recorded: int) -> None:
@@ -155,10 +188,22 @@ class Origin:
     videos: str
     images: str | None
     id_token: str
+    holdout: int = 0  # clips that were asked for
+    held_out: Sequence[str] = ()  # and those chosen: content hashes in hex, ascending
 
     @classmethod
-    def of(cls, settings: PlanSettings) -> Origin:
-        return cls(str(settings.root.resolve()), settings.prompts, settings.videos, settings.images, settings.id_token)
+    def of(cls, settings: PlanSettings, holdout: Holdout) -> Origin:
+        """Where the samples of an encode come from, and which clips it sets aside."""
+        held_out = sorted(clip.hex() for clip in holdout.clips)
+        root = str(settings.root.resolve())
+        lists = settings.prompts, settings.videos, settings.images
+        return cls(root, *lists, settings.id_token, holdout.count, held_out)
+
+    @property
+    def lists(self) -> str:
+        """The data root and the lists in it, in words."""
+        images = "" if self.images in (None, "images.txt") else f", {self.images}"
+        return f"{self.data_root} ({self.videos}, {self.prompts}{images})"
 
     def read_lists(self, task: Task) -> DataSet:
         """The lists as they are now.
@@ -186,22 +231,40 @@ def read_origin(out: Path) -> Origin | None:
         origin = build(Origin, parse_object((out / ORIGIN_FILE).read_bytes()))
         if b"\0" in b"".join(map(os.fsencode, (origin.data_root, origin.prompts, origin.videos, origin.images or ""))):
             raise ValueError("no path")
-        return origin
+        _ = [bytes.fromhex(clip) for clip in origin.held_out]
     except (OSError, ValueError):  # also of what os.fsencode cannot take
         return None
+    return origin
 
 
-def guard_foreign_root(out: Path, origin: Origin) -> None:
-    """Refuse to drop every sample because another data root was named by mistake.
+def remembered_holdout(out: Path, committed: Committed) -> Holdout:
+    """The clips that the folder sets aside, as its origin says; an older folder says it by what is in val/."""
+    origin = read_origin(out)
+    if origin is not None and (origin.holdout or origin.held_out):
+        return Holdout(origin.holdout, frozenset(map(bytes.fromhex, origin.held_out)))
+    clips = committed.clips("val")
+    return Holdout(len(clips), frozenset(clips))
+
+
+def guard_other_data(out: Path, origin: Origin, dropped: int) -> None:
+    """Refuse to drop samples because other data was named: by mistake, or to try something.
+
+    Args:
+        origin: of the encode that would drop them.
+        dropped: samples that would go.
 
     Raises:
-        DataRootError: the folder was encoded from another data root.
+        DataRootError: the folder was encoded from another data root, or other lists, or does not say from which.
     """
     before = read_origin(out)
-    if before is not None and before.data_root != origin.data_root:
-        raise DataRootError(
-            f"{out} holds nothing of this data root, and would lose all that it holds",
-            where=f"{origin.data_root}; {out} was encoded from {before.data_root}",
-            fix="--out ANOTHER; or start over, after "
-            f"`{command_line('cogprep', 'clean-cache', '--out', out, '--all')}`",
-        )
+    if not dropped or (before is not None and before.lists == origin.lists):
+        return
+    was = (
+        f"it was encoded from {before.lists}" if before else f"its {ORIGIN_FILE} does not say what it was encoded from"
+    )
+    raise DataRootError(
+        f"{out} would lose {counted(dropped, 'sample')} that are not in this data",
+        where=f"{was}\n       this is {origin.lists}",
+        fix=f"--out ANOTHER keeps both; --replace drops them, if {out} is to follow this data from now on; "
+        f"or start over, after `{command_line('cogprep', 'clean-cache', '--out', out, '--all')}`",
+    )

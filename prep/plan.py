@@ -1,7 +1,8 @@
 """The plan: which sample goes to which shard, what is reused, what is dropped.
 
 A pure function of the lists, the content of the clips, the settings and the
-committed shards. What exists keeps its shard; what is new is grouped by bucket
+committed shards. What exists keeps its shard; what a shard still waits for gets
+its place in it; what is new is grouped by bucket
 in list order, cut into chunks, and given the lowest free numbers. Committed
 shards are whole chunks, so after a kill, or under another division among
 workers, the rest is cut at the same places and gets the same numbers.
@@ -13,7 +14,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cogcommon.contract import Contract
@@ -49,11 +50,12 @@ class PlannedShard:
     number: int
     bucket: Resolution
     samples: Sequence[PlannedSample]
+    completes: bool = False  # it is committed, and lacks these samples
 
 
 @dataclass(frozen=True)
 class Drop:
-    """A committed shard that has lost samples; ``keep`` may be empty."""
+    """A committed shard that has lost samples; ``keep`` may be empty. ``dropped`` counts those with tensors."""
 
     split: Split
     number: int
@@ -66,10 +68,11 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A sample that gets no tensors, and why."""
+    """A sample that gets no tensors, and why; a passing reason is no verdict, and the next run tries again."""
 
     sample: Sample
     reason: str
+    passing: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,19 +109,6 @@ def with_keys(candidates: Sequence[Candidate], contract: Contract) -> list[str]:
     return keys
 
 
-def choose_splits(candidates: Sequence[Candidate], holdout: int, committed: Committed) -> list[Split]:
-    """Which split each candidate belongs to.
-
-    ``holdout`` clips with the smallest content hash go to validation, with all their captions, so
-    that no clip is in both. Those that are there already stay, so that a new clip never moves one.
-    """
-    present = {candidate.clip.sha256 for candidate in candidates}
-    stay = sorted({placed.source_sha256 for placed in committed.samples["val"].values()} & present)[:holdout]
-    fill = sorted(present - set(stay))[: holdout - len(stay)]
-    chosen = {*stay, *fill}
-    return ["val" if candidate.clip.sha256 in chosen else "train" for candidate in candidates]
-
-
 def make_plan(
     candidates: Sequence[Candidate],
     keys: Sequence[str],
@@ -128,6 +118,7 @@ def make_plan(
     *,
     bucket_order: Sequence[Resolution],
     chunk: Mapping[Resolution, int],
+    kept: Collection[str] = (),
 ) -> Plan:
     """See the module.
 
@@ -139,6 +130,7 @@ def make_plan(
         committed: what the folder holds.
         bucket_order: in which buckets get their numbers.
         chunk: samples a shard, by bucket.
+        kept: keys of committed samples that stay although they are no candidates.
     """
     shards: list[PlannedShard] = []
     drops: list[Drop] = []
@@ -146,31 +138,46 @@ def make_plan(
     reused = 0
     for split in SPLITS:
         placed = committed.samples[split]
-        kept: dict[int, set[str]] = defaultdict(set)
+        waiting = committed.waiting[split]
+        stay: dict[int, set[str]] = defaultdict(set)
+        for key in kept:
+            if key in placed:
+                stay[placed[key].number].add(key)
+        complete: dict[int, list[PlannedSample]] = defaultdict(list)
         new: dict[Resolution, list[PlannedSample]] = defaultdict(list)
         for candidate, key, chosen in zip(candidates, keys, splits, strict=True):
             if chosen != split:
                 continue
             if there := placed.get(key):
-                kept[there.number].add(key)
+                stay[there.number].add(key)
                 if there.reason:
                     rejected.append(Rejected(candidate.sample, there.reason))
                 else:
                     reused += 1
             else:
                 bucket = buckets[key]
-                new[bucket].append(PlannedSample(key, candidate.sample, candidate.clip, candidate.image_sha256, bucket))
+                planned = PlannedSample(key, candidate.sample, candidate.clip, candidate.image_sha256, bucket)
+                if key in waiting:
+                    complete[waiting[key].number].append(planned)
+                else:
+                    new[bucket].append(planned)
+        for number, samples in sorted(complete.items()):
+            samples.sort(key=lambda planned: waiting[planned.key].place)
+            shards.append(PlannedShard(split, number, samples[0].bucket, samples, completes=True))
         sizes = Counter(there.number for there in placed.values())
+        lost = Counter(
+            there.number for key, there in placed.items() if not there.reason and key not in stay[there.number]
+        )
         drops += [
-            Drop(split, number, frozenset(kept[number]), size - len(kept[number]))
+            Drop(split, number, frozenset(stay[number] | {planned.key for planned in complete[number]}), lost[number])
             for number, size in sorted(sizes.items())
-            if len(kept[number]) < size
+            if len(stay[number]) < size
         ]
-        free = (number for number in itertools.count() if not kept.get(number))
+        free = (number for number in itertools.count() if not stay.get(number) and not complete.get(number))
         for bucket in bucket_order:
-            waiting = new[bucket]
-            for start in range(0, len(waiting), chunk[bucket]):
-                shards.append(PlannedShard(split, next(free), bucket, waiting[start : start + chunk[bucket]]))
+            todo = new[bucket]
+            for start in range(0, len(todo), chunk[bucket]):
+                shards.append(PlannedShard(split, next(free), bucket, todo[start : start + chunk[bucket]]))
     return Plan(shards, drops, reused, rejected)
 
 

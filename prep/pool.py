@@ -1,8 +1,9 @@
 """A pool of child processes for work that may crash or hang in native code.
 
 FFmpeg reads whatever files people have. One that makes it crash or loop must
-cost only that clip, so every clip is read in a spawned child: a child that dies or
-overruns is killed and replaced, and its clip becomes a `Fault`. Results come in
+cost only that clip, so every clip is read in a spawned child. A child that dies, or
+gives no sign of life for too long (`heartbeat`), is replaced and its task is tried once
+more; then it becomes a `Fault` that is no verdict on the clip. Results come in
 the order of the tasks through a window of fixed length, so memory is bounded by
 the window however many clips there are.
 
@@ -32,12 +33,15 @@ from typing import Any, Generic, TypeVar
 from cogcommon.errors import CogError
 
 from .clip import Fault
-from .pool_child import serve
+from .heartbeat import TIMEOUT_S
+from .pool_child import BEAT, serve
 
 R = TypeVar("R")
 
-TIMEOUT_S = 300.0  # a minute of 4K decodes in about 40 s on one core
-_START_S = 60.0  # a child that has not imported its modules by then never will
+_START_S = 180.0  # a child that has not imported its modules by then never will
+_TRIES = 2  # of a task whose child died, hung, or ran out of memory
+_STARTS = 4  # children in a row that died while they started, none of them running: it is not chance
+_PAUSE_S = 1.0  # before the next start after one that failed
 
 
 def default_workers() -> int:
@@ -54,6 +58,7 @@ class _Ticket(Generic[R]):
     call: bytes
     done: threading.Event = field(default_factory=threading.Event)
     result: R | Fault | None = None
+    tries: int = 0
 
     def finish(self, result: R | Fault) -> None:
         self.result = result
@@ -68,8 +73,13 @@ class _Child:
         context = multiprocessing.get_context("spawn")
         self.pipe, far_end = context.Pipe()
         self.process = context.Process(target=serve, args=(far_end,), name="cogprep-decode", daemon=True)
-        self.process.start()
-        far_end.close()
+        try:
+            self.process.start()
+        except BaseException:
+            self.pipe.close()
+            raise
+        finally:
+            far_end.close()
         self.ready = False
         self.ticket: _Ticket[Any] | None = None
         self.deadline = time.monotonic() + _START_S
@@ -80,8 +90,11 @@ class _Child:
         self.pipe.send_bytes(ticket.call)
 
     def take(self) -> Any:
-        """The result that lies in the pipe. Raises EOFError or OSError when the child died."""
-        body, sizes = self.pipe.recv()
+        """The result that lies in the pipe, or `BEAT`. Raises EOFError or OSError when the child died."""
+        message = self.pipe.recv()
+        if message == BEAT:
+            return BEAT
+        body, sizes = message
         if not sizes:
             return pickle.loads(body)
         # The parent holds the only reference: the mapping goes when the last array over it goes.
@@ -98,7 +111,7 @@ class _Child:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(10)  # one that waits for a dead network disk cannot even be killed
         self.pipe.close()
 
 
@@ -110,7 +123,7 @@ class Pool:
 
     Args:
         workers: child processes.
-        timeout_s: a task that takes longer is stopped and becomes a `Fault`.
+        timeout_s: a child that gives no sign of life for longer is stopped.
     """
 
     def __init__(self, workers: int, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -120,6 +133,8 @@ class Pool:
         self._waiting: deque[_Ticket[Any]] = deque()
         self._children: list[_Child] = []
         self._failure: CogError | None = None
+        self._failed_starts = 0  # in a row
+        self._next_start = 0.0  # not before this time
         self._closing = False
         self._wake_out, self._wake_in = os.pipe()
         self._thread = threading.Thread(target=self._pump, name="cogprep-pool", daemon=True)
@@ -141,7 +156,7 @@ class Pool:
         """``function(*task)`` for every task, in order.
 
         Args:
-            function: importable in a child; its exceptions become `Fault`s.
+            function: importable in a child; its exceptions become passing `Fault`s.
             tasks: argument tuples, read as the window moves on, in the caller's thread.
             window: tasks under way or finished and not yet taken; twice the workers by default.
 
@@ -181,8 +196,10 @@ class Pool:
             while not self._closing:
                 self._hand_out()
                 now = time.monotonic()
-                busy = [child for child in self._children if child.ticket is not None or not child.ready]
-                soonest = min((child.deadline - now for child in busy), default=None)
+                due = [child.deadline for child in self._children if child.ticket is not None or not child.ready]
+                if self._waiting and self._next_start > now:
+                    due.append(self._next_start)
+                soonest = min((time_ - now for time_ in due), default=None)
                 pipes = {child.pipe: child for child in self._children}
                 for event in wait([*pipes, self._wake_out], None if soonest is None else max(soonest, 0)):
                     if event == self._wake_out:
@@ -215,46 +232,81 @@ class Pool:
                     return
                 try:
                     idle[0].give(ticket, self.timeout_s)
-                except OSError:  # it died while idle; the pipe's end tells `_collect`
-                    self._bury(idle[0], None)
+                except OSError:  # it died while idle, so it is not the task's doing
+                    idle[0].ticket = None
                     self._waiting.appendleft(ticket)
+                    self._bury(idle[0], "")
                 continue
             starting = sum(not child.ready for child in self._children)
-            if len(self._children) < self.workers and starting < len(self._waiting):
-                self._children.append(_Child())
+            if (
+                len(self._children) < self.workers
+                and starting < len(self._waiting)
+                and time.monotonic() >= self._next_start
+            ):
+                self._start()
                 continue
             return
+
+    def _start(self) -> None:
+        try:
+            self._children.append(_Child())
+        except OSError as error:  # no more processes, memory or descriptors, for now
+            self._count_failed_start(error.strerror or str(error))
 
     def _collect(self, child: _Child) -> None:
         try:
             result = child.take()
         except (EOFError, OSError):
             child.process.join(5)
-            self._bury(child, Fault(f"the decoder crashed on it: {_ending(child.process.exitcode)}"))
+            self._bury(child, f"the decoder crashed on it: {_ending(child.process.exitcode)}")
+            return
+        if result is BEAT:
+            child.deadline = time.monotonic() + self.timeout_s
             return
         if not child.ready:
             child.ready = True
+            self._failed_starts = 0
             return
         ticket, child.ticket = child.ticket, None
         if ticket is not None:
+            self._settle(ticket, result)
+
+    def _settle(self, ticket: _Ticket[Any], result: Any) -> None:
+        """A task has its result, unless that is a passing fault of its first try."""
+        ticket.tries += 1
+        if isinstance(result, Fault) and result.passing and ticket.tries < _TRIES:
+            self._waiting.appendleft(ticket)
+        else:
             ticket.finish(result)
 
     def _stop_late(self) -> None:
         now = time.monotonic()
         for child in list(self._children):
             if (child.ticket is not None or not child.ready) and now > child.deadline:
-                self._bury(child, Fault(f"gave no result in {self.timeout_s:g} s; the decoder was stopped"))
+                self._bury(child, f"gave no sign of life for {self.timeout_s:g} s; the decoder was stopped")
 
-    def _bury(self, child: _Child, fault: Fault | None) -> None:
+    def _bury(self, child: _Child, why: str) -> None:
+        """Part with a child; the task that it had is tried once more, or has a fault."""
         self._children.remove(child)
         child.stop()
         if not child.ready:
+            self._count_failed_start(_ending(child.process.exitcode))
+        elif child.ticket is not None:
+            self._settle(child.ticket, Fault(why, passing=True))
+
+    def _count_failed_start(self, why: str) -> None:
+        """It may be the moment (memory was short), unless no child comes up any more.
+
+        Raises:
+            CogError: then.
+        """
+        self._failed_starts += 1
+        self._next_start = time.monotonic() + _PAUSE_S
+        if self._failed_starts >= _STARTS and not any(child.ready for child in self._children):
             raise CogError(
-                f"the decode processes cannot start: {_ending(child.process.exitcode)}",
+                f"the decode processes cannot start: {why}",
                 fix="look at the messages above; often it is too little memory for --workers processes",
             )
-        if child.ticket is not None and fault is not None:
-            child.ticket.finish(fault)
 
 
 def _ending(exitcode: int | None) -> str:

@@ -14,7 +14,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from . import heartbeat
 from .clip import Fault
+
+BEAT = "beat"  # in place of an answer: the work gets on
 
 
 def serve(pipe: Connection) -> None:
@@ -22,6 +25,7 @@ def serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     _answer(pipe, None)
+    heartbeat.listen(lambda: pipe.send(BEAT))
     while True:
         try:
             function, task = pickle.loads(pipe.recv_bytes())
@@ -30,10 +34,11 @@ def serve(pipe: Connection) -> None:
         try:
             result = function(*task)
         except MemoryError:
-            result = Fault("out of memory")
-        except Exception as error:  # one clip's oddity must not end a run of days
+            result = Fault("out of memory", passing=True)
+        except Exception as error:  # one clip's oddity must not end a run of days; nor is our defect its fault
             at = traceback.extract_tb(error.__traceback__)[-1]
-            result = Fault(f"unexpected {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})")
+            where = f"{Path(at.filename).name}:{at.lineno}"
+            result = Fault(f"unexpected {type(error).__name__}: {error} ({where})", passing=True)
         try:
             _answer(pipe, result)
         except (BrokenPipeError, ConnectionResetError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,7 @@ Bound = Literal["decode", "vae", "disk", "nothing"]
 
 @dataclass(frozen=True)
 class Rejection:
-    """A sample without tensors: where the lists name it, and why."""
+    """A sample that could not be encoded: where the lists name it, and why."""
 
     line: int
     source: str
@@ -57,7 +57,11 @@ class Report:
     reused: int
     rejected: int
     dropped: int
+    kept: int  # their lines are there, their clips cannot be read now; what was encoded of them stays
+    postponed: int  # left out of the records, for the next run to try again
     rejections: Sequence[Rejection]
+    kept_samples: Sequence[Rejection]
+    postponed_samples: Sequence[Rejection]
     seconds: dict[str, float]
     clips_per_minute: float
     bound_by: Bound
@@ -86,6 +90,16 @@ class Report:
             commit_bytes(path, self.to_json().encode())
         return path
 
+    @property
+    def trouble(self) -> str:
+        """What `--strict` objects to, in words; empty without any."""
+        counts = {
+            "rejected": self.rejected,
+            "left for the next run": self.postponed,
+            "kept, though it cannot be read now": self.kept,
+        }
+        return "; ".join(f"{counted(count, 'clip')} {what}" for what, count in counts.items() if count)
+
     @staticmethod
     def name_of(part: Slice) -> str:
         return "report.json" if part.count == 1 else f"report-{part.index}-of-{part.count}.json"
@@ -106,7 +120,10 @@ def make_report(
     device: str,
 ) -> Report:
     """Put together what every stage found out."""
-    rejected = sorted([*found.rejected, *plan.rejected, *outcome.rejected], key=lambda r: r.sample.line)
+    unusable = [*found.rejected, *plan.rejected, *outcome.rejected, *outcome.postponed]
+    rejected = _by_line(one for one in unusable if not one.passing)
+    postponed = _by_line(one for one in unusable if one.passing)
+    kept = _by_line(one.line for one in found.kept if one.status == "ok")
     bound = what_bound(outcome.decode_wait_s, outcome.vae_s, outcome.write_wait_s)
     encode_s = seconds.get("encode", 0.0) - outcome.warm_up_s
     if outcome.warm_up_s:
@@ -124,7 +141,11 @@ def make_report(
         reused=reused,
         rejected=len(rejected),
         dropped=dropped,
-        rejections=[Rejection.of(sample) for sample in rejected],
+        kept=len(kept),
+        postponed=len(postponed),
+        rejections=rejected,
+        kept_samples=kept,
+        postponed_samples=postponed,
         seconds={name: round(value, 3) for name, value in {**seconds, **waits}.items()},
         clips_per_minute=round(60 * outcome.encoded / encode_s, 2) if encode_s else 0.0,
         bound_by=bound,
@@ -137,7 +158,7 @@ def make_report(
         unfinished_slices=[
             f"{index}/{part.count}" for index in sorted({part.index_of(shard.number) for shard in missing})
         ],
-        usable=bool(reused or outcome.encoded or outcome.recovered or missing or part.count > 1),
+        usable=bool(reused or kept or outcome.encoded or outcome.recovered or missing or part.count > 1),
         out=str(settings.out),
         data_root=str(settings.root),
         model=checkpoint.name,
@@ -146,6 +167,10 @@ def make_report(
         vae_encoder=outcome.encoder.encoder,
         vae_difference=outcome.encoder.difference,
     )
+
+
+def _by_line(samples: Iterable[Rejected]) -> list[Rejection]:
+    return [Rejection.of(one) for one in sorted(samples, key=lambda one: one.sample.line)]
 
 
 def what_bound(decode_wait_s: float, vae_s: float, write_wait_s: float) -> Bound:
@@ -170,25 +195,19 @@ def advice_for(bound: Bound, workers: int, cores: int, device: str) -> str:
 
 def show(report: Report, console: Console, report_path: Path) -> None:
     """The summary, readable in 80 columns."""
-    if report.rejections:
-        table = Table(
-            title=f"{counted(report.rejected, 'clip')} rejected",
-            title_justify="left",
-            title_style="bold yellow",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        table.add_column("line", justify="right")
-        table.add_column("clip", overflow="fold")
-        table.add_column("reason", overflow="fold")
-        for rejection in report.rejections[:_SHOWN]:
-            table.add_row(str(rejection.line), rejection.source, rejection.reason)
-        if len(report.rejections) > _SHOWN:
-            table.add_row("", f"and {len(report.rejections) - _SHOWN} more", str(report_path))
-        console.print(table)
+    _show_samples(f"{counted(report.rejected, 'clip')} rejected", report.rejections, console, report_path)
+    _show_samples(
+        f"{counted(report.postponed, 'clip')} left for the next run, which tries again",
+        report.postponed_samples, console, report_path,
+    )  # fmt: skip
+    _show_samples(
+        f"{counted(report.kept, 'sample')} kept as encoded before: in the lists, but not to be read now",
+        report.kept_samples, console, report_path,
+    )  # fmt: skip
     parts = [f"encoded {report.encoded}"]
     for name, count in {
-        "recovered": report.recovered, "reused": report.reused, "rejected": report.rejected, "dropped": report.dropped,
+        "recovered": report.recovered, "reused": report.reused, "kept": report.kept, "rejected": report.rejected,
+        "left for the next run": report.postponed, "dropped": report.dropped,
     }.items():  # fmt: skip
         if count:
             parts.append(f"{name} {count}")
@@ -223,3 +242,17 @@ def show(report: Report, console: Console, report_path: Path) -> None:
         if any((out / "val").glob("*.tar")):
             line += f" --validate-shards {tars_in(out / 'val')}"
         console.print(line, soft_wrap=True)
+
+
+def _show_samples(title: str, samples: Sequence[Rejection], console: Console, report_path: Path) -> None:
+    if not samples:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold yellow", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("line", justify="right")
+    table.add_column("clip", overflow="fold")
+    table.add_column("reason", overflow="fold")
+    for sample in samples[:_SHOWN]:
+        table.add_row(str(sample.line), sample.source, sample.reason)
+    if len(samples) > _SHOWN:
+        table.add_row("", f"and {len(samples) - _SHOWN} more", str(report_path))
+    console.print(table)

@@ -11,9 +11,10 @@ from cogcommon.device import Precision
 from cogcommon.errors import SettingError
 from cogcommon.families import Resolution, Task
 from cogcommon.settings import setting
-from cogcommon.words import bytes_of
+from cogcommon.words import bytes_of, counted
 
 from .cut import Crop, Cut, Fit, FrameMode, Short
+from .heartbeat import TIMEOUT_S
 from .lists import DataSet, read_lists
 
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
@@ -74,7 +75,12 @@ class PlanSettings:
         "center", "which part --fit crop keeps; random depends on --seed and the clip's content", section="Cut"
     )
 
-    holdout: int = setting(0, "clips to set aside in OUT/val for validation, chosen by content", section="Shards")
+    holdout: int | None = setting(
+        None,
+        "clips to set aside in OUT/val for validation, chosen by content",
+        shown="as many as before, at first none",
+        section="Shards",
+    )
     shard_samples: int | None = setting(None, "samples per shard", shown="by --shard-bytes", section="Shards")
     shard_bytes: str = setting("1GB", "size of a shard, as 500MB or 2GB", section="Shards")
     posterior: Posterior = setting(
@@ -89,6 +95,11 @@ class PlanSettings:
     )
     seed: int = setting(42, "seed of every random choice", section="Encode")
     workers: int | None = setting(None, "processes that decode clips", shown="by cores", section="Work")
+    clip_timeout: float = setting(
+        TIMEOUT_S,
+        "seconds that a clip's decoder may take without getting any further, before it is stopped",
+        section="Work",
+    )
 
     def __post_init__(self) -> None:
         if self.data_root is None:
@@ -102,6 +113,10 @@ class PlanSettings:
             if value is not None and not least <= value < float("inf"):  # a NaN neither
                 flag = "--" + name.replace("_", "-")
                 raise SettingError(f"{value} is too small", where=flag, fix=f"{flag} {least} or more")
+        if not self.clip_timeout > 0:
+            raise SettingError(
+                f"{self.clip_timeout:g} is too small", where="--clip-timeout", fix=f"--clip-timeout {TIMEOUT_S:g}"
+            )
         if self.out.resolve() == self.root.resolve():
             raise SettingError(
                 "the shards would lie among your clips",
@@ -156,9 +171,9 @@ class PlanSettings:
         """
         if held and held >= of:
             raise SettingError(
-                f"--holdout {self.holdout} sets all {of} clips aside; none is left to train on",
+                f"all {counted(of, 'clip')} are set aside for validation; none is left to train on",
                 where="--holdout",
-                fix=f"--holdout {of - 1} or less" if of > 1 else "leave --holdout out",
+                fix=f"--holdout {of - 1} or less" if of > 1 else "--holdout 0",
             )
 
     def read_lists(self, task: Task) -> DataSet:
@@ -208,9 +223,17 @@ class EncodeSettings(PlanSettings):
         shown="1/1, or from RANK and WORLD_SIZE, an srun step, or JOB_COMPLETION_INDEX and JOB_COMPLETION_COUNT",
         section="Work",
     )
-    strict: bool = setting(False, "exit with 2 if any clip was rejected", section="Work")
+    strict: bool = setting(
+        False, "exit with 2 if any clip was rejected, left for the next run, or kept without its file", section="Work"
+    )
     retry_rejected: bool = setting(
         False, "try rejected clips again, which otherwise wait until their content or a setting changes", section="Work"
+    )
+    replace: bool = setting(
+        False, "drop what another data root, or other lists, have put into OUT and these have not", section="Work"
+    )
+    yes: bool = setting(
+        False, "do not ask before another --holdout moves clips between training and validation", section="Work"
     )
     json: bool = setting(False, "print the report as JSON", section="Work")
 

@@ -4,7 +4,8 @@ A sample is one contiguous run of bytes in the tar, its extent: two headers, the
 json, the safetensors, padding. A tar is extents back to back and zeros at the
 end, so a shard is rewritten by copying extents, and one hash answers for all of
 a sample. What a killed writer leaves behind is its temporary tar; the next one
-takes the whole extents in it over, so only the clips in flight are lost.
+takes the whole extents in it over, so only the clips in flight are lost. Samples
+lie in planned order whatever happened on the way, so the bytes are always the same.
 
 The names a shard goes through, and what each means::
 
@@ -19,10 +20,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from cogcommon.contract import Contract
 from cogcommon.errors import ShardError
@@ -30,7 +33,6 @@ from cogcommon.files import commit, commit_bytes, fsync_folder
 from cogcommon.names import command_line
 from cogcommon.records import (
     SampleRow,
-    ShardHeader,
     ShardRecord,
     extent_intact,
     read_record,
@@ -100,6 +102,13 @@ def read_tensors(tar: Path, row: SampleRow) -> dict[str, torch.Tensor]:
     return safetensors.torch.load(split_extent(extent, row)[1])
 
 
+class _LeftBehind(NamedTuple):
+    """A sample that a killed writer finished, and the file in which it lies."""
+
+    extent: Extent
+    stream: IO[bytes]
+
+
 class ShardWriter:
     """One shard from lock to commit.
 
@@ -108,6 +117,8 @@ class ShardWriter:
         number: of the shard.
         contract: of every sample in it.
         planned: keys of its samples; what a killed writer left is taken over only if it is planned.
+
+    Samples are given in planned order, by one of the ``add`` methods or `postpone`.
 
     Raises:
         ShardBusy: another live process writes it.
@@ -119,19 +130,22 @@ class ShardWriter:
         self.folder = folder
         self.number = number
         self.contract = contract
-        self._rows: list[SampleRow] = []
-        self._left_behind: dict[str, Extent] = {}
+        self._places: list[SampleRow | str] = []
+        self._left_behind: dict[str, _LeftBehind] = {}
+        self._in_place: deque[str] = deque()  # of those, the ones that lie where they may stay
+        self._end = 0  # of what was given
+        self._sources = ExitStack()  # open files that samples are taken over from
         with disk_errors(folder / tar_name(number)):
             self._stream = open_locked(folder / temporary_name(number))
             try:
-                _finish_rewrite(folder, number)
+                complete_rewrite(folder, number)
                 if (folder / record_name(number)).exists():
                     (folder / temporary_name(number)).unlink(missing_ok=True)
                     raise ShardDone
                 refuse_foreign(folder / tar_name(number))  # it would be replaced
-                self._take_over(set(planned))
+                self._take_over(planned)
             except BaseException:
-                self._stream.close()
+                self.abandon()
                 raise
 
     def left_behind(self) -> set[str]:
@@ -142,30 +156,46 @@ class ShardWriter:
         """Append an encoded sample. The row's extent is filled in here."""
         extent = make_extent(row, tensors)
         with disk_errors(self.folder / tar_name(self.number)):
-            offset = self._stream.tell()
-            self._stream.write(extent.data)
-            self._stream.flush()  # what a kill finds in our own buffer would be encoded again
-        self._rows.append(extent.placed(row, offset))
+            offset = self._append(extent.data)
+        self._places.append(extent.placed(row, offset))
 
     def add_left_behind(self, row: SampleRow) -> None:
         """Count a sample that a killed writer finished; what encoding found out comes from its json."""
-        extent = self._left_behind[row.key]
+        extent, stream = self._left_behind[row.key]
+        if self._in_place and self._in_place[0] == row.key:
+            self._in_place.popleft()
+            offset, self._end = extent.offset, extent.offset + extent.size
+        else:
+            with disk_errors(self.folder / tar_name(self.number)):
+                stream.seek(extent.offset)
+                offset = self._append(stream.read(extent.size))
         found = {name: extent.info[name] for name in FOUND_FIELDS}
-        self._rows.append(extent.placed(dataclasses.replace(row, **found), extent.offset))
+        self._places.append(extent.placed(dataclasses.replace(row, **found), offset))
 
     def add_rejected(self, row: SampleRow) -> None:
         """A planned sample that has no tensors: its row keeps the reason."""
         assert row.status == "rejected" and row.reason and row.offset == -1
-        self._rows.append(row)
+        self._places.append(row)
 
-    def commit(self) -> ShardRecord:
-        """Finish the tar, give it its name, then write the record."""
+    def postpone(self, key: str) -> None:
+        """A planned sample that waits for another run; its place is kept."""
+        self._places.append(key)
+
+    def commit(self) -> ShardRecord | None:
+        """Finish the tar, give it its name, then write the record; None where every sample waits."""
         path = self.folder / tar_name(self.number)
-        with disk_errors(path):
-            size, digest = finish_tar(self._stream)
+        temporary = self.folder / temporary_name(self.number)
+        with self._sources, disk_errors(path):
+            if all(isinstance(place, str) for place in self._places):
+                temporary.unlink(missing_ok=True)
+                self._stream.close()
+                return None
+            self._stream.seek(self._end)
+            self._stream.truncate()
+            tar = finish_tar(self._stream)
             refuse_foreign(path)
-            commit(self.folder / temporary_name(self.number), path)
-            record = ShardRecord(ShardHeader(self.number, size, digest, self.contract), self._rows)
+            commit(temporary, path)
+            record = ShardRecord.of(self.number, tar, self.contract, self._places)
             write_record(record, self.folder / record_name(self.number))
         self._stream.close()
         return record
@@ -173,27 +203,50 @@ class ShardWriter:
     def abandon(self) -> None:
         """Let go of the shard. What was written stays for the next writer."""
         # Closing flushes; on a full disk that fails again, and the first error is the one to show.
-        with suppress(OSError):
+        with suppress(OSError), self._sources:
             self._stream.close()
 
-    def _take_over(self, planned: set[str]) -> None:
+    def _append(self, data: bytes) -> int:
+        """Write a sample behind those that were given; returns where it lies."""
+        if self._in_place:
+            self._set_aside()
+        offset = self._end
+        self._stream.seek(offset)
+        self._stream.write(data)
+        self._stream.flush()  # what a kill finds in our own buffer would be encoded again
+        self._end += len(data)
+        return offset
+
+    def _take_over(self, planned: Collection[str]) -> None:
         """Keep whole, planned extents of the temporary tar, or of a tar that never got its record."""
         uncommitted = self.folder / tar_name(self.number)
         end = 0
         for extent in whole_extents(self._stream):
-            if extent.info["key"] not in planned:
+            key = extent.info["key"]
+            if key not in planned:
                 break
-            self._left_behind[extent.info["key"]] = dataclasses.replace(extent, data=b"")
+            self._left_behind[key] = _LeftBehind(dataclasses.replace(extent, data=b""), self._stream)
+            self._in_place.append(key)
             end = extent.offset + extent.size
         self._stream.truncate(end)
-        self._stream.seek(end)
-        if end == 0 and uncommitted.exists():
-            with uncommitted.open("rb") as stream:
-                for extent in whole_extents(stream):
-                    if extent.info["key"] in planned:
-                        offset = self._stream.tell()
-                        self._stream.write(extent.data)
-                        self._left_behind[extent.info["key"]] = dataclasses.replace(extent, offset=offset, data=b"")
+        if uncommitted.exists():
+            stream = self._sources.enter_context(uncommitted.open("rb"))
+            for extent in whole_extents(stream):
+                key = extent.info["key"]
+                if key in planned and key not in self._left_behind:
+                    self._left_behind[key] = _LeftBehind(dataclasses.replace(extent, data=b""), stream)
+
+    def _set_aside(self) -> None:
+        """Make room for a sample that was kept out the last time: what lies there goes to a nameless file."""
+        aside = self._sources.enter_context(tempfile.TemporaryFile(dir=self.folder))  # noqa: SIM115
+        for key in self._in_place:
+            extent, stream = self._left_behind[key]
+            stream.seek(extent.offset)
+            moved = _LeftBehind(dataclasses.replace(extent, offset=aside.tell()), aside)
+            aside.write(stream.read(extent.size))
+            self._left_behind[key] = moved
+        self._in_place.clear()
+        self._stream.truncate(self._end)
 
 
 def drop_samples(folder: Path, number: int, keep: Callable[[SampleRow], bool]) -> ShardRecord | None:
@@ -211,49 +264,54 @@ def drop_samples(folder: Path, number: int, keep: Callable[[SampleRow], bool]) -
         DiskError: the disk is full.
     """
     tar, record_path = folder / tar_name(number), folder / record_name(number)
-    new_tar, new_record = _new(tar), _new(record_path)
     # Locked to the end, or another process would take this rewrite for one that a killed process left.
     with disk_errors(tar), lock_shard(folder, number):
-        _finish_rewrite(folder, number)
+        complete_rewrite(folder, number)
         if not record_path.exists():  # somebody was first
             return None
         old = read_record(record_path)
-        rows = [row for row in old.rows if keep(row)]
-        if len(rows) == len(old.rows):
+        kept = [place for place in old.places if isinstance(place, str) or keep(place)]
+        if len(kept) == len(old.places):
             return old
-        if not rows:
+        if all(isinstance(place, str) for place in kept):
             remove_shard(folder, number)
             return None
-        refuse_foreign(tar)
-        with _open_new(new_tar) as sink:
-            placed = list(_copied(rows, tar, sink))
-            size, digest = finish_tar(sink)
-        record = ShardRecord(ShardHeader(number, size, digest, old.header.contract), placed)
-        commit_bytes(new_record, record_bytes(record))
-        _finish_rewrite(folder, number)
+        with open_rewrite(folder, number) as sink:
+            places = [place if isinstance(place, str) else copy_sample(place, tar, sink) for place in kept]
+            record = ShardRecord.of(number, finish_tar(sink), old.header.contract, places)
+        finish_rewrite(folder, number, record)
     return record
 
 
-def _open_new(path: Path) -> IO[bytes]:
-    """Open a rewrite's tar, over what a killed process left of one; never through a link."""
+def copy_sample(row: SampleRow, tar: Path, sink: IO[bytes]) -> SampleRow:
+    """Copy a sample to the end of another tar; returns its row with the new offsets."""
+    if row.status != "ok":
+        return row
+    shift = sink.tell() - row.offset
+    sink.write(read_extent(tar, row))
+    return dataclasses.replace(
+        row,
+        offset=row.offset + shift,
+        json_offset=row.json_offset + shift,
+        tensors_offset=row.tensors_offset + shift,
+    )
+
+
+def open_rewrite(folder: Path, number: int) -> IO[bytes]:
+    """Open the tar of a rewrite, over what a killed process left of one; never through a link.
+
+    Needs the shard's lock, to the end of `finish_rewrite`.
+    """
+    refuse_foreign(folder / tar_name(number))
+    path = _new(folder / tar_name(number))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     return os.fdopen(descriptor, "w+b", buffering=1 << 20)
 
 
-def _copied(rows: Sequence[SampleRow], tar: Path, sink: IO[bytes]) -> Iterator[SampleRow]:
-    """Copy samples into another tar; yields their rows with the new offsets."""
-    for row in rows:
-        if row.status != "ok":
-            yield row
-            continue
-        shift = sink.tell() - row.offset
-        sink.write(read_extent(tar, row))
-        yield dataclasses.replace(
-            row,
-            offset=row.offset + shift,
-            json_offset=row.json_offset + shift,
-            tensors_offset=row.tensors_offset + shift,
-        )
+def finish_rewrite(folder: Path, number: int, record: ShardRecord) -> None:
+    """Put a whole rewrite and its record in place of the committed ones."""
+    commit_bytes(_new(folder / record_name(number)), record_bytes(record))
+    complete_rewrite(folder, number)
 
 
 def remove_shard(folder: Path, number: int) -> None:
@@ -283,14 +341,14 @@ def finish_rewrites(folder: Path) -> None:
     found = [shard_number(name, kind) for name in halves for kind in ("tar", "parquet")]
     for number in sorted({number for number in found if number is not None}):
         with suppress(ShardBusy), disk_errors(folder), lock_shard(folder, number):
-            _finish_rewrite(folder, number)
+            complete_rewrite(folder, number)
 
 
 def _new(path: Path) -> Path:
     return path.with_name(f".{path.name}.new")
 
 
-def _finish_rewrite(folder: Path, number: int) -> None:
+def complete_rewrite(folder: Path, number: int) -> None:
     """Carry out a rewrite whose record is there, drop one whose record is not. Needs the lock."""
     tar, record = folder / tar_name(number), folder / record_name(number)
     if _new(record).exists():

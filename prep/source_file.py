@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cogcommon.regular_file import Missing, Unreadable, check_regular
 
-from .clip import BadClip
+from .clip import BadClip, Fault, Hashed
+from .heartbeat import beat
 from .near import near
 
 
@@ -18,8 +19,31 @@ def hash_file(path: Path) -> bytes:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            beat()
+    return digest.digest()
+
+
+def hash_whole(path: Path) -> Hashed | Fault:
+    """A file's content hash, without a decoder; a fault if it cannot be read."""
+    try:
+        info = refuse_special(path)
+        return Hashed(info.st_size, info.st_mtime_ns, hash_file(path))
+    except (BadClip, OSError) as error:
+        return Fault(str(error), passing=True)
+
+
+def unchanged(path: Path, before: Hashed) -> bool:
+    """Whether a file still has the size and time that it had when it was hashed."""
+    try:
+        now = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        return False
+    return (now.st_size, now.st_mtime_ns) == (before.size, before.mtime_ns)
 
 
 def refuse_special(path: Path) -> os.stat_result:

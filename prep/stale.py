@@ -8,6 +8,7 @@ from pathlib import Path
 from cogcommon.errors import DataRootError
 
 from .cut import Cut
+from .holdout import Holdout
 from .output import Origin, read_contract, read_origin, scan
 from .pool import Pool, default_workers
 from .survey import survey
@@ -27,6 +28,7 @@ class Wanted:
         self._keys: set[str] = set()
         self._lines: set[tuple[str, str]] = set()  # source and caption of lines whose file cannot be read
         self._known = False
+        self.kept = 0  # committed samples whose line is there, and whose file cannot be read
 
     def known(self) -> bool:
         """Whether the data root says what it has."""
@@ -60,13 +62,16 @@ class Wanted:
                 contract,
                 buckets=contract.buckets,
                 cut=Cut.of(contract),
-                holdout=0,
+                holdout=None,
+                before=Holdout(),
                 pool=pool,
                 advance=lambda: None,
                 cache=SurveyCache(None, data.root, "", Slice(1, 1, "default")),
             )
-        self._keys = set(found.keys)
-        self._lines = {(rejected.sample.source, rejected.sample.caption) for rejected in found.rejected}
+        self._keys = found.current
+        unusable = [*found.rejected, *(one.line for one in found.kept)]
+        self._lines = {(line.sample.source, line.sample.caption) for line in unusable}
+        self.kept = sum(one.status == "ok" for one in found.kept)
         return bool(found.keys)
 
 

@@ -1,8 +1,12 @@
-"""Surveys a data set: every clip's content hash and bucket, and which clips cannot be used."""
+"""Surveys a data set: every clip's content hash and bucket, and which clips cannot be used.
+
+A clip whose decoder was killed or hung is not judged: if its bytes can be read it gets its place in
+the plan, where the decoder tries it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,24 +16,38 @@ from cogcommon.families import Resolution
 
 from .clip import BadClip, Fault, Hashed
 from .cut import Cut
+from .holdout import Holdout, choose_holdout
+from .kept import Kept, find_kept
 from .lists import DataSet, Sample
 from .look import Probed, probe
 from .output import Committed, Split
-from .plan import Candidate, Rejected, choose_splits, with_keys
+from .plan import Candidate, Rejected, with_keys
 from .pool import Pool
-from .source_file import hash_file, refuse_special
+from .source_file import hash_file, hash_whole, refuse_special, unchanged
 from .survey_cache import SurveyCache
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Every sample of a data set: a candidate with its key and split, or rejected."""
+    """Every sample of a data set: a candidate with its key and split, kept, or rejected."""
 
     candidates: Sequence[Candidate]
     keys: Sequence[str]
     splits: Sequence[Split]
+    holdout: Holdout
     buckets: dict[str, Resolution]  # by key, of the candidates that are not committed
-    rejected: Sequence[Rejected]
+    kept: Sequence[Kept]  # committed, and their clip cannot be read now
+    rejected: Sequence[Rejected]  # all others that cannot be used
+
+    @property
+    def clips(self) -> set[bytes]:
+        """Content hashes of all clips that are, or stay, in the shards."""
+        return {one.clip.sha256 for one in self.candidates} | {one.clip_sha256 for one in self.kept}
+
+    @property
+    def current(self) -> set[str]:
+        """Keys of every sample that has a line."""
+        return {*self.keys, *(one.key for one in self.kept)}
 
 
 def survey(
@@ -39,7 +57,8 @@ def survey(
     *,
     buckets: Sequence[Resolution],
     cut: Cut,
-    holdout: int,
+    holdout: int | None,
+    before: Holdout,
     pool: Pool,
     advance: Callable[[], None],
     cache: SurveyCache,
@@ -50,6 +69,8 @@ def survey(
 
     Args:
         committed: remembers hashes, and says what needs no bucket.
+        holdout: clips to set aside; None for as many as before.
+        before: the clips set aside so far.
         advance: called for each distinct file, opened or not.
         cache: what this worker and others have already probed.
     """
@@ -57,14 +78,25 @@ def survey(
     sources = dict.fromkeys(sample.source for sample in data.samples)
     known: dict[str, Hashed] = {}
     for source in sources:
-        if (before := committed.hashes.get(source)) and _unchanged(root / source, before):
-            known[source] = before
+        if (hashed := committed.hashes.get(source)) and unchanged(root / source, hashed):
+            known[source] = hashed
             advance()
     look = partial(probe, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
     probed = cache.find(sources.keys() - known.keys(), sources, look, pool, advance)
+    if len(buckets) == 1:
+        probed |= _hash_unjudged(probed, root, buckets[0], pool)
     images = _hash_images(data.samples, root, pool)
-    candidates, rejected = _candidates(data.samples, known, probed, images)
-    keys, splits = with_keys(candidates, contract), choose_splits(candidates, holdout, committed)
+
+    def sort() -> tuple[list[Candidate], list[str], list[Rejected], list[Kept], Holdout, list[Split]]:
+        candidates, unusable = _candidates(data.samples, known, probed, images)
+        keys = with_keys(candidates, contract)
+        kept = find_kept(committed, unusable, set(keys), sources)
+        present = {one.clip.sha256 for one in candidates} | {one.clip_sha256 for one in kept} - {b""}
+        set_aside = choose_holdout(holdout, before, present, committed.clips("train"))
+        splits: list[Split] = ["val" if one.clip.sha256 in set_aside.clips else "train" for one in candidates]
+        return candidates, keys, unusable, kept, set_aside, splits
+
+    candidates, keys, unusable, kept, set_aside, splits = sort()
     if len(buckets) > 1:
         # An edited caption: the clip's hash is known, but its bucket is not.
         unseen = {
@@ -72,9 +104,9 @@ def survey(
             for candidate, key, split in zip(candidates, keys, splits, strict=True)
             if key not in committed.samples[split] and candidate.sample.source not in probed
         }
-        probed |= cache.find(unseen, sources, look, pool, advance)
-        candidates, rejected = _candidates(data.samples, known, probed, images)
-        keys, splits = with_keys(candidates, contract), choose_splits(candidates, holdout, committed)
+        if unseen:
+            probed |= cache.find(unseen, sources, look, pool, advance)
+            candidates, keys, unusable, kept, set_aside, splits = sort()
 
     chosen: dict[str, Resolution] = {}
     for candidate, key, split in zip(candidates, keys, splits, strict=True):
@@ -86,7 +118,22 @@ def survey(
             found = probed[candidate.sample.source]
             assert isinstance(found, Probed)
             chosen[key] = found.bucket
-    return Survey(candidates, keys, splits, chosen, rejected)
+    stay = {one.line for one in kept if one.status == "ok"}
+    rejected = [line for line in unusable if line not in stay]
+    return Survey(candidates, keys, splits, set_aside, chosen, kept, rejected)
+
+
+def _hash_unjudged(
+    probed: Mapping[str, Probed | Fault], root: Path, bucket: Resolution, pool: Pool
+) -> dict[str, Probed | Fault]:
+    """Clips whose decoder did not come to an end, identified by their bytes alone."""
+    unjudged = [source for source, found in probed.items() if isinstance(found, Fault) and found.passing]
+    hashes = pool.run(hash_whole, ((root / source,) for source in unjudged))
+    return {
+        source: Probed(found, bucket)
+        for source, found in zip(unjudged, hashes, strict=True)
+        if not isinstance(found, Fault)
+    }
 
 
 def _hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | Fault]:
@@ -116,17 +163,9 @@ def _candidates(
         found = probed.get(sample.source) or known[sample.source]
         image = images[sample.image] if sample.image else b""
         if isinstance(found, Fault):
-            rejected.append(Rejected(sample, found.reason))
+            rejected.append(Rejected(sample, found.reason, found.passing))
         elif isinstance(image, Fault):
-            rejected.append(Rejected(sample, image.reason))
+            rejected.append(Rejected(sample, image.reason, image.passing))
         else:
             candidates.append(Candidate(sample, found.clip if isinstance(found, Probed) else found, image))
     return candidates, rejected
-
-
-def _unchanged(path: Path, before: Hashed) -> bool:
-    try:
-        now = path.stat()
-    except (OSError, ValueError):
-        return False
-    return (now.st_size, now.st_mtime_ns) == (before.size, before.mtime_ns)

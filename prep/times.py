@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 from .clip import BadClip
 from .container import words_of
+from .heartbeat import beat
 
 _HEADED = ("matroska", "mov", "flv", "avi")  # formats whose header states a duration that can be believed
 
@@ -99,6 +100,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> Times:
                     )
                 latest = packet.dts
             packets += 1
+            beat()
             if packet.is_keyframe and skipped is None:
                 skipped, first_key = len(shown), packet.pts
             hidden = codec == "vp8" and not bytes(packet)[0] & 0x10  # the show_frame bit, RFC 6386 9.1

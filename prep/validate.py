@@ -101,7 +101,7 @@ def look_at_all(
     images = list(dict.fromkeys(filter(None, data.columns.get("images", ()))))
     looks: dict[str, Look | Fault] = {}
     workers = min(settings.workers or default_workers(), max(1, len(clips)))
-    with Pool(workers) as pool, Progress("Checking", len(clips)) as bar:
+    with Pool(workers, timeout_s=settings.clip_timeout) as pool, Progress("Checking", len(clips)) as bar:
         one = partial(look, buckets=settings.buckets, cut=settings.cut, family_fps=family_fps)
         for entry, found in zip(clips, pool.run(one, ((data.root / entry,) for entry in clips)), strict=True):
             looks[entry] = found
@@ -128,9 +128,9 @@ def find_faults(
     return found
 
 
-def held_out(looked: Sequence[Looked], holdout: int) -> set[bytes]:
+def held_out(looked: Sequence[Looked], holdout: int | None) -> set[bytes]:
     """The clips that `--holdout` of a first encode takes: those with the smallest content hashes."""
-    return set(sorted({one.look.facts.sha256 for one in looked})[:holdout])
+    return set(sorted({one.look.facts.sha256 for one in looked})[: holdout or 0])
 
 
 def plan_buckets(

@@ -37,9 +37,10 @@ from cogprep.clip import Hashed
 from cogprep.cut import Cut
 from cogprep.decode import Clip
 from cogprep.engine import Engine, Outcome
+from cogprep.holdout import Holdout, choose_holdout
 from cogprep.lists import Sample
 from cogprep.output import SPLITS, records_in, scan, split_folder
-from cogprep.plan import Candidate, choose_splits, make_plan, with_keys
+from cogprep.plan import Candidate, make_plan, with_keys
 from cogprep.shards import drop_samples, settle
 from cogprep.text import CaptionFacts
 from cogprep.vae import Latents, Pending, generator_of
@@ -80,7 +81,10 @@ def bring_up_to_date(out: Path, contract: Contract, clips: list[str]) -> Outcome
     ]
     committed = scan(out)
     keys = with_keys(candidates, contract)
-    splits = choose_splits(candidates, 1, committed)
+    held = committed.clips("val")
+    present = {one.clip.sha256 for one in candidates}
+    chosen = choose_holdout(1, Holdout(len(held), frozenset(held)), present, committed.clips("train"))
+    splits = ["val" if one.clip.sha256 in chosen.clips else "train" for one in candidates]
     plan = make_plan(
         candidates, keys, splits, dict.fromkeys(keys, BUCKET), committed, bucket_order=[BUCKET], chunk={BUCKET: 2}
     )

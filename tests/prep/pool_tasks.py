@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+
+from cogprep import look
+from cogprep.clip import Fault
+from cogprep.heartbeat import beat
+from cogprep.surveyed import decode_as_surveyed
 
 
 def square(number):
@@ -29,5 +36,48 @@ def act(what):
     return what
 
 
+def work_slowly(seconds):
+    """Never done with more than a fraction of the time-out, but for long in all."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.1)
+        beat()
+    return "done"
+
+
+def disturbed(name, function, arguments):
+    """Run a function on a clip; beside the clip, a file CLIP.NAME-kill or CLIP.NAME-hang does that to the process.
+
+    A digit in such a file is how many times more it happens.
+    """
+    path = next(argument for argument in arguments if isinstance(argument, Path))
+    for what in ("kill", "hang"):
+        order = path.with_name(f"{path.name}.{name}-{what}")
+        if order.exists() and (left := int(order.read_text())) > 0:
+            order.write_text(str(left - 1))
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+    return function(*arguments)
+
+
+def decode(*arguments):
+    return disturbed("decode", decode_as_surveyed, arguments)
+
+
+def probe(*arguments, **named):
+    return disturbed("probe", partial(look.probe, **named), arguments)
+
+
+def find_fault(*arguments):
+    """A verdict of the decoder on every clip beside which there is a file CLIP.fault."""
+    path = next(argument for argument in arguments if isinstance(argument, Path))
+    return Fault("damaged") if path.with_name(f"{path.name}.fault").exists() else decode_as_surveyed(*arguments)
+
+
 def process_id():
     return os.getpid()
+
+
+def die(_pipe):
+    os.kill(os.getpid(), signal.SIGKILL)

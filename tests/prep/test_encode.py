@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -255,16 +254,3 @@ def test_bad_lists_stop_everything(run_encode, root, tmp_path):
     with pytest.raises(DataRootError, match="2 faults"):
         run_encode()
     assert not (tmp_path / "out").exists()
-
-
-def test_a_wrong_data_root_does_not_empty_the_folder(run_encode, root, tmp_path, draw_clip, lay_lists):
-    run_encode()
-    other = tmp_path / "other-ds"
-    draw_clip(other / "x.mp4", 77)
-    lay_lists(other, ["something else"], ["x.mp4"])
-    with pytest.raises(DataRootError, match="would lose all"):
-        run_encode(data_root=other)
-    assert len(list((tmp_path / "out").glob("*.tar"))) == 3
-    moved = tmp_path / "moved"
-    shutil.copytree(root, moved)
-    assert run_encode(data_root=moved).reused == 5

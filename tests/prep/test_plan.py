@@ -8,9 +8,10 @@ import random
 import pytest
 
 from cogcommon.families import Resolution
+from cogprep.holdout import Holdout, choose_holdout
 from cogprep.lists import Sample
 from cogprep.output import Committed, Hashed, Placed
-from cogprep.plan import Candidate, choose_splits, make_plan, sample_key
+from cogprep.plan import Candidate, make_plan, sample_key
 
 WIDE, TALL = Resolution(9, 64, 96), Resolution(9, 96, 64)
 
@@ -29,11 +30,18 @@ def bucket_of(n: int) -> Resolution:
 def plan_of(count: int, committed: Committed, *, chunk: int = 3, holdout: int = 0):
     given = candidates(count)
     keys = [f"k{n}" for n in range(count)]
-    splits = choose_splits(given, holdout, committed)
+    splits = splits_of(given, holdout, committed)
     buckets = {key: bucket_of(n) for n, key in enumerate(keys)}
     return make_plan(
         given, keys, splits, buckets, committed, bucket_order=[WIDE, TALL], chunk={WIDE: chunk, TALL: chunk}
     )
+
+
+def splits_of(given: list[Candidate], holdout: int, committed: Committed) -> list[str]:
+    held = committed.clips("val")
+    present = {one.clip.sha256 for one in given}
+    chosen = choose_holdout(holdout, Holdout(len(held), frozenset(held)), present, committed.clips("train"))
+    return ["val" if one.clip.sha256 in chosen.clips else "train" for one in given]
 
 
 def nothing_yet() -> Committed:
@@ -85,7 +93,7 @@ def test_key_depends_on_each_of_its_parts():
 
 def test_holdout_is_by_content_and_what_is_held_out_stays():
     given = candidates(6)
-    assert choose_splits(given, 2, nothing_yet()) == ["val", "val", "train", "train", "train", "train"]
+    assert splits_of(given, 2, nothing_yet()) == ["val", "val", "train", "train", "train", "train"]
     held = committed_of({("val", 0): ["k4"]})
-    assert choose_splits(given, 2, held) == ["val", "train", "train", "train", "val", "train"]
-    assert choose_splits(given, 99, nothing_yet()) == ["val"] * 6
+    assert splits_of(given, 2, held) == ["val", "train", "train", "train", "val", "train"]
+    assert splits_of(given, 99, nothing_yet()) == ["val"] * 6

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogcommon.errors import CogError
+from cogprep import pool as pool_module
+from cogprep import pool_child
 from cogprep.clip import Fault
 from cogprep.pool import Pool
 
@@ -39,9 +42,50 @@ def test_a_crash_a_hang_and_an_exception_cost_one_task_each():
         results = list(pool.run(pool_tasks.act, ((task,) for task in tasks)))
     assert [r for r in results if not isinstance(r, Fault)] == ["a", "b", "c", "d"]
     assert "signal 11 SIGSEGV" in results[1].reason
-    assert "no result in 2 s" in results[3].reason
+    assert "no sign of life for 2 s" in results[3].reason
     assert "ValueError: an odd file" in results[5].reason
     assert "exit code 3" in results[6].reason
+
+
+def test_slow_work_that_gets_on_is_not_stopped():
+    with Pool(1, timeout_s=1.0) as pool:
+        assert list(pool.run(pool_tasks.work_slowly, [(2.5,)])) == ["done"]
+
+
+def test_a_child_that_dies_while_it_starts_costs_nothing(monkeypatch):
+    """The first two end before they are ready, as if memory had been short."""
+    starts = iter([pool_tasks.die, pool_tasks.die])
+    monkeypatch.setattr(pool_module, "_PAUSE_S", 0.0)
+
+    class Child(pool_module._Child):
+        def __init__(self):
+            monkeypatch.setattr(pool_module, "serve", next(starts, pool_child.serve))
+            super().__init__()
+
+    monkeypatch.setattr(pool_module, "_Child", Child)
+    with Pool(1) as pool:
+        assert list(pool.run(pool_tasks.square, ((n,) for n in range(3)))) == [0, 1, 4]
+
+
+def test_children_that_never_start_are_one_message(monkeypatch):
+    monkeypatch.setattr(pool_module, "serve", pool_tasks.die)
+    monkeypatch.setattr(pool_module, "_PAUSE_S", 0.0)
+    with Pool(2) as pool, pytest.raises(CogError, match="cannot start: it was killed"):
+        list(pool.run(pool_tasks.square, [(1,)]))
+
+
+def test_a_process_that_cannot_be_made_now_is_made_later(monkeypatch):
+    refusals = iter([OSError(11, "Resource temporarily unavailable")] * 2)
+
+    class Child(pool_module._Child):
+        def __init__(self):
+            if refusal := next(refusals, None):
+                raise refusal
+            super().__init__()
+
+    monkeypatch.setattr(pool_module, "_Child", Child)
+    with Pool(1) as pool:
+        assert list(pool.run(pool_tasks.square, [(3,)])) == [9]
 
 
 def test_tasks_are_read_no_further_ahead_than_the_window():
