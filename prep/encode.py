@@ -22,7 +22,7 @@ from cogcommon.checkpoint import Checkpoint
 from cogcommon.contract import EMPTY_CAPTION_FILE, Contract
 from cogcommon.device import (
     DTYPES,
-    Precision,
+    Dtype,
     default_precision,
     item_bytes,
     pick_device,
@@ -134,7 +134,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
     device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
     precision = settings.precision or default_precision(checkpoint.family, device)
     with clock("weights"):
-        contract = make_contract(settings, checkpoint, precision)
+        contract = make_contract(settings, checkpoint, DTYPES[precision])
 
     out = settings.out
     established = check_contract(out, contract)
@@ -246,8 +246,14 @@ def _sample_bytes(contract: Contract, bucket: Resolution) -> int:
     )
 
 
-def make_contract(settings: PlanSettings, checkpoint: Checkpoint, precision: Precision) -> Contract:
-    """What shards of these settings and weights promise. Hashes the weights, loads none."""
+def make_contract(
+    settings: PlanSettings, checkpoint: Checkpoint, dtype: Dtype, *, weights: Contract | None = None
+) -> Contract:
+    """What shards of these settings and weights promise. Hashes the weights, loads none.
+
+    Args:
+        weights: a contract of which it is taken that it has the same weights, so that none is read.
+    """
     family = checkpoint.family
     cut: dict[str, object] = {
         "resolution": sorted(map(str, settings.buckets)),
@@ -266,13 +272,13 @@ def make_contract(settings: PlanSettings, checkpoint: Checkpoint, precision: Pre
         task=family.task,
         model=checkpoint.name,
         revision=checkpoint.revision,
-        vae=checkpoint.identity("vae"),
-        text_encoder=checkpoint.identity("text_encoder"),
+        vae=weights.vae if weights else checkpoint.identity("vae"),
+        text_encoder=weights.text_encoder if weights else checkpoint.identity("text_encoder"),
         scaling_factor=checkpoint.vae_config["scaling_factor"],
         posterior=settings.posterior,
         image_variants=settings.image_variants if family.task == "i2v" else 0,
         tiling=settings.tiling,
-        dtype=DTYPES[precision],
+        dtype=dtype,
         text_tokens=family.text_tokens,
         text_dim=checkpoint.text_config["d_model"],
         settings=cut,

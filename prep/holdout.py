@@ -53,6 +53,20 @@ def choose_holdout(
     return Holdout(count, before.clips.union(fill[: count - len(here)]))
 
 
+def describe_moves(
+    before: Holdout, after: Holdout, out: Path, *, held: Collection[bytes], trained: Collection[bytes]
+) -> str:
+    """Which clips another choice moves between training and validation, in words; empty where none is."""
+    ways = {
+        "validation to training": len(set(held) - after.clips),
+        "training to validation": len(after.clips & set(trained)),
+    }
+    moves = [f"{counted(count, 'clip')} from {way}" for way, count in ways.items() if count]
+    if after == before or not moves:
+        return ""
+    return f"--holdout {after.count} moves {' and '.join(moves)}; {out} was encoded with --holdout {before.count}"
+
+
 def ask_to_move(
     before: Holdout, after: Holdout, out: Path, yes: bool, *, held: Collection[bytes], trained: Collection[bytes]
 ) -> None:
@@ -67,14 +81,9 @@ def ask_to_move(
     Raises:
         SettingError: the answer is no, or there is no terminal to ask on.
     """
-    ways = {
-        "validation to training": len(set(held) - after.clips),
-        "training to validation": len(after.clips & set(trained)),
-    }
-    moves = [f"{counted(count, 'clip')} from {way}" for way, count in ways.items() if count]
-    if after == before or not moves:
+    what = describe_moves(before, after, out, held=held, trained=trained)
+    if not what:
         return
-    what = f"--holdout {after.count} moves {' and '.join(moves)}; {out} was encoded with --holdout {before.count}"
     if yes:
         say(what)
         return

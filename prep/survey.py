@@ -7,7 +7,7 @@ the plan, where the decoder tries it again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -85,42 +85,70 @@ def survey(
     probed = cache.find(sources.keys() - known.keys(), sources, look, pool, advance)
     if len(buckets) == 1:
         probed |= _hash_unjudged(probed, root, buckets[0], pool)
-    images = _hash_images(data.samples, root, pool)
+    images = hash_images(data.samples, root, pool)
 
-    def sort() -> tuple[list[Candidate], list[str], list[Rejected], list[Kept], Holdout, list[Split]]:
-        candidates, unusable = _candidates(data.samples, known, probed, images)
-        keys = with_keys(candidates, contract)
-        kept = find_kept(committed, unusable, set(keys), sources)
-        present = {one.clip.sha256 for one in candidates} | {one.clip_sha256 for one in kept} - {b""}
-        set_aside = choose_holdout(holdout, before, present, committed.clips("train"))
-        splits: list[Split] = ["val" if one.clip.sha256 in set_aside.clips else "train" for one in candidates]
-        return candidates, keys, unusable, kept, set_aside, splits
+    def sort() -> Survey:
+        return sort_samples(data.samples, {**known, **probed}, images, committed, contract, holdout, before)
 
-    candidates, keys, unusable, kept, set_aside, splits = sort()
+    found = sort()
     if len(buckets) > 1:
         # An edited caption: the clip's hash is known, but its bucket is not.
         unseen = {
             candidate.sample.source
-            for candidate, key, split in zip(candidates, keys, splits, strict=True)
+            for candidate, key, split in zip(found.candidates, found.keys, found.splits, strict=True)
             if key not in committed.samples[split] and candidate.sample.source not in probed
         }
         if unseen:
             probed |= cache.find(unseen, sources, look, pool, advance)
-            candidates, keys, unusable, kept, set_aside, splits = sort()
-
+            found = sort()
     chosen: dict[str, Resolution] = {}
-    for candidate, key, split in zip(candidates, keys, splits, strict=True):
+    for candidate, key, split in zip(found.candidates, found.keys, found.splits, strict=True):
         if key in committed.samples[split]:
             continue
         if len(buckets) == 1:
             chosen[key] = buckets[0]
         else:
-            found = probed[candidate.sample.source]
-            assert isinstance(found, Probed)
-            chosen[key] = found.bucket
+            seen = probed[candidate.sample.source]
+            assert isinstance(seen, Probed)
+            chosen[key] = seen.bucket
+    return replace(found, buckets=chosen)
+
+
+def sort_samples(
+    samples: Sequence[Sample],
+    clips: Mapping[str, Hashed | Probed | Fault],
+    images: Mapping[str, bytes | Fault],
+    committed: Committed,
+    contract: Contract,
+    holdout: int | None,
+    before: Holdout,
+) -> Survey:
+    """Which sample can be used, which is kept, which split each belongs to; buckets are left out.
+
+    Args:
+        clips: what was found out about each, by the name in the lists.
+        images: the content hash of each, likewise.
+        committed, contract, holdout, before: as in `survey`.
+    """
+    candidates: list[Candidate] = []
+    unusable: list[Rejected] = []
+    for sample in samples:
+        found = clips[sample.source]
+        image = images[sample.image] if sample.image else b""
+        if isinstance(found, Fault):
+            unusable.append(Rejected(sample, found.reason, found.passing))
+        elif isinstance(image, Fault):
+            unusable.append(Rejected(sample, image.reason, image.passing))
+        else:
+            candidates.append(Candidate(sample, found.clip if isinstance(found, Probed) else found, image))
+    keys = with_keys(candidates, contract)
+    kept = find_kept(committed, unusable, set(keys), {sample.source for sample in samples})
+    present = {one.clip.sha256 for one in candidates} | ({one.clip_sha256 for one in kept} - {b""})
+    set_aside = choose_holdout(holdout, before, present, committed.clips("train"))
+    splits: list[Split] = ["val" if one.clip.sha256 in set_aside.clips else "train" for one in candidates]
     stay = {one.line for one in kept if one.status == "ok"}
     rejected = [line for line in unusable if line not in stay]
-    return Survey(candidates, keys, splits, set_aside, chosen, kept, rejected)
+    return Survey(candidates, keys, splits, set_aside, {}, kept, rejected)
 
 
 def _hash_unjudged(
@@ -136,12 +164,14 @@ def _hash_unjudged(
     }
 
 
-def _hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | Fault]:
+def hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | Fault]:
+    """The content hash of every image, by the name in the lists."""
     distinct = list(dict.fromkeys(sample.image for sample in samples if sample.image))
-    return dict(zip(distinct, pool.run(_image_hash, ((root / image,) for image in distinct)), strict=True))
+    return dict(zip(distinct, pool.run(hash_image, ((root / image,) for image in distinct)), strict=True))
 
 
-def _image_hash(path: Path) -> bytes | Fault:
+def hash_image(path: Path) -> bytes | Fault:
+    """The content hash of a picture, whatever is in it."""
     try:
         refuse_special(path)
         return hash_file(path)
@@ -149,23 +179,3 @@ def _image_hash(path: Path) -> bytes | Fault:
         return Fault(f"image: {bad}")
     except OSError as error:
         return Fault(f"image: cannot be read: {error.strerror}")
-
-
-def _candidates(
-    samples: Sequence[Sample],
-    known: dict[str, Hashed],
-    probed: dict[str, Probed | Fault],
-    images: dict[str, bytes | Fault],
-) -> tuple[list[Candidate], list[Rejected]]:
-    candidates: list[Candidate] = []
-    rejected: list[Rejected] = []
-    for sample in samples:
-        found = probed.get(sample.source) or known[sample.source]
-        image = images[sample.image] if sample.image else b""
-        if isinstance(found, Fault):
-            rejected.append(Rejected(sample, found.reason, found.passing))
-        elif isinstance(image, Fault):
-            rejected.append(Rejected(sample, image.reason, image.passing))
-        else:
-            candidates.append(Candidate(sample, found.clip if isinstance(found, Probed) else found, image))
-    return candidates, rejected

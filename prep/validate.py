@@ -8,7 +8,7 @@ In the order things happen::
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 from cogcommon.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from cogcommon.words import counted
 from .advice import Looked, advise, cut_captions
 from .clip import Fault
 from .decode import image_size
+from .foretell import Forecast, foretell
 from .lists import DataSet, check_root
 from .look import Look, look
 from .plan import sample_bytes
@@ -74,8 +75,9 @@ def validate(settings: ValidateSettings) -> Verdict:
     ]
     quiet_libraries()
     cuts = cut_captions([one.sample for one in looked], checkpoint.load_tokenizer(), family.text_tokens)
-    held = held_out(looked, settings.holdout)
-    settings.check_holdout(held=len(held), of=len({one.look.facts.sha256 for one in looked}))
+    forecast = foretell(settings, checkpoint, data, looks, [one.look.facts.sha256 for one in looked])
+    faults += find_refusals(settings, forecast)
+    held = forecast.holdout
     return Verdict(
         data_root=str(settings.root),
         model=checkpoint.name,
@@ -88,7 +90,13 @@ def validate(settings: ValidateSettings) -> Verdict:
         faults=faults,
         advice=advise(looked, cuts, family, settings.cut) if looked else (),
         plan=plan_buckets(settings, checkpoint, looked, held) if looked else (),
-        notes=list(_notes(settings, checkpoint, data, looked)),
+        encode={
+            "new": forecast.new,
+            "reused": forecast.reused,
+            "kept": forecast.kept,
+            "dropped": forecast.dropped,
+        },
+        notes=[*_notes(settings, checkpoint, data, looked), *_notes_on_the_folder(settings, forecast)],
         seconds=time.perf_counter() - begun,
     )
 
@@ -128,13 +136,19 @@ def find_faults(
     return found
 
 
-def held_out(looked: Sequence[Looked], holdout: int | None) -> set[bytes]:
-    """The clips that `--holdout` of a first encode takes: those with the smallest content hashes."""
-    return set(sorted({one.look.facts.sha256 for one in looked})[: holdout or 0])
+def find_refusals(settings: ValidateSettings, forecast: Forecast) -> list[Finding]:
+    """What `encode` would object to because of what the output folder holds."""
+    found = [
+        Finding(settings.videos, one.sample.line, one.sample.source, f"rejected when it was decoded: {one.reason}")
+        for one in forecast.rejected_before
+    ]
+    if forecast.refusal:
+        found.append(Finding(str(settings.out), 0, "", f"encode would refuse: {forecast.refusal}"))
+    return found
 
 
 def plan_buckets(
-    settings: ValidateSettings, checkpoint: Checkpoint, looked: Sequence[Looked], held: set[bytes]
+    settings: ValidateSettings, checkpoint: Checkpoint, looked: Sequence[Looked], held: Collection[bytes]
 ) -> list[BucketPlan]:
     """What each bucket would hold after a first encode."""
     rows = []
@@ -196,3 +210,16 @@ def _notes(settings: ValidateSettings, checkpoint: Checkpoint, data: DataSet, lo
             said + ". Damage in the middle of a clip shows only when encode decodes it; that clip is then left out."
         )
     return notes
+
+
+def _notes_on_the_folder(settings: ValidateSettings, forecast: Forecast) -> Iterator[str]:
+    if forecast.question:
+        yield f"encode would ask first: {forecast.question}"
+    parts = {
+        "reuse": forecast.reused,
+        "keep without their clips": forecast.kept,
+        "drop": forecast.dropped,
+    }
+    if any(parts.values()) and not forecast.refusal:
+        said = ", ".join(f"{what} {count}" for what, count in parts.items() if count)
+        yield f"{settings.out} holds shards already: encode would encode {forecast.new}, {said}"

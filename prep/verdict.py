@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -64,7 +64,8 @@ class Verdict:
     validation: int  # samples held out
     faults: Sequence[Finding]
     advice: Sequence[Advice]
-    plan: Sequence[BucketPlan]  # empty when the lists cannot be paired
+    plan: Sequence[BucketPlan]  # of a first encode; empty when the lists cannot be paired
+    encode: Mapping[str, int]  # samples that encode would make, reuse, keep and drop, in the folder as it is
     notes: Sequence[str]
     seconds: float
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -19,7 +20,8 @@ from cogprep.encode import encode
 from cogprep.encode import run as run_command
 from cogprep.holdout import Holdout, choose_holdout
 from cogprep.output import read_origin
-from cogprep.settings import CleanSettings
+from cogprep.settings import CleanSettings, ValidateSettings
+from cogprep.validate import validate
 
 CAPTIONS = [f"wave number {index}" for index in range(5)]
 CLIPS = [f"{index}.mp4" for index in range(5)]
@@ -89,6 +91,47 @@ def test_an_edited_caption_is_no_line_of_the_old_sample(encoded, again, lay_list
     (encoded / "ds" / "1.mp4").unlink()
     report = again()
     assert (report.encoded, report.reused, report.kept, report.dropped) == (1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("what", ["changed", "holdout", "other settings", "other data", "rejected"])
+def test_validate_foretells_what_encode_does(what, encoded, again, settings_of, lay_lists, draw_clip, tmp_path):
+    root, changes = encoded / "ds", {}
+    if what == "changed":
+        (root / "0.mp4").unlink()
+        draw_clip(root / "9.mp4", 90)
+        lay_lists(root, [*CAPTIONS[:3], "an edited caption", "nine"], [*CLIPS[:4], "9.mp4"])
+    elif what == "holdout":
+        changes["holdout"] = 2
+    elif what == "other settings":
+        changes["start"] = 0.1
+    elif what == "other data":
+        changes["data_root"] = other_root(tmp_path, encoded, lay_lists)
+    else:
+        damaged = bytearray((root / "3.mp4").read_bytes())
+        for place in range(len(damaged) // 2, len(damaged) // 2 + 300, 7):
+            damaged[place] ^= 0xFF
+        (root / "3.mp4").write_bytes(damaged)
+        assert again().rejected == 1
+    fields = {field.name for field in dataclasses.fields(ValidateSettings)}
+    given = {name: value for name, value in vars(settings_of(encoded, **changes)).items() if name in fields}
+    before = tree(encoded / "out")
+    verdict = validate(ValidateSettings(**given))
+    assert tree(encoded / "out") == before
+    said = [fault.what for fault in verdict.faults]
+    if what in ("changed", "holdout"):
+        report = again(yes=True, **changes)
+        assert verdict.encode == {name: getattr(report, name) for name in ("reused", "kept", "dropped")} | {
+            "new": report.encoded
+        }
+        assert said == (["the file is missing"] if what == "changed" else [])
+        assert verdict.validation == len(clips_of(encoded / "out" / "val"))
+        assert any("encode would ask first" in note for note in verdict.notes) == (what == "holdout")
+    elif what == "rejected":
+        assert len(said) == 1 and said[0].startswith("rejected when it was decoded") and verdict.encode["new"] == 0
+    else:
+        with pytest.raises((SettingError, DataRootError)) as caught:
+            again(**changes)
+        assert len(said) == 1 and caught.value.what in said[0]
 
 
 def other_root(folder: Path, encoded: Path, lay_lists) -> Path:
