@@ -159,9 +159,9 @@ def _remote(word: str, option: str) -> Iterator[StoredFile]:
         inside = url
         if not is_web(url):
             store, inside = open_fsspec(url, option)
-        plain = url.removesuffix(inside) if not is_web(url) and url.endswith(inside) else ""
+        scheme = "" if is_web(url) else url.partition("://")[0] + "://"
         for match in _matches(store, inside, name, without_secrets(url)):
-            yield StoredFile(store, match, without_secrets(plain + match))
+            yield StoredFile(store, match, without_secrets(scheme + match.lstrip("/")))
 
 
 def _matches(store: Store, path: str, name: str, shown: str) -> list[str]:
