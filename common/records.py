@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,8 +144,7 @@ def shard_number(name: str, kind: str = "parquet") -> int | None:
 def number_in_record(path: Path) -> int | None:
     """The number that a record of ours says in its header; None if it is none, or its header is damaged."""
     try:
-        with path.open("rb") as stream:
-            metadata = pq.read_schema(stream).metadata or {}
+        metadata = pq.read_schema(pa.BufferReader(path.read_bytes())).metadata or {}
         text = metadata[_METADATA_KEY]
         if hashlib.sha256(text).hexdigest().encode() == metadata[_CHECK_KEY]:
             return int(parse_object(text)["number"])
@@ -198,9 +196,9 @@ def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tup
     """
     where = str(path) if isinstance(path, Path) else "record"
     try:
-        # Opened here: pyarrow takes no path that is not UTF-8.
-        with path.open("rb") if isinstance(path, Path) else nullcontext(path) as stream:
-            table = pq.read_table(stream, columns=columns, page_checksum_verification=True)
+        # Read here: pyarrow takes no path that is not UTF-8, and its threads must not need Python, which may be ending.
+        data = path.read_bytes() if isinstance(path, Path) else path.getvalue()
+        table = pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
         wanted = [SCHEMA.field(name) for name in columns or SCHEMA.names]
         if {(field.name, field.type) for field in table.schema} != {(field.name, field.type) for field in wanted}:
             raise ValueError(f"its columns are {table.schema.to_string(show_schema_metadata=False)}")

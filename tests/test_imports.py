@@ -62,3 +62,11 @@ def test_a_module_in_common_is_used_from_both_sides():
                 seen.add(name)
                 waiting += common_modules(ROOT / "common" / f"{name}.py", inside=True)
     assert common - (reach["prep"] & reach["train"]) == set()
+
+
+def test_everything_is_printed_by_the_console_that_prints_names_as_they_are():
+    """Rich's own would take a name for markup and let a terminal obey it (`cogcommon.terminal`)."""
+    for side in ("common", "prep", "train"):
+        for file in (ROOT / side).rglob("*.py"):
+            text = file.read_text()
+            assert "rich.console import" not in text and "rich import print" not in text, file

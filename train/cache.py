@@ -35,6 +35,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogcommon.errors import SettingError, ShardError, StoreError
+from cogcommon.names import plain
 from cogcommon.words import in_bytes
 
 from .http_store import HttpStore
@@ -268,7 +269,9 @@ class Cache:
         with self._say_lock:
             first, self._closed = not self._closed, reason
         if first:
-            print(f"--cache {self.root.parent}: {reason}; what is there is used, nothing is added", file=sys.stderr)
+            print(
+                plain(f"--cache {self.root.parent}: {reason}; what is there is used, nothing is added"), file=sys.stderr
+            )
 
 
 def _write(stream: BinaryIO, data: bytes | bytearray) -> None:

@@ -62,7 +62,7 @@ def run(settings: PlanSettings) -> None:
     Raises:
         CogError: anything that the user can put right.
     """
-    from rich.console import Console
+    from cogcommon.terminal import Console
 
     machine = machine_for(settings)
     found = forecasts(settings, machine)
@@ -73,16 +73,14 @@ def run(settings: PlanSettings) -> None:
     if settings.json:
         print(without_secrets(json_text([dataclasses.asdict(line) for line in found])))
     else:
-        console = Console(soft_wrap=True, highlight=False)
+        console = Console(soft_wrap=True)
         console.print(_table(found))
-        console.print(machine.described() + "; all is computed but what is called measured\n", markup=False)
+        console.print(machine.described() + "; all is computed but what is called measured\n")
         if not machine.bf16 and any(line.precision == "bf16" for line in found):
-            console.print("note: " + EMULATED.format(machine.name) + "\n", markup=False)
+            console.print("note: " + EMULATED.format(machine.name) + "\n")
         for method, line in advised.items():
             lines = [line for line in found if line.method == method]
-            console.print(
-                without_secrets(line.command) if line else f"{method}: nothing fits; {_remedy(lines)}", markup=False
-            )
+            console.print(without_secrets(line.command) if line else f"{method}: nothing fits; {_remedy(lines)}")
     if settings.check:
         check([line for line in advised.values() if line])
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from cogcommon.errors import StoreError
+from cogcommon.names import plain
 from cogcommon.words import in_words
 
 _T = TypeVar("_T")
@@ -138,7 +139,7 @@ class Faults:
                 self._said = now
         if tell:
             lasting = in_words(patience.seconds)
-            print(f"{shown}: {reason}; trying again, for up to {lasting}", file=sys.stderr, flush=True)
+            print(plain(f"{shown}: {reason}; trying again, for up to {lasting}"), file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
         """``3 reads that failed at first: 2 x 503 Service Unavailable, ...``; empty without any."""

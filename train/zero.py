@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import SettingError
+from cogcommon.names import command_line
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ def check_nvme(folder: Path) -> None:
         SettingError: no such folder, or no libaio to write to it with.
     """
     if not folder.is_dir():
-        raise SettingError("no such folder to offload to", where=f"--nvme {folder}", fix=f"mkdir {folder}")
+        raise SettingError("no such folder to offload to", where=f"--nvme {folder}", fix=command_line("mkdir", folder))
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

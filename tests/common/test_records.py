@@ -5,7 +5,7 @@ from importlib import metadata
 import pytest
 
 from cogcommon import __version__
-from cogcommon.errors import ShardError
+from cogcommon.errors import DiskError, ShardError
 from cogcommon.records import ShardRecord, read_record, record_bytes, write_record
 
 
@@ -52,3 +52,11 @@ def test_the_contract_tells_which_fact_differs(record):
 
 def test_the_installed_project_has_the_version_that_its_code_says():
     assert metadata.version("cogtune") == __version__
+
+
+def test_a_record_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+    """That message says to remove it."""
+    (tmp_path / "000000.parquet").mkdir()
+    with pytest.raises(DiskError) as caught:
+        read_record(tmp_path / "000000.parquet")
+    assert "damaged" not in str(caught.value) and "there is a folder" in str(caught.value)
