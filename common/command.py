@@ -194,7 +194,7 @@ def _escaped(text: str) -> str:
     return escape(text)
 
 
-def run_app(app: typer.Typer) -> None:
+def run_app(app: Callable[[], None]) -> None:
     """Run a command line: exit 0 done, 2 the user can fix it, 1 a bug (traceback)."""
     from .terminal import print_in_any_encoding, show_error
 

@@ -23,7 +23,7 @@ from cogcommon.files import TEMPORARY, fsync_folder, temporary_beside
 from cogcommon.ownership import is_file, is_folder, remove_folder, replace_folder
 
 from .finite import all_finite
-from .peers import PeerFailed
+from .leaving import PeerFailed
 from .run_folder import A_CHECKPOINT
 from .strategy import Runtime
 

@@ -6,6 +6,7 @@ import os
 import sys
 
 from cogcommon.command import add_command, make_app, run_app
+from cogcommon.errors import CogError
 
 from .settings import ExportSettings, GenerateSettings, LoraSettings, PlanSettings, SftSettings, TrainSettings
 
@@ -21,7 +22,8 @@ def train(settings: TrainSettings) -> None:
     with ending_at_once():
         from cogcommon.device import pick_device, quiet_libraries
 
-        from .peers import PeerFailed, meet
+        from .leaving import PeerFailed
+        from .peers import meet
         from .ready import check_ready
         from .run import open_run
 
@@ -95,4 +97,30 @@ add_command(
 
 
 def main() -> None:
-    run_app(app)
+    run_app(_run)
+
+
+def _run() -> None:
+    """The command. An error of the settings, found before the processes of a run have met, is said once by all."""
+    try:
+        app()
+    except CogError as error:
+        from .launch import join_environment
+        from .leaving import PeerFailed
+        from .peers import have_met, meet
+
+        if sys.argv[1:2] not in (["lora"], ["sft"]) or have_met() or not join_environment():
+            raise
+        fault = error  # which the name above forgets
+
+        def fail() -> None:
+            raise fault
+
+        try:
+            peers = meet()
+        except CogError:
+            raise error from None
+        try:
+            peers.together(fail)
+        except PeerFailed:
+            sys.exit(2)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
 
+from .leaving import PeerFailed
 from .order import Ints
-from .peers import PeerFailed
 
 if TYPE_CHECKING:
     import torch

@@ -21,9 +21,10 @@ from .ema import Average
 from .finite import Judge, listed, not_finite, stop_for
 from .guard import out_of_memory
 from .inputs import Objective
+from .leaving import PeerFailed
 from .optim import clip, learning_rate, make_optimizer
 from .order import Slot, rank_slots
-from .peers import PeerFailed, Peers, meet
+from .peers import Peers, meet
 from .progress import RunLog, cut_metrics
 from .report import write_report
 from .run import Run, run_folder, settings_json, write_config

@@ -1,27 +1,21 @@
-"""The processes of one run: how they meet, what they tell each other over the CPU, and how all of them leave.
-
-A process that fails alone would leave the others waiting for it in the middle of a computation, for as long as the
-network library lets them. So each watches for the failure of any other beside its work, and leaves, too; the first
-that has failed says why, and no other.
-"""
+"""The processes of one run: how they meet, and what they tell each other over the CPU."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cogcommon.errors import CogError, RunError, SettingError
 
-from .signals import Stopped
+from .leaving import Leaving, PeerFailed
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -30,16 +24,6 @@ _T = TypeVar("_T")
 _MEET = timedelta(minutes=10)  # images are pulled, nodes boot
 _QUIET = 20.0  # seconds of waiting for the others before it is said
 _PATIENCE = timedelta(days=1)  # with peers that live, one of which draws videos
-_LOOK = 0.5  # seconds between looks for a peer that has failed
-_GRACE = 3.0  # seconds for a process to leave by itself, once a peer has failed
-_FAILED = "cogtrain/failed"  # the store's key for the rank that has failed first
-
-
-class PeerFailed(RunError):
-    """Another process of the run has an error, and says it."""
-
-    def __init__(self) -> None:
-        super().__init__("another process of the run has failed")
 
 
 @dataclass(frozen=True)
@@ -67,8 +51,7 @@ class Peers:
     world: int
     places: tuple[Place, ...]
     _group: Any = None  # process group on the CPU
-    _store: Store | None = None  # a connection of its own, so that a look never waits for another request
-    _left: threading.Event = field(default_factory=threading.Event)
+    _leaving: Leaving | None = None
 
     @property
     def main(self) -> bool:
@@ -141,86 +124,17 @@ class Peers:
         place = f"process {rank} of {self.world}, on {self.places[rank].host}"
         raise RunError(what, where=f"{where} ({place})" if where else place, fix=fix)
 
-    @contextlib.contextmanager
-    def leaving_together(self) -> Iterator[None]:
-        """Leave when a peer fails, and have the peers leave when this process fails.
-
-        Raises:
-            PeerFailed: in place of an error that came of a peer's failure.
-        """
-        if self._store is None:
-            yield
-            return
-        watch = threading.Thread(target=self._watch, daemon=True, name="cogtrain-peers")
-        watch.start()
-        try:
-            yield
-        except (PeerFailed, Stopped):
-            raise
-        except Exception as error:
-            if not self._fails_first(patience=_GRACE if _is_networks(error) else 0):
-                raise PeerFailed from error
-            if _is_networks(error):
-                raise _gone() from error
-            raise
-        finally:
-            self._left.set()
-
-    def _fails_first(self, patience: float) -> bool:
-        """Tell the others that this process leaves; whether it is the first.
-
-        Args:
-            patience: seconds for a peer to tell that it was the first.
-        """
-        assert self._store is not None
-        mine = str(self.rank).encode()
-        until = time.monotonic() + patience
-        try:
-            while time.monotonic() < until and not self._store.check([_FAILED]):
-                time.sleep(_LOOK)
-            return bool(self._store.compare_set(_FAILED, "", mine.decode()) == mine)
-        except RuntimeError:  # the store has gone with rank 0, which said why
-            return False
-
-    def _watch(self) -> None:
-        assert self._store is not None
-        while not self._left.wait(_LOOK):
-            try:
-                failed = self._store.check([_FAILED])
-            except RuntimeError:
-                failed = True
-            # By itself it closes files, and says what it has to.
-            if failed and not self._left.wait(_GRACE):
-                _leave_at_once()
-
-
-def _leave_at_once() -> NoReturn:
-    """End this process, whatever its threads wait for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(2)
-
-
-def _is_networks(error: Exception) -> bool:
-    """Whether an error says that a peer does not answer."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
-
-
-def _gone() -> RunError:
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # the launcher sees which, and of what
-        time.sleep(1)
-        return PeerFailed()
-    return RunError(
-        "another process of the run has ended without a word",
-        where="its own output and the system's log say why, for example that memory ran out",
-        fix="run the same command with --out and the folder of the run: it continues from its last checkpoint",
-    )
+    def leaving_together(self) -> AbstractContextManager[None]:
+        """Leave when a peer fails, and have the peers leave when this process fails (`Leaving`)."""
+        return self._leaving.together() if self._leaving else nullcontext()
 
 
 ALONE = Peers(0, 1, (Place.here(),))
 _met: list[Peers] = []  # one process joins one run
+
+
+def have_met() -> bool:
+    return bool(_met)
 
 
 def meet() -> Peers:
@@ -259,7 +173,8 @@ def _join(rank: int, world: int) -> Peers:
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     assert isinstance(store, TCPStore)
-    peers = Peers(rank, world, (), group, TCPStore(store.host, store.port, None, False, wait_for_workers=False))
+    own = TCPStore(store.host, store.port, None, False, wait_for_workers=False)
+    peers = Peers(rank, world, (), group, Leaving(own, rank))
     peers.places = tuple(peers.gather(Place.here()))
     _tell_local_rank(peers)
     return peers

@@ -1,6 +1,6 @@
-"""One process of a run, of which the last fails by itself while the others do something else.
+"""One process of a run of two, of which one fails by itself while the other does something else.
 
-Usage: RANK=... WORLD_SIZE=... MASTER_ADDR=... MASTER_PORT=... leaving.py raises|killed|meets
+Usage: RANK=... WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... leaving.py raises|dies VICTIM
 """
 
 import os
@@ -10,21 +10,22 @@ import time
 
 from cogcommon.command import make_app, run_app
 from cogcommon.errors import RunError
-from cogtrain.peers import PeerFailed, meet
+from cogtrain.leaving import PeerFailed
+from cogtrain.peers import meet
 
 app = make_app("leaving", "A process of a run.")
 
 
 @app.command()
-def leave(how: str) -> None:
+def leave(how: str, victim: int) -> None:
     try:
         peers = meet()
         print(f"rank {peers.rank}, {os.environ['LOCAL_WORLD_SIZE']} here", flush=True)
         with peers.leaving_together():
-            if peers.rank < peers.world - 1:
-                # Nothing tells the one that sleeps; the other's network library sees a connection end.
-                time.sleep(600) if how == "raises" else peers.wait()
-            elif how == "killed":
+            if peers.rank != victim:
+                # Nothing tells one that sleeps; the network library of one that waits sees a connection end.
+                time.sleep(600) if how == "raises" or victim == 0 else peers.wait()
+            elif how == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RunError("its disk is full", where="run", fix="make room")
     except PeerFailed:

@@ -15,10 +15,14 @@ from cogtrain.peers import Place
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "says"),
-    [("raises", 2, "error: its disk is full"), ("killed", -signal.SIGKILL, "ended without a word")],
+    ("how", "victim", "says"),
+    [
+        ("raises", 1, "error: its disk is full"),
+        ("dies", 1, "ended without a word"),
+        ("dies", 0, "ended without a word"),  # to whom all are connected
+    ],
 )
-def test_all_leave_when_one_does(how, code, says):
+def test_all_leave_when_one_does(how, victim, says):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -28,14 +32,16 @@ def test_all_leave_when_one_does(how, code, says):
     began = time.monotonic()
     both = [
         subprocess.Popen(
-            [sys.executable, script, "leave", how], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=bare | meeting | {"RANK": str(rank)},
+            [sys.executable, script, "leave", how, str(victim)], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,            env=bare | meeting | {"RANK": str(rank)},
         )
         for rank in range(2)
     ]  # fmt: skip
     said = [process.communicate(timeout=120) for process in both]
     assert time.monotonic() - began < 100
-    assert [process.returncode for process in both] == [2, code], said
+    codes = [2, 2]
+    codes[victim] = -signal.SIGKILL if how == "dies" else 2
+    assert [process.returncode for process in both] == codes, said
     errors = "".join(err for _, err in said)
     assert errors.count("error:") == 1 and says in errors and "Traceback" not in errors
     # As a bare PyTorchJob starts them, with no word of what is on the same host.
