@@ -118,6 +118,9 @@ def _alone_with(path: Path) -> Iterator[None]:
             break
         except Busy:
             time.sleep(0.01)
+        except NoLocks:
+            guard.unlink(missing_ok=True)
+            raise
     with stream:
         try:
             yield

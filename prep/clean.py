@@ -9,6 +9,7 @@ and, under its lock, at the moment it goes, for a question may stand for days.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,16 @@ class Removal:
     path: Path
     why: str
     size: int  # bytes that it frees
+    state: tuple[int, int]  # inode and time of change: what was listed is what goes
     shard: tuple[Split, int] | None = None  # that it belongs to
     gone: frozenset[str] = frozenset()  # keys of samples to take out; the rest of the shard stays
+
+
+def _removal(
+    path: Path, why: str, shard: tuple[Split, int] | None = None, size: int = -1, gone: frozenset[str] = frozenset()
+) -> Removal:
+    now = path.stat()
+    return Removal(path, why, now.st_size if size < 0 else size, (now.st_ino, now.st_mtime_ns), shard, gone)
 
 
 def run(settings: CleanSettings) -> None:
@@ -125,11 +134,8 @@ def _numbers(folder: Path) -> set[int]:
 
 def _locked(folder: Path, number: int) -> bool:
     # A writer locks its temporary tar, and between renaming it and the record the tar itself.
-    return locked_elsewhere(folder / temporary_name(number)) or _being_committed(folder / tar_name(number))
-
-
-def _being_committed(tar: Path) -> bool:
-    return is_file(tar) and locked_elsewhere(tar)
+    tar = folder / tar_name(number)
+    return locked_elsewhere(folder / temporary_name(number)) or (is_file(tar) and locked_elsewhere(tar))
 
 
 def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iterator[Removal]:
@@ -138,15 +144,15 @@ def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iter
     if (folder / f".{record.name}.new").exists():
         return  # a rewrite that the next writer finishes
     reasons = {folder / temporary_name(number): "half-written", folder / f".{tar.name}.new": "half-written"}
-    if everything:
-        reasons |= {record: "the record of a shard", tar: "a shard"}
-    elif not record.exists():
+    if not os.path.lexists(record):
         reasons |= {tar: "a tar without a record"}
-    elif not tar.exists():
+    elif not os.path.lexists(tar):
         reasons |= {record: "a record without a tar"}
+    elif everything:
+        reasons |= {record: "the record of a shard", tar: "a shard"}
     for path, why in reasons.items():
         if is_ours(path):
-            yield Removal(path, why, path.stat().st_size, (split, number))
+            yield _removal(path, why, (split, number))
 
 
 def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
@@ -155,18 +161,18 @@ def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
     for folder in folders:
         for path in sorted(folder.iterdir()):
             if TEMPORARY.fullmatch(path.name) and is_file(path) and not locked_elsewhere(path):
-                yield Removal(path, "half-written", path.stat().st_size)
+                yield _removal(path, "half-written")
     if not everything:
         return
     for folder in folders:
         if (made := Made.read(folder)) and made.by == A_PREVIEW:
             for path in [*(folder / name for name in sorted(made.files) if made.owns(name)), folder / RECORD_FILE]:
-                yield Removal(path, "a preview", path.stat().st_size)
+                yield _removal(path, "a preview")
     for path in [*_files(out / SURVEY), *sorted(_files(out), key=lambda path: path.name in _OF_THE_SHARDS)]:
         of_shard = any(shard_number(path.name, kind) is not None for kind in ("tar", "parquet"))
         if is_ours(path) and not (of_shard or TEMPORARY.fullmatch(path.name) or SHARD_TEMPORARY.fullmatch(path.name)):
             what = "what was found out about clips" if path.parent.name == SURVEY else "settings or a report"
-            yield Removal(path, what, path.stat().st_size)
+            yield _removal(path, what)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -191,7 +197,7 @@ def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
         }
         if gone:
             why = f"{len(gone)} of {len(rows)} samples are no longer in the data root"
-            yield Removal(tar, why, sum(gone.values()), (split, number), frozenset(gone))
+            yield _removal(tar, why, (split, number), sum(gone.values()), frozenset(gone))
 
 
 def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> int:
@@ -199,26 +205,23 @@ def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> in
     stay = 0
     wanted = Wanted(out)
     with disk_errors(out):
-        for removal in removals:
-            if removal.shard is None:
-                continue
-            split, number = removal.shard
+        for (split, number), listed in _by_shard(removals).items():
             folder = split_folder(out, split)
             try:
-                if removal.gone:
-                    stay += not _drop(folder, number, removal.gone, wanted)
-                else:
-                    stay += not _remove_of_shard(folder, removal, everything)
+                if listed[0].gone:
+                    stay += not _drop(folder, number, listed[0].gone, wanted)
+                elif folder.is_dir():
+                    stay += _remove_of_shard(folder, split, number, listed, everything)
             except ShardBusy:
-                stay += 1
+                stay += len(listed)
         busy = work_goes_on(out)
-        now = {removal.path for removal in _beside_shards(out, everything)}
+        now = {(removal.path, removal.state) for removal in _beside_shards(out, everything)}
         empty = not busy and not any(_numbers(folder) for folder in _folders(out).values())
         for removal in removals:
             if removal.shard is not None:
                 continue
             last = removal.path.parent == out and removal.path.name in _OF_THE_SHARDS
-            if removal.path not in now or (last and not empty):
+            if (removal.path, removal.state) not in now or (last and not empty):
                 stay += 1
             else:
                 removal.path.unlink(missing_ok=True)
@@ -228,21 +231,27 @@ def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> in
     return stay
 
 
-def _remove_of_shard(folder: Path, removal: Removal, everything: bool) -> bool:
-    """Remove a file of a shard, if it can go now that the shard is locked."""
-    assert removal.shard is not None
-    split, number = removal.shard
-    if not folder.is_dir():
-        return True
+def _by_shard(removals: Sequence[Removal]) -> dict[tuple[Split, int], list[Removal]]:
+    shards: dict[tuple[Split, int], list[Removal]] = {}
+    for removal in removals:
+        if removal.shard is not None:
+            shards.setdefault(removal.shard, []).append(removal)
+    return shards
+
+
+def _remove_of_shard(folder: Path, split: Split, number: int, listed: Sequence[Removal], everything: bool) -> int:
+    """Remove what was listed of a shard and can go now that it is locked; returns how many files stay."""
+    stay = 0
     with lock_shard(folder, number):
-        if _being_committed(folder / tar_name(number)):
-            raise ShardBusy
-        now = {found.path: found.why for found in _of_shard(folder, split, number, everything)}
-        if now.get(removal.path) != removal.why:
-            return not removal.path.exists()
-        if removal.path != folder / temporary_name(number) or removal.size:  # else it is our lock, and goes with it
-            removal.path.unlink(missing_ok=True)
-    return True
+        now = {(found.path, found.why, found.state) for found in _of_shard(folder, split, number, everything)}
+        for removal in listed:
+            if removal.path == folder / temporary_name(number) and not removal.size:
+                continue  # it is our lock, and goes with it
+            if (removal.path, removal.why, removal.state) in now:
+                removal.path.unlink(missing_ok=True)
+            else:
+                stay += removal.path.exists()
+    return stay
 
 
 def _drop(folder: Path, number: int, gone: Collection[str], wanted: Wanted) -> bool:

@@ -10,6 +10,8 @@ from typing import IO
 
 from cogcommon import failures, locks
 from cogcommon.files import TEMPORARY, temporary_beside
+from cogcommon.ownership import is_file
+from cogcommon.records import tar_name
 from cogcommon.words import in_bytes
 
 _MARK = "encode"  # .encode.HOST-RANDOM.tmp
@@ -23,17 +25,30 @@ def temporary_name(number: int) -> str:
     return f".{number:06d}.tar.tmp"
 
 
-def open_locked(path: Path) -> IO[bytes]:
-    """Open a temporary tar for this process alone. The lock goes with the process, however it ends.
+def open_shard(folder: Path, number: int) -> IO[bytes]:
+    """Open a shard's temporary tar for this process alone. The lock goes with the process, however it ends.
 
     Raises:
-        ShardBusy: another live process writes it.
+        ShardBusy: another live process writes the shard.
         NoLocks: the file system keeps no locks.
     """
+    temporary, tar = folder / temporary_name(number), folder / tar_name(number)
     try:
-        return locks.open_locked(path)
+        stream = locks.open_locked(temporary)
     except locks.Busy:
         raise ShardBusy from None
+    # A writer renames its tar, locked still, before it writes the record; the temporary name is free by then.
+    if is_file(tar) and locks.locked_elsewhere(tar):
+        with stream:
+            _let_go(stream, temporary)
+        raise ShardBusy
+    return stream
+
+
+def _let_go(stream: IO[bytes], temporary: Path) -> None:
+    """Remove a lock that is nothing else. A killed writer's work may lie in it; that is for the next one."""
+    if os.fstat(stream.fileno()).st_size == 0:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -43,14 +58,11 @@ def lock_shard(folder: Path, number: int) -> Iterator[None]:
     Raises:
         ShardBusy: another live process writes it.
     """
-    path = folder / temporary_name(number)
-    with open_locked(path) as stream:
+    with open_shard(folder, number) as stream:
         try:
             yield
         finally:
-            # A killed writer's work may lie in it; that is for the next one.
-            if os.fstat(stream.fileno()).st_size == 0:
-                path.unlink(missing_ok=True)
+            _let_go(stream, folder / temporary_name(number))
 
 
 @contextmanager
@@ -60,20 +72,23 @@ def at_work(out: Path) -> Iterator[None]:
     Raises:
         NoLocks: the file system keeps no locks, and writers could not be told apart.
     """
-    with disk_errors(out):
-        for left in out.glob(f".{_MARK}.*.tmp"):
-            if TEMPORARY.fullmatch(left.name) and not locks.locked_elsewhere(left):
-                left.unlink(missing_ok=True)
-        while True:
-            mark = temporary_beside(out / _MARK)
-            with suppress(locks.Busy):  # whoever looks whether we live holds it for a moment
-                stream = locks.open_locked(mark)
-                break
+    mark = temporary_beside(out / _MARK)
     try:
+        with disk_errors(out):
+            for left in out.glob(f".{_MARK}.*.tmp"):
+                if TEMPORARY.fullmatch(left.name) and not locks.locked_elsewhere(left):
+                    left.unlink(missing_ok=True)
+            stream = _open_patiently(mark)
         with stream:
             yield
     finally:
         mark.unlink(missing_ok=True)
+
+
+def _open_patiently(mark: Path) -> IO[bytes]:
+    while True:
+        with suppress(locks.Busy):  # whoever looks whether we live holds it for a moment
+            return locks.open_locked(mark)
 
 
 def work_goes_on(out: Path) -> bool:

@@ -14,8 +14,9 @@ cannot load its models leaves everything as it was.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from cogcommon import __version__
 from cogcommon.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from cogcommon.device import (
 )
 from cogcommon.errors import CogError, DataRootError
 from cogcommon.families import Resolution
+from cogcommon.records import SampleRow
 from cogcommon.terminal import Console
 from cogcommon.words import counted
 
@@ -37,7 +39,7 @@ from .advice import in_quotes
 from .disk import ShardBusy, at_work, disk_errors, lack_of_room
 from .engine import Engine, Outcome
 from .gpus import encode_in_parts, gpu_count
-from .holdout import ask_to_move
+from .holdout import Holdout, ask_to_move
 from .lists import check_root
 from .models import Models
 from .output import (
@@ -126,6 +128,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
     clock = Clock()
     part = choose_slice(settings.worker, os.environ)
     checkpoint = settings.open_model()
+    planned = Origin.of(settings, Holdout()).state_of_lists()
     data = settings.read_lists(checkpoint.family.task).trusted()
     if data.images_unused:
         say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} is a text-to-video model")
@@ -166,7 +169,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
         models = Models(checkpoint, device, precision, settings, clock)
         no_empty_caption = established and not (out / EMPTY_CAPTION_FILE).exists()
         work = list(rounds(shards, contract)) if shards or no_empty_caption else []
-        dropped = 0 if work else _begin(settings, origin, part.of(plan.drops), outcome, clock)
+        dropped = 0 if work else _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
         if work:
             checkpoint.check_weights("text_encoder", "vae")  # before hours of T5, not after
         for round_ in work:
@@ -175,7 +178,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
                 latents = models.latents
                 outcome.encoder = latents.choice
                 if round_ is work[0]:
-                    dropped = _begin(settings, origin, part.of(plan.drops), outcome, clock)
+                    dropped = _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
                 total = sum(len(shard.samples) for shard in round_)
                 with clock("encode"), Progress("Encoding", total) as bar:
                     Engine(
@@ -313,8 +316,19 @@ def _text_bytes(contract: Contract) -> int:
     return contract.text_tokens * contract.text_dim * item_bytes(contract.dtype)
 
 
-def _begin(settings: EncodeSettings, origin: Origin, drops: Sequence[Drop], outcome: Outcome, clock: Clock) -> int:
+def _begin(
+    settings: EncodeSettings,
+    origin: Origin,
+    drops: Sequence[Drop],
+    outcome: Outcome,
+    clock: Clock,
+    planned: tuple[str, ...],
+) -> int:
     """The first change to what the folder holds: whose its samples are, and what goes.
+
+    Args:
+        planned: the state of the lists that the plan was made of. If it is another by now, nothing goes: another run
+            may count on it.
 
     Returns:
         The samples dropped.
@@ -322,16 +336,21 @@ def _begin(settings: EncodeSettings, origin: Origin, drops: Sequence[Drop], outc
     with clock("drop"), disk_errors(settings.out):
         if origin != read_origin(settings.out):
             origin.write(settings.out)
-        return _drop_gone(settings, drops, outcome)
+        return _drop_gone(settings, drops, outcome, lambda: origin.state_of_lists() == planned)
 
 
-def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome) -> int:
+def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome, unchanged: Callable[[], bool]) -> int:
     """Rewrite the shards that have lost samples; returns how many samples were dropped."""
     dropped = 0
     for drop in drops:
         try:
-            drop_samples(split_folder(settings.out, drop.split), drop.number, drop.keeps)
+            keep = partial(_keeps, drop, unchanged)
+            drop_samples(split_folder(settings.out, drop.split), drop.number, keep)
             dropped += drop.dropped
         except ShardBusy:
             outcome.busy.append((drop.split, drop.number))
     return dropped
+
+
+def _keeps(drop: Drop, unchanged: Callable[[], bool], row: SampleRow) -> bool:
+    return drop.keeps(row) or not unchanged()

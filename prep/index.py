@@ -14,7 +14,6 @@ from pathlib import Path
 from cogcommon.contract import CONTRACT_FILE, Contract
 from cogcommon.errors import ShardError
 from cogcommon.files import commit_bytes
-from cogcommon.locks import locked_elsewhere
 from cogcommon.names import json_text
 from cogcommon.records import SampleRow, ShardHeader, ShardRecord, read_table, record_name, tar_name, write_record
 from cogcommon.terminal import Console
@@ -85,8 +84,7 @@ def index(out: Path) -> Indexed:
             for tar in tars_without_record(folder):
                 try:
                     with lock_shard(folder, int(tar.stem)):
-                        # A writer renames its tar, locked still, before it writes the record.
-                        if locked_elsewhere(tar) or not is_ours(tar) or tar.with_suffix(".parquet").exists():
+                        if not is_ours(tar) or tar.with_suffix(".parquet").exists():
                             continue
                         whole = _put_back(folder, int(tar.stem), contract)
                 except ShardBusy:

@@ -220,9 +220,21 @@ class Origin:
             id_token=self.id_token,
         )
 
+    def state_of_lists(self) -> tuple[str, ...]:
+        """A hash of each list as it is now, empty where it cannot be read."""
+        names = self.prompts, self.videos, self.images or "images.txt"
+        return tuple(_hash_of(Path(self.data_root) / name) for name in names)
+
     def write(self, out: Path) -> None:
         refuse_foreign(out / ORIGIN_FILE)
         commit_bytes(out / ORIGIN_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+
+
+def _hash_of(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def read_origin(out: Path) -> Origin | None:

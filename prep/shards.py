@@ -44,7 +44,7 @@ from cogcommon.records import (
     write_record,
 )
 
-from .disk import ShardBusy, disk_errors, lock_shard, open_locked, temporary_name
+from .disk import ShardBusy, disk_errors, lock_shard, open_shard, temporary_name
 from .extents import FOUND_FIELDS, Extent, finish_tar, make_extent, whole_extents
 from .proof import is_ours, refuse_foreign
 
@@ -136,7 +136,7 @@ class ShardWriter:
         self._end = 0  # of what was given
         self._sources = ExitStack()  # open files that samples are taken over from
         with disk_errors(folder / tar_name(number)):
-            self._stream = open_locked(folder / temporary_name(number))
+            self._stream = open_shard(folder, number)
             try:
                 complete_rewrite(folder, number)
                 if (folder / record_name(number)).exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from cogcommon.errors import DataRootError
@@ -42,7 +41,7 @@ class Wanted:
 
     def _look(self) -> None:
         origin = read_origin(self._out)
-        state = origin, _state_of_lists(origin)
+        state = origin, origin.state_of_lists() if origin else ()
         if state != self._state:
             self._known = origin is not None and self._read(origin)
             self._state = state
@@ -73,17 +72,3 @@ class Wanted:
         self._lines = {(line.sample.source, line.sample.caption) for line in unusable}
         self.kept = sum(one.status == "ok" for one in found.kept)
         return bool(found.keys)
-
-
-def _state_of_lists(origin: Origin | None) -> list[str]:
-    """A hash of each list, empty where it cannot be read."""
-    if origin is None:
-        return []
-    names = [origin.prompts, origin.videos, origin.images or "images.txt"]
-    states = []
-    for name in names:
-        try:
-            states.append(hashlib.sha256((Path(origin.data_root) / name).read_bytes()).hexdigest())
-        except OSError:
-            states.append("")
-    return states

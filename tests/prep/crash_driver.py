@@ -71,8 +71,14 @@ class InlinePool:
             yield Clip(np.zeros((9, 16, 16, 3), np.uint8), tuple(range(9)), 8.0, (0, 0, 16, 16), "bt709")
 
 
-def bring_up_to_date(out: Path, contract: Contract, clips: list[str]) -> Outcome:
-    """What `encode` does to a folder, from the plan on."""
+def bring_up_to_date(
+    out: Path, contract: Contract, clips: list[str], still: Callable[[], bool] = lambda: True
+) -> Outcome:
+    """What `encode` does to a folder, from the plan on.
+
+    Args:
+        still: whether the lists are as they were planned.
+    """
     for split in SPLITS:
         settle(split_folder(out, split))
     candidates = [
@@ -89,7 +95,7 @@ def bring_up_to_date(out: Path, contract: Contract, clips: list[str]) -> Outcome
         candidates, keys, splits, dict.fromkeys(keys, BUCKET), committed, bucket_order=[BUCKET], chunk={BUCKET: 2}
     )
     for drop in plan.drops:
-        drop_samples(split_folder(out, drop.split), drop.number, drop.keeps)
+        drop_samples(split_folder(out, drop.split), drop.number, lambda row, drop=drop: drop.keeps(row) or not still())
     outcome = Outcome()
     Engine(
         out=out,

@@ -151,3 +151,82 @@ def test_the_data_root_itself_is_refused(encoded):
     with pytest.raises(SettingError, match="is a data root"):
         run(CleanSettings(out=root, yes=True, all=True))
     assert (root / "000008.tar").exists()
+
+
+def test_somebodys_tars_are_nothing_to_remove(tmp_path, capsys):
+    """A folder as other tools write it: no contract of ours, no record."""
+    out = tmp_path / "F"
+    (out / "val").mkdir(parents=True)
+    for name in ("000000.tar", "000000.parquet", "val/000000.tar", "report.json", "index.html"):
+        (out / name).write_bytes(b"mine")
+    before = names(out)
+    assert cleaned(out) == cleaned(out, all=True) == set() and names(out) == before
+    assert "was not made by cogprep" in capsys.readouterr().out
+
+
+def test_without_its_contract_no_sample_is_stale(encoded, capsys):
+    (encoded / "out" / "contract.json").unlink()
+    assert cleaned(encoded / "out") == set()
+    assert "no sample is called stale" in capsys.readouterr().out
+
+
+def test_a_line_whose_file_is_away_keeps_its_sample(encoded):
+    (encoded / "ds" / "1.mp4").unlink()
+    assert cleaned(encoded / "out") == set()
+
+
+def test_the_split_behind_a_link_is_left_alone(encoded):
+    out, elsewhere = encoded / "out", encoded / "elsewhere"
+    shutil.copytree(out, elsewhere)
+    (out / "val").symlink_to(elsewhere)
+    before = names(elsewhere)
+    cleaned(out, all=True)
+    assert names(elsewhere) == before and (out / "val").is_symlink()
+
+
+def answer(monkeypatch, meanwhile) -> None:
+    """Have the question stand while something happens, and then be answered with yes."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(clean.sys, "stdin", terminal)
+    monkeypatch.setattr("builtins.input", lambda _: meanwhile() or "y")
+
+
+def test_a_tar_that_gets_its_record_while_the_question_stands_stays(encoded, monkeypatch, capsys):
+    out = encoded / "out"
+    record = (out / "000001.parquet").read_bytes()
+    (out / "000001.parquet").unlink()
+    answer(monkeypatch, lambda: (out / "000001.parquet").write_bytes(record) and None)
+    assert cleaned(out, yes=False) == set() and (out / "000001.parquet").exists()
+    said = capsys.readouterr().out
+    assert "000001.tar: a tar without a record" in said and "1 in use or changed meanwhile" in said
+
+
+def test_a_line_that_comes_back_while_the_question_stands_keeps_its_sample(encoded, monkeypatch, lay_lists):
+    root, out = encoded / "ds", encoded / "out"
+    whole = (root / "prompts.txt").read_text(), (root / "videos.txt").read_text()
+    lay_lists(root, ["wave number 0"], ["0.mp4"])
+
+    def put_back() -> None:
+        (root / "prompts.txt").write_text(whole[0]), (root / "videos.txt").write_text(whole[1])
+
+    answer(monkeypatch, put_back)
+    assert cleaned(out, yes=False) == set()
+    assert sum(len(read_record(path).rows) for path in out.glob("*.parquet")) == 5
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_what_is_written_while_the_question_stands_stays(encoded, monkeypatch, everything):
+    out = encoded / "out"
+    (out / ".000008.tar.tmp").write_bytes(b"half")
+
+    def encode_more() -> None:
+        for kind in ("tar", "parquet"):
+            shutil.copy(out / f"000000.{kind}", out / f"new.{kind}")
+            (out / f"new.{kind}").replace(out / f"000002.{kind}")
+        record = read_record(out / "000002.parquet")
+        write_record(replace(record, header=replace(record.header, number=2)), out / "000002.parquet")
+
+    answer(monkeypatch, encode_more)
+    cleaned(out, yes=False, all=everything)
+    assert (out / "000002.tar").exists() and (out / "000002.parquet").exists() and (out / "contract.json").exists()

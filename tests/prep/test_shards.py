@@ -13,7 +13,7 @@ import torch
 import webdataset
 
 from cogcommon.contract import CONTRACT_FILE, Contract
-from cogcommon.errors import DiskError
+from cogcommon.errors import CogError, DiskError, ShardError
 from cogcommon.locks import locked_elsewhere
 from cogcommon.records import SampleRow, ShardRecord, extent_intact, read_record, split_extent
 from cogprep import shards
@@ -256,3 +256,31 @@ def test_a_full_disk_is_one_clear_error(three: Path) -> None:
     with pytest.raises(DiskError, match="the disk is full") as caught:
         writer.add(*samples_of(three)[0])
     assert "make room" in str(caught.value)
+
+
+def test_a_tar_of_somebodys_is_not_written_over(three):
+    """It has the name that the next shard would get."""
+    theirs = three / "000005.tar"
+    theirs.write_bytes(b"mine")
+    with pytest.raises(ShardError, match="not one that cogprep made"):
+        ShardWriter(three, 5, contract_in(three), ())
+    assert theirs.read_bytes() == b"mine"
+    theirs.unlink()
+    theirs.symlink_to(three / "000000.tar")
+    with pytest.raises(ShardError, match="not one that cogprep made"):
+        ShardWriter(three, 5, contract_in(three), ())
+
+
+def test_a_temporary_tar_that_is_a_link_is_not_written_through(three):
+    (three / "theirs").write_bytes(b"mine")
+    (three / ".000005.tar.tmp").symlink_to(three / "theirs")
+    with pytest.raises(CogError):
+        ShardWriter(three, 5, contract_in(three), ())
+    assert (three / "theirs").read_bytes() == b"mine"
+
+
+def test_a_record_of_somebodys_stays_though_it_has_no_tar(three):
+    (three / "000005.parquet").write_bytes(b"mine")
+    (three / "7.parquet").write_bytes(b"mine")
+    settle(three)
+    assert (three / "000005.parquet").read_bytes() == b"mine" and 7 not in committed_shards(three)

@@ -14,6 +14,7 @@ import pytest
 
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import RunError, SettingError
+from cogcommon.files import temporary_beside
 from cogtrain import checkpoint as checkpoints
 from cogtrain.run_folder import claimed
 from cogtrain.settings import LoraSettings
@@ -104,7 +105,7 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, bef
     psutil.wait_procs(family, timeout=60)
     finish(begin(words_for(strategy, after, run.name), place))
     assert losses(run) == pytest.approx(expected, rel=1e-5)
-    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    assert {path.name for path in run.iterdir() if path.name.startswith(".")} == {".cogtune.json", ".lock"}
     assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
 
 
@@ -151,11 +152,14 @@ def test_on_one_process_a_resumed_run_is_bit_equal(here, tmp_path):
 
 def test_a_resume_clears_what_a_kill_left_half_written(here):
     run = here(steps=2)
-    (run / ".report.html.4711.tmp").write_text("half")
-    (run / ".checkpoint-9.tmp").mkdir()
-    (run / ".checkpoint-9.tmp" / "model.safetensors").write_text("half")
+    temporary_beside(run / "report.html").write_text("half")
+    checkpoint = temporary_beside(run / "checkpoint-9")
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_text("half")
+    (run / ".mine.tmp").write_text("somebody's own")
     here(steps=3)
-    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+    left = {path.name for path in run.iterdir() if path.name.startswith(".")}
+    assert left == {".cogtune.json", ".lock", ".mine.tmp"}
 
 
 def test_a_second_process_in_the_same_folder_is_refused_and_harms_nothing(here, tmp_path):
