@@ -81,9 +81,9 @@ def check_root(root: Path) -> None:
     Raises:
         DataRootError: it is missing, or a file.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112, as `_is_there`
         raise DataRootError(
-            "the data root is not a folder" if root.exists() else "there is no such data root",
+            "the data root is not a folder" if _is_there(root) else "there is no such data root",
             where=str(root),
             fix="--data-root takes the folder that holds prompts.txt and videos.txt",
         )
@@ -113,7 +113,7 @@ def read_lists(
     """
     check_root(root)
     names = {"captions": prompts, "clips": videos}
-    if task == "i2v" and (images is not None or (root / "images.txt").exists()):
+    if task == "i2v" and (images is not None or _is_there(root / "images.txt")):
         names["images"] = images or "images.txt"
     faults: list[ListFault] = []
     columns: dict[str, list[str]] = {}
@@ -131,7 +131,7 @@ def read_lists(
                 f"unpaired from here: {said} lines",
             )
         )
-    unused = task == "t2v" and (root / (images or "images.txt")).exists()
+    unused = task == "t2v" and _is_there(root / (images or "images.txt"))
     if faults:
         return DataSet(root, (), sorted(faults), columns, unused)
     stills = columns.get("images") or [""] * len(columns["clips"])
@@ -181,4 +181,9 @@ def _seen(entry: str, root: Path | None) -> str:
     seen = entry.translate(dict.fromkeys(map(ord, _UNSEEN))).strip()
     if seen == entry or root is None or "\0" in entry:
         return seen
-    return entry if os.path.exists(root / entry) and not os.path.exists(root / seen) else seen  # noqa: PTH110, no error
+    return entry if _is_there(root / entry) and not _is_there(root / seen) else seen
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or folder. `Path.exists` raises for a name that is too long to be one."""
+    return os.path.exists(path)  # noqa: PTH110

@@ -104,3 +104,11 @@ def test_images_only_for_i2v_and_only_where_there_are_some(tmp_path):
 def test_the_id_token_leads_every_caption(tmp_path):
     lay(tmp_path, prompts="a cat\n", videos="a.mp4\n")
     assert read_lists(tmp_path, task="t2v", id_token="DSNY").samples[0].caption == "DSNY a cat"
+
+
+def test_a_name_that_no_file_can_have_is_no_bug(tmp_path):
+    lay(tmp_path, prompts="a\n", videos="a.mp4\n")
+    assert len(faults(tmp_path, "i2v", images="x" * 5000)) == 1
+    assert not faults(tmp_path, "t2v", images="x" * 5000)
+    with pytest.raises(DataRootError, match="no such data root"):
+        read_lists(tmp_path / ("x" * 5000), task="t2v")
