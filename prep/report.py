@@ -158,7 +158,7 @@ def make_report(
         unfinished_slices=[
             f"{index}/{part.count}" for index in sorted({part.index_of(shard.number) for shard in missing})
         ],
-        usable=bool(reused or kept or outcome.encoded or outcome.recovered or missing or part.count > 1),
+        usable=bool(reused or kept or outcome.encoded or outcome.recovered or outcome.busy or part.count > 1),
         out=str(settings.out),
         data_root=str(settings.root),
         model=checkpoint.name,

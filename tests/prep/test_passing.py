@@ -75,6 +75,7 @@ def test_the_next_run_ends_with_the_bytes_of_an_undisturbed_one(which, encoded, 
     first = encode(settings)
     hit = sum("decode" in what for _, what in DISTURBANCES[which])  # bytes alone give a clip its place
     assert (first.encoded, first.postponed, first.rejected) == (5 - hit, hit, 0)
+    assert first.usable == (hit < 5), "a run that leaves everything to the next one has not done its work"
     assert [int(order.read_text()) for order in orders] == [7] * len(orders), "tried once more, and no more"
     assert all("killed" in s.reason or "no sign of life" in s.reason for s in first.postponed_samples)
     keys = {row.source for path in out.glob("*.parquet") for row in read_record(path).rows}
