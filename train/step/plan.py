@@ -225,7 +225,8 @@ def choose(
             whatever it costs.
     """
     if not gpu:
-        all_fits = ALL_UNCOMPILED * load.layers * load.activation <= _HOST_USABLE * host_free
+        # There the block that is computed, and what is trained, need their part of the same memory.
+        all_fits = Plan(_each("all", load.layers)).peak(load) <= _HOST_USABLE * host_free
         keep: Keep = "all" if memory == "fast" or (memory == "auto" and all_fits) else "inputs"
         return Plan(
             keep=(keep,) * load.layers, park=memory == "low", stream=memory == "low" and load.streams,

@@ -19,7 +19,7 @@ quiet_libraries()
 
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from cogtrain.bench.rows import SMALL  # noqa: E402
@@ -52,6 +52,10 @@ class Live(TorchDispatchMode):
         return out
 
     def count(self, tensor):
+        if is_traceable_wrapper_subclass(tensor):  # a quantised one has no memory but that of its parts
+            for name in tensor.__tensor_flatten__()[0]:
+                self.count(getattr(tensor, name))
+            return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._sizes:
             self._sizes[storage._cdata] = storage.nbytes()
