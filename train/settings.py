@@ -244,7 +244,9 @@ class GenerateSettings:
     precision: Precision | None = setting(
         None, "number type the model computes in", shown="the family's on a GPU, fp32 on a CPU"
     )
-    out: Path | None = setting(None, "folder for the videos", shown="RUN/generated/<prompt>-<seed>")
+    out: Path | None = setting(
+        None, "folder for the videos", shown="RUN/generated/<prompt>-<seed>-<hash of all settings>"
+    )
     json: bool = setting(False, "print the result as JSON")
 
 

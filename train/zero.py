@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import SettingError
 from cogcommon.names import command_line
+from cogcommon.ownership import is_file
 
 if TYPE_CHECKING:
     import torch
@@ -79,9 +80,9 @@ def compiling_alone() -> Iterator[None]:
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
             fcntl.flock(held.enter_context((root / "cogtrain.lock").open("w")), fcntl.LOCK_EX)
-        for left in root.rglob("lock"):
-            if not _open_in_a_process(left):
-                with contextlib.suppress(OSError):
+        for left in [*root.glob("*/lock"), *root.glob("*/*/lock")]:  # as torch lays them: of an operation, and empty
+            with contextlib.suppress(OSError):
+                if is_file(left) and left.stat().st_size == 0 and not _open_in_a_process(left):
                     left.unlink()
         yield
 
