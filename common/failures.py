@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,13 +73,15 @@ _TORCHS_WRITER = re.compile("inline_container|PytorchStreamWriter")
 
 
 @contextmanager
-def disk_errors(path: Path, *, needs: int = 0, go_on: str = "run the command again") -> Iterator[None]:
+def disk_errors(
+    path: Path, *, needs: int = 0, go_on: str | Callable[[], str] = "run the command again"
+) -> Iterator[None]:
     """What the file system refuses is one clear message, whoever it was told to.
 
     Args:
         path: the file or folder that is being written.
         needs: bytes to be written in all, where it is known.
-        go_on: what to type when the fault is mended, and what is kept until then.
+        go_on: what to type when the fault is mended, and what is kept until then; a function is asked at the fault.
 
     Raises:
         DiskError: in place of the library's or the system's own.
@@ -92,7 +94,8 @@ def disk_errors(path: Path, *, needs: int = 0, go_on: str = "run the command aga
         number = number_of(error, path)
         if number is None:
             raise
-        raise disk_error(error, number, path, needs=needs, go_on=go_on) from error
+        then = go_on if isinstance(go_on, str) else go_on()
+        raise disk_error(error, number, path, needs=needs, go_on=then) from error
 
 
 def disk_error(

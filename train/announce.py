@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cogcommon import __version__
+from cogcommon.errors import CogError
 from cogcommon.names import command_line
 from cogcommon.words import counted
 
@@ -44,7 +45,17 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
     log.say(f"writes {folder}")
 
 
-def ending(run: Run, log: RunLog, folder: Path, exported: Exported) -> None:
+def ending(run: Run, log: RunLog, folder: Path, exported: Exported, unsaved: CogError | None) -> None:
+    """The last lines.
+
+    Args:
+        unsaved: why the last checkpoint was not written, if it was not.
+    """
+    if unsaved:
+        log.say(
+            f"note: there is no checkpoint of step {run.steps:,}: {unsaved.what}. The weights are whole; only a larger "
+            "--steps would need it, and goes on from an older one"
+        )
     if faults := str(FAULTS):
         log.say(faults)
     log.say(f"wrote {exported.path}; {checked(exported)}")
@@ -88,14 +99,14 @@ def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan, attention: Ker
     )
 
 
-def weights_file_facts(run: Run) -> dict[str, str]:
+def weights_file_facts(run: Run, step: int) -> dict[str, str]:
     """What an exported file says of where it comes from."""
     return {
         "base_model": run.checkpoint.name,
         "revision": run.checkpoint.revision or "",
         "family": run.checkpoint.family.name,
         "method": run.method.name,
-        "steps": str(run.steps),
+        "steps": str(step),
         "shards": run.shards.fingerprint,
         "contract": run.shards.contract.fingerprint,
     }

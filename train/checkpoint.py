@@ -13,18 +13,20 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogcommon.errors import RunError
+from cogcommon.errors import CogError, RunError
+from cogcommon.failures import disk_errors
 from cogcommon.files import TEMPORARY, fsync_folder, temporary_beside
+from cogcommon.names import command_line
 from cogcommon.ownership import is_file, is_folder, remove_folder, replace_folder
 
 from .finite import all_finite
 from .leaving import PeerFailed
-from .run_folder import A_CHECKPOINT
+from .run_folder import A_CHECKPOINT, CONFIG_FILE
 from .strategy import Runtime
 
 if TYPE_CHECKING:
@@ -174,6 +176,14 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text
 
 
+class NotSaved(Exception):
+    """A checkpoint could not be written; raised on all ranks alike. ``fault`` is what to say of it."""
+
+    def __init__(self, fault: CogError) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
 def save(
     runtime: Runtime,
     model: Any,
@@ -182,32 +192,61 @@ def save(
     state: RunState,
     run: Path,
     keep: int,
+    *,
+    needs: int = 0,
 ) -> Path:
     """Write a checkpoint; every rank calls it. The oldest go once the new one is whole.
 
     Args:
         average: this rank's part of the moving average of the weights.
+        needs: bytes that it takes, about, for the message of a disk that is full.
 
     Raises:
         RunError: a weight, or a number of the optimizer's state, is not finite.
+        NotSaved: the disk is full, or another fault of the file system; nothing of the checkpoint is left.
     """
     _check_finite(runtime, model, optimizer, average, f"step {state.step}", "resume the last checkpoint")
     final = run / folder_name(state.step)
     temporary = Path(runtime.peers.tell(str(temporary_beside(final))))
-    if runtime.main:
+
+    def begin() -> None:
         temporary.mkdir(parents=True)
-    runtime.wait()
-    runtime.save_state(model, optimizer, average, temporary)
-    runtime.wait()
-    if runtime.main:
+
+    def commit() -> None:
         (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         _fsync_tree(temporary)
         replace_folder(temporary, final, A_CHECKPOINT)  # the same step is there after a resume from an older one
-        for old in list_checkpoints(run)[:-keep]:
-            if old != final:
-                remove_folder(old, A_CHECKPOINT, first=STATE_FILE)
-    runtime.wait()
+
+    def write(act: Callable[[], None]) -> Callable[[], None]:
+        def told() -> None:
+            with disk_errors(final, needs=needs, go_on=lambda: how_to_go_on(run, state.facts["method"])):
+                act()
+
+        return told
+
+    peers = runtime.peers
+    try:
+        peers.together(write(begin) if runtime.main else lambda: None)
+        peers.together(write(lambda: runtime.save_state(model, optimizer, average, temporary)))
+        peers.together(write(commit) if runtime.main else lambda: None)
+    except CogError as fault:
+        if runtime.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise NotSaved(fault) from fault
+    if runtime.main:
+        others = [path for path in list_checkpoints(run) if path != final]
+        for old in others[: max(0, len(others) - max(0, keep - 1))]:
+            remove_folder(old, A_CHECKPOINT, first=STATE_FILE)
     return final
+
+
+def how_to_go_on(run: Path, method: str) -> str:
+    """What to type when a fault is mended, and from where the run then goes on."""
+    whole = list_checkpoints(run)
+    kept = (
+        f"it goes on from {whole[-1].name}, which is whole" if whole else "it begins anew: no checkpoint is there yet"
+    )
+    return f"{command_line('cogtrain', method, '--config', run / CONFIG_FILE)} ({kept})"
 
 
 def load(runtime: Runtime, model: Any, optimizer: Any, average: list[torch.Tensor] | None, folder: Path) -> None:

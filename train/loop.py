@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.copies import CopyStream
-from cogcommon.errors import RunError
+from cogcommon.errors import CogError, DiskError, RunError
+from cogcommon.failures import disk_errors
 from cogcommon.names import command_line
 
 from . import agreement, announce
@@ -22,6 +24,7 @@ from .finite import Judge, listed, not_finite, stop_for
 from .guard import out_of_memory
 from .inputs import Objective
 from .leaving import PeerFailed
+from .method import Written
 from .optim import clip, learning_rate, make_optimizer
 from .order import Slot, rank_slots
 from .peers import Peers, meet
@@ -66,7 +69,8 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
     peers = peers or meet()
     agreement.check_alike(run, peers)
     folder = Path(peers.tell(str(run_folder(run))))
-    with ExitStack() as closing:
+    go_on = partial(checkpoints.how_to_go_on, folder, run.method.name)
+    with disk_errors(folder, go_on=go_on), ExitStack() as closing:
         try:
             peers.together(lambda: closing.enter_context(claimed(folder)) if peers.main else None)
             agreement.check_shared(folder, peers)
@@ -103,6 +107,8 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
             judge = Judge(run, runtime, log)
             step_log = StepLog(run, runtime, log, judge if deferred else None)
             closing.enter_context(stop.listening())  # before this there is nothing to save
+            written: Written | None = None
+            unsaved: CogError | None = None
             for step in range(done + 1, run.steps + 1):
                 clock = StepClock(runtime.device)
                 torch.manual_seed(seed_of(settings.seed, step, str(runtime.rank), "dropout"))
@@ -138,6 +144,9 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
                 saves = signal or step % settings.save_every == 0 or step == run.steps
                 if validates or saves or not deferred:
                     step_log.flush()
+                if step == run.steps:  # first of all, and in its smallest form
+                    judge.end()
+                    written = _write(run, runtime, model, average, folder, step)
                 if validation and validates:
                     with average.in_place() if average else nullcontext():  # what would be exported
                         line = validation.measure(model, step)
@@ -145,9 +154,7 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
                         log.validation(line)
                     signal = runtime.agree(stop.signal)
                 if saves or signal:
-                    state = checkpoints.RunState(step, runtime.world, run.facts(), settings_json(settings))
-                    saved = checkpoints.save(runtime, model, optimizer, shadow, state, folder, settings.keep)
-                    log.say(f"saved {saved}")
+                    unsaved = _save(run, runtime, model, optimizer, average, folder, step, log, exported=written)
                     if runtime.main:
                         write_report(folder)
                     signal = signal or runtime.agree(stop.signal)  # one that came meanwhile: this checkpoint will do
@@ -155,14 +162,14 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
                     raise Stopped(
                         128 + signal, command_line("cogtrain", run.method.name, "--config", folder / CONFIG_FILE)
                     )
-            judge.end()
-            with average.in_place() if average else nullcontext():
-                exported = run.method.export(runtime, model, run.checkpoint, folder, announce.weights_file_facts(run))
-            if exported is not None:
+            if written is None:  # nothing was left to train
+                written = _write(run, runtime, model, average, folder, run.steps)
+            if runtime.main:
+                exported = run.method.verify(runtime, model, run.checkpoint, written)
                 if not write_card(folder, read_run(folder), "transformer" if run.method.full else "lora", run.steps):
                     log.say(f"{folder / CARD_FILE} was changed by somebody, and stays as it is")
                 write_report(folder)
-                announce.ending(run, log, folder, exported)
+                announce.ending(run, log, folder, exported, unsaved)
             peers.wait()  # rank 0 may yet fail
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, run) from error
@@ -189,6 +196,48 @@ def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torc
     optimizer = make_optimizer(trained, settings, runtime.device, on_host=on_host, hosted=engine.hosted)
     model, optimizer = runtime.prepare(transformer, optimizer, saved_by=run.resume.state.world if run.resume else None)
     return model, optimizer, trained, engine.plan, engine.kernel
+
+
+def _write(run: Run, runtime: Runtime, model: Any, average: Average | None, folder: Path, step: int) -> Written:
+    """Write what was trained, as it is exported; every rank calls it."""
+    with average.in_place() if average else nullcontext():
+        return run.method.write(runtime, model, run.checkpoint, folder, announce.weights_file_facts(run, step))
+
+
+def _save(
+    run: Run, runtime: Runtime, model: Any, optimizer: Any, average: Average | None, folder: Path, step: int,
+    log: RunLog, *, exported: Written | None,
+) -> CogError | None:  # fmt: skip
+    """Write a checkpoint; every rank calls it. What is trained is kept, even where a checkpoint finds no room.
+
+    Args:
+        exported: the weights, if they have been written: then the checkpoint is for a resume only.
+
+    Returns:
+        Why there is none, if that costs only the resume.
+
+    Raises:
+        CogError: there is no room for it, and training ends here; says where the weights are.
+    """
+    settings = run.settings
+    state = checkpoints.RunState(step, runtime.world, run.facts(), settings_json(settings))
+    shadow = average.shadow if average else None
+    try:
+        saved = checkpoints.save(runtime, model, optimizer, shadow, state, folder, settings.keep)
+        log.say(f"saved {saved}")
+        return None
+    except checkpoints.NotSaved as failed:
+        fault = failed.fault
+    if exported:
+        return fault
+    try:
+        rescued = _write(run, runtime, model, average, folder / f"step-{step}", step)
+        kept = f"; the weights after step {step} are in {rescued.path}"
+    except CogError:
+        kept = f"; the weights after step {step} found no room either"
+    if runtime.main:
+        raise DiskError(fault.what, where=fault.where, fix=f"{fault.fix}{kept}") from fault
+    raise fault
 
 
 def _loss(

@@ -7,13 +7,14 @@ is exported. Everything else is the same run.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cogcommon.checkpoint import Checkpoint
+from cogcommon.failures import disk_errors
 
 from . import lora, sft
 from .probe import probe
@@ -55,17 +56,35 @@ class Method(Protocol):
         """Settings without which its checkpoints do not fit, by option."""
         ...
 
-    def export(
+    def write(
         self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str]
-    ) -> Exported | None:
-        """Write the weights, load them back and compare; every rank calls it, rank 0 writes.
+    ) -> Written:
+        """Write the weights as they are exported; every rank calls it, rank 0 writes.
+
+        Raises:
+            RunError: they are not finite.
+            DiskError: the disk is full, or another fault of the file system; nothing of them is left.
+        """
+        ...
+
+    def verify(self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, written: Written) -> Exported:
+        """Load what was written back, and compare; on rank 0.
 
         The model cannot be trained further: it makes room for the one that is loaded.
 
-        Returns:
-            What was written, on rank 0.
+        Raises:
+            RunError: it is not what was trained.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file or folder of weights, and what it must be: the weights, and the answer of the live model (`probe`)."""
+
+    path: Path
+    state: Mapping[str, torch.Tensor]
+    expected: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -113,19 +132,23 @@ class Lora:
             "--target-modules": sorted(self.settings.target_modules),
         }
 
-    def export(
+    def write(
         self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str]
-    ) -> Exported | None:
+    ) -> Written:
         plain = runtime.plain(model)
-        state = lora.state_dict(plain, runtime.full_weight())
-        expected = probe(plain)
-        if not runtime.main:
-            return None
-        known = {"rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"}
-        file = lora.save(state, folder, {**facts, **known})
+        known = {**facts, "rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"}
+        return _written(
+            runtime, plain, folder / lora.FILE,
+            lambda: lora.state_dict(plain, runtime.full_weight()),
+            lambda state: lora.save(state, folder, known),
+        )  # fmt: skip
+
+    def verify(self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, written: Written) -> Exported:
+        plain = runtime.plain(model)
         runtime.release(plain)
-        # A base that was streamed need not fit on the GPU.
-        return Exported(file, lora.check(file, checkpoint, state, expected, runtime.room_for(plain), runtime.dtype))
+        room = runtime.room_for(plain)  # a base that was streamed need not fit on the GPU
+        found = lora.check(written.path, checkpoint, written.state, written.expected, room, runtime.dtype)
+        return Exported(written.path, found)
 
 
 class Sft:
@@ -151,18 +174,42 @@ class Sft:
     def facts(self) -> dict[str, Any]:
         return {}
 
-    def export(
+    def write(
         self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str]
-    ) -> Exported | None:
+    ) -> Written:
         plain = runtime.plain(model)
-        state = sft.state_dict(plain, runtime.dtype, runtime.full_weight(), keep=runtime.main)
-        expected = probe(plain)
-        if not runtime.main:
-            return None
-        written = sft.save(state, checkpoint, folder)
+        return _written(
+            runtime, plain, folder / sft.FOLDER,
+            lambda: sft.state_dict(plain, runtime.dtype, runtime.full_weight(), keep=runtime.main),
+            lambda state: sft.save(state, checkpoint, folder),
+        )  # fmt: skip
+
+    def verify(self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, written: Written) -> Exported:
+        plain = runtime.plain(model)
         runtime.release(plain)
         # What was trained in parts, or in host memory, need not fit on the GPU whole.
-        return Exported(written, sft.check(written, checkpoint, state, expected, runtime.room_for(plain)))
+        room = runtime.room_for(plain)
+        return Exported(written.path, sft.check(written.path, checkpoint, written.state, written.expected, room))
+
+
+def _written(
+    runtime: Runtime,
+    plain: Any,
+    path: Path,
+    collect: Callable[[], dict[str, torch.Tensor]],
+    save: Callable[[dict[str, torch.Tensor]], object],
+) -> Written:
+    """Collect the weights from all ranks and write them on rank 0; if one of them cannot, all stop."""
+    peers = runtime.peers
+    state = peers.together(collect)
+    expected = probe(plain)
+
+    def write() -> None:
+        with disk_errors(path, needs=sum(tensor.nbytes for tensor in state.values())):
+            save(state)
+
+    peers.together(write if runtime.main else lambda: None)
+    return Written(path, state, expected)
 
 
 def method_of(settings: TrainSettings) -> Method:

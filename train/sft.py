@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,11 +70,15 @@ def save(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, folder: Path
     target = folder / FOLDER
     scratch = temporary_beside(target)
     folder.mkdir(parents=True, exist_ok=True)
-    transformer.save_pretrained(scratch, max_shard_size="5GB")
-    for file in scratch.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    replace_folder(scratch, target, A_TRANSFORMER)
+    try:
+        transformer.save_pretrained(scratch, max_shard_size="5GB")
+        for file in scratch.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        replace_folder(scratch, target, A_TRANSFORMER)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)  # where the disk is full, others need the room
+        raise
     return target
 
 

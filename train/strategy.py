@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import socket
 import warnings
@@ -153,7 +154,8 @@ class Runtime:
             safetensors.torch.save_file(named, folder / _AVERAGE)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        torch.save(state, folder / _OPTIMIZER)
+        with (folder / _OPTIMIZER).open("wb") as stream:  # of its own files torch forgets the system's error
+            torch.save(state, stream)
 
     def load_state(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None, folder: Path) -> None:
         """Read back what `save_state` wrote, on this or another number of processes.
@@ -161,8 +163,6 @@ class Runtime:
         Raises:
             RunError: it is damaged, or does not fit this model.
         """
-        from safetensors import SafetensorError
-
         try:
             if not self.sharded:
                 self._load_plain(model, optimizer, average, folder)
@@ -177,9 +177,12 @@ class Runtime:
                     shutil.rmtree(scratch)
             else:
                 zero.load(model, folder)
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        except Exception as error:
+            why = _unreadable(error)
+            if why is None:
+                raise
             raise RunError(
-                f"the checkpoint cannot be loaded: {str(error).splitlines()[0]}",
+                f"the checkpoint cannot be loaded: {why}",
                 where=str(folder),
                 fix="resume an older one, with the settings of its run",
             ) from error
@@ -304,5 +307,19 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
             if (checkpoint / file).exists():
                 return safetensors.torch.load_file(checkpoint / file)
         return zero.read_weights(checkpoint)
-    except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise RunError(f"the checkpoint cannot be read: {str(error).splitlines()[0]}", where=str(checkpoint)) from error
+    except Exception as error:
+        why = _unreadable(error)
+        if why is None:
+            raise
+        raise RunError(f"the checkpoint cannot be read: {why}", where=str(checkpoint)) from error
+
+
+def _unreadable(error: Exception) -> str | None:
+    """Why a checkpoint cannot be read; None for an error that is not the checkpoint's."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, pickle.UnpicklingError):
+        return "a file in it is damaged, or asks for more than numbers, which is not done for it"
+    if isinstance(error, OSError | RuntimeError | ValueError | KeyError | EOFError | SafetensorError):
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None

@@ -165,14 +165,26 @@ def held(engine: Any) -> Iterator[torch.Tensor]:
 
 
 def prepare(engine: Any) -> None:
-    """Let fp16's loss scale stay at its least instead of ending the run in a traceback; `finite.Judge` ends it."""
+    """Have an engine use our `Files`, and leave no recovery scripts, which `cogtrain export` makes needless, in a
+    checkpoint. fp16's loss scale stays at its least instead of ending the run in a traceback; `finite.Judge` ends it.
+    """
+    from .zero_files import Files
+
+    engine.checkpoint_engine = Files()
+    engine._copy_recovery_script = lambda save_path: None
     if hasattr(scaler := engine.optimizer.loss_scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 
 
 def save(engine: Any, folder: Path) -> None:
-    """Write the engine's state into a checkpoint; every rank calls it. What is frozen is left out."""
+    """Write the engine's state into a checkpoint; every rank calls it. What is frozen is left out.
+
+    Raises:
+        OSError, ...: this rank could not write its part; all ranks have met.
+    """
     engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=_partly_frozen(engine))
+    if engine.checkpoint_engine.fault is not None:
+        raise engine.checkpoint_engine.fault
 
 
 def load(engine: Any, folder: Path) -> None:
@@ -180,8 +192,12 @@ def load(engine: Any, folder: Path) -> None:
 
     Raises:
         RuntimeError, OSError, ...: DeepSpeed's own.
+        pickle.UnpicklingError: it holds more than numbers.
     """
-    path, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not _partly_frozen(engine))
+    from .zero_files import numbers_only
+
+    with numbers_only():
+        path, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not _partly_frozen(engine))
     if path is None:
         raise FileNotFoundError("DeepSpeed finds no state in it")
 
@@ -190,7 +206,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What was trained, whole and in fp32, put together from all ranks' files."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
+    from .zero_files import numbers_only
+
+    with numbers_only():
+        state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
     return state
 
 
@@ -207,6 +226,8 @@ def convert(folder: Path, into: Path) -> None:
     """
     from deepspeed.checkpoint.ds_to_universal import main
 
+    from .zero_files import numbers_only
+
     (into / _TAG).mkdir(parents=True)
     options = argparse.Namespace(
         input_folder=str(folder / _TAG),
@@ -217,5 +238,5 @@ def convert(folder: Path, into: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), numbers_only():
         main(options)
