@@ -242,6 +242,8 @@ def save(
 
 def how_to_go_on(run: Path, method: str) -> str:
     """What to type when a fault is mended, and from where the run then goes on."""
+    if not (run / CONFIG_FILE).exists():
+        return "run the command again"
     whole = list_checkpoints(run)
     kept = (
         f"it goes on from {whole[-1].name}, which is whole" if whole else "it begins anew: no checkpoint is there yet"

@@ -198,10 +198,14 @@ def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torc
     return model, optimizer, trained, engine.plan, engine.kernel
 
 
-def _write(run: Run, runtime: Runtime, model: Any, average: Average | None, folder: Path, step: int) -> Written:
-    """Write what was trained, as it is exported; every rank calls it."""
+def _write(
+    run: Run, runtime: Runtime, model: Any, average: Average | None, folder: Path, step: int, *, into: str = ""
+) -> Written:
+    """Write what was trained into the run's folder, or one in it, as it is exported; every rank calls it."""
+    facts = announce.weights_file_facts(run, step)
+    go_on = partial(checkpoints.how_to_go_on, folder, run.method.name)
     with average.in_place() if average else nullcontext():
-        return run.method.write(runtime, model, run.checkpoint, folder, announce.weights_file_facts(run, step))
+        return run.method.write(runtime, model, run.checkpoint, folder / into, facts, go_on)
 
 
 def _save(
@@ -231,7 +235,7 @@ def _save(
     if exported:
         return fault
     try:
-        rescued = _write(run, runtime, model, average, folder / f"step-{step}", step)
+        rescued = _write(run, runtime, model, average, folder, step, into=f"step-{step}")
         kept = f"; the weights after step {step} are in {rescued.path}"
     except CogError:
         kept = f"; the weights after step {step} found no room either"

@@ -57,9 +57,13 @@ class Method(Protocol):
         ...
 
     def write(
-        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str]
-    ) -> Written:
+        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str],
+        go_on: Callable[[], str],
+    ) -> Written:  # fmt: skip
         """Write the weights as they are exported; every rank calls it, rank 0 writes.
+
+        Args:
+            go_on: says what to type when a fault of the disk is mended.
 
         Raises:
             RunError: they are not finite.
@@ -133,12 +137,13 @@ class Lora:
         }
 
     def write(
-        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str]
-    ) -> Written:
+        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str],
+        go_on: Callable[[], str],
+    ) -> Written:  # fmt: skip
         plain = runtime.plain(model)
         known = {**facts, "rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"}
         return _written(
-            runtime, plain, folder / lora.FILE,
+            runtime, plain, folder / lora.FILE, go_on,
             lambda: lora.state_dict(plain, runtime.full_weight()),
             lambda state: lora.save(state, folder, known),
         )  # fmt: skip
@@ -175,11 +180,12 @@ class Sft:
         return {}
 
     def write(
-        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str]
-    ) -> Written:
+        self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, folder: Path, facts: Mapping[str, str],
+        go_on: Callable[[], str],
+    ) -> Written:  # fmt: skip
         plain = runtime.plain(model)
         return _written(
-            runtime, plain, folder / sft.FOLDER,
+            runtime, plain, folder / sft.FOLDER, go_on,
             lambda: sft.state_dict(plain, runtime.dtype, runtime.full_weight(), keep=runtime.main),
             lambda state: sft.save(state, checkpoint, folder),
         )  # fmt: skip
@@ -196,6 +202,7 @@ def _written(
     runtime: Runtime,
     plain: Any,
     path: Path,
+    go_on: Callable[[], str],
     collect: Callable[[], dict[str, torch.Tensor]],
     save: Callable[[dict[str, torch.Tensor]], object],
 ) -> Written:
@@ -205,7 +212,7 @@ def _written(
     expected = probe(plain)
 
     def write() -> None:
-        with disk_errors(path, needs=sum(tensor.nbytes for tensor in state.values())):
+        with disk_errors(path, needs=sum(tensor.nbytes for tensor in state.values()), go_on=go_on):
             save(state)
 
     peers.together(write if runtime.main else lambda: None)

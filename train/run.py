@@ -326,8 +326,6 @@ def write_config(run: Run, folder: Path) -> None:
             where=str(folder),
             fix="rename the folder, or name it by a link (ln -s)",
         ) from error
-    except OSError as error:
-        raise RunError(f"cannot write the run: {error.strerror}", where=str(folder), fix="another --out") from error
 
 
 def _absolute(settings: TrainSettings) -> TrainSettings:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from cogcommon.errors import RunError
+from cogcommon.failures import disk_errors
 from cogcommon.files import commit_bytes
 from cogcommon.locks import Busy, NoLocks, open_locked
 from cogcommon.names import plain
@@ -133,22 +134,20 @@ def claimed(folder: Path) -> Iterator[Made]:
 
     Raises:
         SettingError: it holds files that no run of ours has made.
-        RunError: another process trains in it, or it cannot be made.
+        RunError: another process trains in it.
+        DiskError: it cannot be made.
     """
     try:
-        made = take_output(folder, A_RUN, "--out")
-        made.open(*RUN_FILES)
-        refuse_other(folder / TRANSFORMER, A_TRANSFORMER)
-        lock: IO[bytes] = open_locked(folder / LOCK_FILE)
+        with disk_errors(folder):
+            made = take_output(folder, A_RUN, "--out")
+            made.open(*RUN_FILES)
+            refuse_other(folder / TRANSFORMER, A_TRANSFORMER)
+            lock: IO[bytes] = open_locked(folder / LOCK_FILE)
     except NoLocks:
         print(plain(f"note: no locks here, so nothing keeps a second run out of {folder}"), file=sys.stderr)
         lock = io.BytesIO()
     except Busy:
         raise RunError("another process trains in this folder", where=str(folder), fix="give another --out") from None
-    except OSError as error:
-        raise RunError(
-            f"cannot write the run: {error.strerror}", where=str(folder), fix="give another --out"
-        ) from error
     with lock:
         try:
             yield made

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cogcommon.checkpoint import Checkpoint
-from cogcommon.errors import CogError, RunError, SettingError
+from cogcommon.errors import CogError, DiskError, SettingError
 from cogcommon.records import read_record, write_record
 from cogtrain import ready
 from cogtrain.ready import check_ready
@@ -249,5 +249,5 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, make_shards, train_here):
     make_shards(tmp_path / "out", samples=2)
     (tmp_path / "file").write_text("")
     settings = LoraSettings(shards=[str(tmp_path / "out")], steps=1, rank=2, out=tmp_path / "file" / "run")
-    with pytest.raises(RunError, match="cannot write"):
+    with pytest.raises(DiskError, match="is a file, not a folder"):
         train_here(settings)
