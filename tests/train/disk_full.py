@@ -100,7 +100,7 @@ def main(case):
         except DiskError as error:
             said = str(error)
         writes = libc.disk_writes()
-        left = [path.name for path in (out / "run").glob(".*")] if (out / "run").exists() else []
+        left = [path.name for path in (out / "run").glob(".*.tmp")] if (out / "run").exists() else []
         kept = [path.name for path in list_checkpoints(out / "run")]
         libc.disk_full_from(b"", ctypes.c_long(-1))
         folder = run()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cogcommon.checkpoint import Checkpoint
-from cogcommon.errors import CogError, DiskError, SettingError
+from cogcommon.errors import CogError, DiskError, RunError, SettingError
 from cogcommon.records import read_record, write_record
 from cogtrain import ready
 from cogtrain.ready import check_ready
