@@ -134,15 +134,14 @@ class Faults:
         with self._lock:
             self.counts[reason] += 1
             now = time.monotonic()
-            tell, self._said = now - self._said >= _SAY_EVERY, max(self._said, now - _SAY_EVERY)
-            if tell:
-                self._said = now
-        if tell:
-            lasting = in_words(patience.seconds)
-            print(plain(f"{shown}: {reason}; trying again, for up to {lasting}"), file=sys.stderr, flush=True)
+            if now - self._said < _SAY_EVERY:
+                return
+            self._said = now
+        lasting = in_words(patience.seconds)
+        print(plain(f"{shown}: {reason}; trying again, for up to {lasting}"), file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
-        """``3 reads that failed at first: 2 x 503 Service Unavailable, ...``; empty without any."""
+        """``3 failed attempts to read shards, made good by further ones: 2 x ...``; empty without any."""
         with self._lock:
             counts = self.counts.most_common()
         total = sum(count for _, count in counts)

@@ -19,6 +19,7 @@ from faulty_server import FaultyServer, zipped
 from cogcommon.errors import CogError, ShardError, StoreError
 from cogtrain import http_store, sources, store
 from cogtrain.data import read_sample
+from cogtrain.settings import LoraSettings
 from cogtrain.sources import open_shards
 
 STALL, PATIENCE = 0.25, 0.8  # seconds
@@ -298,3 +299,24 @@ def test_a_server_that_never_accepts(server, monkeypatch):
         deaf.listen(0)
         with pytest.raises(StoreError, match="does not answer"):
             open_shards([f"http://127.0.0.1:{deaf.getsockname()[1]}/out/000000.tar"])
+
+
+def test_a_signature_that_expires_mid_run_costs_no_step(server, folder, tmp_path, train_here, losses, capfd):
+    """The run ends with the reason; signed anew, the same command goes on to the undisturbed losses."""
+
+    def settings(out, where):
+        return LoraSettings(shards=where, out=tmp_path / out, steps=8, rank=4, seed=1, save_every=1)
+
+    undisturbed = losses(train_here(settings("undisturbed", [str(folder / "out")])))
+    server.begin(
+        lambda h: h.answer(403, EXPIRED) if "OLD" in h.query and h.is_sample and len(server.asked) > 10 else None
+    )
+    tars = f"{server.url}/out/{{000000..000001}}.tar?X-Amz-Signature="
+    with pytest.raises(StoreError, match=r"403 Forbidden .*Request has expired"):
+        train_here(settings("run", [tars + "OLD"]))
+    saved = losses(tmp_path / "run")
+    assert 0 < len(saved) < 8
+    train_here(settings("run", [tars + "NEW"]))
+    assert losses(tmp_path / "run") == undisturbed
+    written = "".join(one.read_text(errors="replace") for one in (tmp_path / "run").rglob("*") if one.is_file())
+    assert "X-Amz" not in written + str(capfd.readouterr()) and server.url in written
