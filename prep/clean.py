@@ -187,9 +187,10 @@ def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
         return
     if wanted.kept:
         say(f"{counted(wanted.kept, 'sample')} kept: in the lists of the data root, but not to be read now")
+    folders = _folders(out)
     for split, number, path in records_in(out):
         tar = path.with_suffix(".tar")
-        if not (is_ours(tar) and is_ours(path)):
+        if split not in folders or not (is_ours(tar) and is_ours(path)):
             continue
         rows = read_table(path, ["key", "size", "source", "caption"])[1].to_pylist()
         gone = {

@@ -23,6 +23,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from cogcommon.records import read_record
 from cogprep.clip import Hashed
 from cogprep.cut import Cut
 from cogprep.decode import Clip
+from cogprep.disk import ShardBusy
 from cogprep.engine import Engine, Outcome
 from cogprep.holdout import Holdout, choose_holdout
 from cogprep.lists import Sample
@@ -95,7 +97,9 @@ def bring_up_to_date(
         candidates, keys, splits, dict.fromkeys(keys, BUCKET), committed, bucket_order=[BUCKET], chunk={BUCKET: 2}
     )
     for drop in plan.drops:
-        drop_samples(split_folder(out, drop.split), drop.number, lambda row, drop=drop: drop.keeps(row) or not still())
+        keep = lambda row, drop=drop: drop.keeps(row) or not still()  # noqa: E731
+        with suppress(ShardBusy):
+            drop_samples(split_folder(out, drop.split), drop.number, keep)
     outcome = Outcome()
     Engine(
         out=out,

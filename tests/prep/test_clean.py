@@ -180,8 +180,12 @@ def test_the_split_behind_a_link_is_left_alone(encoded):
     shutil.copytree(out, elsewhere)
     (out / "val").symlink_to(elsewhere)
     before = names(elsewhere)
+    (encoded / "ds" / "prompts.txt").write_text("wave number 0\n")
+    (encoded / "ds" / "videos.txt").write_text("0.mp4\n")
+    cleaned(out)
     cleaned(out, all=True)
     assert names(elsewhere) == before and (out / "val").is_symlink()
+    assert sum(len(read_record(path).rows) for path in elsewhere.glob("*.parquet")) == 5
 
 
 def answer(monkeypatch, meanwhile) -> None:

@@ -90,7 +90,9 @@ def generate_in(tmp_path, monkeypatch) -> Callable:
     frames = np.zeros((9, 16, 16, 3), np.uint8)
     family = BY_NAME["5b"]
     tuned = SimpleNamespace(
-        checkpoint=SimpleNamespace(family=family, name="tiny", native=Resolution(17, 64, 96)),
+        checkpoint=SimpleNamespace(
+            family=family, name="tiny", native=Resolution(17, 64, 96), transformer_config={}
+        ),
         lora_file=tmp_path / "lora.safetensors", transformer_folder=None, resolution=Resolution(17, 64, 96),
     )  # fmt: skip
     tuned.lora_file.write_bytes(b"weights")
@@ -101,7 +103,7 @@ def generate_in(tmp_path, monkeypatch) -> Callable:
 
     replaced = {
         "find": lambda *_: tuned, "_request": request, "load_pipeline": lambda *_: None, "place": lambda *_: None,
-        "draw": lambda *_: frames, "to_base": lambda *_: None,
+        "draw": lambda *_: frames, "to_base": lambda *_: None, "step_bytes": lambda *_: 0,
     }  # fmt: skip
     for name, function in replaced.items():
         monkeypatch.setattr(generate, name, function)
