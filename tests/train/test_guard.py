@@ -22,7 +22,7 @@ def spoil(monkeypatch):
     read = data.read_sample
 
     def make(spoilt):
-        def read_spoilt(shards, index):
+        def read_spoilt(shards, index, stop=None):
             sample = read(shards, index)
             return dataclasses.replace(sample, text=sample.text * math.nan) if index == spoilt else sample
 

@@ -56,7 +56,7 @@ def test_a_spoilt_step_is_held_back_and_named_one_step_late(tmp_path, make_shard
     spoilt, read = places[3], data.read_sample
     seen = []
 
-    def read_spoilt(shards, index):
+    def read_spoilt(shards, index, stop=None):
         sample = read(shards, index)
         return dataclasses.replace(sample, text=sample.text * float("nan")) if index == spoilt else sample
 
@@ -83,7 +83,7 @@ def test_the_checkpoint_of_a_step_is_not_written_before_its_loss_is_known(
     make_shards(tmp_path / "out", samples=4)
     read = data.read_sample
 
-    def read_spoilt(shards, index):
+    def read_spoilt(shards, index, stop=None):
         sample = read(shards, index)
         return dataclasses.replace(sample, text=sample.text * float("nan"))
 

@@ -86,7 +86,7 @@ def main(cases, out):
         settings = {k: Path(v) if k in ("out", "deepspeed", "nvme") else v for k, v in settings.items()}
         spoilt = case.get("spoil")
 
-        def read_spoilt(shards, index, spoilt=spoilt):
+        def read_spoilt(shards, index, stop=None, spoilt=spoilt):
             sample = read(shards, index)
             return sample if index != spoilt else dataclasses.replace(sample, text=sample.text * float("nan"))
 
