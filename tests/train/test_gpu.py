@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from cogtrain import lora
+from cogtrain.checkpoint import list_checkpoints
+from cogtrain.finite import all_finite
+from cogtrain.run_folder import read_run
+from cogtrain.strategy import read_weights
 
 pytestmark = pytest.mark.gpu  # NCCL, fp16's scaler, page-locked memory, Triton; about two minutes in all
 
@@ -98,6 +102,46 @@ def test_steps_a_checkpoint_a_resume_and_an_export(tmp_path, shards, run_ranks, 
             assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in state.values()), row
         else:
             assert (run / "transformer/config.json").is_file(), row
+
+
+NAN = [
+    ("ddp", "lora", "tiny", {}),
+    ("ddp", "lora", "tiny", {"memory": "low", "accumulate": 2}),
+    ("ddp", "lora", "tiny-2b", {}),
+    ("ddp", "sft", "tiny-i2v", {}),
+    ("ddp", "sft", "tiny", {"memory": "low"}),
+    ("zero2", "sft", "tiny", {}),
+    ("zero2", "sft", "tiny-2b", {}),
+    ("zero2-offload", "sft", "tiny", {}),
+    ("zero3", "sft", "tiny", {}),
+]
+
+
+def test_a_nan_gradient_is_in_no_checkpoint(tmp_path, shards, run_ranks):
+    """In step 5, where fp16 has found its scale; with fp16 the step is left out, as one whose gradients overflow."""
+    cases = []
+    for number, (strategy, method, form, more) in enumerate(NAN):
+        for name, spoilt in (("whole", []), ("run", [5]), ("run", [])):
+            settings = {
+                "shards": [str(shards / form)], "compile": "off", "out": str(tmp_path / f"{number}-{name}"),
+                "strategy": strategy, "lr": 1e-3, "warmup": 0, "steps": 6, "save_every": 2,
+            }  # fmt: skip
+            settings |= ({"rank": 4} if method == "lora" else {}) | more
+            case = {"name": f"{number}-{name}-{len(spoilt)}", "method": method, "nan_gradient": spoilt}
+            cases.append(case | {"settings": settings})
+    seen = run_ranks(1, cases, tmp_path / "ranks")
+    for number, row in enumerate(NAN):
+        spoilt, resumed = (seen[f"{number}-run-{count}"][0] for count in (1, 0))
+        runs = [tmp_path / f"{number}-{name}" for name in ("whole", "run")]
+        for folder in (folder for run in runs for folder in list_checkpoints(run)):
+            assert all_finite(read_weights(folder).values()), (row, folder)
+        assert "error" not in resumed, row
+        if row[2] == "tiny-2b":  # fp16
+            assert "error" not in spoilt, (row, spoilt.get("error"))
+            continue
+        assert "the gradient is not finite" in spoilt["error"][1], (row, spoilt.get("error"))
+        whole, run = ([line.loss for line in read_run(run).steps] for run in runs)
+        assert run == pytest.approx(whole, rel=2e-2), row  # bf16
 
 
 def test_what_is_trained_there_generates_there(tmp_path, shards):
