@@ -13,7 +13,7 @@ from cogcommon.device import DTYPES, item_bytes
 from cogcommon.errors import CogError
 
 from .clip import Fault, Hashed
-from .encode import make_contract
+from .encode_slice import make_contract
 from .holdout import Holdout, choose_holdout, describe_moves
 from .lists import DataSet
 from .look import Look, Probed

@@ -139,7 +139,7 @@ class _Prefixed:
 
 
 def _child(settings: EncodeSettings, index: int) -> None:
-    from .encode import encode_slice
+    from .encode_slice import encode_slice
 
     os.environ["LOCAL_RANK"] = str(index)
     sys.stderr = _Prefixed(sys.stderr, f"[gpu {index}] ")  # type: ignore[assignment]

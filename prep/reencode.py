@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,18 @@ from .pool import Pool
 from .shards import read_tensors
 from .text import TextEncoder
 from .vae import LatentEncoder
-from .verify import Difference
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A sample encoded again: the largest absolute difference of any tensor."""
+
+    source: str
+    largest: float
+    tensor: str
 
 
 def encode_again(

@@ -28,6 +28,7 @@ from cogcommon.words import counted, in_bytes
 
 from .output import SPLITS, read_contract, records_in, shard_label, split_folder
 from .progress import Progress
+from .reencode import Difference
 from .settings import VerifySettings
 from .shards import tars_without_record
 
@@ -38,15 +39,6 @@ class Problem:
 
     shard: str
     what: str
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A sample encoded again: the largest absolute difference of any tensor."""
-
-    source: str
-    largest: float
-    tensor: str
 
 
 @dataclass(frozen=True)

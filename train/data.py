@@ -6,12 +6,11 @@ import dataclasses
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cogcommon.copies import CopyStream
 from cogcommon.errors import ShardError
 from cogcommon.records import (
     IMAGE_CLEAN_MEAN,
@@ -23,6 +22,7 @@ from cogcommon.records import (
     split_extent,
 )
 
+from .batch import Batch
 from .draws import Draws, Purpose
 from .inputs import Objective
 from .order import Slot
@@ -34,48 +34,6 @@ if TYPE_CHECKING:
 
 _FETCHED = 64  # batches on the way to the cache: two minutes of training, which hide as long a stall
 _READERS = 4  # threads; reading, hashing and drawing all release the GIL
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one forward pass takes. B samples of one bucket; latents unscaled, fp32.
-
-    F is the latent frame count, F+ the count after padding for the temporal patch.
-    """
-
-    keys: tuple[str, ...]
-    shards: tuple[str, ...]  # where each sample lies, for messages
-    latent_BFCHW: torch.Tensor
-    noise_BFCHW: torch.Tensor  # F+
-    timestep_B: torch.Tensor  # int64
-    text_BLD: torch.Tensor  # as stored
-    image_BFCHW: torch.Tensor | None  # one frame; None for T2V
-
-    def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def upload(self, copies: CopyStream) -> Batch:
-        """The batch on the device, copied beside what is computed there."""
-        return self._each(copies.upload)
-
-    def pin(self) -> Batch:
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def blank(self) -> Batch:
-        """The same shapes, all zeros."""
-        import torch
-
-        return self._each(torch.zeros_like)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return dataclasses.replace(
-            self,
-            latent_BFCHW=change(self.latent_BFCHW),
-            noise_BFCHW=change(self.noise_BFCHW),
-            timestep_B=change(self.timestep_B),
-            text_BLD=change(self.text_BLD),
-            image_BFCHW=None if self.image_BFCHW is None else change(self.image_BFCHW),
-        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .diffusion import Schedule, squared_error
 if TYPE_CHECKING:
     import torch
 
-    from .data import Batch
+    from .batch import Batch
 
 OFS = 2.0  # the value 1.5-I2V was trained with, and the pipeline passes
 

@@ -15,12 +15,12 @@ from cogcommon.names import command_line
 
 from . import agreement, announce
 from . import checkpoint as checkpoints
+from .batch import Batch
 from .card import write_card
 from .clock import StepClock
-from .data import Batch, Collator, prefetch
+from .data import Collator, prefetch
 from .draws import seed_of
 from .ema import Average
-from .finite import Judge, listed, not_finite, stop_for
 from .guard import out_of_memory
 from .inputs import Objective
 from .leaving import PeerFailed
@@ -37,6 +37,7 @@ from .step.attention import Kernel
 from .step.install import install
 from .step.plan import Plan
 from .step.room import common_room
+from .step_check import Judge, listed, not_finite, stop_for
 from .step_log import StepLog, can_defer, skip_if_not_finite
 from .strategy import Runtime, start
 from .tracker import open_tracker

@@ -22,14 +22,13 @@ from cogcommon.files import commit_bytes
 
 from .finite import refuse_to_write
 from .probe import difference, limit, probe
-from .run_folder import WEIGHTS_FILE
 from .settings import TARGET_MODULES
 
 if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-FILE = WEIGHTS_FILE
+FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 
 _ADAPTER = "default"
 _PREFIX = "transformer."

@@ -32,6 +32,8 @@ from cogcommon.ownership import Made, refuse_other, take_output
 from cogcommon.settings import parse_toml
 from cogcommon.typed import build, parse_object
 
+from . import lora, sft
+
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
 METRICS_FILE = "metrics.jsonl"
@@ -39,11 +41,9 @@ VALIDATION = "validation"
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 LOCK_FILE = ".lock"
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
-TRANSFORMER = "transformer"  # of full fine-tuning: a diffusers folder
 # What a run writes over, again and again. The card and the settings are people's to change, so they are not among it.
-RUN_FILES = (FACTS_FILE, METRICS_FILE, REPORT_FILE, VALIDATION, WEIGHTS_FILE)
-A_RUN, A_TRANSFORMER, A_CHECKPOINT = "a training run", "a transformer", "a checkpoint"  # what made a folder's files
+RUN_FILES = (FACTS_FILE, METRICS_FILE, REPORT_FILE, VALIDATION, lora.FILE)
+A_RUN, A_CHECKPOINT = "a training run", "a checkpoint"  # what made a folder's files
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def claimed(folder: Path) -> Iterator[Made]:
         with disk_errors(folder):
             made = take_output(folder, A_RUN, "--out")
             made.open(*RUN_FILES)
-            refuse_other(folder / TRANSFORMER, A_TRANSFORMER)
+            refuse_other(folder / sft.FOLDER, sft.A_TRANSFORMER)
             lock: IO[bytes] = open_locked(folder / LOCK_FILE)
     except NoLocks:
         print(plain(f"note: no locks here, so nothing keeps a second run out of {folder}"), file=sys.stderr)

@@ -17,13 +17,13 @@ from cogcommon.weights import load_part
 
 from .finite import refuse_to_write
 from .probe import difference, limit, probe
-from .run_folder import A_TRANSFORMER, TRANSFORMER
 
 if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-FOLDER = TRANSFORMER
+FOLDER = "transformer"  # a diffusers folder
+A_TRANSFORMER = "a transformer"  # what made its files
 
 
 def state_dict(

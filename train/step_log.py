@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.copies import download
 
 from .clock import StepClock
-from .finite import Judge, not_finite, stop_for
 from .optim import unwrapped
 from .progress import RunLog, peak_gib
 from .run import Run
 from .run_folder import StepLine, finite
+from .step_check import Judge, not_finite, stop_for
 from .strategy import Runtime
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.families import BY_NAME, FAMILIES, Resolution
 from cogtrain import lora
-from cogtrain.data import Batch
+from cogtrain.batch import Batch
 from cogtrain.inputs import Objective
 
 FORMS = [family.builtin for family in FAMILIES]

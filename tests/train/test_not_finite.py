@@ -18,10 +18,11 @@ import torch
 from cogcommon.errors import RunError
 from cogtrain import checkpoint as checkpoints
 from cogtrain import data, lora
-from cogtrain.finite import Judge, all_finite
+from cogtrain.finite import all_finite
 from cogtrain.inputs import Objective
 from cogtrain.run_folder import read_run
 from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.step_check import Judge
 from cogtrain.strategy import Runtime, read_weights
 
 sys.path.insert(0, str(Path(__file__).parent))

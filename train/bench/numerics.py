@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.families import Resolution
 
 from .. import lora
-from ..data import Batch
+from ..batch import Batch
 from ..inputs import Objective
 from ..step.engine import Engine
 from ..step.keep import Keep

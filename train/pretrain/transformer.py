@@ -18,7 +18,7 @@ from cogcommon.scenes import Scene, draw
 from cogcommon.tiny import NATIVE
 from cogcommon.video import Frames
 
-from ..data import Batch
+from ..batch import Batch
 from ..diffusion import Schedule
 from ..inputs import Objective
 from .clips import draw_all, to_tensor
