@@ -239,7 +239,7 @@ def test_a_held_out_loss_that_is_not_finite_breaks_neither_report_nor_card(
 
     make_shards(tmp_path / "held", samples=2, seed=7, captions=("other",))
 
-    def read_spoilt(shards, index):
+    def read_spoilt(shards, index, *stop):
         sample = read(shards, index)
         return dataclasses.replace(sample, text=sample.text * math.nan) if index == 1 else sample
 
