@@ -22,8 +22,9 @@ from cogtrain import export, generate
 from cogtrain.card import write_card
 from cogtrain.pipeline import Request
 from cogtrain.progress import RunLog, cut_metrics
-from cogtrain.run_folder import A_TRANSFORMER, Facts, claimed
+from cogtrain.run_folder import Facts, claimed
 from cogtrain.settings import GenerateSettings
+from cogtrain.sft import A_TRANSFORMER
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from foreign_trees import Tree
