@@ -25,7 +25,7 @@ from .guard import out_of_memory
 from .inputs import Objective
 from .leaving import PeerFailed
 from .method import Written
-from .optim import clip, learning_rate, make_optimizer
+from .optim import clip, learning_rate, make_optimizer, settle
 from .order import Slot, rank_slots
 from .peers import Peers, meet
 from .progress import RunLog, cut_metrics
@@ -147,6 +147,7 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
                     step_log.flush()
                 if step == run.steps:  # first of all, and in its smallest form
                     judge.end()
+                    settle(optimizer)
                     written = _write(run, runtime, model, average, folder, step)
                 if validation and validates:
                     with average.in_place() if average else nullcontext():  # what would be exported

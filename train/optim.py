@@ -145,6 +145,13 @@ def clip(
     return torch.as_tensor(runtime.accelerator.clip_grad_norm_(trained, largest))
 
 
+def settle(optimizer: Any) -> None:
+    """Wait for an optimizer that steps beside the computation: until then its weights are not to be read."""
+    inner = unwrapped(optimizer)
+    if hasattr(inner, "settle"):  # HostAdamW
+        inner.settle()
+
+
 def unwrapped(optimizer: Any) -> Any:
     """torch's optimizer inside accelerate's wrapper, or the optimizer itself."""
     return getattr(optimizer, "optimizer", optimizer)

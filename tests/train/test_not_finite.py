@@ -174,10 +174,10 @@ def poison(monkeypatch, step):
 
 @pytest.mark.parametrize("cls", [LoraSettings, SftSettings])
 def test_weights_that_are_not_finite_are_not_saved(here, monkeypatch, cls):
-    poison(monkeypatch, 3)
+    poison(monkeypatch, 2)
     with pytest.raises(RunError, match="the weights, or the optimizer's state, are not finite") as caught:
         here(cls=cls)
-    assert caught.value.where == "step 3" and "resume the last checkpoint" in caught.value.fix
+    assert caught.value.where == "step 2" and "resume the last checkpoint" in caught.value.fix
 
 
 def test_a_checkpoint_that_is_not_finite_is_neither_resumed_nor_exported(here):

@@ -124,9 +124,13 @@ class HostAdamW(torch.optim.AdamW):
         super().zero_grad(set_to_none)
         self._hosted.zero_grad()
 
+    def settle(self) -> None:
+        """Wait until all weights are updated."""
+        self._hosted.settle()
+
     def state_dict(self) -> dict[str, Any]:
         """The state when all weights are updated; they are the masters that belong to it."""
-        self._hosted.settle()
+        self.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -429,3 +430,22 @@ def test_who_may_train_in_host_memory(tmp_path, make_shards):
     for other in ({"ema": 0.9, "strategy": "ddp"}, {"optimizer": "prodigy", "lr": 1.0}, {"strategy": "zero2"}):
         run = open_run(dataclasses.replace(low.settings, **other), torch.device("cuda"), 1)
         assert not can_host(run, run.strategy)
+
+
+def test_the_export_waits_for_the_last_step(run, monkeypatch):
+    """It is written before the checkpoint, and the last step's updates may still be under way."""
+    import safetensors.torch
+
+    from cogtrain.step.host_adam import HostAdamW
+
+    update = HostAdamW._update
+
+    def slowly(self, updates, factor):
+        time.sleep(0.2)
+        update(self, updates, factor)
+
+    monkeypatch.setattr(HostAdamW, "_update", slowly)
+    folder = run("slow", steps=2, lr=1e-2, precision="fp32")[2]
+    saved = read_weights(folder / "checkpoint-2")
+    exported = safetensors.torch.load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(exported[name], saved[name]) for name in saved)
