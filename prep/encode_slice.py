@@ -290,16 +290,19 @@ def _begin(
 
 def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome, unchanged: Callable[[], bool]) -> int:
     """Rewrite the shards that have lost samples; returns how many samples were dropped."""
-    dropped = 0
+    dropped: list[str] = []
     for drop in drops:
         try:
-            keep = partial(_keeps, drop, unchanged)
+            keep = partial(_keeps, drop, unchanged, dropped)
             drop_samples(split_folder(settings.out, drop.split), drop.number, keep)
-            dropped += drop.dropped
         except ShardBusy:
             outcome.busy.append((drop.split, drop.number))
-    return dropped
+    return len(dropped)
 
 
-def _keeps(drop: Drop, unchanged: Callable[[], bool], row: SampleRow) -> bool:
-    return drop.keeps(row) or not unchanged()
+def _keeps(drop: Drop, unchanged: Callable[[], bool], dropped: list[str], row: SampleRow) -> bool:
+    """Whether a sample stays, by the plan or by what has changed since; notes the key of one with tensors that goes."""
+    stays = drop.keeps(row) or not unchanged()
+    if not stays and row.status == "ok":
+        dropped.append(row.key)
+    return stays

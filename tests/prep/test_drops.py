@@ -67,6 +67,21 @@ def test_a_line_whose_file_is_away_keeps_its_sample_until_the_line_goes(encoded,
     assert not (out / "000002.tar").exists()
 
 
+def test_what_is_listed_again_meanwhile_is_neither_dropped_nor_counted_so(encoded, again, lay_lists, monkeypatch):
+    before = tree(encoded / "out")
+    lay_lists(encoded / "ds", CAPTIONS[:3], CLIPS[:3])
+    plan = encode_module.survey_and_plan
+
+    def plan_and_list_again(*words):
+        found = plan(*words)
+        lay_lists(encoded / "ds", CAPTIONS, CLIPS)
+        return found
+
+    monkeypatch.setattr(encode_module, "survey_and_plan", plan_and_list_again)
+    assert again().dropped == 0
+    assert tree(encoded / "out") == before
+
+
 def test_with_the_whole_disk_away_everything_is_kept(encoded, again):
     before = tree(encoded / "out")
     for clip in (encoded / "ds").glob("*.mp4"):
