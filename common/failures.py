@@ -38,7 +38,7 @@ _SAID: Mapping[int, tuple[str, str]] = {
         "see that nothing else moves or removes things there",
     ),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "name another folder"),
-    errno.EISDIR: ("there is a folder of the name that the file is to have", "move it away, or name another folder"),
+    errno.EISDIR: ("there is a folder where a file is to be", "move it away, or name another folder"),
     errno.EEXIST: ("there is something of that name already", "move it away, or name another folder"),
     errno.ENOTEMPTY: ("the folder is not empty", "see that nothing else writes there"),
     errno.ENAMETOOLONG: ("the name is longer than the file system takes", "name a folder with a shorter path"),
@@ -66,7 +66,8 @@ _SAID: Mapping[int, tuple[str, str]] = {
 _ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Those that come from the machine wherever they are met; of the rest a slip of ours may be the cause.
 _MACHINES = (*_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE,
-             errno.ENFILE, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN)  # fmt: skip
+             errno.ENFILE, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EISDIR,
+             errno.ENOTDIR)  # fmt: skip
 # safetensors' (Rust) and pyarrow's way to tell the number.
 _NUMBER = re.compile(r"(?:os error |\[errno )(\d+)", re.IGNORECASE)
 _TORCHS_WRITER = re.compile("inline_container|PytorchStreamWriter")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import CogError
+from cogcommon.failures import machines_fault
 from cogcommon.ownership import take_output
 from cogprep import clean, preview
 from cogprep.disk import at_work
@@ -104,6 +105,9 @@ def let_loose(trees: int, seed: int, made, monkeypatch, tmp_path) -> None:
         try:
             run(tree.top)
         except CogError:
+            refused += 1
+        except OSError as error:  # as the command line takes it
+            assert machines_fault(error), tree.told()
             refused += 1
         assert not tree.touched(), f"{name}, tree {number} of seed {seed}: {tree.touched()} in {tree.told()}"
         shutil.rmtree(folder)
