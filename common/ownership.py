@@ -3,7 +3,8 @@
 A folder that a command writes is new, empty, or its own from before; never a data root. What was made in it
 stands in its record, ``.cogtune.json``: what made it, and each file with its size and a hash of its beginning.
 A file of that name with other content is somebody's, and so is every link. (Folders of shards have records of
-their own, their contract and the shards' Parquet files: `cogprep.proof`.)
+their own, their contract and the shards' Parquet files: `cogprep.proof`.) In a folder that is older than records,
+those files are ours that prove it by what they say: `cogtrain.claim`, `cogprep.proof.preview_record`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -242,10 +243,21 @@ def take_output(folder: Path, by: str, option: str, request: str = "") -> Made:
     return made
 
 
+def record_of(folder: Path, by: str, proves: Callable[[str], bool] = lambda name: True, request: str = "") -> Made:
+    """The record that a folder should have; it is not written.
+
+    Args:
+        proves: whether a file, by its name in the folder, is ours. A folder that is older than records may hold
+            somebody's, which stay theirs.
+        request: see `Made`.
+    """
+    names = [path.relative_to(folder).as_posix() for path in _files_below(folder) if path.name != RECORD_FILE]
+    return Made(folder, by, request, {name: [state_of(folder / name)] for name in names if proves(name)})
+
+
 def seal(folder: Path, by: str) -> None:
     """Write the record of a folder that is finished."""
-    names = [str(path.relative_to(folder).as_posix()) for path in _files_below(folder) if path.name != RECORD_FILE]
-    Made(folder, by, "", {name: [state_of(folder / name)] for name in names}).write()
+    record_of(folder, by).write()
 
 
 def remove_folder(folder: Path, by: str, first: str = "") -> bool:

@@ -20,14 +20,14 @@ from cogcommon.errors import SettingError
 from cogcommon.files import TEMPORARY
 from cogcommon.locks import locked_elsewhere
 from cogcommon.names import json_text
-from cogcommon.ownership import RECORD_FILE, Made, is_file, is_folder, refuse_data_root
+from cogcommon.ownership import RECORD_FILE, is_file, is_folder, refuse_data_root
 from cogcommon.records import SampleRow, read_table, record_name, shard_number, tar_name
 from cogcommon.terminal import Console
 from cogcommon.words import counted, in_bytes
 
 from .disk import ShardBusy, disk_errors, lock_shard, temporary_name, work_goes_on
 from .output import SPLITS, Split, records_in, split_folder
-from .proof import A_PREVIEW, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output
+from .proof import A_PREVIEW, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output, preview_record
 from .settings import CleanSettings
 from .shards import committed_shards, drop_samples, finish_rewrites
 from .stale import Wanted
@@ -165,8 +165,9 @@ def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
     if not everything:
         return
     for folder in folders:
-        if (made := Made.read(folder)) and made.by == A_PREVIEW:
-            for path in [*(folder / name for name in sorted(made.files) if made.owns(name)), folder / RECORD_FILE]:
+        if (made := preview_record(folder)) and made.by == A_PREVIEW:
+            files = [folder / name for name in sorted(made.files) if made.owns(name)]
+            for path in [*files, *filter(is_file, [folder / RECORD_FILE])]:
                 yield _removal(path, "a preview")
     for path in [*_files(out / SURVEY), *sorted(_files(out), key=lambda path: path.name in _OF_THE_SHARDS)]:
         of_shard = any(shard_number(path.name, kind) is not None for kind in ("tar", "parquet"))

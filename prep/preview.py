@@ -39,7 +39,7 @@ from .pool import Pool
 from .preview_page import Preview, Shown, html_of
 from .preview_sheet import draw_sheets
 from .progress import Progress
-from .proof import A_PREVIEW, PREVIEW
+from .proof import A_PREVIEW, PREVIEW, preview_record
 from .settings import PreviewSettings
 from .shards import read_tensors
 from .source_view import view_source
@@ -55,6 +55,9 @@ def run(settings: PreviewSettings) -> None:
     """The command: make the pages and say where they are."""
     folder, option = (settings.to, "--to") if settings.to else (settings.out / PREVIEW, "OUT/preview, or --to")
     refuse_data_root(settings.out, "OUT")
+    refuse_data_root(folder, option)
+    if (earlier := preview_record(folder)) is not None:
+        earlier.write()
     check_output(folder, A_PREVIEW, option)
     preview = make_preview(settings)
     with disk_errors(folder):

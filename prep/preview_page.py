@@ -115,6 +115,16 @@ def html_of(preview: Preview) -> bytes:
     return plain(_PAGE.format(title=title, summary=html.escape(summary(preview)), body=body)).encode()
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is the page of a preview, by its beginning and its end."""
+    begin, _, rest = _PAGE.partition("{title}")
+    try:
+        page = path.read_bytes()
+    except OSError:
+        return False
+    return page.startswith(begin.encode()) and page.endswith(rest.rpartition("}")[2].encode())
+
+
 def _card(shown: Shown) -> str:
     shown_columns = columns(shown)
     source = shown.source

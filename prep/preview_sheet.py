@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -40,6 +41,18 @@ def draw_sheets(preview: Preview) -> Iterator[bytes]:
         data = io.BytesIO()
         sheet.save(data, "PNG")
         yield data.getvalue()
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a PNG is one of ours, by its size and its lines."""
+    try:
+        with Image.open(path, formats=["PNG"]) as sheet:
+            if sheet.mode != "RGB" or sheet.width != _WIDTH or sheet.height <= _HEAD:
+                return False
+            lines = (sheet.crop((0, y, _WIDTH, y + 1)).getcolors() for y in (_HEAD - 1, sheet.height - 1))
+            return all(line == [(_WIDTH, _LINE)] for line in lines) and sheet.getpixel((0, 0)) == _PAPER
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def _block(shown: Shown) -> Image.Image:

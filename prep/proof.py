@@ -16,7 +16,16 @@ from pathlib import Path
 from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.errors import CogError, SettingError, ShardError
 from cogcommon.files import TEMPORARY
-from cogcommon.ownership import entries, foreign_folder, is_file, is_folder, refuse_data_root
+from cogcommon.ownership import (
+    RECORD_FILE,
+    Made,
+    entries,
+    foreign_folder,
+    is_file,
+    is_folder,
+    record_of,
+    refuse_data_root,
+)
 from cogcommon.records import number_in_record, shard_number
 
 from .extents import signed
@@ -24,6 +33,7 @@ from .extents import signed
 SURVEY = ".survey"  # of an output folder: what was found out about clips
 ORIGIN_FILE = "origin.json"
 PREVIEW, A_PREVIEW = "preview", "a preview"  # its folder, and what made what is in it
+_PAGE = "index.html"  # of a preview
 SHARD_TEMPORARY = re.compile(r"\.(\d{6,18})\.(tar\.tmp|tar\.new|parquet\.new)", re.ASCII)
 _REPORT = re.compile(r"report(-\d+-of-\d+)?\.json", re.ASCII)
 # What those files say, whatever the version that wrote them.
@@ -61,6 +71,20 @@ def is_surveyed(path: Path) -> bool:
         return False
     digest, _, text = path.read_bytes().partition(b"\n")
     return hashlib.sha256(text).hexdigest().encode() == digest
+
+
+def preview_record(folder: Path) -> Made | None:
+    """The record of a preview's folder; of one that is older than records, what its page and its sheets prove."""
+    if os.path.lexists(folder / RECORD_FILE):
+        return Made.read(folder)
+    from .preview_page import is_page
+    from .preview_sheet import is_sheet
+
+    def proves(name: str) -> bool:
+        sheet = re.fullmatch(r"sheet-[0-9]+\.png", name)
+        return name == _PAGE or (sheet is not None and is_file(folder / name) and is_sheet(folder / name))
+
+    return record_of(folder, A_PREVIEW, proves) if is_file(folder / _PAGE) and is_page(folder / _PAGE) else None
 
 
 def _contract(folder: Path) -> Contract | None:

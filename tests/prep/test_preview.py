@@ -178,3 +178,21 @@ def test_a_folder_that_takes_no_pages_is_one_message(out):
     with pytest.raises(DiskError, match="a part of the path is a file") as caught:
         run(PreviewSettings(out=out, samples=1, to=out / "contract.json" / "pages"))
     assert "name another folder" in caught.value.fix
+
+
+def test_a_preview_that_is_older_than_records_is_drawn_again(out):
+    run(PreviewSettings(out=out, json=True))
+    pages = out / "preview"
+    (pages / ".cogtune.json").unlink()
+    for name in ("notes.txt", "sheet-9.png"):
+        (pages / name).write_text("mine")
+    Image.new("RGB", (1600, 400)).save(pages / "sheet-7.png")
+    foreign = {path: path.read_bytes() for path in pages.iterdir() if path.name not in ("index.html", "sheet-0.png")}
+    run(PreviewSettings(out=out, samples=1, json=True))
+    (pages / ".cogtune.json").unlink()
+    removed = {removal.path.name for removal in find_removals(out, everything=True, say=print)}
+    assert {"index.html", "sheet-0.png"} <= removed and not {path.name for path in foreign} & removed
+    assert {path: path.read_bytes() for path in foreign} == foreign
+    (pages / "index.html").write_text("mine")
+    with pytest.raises(SettingError, match="did not make"):
+        run(PreviewSettings(out=out, json=True))
