@@ -34,7 +34,7 @@ class NoLocks(CogError):
         )
 
 
-def lock(stream: IO[bytes], path: Path) -> None:
+def lock(stream: IO[bytes] | int, path: Path) -> None:
     """Lock an open file for this process alone, until it is closed. NFS wants it opened for writing.
 
     Args:

@@ -74,9 +74,14 @@ class Tree:
         noise = self._draw.randbytes(60)
         return self._draw.choice([b"", b"{}", b"[]", b'{"files": {}}', bytes(512), b"PAR1" + noise, noise])
 
-    def touched(self) -> list[str]:
+    def touched(self) -> list[Path]:
         """What is somebody's and is not as it was."""
-        return [str(path) for path, was in self._foreign.items() if _content(path) != was]
+        return [path for path, was in self._foreign.items() if _content(path) != was]
+
+    def moved_aside(self, path: Path) -> bool:
+        """Whether something of somebody's lies beside its place, under a name that begins alike."""
+        beside = path.parent.glob(f"{path.stem}*") if path.parent.is_dir() else []
+        return any(_content(other) == self._foreign[path] for other in beside if other != path)
 
     def told(self) -> list[str]:
         """The tree, for a message."""

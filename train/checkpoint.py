@@ -23,6 +23,7 @@ from cogcommon.failures import disk_errors
 from cogcommon.files import TEMPORARY, fsync_folder, temporary_beside
 from cogcommon.names import command_line
 from cogcommon.ownership import is_file, is_folder, remove_folder, replace_folder
+from cogcommon.typed import build, parse_object
 
 from .finite import all_finite
 from .leaving import PeerFailed
@@ -136,12 +137,21 @@ def find(path: Path) -> SavedCheckpoint:
             )
         folder = checkpoints[-1]
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if state.get("schema") != _SCHEMA:
-            raise ValueError(f"schema {state.get('schema')}, this version reads {_SCHEMA}")
-        return SavedCheckpoint(folder, RunState(**state))
-    except (OSError, ValueError, TypeError) as error:
+        return SavedCheckpoint(folder, read_state(folder))
+    except (OSError, ValueError) as error:
         raise RunError(f"a damaged checkpoint: {error}", where=str(folder), fix="resume an older one") from error
+
+
+def read_state(folder: Path) -> RunState:
+    """What a checkpoint says of its run.
+
+    Raises:
+        OSError, ValueError: it says nothing that can be believed.
+    """
+    values = parse_object((folder / STATE_FILE).read_bytes())
+    if values.get("schema") != _SCHEMA:
+        raise ValueError(f"schema {values.get('schema')}, this version reads {_SCHEMA}")
+    return build(RunState, values)
 
 
 def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, batch_size: int) -> None:

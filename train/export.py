@@ -7,16 +7,17 @@ is compared, before anything is said to be done. All of it on the CPU.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.device import dtype_of, pick_device, quiet_libraries
-from cogcommon.errors import RunError, SettingError
+from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.files import commit_bytes
 from cogcommon.names import json_text
-from cogcommon.ownership import check_output, take_output
+from cogcommon.ownership import RECORD_FILE, check_output, is_file, record_of, refuse_data_root, take_output
 from cogcommon.settings import resolve
 from cogcommon.terminal import Console
 
@@ -73,6 +74,8 @@ def run(settings: ExportSettings) -> None:
     # A CPU computes slowly in fp16, if at all; 2B, the only family with it, is 6.8 GB in fp32.
     compute = torch.float32 if stored == torch.float16 else stored
     asked = json.dumps([settings.to, step, run.facts.shards_fingerprint, model.name, str(stored)])
+    refuse_data_root(out, "--out")
+    _adopt(out, run, step, asked)
     before = check_output(out, _EXPORT, "--out")
     if before and before.request != asked:
         raise SettingError(
@@ -98,6 +101,20 @@ def run(settings: ExportSettings) -> None:
     console.print(checked(exported))
     if card is None:
         console.print(f"{out / CARD_FILE} was changed by somebody, and stays as it is")
+
+
+def _adopt(out: Path, run: Run, step: int, asked: str) -> None:
+    """Write the record of an export that is older than records: of a LoRA file that says it is of this run."""
+    file = out / lora.FILE
+    if os.path.lexists(out / RECORD_FILE) or not is_file(file):
+        return
+    try:
+        facts = lora.read_facts(file)
+    except ModelError:
+        return
+    if facts.get("shards") == run.facts.shards_fingerprint and facts.get("base_model") == run.facts.model:
+        request = asked if facts.get("steps") == str(step) else ""
+        record_of(out, _EXPORT, lambda name: name == lora.FILE, request).write()
 
 
 def _trained(

@@ -17,6 +17,7 @@ from . import agreement, announce
 from . import checkpoint as checkpoints
 from .batch import Batch
 from .card import write_card
+from .claim import claimed
 from .clock import StepClock
 from .data import Collator, prefetch
 from .draws import seed_of
@@ -31,7 +32,7 @@ from .peers import Peers, meet
 from .progress import RunLog, cut_metrics
 from .report import write_report
 from .run import Run, run_folder, settings_json, write_config
-from .run_folder import CARD_FILE, CONFIG_FILE, claimed, read_run
+from .run_folder import CARD_FILE, CONFIG_FILE, read_run
 from .signals import Stopped, StopRequest
 from .step.attention import Kernel
 from .step.install import install

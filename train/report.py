@@ -15,7 +15,9 @@ from cogcommon.names import plain
 from cogcommon.words import counted
 
 from .chart import Line, chart, number, smoothed
-from .run_folder import REPORT_FILE, VALIDATION, Run, read_run
+from .run_folder import REPORT_FILE, VALIDATION, Facts, Run, read_run
+
+_METHODS = {"lora": "LoRA", "sft": "Full fine-tuning"}
 
 
 def write_report(folder: Path) -> Path:
@@ -32,7 +34,7 @@ def write_report(folder: Path) -> Path:
 def page(run: Run) -> str:
     """The page of a run, as HTML."""
     facts = run.facts
-    method = {"lora": "LoRA", "sft": "Full fine-tuning"}[facts.method]
+    method = _METHODS[facts.method]
     done = run.steps[-1].step if run.steps else 0
     state = "finished" if done >= facts.steps else f"{done:,} of {facts.steps:,} steps"
     body = [
@@ -44,10 +46,15 @@ def page(run: Run) -> str:
         *_videos(run.folder),
         *_tables(run),
     ]
-    title = escape(f"{method} of {facts.model}")
+    return f"{head(facts)}{_style()}</style><body>{''.join(body)}</body></html>\n"
+
+
+def head(facts: Facts) -> str:
+    """How the page of a run begins; by this it is known to be one."""
+    title = escape(f"{_METHODS[facts.method]} of {facts.model}")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{_style()}</style><body>{''.join(body)}</body></html>\n"
+        f"<title>{title}</title><style>"
     )
 
 

@@ -13,26 +13,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from cogcommon.errors import RunError
-from cogcommon.failures import disk_errors
 from cogcommon.files import commit_bytes
-from cogcommon.locks import Busy, NoLocks, open_locked
-from cogcommon.names import plain
-from cogcommon.ownership import Made, refuse_other, take_output
 from cogcommon.settings import parse_toml
 from cogcommon.typed import build, parse_object
 
-from . import lora, sft
+from . import lora
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
@@ -126,34 +119,6 @@ class Run:
     facts: Facts
     steps: list[StepLine]
     validations: list[ValidationLine]
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[Made]:
-    """Make the run's folder ours, and keep other processes from training in it. The lock ends with the process.
-
-    Raises:
-        SettingError: it holds files that no run of ours has made.
-        RunError: another process trains in it.
-        DiskError: it cannot be made.
-    """
-    try:
-        with disk_errors(folder):
-            made = take_output(folder, A_RUN, "--out")
-            made.open(*RUN_FILES)
-            refuse_other(folder / sft.FOLDER, sft.A_TRANSFORMER)
-            lock: IO[bytes] = open_locked(folder / LOCK_FILE)
-    except NoLocks:
-        print(plain(f"note: no locks here, so nothing keeps a second run out of {folder}"), file=sys.stderr)
-        lock = io.BytesIO()
-    except Busy:
-        raise RunError("another process trains in this folder", where=str(folder), fix="give another --out") from None
-    with lock:
-        try:
-            yield made
-        finally:
-            with suppress(OSError):  # a full disk: the files stay open
-                (Made.read(folder) or made).close(*RUN_FILES)
 
 
 def read_settings(run: Path) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from cogcommon.errors import DataRootError, ModelError, SettingError
 from cogcommon.records import read_record
-from cogprep import encode as encode_module
+from cogprep import encode_slice
 from cogprep import holdout as holdout_module
 from cogprep.clean import run as run_clean
 from cogprep.encode import encode
@@ -70,14 +70,14 @@ def test_a_line_whose_file_is_away_keeps_its_sample_until_the_line_goes(encoded,
 def test_what_is_listed_again_meanwhile_is_neither_dropped_nor_counted_so(encoded, again, lay_lists, monkeypatch):
     before = tree(encoded / "out")
     lay_lists(encoded / "ds", CAPTIONS[:3], CLIPS[:3])
-    plan = encode_module.survey_and_plan
+    plan = encode_slice.survey_and_plan
 
     def plan_and_list_again(*words):
         found = plan(*words)
         lay_lists(encoded / "ds", CAPTIONS, CLIPS)
         return found
 
-    monkeypatch.setattr(encode_module, "survey_and_plan", plan_and_list_again)
+    monkeypatch.setattr(encode_slice, "survey_and_plan", plan_and_list_again)
     assert again().dropped == 0
     assert tree(encoded / "out") == before
 
@@ -249,12 +249,12 @@ def test_the_choice_is_remembered_from_the_start_of_a_run(encoded, settings_of, 
     whole, out = encoded / "whole", encoded / "new"
     encode(settings_of(encoded, out=whole, holdout=2))
 
-    class Killed(encode_module.Engine):
+    class Killed(encode_slice.Engine):
         def encode(self, shards):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encode_module, "Engine", Killed)
+        patch.setattr(encode_slice, "Engine", Killed)
         encode(settings_of(encoded, out=out, holdout=2))
     assert encode(settings_of(encoded, out=out)).encoded == 5
     assert {name: digest for name, digest in tree(out).items() if "survey" not in name} == tree(whole)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import RunError, SettingError
-from cogprep import encode as encode_module
+from cogprep import encode_slice
+from cogprep.encode import encode
 from cogprep.gpus import encode_in_parts, gpu_count
 from cogprep.workers import Slice, choose_slice, local_rank
 
@@ -91,7 +92,7 @@ def test_two_processes_of_one_host_give_the_same_bytes_and_one_report(encoded, s
 
 def test_a_process_that_another_overtook_has_all_it_needs(encoded, settings_of, monkeypatch):
     """Two processes by mistake: the slower one finds every shard committed when it comes to it."""
-    plan = encode_module.survey_and_plan
+    plan = encode_slice.survey_and_plan
 
     def overtaken(settings, *rest):
         planned = plan(settings, *rest)
@@ -99,8 +100,8 @@ def test_a_process_that_another_overtook_has_all_it_needs(encoded, settings_of, 
             shutil.copy(path, settings.out)
         return planned
 
-    monkeypatch.setattr(encode_module, "survey_and_plan", overtaken)
-    report = encode_module.encode(settings_of(encoded, out=encoded / "new"))
+    monkeypatch.setattr(encode_slice, "survey_and_plan", overtaken)
+    report = encode(settings_of(encoded, out=encoded / "new"))
     assert (report.encoded, report.reused, report.unfinished, report.usable) == (0, 5, [], True)
 
 

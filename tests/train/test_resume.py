@@ -16,7 +16,7 @@ from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import RunError, SettingError
 from cogcommon.files import temporary_beside
 from cogtrain import checkpoint as checkpoints
-from cogtrain.run_folder import claimed
+from cogtrain.claim import claimed
 from cogtrain.settings import LoraSettings
 from cogtrain.strategy import read_weights
 

@@ -14,8 +14,8 @@ from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import ModelError
 from cogcommon.settings import resolve
 from cogtrain import lora
+from cogtrain.claim import claimed
 from cogtrain.run import open_run, write_config
-from cogtrain.run_folder import claimed
 from cogtrain.settings import LoraSettings
 
 
