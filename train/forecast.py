@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from cogcommon.device import EMULATED, Precision, default_precision
 from cogcommon.errors import RunError
 from cogcommon.names import command_line, json_text
+from cogcommon.words import in_bytes
 
+from .disk import writes
 from .machine import Machine, machine_for
 from .measured import Measured, measured
 from .method import method_of
@@ -53,6 +55,10 @@ class Forecast:
     s_per_step: float | None  # measured by us, where it was, on ``measured_on``
     measured_gib: float | None  # the peak there
     measured_on: str | None
+    checkpoint_gb: float  # on the disk, in powers of 1000 as disks are sold; each
+    export_gb: float  # on the disk: the trained weights
+    disk_gb: float  # on the disk at the fullest moment: the export, ``keep`` checkpoints and one in the making
+    keep: int  # --keep
     command: str
 
 
@@ -81,6 +87,13 @@ def run(settings: PlanSettings) -> None:
         for method, line in advised.items():
             lines = [line for line in found if line.method == method]
             console.print(without_secrets(line.command) if line else f"{method}: nothing fits; {_remedy(lines)}")
+            if line:
+                sizes = (line.disk_gb, line.export_gb, line.checkpoint_gb)
+                disk, export, each = (in_bytes(1e9 * size) for size in sizes)
+                console.print(
+                    f"  writes up to {disk}: weights of {export}, and checkpoints of {each} each "
+                    f"(--keep {line.keep}, and one in the making)"
+                )
     if settings.check:
         check([line for line in advised.values() if line])
 
@@ -145,6 +158,7 @@ def _line(run: Trains, needs: Demand, machine: Machine) -> Forecast:
     same = _measured(run, needs, machine)
     takes = seconds(run, needs, machine.speed, machine.kernel) if machine.speed else None
     total = needs.host_at_most(machine.together)
+    disk = writes(run, needs.strategy)
     lacks = [
         name
         for name, enough in (
@@ -168,6 +182,10 @@ def _line(run: Trains, needs: Demand, machine: Machine) -> Forecast:
         s_per_step=same.s_per_step if same else None,
         measured_gib=same.peak_gib if same else None,
         measured_on=same.gpu if same else None,
+        checkpoint_gb=round(disk.checkpoint / 1e9, 6),
+        export_gb=round(disk.export / 1e9, 6),
+        disk_gb=round(disk.total / 1e9, 6),
+        keep=disk.keep,
         command=command_line(*_words(run, needs)),
     )
 

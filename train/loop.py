@@ -20,6 +20,7 @@ from .card import write_card
 from .claim import claimed
 from .clock import StepClock
 from .data import Collator, prefetch
+from .disk import check_room, writes
 from .draws import seed_of
 from .ema import Average
 from .guard import out_of_memory
@@ -83,6 +84,8 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
             abandoned = peers.together(lambda: _move_in(run, folder, done) if peers.main else [])
             tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
             log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, done, tracker))
+            for note in peers.together(lambda: check_room(run, folder) if peers.main else []):
+                log.say(f"note: {note}")
             model, optimizer, trained, plan, attention = _model(run, runtime, log)
             if abandoned:
                 log.say(f"removed {', '.join(abandoned)}: their steps are made again")
@@ -230,7 +233,9 @@ def _save(
     state = checkpoints.RunState(step, runtime.world, run.facts(), settings_json(settings))
     shadow = average.shadow if average else None
     try:
-        saved = checkpoints.save(runtime, model, optimizer, shadow, state, folder, settings.keep)
+        saved = checkpoints.save(
+            runtime, model, optimizer, shadow, state, folder, settings.keep, needs=writes(run).checkpoint
+        )
         log.say(f"saved {saved}")
         return None
     except checkpoints.NotSaved as failed:

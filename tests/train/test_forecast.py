@@ -232,6 +232,7 @@ def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
     settings = PlanSettings(shards=[str(tmp_path / "my out")], gpu="24GB", rank=4, method="lora")
     forecast.run(settings)
     said = capsys.readouterr().out
+    assert "  writes up to " in said and "--keep 3, and one in the making" in said
     assert "all is computed" in said and "s/step" not in said and "fits" in said
     forecast.run(dataclasses.replace(settings, json=True))
     lines = [forecast.Forecast(**line) for line in json.loads(capsys.readouterr().out)]

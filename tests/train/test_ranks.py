@@ -1,5 +1,6 @@
 """Every strategy, method and family on two processes."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,9 +8,18 @@ import torch
 
 from cogcommon.checkpoint import open_checkpoint
 from cogcommon.families import BY_NAME, FAMILIES
+from cogcommon.settings import resolve
 from cogtrain import lora
+from cogtrain.disk import writes
+from cogtrain.run import open_run
+from cogtrain.settings import LoraSettings, SftSettings
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+
+
+def size_of(path):
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def matrix(strategies, root, methods=("lora", "sft"), forms=tuple(family.builtin for family in FAMILIES)):
@@ -48,6 +58,12 @@ def test_every_strategy_method_and_family_trains_resumes_and_exports(
         assert sorted(found) == [1, 2]
         # The same numbers whatever the strategy, also after the resume.
         assert found == pytest.approx(reference.setdefault((method, family.builtin), found), rel=1e-5), run.name
+        cls = LoraSettings if method == "lora" else SftSettings
+        settings = resolve(cls, {}, run / "config.toml")
+        foretold = writes(open_run(dataclasses.replace(settings, resume="never"), torch.device("cpu"), 2))
+        weights = run / (lora.FILE if method == "lora" else "transformer")
+        assert size_of(run / "checkpoint-2") == pytest.approx(foretold.checkpoint, rel=0.02, abs=80_000), run.name
+        assert size_of(weights) == pytest.approx(foretold.export, rel=0.04, abs=30_000), run.name
         if method == "lora":
             state = lora.load_file(run / lora.FILE)
             assert all(tensor.numel() and tensor.abs().max() > 0 for tensor in state.values())

@@ -248,7 +248,7 @@ def _arrive(run: Trains, strategy: Strategy) -> bool:
     return run.method.full and strategy == "ddp" and run.world == 1 and run.settings.accumulate == 1
 
 
-def _states(optimizer: Optimizer, strategy: Strategy) -> float:
+def state_bytes(optimizer: Optimizer, strategy: Strategy) -> float:
     """`STATES`; at most. torchao keeps 32 bits of a piece whose length is no multiple of 256, and under ZeRO a
     process's part is one piece of any length (bitsandbytes keeps 8)."""
     return max(STATES[optimizer], 0 if strategy == "ddp" else STATES["adamw"])
@@ -267,7 +267,7 @@ def bytes_a_weight(
     Args:
         size: bytes of a number as computed.
     """
-    states = _states(optimizer, strategy)
+    states = state_bytes(optimizer, strategy)
     if strategy == "ddp":
         return 8 + states + 4 * ema
     if strategy.endswith("-offload"):
@@ -287,7 +287,7 @@ def bytes_apart(
     came, made one piece and in fp32 (2 + 2 + 4 bytes in half precision); under stage 3 that is done for a billion
     weights at a time. (DeepSpeed 0.19, runtime/zero; test_live_bytes counts it.)
     """
-    part, states = weights / world, _states(optimizer, strategy)
+    part, states = weights / world, state_bytes(optimizer, strategy)
     step: dict[Strategy, float] = {"zero3": (2 * size + 4 + states) * part + (size + 4) * min(_SUB_GROUP, part)}
     step |= dict.fromkeys(("zero1", "zero2"), size * weights + (2 * size + 8 + states) * part)
     start: float = {0: 0, 1: 2, 2: 2, 3: 1}[STAGE[strategy]] * size * weights
