@@ -189,4 +189,4 @@ def _are_metrics(text: str) -> bool:
     for line in lines:
         values = parse_object(line)
         build(ValidationLine if "val_loss" in values else StepLine, values)
-    return True
+    return bool(lines)  # an empty file says nothing of who made it

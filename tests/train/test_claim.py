@@ -111,6 +111,10 @@ def edit_the_metrics(run: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "mine": 2}\n')
 
 
+def empty_the_metrics(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("")
+
+
 def edit_the_report(run: Path) -> None:
     (run / "report.html").write_text("<!doctype html><p>mine")
 
@@ -122,7 +126,8 @@ def replace_the_weights(run: Path) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [damage_header, damage_settings, damage_facts, leave_no_facts, call_it_full, link_the_settings,
-     make_it_a_data_root, put_a_record, edit_the_metrics, edit_the_report, replace_the_weights],
+     make_it_a_data_root, put_a_record, edit_the_metrics, empty_the_metrics, edit_the_report,
+     replace_the_weights],
 )  # fmt: skip
 def test_what_does_not_prove_to_be_a_runs_is_not_taken(spoil, older):
     spoil(older)
