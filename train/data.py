@@ -7,7 +7,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from .batch import Batch
 from .draws import Draws, Purpose
 from .inputs import Objective
 from .order import Slot
+from .readers import Readers
 from .sources import ShardSet
 from .store import Stop
 
@@ -193,8 +194,7 @@ def prefetch(
         batch = collate([read_sample(shards, slot.sample, stop) for slot in slots], slots)
         return batch.pin() if pin else batch
 
-    pool = ThreadPoolExecutor(_READERS, thread_name_prefix="cogtrain-reader")
-    fetchers = ThreadPoolExecutor(_READERS, thread_name_prefix="cogtrain-fetcher")
+    pool, fetchers = Readers(_READERS, "cogtrain-reader"), Readers(_READERS, "cogtrain-fetcher")
     waiting: deque[Future[Batch]] = deque()
     try:
         for slots, fetching in _fetched_ahead(shards, places, fetchers, stop):
@@ -205,12 +205,12 @@ def prefetch(
             yield waiting.popleft().result()
     finally:
         stop.set()
-        for threads in (pool, fetchers):
-            threads.shutdown(wait=False, cancel_futures=True)
+        for readers in (pool, fetchers):
+            readers.close()
 
 
 def _fetched_ahead(
-    shards: ShardSet, places: Iterator[list[Slot]], fetchers: ThreadPoolExecutor, stop: Stop
+    shards: ShardSet, places: Iterator[list[Slot]], fetchers: Readers, stop: Stop
 ) -> Iterator[tuple[list[Slot], Sequence[Future[None]]]]:
     """The places, and what brings their samples into the cache, begun `_FETCHED` places before their turn."""
     coming: deque[tuple[list[Slot], Sequence[Future[None]]]] = deque()

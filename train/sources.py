@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from cogcommon.records import ShardHeader, extent_intact, read_table
 
 from .cache import Cache
 from .order import Ints
+from .readers import Readers
 from .shard_words import Found, expand
 from .store import TRAINING, Part, Stop, StoredFile, WholeFilesOnly
 
@@ -229,8 +230,9 @@ def open_shards(words: Sequence[str], option: str = "--shards", cache: Cache | N
         ShardError: none there; one without a record, of another size, or encoded
             otherwise than the first; no usable sample.
     """
-    with ThreadPoolExecutor(_OPEN_THREADS) as pool:
-        opened = list(pool.map(lambda found: _open_one(found, cache), expand(words, option)))
+    with closing(Readers(_OPEN_THREADS, "cogtrain-opener")) as readers:  # a fault of one is told at once
+        opening = [readers.submit(_open_one, found, cache) for found in expand(words, option)]
+        opened = [one.result() for one in opening]
     # By content, so that neither the order of the words nor the folder's name enters the order of samples.
     opened.sort(key=lambda one: one[0].header.tar_sha256)
     first, *rest = [shard for shard, _ in opened]

@@ -6,6 +6,7 @@ opening and 300 s in training.
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -290,6 +291,41 @@ def test_a_run_that_ends_does_not_wait_for_its_readers(server):
     with pytest.raises(StoreError, match="the run has ended"):
         file.read(0, 10**6, store.Patience(100), stop)
     assert time.monotonic() - began < 5
+
+
+LEAVES = """
+import sys
+from cogcommon.checkpoint import open_checkpoint
+from cogtrain.data import Collator, prefetch
+from cogtrain.inputs import Objective
+from cogtrain.order import Slot
+from cogtrain.sources import open_shards
+
+shards = open_shards([sys.argv[1]])
+batches = prefetch(
+    shards, iter([[Slot(index, 0, 0)] for index in range(len(shards))]),
+    Collator(Objective.of(open_checkpoint("random-tiny")), 0), ahead=4, pin=False,
+)
+next(batches)
+print("leaving", flush=True)
+if sys.argv[2] == "failed":
+    raise SystemExit(2)
+batches.close()
+"""
+
+
+@pytest.mark.parametrize("how", ["done", "failed"])
+def test_a_process_that_ends_does_not_wait_for_a_server(server, how):
+    """Readers blocked in a socket would hold it for as long as a read is patient, 20 s and more."""
+    first = open_shards([f"{server.url}/out"]).shards[0].shown.rpartition("/")[2]
+    server.begin(samples(lambda handler: not handler.name.endswith(first) and handler.stall()))
+    with subprocess.Popen(
+        [sys.executable, "-c", LEAVES, f"{server.url}/out", how], stdout=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "leaving\n"
+        began = time.monotonic()
+        assert process.wait(60) == (2 if how == "failed" else 0)
+        assert time.monotonic() - began < 8  # 1 s alone on a machine
 
 
 def test_a_server_that_never_accepts(server, monkeypatch):
