@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .attention import Kernel, attend
+from .known import check_all_used, check_layers
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,12 @@ class Layout:
 
     @classmethod
     def of(cls, block: Any) -> Layout:
-        """The layout of a diffusers block, adapters attached or not."""
+        """The layout of a diffusers block, adapters attached or not.
+
+        Raises:
+            RunError: it has layers, or weights, that `block_function` would leave out.
+        """
+        check_layers(block)
         names = tuple(name for name, _ in block.named_parameters())
         place = {name: index for index, name in enumerate(names)}
 
@@ -85,7 +91,7 @@ class Layout:
             (width,) = layer.normalized_shape
             return Norm(place.get(f"{name}.weight"), place.get(f"{name}.bias"), width, layer.eps)
 
-        return cls(
+        found = cls(
             names=names,
             heads=block.attn1.heads,
             modulate=(linear("norm1.linear"), linear("norm2.linear")),
@@ -97,6 +103,19 @@ class Layout:
             up=linear("ff.net.0.proj"),
             down=linear("ff.net.2"),
         )
+        check_all_used(names, {names[index] for index in found.places()})
+        return found
+
+    def places(self) -> set[int]:
+        """Of all tensors that are computed with."""
+        layers = (*self.modulate, *self.norm, *self.qkv, self.norm_q, self.norm_k, self.out, self.up, self.down)
+        held = [
+            place
+            for layer in layers
+            if layer is not None
+            for place in (layer.weight, layer.bias, getattr(layer, "lora_A", None), getattr(layer, "lora_B", None))
+        ]
+        return {place for place in held if place is not None}
 
 
 def block_function(

@@ -8,6 +8,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cogcommon.checkpoint import open_checkpoint
+from cogcommon.errors import RunError
 from cogtrain import lora
 from cogtrain.inputs import Objective
 from cogtrain.step import compiler
@@ -435,3 +436,37 @@ def test_what_is_parked_leaves_the_gpu():
         gradients(checkpoint, transformer, device=device)
         peaks.append(torch.cuda.max_memory_allocated() - held)
     assert (peaks[1] - peaks[0]) / 6 < 0.2 * 2 * 346 * 32 * 4  # of an activation, a block; two if it were kept
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"use_dora": True}, "Dora"),
+        ({"lora_bias": True}, "lora_B.default.bias"),
+        ({"modules_to_save": ["norm_q"]}, "Wrapper"),
+        ("loha", "peft.tuners.loha"),
+        ("two", "2 adapters"),
+        ("processor", "FusedCogVideoXAttnProcessor2_0"),
+        ("norm", "RMSNorm"),
+    ],
+)
+def test_layers_that_the_blocks_do_not_know_are_refused(change, says):
+    """PEFT's and torch's own; each would be left out of the computation."""
+    from diffusers.models.attention_processor import FusedCogVideoXAttnProcessor2_0
+    from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
+
+    _, transformer = transformer_of("tiny", "sft")
+    if isinstance(change, dict):
+        transformer = inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], **change), transformer)
+    elif change == "loha":
+        transformer = inject_adapter_in_model(LoHaConfig(r=2, target_modules=["to_q"]), transformer)
+    elif change == "two":
+        for name in ("one", "other"):
+            transformer = inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), transformer, name)
+    elif change == "processor":
+        transformer.transformer_blocks[3].attn1.set_processor(FusedCogVideoXAttnProcessor2_0())
+    else:
+        transformer.transformer_blocks[3].norm2.norm = torch.nn.RMSNorm(64)
+    with pytest.raises(RunError, match="computed wrongly") as caught:
+        Engine(transformer, Plan(("inputs",) * LAYERS), CPU, torch.float32)
+    assert says in str(caught.value), caught.value
