@@ -9,7 +9,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -39,6 +39,14 @@ def fsync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def honour_umask(path: Path) -> None:
+    """Give a file the permissions of every other new file; safetensors makes its own for their owner alone."""
+    mask = os.umask(0o077)  # there is no other way to ask
+    os.umask(mask)
+    with suppress(OSError):  # file systems without permissions
+        path.chmod(0o666 & ~mask)
 
 
 def commit(temporary: Path, final: Path) -> None:

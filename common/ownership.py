@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from .errors import SettingError
-from .files import TEMPORARY, commit, commit_bytes, fsync_folder, temporary_beside
+from .files import TEMPORARY, commit, commit_bytes, fsync_folder, honour_umask, temporary_beside
 
 LISTS = ("prompts.txt", "videos.txt")  # of a data root
 RECORD_FILE = ".cogtune.json"
@@ -306,6 +306,8 @@ def replace_folder(finished: Path, final: Path, by: str) -> None:
     Raises:
         SettingError: ``final`` is there and not ours.
     """
+    for path in _files_below(finished):
+        honour_umask(path)
     seal(finished, by)
     if not os.path.lexists(final):
         commit(finished, final)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.device import dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import ModelError, RunError, SettingError
+from cogcommon.failures import disk_errors
 from cogcommon.files import commit_bytes
 from cogcommon.names import json_text
 from cogcommon.ownership import RECORD_FILE, check_output, is_file, record_of, refuse_data_root, take_output
@@ -82,17 +83,18 @@ def run(settings: ExportSettings) -> None:
             "this folder holds another export: of another step, run or form", where=f"--out {out}", fix="--out ANOTHER"
         )
     transformer = _trained(folder, run, model, compute, is_checkpoint)
-    made = take_output(out, _EXPORT, "--out", asked)
-    made.open(*_FILES)
     kind: Kind
-    if run.facts.method == "sft" or settings.to == "merged":
-        kind, exported = "transformer", _as_transformer(transformer, model, out, stored)
-    elif settings.to == "peft":
-        kind, exported = "peft", _as_peft(transformer, model, out, compute)
-    else:
-        kind, exported = "lora", _as_lora(transformer, model, out, compute, run, step)
-    made.close(*_FILES)
-    card = write_card(out, run, kind, step)
+    with disk_errors(out):
+        made = take_output(out, _EXPORT, "--out", asked)
+        made.open(*_FILES)
+        if run.facts.method == "sft" or settings.to == "merged":
+            kind, exported = "transformer", _as_transformer(transformer, model, out, stored)
+        elif settings.to == "peft":
+            kind, exported = "peft", _as_peft(transformer, model, out, compute)
+        else:
+            kind, exported = "lora", _as_lora(transformer, model, out, compute, run, step)
+        made.close(*_FILES)
+        card = write_card(out, run, kind, step)
     if settings.json:
         print(json_text({"path": str(exported.path), "kind": kind, "step": step, "difference": exported.difference}))
         return
@@ -196,9 +198,9 @@ def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: P
     config.base_model_name_or_path = model.name
     config.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)
-    commit_bytes(out / PEFT_CONFIG, _json(config.to_dict()))
     renamed = {f"base_model.model.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
     commit_bytes(out / PEFT_FILE, to_bytes(renamed, metadata={"format": "pt"}))
+    commit_bytes(out / PEFT_CONFIG, _json(config.to_dict()))
 
     loaded = PeftModel.from_pretrained(model.load_transformer(dtype), str(out)).get_base_model()
     wrong = lora.acting_otherwise(loaded, state)  # exact, where the forward pass of half precision is a gross check

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from cogcommon.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.errors import SettingError
+from cogcommon.failures import disk_errors
 from cogcommon.families import Resolution
 from cogcommon.files import scratch_file
 from cogcommon.image import BadImage, read_upright, scale_to_cover
 from cogcommon.names import json_text
-from cogcommon.ownership import check_output, state_of, take_output
+from cogcommon.ownership import Made, check_output, state_of, take_output
 from cogcommon.terminal import Console
 from cogcommon.video import write_mp4
 
@@ -71,28 +72,35 @@ def run(settings: GenerateSettings) -> None:
             columns.append(Column("base", draw(pipeline, request, advance)))
     seconds = time.monotonic() - started
 
-    made = take_output(folder, _VIDEOS, "--out", asked)
-    videos = {column.label: column.frames_FHWC for column in columns}
-    if len(columns) > 1:
-        videos["side by side"] = side_by_side(columns)
-    files = {}
-    for label, frames_FHWC in videos.items():
-        with scratch_file(folder) as scratch:
-            write_mp4(scratch, frames_FHWC, fps)
-            files[label] = made.commit(scratch, f"{label.replace(' ', '-')}.mp4")
     weights = tuned.lora_file or tuned.transformer_folder
     facts = (
         f"{weights} on {checkpoint.name}  ·  {request.resolution}  ·  {settings.steps} steps  ·  "
         f"guidance {settings.guidance:g}  ·  seed {settings.seed}  ·  {precision}"
     )
-    sheet = io.BytesIO()
-    contact_sheet(request.prompt, facts, columns, fps).save(sheet, "PNG")
-    files["contact sheet"] = made.commit_bytes("contact-sheet.png", sheet.getvalue())
+    with disk_errors(folder):
+        made = take_output(folder, _VIDEOS, "--out", asked)
+        files = _write(made, columns, fps)
+        sheet = io.BytesIO()
+        contact_sheet(request.prompt, facts, columns, fps).save(sheet, "PNG")
+        files["contact sheet"] = made.commit_bytes("contact-sheet.png", sheet.getvalue())
     if settings.json:
         print(json_text({"files": {name: str(file) for name, file in files.items()}, "seconds": round(seconds, 1)}))
         return
     for name, file in files.items():
         console.print(f"{name:<14} {file}", soft_wrap=True)
+
+
+def _write(made: Made, columns: list[Column], fps: float) -> dict[str, Path]:
+    """The videos, each whole or not at all."""
+    videos = {column.label: column.frames_FHWC for column in columns}
+    if len(columns) > 1:
+        videos["side by side"] = side_by_side(columns)
+    files = {}
+    for label, frames_FHWC in videos.items():
+        with scratch_file(made.folder) as scratch:
+            write_mp4(scratch, frames_FHWC, fps)
+            files[label] = made.commit(scratch, f"{label.replace(' ', '-')}.mp4")
+    return files
 
 
 def _request(settings: GenerateSettings, tuned: Tuned) -> Request:
