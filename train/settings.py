@@ -51,8 +51,9 @@ class TrainSettings:
         "none", "also send metrics to this tracker (metrics.jsonl is always written)", section=_RUN
     )
     on_nonfinite: Literal["stop", "skip"] = setting(
-        "stop", "when a loss is not finite: stop, or skip its samples; both name them", section=_RUN
-    )
+        "stop", "when a loss or a gradient is not finite: stop, or skip the loss's samples, which both name, or the "
+        "gradient's step", section=_RUN,
+    )  # fmt: skip
 
     batch_size: int = setting(1, "samples per process and accumulation step", section=_OPTIM)
     accumulate: int = setting(1, "accumulation steps per optimizer step", section=_OPTIM)
