@@ -33,7 +33,7 @@ def parsed(config, monkeypatch):
     class Parsed(Exception):
         pass
 
-    def stop(settings, device, world):
+    def stop(settings, device, world, peers=None):
         raise Parsed(settings)
 
     first = config.read_text().splitlines()[0]
