@@ -68,7 +68,9 @@ def numbers_only() -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     try:
-        with torch.serialization.safe_globals(_KNOWN):
+        # One of these may stand inside another, and torch, when it leaves the inner one, would forget for both.
+        known = torch.serialization.get_safe_globals()
+        with torch.serialization.safe_globals([one for one in _KNOWN if one not in known]):
             yield
     finally:
         del os.environ[_FORCE]
