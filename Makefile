@@ -18,20 +18,20 @@ venv: .venv/ready
 ENCODE := $(BIN)/cogprep encode --resolution 17x64x96 --model tiny
 demo: venv
 	rm -rf demo
-	$(BIN)/python -m cogprep.draw demo/new --clips 28 --new "shrinks slowly"
-	$(BIN)/python -m cogprep.draw demo/known --clips 72
+	$(BIN)/python -m workshop.draw demo/new --clips 28 --new "shrinks slowly"
+	$(BIN)/python -m workshop.draw demo/known --clips 72
 	$(ENCODE) --data-root demo/new --holdout 4 --out demo/shards/new
 	$(ENCODE) --data-root demo/known --out demo/shards/known
 	$(BIN)/cogprep preview demo/shards/new --samples 4
 	$(BIN)/cogtrain lora --shards demo/shards/*/*.tar --validate-shards demo/shards/new/val/*.tar --steps 360 --validate-every 120 --lr 2e-3 --lr-schedule cosine --batch-size 4 --rank 64 --ema 0.98 --timesteps stratified --out demo/run
-	$(BIN)/python -m cogtrain.pretrain concept demo/run --clips 24
+	$(BIN)/python -m workshop.pretrain concept demo/run --clips 24
 	$(BIN)/cogtrain generate --run demo/run --prompt "sks A red ring shrinks slowly on warm sand." --steps 20 --guidance 3 --out demo/videos
 	@echo; echo "look at: demo/run/concept.png, demo/run/report.html, demo/videos, demo/shards/new/preview/index.html"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
 
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
-	@mkdir -p build/names && for side in common prep train; do ln -sfn ../../$$side build/names/cog$$side; done
+	@mkdir -p build/names && for side in common prep train; do ln -sfn ../../$$side build/names/cog$$side; done; ln -sfn ../../workshop build/names/workshop
 	$(BIN)/mypy
 
 # Test files side by side: make test JOBS=8. One thread a process: two processes of two threads on two cores
@@ -52,16 +52,16 @@ test-gpu: venv
 # How fast this machine's GPU encodes, beside a plain serial loop; random weights of true shape, 11 GB of disk.
 bench-encode: venv
 	rm -rf build/bench-encode
-	$(BIN)/python -m cogprep.bench build/bench-encode
+	$(BIN)/python -m workshop.bench_encode build/bench-encode
 
 # Seconds and peak memory of the LoRA step on this machine's GPU, beside a plain diffusers + PEFT loop.
 bench-train: venv
 	rm -rf build/bench-train
-	$(BIN)/python -m cogtrain.bench --out build/bench-train
+	$(BIN)/python -m workshop.bench_train --out build/bench-train
 
 clean:
 	rm -rf .venv build demo *.egg-info
 
 # Write the README's tables of options anew from the settings.
 readme: venv
-	$(BIN)/python tests/test_readme.py --write
+	PYTHONPATH=. $(BIN)/python tests/test_readme.py --write

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from cogcommon.command import add_command, make_app, run_app
+from cogcommon.cli.command import add_command, make_app, run_app
 
-from . import interrupt
+from .processes import interrupt
 from .settings import (
     CleanSettings,
     EncodeSettings,
@@ -24,7 +24,7 @@ app = make_app("cogprep", "Turn a folder of clips and captions into shards that 
 
 def _run_of(module: str) -> Callable[[Any], None]:
     """``run`` of a module, imported when it is called."""
-    return lambda settings: import_module(f".{module}", __package__).run(settings)
+    return lambda settings: import_module(f".commands.{module}", __package__).run(settings)
 
 
 # Command, its settings, the module whose `run` carries it out, what help says, and examples.
@@ -71,7 +71,7 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
     (
         "clean-cache",
         CleanSettings,
-        "clean",
+        "clean_cache",
         "Remove what is stale, orphaned or half-written from a folder of shards. Never touches the data root.",
         ("cogprep clean-cache --dry-run", "cogprep clean-cache --out out --all --yes"),
     ),

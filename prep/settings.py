@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cogcommon.checkpoint import Checkpoint, open_checkpoint
-from cogcommon.device import Precision
+from cogcommon.cli.settings import setting
 from cogcommon.errors import SettingError
-from cogcommon.families import Resolution, Task
-from cogcommon.settings import setting
+from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.model.device import Precision
+from cogcommon.model.families import Resolution, Task
 from cogcommon.words import bytes_of, counted
 
-from .cut import Crop, Cut, Fit, FrameMode, Short
-from .heartbeat import TIMEOUT_S
-from .lists import DataSet, read_lists
+from .dataset.lists import DataSet, read_lists
+from .source.heartbeat import TIMEOUT_S
+from .video.cut import Crop, Cut, Fit, FrameMode, Short
 
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
 

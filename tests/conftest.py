@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 from cogcommon import __version__
-from cogcommon.checkpoint import Checkpoint, open_checkpoint
-from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
-from cogcommon.families import Resolution
-from cogcommon.files import commit_bytes
-from cogcommon.records import SampleRow, tar_name
-from cogcommon.tiny import NATIVE
+from cogcommon.files.atomic import commit_bytes
+from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.model.families import Resolution
+from cogcommon.model.tiny import NATIVE
+from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
+from cogcommon.shards.records import SampleRow, tar_name
 
 ShardMaker = Callable[..., list[Path]]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_cpu_device() -> None:
-    from cogcommon.device import pick_device, quiet_libraries
+    from cogcommon.model.device import pick_device, quiet_libraries
 
     pick_device()
     quiet_libraries()
@@ -73,7 +73,7 @@ def write_random_shards(
     import safetensors.torch
     import torch
 
-    from cogprep.shards import ShardWriter
+    from cogprep.store.shards import ShardWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(form)

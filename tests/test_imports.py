@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
-    "common": {"cogprep", "cogtrain"},
-    "prep": {"cogtrain", "deepspeed", "peft"},
-    "train": {"cogprep"},
+    "common": {"cogprep", "cogtrain", "workshop"},
+    "prep": {"cogtrain", "workshop", "deepspeed", "peft"},
+    "train": {"cogprep", "workshop"},
 }
 
 
@@ -23,16 +23,21 @@ def imported_packages(source: Path) -> set[str]:
     return names
 
 
-def common_modules(source: Path, *, inside: bool) -> list[str]:
-    """Modules of cogcommon that a file imports: relatively from inside, by name from outside."""
-    found = []
+def common_modules(source: Path) -> set[Path]:
+    """The files of cogcommon that a file imports: relatively from inside, by name from outside."""
+    here = source.relative_to(ROOT).parent.parts
+    found = set()
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.ImportFrom) or not node.module:
+        if not isinstance(node, ast.ImportFrom):
             continue
-        if inside and node.level == 1:
-            found.append(node.module)
-        elif node.level == 0 and node.module.split(".")[0] == "cogcommon":
-            found += node.module.split(".")[1:2] or [alias.name for alias in node.names]
+        module = node.module.split(".") if node.module else []
+        if node.level:
+            module = [*here[: len(here) - node.level + 1], *module]
+        elif module[:1] == ["cogcommon"]:
+            module[0] = "common"
+        if module[:1] == ["common"]:
+            for named in (module, *([*module, alias.name] for alias in node.names)):
+                found |= {path for path in [ROOT.joinpath(*named).with_suffix(".py")] if path.exists()}
     return found
 
 
@@ -46,26 +51,26 @@ def test_arrows_point_one_way(side):
 
 def test_the_check_sees_a_forbidden_import(tmp_path):
     source = tmp_path / "x.py"
-    source.write_text("def f():\n    from cogtrain.loop import train\n    import cogprep.cli as cli\n")
+    source.write_text("def f():\n    from cogtrain.trainer.loop import train\n    import cogprep.cli as cli\n")
     assert imported_packages(source) == {"cogtrain", "cogprep"}
 
 
-def test_a_module_in_common_is_used_from_both_sides():
-    """A module earns its place in common by being used by both programs, itself or through common."""
-    common = {path.stem for path in (ROOT / "common").glob("*.py")} - {"__init__"}
-    reach = {"prep": set(), "train": set()}
-    for side, seen in reach.items():
-        waiting = [name for path in (ROOT / side).rglob("*.py") for name in common_modules(path, inside=False)]
+def test_a_module_in_common_is_used_from_two_sides():
+    """A module earns its place in common by being used by two of the programs, itself or through common."""
+    common = {path for path in (ROOT / "common").rglob("*.py") if path.name != "__init__.py"}
+    users: dict[Path, set[str]] = {path: set() for path in common}
+    for side in ("prep", "train", "workshop"):
+        waiting = [module for path in (ROOT / side).rglob("*.py") for module in common_modules(path)]
         while waiting:
-            name = waiting.pop()
-            if name in common - seen:
-                seen.add(name)
-                waiting += common_modules(ROOT / "common" / f"{name}.py", inside=True)
-    assert common - (reach["prep"] & reach["train"]) == set()
+            module = waiting.pop()
+            if side not in users[module]:
+                users[module].add(side)
+                waiting += common_modules(module)
+    assert [str(path) for path, sides in users.items() if len(sides) < 2] == []
 
 
 def test_everything_is_printed_by_the_console_that_prints_names_as_they_are():
-    """Rich's own would take a name for markup and let a terminal obey it (`cogcommon.terminal`)."""
+    """Rich's own would take a name for markup and let a terminal obey it (`cogcommon.cli.terminal`)."""
     for side in ("common", "prep", "train"):
         for file in (ROOT / side).rglob("*.py"):
             text = file.read_text()

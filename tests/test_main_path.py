@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
-from cogprep.draw import write_data_set
+from cogcommon.model.checkpoint import open_checkpoint
+from workshop.draw import write_data_set
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:

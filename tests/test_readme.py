@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon.settings import flag_of, shown_default
+from cogcommon.cli.settings import flag_of, shown_default
 from cogprep.settings import EncodeSettings
-from cogtrain.bench.hardware import beside_table, guide_table, measured_table
 from cogtrain.settings import LoraSettings
+from workshop.bench_train.hardware import beside_table, guide_table, measured_table
 
 README = Path(__file__).parents[1] / "README.md"
 OPTIONS = {"cogprep encode": EncodeSettings, "cogtrain lora": LoraSettings}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from cogcommon.command import add_command, make_app, run_app
+from cogcommon.cli.command import add_command, make_app, run_app
 from cogcommon.errors import CogError
 
 from .settings import ExportSettings, GenerateSettings, LoraSettings, PlanSettings, SftSettings, TrainSettings
@@ -15,17 +15,17 @@ app = make_app("cogtrain", "Fine-tune CogVideoX on the shards that cogprep encod
 
 def train(settings: TrainSettings) -> None:
     """Start a run; in several processes where there are several GPUs."""
-    from .launch import join_environment, relaunch, wanted_processes
-    from .signals import Stopped, StopRequest, ending_at_once
+    from .distributed.launch import join_environment, relaunch, wanted_processes
+    from .distributed.signals import Stopped, StopRequest, ending_at_once
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ending_at_once():
-        from cogcommon.device import pick_device, quiet_libraries
+        from cogcommon.model.device import pick_device, quiet_libraries
 
-        from .leaving import PeerFailed
-        from .peers import meet
-        from .ready import check_ready
-        from .run import open_run
+        from .distributed.leaving import PeerFailed
+        from .distributed.peers import meet
+        from .memory.ready import check_ready
+        from .runs.run import open_run
 
         if not join_environment() and (processes := wanted_processes(settings)) > 1:
             check_ready(open_run(settings, pick_device(), processes), processes)  # refuse it before they start
@@ -37,7 +37,7 @@ def train(settings: TrainSettings) -> None:
                 run = peers.together(lambda: open_run(settings, device, peers.world, peers))
                 peers.together(lambda: check_ready(run, peers.here, device))
                 quiet_libraries()
-                from .loop import train as train_run
+                from .trainer.loop import train as train_run
 
                 train_run(run, StopRequest(), peers)
         except PeerFailed:
@@ -49,19 +49,19 @@ def train(settings: TrainSettings) -> None:
 
 
 def plan(settings: PlanSettings) -> None:
-    from .forecast import run
+    from .commands.plan import run
 
     run(settings)
 
 
 def generate(settings: GenerateSettings) -> None:
-    from .generate import run
+    from .commands.generate import run
 
     run(settings)
 
 
 def export(settings: ExportSettings) -> None:
-    from .export import run
+    from .commands.export import run
 
     run(settings)
 
@@ -105,9 +105,9 @@ def _run() -> None:
     try:
         app()
     except CogError as error:
-        from .launch import join_environment
-        from .leaving import PeerFailed
-        from .peers import have_met, meet
+        from .distributed.launch import join_environment
+        from .distributed.leaving import PeerFailed
+        from .distributed.peers import have_met, meet
 
         if sys.argv[1:2] not in (["lora"], ["sft"]) or have_met() or not join_environment():
             raise

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cogcommon.device import Precision
+from cogcommon.cli.settings import flag_of, setting
 from cogcommon.errors import SettingError
-from cogcommon.settings import flag_of, setting
+from cogcommon.model.device import Precision
 from cogcommon.words import bytes_of
 
 Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]

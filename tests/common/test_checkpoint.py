@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import ModelError
+from cogcommon.model.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from cogcommon import failures
 from cogcommon.errors import CogError, DiskError, ShardError
-from cogcommon.failures import disk_errors, machines_fault, number_of, room_of
-from cogcommon.video import write_mp4
+from cogcommon.files import failures
+from cogcommon.files.failures import disk_errors, machines_fault, number_of, room_of
+from cogcommon.media.video import write_mp4
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")

@@ -1,8 +1,8 @@
 import pytest
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import CogError, ModelError, SettingError
-from cogcommon.families import BY_NAME, FAMILIES, Resolution, family_of
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import BY_NAME, FAMILIES, Resolution, family_of
 
 # The published transformer configs, as far as they tell the families apart.
 V1 = {"out_channels": 16, "max_text_seq_length": 226}

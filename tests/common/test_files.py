@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 
-from cogcommon.files import commit_bytes
+from cogcommon.files.atomic import commit_bytes
 
 
 @pytest.mark.parametrize(("module", "call"), [(os, "fsync"), (pathlib.Path, "replace")])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogcommon.image import BadImage, read_upright, scale_to_cover
+from cogcommon.media.image import BadImage, read_upright, scale_to_cover
 
 RAMP = np.linspace(0, 1, 64)[None].repeat(32, 0)  # black to white
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cogcommon.memory import free_host_memory
+from cogcommon.files.memory import free_host_memory
 
 GIB = 2**30
 HOST = 512 * GIB
@@ -133,7 +133,7 @@ def real_group():
 def test_a_real_group_is_seen_from_inside(real_group):
     script = (
         f"import os; open({str(real_group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-        "from cogcommon.memory import free_host_memory\n"
+        "from cogcommon.files.memory import free_host_memory\n"
         "before = free_host_memory(); held = bytearray(os.urandom(1 << 20)) * 1024; print(before, free_host_memory())\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

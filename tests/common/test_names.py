@@ -12,9 +12,9 @@ import sys
 import pytest
 from rich.table import Table
 
+from cogcommon.cli.names import command_line, json_text, plain, quoted, tars_in
+from cogcommon.cli.terminal import Console, show_error, styled
 from cogcommon.errors import CogError
-from cogcommon.names import command_line, json_text, plain, quoted, tars_in
-from cogcommon.terminal import Console, show_error, styled
 
 ODD = [
     "a b",
@@ -101,7 +101,8 @@ def test_an_error_is_printed_as_it_is(capsys):
 def test_any_text_can_be_printed_in_any_encoding_and_json_stays_json(encoding):
     name = "é 日本 👩\u200d💻" + os.fsdecode(b"\xff")
     code = (
-        "from cogcommon.terminal import *; from cogcommon.names import json_text; print_in_any_encoding(); import sys; "
+        "from cogcommon.cli.terminal import *; from cogcommon.cli.names import json_text; "
+        "import sys; print_in_any_encoding(); "
         f"print(json_text({name!a})); Console(stderr=True).print({name!a})"
     )
     done = subprocess.run(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import SettingError
-from cogcommon.ownership import (
+from cogcommon.files.ownership import (
     RECORD_FILE,
     Made,
     check_output,
@@ -70,7 +70,7 @@ def test_a_kill_between_the_record_and_the_file_leaves_either_ours(tmp_path, mon
     def killed(*_arguments) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cogcommon.ownership.commit", killed)
+    monkeypatch.setattr("cogcommon.files.ownership.commit", killed)
     with pytest.raises(KeyboardInterrupt):
         made.commit_bytes("page.html", b"two")
     monkeypatch.undo()

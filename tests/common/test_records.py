@@ -6,7 +6,7 @@ import pytest
 
 from cogcommon import __version__
 from cogcommon.errors import DiskError, ShardError
-from cogcommon.records import ShardRecord, read_record, record_bytes, write_record
+from cogcommon.shards.records import ShardRecord, read_record, record_bytes, write_record
 
 
 @pytest.fixture

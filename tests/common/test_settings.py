@@ -6,9 +6,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cogcommon.command import add_command, make_app
+from cogcommon.cli.command import add_command, make_app
+from cogcommon.cli.settings import resolve, setting
 from cogcommon.errors import SettingError
-from cogcommon.settings import resolve, setting
 
 
 @dataclass(frozen=True)

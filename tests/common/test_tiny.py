@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.families import BY_NAME
-from cogcommon.scenes import BACKGROUNDS, Scene, draw
-from cogcommon.tiny import NATIVE
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import BY_NAME
+from cogcommon.model.tiny import NATIVE
+from workshop.scenes import BACKGROUNDS, Scene, draw
 
 
 @pytest.fixture(scope="module")

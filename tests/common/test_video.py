@@ -1,7 +1,7 @@
 import av
 import numpy as np
 
-from cogcommon.video import write_mp4
+from cogcommon.media.video import write_mp4
 
 
 def test_the_same_frames_give_the_same_file(tmp_path):

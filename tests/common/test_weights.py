@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.errors import ModelError
+from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 
 Weights = dict[str, torch.Tensor]
 FILES = {

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon import files
-from cogcommon.files import TEMPORARY, commit_bytes, fsync_folder, temporary_beside
-from cogcommon.locks import Busy, NoLocks, locked_elsewhere, open_locked
+from cogcommon.files import atomic
+from cogcommon.files.atomic import TEMPORARY, commit_bytes, fsync_folder, temporary_beside
+from cogcommon.files.locks import Busy, NoLocks, locked_elsewhere, open_locked
 
 # Put before a child's own lines: what a file system without them answers, by the same numbers as the system.
 LACKS = {
@@ -29,7 +29,7 @@ CONTAINER = "os.getpid = lambda: 1\nsocket.gethostname = lambda: 'localhost'\n"
 
 def start(lines: str, *arguments: object, lacks: str = "nothing") -> subprocess.Popen:
     head = "import errno, fcntl, os, socket, sys\nfrom pathlib import Path\n" + LACKS[lacks] + CONTAINER
-    tail = "from cogcommon.files import commit_bytes\nfrom cogcommon.locks import NoLocks\n"
+    tail = "from cogcommon.files.atomic import commit_bytes\nfrom cogcommon.files.locks import NoLocks\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + tail + lines, *map(str, arguments)], stdout=subprocess.PIPE, text=True
     )
@@ -71,7 +71,8 @@ def test_without_hard_links_and_without_locks_it_is_refused_by_name(tmp_path):
 def test_a_lock_goes_with_its_process_and_tells_whether_it_lives(tmp_path):
     path = tmp_path / ".000001.tar.tmp"
     lines = (
-        "from cogcommon.locks import open_locked\nheld = open_locked(Path(sys.argv[1]))\nprint(1, flush=True)\ninput()"
+        "from cogcommon.files.locks import open_locked\nheld = open_locked(Path(sys.argv[1]))\n"
+        "print(1, flush=True)\ninput()"
     )
     head = f"import sys\nfrom pathlib import Path\n{lines}"
     holder = subprocess.Popen(
@@ -140,7 +141,7 @@ def test_a_lock_is_never_taken_through_a_link(tmp_path):
 def test_temporary_names_are_known_and_never_the_same(monkeypatch):
     path = Path("folder/contract.json")
     for host in ("node-7.cluster.example", "höst", "", "x" * 300):
-        monkeypatch.setattr(files.socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(atomic.socket, "gethostname", lambda host=host: host)
         names = {temporary_beside(path).name for _ in range(100)}
         assert len(names) == 100 and all(map(TEMPORARY.fullmatch, names))
     for name in (

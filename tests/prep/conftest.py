@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogcommon.video import write_mp4
-from cogprep.encode import encode
-from cogprep.report import Report
+from cogcommon.media.video import write_mp4
+from cogprep.commands.encode import encode
+from cogprep.encode.report import Report
 from cogprep.settings import EncodeSettings
 
 SIZE = "9x64x96"

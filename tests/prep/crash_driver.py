@@ -30,23 +30,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogcommon.contract import Contract
 from cogcommon.errors import DiskError
-from cogcommon.families import Resolution
-from cogcommon.records import read_record
-from cogprep.clip import Hashed
-from cogprep.cut import Cut
-from cogprep.decode import Clip
-from cogprep.disk import ShardBusy
-from cogprep.engine import Engine, Outcome
-from cogprep.holdout import Holdout, choose_holdout
-from cogprep.lists import Sample
-from cogprep.output import SPLITS, records_in, scan, split_folder
-from cogprep.plan import Candidate, make_plan, with_keys
-from cogprep.shards import drop_samples, settle
-from cogprep.text import CaptionFacts
-from cogprep.vae import Latents, Pending, generator_of
-from cogprep.verify import check_shard
+from cogcommon.model.families import Resolution
+from cogcommon.shards.contract import Contract
+from cogcommon.shards.records import read_record
+from cogprep.commands.verify import check_shard
+from cogprep.dataset.lists import Sample
+from cogprep.encode.captions import CaptionFacts
+from cogprep.encode.engine import Engine, Outcome
+from cogprep.plan.folder import SPLITS, records_in, scan, split_folder
+from cogprep.plan.holdout import Holdout, choose_holdout
+from cogprep.plan.plan import Candidate, make_plan, with_keys
+from cogprep.source.clip import Hashed
+from cogprep.store.locks import ShardBusy
+from cogprep.store.shards import drop_samples, settle
+from cogprep.vae.encoder import Latents, Pending, generator_of
+from cogprep.video.cut import Cut
+from cogprep.video.decode import Clip
 
 BUCKET = Resolution(9, 16, 16)
 CLIPS = {"fresh": ["a", "b", "c", "d", "e"], "changed": ["a", "x", "e", "y", "z"]}

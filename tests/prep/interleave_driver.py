@@ -23,20 +23,21 @@ from typing import Any
 import torch
 from crash_driver import BUCKET, bring_up_to_date, faults
 
-from cogcommon.contract import Contract
 from cogcommon.errors import CogError
-from cogcommon.locks import locked_elsewhere
-from cogcommon.ownership import take_output
-from cogcommon.records import read_record
-from cogprep import clean, stale
-from cogprep.disk import at_work, temporary_name
-from cogprep.index import index
-from cogprep.output import Origin, check_contract, commit_contract, records_in
-from cogprep.preview import choose
-from cogprep.proof import A_PREVIEW, check_output
+from cogcommon.files.locks import locked_elsewhere
+from cogcommon.files.ownership import take_output
+from cogcommon.shards.contract import Contract
+from cogcommon.shards.records import read_record
+from cogprep.commands import clean_cache
+from cogprep.commands.index import index
+from cogprep.commands.preview import choose
+from cogprep.commands.verify import verify
+from cogprep.plan import stale
+from cogprep.plan.folder import Origin, check_contract, commit_contract, records_in
 from cogprep.settings import CleanSettings
-from cogprep.shards import ShardWriter
-from cogprep.verify import verify
+from cogprep.store.locks import at_work, temporary_name
+from cogprep.store.proof import A_PREVIEW, check_output
+from cogprep.store.shards import ShardWriter
 
 
 class InlinePool:
@@ -91,7 +92,7 @@ class Folder:
             bring_up_to_date(self.out, self.contract, self.listed(), lambda: origin.state_of_lists() == planned)
 
     def clean(self, everything: bool = False) -> None:
-        clean.run(CleanSettings(out=self.out, all=everything, json=True))
+        clean_cache.run(CleanSettings(out=self.out, all=everything, json=True))
 
     def index(self) -> None:
         index(self.out)

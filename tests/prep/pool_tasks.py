@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cogprep import look
-from cogprep.clip import Fault
-from cogprep.heartbeat import beat
-from cogprep.surveyed import decode_as_surveyed
+from cogprep.dataset import probe as probing
+from cogprep.dataset.surveyed import decode_as_surveyed
+from cogprep.source.clip import Fault
+from cogprep.source.heartbeat import beat
 
 
 def square(number):
@@ -66,7 +66,7 @@ def decode(*arguments):
 
 
 def probe(*arguments, **named):
-    return disturbed("probe", partial(look.probe, **named), arguments)
+    return disturbed("probe", partial(probing.probe, **named), arguments)
 
 
 def find_fault(*arguments):

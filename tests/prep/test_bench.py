@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from cogprep.bench.__main__ import Bench
-from cogprep.bench.make import glide, make_checkpoint, make_data_set
-from cogprep.bench.pipeline import serial
-from cogprep.bench.shape import SHAPES, Folder
-from cogprep.bench.table import table
-from cogprep.bench.vae import measure
-from cogprep.encode import encode
+from cogprep.commands.encode import encode
+from workshop.bench_encode.__main__ import Bench
+from workshop.bench_encode.make import glide, make_checkpoint, make_data_set
+from workshop.bench_encode.pipeline import serial
+from workshop.bench_encode.shape import SHAPES, Folder
+from workshop.bench_encode.table import table
+from workshop.bench_encode.vae import measure
 
 TINY = SHAPES["tiny"]
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import SettingError
-from cogcommon.files import temporary_beside
-from cogcommon.locks import open_locked
-from cogcommon.records import read_record, write_record
-from cogprep import clean
-from cogprep.clean import run
+from cogcommon.files.atomic import temporary_beside
+from cogcommon.files.locks import open_locked
+from cogcommon.shards.records import read_record, write_record
+from cogprep.commands import clean_cache
+from cogprep.commands.clean_cache import run
 from cogprep.settings import CleanSettings
-from cogprep.shards import ShardWriter
+from cogprep.store.shards import ShardWriter
 
 
 def names(folder: Path) -> set[str]:
@@ -128,7 +128,7 @@ def test_it_asks_and_takes_no_for_an_answer(encoded, monkeypatch):
     (out / ".000008.tar.tmp").write_bytes(b"half")
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
-    monkeypatch.setattr(clean.sys, "stdin", terminal)
+    monkeypatch.setattr(clean_cache.sys, "stdin", terminal)
     monkeypatch.setattr("builtins.input", lambda _: "")
     assert cleaned(out, yes=False) == set()
     monkeypatch.setattr("builtins.input", lambda _: "y")
@@ -138,7 +138,7 @@ def test_it_asks_and_takes_no_for_an_answer(encoded, monkeypatch):
 def test_without_a_terminal_it_lists_and_fails(encoded, monkeypatch, capsys):
     out = encoded / "out"
     (out / ".000008.tar.tmp").write_bytes(b"half")
-    monkeypatch.setattr(clean.sys, "stdin", io.StringIO())
+    monkeypatch.setattr(clean_cache.sys, "stdin", io.StringIO())
     with pytest.raises(SettingError, match="nothing was removed"):
         run(CleanSettings(out=out))
     assert ".000008.tar.tmp" in capsys.readouterr().out and (out / ".000008.tar.tmp").exists()
@@ -192,7 +192,7 @@ def answer(monkeypatch, meanwhile) -> None:
     """Have the question stand while something happens, and then be answered with yes."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
-    monkeypatch.setattr(clean.sys, "stdin", terminal)
+    monkeypatch.setattr(clean_cache.sys, "stdin", terminal)
     monkeypatch.setattr("builtins.input", lambda _: meanwhile() or "y")
 
 

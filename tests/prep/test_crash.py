@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon.records import read_record
-from cogprep.encode import encode
-from cogprep.extents import whole_extents
-from cogprep.verify import verify
+from cogcommon.shards.records import read_record
+from cogprep.commands.encode import encode
+from cogprep.commands.verify import verify
+from cogprep.store.extents import whole_extents
 
 DRIVER = Path(__file__).with_name("crash_driver.py")
 
@@ -138,7 +138,7 @@ def test_interrupted_it_says_how_to_go_on(encoded):
 def test_an_interrupt_that_a_library_drops_still_stops_the_work(encoded):
     """It comes while the VAE is loaded, inside a bare ``except:``."""
     dropping = (
-        "import os, signal, cogprep.models as models\n"
+        "import os, signal, cogprep.encode.models as models\n"
         "load = models.LatentEncoder\n"
         "def interrupted(*arguments, **options):\n"
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"

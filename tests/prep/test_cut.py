@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from cogcommon.families import Resolution
-from cogprep.clip import ClipFacts, Fault
-from cogprep.cut import Cut, best_bucket, pick_frames, place
+from cogcommon.model.families import Resolution
+from cogprep.source.clip import ClipFacts, Fault
+from cogprep.video.cut import Cut, best_bucket, pick_frames, place
 
 
 def at(fps, count):

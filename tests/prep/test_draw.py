@@ -2,8 +2,8 @@ import av
 import numpy as np
 import pytest
 
-from cogcommon.scenes import COLOURS, ID_TOKEN, MOTIONS, SHAPES, Scene, draw, scenes, split_scenes
-from cogprep.draw import HEIGHT, TIMES, WIDTH, write_data_set
+from workshop.draw import HEIGHT, TIMES, WIDTH, write_data_set
+from workshop.scenes import COLOURS, ID_TOKEN, MOTIONS, SHAPES, Scene, draw, scenes, split_scenes
 
 
 def centre_of(frame_HWC, colour):

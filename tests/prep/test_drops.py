@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import DataRootError, ModelError, SettingError
-from cogcommon.records import read_record
-from cogprep import encode_slice
-from cogprep import holdout as holdout_module
-from cogprep.clean import run as run_clean
-from cogprep.encode import encode
-from cogprep.encode import run as run_command
-from cogprep.holdout import Holdout, choose_holdout
-from cogprep.output import read_origin
+from cogcommon.shards.records import read_record
+from cogprep.commands.clean_cache import run as run_clean
+from cogprep.commands.encode import encode
+from cogprep.commands.encode import run as run_command
+from cogprep.commands.validate import validate
+from cogprep.encode import part
+from cogprep.plan import holdout as holdout_module
+from cogprep.plan.folder import read_origin
+from cogprep.plan.holdout import Holdout, choose_holdout
 from cogprep.settings import CleanSettings, ValidateSettings
-from cogprep.validate import validate
 
 CAPTIONS = [f"wave number {index}" for index in range(5)]
 CLIPS = [f"{index}.mp4" for index in range(5)]
@@ -70,14 +70,14 @@ def test_a_line_whose_file_is_away_keeps_its_sample_until_the_line_goes(encoded,
 def test_what_is_listed_again_meanwhile_is_neither_dropped_nor_counted_so(encoded, again, lay_lists, monkeypatch):
     before = tree(encoded / "out")
     lay_lists(encoded / "ds", CAPTIONS[:3], CLIPS[:3])
-    plan = encode_slice.survey_and_plan
+    plan = part.survey_and_plan
 
     def plan_and_list_again(*words):
         found = plan(*words)
         lay_lists(encoded / "ds", CAPTIONS, CLIPS)
         return found
 
-    monkeypatch.setattr(encode_slice, "survey_and_plan", plan_and_list_again)
+    monkeypatch.setattr(part, "survey_and_plan", plan_and_list_again)
     assert again().dropped == 0
     assert tree(encoded / "out") == before
 
@@ -203,13 +203,13 @@ def test_a_run_that_fails_changes_nothing(fails, encoded, again, settings_of, la
     name = "TextEncoder" if fails == "T5" else "LatentEncoder"
     before = tree(out)
     with monkeypatch.context() as patch:
-        patch.setattr(f"cogprep.models.{name}", fail)
+        patch.setattr(f"cogprep.encode.models.{name}", fail)
         with pytest.raises(ModelError):
             again(data_root=moved, replace=True, holdout=1, yes=True)
     assert {name: digest for name, digest in tree(out).items() if not name.startswith(".survey")} == before
     fresh = encoded / "fresh"
     with monkeypatch.context() as patch, pytest.raises(ModelError):
-        patch.setattr("cogprep.models.TextEncoder", fail)
+        patch.setattr("cogprep.encode.models.TextEncoder", fail)
         encode(settings_of(encoded, out=fresh))
     assert not (fresh / "origin.json").exists()
 
@@ -249,12 +249,12 @@ def test_the_choice_is_remembered_from_the_start_of_a_run(encoded, settings_of, 
     whole, out = encoded / "whole", encoded / "new"
     encode(settings_of(encoded, out=whole, holdout=2))
 
-    class Killed(encode_slice.Engine):
+    class Killed(part.Engine):
         def encode(self, shards):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encode_slice, "Engine", Killed)
+        patch.setattr(part, "Engine", Killed)
         encode(settings_of(encoded, out=out, holdout=2))
     assert encode(settings_of(encoded, out=out)).encoded == 5
     assert {name: digest for name, digest in tree(out).items() if "survey" not in name} == tree(whole)

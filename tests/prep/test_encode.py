@@ -15,15 +15,15 @@ import webdataset
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.errors import DataRootError, SettingError
-from cogcommon.families import Resolution
-from cogcommon.records import SampleRow, read_record, split_extent
-from cogprep.decode import decode_clip
-from cogprep.encode import run as run_command
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import Resolution
+from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
+from cogcommon.shards.records import SampleRow, read_record, split_extent
+from cogprep.commands.encode import run as run_command
 from cogprep.settings import EncodeSettings
-from cogprep.vae import generator_of
+from cogprep.vae.encoder import generator_of
+from cogprep.video.decode import decode_clip
 
 SIZE = "9x64x96"
 

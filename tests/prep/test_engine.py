@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-import cogprep.models
-from cogprep.encode import encode
-from cogprep.gpu_time import Span
-from cogprep.vae import LatentEncoder
+import cogprep.encode.models
+from cogprep.commands.encode import encode
+from cogprep.vae.encoder import LatentEncoder
+from cogprep.vae.gpu_time import Span
 
 
 class Event:
@@ -47,7 +47,7 @@ class Ahead(LatentEncoder):
 
 
 def test_a_device_that_works_ahead_gives_the_same_shards(encoded_once, settings_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(cogprep.models, "LatentEncoder", Ahead)
+    monkeypatch.setattr(cogprep.encode.models, "LatentEncoder", Ahead)
     report = encode(settings_of(encoded_once, out=tmp_path / "out"))
     assert report.encoded == 5 and Ahead.most == 3  # two in flight, and the one that has just begun
     assert report.gpu_busy == 0.9184  # 5 * 90 / (5 * 90 + 4 * 10)

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import CogError
-from cogcommon.failures import machines_fault
-from cogcommon.ownership import take_output
-from cogprep import clean, preview
-from cogprep.disk import at_work
-from cogprep.index import index
-from cogprep.output import check_contract, commit_contract, read_contract, read_origin
-from cogprep.proof import A_PREVIEW, check_output
-from cogprep.report import Report
+from cogcommon.files.failures import machines_fault
+from cogcommon.files.ownership import take_output
+from cogprep.commands import clean_cache, preview
+from cogprep.commands.index import index
+from cogprep.commands.verify import verify
+from cogprep.encode.report import Report
+from cogprep.plan.folder import check_contract, commit_contract, read_contract, read_origin
 from cogprep.settings import CleanSettings, PreviewSettings
-from cogprep.shards import ShardWriter
-from cogprep.verify import verify
+from cogprep.store.locks import at_work
+from cogprep.store.proof import A_PREVIEW, check_output
+from cogprep.store.shards import ShardWriter
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -82,8 +82,8 @@ def commands(encode_into: Callable[[Path], None], monkeypatch) -> dict[str, Call
         monkeypatch.setattr(preview, name, lambda *_, drawn=drawn: drawn)
     return {
         "encode": encode_into,
-        "clean-cache": lambda out: clean.run(CleanSettings(out=out, yes=True)),
-        "clean-cache --all": lambda out: clean.run(CleanSettings(out=out, yes=True, all=True)),
+        "clean-cache": lambda out: clean_cache.run(CleanSettings(out=out, yes=True)),
+        "clean-cache --all": lambda out: clean_cache.run(CleanSettings(out=out, yes=True, all=True)),
         "index": index,
         "verify": verify,
         "preview": lambda out: preview.run(PreviewSettings(out=out, json=True)),
@@ -94,8 +94,8 @@ def commands(encode_into: Callable[[Path], None], monkeypatch) -> dict[str, Call
 def let_loose(trees: int, seed: int, made, monkeypatch, tmp_path) -> None:
     ours, encode_into = made
     # The drawn clips have no files, which a look at the data root would find missing.
-    monkeypatch.setattr(clean.Wanted, "known", lambda _: True)
-    monkeypatch.setattr(clean.Wanted, "has", lambda _, key, source, caption: source != "c.mp4")
+    monkeypatch.setattr(clean_cache.Wanted, "known", lambda _: True)
+    monkeypatch.setattr(clean_cache.Wanted, "has", lambda _, key, source, caption: source != "c.mp4")
     draw = random.Random(seed)
     refused = 0
     for number in range(trees):

@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX
 
-from cogprep import encoder_choice, fused
-from cogprep.encoder_choice import use_fused_encoder
-from cogprep.fused import CannotFuse, FusedEncoder
-from cogprep.gpu_time import GpuTime, Span
+from cogprep.vae import choice as encoder_choice
+from cogprep.vae import fused
+from cogprep.vae.choice import use_fused_encoder
+from cogprep.vae.fused import CannotFuse, FusedEncoder
+from cogprep.vae.gpu_time import GpuTime, Span
 
 CPU = torch.device("cpu")
 WIDTHS = (16, 32, 32, 64)
 
 
 class PlainKernels:
-    """What `cogprep.kernels.TritonKernels` computes, said in plain PyTorch, in fp32."""
+    """What `cogprep.vae.kernels.TritonKernels` computes, said in plain PyTorch, in fp32."""
 
     def sums(self, x_THWC, bias_C):
         y_PC = (x_THWC.float() + bias_C.float()).flatten(0, 2)
@@ -137,7 +138,7 @@ def short_trial(monkeypatch):
 def test_it_is_used_where_it_proves_right(monkeypatch, short_trial):
     vae = random_vae()
     wanted = moments(vae, pixels(9))
-    monkeypatch.setitem(sys.modules, "cogprep.kernels", SimpleNamespace(TritonKernels=PlainKernels))
+    monkeypatch.setitem(sys.modules, "cogprep.vae.kernels", SimpleNamespace(TritonKernels=PlainKernels))
     choice = use_fused_encoder(vae, CPU)
     assert choice.encoder == "fused" and choice.difference < 1e-6 and not choice.why
     assert isinstance(vae.encoder, FusedEncoder) and relative(moments(vae, pixels(9)), wanted) < 1e-6
@@ -170,7 +171,7 @@ class NoCompiler(PlainKernels):
 def test_diffusers_encoder_stays_where_it_does_not(monkeypatch, short_trial, kernels, why):
     vae = random_vae()
     plain = vae.encoder
-    monkeypatch.setitem(sys.modules, "cogprep.kernels", SimpleNamespace(TritonKernels=kernels))
+    monkeypatch.setitem(sys.modules, "cogprep.vae.kernels", SimpleNamespace(TritonKernels=kernels))
     choice = use_fused_encoder(vae, CPU)
     assert choice.encoder == "diffusers" and vae.encoder is plain
     assert re.search(why, choice.why)

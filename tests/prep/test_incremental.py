@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import SettingError, ShardError
-from cogcommon.records import read_record
-from cogprep.encode import encode
+from cogcommon.shards.records import read_record
+from cogprep.commands.encode import encode
 
 CAPTIONS = [f"wave number {index}" for index in range(5)]
 CLIPS = [f"{index}.mp4" for index in range(5)]
@@ -177,7 +177,7 @@ def test_a_moved_holdout_is_never_in_both(encoded, again):
 def test_other_weights_under_the_same_name_are_another_vae(encoded, again, tmp_path):
     import safetensors.torch
 
-    from cogcommon.checkpoint import open_checkpoint
+    from cogcommon.model.checkpoint import open_checkpoint
 
     model = tmp_path / "model"
     shutil.copytree(open_checkpoint("tiny").root, model)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import DataRootError
-from cogprep.lists import read_lists
+from cogprep.dataset.lists import read_lists
 
 
 def lay(root: Path, **lists: str | bytes) -> Path:

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.errors import CogError
-from cogprep import clean, index, inspection, validate, verify
-from cogprep.clip import Fault
-from cogprep.decode import decode_clip
-from cogprep.look import look
-from cogprep.pool import Pool
+from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
+from cogprep.commands import clean_cache, index, inspection, validate, verify
+from cogprep.dataset.probe import look
+from cogprep.processes.pool import Pool
 from cogprep.settings import CleanSettings, IndexSettings, InspectSettings, ValidateSettings, VerifySettings
+from cogprep.source.clip import Fault
+from cogprep.video.decode import decode_clip
 
 DEEP = "[" * 100_000 + "]" * 100_000
 WRONG = [None, True, 0, -1, 1.5, 1e300, float("nan"), "", "x", "\x1b[2J", "\ud800", [], [1], {}, {"a": 1}, "9" * 5000]
@@ -64,8 +64,8 @@ def commands(out: Path) -> dict[str, Callable[[], object]]:
         "inspect --json": lambda: inspection.run(InspectSettings(out=out, json=True)),
         "verify": lambda: verify.run(VerifySettings(out=out)),
         "index": lambda: index.run(IndexSettings(out=out)),
-        "clean-cache": lambda: clean.run(CleanSettings(out=out, dry_run=True)),
-        "clean-cache --all": lambda: clean.run(CleanSettings(out=out, all=True, dry_run=True)),
+        "clean-cache": lambda: clean_cache.run(CleanSettings(out=out, dry_run=True)),
+        "clean-cache --all": lambda: clean_cache.run(CleanSettings(out=out, all=True, dry_run=True)),
     }
 
 
@@ -195,8 +195,8 @@ def damaged(chance: random.Random, data: bytes) -> bytes:
 
 def try_clips(clips: list[Path], folder: Path, count: int, seed: int) -> Counter:
     """Look at damaged clips and decode them; each is used or has a reason."""
-    from cogcommon.families import Resolution
-    from cogprep.cut import Cut
+    from cogcommon.model.families import Resolution
+    from cogprep.video.cut import Cut
 
     chance, endings = random.Random(seed), Counter()
     size, cut = Resolution(9, 64, 96), Cut(short="repeat")

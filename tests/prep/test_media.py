@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogcommon.families import Resolution
-from cogprep import look
-from cogprep.clip import ClipFacts, Fault
-from cogprep.cut import Cut
-from cogprep.decode import Clip, decode_clip
-from cogprep.media import Video
-from cogprep.pool import Pool
+from cogcommon.model.families import Resolution
+from cogprep.dataset import probe
+from cogprep.processes.pool import Pool
+from cogprep.source.clip import ClipFacts, Fault
+from cogprep.video.cut import Cut
+from cogprep.video.decode import Clip, decode_clip
+from cogprep.video.media import Video
 
 sys.path.insert(0, str(Path(__file__).parent))
 from corpus import (
@@ -471,14 +471,14 @@ def test_a_bad_clip_gives_its_reason(kind, tmp_path):
     fault = decode(path)
     assert isinstance(fault, Fault), kind
     assert re.search(reason, fault.reason), fault.reason
-    look.probe(path, [SIZE], Cut(), 8)  # may find it already; must not raise
+    probe.probe(path, [SIZE], Cut(), 8)  # may find it already; must not raise
     assert str(tmp_path) not in fault.reason  # whoever reports it names the file
 
 
 def test_a_file_that_may_not_be_read(tmp_path_factory):
     path = write(tmp_path_factory.mktemp("private") / "a.mp4", cards())
     path.chmod(0)
-    assert as_nobody(lambda: look.probe(path, [SIZE], Cut(), 8).reason) == "cannot be read: Permission denied"
+    assert as_nobody(lambda: probe.probe(path, [SIZE], Cut(), 8).reason) == "cannot be read: Permission denied"
 
 
 def as_nobody(ask) -> str:
@@ -512,7 +512,7 @@ def test_the_whole_corpus_through_the_pool_ends_no_run(tmp_path):
 
 
 def test_encode_names_every_bad_clip_and_encodes_the_rest(tmp_path):
-    from cogprep.encode import encode
+    from cogprep.commands.encode import encode
     from cogprep.settings import EncodeSettings
 
     makers = {kind: make for kind, (make, _) in BAD.items() if kind != "a NUL in the name"}  # the lists refuse that
@@ -551,7 +551,7 @@ def test_the_alpha_of_a_webm_is_seen(codec, tmp_path):
     assert "alpha over black" in clip.colour
     assert clip.frames_FHWC[:, :, 4:40].max() <= 12
     assert_shows(np.concatenate([card(24, 96, 64)[:, :48], clip.frames_FHWC[-1, :, 48:]], 1), 24)
-    assert len(look.look(path, [SIZE], Cut(), 8).facts.colour) > 0
+    assert len(probe.look(path, [SIZE], Cut(), 8).facts.colour) > 0
 
 
 # Saturated colours at 720p: the wrong matrix is off by more than 10 in one of them.
@@ -682,8 +682,8 @@ def damage_and_read(suffix: str, folder: Path, files: int) -> tuple[int, int]:
             data[place % len(data)] = rng.integers(256)
         path = folder / f"a.{suffix}"
         path.write_bytes(bytes(data[: rng.integers(1, len(data))] if seed % 5 == 0 else data))
-        looked, clip = look.look(path, [SIZE], Cut(), 8), decode(path)
-        assert isinstance(looked, Fault | look.Look)
+        looked, clip = probe.look(path, [SIZE], Cut(), 8), decode(path)
+        assert isinstance(looked, Fault | probe.Look)
         faults += isinstance(clip, Fault)
     return faults, files - faults
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cogprep.advice import in_quotes
-from cogprep.clip import BadClip
-from cogprep.source_file import refuse_special
+from cogprep.dataset.advice import in_quotes
+from cogprep.source.clip import BadClip
+from cogprep.source.source_file import refuse_special
 
 
 @pytest.fixture

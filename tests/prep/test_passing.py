@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import DataRootError
-from cogcommon.records import read_record
-from cogprep import engine as engine_module
-from cogprep import survey as survey_module
-from cogprep.encode import encode
-from cogprep.encode import run as run_command
-from cogprep.heartbeat import TIMEOUT_S
+from cogcommon.shards.records import read_record
+from cogprep.commands.encode import encode
+from cogprep.commands.encode import run as run_command
+from cogprep.commands.verify import verify
+from cogprep.encode import engine as engine_module
+from cogprep.plan import survey as survey_module
 from cogprep.settings import EncodeSettings
-from cogprep.verify import verify
+from cogprep.source.heartbeat import TIMEOUT_S
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned children inherit sys.path
 import pool_tasks
@@ -143,8 +143,8 @@ def test_rejected_clips_that_are_tried_again_get_their_old_place(encoded, settin
 
 def test_a_killed_run_with_a_hole_in_its_shard_ends_with_the_same_bytes(encoded, settings_of, make_shards, tmp_path):
     """The temporary tar has samples 1 and 3 of a shard; sample 2 then belongs between them."""
-    from cogprep.completion import open_shard
-    from cogprep.shards import read_tensors
+    from cogprep.plan.completion import open_shard
+    from cogprep.store.shards import read_tensors
 
     tar = make_shards(tmp_path / "whole", samples=3, per_shard=3)[0]
     record = read_record(tar.with_suffix(".parquet"))
@@ -179,7 +179,7 @@ def test_files_that_change_while_the_run_is_on_get_no_verdict(encoded, settings_
             super().encode(shards)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cogprep.encode_slice.Engine", Changing)
+        patch.setattr("cogprep.encode.part.Engine", Changing)
         report = encode(settings_of(encoded, out=out))
     assert (report.encoded, report.postponed, report.rejected) == (1, 4, 0)
     assert {sample.reason for sample in report.postponed_samples} == {

@@ -7,11 +7,11 @@ import random
 
 import pytest
 
-from cogcommon.families import Resolution
-from cogprep.holdout import Holdout, choose_holdout
-from cogprep.lists import Sample
-from cogprep.output import Committed, Hashed, Placed
-from cogprep.plan import Candidate, make_plan, sample_key
+from cogcommon.model.families import Resolution
+from cogprep.dataset.lists import Sample
+from cogprep.plan.folder import Committed, Hashed, Placed
+from cogprep.plan.holdout import Holdout, choose_holdout
+from cogprep.plan.plan import Candidate, make_plan, sample_key
 
 WIDE, TALL = Resolution(9, 64, 96), Resolution(9, 96, 64)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from cogcommon.errors import CogError
-from cogprep import pool as pool_module
-from cogprep import pool_child
-from cogprep.clip import Fault
-from cogprep.pool import Pool
+from cogprep.processes import child as pool_child
+from cogprep.processes import pool as pool_module
+from cogprep.processes.pool import Pool
+from cogprep.source.clip import Fault
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned children inherit sys.path
 import pool_tasks

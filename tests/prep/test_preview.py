@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import DiskError, ModelError, SettingError, ShardError
-from cogcommon.records import LATENT_MEAN, tar_name
-from cogprep.clean import find_removals
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.shards.records import LATENT_MEAN, tar_name
 from cogprep.cli import app
-from cogprep.clip import Fault
-from cogprep.encode import encode
-from cogprep.output import read_contract, records_in
-from cogprep.preview import Decoder, choose, make_preview, psnr, run
-from cogprep.preview_page import BOX, with_box
+from cogprep.commands.clean_cache import find_removals
+from cogprep.commands.encode import encode
+from cogprep.commands.preview import Decoder, choose, make_preview, psnr, run
+from cogprep.plan.folder import read_contract, records_in
 from cogprep.settings import EncodeSettings, PreviewSettings
-from cogprep.shards import read_tensors
-from cogprep.source_view import SourceView
+from cogprep.show.preview_page import BOX, with_box
+from cogprep.show.source_view import SourceView
+from cogprep.source.clip import Fault
+from cogprep.store.shards import read_tensors
 
 sys.path.insert(0, str(Path(__file__).parent))
 from corpus import FRAMES, assert_shows, cards, write

@@ -12,13 +12,13 @@ import safetensors.torch
 import torch
 import webdataset
 
-from cogcommon.contract import CONTRACT_FILE, Contract
 from cogcommon.errors import CogError, DiskError, ShardError
-from cogcommon.locks import locked_elsewhere
-from cogcommon.records import SampleRow, ShardRecord, extent_intact, read_record, split_extent
-from cogprep import shards
-from cogprep.disk import ShardBusy
-from cogprep.shards import ShardDone, ShardWriter, committed_shards, drop_samples, settle
+from cogcommon.files.locks import locked_elsewhere
+from cogcommon.shards.contract import CONTRACT_FILE, Contract
+from cogcommon.shards.records import SampleRow, ShardRecord, extent_intact, read_record, split_extent
+from cogprep.store import shards
+from cogprep.store.locks import ShardBusy
+from cogprep.store.shards import ShardDone, ShardWriter, committed_shards, drop_samples, settle
 
 
 @pytest.fixture

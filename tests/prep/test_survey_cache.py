@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon.families import Resolution
-from cogprep import survey as survey_module
-from cogprep import survey_cache
-from cogprep.clip import Fault, Hashed
-from cogprep.encode import encode
-from cogprep.look import Probed
-from cogprep.proof import SURVEY
-from cogprep.survey_cache import SurveyCache
-from cogprep.workers import Slice
+from cogcommon.model.families import Resolution
+from cogprep.commands.encode import encode
+from cogprep.dataset.probe import Probed
+from cogprep.plan import probe_cache
+from cogprep.plan import survey as survey_module
+from cogprep.plan.probe_cache import SurveyCache
+from cogprep.plan.slice import Slice
+from cogprep.source.clip import Fault, Hashed
+from cogprep.store.proof import SURVEY
 
 SOURCES = [f"{index}.mp4" for index in range(20)]
 
@@ -55,7 +55,7 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey_cache, "_GROUP", 4)
+    monkeypatch.setattr(probe_cache, "_GROUP", 4)
     return Place(tmp_path)
 
 

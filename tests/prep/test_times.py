@@ -10,11 +10,11 @@ import av
 import numpy as np
 import pytest
 
-from cogcommon.families import Resolution
-from cogprep.clip import Fault
-from cogprep.cut import Cut
-from cogprep.decode import Clip, decode_clip
-from cogprep.media import Video
+from cogcommon.model.families import Resolution
+from cogprep.source.clip import Fault
+from cogprep.video.cut import Cut
+from cogprep.video.decode import Clip, decode_clip
+from cogprep.video.media import Video
 
 sys.path.insert(0, str(Path(__file__).parent))
 from corpus import FPS, HEIGHT, WIDTH, card, cards, index_shown, write

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import SettingError
-from cogprep.vae import LatentEncoder, generator_of
+from cogcommon.model.checkpoint import open_checkpoint
+from cogprep.vae.encoder import LatentEncoder, generator_of
 
 CPU = torch.device("cpu")
 

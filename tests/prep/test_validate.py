@@ -14,13 +14,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cogcommon.errors import DataRootError
-from cogcommon.families import Resolution
-from cogcommon.records import read_record
+from cogcommon.model.families import Resolution
+from cogcommon.shards.records import read_record
 from cogprep.cli import app
-from cogprep.look import inside_bars
+from cogprep.commands.validate import validate
+from cogprep.commands.verdict import show
+from cogprep.dataset.probe import inside_bars
 from cogprep.settings import EncodeSettings, ValidateSettings
-from cogprep.validate import validate
-from cogprep.verdict import show
 
 sys.path.insert(0, str(Path(__file__).parent))
 from corpus import card, cards, cut_short, write, write_sound
@@ -125,7 +125,7 @@ def test_the_plan_says_bucket_frames_rate_and_loss(verdict):
 
 def test_encode_keeps_the_plan(settings, root):
     """Shards, samples, held out samples and the size of the tensors are what encode then writes."""
-    from cogprep.encode import encode
+    from cogprep.commands.encode import encode
 
     # without the clip of one frame: encode finds that out when it decodes, and has planned a place for it
     for name in ("videos.txt", "prompts.txt"):
@@ -260,8 +260,8 @@ def test_large_numbers_still_fit_into_80_columns(verdict):
 
 
 def test_gpu_time_is_given_for_real_models_only(settings):
-    from cogcommon.checkpoint import open_checkpoint
-    from cogprep.validate import gpu_seconds
+    from cogcommon.model.checkpoint import open_checkpoint
+    from cogprep.commands.validate import gpu_seconds
 
     tiny = open_checkpoint("tiny")
     assert gpu_seconds(settings, tiny, Resolution(49, 480, 720), 10) is None

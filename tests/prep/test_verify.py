@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from cogcommon.errors import ShardError
-from cogcommon.families import Resolution
-from cogcommon.records import ShardRecord, read_record
-from cogprep.index import index
-from cogprep.inspection import inspect
+from cogcommon.model.families import Resolution
+from cogcommon.shards.records import ShardRecord, read_record
+from cogprep.commands.index import index
+from cogprep.commands.inspection import inspect
+from cogprep.commands.verify import check_shard, run, verify
 from cogprep.settings import VerifySettings
-from cogprep.shards import ShardWriter
-from cogprep.verify import check_shard, run, verify
+from cogprep.store.shards import ShardWriter
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_index_puts_back_a_lost_record_and_contract(encoded):
 
 
 def test_what_index_put_back_is_reused(encoded, settings_of):
-    from cogprep.encode import encode
+    from cogprep.commands.encode import encode
 
     (encoded / "out" / "000000.parquet").unlink()
     index(encoded / "out")

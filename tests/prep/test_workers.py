@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import RunError, SettingError
-from cogprep import encode_slice
-from cogprep.encode import encode
-from cogprep.gpus import encode_in_parts, gpu_count
-from cogprep.workers import Slice, choose_slice, local_rank
+from cogprep.commands.encode import encode
+from cogprep.encode import part as encode_slice
+from cogprep.encode.gpus import encode_in_parts, gpu_count
+from cogprep.plan.slice import Slice, choose_slice, local_rank
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.device import pick_device
-from cogtrain import lora
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.device import pick_device
+from cogtrain.model import lora
 
 pick_device()
 RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly
@@ -41,9 +41,9 @@ def train_here() -> Callable:
     """train_here(settings) -> run folder; the whole run, in this process."""
     from accelerate.state import AcceleratorState
 
-    from cogtrain.loop import train
-    from cogtrain.run import open_run
-    from cogtrain.signals import StopRequest
+    from cogtrain.distributed.signals import StopRequest
+    from cogtrain.runs.run import open_run
+    from cogtrain.trainer.loop import train
 
     def run(settings):
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -58,7 +58,7 @@ int fsync(int fd) { REAL("fsync", int, int); return refuses(fd) ? -1 : real(fd);
 def digest(run):
     import safetensors.torch
 
-    from cogtrain import lora
+    from cogtrain.model import lora
 
     state = safetensors.torch.load_file(run / lora.FILE)
     return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
@@ -73,13 +73,13 @@ def main(case):
     import torch
     from accelerate.state import AcceleratorState
 
-    from cogcommon.device import pick_device, quiet_libraries
     from cogcommon.errors import DiskError
-    from cogtrain.checkpoint import list_checkpoints
-    from cogtrain.loop import train
-    from cogtrain.run import open_run
+    from cogcommon.model.device import pick_device, quiet_libraries
+    from cogtrain.distributed.signals import StopRequest
+    from cogtrain.runs.checkpoint import list_checkpoints
+    from cogtrain.runs.run import open_run
     from cogtrain.settings import LoraSettings
-    from cogtrain.signals import StopRequest
+    from cogtrain.trainer.loop import train
 
     pick_device()
     quiet_libraries()

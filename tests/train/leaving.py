@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 
-from cogcommon.command import make_app, run_app
+from cogcommon.cli.command import make_app, run_app
 from cogcommon.errors import RunError
-from cogtrain.leaving import PeerFailed
-from cogtrain.peers import meet
+from cogtrain.distributed.leaving import PeerFailed
+from cogtrain.distributed.peers import meet
 
 app = make_app("leaving", "A process of a run.")
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from cogtrain import loop
-from cogtrain.inputs import Objective
+from cogtrain.model.objective import Objective
+from cogtrain.trainer import loop
 
 
 class _Nan(torch.autograd.Function):

@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from cogcommon.device import pick_device, quiet_libraries
+from cogcommon.model.device import pick_device, quiet_libraries
 
 device = pick_device()
 quiet_libraries()
@@ -17,17 +17,17 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX  # noqa: E402
 
-import cogtrain.sample  # noqa: E402
-from cogtrain.bench.rows import SMALL, SMALL_BUCKET  # noqa: E402
-from cogtrain.bench.subject import RandomCheckpoint, random_checkpoint, random_shards  # noqa: E402
-from cogtrain.loop import train  # noqa: E402
-from cogtrain.method import Lora  # noqa: E402
-from cogtrain.order import Order  # noqa: E402
-from cogtrain.run import Run  # noqa: E402
+import cogtrain.validation.videos  # noqa: E402
+from cogtrain.data.sampler import Order  # noqa: E402
+from cogtrain.data.shards import ShardSet  # noqa: E402
+from cogtrain.distributed.signals import StopRequest  # noqa: E402
+from cogtrain.model.method import Lora  # noqa: E402
+from cogtrain.runs.run import Run  # noqa: E402
 from cogtrain.settings import LoraSettings  # noqa: E402
-from cogtrain.signals import StopRequest  # noqa: E402
-from cogtrain.sources import ShardSet  # noqa: E402
-from cogtrain.validate import Validation  # noqa: E402
+from cogtrain.trainer.loop import train  # noqa: E402
+from cogtrain.validation.validate import Validation  # noqa: E402
+from workshop.bench_train.rows import SMALL, SMALL_BUCKET  # noqa: E402
+from workshop.bench_train.subject import RandomCheckpoint, random_checkpoint, random_shards  # noqa: E402
 
 PUBLISHED_VAE = {"block_out_channels": (128, 256, 256, 512), "layers_per_block": 3, "norm_num_groups": 32}
 STEPS = 2
@@ -53,7 +53,7 @@ empty = safetensors.torch.save({"text": torch.zeros(1, 1).expand(226, known.tran
 ShardSet.empty_caption = lambda self: empty
 Validation._remembered = lambda self: 1.0
 Lora.export = lambda self, *arguments: None
-cogtrain.sample.sample.__kwdefaults__["steps"] = 2
+cogtrain.validation.videos.sample.__kwdefaults__["steps"] = 2
 train(
     Run(
         settings=settings, method=Lora(settings), shards=shards, held_out=shards, checkpoint=checkpoint,

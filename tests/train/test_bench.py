@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from cogtrain.bench import kept, machine
-from cogtrain.bench.allocations import at_the_peak, held
-from cogtrain.bench.guide import guide_rows
-from cogtrain.bench.measure import _After, _Enough, prepare, product
-from cogtrain.bench.plain import reference
-from cogtrain.bench.rows import Row, guide_row, rows_named, table
-from cogtrain.bench.subject import random_checkpoint
+from workshop.bench_train import kept, machine
+from workshop.bench_train.allocations import at_the_peak, held
+from workshop.bench_train.guide import guide_rows
+from workshop.bench_train.measure import _After, _Enough, prepare, product
+from workshop.bench_train.plain import reference
+from workshop.bench_train.rows import Row, guide_row, rows_named, table
+from workshop.bench_train.subject import random_checkpoint
 
 
 def test_random_weights_are_of_their_variance_and_no_two_the_same():
@@ -104,14 +104,14 @@ def test_what_was_measured_on_a_gpu_is_kept_once(tmp_path, monkeypatch):
     assert kept.keep_file(tmp_path / "bench.jsonl") == 2
     ours, plain = added
     assert ours.peak_gib == 12.0 and ours.rank is None and (ours.memory, plain.memory) == ("low", "reference")
-    assert plain.command == "python -m cogtrain.bench 09/reference"
+    assert plain.command == "python -m workshop.bench_train 09/reference"
 
 
 @pytest.mark.full  # half a minute: two processes a row, and DeepSpeed
 def test_rows_of_several_processes(tmp_path):
     words = ["10/auto", "10/reference", "--small", "--compile", "off", "--gpus", "2", "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "cogtrain.bench", *words], capture_output=True, text=True,
+        [sys.executable, "-m", "workshop.bench_train", *words], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -145,7 +145,7 @@ def test_what_is_held_at_the_peak_is_told_by_place():
     def free(address):
         return {"action": "free_completed", "addr": address}
 
-    ours, torchs = frame("/x/train/step/block.py", 7), frame("/x/torch/nn/functional.py", 9)
+    ours, torchs = frame("/x/train/blocks/block.py", 7), frame("/x/torch/nn/functional.py", 9)
     events = [
         alloc(100, 4, torchs, ours), free(100),  # 7 at once
         alloc(200, 5, ours), alloc(300, 6, ours), free(11 * mib), alloc(400, 1, torchs), free(300), free(200),  # 14

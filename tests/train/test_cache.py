@@ -13,15 +13,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for faulty_server
 from faulty_server import FaultyServer
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import CogError, SettingError, StoreError
-from cogtrain import cache as cache_module
-from cogtrain.cache import Cache
-from cogtrain.data import Collator, prefetch
-from cogtrain.inputs import Objective
-from cogtrain.order import Slot
-from cogtrain.sources import open_shards
-from cogtrain.store import StoredFile  # noqa: F401
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.data.batches import Collator, prefetch
+from cogtrain.data.sampler import Slot
+from cogtrain.data.shards import open_shards
+from cogtrain.model.objective import Objective
+from cogtrain.store import cache as cache_module
+from cogtrain.store.cache import Cache
+from cogtrain.store.store import StoredFile  # noqa: F401
 
 
 def item(number, size=1000):

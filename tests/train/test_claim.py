@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import RunError, SettingError
-from cogcommon.ownership import Made
-from cogtrain import checkpoint as checkpoints
-from cogtrain import export
-from cogtrain.claim import claimed
+from cogcommon.files.ownership import Made
+from cogtrain.commands import export
+from cogtrain.runs import checkpoint as checkpoints
+from cogtrain.runs.claim import claimed
 from cogtrain.settings import ExportSettings, LoraSettings
 
 OPTIONS = {"rank": 4, "lr": 1e-2, "steps": 6, "save_every": 1, "keep": 4}
@@ -26,9 +26,9 @@ def whole(tmp_path_factory, make_shards) -> Path:
     import torch
     from accelerate.state import AcceleratorState
 
-    from cogtrain.loop import train
-    from cogtrain.run import open_run
-    from cogtrain.signals import StopRequest
+    from cogtrain.distributed.signals import StopRequest
+    from cogtrain.runs.run import open_run
+    from cogtrain.trainer.loop import train
 
     top = tmp_path_factory.mktemp("claim")
     make_shards(top / "out", samples=4)

@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 
 from cogcommon.errors import DiskError
-from cogtrain import export, generate, lora
+from cogtrain.commands import export, generate
+from cogtrain.model import lora
 from cogtrain.settings import ExportSettings, GenerateSettings, LoraSettings
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cogtrain import run
 from cogtrain.cli import app
-from cogtrain.run_folder import read_metrics
+from cogtrain.distributed.zero_config import STAGE, choose, deepspeed_config
+from cogtrain.runs import run
+from cogtrain.runs.folder import read_metrics
 from cogtrain.settings import LoraSettings, SftSettings
-from cogtrain.zero_config import STAGE, choose, deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))

@@ -3,14 +3,14 @@ import itertools
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import ShardError
-from cogcommon.families import Resolution
-from cogtrain.data import Collator, prefetch, read_sample
-from cogtrain.draws import Draws
-from cogtrain.inputs import Objective
-from cogtrain.order import Slot
-from cogtrain.sources import open_shards
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import Resolution
+from cogtrain.data.batches import Collator, prefetch, read_sample
+from cogtrain.data.sample_rng import Draws
+from cogtrain.data.sampler import Slot
+from cogtrain.data.shards import open_shards
+from cogtrain.model.objective import Objective
 
 
 def opened(tmp_path, make_shards, form="tiny", **options):

@@ -3,9 +3,9 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import ModelError
-from cogtrain.diffusion import Schedule, squared_error
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.model.diffusion import Schedule, squared_error
 
 
 @pytest.mark.parametrize("form", ["tiny-2b", "tiny"])

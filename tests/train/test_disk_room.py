@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from cogcommon.checkpoint import Checkpoint
 from cogcommon.errors import DiskError
-from cogtrain import disk, lora
-from cogtrain.disk import check_room, writes
-from cogtrain.run import open_run
+from cogcommon.model.checkpoint import Checkpoint
+from cogtrain.memory import disk
+from cogtrain.memory.disk import check_room, writes
+from cogtrain.model import lora
+from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
 
 

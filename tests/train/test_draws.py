@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cogtrain.draws import Draws, seed_of
+from cogtrain.data.sample_rng import Draws, seed_of
 
 
 def test_a_draw_depends_on_seed_epoch_key_and_purpose_alone():

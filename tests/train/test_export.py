@@ -11,14 +11,15 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import PeftModel
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import CogError, RunError
-from cogcommon.families import Resolution
-from cogtrain import export, lora
-from cogtrain.probe import difference, probe
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import Resolution
+from cogtrain.commands import export
+from cogtrain.model import lora
+from cogtrain.model.compare import difference, probe
+from cogtrain.model.sft import load
 from cogtrain.settings import ExportSettings, LoraSettings, SftSettings
-from cogtrain.sft import load
-from cogtrain.tuned import find
+from cogtrain.validation.tuned import find
 
 
 def fresh():

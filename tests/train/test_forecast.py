@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from cogcommon.errors import SettingError
-from cogcommon.families import BY_NAME
-from cogtrain import forecast
-from cogtrain.bench.hardware import computed_for
-from cogtrain.bench.subject import random_checkpoint
-from cogtrain.machine import Machine, machine_for
-from cogtrain.measured import REFERENCE, measured
+from cogcommon.model.families import BY_NAME
+from cogtrain.commands import plan
+from cogtrain.memory.cost import Speed
+from cogtrain.memory.machine import Machine, machine_for
+from cogtrain.memory.measured import REFERENCE, measured
+from cogtrain.memory.seconds import H200
 from cogtrain.settings import PlanSettings
-from cogtrain.step.cost import Speed
-from cogtrain.step.seconds import H200
+from workshop.bench_train.hardware import computed_for
+from workshop.bench_train.subject import random_checkpoint
 
 GIB = 2**30
 
@@ -29,7 +29,7 @@ def plan_of():
     def plan(gib, gpus=1, *, host=None, speed=H200, on="H200", family="5b", **settings):
         host = None if host is None else int(host * GIB)
         machine = Machine("a card", int(gib * GIB), gpus, host, speed, on)
-        return forecast.forecasts_for(
+        return plan.forecasts_for(
             PlanSettings(**settings), random_checkpoint(family), [BY_NAME[family].native], machine
         )
 
@@ -72,7 +72,7 @@ def test_full_fine_tuning_of_5b_in_host_memory_fits_half_of_a_small_card(plan_of
 def test_seconds_stand_only_where_they_were_measured(plan_of, monkeypatch):
     oldest = measured()[-1]
     assert (oldest.family, oldest.method, oldest.rank, oldest.memory) == ("5b", "lora", 128, "auto")
-    monkeypatch.setattr(forecast, "measured", lambda: (oldest,))
+    monkeypatch.setattr(plan, "measured", lambda: (oldest,))
     (line,) = [line for line in plan_of(80) if line.s_per_step]
     assert (line.method, line.memory, line.measured_on) == ("lora", "auto", oldest.gpu)
     assert (line.s_per_step, line.measured_gib) == (oldest.s_per_step, oldest.peak_gib)
@@ -80,7 +80,7 @@ def test_seconds_stand_only_where_they_were_measured(plan_of, monkeypatch):
 
 
 def test_seconds_that_no_longer_hold_are_not_told(plan_of, monkeypatch):
-    monkeypatch.setattr(forecast, "measured", lambda: (dataclasses.replace(measured()[-1], faster_since=True),))
+    monkeypatch.setattr(plan, "measured", lambda: (dataclasses.replace(measured()[-1], faster_since=True),))
     assert not any(line.s_per_step for line in plan_of(80))
 
 
@@ -157,7 +157,7 @@ def test_a_card_without_bf16_is_told_so(tmp_path, make_shards, capsys):
     make_shards(tmp_path / "out", samples=2)
     make_shards(tmp_path / "2b", "tiny-2b", samples=2)
     for shards, gpu, told in (("out", "t4", True), ("out", "l4", False), ("2b", "t4", False)):  # 2B is fp16's
-        forecast.run(PlanSettings(shards=[str(tmp_path / shards)], gpu=gpu, method="lora"))
+        plan.run(PlanSettings(shards=[str(tmp_path / shards)], gpu=gpu, method="lora"))
         said = capsys.readouterr().out
         assert ("T4 has no bf16 in hardware" in said and "--precision fp16" in said) is told, (shards, gpu)
 
@@ -223,21 +223,21 @@ def test_a_moving_average_counts_and_is_ddps(plan_of):
 def test_what_a_shell_made_of_a_glob_is_a_glob_again(tmp_path, make_shards):
     make_shards(tmp_path / "out", samples=4)
     tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
-    line = forecast.forecasts(PlanSettings(shards=tars, method="lora"), Machine("a card", 24 * GIB, 1))[0]
+    line = plan.forecasts(PlanSettings(shards=tars, method="lora"), Machine("a card", 24 * GIB, 1))[0]
     assert len(tars) > 1 and str(tmp_path / "out" / "*.tar") in shlex.split(line.command)
 
 
 def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
     make_shards(tmp_path / "my out", samples=2)
     settings = PlanSettings(shards=[str(tmp_path / "my out")], gpu="24GB", rank=4, method="lora")
-    forecast.run(settings)
+    plan.run(settings)
     said = capsys.readouterr().out
     assert "  writes up to " in said and "--keep 3, and one in the making" in said
     assert "all is computed" in said and "s/step" not in said and "fits" in said
-    forecast.run(dataclasses.replace(settings, json=True))
-    lines = [forecast.Forecast(**line) for line in json.loads(capsys.readouterr().out)]
+    plan.run(dataclasses.replace(settings, json=True))
+    lines = [plan.Forecast(**line) for line in json.loads(capsys.readouterr().out)]
     assert lines[0].command in said and "--rank 4" in lines[0].command and lines[0].fits
-    forecast.check(lines[:1])  # the whole command, in a process of its own
+    plan.check(lines[:1])  # the whole command, in a process of its own
     assert "checked: lora ddp auto: peak" in capsys.readouterr().err
 
 
@@ -258,5 +258,5 @@ def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
 def test_what_cannot_be_planned_is_refused(settings, where, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SettingError) as caught:
-        forecast.run(settings)
+        plan.run(settings)
     assert caught.value.where == where and caught.value.fix

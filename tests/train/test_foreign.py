@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 
 from cogcommon.errors import CogError, SettingError
-from cogcommon.failures import machines_fault
-from cogcommon.families import BY_NAME, Resolution
-from cogcommon.files import commit_bytes
-from cogcommon.ownership import replace_folder, take_output
-from cogtrain import checkpoint as checkpoints
-from cogtrain import export, generate
-from cogtrain.card import write_card
-from cogtrain.claim import claimed
-from cogtrain.peers import ALONE
-from cogtrain.pipeline import Request
-from cogtrain.progress import RunLog, cut_metrics
-from cogtrain.run_folder import Facts, StepLine
+from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.failures import machines_fault
+from cogcommon.files.ownership import replace_folder, take_output
+from cogcommon.model.families import BY_NAME, Resolution
+from cogtrain.commands import export, generate
+from cogtrain.distributed.peers import ALONE
+from cogtrain.model.sft import A_TRANSFORMER
+from cogtrain.report.card import write_card
+from cogtrain.runs import checkpoint as checkpoints
+from cogtrain.runs.claim import claimed
+from cogtrain.runs.folder import Facts, StepLine
+from cogtrain.runs.log import RunLog, cut_metrics
 from cogtrain.settings import GenerateSettings
-from cogtrain.sft import A_TRANSFORMER
+from cogtrain.validation.pipeline import Request
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from foreign_trees import Tree

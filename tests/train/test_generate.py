@@ -12,16 +12,18 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.command import add_command
+from cogcommon.cli.command import add_command
 from cogcommon.errors import CogError
-from cogcommon.families import BUILTIN_NAMES, BY_NAME, Resolution
-from cogtrain import generate, lora, pipeline
-from cogtrain.bench.subject import random_checkpoint
-from cogtrain.pipeline import Request, draw, load_pipeline, place, step_bytes, to_base
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, Resolution
+from cogtrain.commands import generate
+from cogtrain.model import lora
+from cogtrain.report.sheet import Column, contact_sheet, side_by_side
 from cogtrain.settings import GenerateSettings
-from cogtrain.sheet import Column, contact_sheet, side_by_side
-from cogtrain.tuned import find
+from cogtrain.validation import pipeline
+from cogtrain.validation.pipeline import Request, draw, load_pipeline, place, step_bytes, to_base
+from cogtrain.validation.tuned import find
+from workshop.bench_train.subject import random_checkpoint
 
 SMALL = ["--prompt", "a red ball rolls to the left", "--steps", "2", "--resolution", "17x64x96"]
 
@@ -214,8 +216,8 @@ def test_the_image_is_cut_and_not_stretched(make_run, picture):
 @pytest.mark.parametrize("size", [(400, 100), (97, 211), (96, 64), (640, 480)])
 def test_the_image_is_the_one_that_encode_trains_on(make_run, tmp_path, size):
     """Turned by its EXIF, its alpha over black, scaled and cut alike: not one pixel differs."""
-    from cogprep.cut import Cut
-    from cogprep.decode import read_image
+    from cogprep.video.cut import Cut
+    from cogprep.video.decode import read_image
 
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 4), dtype=np.uint8)
     exif = Image.Exif()

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from cogtrain import lora
-from cogtrain.checkpoint import list_checkpoints
-from cogtrain.finite import all_finite
-from cogtrain.run_folder import read_run
-from cogtrain.strategy import read_weights
+from cogtrain.distributed.strategy import read_weights
+from cogtrain.model import lora
+from cogtrain.model.finite import all_finite
+from cogtrain.runs.checkpoint import list_checkpoints
+from cogtrain.runs.folder import read_run
 
 pytestmark = pytest.mark.gpu  # NCCL, fp16's scaler, page-locked memory, Triton; about two minutes in all
 

@@ -8,25 +8,25 @@ import pytest
 import torch
 
 from cogcommon.errors import RunError
-from cogtrain import data
-from cogtrain.guard import out_of_memory
-from cogtrain.order import Order
-from cogtrain.run import open_run
+from cogtrain.data import batches
+from cogtrain.data.sampler import Order
+from cogtrain.data.shards import open_shards
+from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
-from cogtrain.sources import open_shards
+from cogtrain.trainer.failures import out_of_memory
 
 
 @pytest.fixture
 def spoil(monkeypatch):
     """spoil(index): that sample becomes NaN when it is read."""
-    read = data.read_sample
+    read = batches.read_sample
 
     def make(spoilt):
         def read_spoilt(shards, index, stop=None):
             sample = read(shards, index)
             return dataclasses.replace(sample, text=sample.text * math.nan) if index == spoilt else sample
 
-        monkeypatch.setattr(data, "read_sample", read_spoilt)
+        monkeypatch.setattr(batches, "read_sample", read_spoilt)
 
     return make
 
@@ -100,7 +100,7 @@ def test_out_of_memory_says_what_lowers_the_peak_and_by_how_much(tmp_path, make_
 
 
 def test_out_of_memory_in_a_step_becomes_that_message(tmp_path, make_shards, train_here, monkeypatch):
-    from cogtrain.inputs import Objective
+    from cogtrain.model.objective import Objective
 
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")

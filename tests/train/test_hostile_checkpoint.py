@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cogcommon.errors import RunError
-from cogtrain import zero
-from cogtrain.strategy import read_weights
+from cogtrain.distributed import zero
+from cogtrain.distributed.strategy import read_weights
 
 
 class Payload:

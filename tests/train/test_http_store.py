@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # for faulty_server
 from faulty_server import FaultyServer, zipped
 
 from cogcommon.errors import CogError, ShardError, StoreError
-from cogtrain import http_store, sources, store
-from cogtrain.data import read_sample
+from cogtrain.data import shards as sources
+from cogtrain.data.batches import read_sample
+from cogtrain.data.shards import open_shards
 from cogtrain.settings import LoraSettings
-from cogtrain.sources import open_shards
+from cogtrain.store import http_store, store
 
 STALL, PATIENCE = 0.25, 0.8  # seconds
 WITHIN = 8.0  # seconds in which each case must have ended, on a busy machine

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.families import BY_NAME, FAMILIES, Resolution
-from cogtrain import lora
-from cogtrain.batch import Batch
-from cogtrain.inputs import Objective
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import BY_NAME, FAMILIES, Resolution
+from cogtrain.model import lora
+from cogtrain.model.batch import Batch
+from cogtrain.model.objective import Objective
 
 FORMS = [family.builtin for family in FAMILIES]
 NATIVE = Resolution(17, 64, 96)

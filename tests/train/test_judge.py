@@ -2,9 +2,9 @@ import av
 import numpy as np
 import pytest
 
-from cogcommon.scenes import BACKGROUNDS, COLOURS, MOTIONS, NEW_MOTIONS, Scene, draw, scenes
-from cogcommon.video import write_mp4
-from cogtrain.judge import judge
+from cogcommon.media.video import write_mp4
+from workshop.judge import judge
+from workshop.scenes import BACKGROUNDS, COLOURS, MOTIONS, NEW_MOTIONS, Scene, draw, scenes
 
 TIMES = [index / 16 for index in range(17)]
 

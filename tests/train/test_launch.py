@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cogcommon.errors import SettingError
-from cogtrain import launch
+from cogtrain.distributed import launch
 from cogtrain.settings import LoraSettings
 
 LORA = ["lora", "--shards", "out", "--steps", "1", "--rank", "2", "--out", "run"]
@@ -89,7 +89,7 @@ def test_a_batch_script_of_slurm_is_not_a_step(environment):
 
 @pytest.mark.parametrize(("gpus", "gpu"), [(8, "3"), (1, "0"), (0, "0")])
 def test_a_task_of_slurm_knows_its_gpu_and_its_neighbours(environment, monkeypatch, gpus, gpu):
-    monkeypatch.setattr("cogcommon.device.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("cogcommon.model.device.visible_gpus", lambda: gpus)
     environment.update(SLURM_PROCID="11", SLURM_LOCALID="3", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="20")
     environment.update(SLURM_STEP_TASKS_PER_NODE="8(x2),4")
     assert launch.join_environment()

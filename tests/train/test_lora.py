@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.device import pick_device
 from cogcommon.errors import ModelError, RunError, SettingError
-from cogcommon.families import BUILTIN_NAMES
-from cogtrain import lora
-from cogtrain.probe import difference, probe
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.device import pick_device
+from cogcommon.model.families import BUILTIN_NAMES
+from cogtrain.model import lora
+from cogtrain.model.compare import difference, probe
 
 CPU = pick_device()
 RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cogtrain.run_folder import read_metrics
+from cogtrain.runs.folder import read_metrics
 
 
 def peaks(folder, strategy, size, memory="auto"):

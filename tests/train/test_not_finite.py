@@ -16,14 +16,15 @@ import pytest
 import torch
 
 from cogcommon.errors import RunError
-from cogtrain import checkpoint as checkpoints
-from cogtrain import data, lora
-from cogtrain.finite import all_finite
-from cogtrain.inputs import Objective
-from cogtrain.run_folder import read_run
+from cogtrain.data import batches
+from cogtrain.distributed.strategy import Runtime, read_weights
+from cogtrain.model import lora
+from cogtrain.model.finite import all_finite
+from cogtrain.model.objective import Objective
+from cogtrain.runs import checkpoint as checkpoints
+from cogtrain.runs.folder import read_run
 from cogtrain.settings import LoraSettings, SftSettings
-from cogtrain.step_check import Judge
-from cogtrain.strategy import Runtime, read_weights
+from cogtrain.trainer.step_check import Judge
 
 sys.path.insert(0, str(Path(__file__).parent))
 from nan_gradient import make_gradients_nan
@@ -154,7 +155,7 @@ def test_under_each_strategy_on_two_processes(tmp_path, make_shards, run_ranks, 
 
 def poison(monkeypatch, step):
     """Make a weight infinite once step ``step`` has been made, as too large a step of the optimizer would."""
-    from cogtrain.step_log import StepLog
+    from cogtrain.trainer.step_log import StepLog
 
     seen, prepare, add = [], Runtime.prepare, StepLog.add
 
@@ -183,7 +184,7 @@ def test_weights_that_are_not_finite_are_not_saved(here, monkeypatch, cls):
 def test_a_checkpoint_that_is_not_finite_is_neither_resumed_nor_exported(here):
     import safetensors.torch
 
-    from cogtrain.export import run as export
+    from cogtrain.commands.export import run as export
     from cogtrain.settings import ExportSettings
 
     run = here(steps=2)
@@ -200,7 +201,7 @@ def test_a_checkpoint_that_is_not_finite_is_neither_resumed_nor_exported(here):
 
 
 def test_weights_too_large_for_the_files_type_are_not_exported(here):
-    from cogtrain.export import run as export
+    from cogtrain.commands.export import run as export
     from cogtrain.settings import ExportSettings
 
     run = here(cls=SftSettings, steps=1, precision="fp32")
@@ -234,8 +235,8 @@ def test_skip_frees_the_first_pass_before_it_makes_the_second(here, monkeypatch)
 def test_a_held_out_loss_that_is_not_finite_breaks_neither_report_nor_card(
     here, tmp_path, make_shards, monkeypatch, capsys
 ):
-    read = data.read_sample
-    from cogtrain import validate
+    read = batches.read_sample
+    from cogtrain.validation import validate
 
     make_shards(tmp_path / "held", samples=2, seed=7, captions=("other",))
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cogtrain.bench import numerics as subject
-from cogtrain.bench.numerics import numerics
-from cogtrain.bench.rows import Row
+from workshop.bench_train import numerics as subject
+from workshop.bench_train.numerics import numerics
+from workshop.bench_train.rows import Row
 
 
 def test_no_gradient_is_farther_from_fp32_than_bf16_is(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cogcommon.errors import SettingError
-from cogtrain.optim import check_installed, check_optimizer, learning_rate, make_optimizer, warmup_steps
+from cogtrain.distributed.optimizer import check_installed, check_optimizer, learning_rate, make_optimizer, warmup_steps
 from cogtrain.settings import LoraSettings, SftSettings
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
 
 def test_a_build_that_was_killed_does_not_stop_the_next(tmp_path, monkeypatch):
     """torch's own lock file: taken away when its process is dead, left alone while it lives."""
-    from cogtrain.zero import compiling_alone
+    from cogtrain.distributed.zero import compiling_alone
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "cpu_adam" / "lock"
@@ -112,7 +112,7 @@ def test_a_build_that_was_killed_does_not_stop_the_next(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_left_to_who_compiles(tmp_path, monkeypatch):
-    from cogtrain.zero import compiling_alone
+    from cogtrain.distributed.zero import compiling_alone
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "below"))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cogtrain.order import WINDOW, Order, rank_slots
+from cogtrain.data.sampler import WINDOW, Order, rank_slots
 
 
 def order(samples=100, per_shard=7, buckets=1, batch=4, seed=3):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cogtrain import peers
-from cogtrain.peers import Place
+from cogtrain.distributed import peers
+from cogtrain.distributed.peers import Place
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_all_leave_when_one_does(how, victim, says):
 def test_a_process_has_a_gpu_of_its_own_among_those_that_it_sees(monkeypatch):
     places = (Place("m1", "a"), Place("m2", "b"), Place("m1", "a"), Place("m2", "b"), Place("m2", "c"))
     for rank, visible, gpu, here in ((2, 8, "1", "2"), (3, 8, "1", "2"), (3, 1, "0", "2"), (4, 8, "0", "1")):
-        monkeypatch.setattr("cogcommon.device.visible_gpus", lambda visible=visible: visible)
+        monkeypatch.setattr("cogcommon.model.device.visible_gpus", lambda visible=visible: visible)
         monkeypatch.setattr(os, "environ", {})
         peers._tell_local_rank(peers.Peers(rank, 5, places))
         assert os.environ == {"LOCAL_RANK": gpu, "LOCAL_WORLD_SIZE": here}

@@ -6,12 +6,12 @@ import itertools
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.families import BY_NAME, FAMILIES
-from cogcommon.settings import resolve
-from cogtrain import lora
-from cogtrain.disk import writes
-from cogtrain.run import open_run
+from cogcommon.cli.settings import resolve
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import BY_NAME, FAMILIES
+from cogtrain.memory.disk import writes
+from cogtrain.model import lora
+from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]

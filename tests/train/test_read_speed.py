@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 import webdataset
 
-from cogcommon.families import Resolution
-from cogtrain.data import read_sample
-from cogtrain.sources import open_shards
+from cogcommon.model.families import Resolution
+from cogtrain.data.batches import read_sample
+from cogtrain.data.shards import open_shards
 
 SAMPLES = 48
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogcommon.checkpoint import Checkpoint
 from cogcommon.errors import CogError, DiskError, RunError, SettingError
-from cogcommon.records import read_record, write_record
-from cogtrain import ready
-from cogtrain.ready import check_ready
-from cogtrain.run import open_run
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.shards.records import read_record, write_record
+from cogtrain.blocks import trial
+from cogtrain.distributed.zero_config import choose, deepspeed_config
+from cogtrain.memory import ready
+from cogtrain.memory.estimate import demand
+from cogtrain.memory.ready import check_ready
+from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
-from cogtrain.step import trial
-from cogtrain.step.demand import demand
-from cogtrain.zero_config import choose, deepspeed_config
 
 CPU = torch.device("cpu")
 

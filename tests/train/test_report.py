@@ -7,9 +7,9 @@ import re
 import pytest
 
 from cogcommon.errors import RunError
-from cogtrain.chart import Line, chart, number, smoothed
-from cogtrain.report import write_report
-from cogtrain.run_folder import Facts, read_metrics, read_run
+from cogtrain.report.chart import Line, chart, number, smoothed
+from cogtrain.report.page import write_report
+from cogtrain.runs.folder import Facts, read_metrics, read_run
 
 FACTS = Facts(
     model="tiny", revision=None, family="5b", task="t2v", method="lora", contract_fingerprint="c" * 64,

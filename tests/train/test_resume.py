@@ -12,13 +12,13 @@ import time
 import psutil
 import pytest
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import RunError, SettingError
-from cogcommon.files import temporary_beside
-from cogtrain import checkpoint as checkpoints
-from cogtrain.claim import claimed
+from cogcommon.files.atomic import temporary_beside
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.distributed.strategy import read_weights
+from cogtrain.runs import checkpoint as checkpoints
+from cogtrain.runs.claim import claimed
 from cogtrain.settings import LoraSettings
-from cogtrain.strategy import read_weights
 
 STEPS = 6
 # In a learning rate that lets the losses depend on every step before.
@@ -172,7 +172,7 @@ def test_a_second_process_in_the_same_folder_is_refused_and_harms_nothing(here, 
 
 
 def test_a_moving_average_is_resumed_and_exported(here, tmp_path):
-    from cogtrain import lora
+    from cogtrain.model import lora
 
     plain = here(steps=4, out=tmp_path / "plain")
     whole = here(steps=4, out=tmp_path / "whole", ema=0.9)
@@ -199,7 +199,7 @@ def test_going_back_takes_later_checkpoints_away(here):
 
 
 def test_the_resume_command_of_a_run_that_began_anew_resumes(here):
-    from cogcommon.settings import resolve
+    from cogcommon.cli.settings import resolve
 
     run = here(steps=2, resume="never")
     assert resolve(LoraSettings, {}, run / "config.toml").resume == "auto"
@@ -211,8 +211,8 @@ def test_a_finished_run_is_not_trained_further(here):
 
 
 def test_fewer_steps_than_were_made_are_not_what_the_weights_are_labelled_with(here):
-    from cogtrain import lora
-    from cogtrain.run_folder import read_run
+    from cogtrain.model import lora
+    from cogtrain.runs.folder import read_run
 
     here(steps=3)
     run = here(steps=2)
@@ -221,7 +221,7 @@ def test_fewer_steps_than_were_made_are_not_what_the_weights_are_labelled_with(h
 
 
 def test_epochs_given_as_an_option_take_the_place_of_a_runs_steps(here):
-    from cogcommon.settings import resolve
+    from cogcommon.cli.settings import resolve
 
     run = here(steps=2)
     again = resolve(LoraSettings, {"epochs": 1}, run / "config.toml")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
+from cogcommon.cli.settings import resolve
 from cogcommon.errors import ModelError
-from cogcommon.settings import resolve
-from cogtrain import lora
-from cogtrain.claim import claimed
-from cogtrain.run import open_run, write_config
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.model import lora
+from cogtrain.runs.claim import claimed
+from cogtrain.runs.run import open_run, write_config
 from cogtrain.settings import LoraSettings
 
 

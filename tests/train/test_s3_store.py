@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # for faulty_server
 from faulty_server import FaultyServer
 
 from cogcommon.errors import ShardError, StoreError
-from cogtrain import fsspec_store, sources, store
+from cogtrain.data import shards as sources
+from cogtrain.data.shards import open_shards
 from cogtrain.settings import LoraSettings
-from cogtrain.sources import open_shards
+from cogtrain.store import fsspec_store, store
 
 pytest.importorskip("moto", reason="pip install 'moto[s3]' flask flask-cors")
 pytest.importorskip("s3fs", reason="pip install s3fs")

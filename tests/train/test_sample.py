@@ -5,10 +5,18 @@ import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.families import BUILTIN_NAMES
-from cogtrain.inputs import Objective
-from cogtrain.sample import DECODE_BYTES_PER_PIXEL, Conditions, decode, load_decoder, sample, sampler_of, tile_within
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import BUILTIN_NAMES
+from cogtrain.model.objective import Objective
+from cogtrain.validation.videos import (
+    DECODE_BYTES_PER_PIXEL,
+    Conditions,
+    decode,
+    load_decoder,
+    sample,
+    sampler_of,
+    tile_within,
+)
 
 
 @pytest.mark.parametrize("name", BUILTIN_NAMES)

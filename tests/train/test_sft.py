@@ -4,12 +4,12 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.device import pick_device
 from cogcommon.errors import ModelError, RunError
-from cogcommon.families import BUILTIN_NAMES
-from cogtrain import sft
-from cogtrain.probe import difference, probe
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.device import pick_device
+from cogcommon.model.families import BUILTIN_NAMES
+from cogtrain.model import sft
+from cogtrain.model.compare import difference, probe
 
 CPU = pick_device()
 

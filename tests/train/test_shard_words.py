@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import CogError
-from cogtrain.compatibility import lost_tars
-from cogtrain.shard_words import expand
-from cogtrain.sources import open_shards
+from cogtrain.data.compatibility import lost_tars
+from cogtrain.data.shard_words import expand
+from cogtrain.data.shards import open_shards
 
 ODD = ["set [v2] & more", "{a,b}", "a{1..3}", "x\\y", "*", "[!a]?", "~", "-x", " lead", "ünï", "a'b\"c", "#1", "100%"]
 

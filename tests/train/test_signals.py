@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from cogtrain import signals
+from cogtrain.distributed import signals
+from cogtrain.distributed.signals import SIGNALS, StopRequest
 from cogtrain.settings import LoraSettings
-from cogtrain.signals import SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -62,7 +62,7 @@ def test_a_run_can_be_started_from_a_thread(tmp_path, make_shards, train_here):
 
 def test_a_signal_in_a_validation_cuts_it_short(tmp_path, make_shards, train_here, monkeypatch):
     """The scheduler's patience is for the checkpoint."""
-    from cogtrain import validate
+    from cogtrain.validation import validate
 
     make_shards(tmp_path / "out", samples=2)
     make_shards(tmp_path / "held", samples=6, seed=3, captions=("held out",))
@@ -88,7 +88,7 @@ def test_a_signal_in_a_validation_cuts_it_short(tmp_path, make_shards, train_her
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_that_finds_no_processes_ends_the_launcher(number):
     code = (
-        "import time; from cogtrain.launch import _PassOn\n"
+        "import time; from cogtrain.distributed.launch import _PassOn\n"
         "with _PassOn().listening(): print('ready', flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

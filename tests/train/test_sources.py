@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.contract import EMPTY_CAPTION_FILE
 from cogcommon.errors import ModelError, ShardError, StoreError
-from cogcommon.families import Resolution
-from cogcommon.records import read_record, write_record
-from cogtrain.compatibility import check_alike, check_model
-from cogtrain.data import read_sample
-from cogtrain.sources import open_shards
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import Resolution
+from cogcommon.shards.contract import EMPTY_CAPTION_FILE
+from cogcommon.shards.records import read_record, write_record
+from cogtrain.data.batches import read_sample
+from cogtrain.data.compatibility import check_alike, check_model
+from cogtrain.data.shards import open_shards
 
 NATIVE = Resolution(17, 64, 96)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cogcommon.errors import RunError
-from cogtrain import data
-from cogtrain.order import Order
+from cogtrain.data import batches
+from cogtrain.data.sampler import Order
+from cogtrain.data.shards import open_shards
 from cogtrain.settings import LoraSettings
-from cogtrain.sources import open_shards
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def test_a_spoilt_step_is_held_back_and_named_one_step_late(tmp_path, make_shard
     make_shards(tmp_path / "out", samples=6)
     shards = open_shards([str(tmp_path / "out")])
     places = [int(batch[0]) for batch in Order(shards.shard_of, shards.bucket_of, 1, 42).epoch(0)]
-    spoilt, read = places[3], data.read_sample
+    spoilt, read = places[3], batches.read_sample
     seen = []
 
     def read_spoilt(shards, index, stop=None):
         sample = read(shards, index)
         return dataclasses.replace(sample, text=sample.text * float("nan")) if index == spoilt else sample
 
-    monkeypatch.setattr(data, "read_sample", read_spoilt)
+    monkeypatch.setattr(batches, "read_sample", read_spoilt)
     step = _Fused.step
 
     def watched(self, closure=None):
@@ -81,20 +81,20 @@ def test_the_checkpoint_of_a_step_is_not_written_before_its_loss_is_known(
     tmp_path, make_shards, train_here, late, monkeypatch
 ):
     make_shards(tmp_path / "out", samples=4)
-    read = data.read_sample
+    read = batches.read_sample
 
     def read_spoilt(shards, index, stop=None):
         sample = read(shards, index)
         return dataclasses.replace(sample, text=sample.text * float("nan"))
 
-    monkeypatch.setattr(data, "read_sample", read_spoilt)
+    monkeypatch.setattr(batches, "read_sample", read_spoilt)
     with pytest.raises(RunError, match="not finite"):
         train_here(settings(tmp_path, save_every=1))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_a_held_step_leaves_the_optimizer_where_it_was():
-    from cogtrain.step_log import skip_if_not_finite
+    from cogtrain.trainer.step_log import skip_if_not_finite
 
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
@@ -113,7 +113,7 @@ def test_a_held_step_leaves_the_optimizer_where_it_was():
 
 
 def test_fp16s_scaler_skips_the_step_whose_loss_is_not_finite():
-    from cogtrain.step_log import skip_if_not_finite
+    from cogtrain.trainer.step_log import skip_if_not_finite
 
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)

@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from cogcommon.errors import SettingError
-from cogtrain import tracker
-from cogtrain.run_folder import read_metrics
+from cogtrain.runs import tracker
+from cogtrain.runs.folder import read_metrics
 from cogtrain.settings import LoraSettings
 
 

@@ -12,18 +12,19 @@ import av
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import ShardError
-from cogtrain import lora, validate
-from cogtrain.data import read_sample
-from cogtrain.diffusion import Schedule
-from cogtrain.draws import Draws
-from cogtrain.inputs import Objective
-from cogtrain.run_folder import read_metrics, read_run
-from cogtrain.sample import Conditions, sample
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.data.batches import read_sample
+from cogtrain.data.sample_rng import Draws
+from cogtrain.data.shards import open_shards
+from cogtrain.model import lora
+from cogtrain.model.diffusion import Schedule
+from cogtrain.model.objective import Objective
+from cogtrain.runs.folder import read_metrics, read_run
 from cogtrain.settings import LoraSettings, SftSettings
-from cogtrain.sources import open_shards
-from cogtrain.validate import TIMESTEPS
+from cogtrain.validation import validate
+from cogtrain.validation.validate import TIMESTEPS
+from cogtrain.validation.videos import Conditions, sample
 
 
 def lines(run):
@@ -80,7 +81,7 @@ def test_the_last_value_is_that_of_the_exported_weights(tmp_path, shards, train_
 
 def test_training_does_not_notice_a_validation(tmp_path, shards, train_here, monkeypatch):
     """Losses are bit-equal; and there is no text encoder to be had."""
-    monkeypatch.setattr("cogtrain.validate.sample", functools.partial(sample, steps=2))
+    monkeypatch.setattr("cogtrain.validation.validate.sample", functools.partial(sample, steps=2))
     base = tmp_path / "model"
     shutil.copytree(open_checkpoint("tiny").root, base)
     for weights in (base / "text_encoder").glob("*.safetensors"):
@@ -131,12 +132,12 @@ def test_its_memory_is_counted_apart_from_trainings(tmp_path, shards, train_here
 @pytest.mark.parametrize("form", [pytest.param("tiny-i2v", marks=pytest.mark.full), "tiny-1.5-i2v"])  # 10 s each
 def test_videos_start_from_the_stored_image(tmp_path, make_shards, train_here, monkeypatch, form):
     """The clean one, with the stored caption; 17 frames come out, the padding is gone."""
-    monkeypatch.setattr("cogtrain.validate.sample", functools.partial(sample, steps=2))
+    monkeypatch.setattr("cogtrain.validation.validate.sample", functools.partial(sample, steps=2))
     make_shards(tmp_path / "out", form, samples=1)
     make_shards(tmp_path / "held", form, samples=2, seed=9, captions=("a", "b"))
     given = {"shards": [str(tmp_path / "out")], "validate_shards": [str(tmp_path / "held")], "rank": 4}
     seen = []
-    monkeypatch.setattr("cogtrain.validate.Conditions", lambda *args: seen.append(args) or Conditions(*args))
+    monkeypatch.setattr("cogtrain.validation.validate.Conditions", lambda *args: seen.append(args) or Conditions(*args))
     run = train_here(LoraSettings(**given, steps=1, validate_videos=2, out=tmp_path / "run"))
     held_out = open_shards(given["validate_shards"])
     for index in range(2):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cogcommon.families import FAMILIES
+from cogcommon.model.families import FAMILIES
 
 FORMS = [family.builtin for family in FAMILIES]
 IN_CI = [("zero3", "lora", "tiny-1.5-i2v", "low"), ("zero3", "sft", "tiny", "auto")]

@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from cogcommon.device import pick_device, quiet_libraries
 from cogcommon.errors import CogError
+from cogcommon.model.device import pick_device, quiet_libraries
 
 sys.path.insert(0, str(Path(__file__).parent))
 from nan_gradient import make_gradients_nan
@@ -28,13 +28,14 @@ quiet_libraries()
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from cogtrain import data, loop  # noqa: E402
-from cogtrain.inputs import Objective  # noqa: E402
-from cogtrain.peers import meet  # noqa: E402
-from cogtrain.run import open_run  # noqa: E402
+from cogtrain.data import batches  # noqa: E402
+from cogtrain.distributed.peers import meet  # noqa: E402
+from cogtrain.distributed.signals import StopRequest  # noqa: E402
+from cogtrain.distributed.strategy import Runtime  # noqa: E402
+from cogtrain.model.objective import Objective  # noqa: E402
+from cogtrain.runs.run import open_run  # noqa: E402
 from cogtrain.settings import LoraSettings, SftSettings  # noqa: E402
-from cogtrain.signals import StopRequest  # noqa: E402
-from cogtrain.strategy import Runtime  # noqa: E402
+from cogtrain.trainer import loop  # noqa: E402
 
 
 def digest(tensor):
@@ -74,7 +75,7 @@ def main(cases, out):
     nan_gradient_at = make_gradients_nan()
     rank = os.environ["RANK"]
     peers = meet()
-    read = data.read_sample
+    read = batches.read_sample
     for case in cases:
         seen.clear()
         seen["samples"] = []
@@ -90,7 +91,7 @@ def main(cases, out):
             sample = read(shards, index)
             return sample if index != spoilt else dataclasses.replace(sample, text=sample.text * float("nan"))
 
-        data.read_sample = read_spoilt
+        batches.read_sample = read_spoilt
         nan_gradient_at(case.get("nan_gradient"))
         if "compiler" in case:
             torch.compile = functools.partial(torch.compile, backend=case["compiler"])

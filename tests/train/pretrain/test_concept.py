@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon.checkpoint import open_checkpoint
-from cogprep.draw import write_data_set
-from cogtrain.pretrain.concept import examine_run, motion_for, tell
+from cogcommon.model.checkpoint import open_checkpoint
+from workshop.draw import write_data_set
+from workshop.pretrain.concept import examine_run, motion_for, tell
 
 NEW, KNOWN = 28, 72  # clips
 LORA = "lora --rank 64 --lr 2e-3"

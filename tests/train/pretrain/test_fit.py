@@ -3,8 +3,8 @@ import time
 
 import torch
 
-from cogtrain.pretrain.fit import fit, one_cycle
-from cogtrain.pretrain.muon import orthogonal
+from workshop.pretrain.fit import fit, one_cycle
+from workshop.pretrain.muon import orthogonal
 
 
 def inputs_at(step, progress):

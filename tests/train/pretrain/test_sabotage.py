@@ -15,16 +15,16 @@ import dataclasses
 import pytest
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import RunError
-from cogcommon.scenes import split_scenes
-from cogtrain import lora
-from cogtrain.data import Collator, StoredSample
-from cogtrain.draws import Draws
-from cogtrain.inputs import Objective
-from cogtrain.order import Slot
-from cogtrain.pretrain.transformer import batch_at, encode_world
-from cogtrain.probe import probe
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.data.batches import Collator, StoredSample
+from cogtrain.data.sample_rng import Draws
+from cogtrain.data.sampler import Slot
+from cogtrain.model import lora
+from cogtrain.model.compare import probe
+from cogtrain.model.objective import Objective
+from workshop.pretrain.transformer import batch_at, encode_world
+from workshop.scenes import split_scenes
 
 # A third or so above what each form has here; 2B's schedule leaves it more to guess.
 LIMIT = {"tiny": 0.07, "tiny-2b": 0.15, "tiny-i2v": 0.02, "tiny-1.5": 0.07, "tiny-1.5-i2v": 0.02}

@@ -7,11 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.scenes import HELD_OUT, draw, every_scene, split_scenes
-from cogtrain.inputs import Objective
-from cogtrain.pretrain.exam import examine
-from cogtrain.pretrain.transformer import batch_at, encode_world, times, train_transformer
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.model.objective import Objective
+from workshop.pretrain.exam import examine
+from workshop.pretrain.transformer import batch_at, encode_world, times, train_transformer
+from workshop.scenes import HELD_OUT, draw, every_scene, split_scenes
 
 
 def test_held_out_scenes_are_not_trained_on():

@@ -4,9 +4,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from cogcommon.tiny import VAE_CONFIG
-from cogtrain.pretrain.clips import draw_all, mixed_clip, to_tensor, unseen_clips, wild_clip
-from cogtrain.pretrain.vae import STAGES, export_vae, inputs_at, psnr, scale_latents, start_as_thumbnail
+from cogcommon.model.tiny import VAE_CONFIG
+from workshop.pretrain.clips import draw_all, mixed_clip, to_tensor, unseen_clips, wild_clip
+from workshop.pretrain.vae import STAGES, export_vae, inputs_at, psnr, scale_latents, start_as_thumbnail
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_file_holds_even_latents_and_shows_the_same_frames(vae, tmp_path):
     start_as_thumbnail(vae)
     clip = unseen_clips(1, 0)[0]
     before = psnr(vae, clip)
-    made = {"steps": 1, "minutes": 0.1, "batch": 1, "pool": 1, "command": "python -m cogtrain.pretrain vae"}
+    made = {"steps": 1, "minutes": 0.1, "batch": 1, "pool": 1, "command": "python -m workshop.pretrain vae"}
     export_vae(vae, tmp_path, seed=0, made=made, clips=1)
     assert "| the unseen shape |" in (tmp_path / "vae.md").read_text()
     read = diffusers.AutoencoderKLCogVideoX(**VAE_CONFIG)

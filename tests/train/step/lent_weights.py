@@ -12,7 +12,7 @@ import sys
 import weakref
 from pathlib import Path
 
-from cogcommon.device import pick_device, quiet_libraries
+from cogcommon.model.device import pick_device, quiet_libraries
 
 device = pick_device(int(os.environ["LOCAL_RANK"]))
 quiet_libraries()
@@ -21,14 +21,14 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from live_bytes import SHAPE, ZERO, inputs_of  # noqa: E402
 
-from cogtrain import zero  # noqa: E402
-from cogtrain.bench.subject import random_checkpoint  # noqa: E402
-from cogtrain.method import Sft  # noqa: E402
-from cogtrain.optim import make_optimizer  # noqa: E402
+from cogtrain.blocks.engine import Engine  # noqa: E402
+from cogtrain.blocks.plan import Plan  # noqa: E402
+from cogtrain.distributed import zero  # noqa: E402
+from cogtrain.distributed.optimizer import make_optimizer  # noqa: E402
+from cogtrain.distributed.strategy import start  # noqa: E402
+from cogtrain.model.method import Sft  # noqa: E402
 from cogtrain.settings import SftSettings  # noqa: E402
-from cogtrain.step.engine import Engine  # noqa: E402
-from cogtrain.step.plan import Plan  # noqa: E402
-from cogtrain.strategy import start  # noqa: E402
+from workshop.bench_train.subject import random_checkpoint  # noqa: E402
 
 LAYERS = 6
 # DeepSpeed keeps nothing for the backward pass itself.

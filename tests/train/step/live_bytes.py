@@ -12,7 +12,7 @@ import sys
 import weakref
 from pathlib import Path
 
-from cogcommon.device import pick_device, quiet_libraries
+from cogcommon.model.device import pick_device, quiet_libraries
 
 pick_device(int(os.environ["LOCAL_RANK"]))
 quiet_libraries()
@@ -22,14 +22,14 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from cogtrain.bench.rows import SMALL  # noqa: E402
-from cogtrain.bench.subject import random_checkpoint  # noqa: E402
-from cogtrain.ema import Average  # noqa: E402
-from cogtrain.inputs import Objective  # noqa: E402
-from cogtrain.method import Sft  # noqa: E402
-from cogtrain.optim import make_optimizer  # noqa: E402
+from cogtrain.distributed.optimizer import make_optimizer  # noqa: E402
+from cogtrain.distributed.strategy import start  # noqa: E402
+from cogtrain.model.ema import Average  # noqa: E402
+from cogtrain.model.method import Sft  # noqa: E402
+from cogtrain.model.objective import Objective  # noqa: E402
 from cogtrain.settings import SftSettings  # noqa: E402
-from cogtrain.strategy import start  # noqa: E402
+from workshop.bench_train.rows import SMALL  # noqa: E402
+from workshop.bench_train.subject import random_checkpoint  # noqa: E402
 
 # Large weights beside few tokens and small buckets; weights that ZeRO-3 would leave everywhere are not few here.
 SHAPE = SMALL | {"num_attention_heads": 8, "attention_head_dim": 32}

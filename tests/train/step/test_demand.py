@@ -6,17 +6,17 @@ import json
 import pytest
 import torch
 
-from cogcommon.families import BY_NAME
-from cogtrain.bench.subject import random_checkpoint, random_shards
-from cogtrain.ema import Average
-from cogtrain.guard import out_of_memory
-from cogtrain.optim import make_optimizer
-from cogtrain.run import open_run
+from cogcommon.model.families import BY_NAME
+from cogtrain.blocks.plan import choose
+from cogtrain.distributed.optimizer import make_optimizer
+from cogtrain.memory import install
+from cogtrain.memory.estimate import bytes_a_weight, demand, load_of, offloaded_bytes, trained_weights
+from cogtrain.memory.room import Room
+from cogtrain.model.ema import Average
+from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
-from cogtrain.step import install
-from cogtrain.step.demand import bytes_a_weight, demand, load_of, offloaded_bytes, trained_weights
-from cogtrain.step.plan import choose
-from cogtrain.step.room import Room
+from cogtrain.trainer.failures import out_of_memory
+from workshop.bench_train.subject import random_checkpoint, random_shards
 
 GIB = 2**30
 

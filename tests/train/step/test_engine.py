@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cogcommon.checkpoint import open_checkpoint
 from cogcommon.errors import RunError
-from cogtrain import lora
-from cogtrain.inputs import Objective
-from cogtrain.step import compiler
-from cogtrain.step.engine import Engine
-from cogtrain.step.keep import ACTIVATIONS
-from cogtrain.step.plan import Plan
-from cogtrain.step.trial import kernel_works
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.blocks import compiler
+from cogtrain.blocks.checkpointing import ACTIVATIONS
+from cogtrain.blocks.engine import Engine
+from cogtrain.blocks.plan import Plan
+from cogtrain.blocks.trial import kernel_works
+from cogtrain.model import lora
+from cogtrain.model.objective import Objective
 
 FORMS = ["tiny", "tiny-2b", "tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"]
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_fused_queries_and_keys_give_the_gradients_of_diffusers_blocks(form, met
 
 
 def test_flash_attention_4_is_kept_and_not_run_again(monkeypatch):
-    from cogtrain.step import flash4
+    from cogtrain.blocks import flash4
 
     expected = gradients(*transformer_of("tiny-1.5", "lora"))
     for keep, times in (("attention", 1), ("feedforward", 1), ("matmuls", 1), ("inputs", 2)):
@@ -176,10 +176,10 @@ class LateCopies:
 
 def test_nothing_is_used_before_its_copy_is_waited_for(monkeypatch):
     """On a CPU copies are made at once, the earliest that a GPU could; here the latest."""
-    from cogtrain.step import parking, streaming
+    from cogtrain.offload import activations, block_swap
 
-    monkeypatch.setattr(parking, "CopyStream", LateCopies)
-    monkeypatch.setattr(streaming, "CopyStream", LateCopies)
+    monkeypatch.setattr(activations, "CopyStream", LateCopies)
+    monkeypatch.setattr(block_swap, "CopyStream", LateCopies)
     expected = gradients(*transformer_of("tiny", "lora"))
     checkpoint, transformer = transformer_of("tiny", "lora")
     engine = Engine(transformer, Plan(("inputs",) * LAYERS, park=True, stream=True), CPU, torch.float32)
@@ -381,7 +381,7 @@ def test_evaluation_computes_the_same_without_gradients():
     _, plain = transformer_of("tiny", "lora")
     _, transformer = transformer_of("tiny", "lora")
     Engine(transformer, Plan(("attention",) * LAYERS, park=True, stream=True, compiled=True), CPU, torch.float32)
-    from cogtrain.probe import probe
+    from cogtrain.model.compare import probe
 
     assert torch.allclose(probe(plain), probe(transformer), atol=1e-6)
     assert transformer.training

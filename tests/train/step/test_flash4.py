@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogtrain.step import trial
-from cogtrain.step.attention import attend
-from cogtrain.step.flash4 import flash4, flash4_backward
+from cogtrain.blocks import trial
+from cogtrain.blocks.attention import attend
+from cogtrain.blocks.flash4 import flash4, flash4_backward
 
 GPU = torch.device("cuda")
 

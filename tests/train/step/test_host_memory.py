@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogtrain.step import host_memory
-from cogtrain.step.host_memory import locked_bytes, page_locked, unlock
+from cogtrain.offload import pinned
+from cogtrain.offload.pinned import locked_bytes, page_locked, unlock
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SIZES = (1 << 20, (1 << 20) + 1, 3_000_001)
@@ -36,7 +36,7 @@ def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(host_memory, "_locked", {})
+    monkeypatch.setattr(pinned, "_locked", {})
     return driver
 
 

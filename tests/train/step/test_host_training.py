@@ -11,20 +11,21 @@ import pytest
 import torch
 from test_engine import CPU, FORMS, LAYERS, LateCopies, gradients, loss_of, transformer_of
 
-from cogcommon.checkpoint import open_checkpoint
-from cogcommon.families import BY_NAME
-from cogcommon.tiny import NATIVE
-from cogtrain.bench.subject import random_checkpoint
-from cogtrain.run import open_run
-from cogtrain.run_folder import read_run
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import BY_NAME
+from cogcommon.model.tiny import NATIVE
+from cogtrain.blocks.engine import Engine
+from cogtrain.blocks.plan import Load, Plan, choose
+from cogtrain.distributed.strategy import read_weights
+from cogtrain.memory import install
+from cogtrain.memory.estimate import can_host
+from cogtrain.memory.install import no_room
+from cogtrain.offload import cpu_adam
+from cogtrain.offload.cpu_adam import HostAdamW
+from cogtrain.runs.folder import read_run
+from cogtrain.runs.run import open_run
 from cogtrain.settings import SftSettings
-from cogtrain.step import host_adam, install
-from cogtrain.step.demand import can_host
-from cogtrain.step.engine import Engine
-from cogtrain.step.host_adam import HostAdamW
-from cogtrain.step.install import no_room
-from cogtrain.step.plan import Load, Plan, choose
-from cogtrain.strategy import read_weights
+from workshop.bench_train.subject import random_checkpoint
 
 # Where a gradient should be zero (a key's bias), AdamW would make whole steps of rounding errors but for this epsilon.
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-6}
@@ -119,7 +120,7 @@ def test_in_bf16_it_is_as_near_to_fp32_as_autocast_is():
 
 
 def test_gradients_come_as_late_as_they_may(monkeypatch):
-    from cogtrain.step import host_training, parking, streaming
+    from cogtrain.offload import activations, block_swap, cpu_training
 
     expected, norms, *_ = hosted("tiny")
 
@@ -140,9 +141,9 @@ def test_gradients_come_as_late_as_they_may(monkeypatch):
 
         compute_after = wait
 
-    monkeypatch.setattr(parking, "CopyStream", LateCopies)
-    monkeypatch.setattr(streaming, "CopyStream", LateCopies)
-    monkeypatch.setattr(host_training, "CopyStream", Late)
+    monkeypatch.setattr(activations, "CopyStream", LateCopies)
+    monkeypatch.setattr(block_swap, "CopyStream", LateCopies)
+    monkeypatch.setattr(cpu_training, "CopyStream", Late)
     got, found, *_ = hosted("tiny")
     assert found == norms
     assert farthest(expected, got) == (0, 0)
@@ -223,7 +224,7 @@ def test_the_forward_pass_waits_for_the_blocks_that_it_has_come_to(monkeypatch):
     """A step returns before its updates have been made; `take` waits for those of its block, and for no others'."""
     go = threading.Semaphore(0)
     update = HostAdamW._update
-    monkeypatch.setattr(host_adam, "_THREADS", 1)  # several would take permits out of their order
+    monkeypatch.setattr(cpu_adam, "_THREADS", 1)  # several would take permits out of their order
 
     def late(self, *what):
         go.acquire()
@@ -436,7 +437,7 @@ def test_the_export_waits_for_the_last_step(run, monkeypatch):
     """It is written before the checkpoint, and the last step's updates may still be under way."""
     import safetensors.torch
 
-    from cogtrain.step.host_adam import HostAdamW
+    from cogtrain.offload.cpu_adam import HostAdamW
 
     update = HostAdamW._update
 

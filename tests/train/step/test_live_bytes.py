@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cogtrain.step.demand import bytes_a_weight, bytes_apart, host_bytes_a_weight
+from cogtrain.memory.estimate import bytes_a_weight, bytes_apart, host_bytes_a_weight
 
 WORLD = 2
 WAYS = [

@@ -2,10 +2,10 @@
 
 import pytest
 
-from cogcommon.families import BY_NAME
-from cogtrain.bench.subject import random_checkpoint
-from cogtrain.step.install import notes
-from cogtrain.step.plan import Load, Plan, choose, fits
+from cogcommon.model.families import BY_NAME
+from cogtrain.blocks.plan import Load, Plan, choose, fits
+from cogtrain.memory.install import notes
+from workshop.bench_train.subject import random_checkpoint
 
 GIB = 2**30
 LORA = {"2b": 59_000_000, "5b": 132_100_000, "1.5-5b": 132_100_000}  # weights trained at rank 128

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 
-from cogtrain.step.qk_norm import qk_norm, qk_norm_backward
-from cogtrain.step.trial import qk_norm_works
+from cogtrain.blocks.qk_norm import qk_norm, qk_norm_backward
+from cogtrain.blocks.trial import qk_norm_works
 
 SHAPE, SKIP, EPS = (2, 21, 3, 8), 5, 1e-6  # (B, S, H, D)
 

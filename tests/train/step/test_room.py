@@ -2,7 +2,7 @@
 
 import pytest
 
-from cogtrain.step.room import Room, smallest
+from cogtrain.memory.room import Room, smallest
 
 GIB = 2**30
 

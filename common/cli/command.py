@@ -1,0 +1,224 @@
+"""A command line out of settings: a program, its commands, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .. import __version__
+from ..errors import CogError
+from ..files.failures import machines_fault
+from .settings import default_of, flag_of, resolve, shown_default
+
+S = TypeVar("S")
+
+_TYPE_WIDTH = 16  # columns of help for what an option takes; choices are broken at their bars
+_TYPE_NAMES = {str: "text", int: "number", float: "number", Path: "path", bool: ""}
+
+
+class _BareHelp:
+    """Shows --help without a type beside it: it takes no value."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in params:
+            if parameter.name == "help":
+                parameter.metavar = ""
+        return params
+
+
+class _Group(_BareHelp, TyperGroup):
+    pass
+
+
+class _ListCommand(_BareHelp, TyperCommand):
+    """Lets every list option take several words: ``--shards a.tar b.tar``.
+
+    A shell expands an unquoted ``out/*.tar`` into several words. Each becomes
+    its own ``--shards``, wherever the option stands; words that belong to no
+    option stay errors.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        lists = {
+            name
+            for parameter in self.params
+            if getattr(parameter, "multiple", False)
+            for name in parameter.opts
+            if name.startswith("--")
+        }
+        spread: list[str] = []
+        current: str | None = None  # the list option whose words we are among
+        expects_value = False
+        for index, word in enumerate(args):
+            if word == "--":
+                spread.extend(args[index:])
+                break
+            if word.startswith("-") and len(word) > 1 and not _is_number(word):
+                name = word.split("=", 1)[0]
+                current = name if name in lists else None
+                expects_value = current is not None and "=" not in word
+                spread.append(word)
+            elif current is not None and not expects_value:
+                spread += [current, word]
+            else:
+                expects_value = False
+                spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _show_version(ctx: typer.Context, wanted: bool) -> None:
+    if wanted:
+        print(f"{ctx.command.name} {__version__}")
+        raise typer.Exit
+
+
+_Version = Annotated[
+    bool, typer.Option("--version", metavar="", help="Show the version.", is_eager=True, callback=_show_version)
+]
+
+
+def make_app(name: str, help: str) -> typer.Typer:
+    """A program without commands yet; ``--version`` is there."""
+    app = typer.Typer(name=name, cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+    @app.callback(help=help)
+    def _program(version: _Version = False) -> None:
+        """Its options stand before the command."""
+
+    return app
+
+
+def add_command(
+    app: typer.Typer, name: str, cls: type[S], run: Callable[[S], None], help: str, examples: Iterable[str] = ()
+) -> None:
+    """Make ``run(settings)`` a command whose options are the fields of ``cls``.
+
+    A field called ``config`` of type ``Path | None`` is read as a TOML file of the others.
+
+    Args:
+        help: the first line is what the program's own help says of the command.
+        examples: command lines that ``--help`` ends with.
+    """
+    hints = get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    has_file = any(field.name == "config" for field in fields)
+
+    def command(**given: Any) -> None:
+        run(resolve(cls, given, given.get("config")))
+
+    parameters = []
+    for field in fields:
+        annotation = hints[field.name]
+        flag = flag_of(field)
+        shared: dict[str, Any] = {
+            "help": _help_text(field),
+            "show_default": False,  # Typer would put it into two kinds of brackets
+            "rich_help_panel": field.metadata.get("section"),
+        }
+        if field.metadata.get("positional"):
+            option: Any = typer.Argument(metavar=flag, **shared)
+        else:
+            # What is off stays off without being told, unless a file can switch it on.
+            if annotation is bool and (default_of(field) or has_file):
+                flag = f"{flag}/--no-{flag[2:]}"
+            option = typer.Option(flag, metavar=_type_text(annotation), **shared)
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[annotation | None, option],
+            )
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = help
+    lines = [f"[bold]{_escaped(example)}[/]" for example in examples]
+    epilog = "\n\n".join(["For example:", *lines]) if lines else None
+    first, _, _ = help.partition("\n")
+    app.command(name, cls=_ListCommand, help=help, short_help=first, epilog=epilog)(command)
+
+
+def _help_text(field: dataclasses.Field[Any]) -> str:
+    """What the option is, then its default where it has one."""
+    text = _escaped(field.metadata["help"])
+    shown = shown_default(field)
+    if shown == "required":
+        return f"{text} [red]\\[required][/]"
+    value = default_of(field)
+    if field.metadata.get("shown") is None and (value is None or value is False or value == []):
+        return text
+    return f"{text} [dim]\\[default: {_escaped(shown)}][/]"
+
+
+def _type_text(annotation: Any) -> str:
+    """What an option takes, in a column of `_TYPE_WIDTH`: ``path``, ``number``, ``crop|stretch|pad``."""
+    options = [option for option in (get_args(annotation) or (annotation,)) if option is not type(None)]
+    if get_origin(annotation) is list:
+        return f"{_type_text(options[0])} ..."
+    if len(options) == 1 and not isinstance(options[0], str):
+        option = options[0]
+        if get_origin(option) is not None:
+            return _type_text(option)
+        return _TYPE_NAMES.get(option, str(option))
+    lines = [""]
+    for index, choice in enumerate(options):
+        word = f"{choice}" + "|" * (index < len(options) - 1)
+        if lines[-1] and len(lines[-1] + word) > _TYPE_WIDTH:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """A text as rich prints it unchanged."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def run_app(app: Callable[[], None]) -> None:
+    """Run a command line: exit 0 done, 2 the user can fix it, 1 a bug (traceback)."""
+    from .terminal import print_in_any_encoding, show_error
+
+    print_in_any_encoding()
+    try:
+        app()
+        sys.stdout.flush()  # what fails only at the interpreter's end has no one to say it
+    except CogError as error:
+        show_error(error)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        fault = machines_fault(error)
+        if fault is None:
+            raise
+        show_error(fault)
+        _drop_output()
+        sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Let go of what stdout could not take, or the interpreter fails on it once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,188 @@
+"""A setting is one dataclass field: its type, its default and one sentence.
+
+Help texts, command lines (`command`), TOML files and the tables in the README
+all derive from the field. A command's options start as "not given", so that the
+order "default, then file, then command line" needs no special case anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from ..errors import SettingError
+
+S = TypeVar("S")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    shown: str | None = None,
+    flag: str | None = None,
+    section: str | None = None,
+    positional: bool = False,
+    instead_of: str | None = None,
+    prose: bool = False,
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: the value when neither file nor command line gives one.
+        help: one sentence.
+        shown: what help prints as the default, where the value alone would not say it.
+        flag: the option's name if it is not the field's.
+        section: heading under which ``--help`` lists it.
+        positional: a bare word on the command line (``cogprep inspect OUT``), not an option. Never a list:
+            the words after another list option would land in it without a sound.
+        instead_of: another setting that says the same in another way: given as an option, this one takes the place of
+            that one's value in a file.
+        prose: a text for the model, which may have line breaks.
+    """
+    assert not (positional and isinstance(default, list))
+    metadata = {
+        "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
+        "instead_of": instead_of, "prose": prose,
+    }  # fmt: skip
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """What a field is set with, as typed: ``--data-root``, or ``OUT`` where it is positional."""
+    if field.metadata.get("positional"):
+        return field.name.upper()
+    return field.metadata.get("flag") or "--" + field.name.replace("_", "-")
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def shown_default(field: dataclasses.Field[Any]) -> str:
+    """The default as help and README print it."""
+    if field.metadata.get("shown") is not None:
+        return str(field.metadata["shown"])
+    value = default_of(field)
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) -> S:
+    """Defaults, then the TOML file, then what the command line gave (not None).
+
+    Raises:
+        SettingError: the file cannot be read, or names a setting that does not exist.
+    """
+    known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    if config is not None:
+        try:
+            loaded = parse_toml(config.read_bytes())
+        except OSError as error:
+            raise SettingError(f"cannot read the settings file: {error.strerror}", where=str(config)) from error
+        except ValueError as error:
+            raise SettingError(f"not TOML: {error}", where=str(config)) from error
+        types = get_type_hints(cls)
+        for key, value in loaded.items():
+            name = key.replace("-", "_")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise SettingError(
+                    f"there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                    where=str(config),
+                    fix="settings are called like the options: " + ", ".join(sorted(known)),
+                )
+            values[name] = _coerced(value, types[name], where=f"{config}: {key}")
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options:
+        if other := known[name].metadata.get("instead_of"):
+            values.pop(other, None)
+    values |= options
+    for name, value in values.items():
+        if not known[name].metadata.get("prose"):
+            _check_text(value, flag_of(known[name]))
+    return cls(**values)
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """TOML, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is none, whatever is wrong with it.
+    """
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError("it is no UTF-8; save the file as UTF-8") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _check_text(value: Any, flag: str) -> None:
+    """Refuse what no path, name or pattern has, before hours of work end in a file that cannot be read again.
+
+    Raises:
+        SettingError: names the option.
+    """
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str | Path) and (found := re.search("[\x00-\x1f\x7f]", str(text))):
+            raise SettingError(
+                f"a control character (U+{ord(found[0]):04X}) in {json.dumps(str(text))}",
+                where=flag,
+                fix=r'in a TOML file "\n" in a path is a line break: write / between folders, as on the command line',
+            )
+        if isinstance(text, str) and not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
+            raise SettingError("this is not UTF-8", where=f"{flag} {text}", fix="rename it, or type it in UTF-8")
+
+
+def _coerced(value: Any, annotation: Any, *, where: str) -> Any:
+    """A TOML value as the field's type; the command line's own checks are Typer's."""
+    options = [option for option in (get_args(annotation) or (annotation,)) if option is not type(None)]
+    if get_origin(annotation) is list:
+        inner = options[0]
+        items = value if isinstance(value, list) else [value]
+        return [_coerced(item, inner, where=where) for item in items]
+    for option in options:
+        if option in (str, int, float, bool, Path):
+            if option is Path and isinstance(value, str):
+                return Path(value)
+            if option is float and isinstance(value, int) and not isinstance(value, bool):
+                return float(value)
+            if type(value) is option:
+                return value
+        elif get_origin(option) is list and isinstance(value, list):
+            return _coerced(value, option, where=where)
+        elif (get_args(option) and value in get_args(option)) or value == option:
+            return value
+    raise SettingError(f"{value!r} is not {_wanted(options)}", where=where)
+
+
+_IN_WORDS = {
+    str: "a text in quotes",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path in quotes",
+}
+
+
+def _wanted(options: list[Any]) -> str:
+    """What a TOML value may be, for people."""
+    return " or ".join(
+        dict.fromkeys(
+            _IN_WORDS.get(option) or " or ".join(repr(choice) for choice in get_args(option) or (option,))
+            for option in options
+        )
+    )

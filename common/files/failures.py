@@ -1,0 +1,176 @@
+"""The one door for what a machine refuses: a full disk, a folder that cannot be written, too many open files.
+
+torch and safetensors turn the system's error into errors of their own, which say "unexpected pos" or are no OSError.
+Whoever writes does so inside `disk_errors`, and what comes out is one message: what is wrong and, by the error's
+number, what to do about it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import CogError, DiskError
+from ..words import in_bytes
+
+_OTHER_DISK = "name a folder on another file system"
+_AGAIN = "look whether the disk is still there (`df`, `dmesg`)"
+# By the system's number: what is wrong, and what to do about it.
+_SAID: Mapping[int, tuple[str, str]] = {
+    errno.ENOSPC: ("the disk is full", "make room"),
+    errno.EDQUOT: ("the quota for files is used up", "remove files of yours there, or ask for a larger quota"),
+    errno.EFBIG: (
+        "the file grew larger than files may be there",
+        "`ulimit -f unlimited`, or a file system that takes larger files",
+    ),
+    errno.EROFS: ("the file system is read-only", "mount it for writing, or name another folder"),
+    errno.EACCES: ("no permission", "change who may write there (`ls -ld`), or name a folder that you may write in"),
+    errno.EPERM: (
+        "the file system does not allow it",
+        "unlock what is locked against changes (`lsattr`), or name a folder on another file system",
+    ),
+    errno.ENOENT: (
+        "a file or folder has gone while the command ran",
+        "see that nothing else moves or removes things there",
+    ),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "name another folder"),
+    errno.EISDIR: ("there is a folder where a file is to be", "move it away, or name another folder"),
+    errno.EEXIST: ("there is something of that name already", "move it away, or name another folder"),
+    errno.ENOTEMPTY: ("the folder is not empty", "see that nothing else writes there"),
+    errno.ENAMETOOLONG: ("the name is longer than the file system takes", "name a folder with a shorter path"),
+    errno.ELOOP: ("the path leads through links in a circle", "name the folder itself instead of a link"),
+    errno.EMFILE: ("this process may not open more files", "`ulimit -n 4096`"),
+    errno.ENFILE: ("the machine may not open more files", "end other programs, or raise the limit: sysctl fs.file-max"),
+    errno.EMLINK: ("the folder holds as many entries as it can", "name another folder"),
+    errno.EIO: ("the disk could not read or write", "look at `dmesg` for what the disk says, and use another one"),
+    errno.ENXIO: ("the disk is gone", _AGAIN),
+    errno.ENODEV: ("the disk is gone", _AGAIN),
+    errno.ESTALE: ("the network drive has lost the file", "mount the drive again"),
+    errno.ENOTCONN: ("the network drive is not connected", "mount the drive again"),
+    errno.EHOSTDOWN: ("the network drive's server is down", "mount the drive again when it is back"),
+    errno.EREMOTEIO: ("the network drive could not read or write", "look whether its server is well"),
+    errno.ETIMEDOUT: ("the network drive does not answer", "look whether its server is well"),
+    errno.ENOMEM: ("there is not enough memory", "end other programs"),
+    errno.EBUSY: ("something else uses the file or folder", "end what uses it (`lsof`)"),
+    errno.ETXTBSY: ("something else uses the file", "end what uses it (`lsof`)"),
+    errno.EINVAL: ("the file system does not take that name, or cannot do this", _OTHER_DISK),
+    errno.ENOSYS: ("the file system cannot do this", _OTHER_DISK),
+    errno.EOPNOTSUPP: ("the file system cannot do this", _OTHER_DISK),
+    errno.ENOLCK: ("the file system gives no more locks", _OTHER_DISK),
+    errno.EXDEV: ("parts of the folder are on different disks", "name a folder that is whole on one disk"),
+}
+_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Those that come from the machine wherever they are met; of the rest a slip of ours may be the cause.
+_MACHINES = (*_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE,
+             errno.ENFILE, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EISDIR,
+             errno.ENOTDIR)  # fmt: skip
+# safetensors' (Rust) and pyarrow's way to tell the number.
+_NUMBER = re.compile(r"(?:os error |\[errno )(\d+)", re.IGNORECASE)
+_TORCHS_WRITER = re.compile("inline_container|PytorchStreamWriter")
+
+
+@contextmanager
+def disk_errors(
+    path: Path, *, needs: int = 0, go_on: str | Callable[[], str] = "run the command again"
+) -> Iterator[None]:
+    """What the file system refuses is one clear message, whoever it was told to.
+
+    Args:
+        path: the file or folder that is being written.
+        needs: bytes to be written in all, where it is known.
+        go_on: what to type when the fault is mended, and what is kept until then; a function is asked at the fault.
+
+    Raises:
+        DiskError: in place of the library's or the system's own.
+    """
+    try:
+        yield
+    except CogError:
+        raise
+    except Exception as error:
+        number = number_of(error, path)
+        if number is None:
+            raise
+        then = go_on if isinstance(go_on, str) else go_on()
+        raise disk_error(error, number, path, needs=needs, go_on=then) from error
+
+
+def disk_error(
+    error: BaseException, number: int, path: Path, *, needs: int = 0, go_on: str = "run the command again"
+) -> DiskError:
+    """The message for an error of the file system; see `disk_errors`."""
+    what, do = _SAID.get(number, (f"the file system refused: {os.strerror(number)}", _OTHER_DISK))
+    if number == errno.ENOSPC:
+        what, do = _lack(path, needs) or (what, do)
+    named = getattr(error, "filename", None)
+    told = DiskError(what, where=os.fsdecode(named) if named else str(path), fix=f"{do}; then {go_on}")
+    told.errno = number
+    return told
+
+
+def machines_fault(error: BaseException) -> DiskError | None:
+    """The message for an error that no `disk_errors` has caught, if the machine must be its cause."""
+    number = number_of(error, Path())
+    if number not in _MACHINES:
+        return None
+    return disk_error(error, number, Path(getattr(error, "filename", None) or "."))
+
+
+def number_of(error: BaseException, path: Path) -> int | None:
+    """The system's number (``errno``) of an error, or of that which it was made from; None if there is none.
+
+    Args:
+        path: that was being written: torch's writer keeps no number, so the disk is asked.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        # Of a RuntimeError, as torch raises while it closes the file, also that in whose handling it came up. Of others
+        # that would make a slip in an `except OSError` the disk's fault.
+        link = link.__cause__ or (link.__context__ if isinstance(link, RuntimeError) else None)
+    for link in chain:
+        if isinstance(link, ConnectionError):  # a pipe whose reader has gone, a server
+            return None
+        if isinstance(number := getattr(link, "errno", None), int):
+            return number
+        if told := _NUMBER.search(str(link)):
+            return int(told[1])
+    if any(isinstance(link, RuntimeError) and _TORCHS_WRITER.search(str(link)) for link in chain):
+        free = room_of(path)
+        return errno.EIO if free and free > 1 << 20 else errno.ENOSPC
+    return None
+
+
+def room_of(path: Path) -> int | None:
+    """Bytes that one may still write on the disk of a file or folder, which need not be there yet.
+
+    None where the file system does not say.
+    """
+    for place in (path, *path.absolute().parents):
+        try:
+            found = os.statvfs(place)
+        except OSError:
+            continue
+        return found.f_bavail * found.f_frsize if found.f_blocks else None
+    return None
+
+
+def _lack(path: Path, needs: int) -> tuple[str, str] | None:
+    """What to say of a disk that is full, with figures."""
+    free = room_of(path)
+    if free is None:
+        return None
+    if needs:
+        return (
+            f"the disk is full: {in_bytes(needs)} are to be written, and {in_bytes(free)} are free",
+            f"make {in_bytes(max(needs - free, needs / 10))} of room",
+        )
+    folder = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if os.statvfs(folder).f_files and not os.statvfs(folder).f_favail:
+        return "the disk is full: it cannot hold more files (it is out of inodes)", "remove some files there"
+    return None

@@ -1,0 +1,90 @@
+"""The one reader of still pictures: the first frames that cogprep encodes and that cogtrain generates from."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files.regular_file import Unreadable, check_regular
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class BadImage(Exception):
+    """The picture cannot be used; the message says why, without its name."""
+
+
+def read_upright(path: Path) -> Image:
+    """A picture as a viewer shows it: turned by its EXIF orientation, 8-bit RGB, alpha laid over black.
+
+    16-bit and 32-bit whole numbers and floats are scaled to 8 bits.
+
+    Raises:
+        BadImage: it cannot be read, is larger than 178 megapixels, or does not say what white is.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        check_regular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a size from half the limit on, of odd metadata
+            with Image.open(path) as opened:
+                opened.load()
+                return _over_black(_in_8_bits(ImageOps.exif_transpose(opened), opened.format or ""))
+    except BadImage:
+        raise
+    except Unreadable as error:
+        raise BadImage(str(error)) from None
+    except Image.DecompressionBombError:
+        raise BadImage("it has more than 178 megapixels; scale it down") from None
+    except UnidentifiedImageError:
+        raise BadImage("not a picture") from None
+    except Exception as error:  # a damaged picture can raise anything inside its decoder
+        raise BadImage(f"damaged, or cut short ({error})") from error
+
+
+def scale_to_cover(image: Image, width: int, height: int) -> Image:
+    """Scale a picture so that it just covers ``width`` x ``height``, and cut the middle out of it."""
+    from PIL import Image as pillow
+
+    scale = max(width / image.width, height / image.height)
+    across, down = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    left, top = (across - width) // 2, (down - height) // 2
+    scaled = image.resize((across, down), pillow.Resampling.BICUBIC)
+    return scaled.crop((left, top, left + width, top + height))
+
+
+def _over_black(image: Image) -> Image:
+    from PIL import Image as pillow
+
+    if "A" in image.getbands() or "transparency" in image.info:
+        straight = image.convert("RGBA")
+        image = pillow.alpha_composite(pillow.new("RGBA", straight.size, (0, 0, 0, 255)), straight)
+    return image.convert("RGB")
+
+
+def _in_8_bits(image: Image, format_: str) -> Image:
+    """A gray picture of more than 8 bits, scaled; Pillow would clip it. Others as they are."""
+    import numpy as np
+    from PIL import Image as pillow
+
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    levels_HW = np.asarray(image).astype(np.float64)
+    if not np.isfinite(levels_HW).all() or levels_HW.min() < 0:
+        raise BadImage("it has brightnesses below zero or not finite; save it with 8 or 16 bits")
+    brightest = levels_HW.max()
+    if image.mode == "F":
+        white = 1.0
+        if brightest > white:
+            raise BadImage(f"its floats go up to {brightest:.4g}, where 1 is white; save it with 8 or 16 bits")
+    elif image.mode != "I" or format_ in ("PNG", "PPM"):  # older Pillows read 16 bits as mode I
+        white = 65535.0
+    else:  # 32 bits, of which nearly all writers use fewer: white is the top of as many as the brightest needs
+        white = next(top for top in (255.0, 65535.0, 2.0**31 - 1) if brightest <= top)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        levels_HW[levels_HW == key] = 0  # transparent, over black
+    return pillow.fromarray(np.rint(levels_HW * (255 / white)).astype(np.uint8))

@@ -1,0 +1,152 @@
+"""The contract of a set of shards: how its samples were encoded. It travels with the data.
+
+The contract stands in ``contract.json`` of the folder and in every shard's
+record. Its fingerprint covers every setting and weight that changes a tensor;
+samples of two fingerprints never share a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import SettingError, ShardError
+from ..files.typed import build, parse_object
+from ..model.checkpoint import WeightsIdentity
+from ..model.device import Dtype
+from ..model.families import BY_NAME, Family, Resolution, Task
+
+SCHEMA = 1
+CONTRACT_FILE = "contract.json"
+EMPTY_CAPTION_FILE = "empty_caption.safetensors"  # tensor "text", shape (L, D)
+
+# For the reader, not for the tensors.
+_NOT_FINGERPRINTED = ("model", "revision", "tool_version", "empty_caption_sha256")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """See the module. Latents are stored unscaled, as (C, F', H/8, W/8).
+
+    ``settings`` holds the encode settings that change a tensor, by name, as
+    JSON values: resolutions, frames, start, stride, short, fit, crop, and the
+    seed where anything was drawn at random.
+    """
+
+    family: str
+    task: Task
+    model: str  # as --model was given; the default of the trainer
+    revision: str | None
+    vae: WeightsIdentity
+    text_encoder: WeightsIdentity
+    scaling_factor: float
+    posterior: Literal["moments", "sample"]
+    image_variants: int  # pre-noised image latents a sample, 0 for T2V
+    tiling: Literal["off", "on", "auto"]
+    dtype: Dtype
+    text_tokens: int
+    text_dim: int
+    settings: Mapping[str, Any]
+    tool_version: str
+    empty_caption_sha256: str = ""  # of the file's bytes
+    latents_scaled: bool = False
+    layout: str = "CFHW"
+    schema: int = SCHEMA
+
+    def _check(self) -> None:
+        """Refuse values that have the right type, and that no encode writes.
+
+        Raises:
+            ValueError, SettingError: with the first of them.
+        """
+        family = BY_NAME.get(self.family)
+        if family is None or family.task != self.task:
+            raise ValueError(f"there is no family {self.family!r} for {self.task}")
+        if not (0 < self.scaling_factor < float("inf") and self.text_tokens > 0 and self.text_dim > 0):
+            raise ValueError("a size that cannot be")
+        if self.image_variants < (self.task == "i2v"):
+            raise ValueError(f"{self.image_variants} image variants")
+        if self.latents_scaled or self.layout != "CFHW":
+            raise ValueError("latents in a form that this version does not read")
+        _ = self.buckets
+
+    @property
+    def buckets(self) -> list[Resolution]:
+        """The sizes that clips were cut to.
+
+        Raises:
+            ValueError, SettingError: the settings do not say them.
+        """
+        sizes = self.settings.get("resolution")
+        if not isinstance(sizes, list) or not sizes or not all(isinstance(size, str) for size in sizes):
+            raise ValueError("settings: no resolution")
+        return [Resolution.parse(size) for size in sizes]
+
+    @property
+    def family_row(self) -> Family:
+        return BY_NAME[self.family]
+
+    def facts(self) -> dict[str, Any]:
+        """What the fingerprint covers, as flat names and JSON values."""
+        flat: dict[str, Any] = {}
+        for name, value in json.loads(self.to_json()).items():
+            if name in _NOT_FINGERPRINTED:
+                continue
+            if name in ("vae", "text_encoder"):
+                flat |= {f"{name}.{key}": value[key] for key in ("config_sha256", "weights_sha256")}
+            elif name == "settings":
+                flat |= {f"--{key.replace('_', '-')}": inner for key, inner in value.items()}
+            else:
+                flat[name] = value
+        return flat
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the facts, in hex."""
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Contract) -> list[str]:
+        """``name: ours, theirs`` for every fact in which two contracts differ."""
+        ours, theirs = self.facts(), other.facts()
+
+        def short(value: Any) -> str:
+            return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)  # a hash
+
+        return [
+            f"{name}: {short(ours.get(name))} here, {short(theirs.get(name))} there"
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)
+        ]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str) -> Contract:
+        """Read a contract back.
+
+        Raises:
+            ShardError: not a contract, or of another schema version.
+        """
+        try:
+            values = parse_object(text)
+            schema = values.get("schema")
+            if schema == SCHEMA and type(schema) is int:
+                contract = build(cls, values)
+                contract._check()
+                return contract
+        except (ValueError, SettingError) as error:
+            raise ShardError(
+                f"not a shard contract: {error.what if isinstance(error, SettingError) else error}",
+                where=where,
+                fix="remove it; `cogprep index OUT` takes it from the record of a shard",
+            ) from error
+        raise ShardError(
+            f"shards of schema {schema}; this version reads schema {SCHEMA}",
+            where=where,
+            fix="encode again into a new folder, or use the version that made them",
+        )

@@ -1,0 +1,269 @@
+"""`cogprep clean-cache`: remove what an output folder no longer needs, and nothing else.
+
+What goes: what a killed run left half-written, tars and records without their
+other half, samples that the data root no longer has, and with --all everything
+that was derived. Only what `cogprep.store.proof` proves to be ours is ever touched, and
+never a file that a live process writes. All of it is looked at twice: for the list,
+and, under its lock, at the moment it goes, for a question may stand for days.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogcommon.cli.names import json_text
+from cogcommon.cli.terminal import Console
+from cogcommon.errors import SettingError
+from cogcommon.files.atomic import TEMPORARY
+from cogcommon.files.locks import locked_elsewhere
+from cogcommon.files.ownership import RECORD_FILE, is_file, is_folder, refuse_data_root
+from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
+from cogcommon.shards.records import SampleRow, read_table, record_name, shard_number, tar_name
+from cogcommon.words import counted, in_bytes
+
+from ..plan.folder import SPLITS, Split, records_in, split_folder
+from ..plan.stale import Wanted
+from ..settings import CleanSettings
+from ..store.locks import ShardBusy, disk_errors, lock_shard, temporary_name, work_goes_on
+from ..store.proof import A_PREVIEW, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output, preview_record
+from ..store.shards import committed_shards, drop_samples, finish_rewrites
+
+# These tell what the shards are, so they go after the last of them.
+_OF_THE_SHARDS = (CONTRACT_FILE, EMPTY_CAPTION_FILE)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One thing to remove: a file, or samples of a shard."""
+
+    path: Path
+    why: str
+    size: int  # bytes that it frees
+    state: tuple[int, int]  # inode and time of change: what was listed is what goes
+    shard: tuple[Split, int] | None = None  # that it belongs to
+    gone: frozenset[str] = frozenset()  # keys of samples to take out; the rest of the shard stays
+
+
+def _removal(
+    path: Path, why: str, shard: tuple[Split, int] | None = None, size: int = -1, gone: frozenset[str] = frozenset()
+) -> Removal:
+    now = path.stat()
+    return Removal(path, why, now.st_size if size < 0 else size, (now.st_ino, now.st_mtime_ns), shard, gone)
+
+
+def run(settings: CleanSettings) -> None:
+    """The command: find, list, ask, remove.
+
+    Raises:
+        SettingError: there is something to remove, but no terminal to ask on and no --yes.
+    """
+    console = Console(stderr=settings.json, soft_wrap=True)
+    out = settings.out
+    refuse_data_root(out, "--out")
+    if not settings.dry_run and is_output(out):
+        for folder in _folders(out).values():
+            finish_rewrites(folder)  # it may only lack its last renames
+    removals = list(find_removals(out, everything=settings.all, say=console.print))
+    if settings.json:
+        print(json_text([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals]))
+    else:
+        for removal in removals:
+            console.print(f"{removal.path}: {removal.why}, {in_bytes(removal.size)}")
+    if not removals:
+        there = f"nothing to remove in {out}" if out.is_dir() else f"nothing to remove: there is no folder {out}"
+        console.print(there)
+        return
+    total = f"{counted(len(removals), 'thing')}, {in_bytes(sum(removal.size for removal in removals))}"
+    if settings.dry_run:
+        console.print(f"would remove {total}")
+        return
+    if not settings.yes:
+        if not sys.stdin.isatty():
+            raise SettingError(
+                f"nothing was removed ({total})", where="there is no terminal to ask on", fix="add --yes"
+            )
+        if input(f"remove {total}? [y/N] ").strip().lower() not in ("y", "yes"):
+            console.print("nothing was removed")
+            return
+    in_use = carry_out(out, removals, everything=settings.all)
+    left = f"; {in_use} in use or changed meanwhile, and left alone" if in_use else ""
+    console.print(f"removed {total}{left}")
+
+
+def _folders(out: Path) -> dict[Split, Path]:
+    """Where shards lie. A link is not followed."""
+    return {split: split_folder(out, split) for split in SPLITS if split == "train" or is_folder(out / split)}
+
+
+def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) -> Iterator[Removal]:
+    """What can go. Nothing is called stale where the data root cannot be read.
+
+    Raises:
+        SettingError: ``out`` is a data root.
+        ShardError: a record is damaged.
+    """
+    if not out.is_dir():
+        return
+    refuse_data_root(out, "--out")
+    if not is_output(out):
+        say(f"{out} was not made by cogprep: there is neither a contract of its own in it, nor a record of a shard")
+        return
+    for split, folder in _folders(out).items():
+        for number in sorted(_numbers(folder)):
+            if not _locked(folder, number):
+                yield from _of_shard(folder, split, number, everything)
+    yield from _beside_shards(out, everything)
+    if not everything:
+        yield from _stale(out, say)
+
+
+def _numbers(folder: Path) -> set[int]:
+    """Numbers of all shards that have left anything in a folder."""
+    found = set(committed_shards(folder))
+    for path in folder.iterdir():
+        if (number := shard_number(path.name, "tar")) is not None:
+            found.add(number)
+        elif half := SHARD_TEMPORARY.fullmatch(path.name):
+            found.add(int(half[1]))
+    return found
+
+
+def _locked(folder: Path, number: int) -> bool:
+    # A writer locks its temporary tar, and between renaming it and the record the tar itself.
+    tar = folder / tar_name(number)
+    return locked_elsewhere(folder / temporary_name(number)) or (is_file(tar) and locked_elsewhere(tar))
+
+
+def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iterator[Removal]:
+    """What can go of a shard, as it is at this moment."""
+    tar, record = folder / tar_name(number), folder / record_name(number)
+    if (folder / f".{record.name}.new").exists():
+        return  # a rewrite that the next writer finishes
+    reasons = {folder / temporary_name(number): "half-written", folder / f".{tar.name}.new": "half-written"}
+    if not os.path.lexists(record):
+        reasons |= {tar: "a tar without a record"}
+    elif not os.path.lexists(tar):
+        reasons |= {record: "a record without a tar"}
+    elif everything:
+        reasons |= {record: "the record of a shard", tar: "a shard"}
+    for path, why in reasons.items():
+        if is_ours(path):
+            yield _removal(path, why, (split, number))
+
+
+def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
+    """Files of a folder that belong to no shard, in the order in which they go."""
+    folders = [*_folders(out).values(), *(out / name for name in (SURVEY, PREVIEW) if is_folder(out / name))]
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if TEMPORARY.fullmatch(path.name) and is_file(path) and not locked_elsewhere(path):
+                yield _removal(path, "half-written")
+    if not everything:
+        return
+    for folder in folders:
+        if (made := preview_record(folder)) and made.by == A_PREVIEW:
+            files = [folder / name for name in sorted(made.files) if made.owns(name)]
+            for path in [*files, *filter(is_file, [folder / RECORD_FILE])]:
+                yield _removal(path, "a preview")
+    for path in [*_files(out / SURVEY), *sorted(_files(out), key=lambda path: path.name in _OF_THE_SHARDS)]:
+        of_shard = any(shard_number(path.name, kind) is not None for kind in ("tar", "parquet"))
+        if is_ours(path) and not (of_shard or TEMPORARY.fullmatch(path.name) or SHARD_TEMPORARY.fullmatch(path.name)):
+            what = "what was found out about clips" if path.parent.name == SURVEY else "settings or a report"
+            yield _removal(path, what)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() and (folder.name != SURVEY or is_folder(folder)) else []
+
+
+def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
+    """Samples whose clip, caption or image the data root no longer has, by content."""
+    wanted = Wanted(out)
+    if not wanted.known():
+        say("the data root cannot be read, so no sample is called stale")
+        return
+    if wanted.kept:
+        say(f"{counted(wanted.kept, 'sample')} kept: in the lists of the data root, but not to be read now")
+    folders = _folders(out)
+    for split, number, path in records_in(out):
+        tar = path.with_suffix(".tar")
+        if split not in folders or not (is_ours(tar) and is_ours(path)):
+            continue
+        rows = read_table(path, ["key", "size", "source", "caption"])[1].to_pylist()
+        gone = {
+            row["key"]: max(row["size"], 0) for row in rows if not wanted.has(row["key"], row["source"], row["caption"])
+        }
+        if gone:
+            why = f"{len(gone)} of {len(rows)} samples are no longer in the data root"
+            yield _removal(tar, why, (split, number), sum(gone.values()), frozenset(gone))
+
+
+def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> int:
+    """Remove what was listed and can still go; returns how much of it stays."""
+    stay = 0
+    wanted = Wanted(out)
+    with disk_errors(out):
+        for (split, number), listed in _by_shard(removals).items():
+            folder = split_folder(out, split)
+            try:
+                if listed[0].gone:
+                    stay += not _drop(folder, number, listed[0].gone, wanted)
+                elif folder.is_dir():
+                    stay += _remove_of_shard(folder, split, number, listed, everything)
+            except ShardBusy:
+                stay += len(listed)
+        busy = work_goes_on(out)
+        now = {(removal.path, removal.state) for removal in _beside_shards(out, everything)}
+        empty = not busy and not any(_numbers(folder) for folder in _folders(out).values())
+        for removal in removals:
+            if removal.shard is not None:
+                continue
+            last = removal.path.parent == out and removal.path.name in _OF_THE_SHARDS
+            if (removal.path, removal.state) not in now or (last and not empty):
+                stay += 1
+            else:
+                removal.path.unlink(missing_ok=True)
+        for folder in (out / PREVIEW, out / SURVEY, out / "val", out):
+            if is_folder(folder) and not busy and not any(folder.iterdir()):
+                folder.rmdir()
+    return stay
+
+
+def _by_shard(removals: Sequence[Removal]) -> dict[tuple[Split, int], list[Removal]]:
+    shards: dict[tuple[Split, int], list[Removal]] = {}
+    for removal in removals:
+        if removal.shard is not None:
+            shards.setdefault(removal.shard, []).append(removal)
+    return shards
+
+
+def _remove_of_shard(folder: Path, split: Split, number: int, listed: Sequence[Removal], everything: bool) -> int:
+    """Remove what was listed of a shard and can go now that it is locked; returns how many files stay."""
+    stay = 0
+    with lock_shard(folder, number):
+        now = {(found.path, found.why, found.state) for found in _of_shard(folder, split, number, everything)}
+        for removal in listed:
+            if removal.path == folder / temporary_name(number) and not removal.size:
+                continue  # it is our lock, and goes with it
+            if (removal.path, removal.why, removal.state) in now:
+                removal.path.unlink(missing_ok=True)
+            else:
+                stay += removal.path.exists()
+    return stay
+
+
+def _drop(folder: Path, number: int, gone: Collection[str], wanted: Wanted) -> bool:
+    """Take samples out of a shard that are still not wanted; returns whether that was all that were listed."""
+    kept = []
+
+    def keep(row: SampleRow) -> bool:
+        stays = row.key not in gone or wanted.has(row.key, row.source, row.caption)
+        kept.append(stays and row.key in gone)
+        return stays
+
+    drop_samples(folder, number, keep)
+    return not any(kept)

@@ -1,0 +1,65 @@
+"""`cogprep encode`: from a folder of clips and captions to committed shards, on every GPU that is ours to use."""
+
+from __future__ import annotations
+
+import os
+
+from cogcommon.cli.terminal import Console
+from cogcommon.errors import DataRootError
+from cogcommon.model.device import (
+    visible_gpus,
+)
+
+from ..dataset.lists import check_root
+from ..encode.gpus import encode_in_parts, gpu_count
+from ..encode.part import encode_slice
+from ..encode.report import Report, show
+from ..plan.slice import POD, choose_slice
+from ..settings import EncodeSettings
+from ..show.progress import say
+from ..store.proof import check_output
+
+
+def run(settings: EncodeSettings) -> None:
+    """The command: encode, report, and say how it went."""
+    try:
+        report = encode(settings)
+    except KeyboardInterrupt:
+        say(f"interrupted; finished clips are kept in {settings.out}: run the same command again to go on")
+        raise
+    path = report.write(settings.out)
+    if settings.json:
+        print(report.to_json())
+    else:
+        show(report, Console(), path)
+    if not report.usable:
+        raise DataRootError(
+            "none of the clips can be used", where=str(settings.root), fix=f"see the reasons above, or in {path}"
+        )
+    if settings.strict and (trouble := report.trouble):
+        raise DataRootError(
+            trouble, where=str(path), fix="mend or remove these lines of the lists, or leave --strict out"
+        )
+
+
+def encode(settings: EncodeSettings) -> Report:
+    """Bring the output folder in line with the data root, on every GPU that is ours to use.
+
+    Raises:
+        CogError: as `encode_slice`.
+        RunError: one of several processes failed.
+    """
+    part = choose_slice(settings.worker, os.environ)
+    check_root(settings.root)  # before a model is looked for on the hub
+    check_output(settings.out, "--out", (settings.prompts, settings.videos))
+    if part.count > 1:
+        say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
+    # Under a launcher there is one process a GPU already.
+    parts = gpu_count(settings.gpus, visible_gpus()) if part.source in ("default", "--worker", POD) else 1
+    if parts > 1:
+        # A wrong setting or list is said once, not by every process.
+        checkpoint = settings.open_model()
+        settings.read_lists(checkpoint.family.task).trusted()
+        checkpoint.check_weights("text_encoder", "vae")
+        return encode_in_parts(settings, part, parts)
+    return encode_slice(settings)

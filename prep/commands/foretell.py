@@ -1,0 +1,124 @@
+"""What `encode` would do to the output folder as it is, from what `validate` has looked at.
+
+It asks the same functions as `encode`, so that it cannot say anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cogcommon.errors import CogError
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.device import DTYPES, item_bytes
+
+from ..dataset.lists import DataSet
+from ..dataset.probe import Look, Probed
+from ..encode.part import make_contract
+from ..plan.folder import Origin, check_contract, guard_other_data, read_contract, remembered_holdout, scan
+from ..plan.holdout import Holdout, choose_holdout, describe_moves
+from ..plan.plan import Rejected, make_plan, sample_bytes
+from ..plan.survey import hash_images, sort_samples
+from ..processes.pool import Pool
+from ..settings import ValidateSettings
+from ..source.clip import Fault, Hashed
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Samples by what becomes of them, and what `encode` would say."""
+
+    holdout: frozenset[bytes]  # clips set aside
+    new: int
+    reused: int = 0
+    kept: int = 0
+    dropped: int = 0
+    rejected_before: Sequence[Rejected] = ()  # when they were decoded, with the same content and settings
+    refusal: str = ""  # why it would not begin
+    question: str = ""  # what it would ask first
+
+
+def foretell(
+    settings: ValidateSettings,
+    checkpoint: Checkpoint,
+    data: DataSet,
+    looks: Mapping[str, Look | Fault],
+    usable: Sequence[bytes],
+) -> Forecast:
+    """See the module. Reads the folder's records and no weights: they are taken to be the same.
+
+    Args:
+        looks: what was seen of each clip, by the name in the lists.
+        usable: the content hash of the clip of every sample that can be used.
+
+    Raises:
+        SettingError: every clip would be held out.
+    """
+    clips: dict[str, Hashed | Probed | Fault] = {
+        source: found if isinstance(found, Fault) else Probed(_hashed(found), found.bucket)
+        for source, found in looks.items()
+    }
+    first = choose_holdout(settings.holdout, Holdout(), set(usable), ())
+    try:
+        theirs = read_contract(settings.out)
+        if theirs is None:
+            settings.check_holdout(held=len(first.clips), of=len(set(usable)))
+            return Forecast(first.clips, len(usable))
+        dtype = DTYPES[settings.precision] if settings.precision else theirs.dtype
+        contract = make_contract(settings, checkpoint, dtype, weights=theirs)
+        check_contract(settings.out, contract)
+        committed = scan(settings.out)
+    except CogError as error:
+        return Forecast(first.clips, 0, refusal=_in_a_line(error))
+    before = remembered_holdout(settings.out, committed)
+    with Pool(1, timeout_s=settings.clip_timeout) as pool:
+        images = hash_images(data.samples, data.root, pool)
+    found = sort_samples(data.samples, clips, images, committed, contract, settings.holdout, before)
+    settings.check_holdout(held=len(found.holdout.clips & found.clips), of=len(found.clips))
+    buckets = {
+        key: look.bucket
+        for key, candidate in zip(found.keys, found.candidates, strict=True)
+        if isinstance(look := looks[candidate.sample.source], Look)
+    }
+    size = {
+        bucket: sample_bytes(
+            checkpoint.family,
+            bucket,
+            item_bytes=item_bytes(contract.dtype),
+            posterior=contract.posterior,
+            image_variants=contract.image_variants,
+            text_dim=contract.text_dim,
+        )
+        for bucket in settings.buckets
+    }
+    plan = make_plan(
+        found.candidates,
+        found.keys,
+        found.splits,
+        buckets,
+        committed,
+        bucket_order=settings.buckets,
+        chunk={bucket: settings.samples_a_shard(size[bucket]) for bucket in settings.buckets},
+        kept=[one.key for one in found.kept],
+    )
+    dropped = plan.dropped if found.candidates else 0
+    refusal = ""
+    try:
+        guard_other_data(settings.out, Origin.of(settings, found.holdout), dropped)
+    except CogError as error:
+        refusal = _in_a_line(error)
+    moves = describe_moves(
+        before, found.holdout, settings.out,
+        held=found.clips & committed.clips("val"), trained=found.clips & committed.clips("train"),
+    )  # fmt: skip
+    kept = sum(one.status == "ok" for one in found.kept)
+    return Forecast(found.holdout.clips, plan.new, plan.reused, kept, dropped, plan.rejected, refusal, moves)
+
+
+def _hashed(look: Look) -> Hashed:
+    return Hashed(look.facts.size, look.facts.mtime_ns, look.facts.sha256)
+
+
+def _in_a_line(error: CogError) -> str:
+    parts = [error.what, *(" ".join(text.split()) for text in (error.where, error.fix) if text)]
+    return "; ".join(parts)

@@ -1,0 +1,182 @@
+"""`cogprep inspect`: what is in a folder of shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from cogcommon.cli.names import json_text
+from cogcommon.cli.terminal import Console, styled
+from cogcommon.errors import ShardError
+from cogcommon.shards.contract import CONTRACT_FILE, Contract
+from cogcommon.shards.records import read_table
+from cogcommon.words import counted, in_bytes
+
+from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label, split_folder
+from ..settings import InspectSettings
+from ..store.shards import tars_without_record
+
+_ROWS = 5
+_COLUMNS = [
+    "status",
+    "reason",
+    "bucket",
+    "size",
+    "caption",
+    "caption_truncated",
+    "source",
+    "source_sha256",
+    "effective_fps",
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample, as `inspect` shows a few of."""
+
+    shard: str
+    source: str
+    bucket: str
+    effective_fps: float
+    caption: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Counts are samples unless they say otherwise; sizes are bytes."""
+
+    out: str
+    contract: Contract
+    shards: Mapping[Split, int]
+    samples: Mapping[Split, int]
+    clips: int  # distinct by content
+    buckets: Mapping[str, int]
+    tar_bytes: int
+    rejected: Mapping[str, int]  # by reason
+    captions_truncated: int
+    uncommitted: Sequence[str]  # tars without a record
+    lost: Sequence[str]  # tars that have a record, and are gone
+    rows: Sequence[Row]
+
+    def to_json(self) -> str:
+        return json_text(dataclasses.asdict(self))
+
+
+def run(settings: InspectSettings) -> None:
+    """The command."""
+    contents = inspect(settings.out)
+    if settings.json:
+        print(contents.to_json())
+    else:
+        show(contents, Console())
+
+
+def inspect(out: Path) -> Contents:
+    """Read every record of a folder, no tar.
+
+    Raises:
+        ShardError: no shards there, or a damaged record.
+    """
+    contract = read_contract(out)
+    if contract is None:
+        raise ShardError(
+            "no shards here" if out.is_dir() else "there is no such folder",
+            where=str(out / CONTRACT_FILE),
+            fix="name the --out of `cogprep encode`",
+        )
+    shards: Counter[Split] = Counter()
+    samples: Counter[Split] = Counter()
+    buckets: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    clips: set[bytes] = set()
+    rows: list[Row] = []
+    lost: list[str] = []
+    tar_bytes = truncated = 0
+    for split, number, path in records_in(out):
+        header, table = read_table(path, _COLUMNS)
+        tar_bytes += header.tar_size
+        if not path.with_suffix(".tar").exists():
+            lost.append(str(path.with_suffix(".tar").relative_to(out)))
+        shards[split] += 1
+        for row in table.to_pylist():
+            if row["status"] != "ok":
+                rejected[row["reason"]] += 1
+                continue
+            samples[split] += 1
+            buckets[row["bucket"]] += 1
+            clips.add(row["source_sha256"])
+            truncated += row["caption_truncated"]
+            if len(rows) < _ROWS:
+                rows.append(
+                    Row(shard_label(split, number), row["source"], row["bucket"], row["effective_fps"], row["caption"])
+                )
+    uncommitted = [
+        str(tar.relative_to(out)) for split in SPLITS for tar in tars_without_record(split_folder(out, split))
+    ]
+    return Contents(
+        out=str(out),
+        contract=contract,
+        shards=dict(shards),
+        samples=dict(samples),
+        clips=len(clips),
+        buckets=dict(buckets),
+        tar_bytes=tar_bytes,
+        rejected=dict(rejected),
+        captions_truncated=truncated,
+        uncommitted=uncommitted,
+        lost=lost,
+        rows=rows,
+    )
+
+
+def show(contents: Contents, console: Console) -> None:
+    """For people, in 80 columns."""
+    contract = contents.contract
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    facts.add_row("model", f"{contract.model} ({contract.family}, {contract.task})")
+    for split in SPLITS:
+        if contents.shards.get(split):
+            facts.add_row(
+                split,
+                f"{counted(contents.samples.get(split, 0), 'sample')} in {counted(contents.shards[split], 'shard')}",
+            )
+    facts.add_row("clips", f"{contents.clips:,} different")
+    facts.add_row("buckets", ", ".join(f"{bucket}: {count}" for bucket, count in sorted(contents.buckets.items())))
+    facts.add_row("size", in_bytes(contents.tar_bytes))
+    stored = f"{contract.dtype}, posterior {contract.posterior}, text {contract.text_tokens}x{contract.text_dim}"
+    if contract.image_variants:
+        stored += f", {contract.image_variants} image variants"
+    facts.add_row("stored", stored)
+    facts.add_row("settings", ", ".join(_setting(name, value) for name, value in contract.settings.items()))
+    facts.add_row("fingerprint", contract.fingerprint[:16])
+    if contents.captions_truncated:
+        facts.add_row("captions cut", str(contents.captions_truncated))
+    console.print(facts)
+    for reason, count in sorted(contents.rejected.items()):
+        console.print(styled((f"rejected {count}", "yellow"), f": {reason}"))
+    for name in contents.uncommitted:
+        console.print(
+            styled((f"{name} has no record", "yellow"), ": `cogprep encode` finishes it, `cogprep index` recovers it")
+        )
+    for name in contents.lost:
+        console.print(styled((f"{name} is gone", "red"), ", and counted above: `cogprep encode` makes it anew"))
+    if contents.rows:
+        table = Table("shard", "clip", "bucket", "fps", "caption", box=None, padding=(0, 1))
+        room = max(27, console.width - 53)
+        for row in contents.rows:
+            caption = row.caption if len(row.caption) <= room else row.caption[: room - 1] + "…"
+            table.add_row(row.shard, row.source, row.bucket, f"{row.effective_fps:.2f}", caption)
+        console.print(table)
+
+
+def _setting(name: str, value: object) -> str:
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return f"{name} {value if value != '' else 'none'}"

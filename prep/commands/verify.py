@@ -1,0 +1,209 @@
+"""`cogprep verify`: every shard against its record, and samples against a second encode."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogcommon.cli.names import command_line, json_text
+from cogcommon.cli.terminal import Console
+from cogcommon.errors import ShardError
+from cogcommon.model.families import Resolution
+from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
+from cogcommon.shards.records import (
+    IMAGE_CLEAN_MEAN,
+    IMAGE_MEAN,
+    LATENT_MEAN,
+    TEXT,
+    ShardRecord,
+    extent_intact,
+    read_record,
+    split_extent,
+)
+from cogcommon.words import counted, in_bytes
+
+from ..encode.reencode import Difference
+from ..plan.folder import SPLITS, read_contract, records_in, shard_label, split_folder
+from ..settings import VerifySettings
+from ..show.progress import Progress
+from ..store.shards import tars_without_record
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as the record says."""
+
+    shard: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    shards: int
+    samples: int
+    bytes_read: int
+    problems: Sequence[Problem]
+    differences: Sequence[Difference]
+
+    def to_json(self) -> str:
+        return json_text(dataclasses.asdict(self))
+
+
+def run(settings: VerifySettings) -> None:
+    """The command.
+
+    Raises:
+        ShardError: there is any problem.
+    """
+    verified = verify(settings.out, reencode=settings.reencode, workers=settings.workers, model=settings.model)
+    if settings.json:
+        print(verified.to_json())
+    else:
+        console = Console(soft_wrap=True)
+        for difference in verified.differences:
+            console.print(
+                f"{difference.source}: encoded again, at most {difference.largest:.3g} apart ({difference.tensor})"
+            )
+        for problem in verified.problems:
+            console.print(f"{problem.shard}: {problem.what}", style="red")
+        if not verified.problems:
+            size = in_bytes(verified.bytes_read)
+            console.print(
+                f"{counted(verified.shards, 'shard')}, {counted(verified.samples, 'sample')}, {size}: all as recorded"
+            )
+    if verified.problems:
+        damaged = sorted({problem.shard for problem in verified.problems})
+        tar = settings.out / next((label for label in damaged if label.endswith(".tar")), "NAME.tar")
+        raise ShardError(
+            f"{len(damaged)} of {counted(verified.shards, 'shard')} not as recorded",
+            where=", ".join(damaged),
+            fix=f"remove each with its record, for example `{command_line('rm', tar, tar.with_suffix('.parquet'))}`, "
+            "and run the `cogprep encode` command again: it makes them anew",
+        )
+
+
+def verify(out: Path, *, reencode: int = 0, workers: int = 1, model: str | None = None) -> Verified:
+    """Read every byte of every committed shard.
+
+    Args:
+        reencode: samples to encode again, if all is as recorded.
+        model: the checkpoint for that, if it is elsewhere than the contract says.
+        workers: decode processes for that.
+
+    Raises:
+        ShardError: no contract, so no shards.
+    """
+    contract = read_contract(out)
+    if contract is None:
+        raise ShardError("no shards here", where=str(out / CONTRACT_FILE), fix="name the --out of `cogprep encode`")
+    problems = list(_of_the_folder(out, contract))
+    records = list(records_in(out))
+    samples = bytes_read = 0
+    good: list[tuple[Path, ShardRecord]] = []
+    with Progress("Verifying", len(records), "shard") as bar:
+        for split, number, path in records:
+            tar = path.with_suffix(".tar")
+            label = shard_label(split, number)
+            try:
+                record = read_record(path)
+            except ShardError as error:
+                problems.append(Problem(label, error.what))
+                continue
+            found = list(check_shard(tar, record, contract))
+            problems += [Problem(label, what) for what in found]
+            samples += sum(row.status == "ok" for row in record.rows)
+            bytes_read += record.header.tar_size
+            if not found:
+                good.append((tar, record))
+            bar.advance()
+    differences: list[Difference] = []
+    if reencode and not problems:
+        from ..encode.reencode import encode_again
+
+        differences = encode_again(out, contract, good, count=reencode, workers=workers, model=model)
+    return Verified(len(records), samples, bytes_read, problems, differences)
+
+
+def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[str]:
+    """What is wrong with one shard: size, hash, members, keys, extents, values."""
+    header = record.header
+    if header.contract.fingerprint != contract.fingerprint:
+        yield f"encoded with other settings than {CONTRACT_FILE} says"
+    try:
+        size = tar.stat().st_size
+        if size != header.tar_size:
+            yield f"{size} bytes; the record says {header.tar_size}"
+            return
+        with tar.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != header.tar_sha256:
+                yield "its content is not what was recorded (sha256)"
+        rows = [row for row in record.rows if row.status == "ok"]
+        keys = [row.key for row in record.rows]
+        if len(set(keys)) < len(keys):
+            yield "a key twice in the record"
+        with tarfile.open(tar) as archive:
+            members = archive.getnames()
+        if sorted(members) != sorted(f"{row.key}.{kind}" for row in rows for kind in ("json", "safetensors")):
+            yield "its members are not the recorded samples"
+        with tar.open("rb") as stream:
+            for row in rows:
+                stream.seek(row.offset)
+                extent = stream.read(row.size)
+                if not extent_intact(extent, row.sha256):
+                    yield f"sample {row.key} ({row.source}) is damaged"
+                    continue
+                info, payload = split_extent(extent, row)
+                if info["key"] != row.key:
+                    yield f"sample {row.key} calls itself {info['key']}"
+                yield from (
+                    f"sample {row.key} ({row.source}): {what}" for what in _check_tensors(payload, row.bucket, contract)
+                )
+    except (OSError, tarfile.TarError, ValueError) as error:
+        yield f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+
+
+def _check_tensors(payload: bytes, bucket: str, contract: Contract) -> Iterator[str]:
+    import safetensors.torch
+
+    tensors = safetensors.torch.load(payload)
+    shapes = expected_shapes(bucket, contract)
+    if tensors.keys() != shapes.keys():
+        yield f"has {', '.join(sorted(tensors))}; {', '.join(sorted(shapes))} are due"
+    for name, tensor in tensors.items():
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            yield f"{name} is {tuple(tensor.shape)}, not {shapes[name]}"
+        if str(tensor.dtype) != f"torch.{contract.dtype}":
+            yield f"{name} is {tensor.dtype}, not {contract.dtype}"
+        if not tensor.isfinite().all():
+            yield f"{name} has values that are not finite"
+
+
+def expected_shapes(bucket: str, contract: Contract) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a sample."""
+    resolution = Resolution.parse(bucket)
+    channels = contract.family_row.latent_channels
+    plane = (resolution.latent_height, resolution.latent_width)
+    shapes: dict[str, tuple[int, ...]] = {LATENT_MEAN: (channels, resolution.latent_frames, *plane)}
+    if contract.task == "i2v":
+        shapes[IMAGE_MEAN] = (contract.image_variants, channels, 1, *plane)
+        shapes[IMAGE_CLEAN_MEAN] = (channels, 1, *plane)
+    if contract.posterior == "moments":
+        shapes |= {name.replace("mean", "std"): shape for name, shape in shapes.items()}
+    shapes[TEXT] = (contract.text_tokens, contract.text_dim)
+    return shapes
+
+
+def _of_the_folder(out: Path, contract: Contract) -> Iterator[Problem]:
+    path = out / EMPTY_CAPTION_FILE
+    if not path.exists():
+        yield Problem(EMPTY_CAPTION_FILE, "missing; `cogprep encode` makes it anew")
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != contract.empty_caption_sha256:
+        yield Problem(EMPTY_CAPTION_FILE, f"its sha256 is not the one in {CONTRACT_FILE}")
+    for split in SPLITS:
+        for tar in tars_without_record(split_folder(out, split)):
+            what = "has no record, so it does not count; `cogprep encode` finishes it"
+            yield Problem(shard_label(split, int(tar.stem)), what)

@@ -1,0 +1,4 @@
+"""The data root: its lists, each clip examined before it is encoded, and advice about the whole.
+
+Imports source, video.
+"""

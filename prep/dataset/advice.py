@@ -1,0 +1,254 @@
+"""What a data set's owner should know before an encode, though none of it stops one. Pure functions."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cogcommon.model.families import Family
+
+from ..video.cut import Cut
+from .lists import Sample
+from .probe import Look
+
+_FEW_CLIPS = 25  # what the original guide and users of LoRA call the least
+_SPEED = 1.25  # played faster or slower than this, motion no longer looks natural
+_MUCH_CUT = 0.35
+_ENLARGED = 1.5
+_OTHER_SHAPE = 0.03
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One kind of oddity, and the lines that have it."""
+
+    kind: str
+    what: str
+    fix: str  # empty where all is well
+    lines: Sequence[tuple[int, str]] = ()  # line of the lists, and its detail
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionCut:
+    """A caption that is longer than the model reads."""
+
+    line: int
+    tokens: int
+    kept: str  # the end of what is read
+    lost: str  # the beginning of what is not
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """A usable sample: what its lists say, and what its clip is."""
+
+    sample: Sample
+    look: Look
+    image: tuple[int, int] | None = None  # width and height of its own first frame (I2V)
+
+
+def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Family, cut: Cut) -> list[Advice]:
+    """Everything worth saying, the gravest first."""
+    found = [
+        _few(looked),
+        _speed(looked, family),
+        _bars(looked),
+        _captions(captions, family),
+        _quoted(looked),
+        _twice(looked),
+        _same_caption(looked),
+        _much_cut(looked),
+        _other_shape(looked),
+        _enlarged(looked),
+        _interlaced(looked),
+        _held(looked),
+        _variable(looked, cut),
+        _several(looked),
+        _turned(looked),
+    ]
+    return [advice for advice in found if advice is not None]
+
+
+def _of(kind: str, what: str, fix: str, lines: Sequence[tuple[int, str]]) -> Advice | None:
+    return Advice(kind, what, fix, lines) if lines else None
+
+
+def _few(looked: Sequence[Looked]) -> Advice | None:
+    clips = len({one.look.facts.sha256 for one in looked})
+    if clips >= _FEW_CLIPS:
+        return None
+    return Advice(
+        "few clips", f"{clips} different clips", f"a LoRA learns a style or a subject from {_FEW_CLIPS} or more"
+    )
+
+
+def _speed(looked: Sequence[Looked], family: Family) -> Advice | None:
+    lines = []
+    for one in looked:
+        rate = one.look.picked.effective_fps
+        if rate > family.fps * _SPEED:
+            lines.append((one.sample.line, f"{rate:.3g} fps, {rate / family.fps:.2g}x slow motion"))
+        elif rate < family.fps / _SPEED:
+            lines.append((one.sample.line, f"{rate:.3g} fps, {family.fps / rate:.2g}x time lapse"))
+    return _of(
+        "speed",
+        f"played at {family.fps} fps, the family's rate, these would move too fast or too slowly",
+        "longer clips, fewer frames (--resolution), --frames auto, or --stride",
+        lines,
+    )
+
+
+def _bars(looked: Sequence[Looked]) -> Advice | None:
+    lines = []
+    for one in looked:
+        if one.look.bars_used and one.look.picture is not None:
+            left, top, right, bottom = one.look.picture
+            lines.append((one.sample.line, f"crop={right - left}:{bottom - top}:{left}:{top}"))
+    return _of(
+        "black bars", "the model would learn to draw them", "ffmpeg -i CLIP -vf crop=... OUT cuts them off", lines
+    )
+
+
+def _captions(cuts: Sequence[CaptionCut], family: Family) -> Advice | None:
+    return _of(
+        "long captions",
+        f"the model reads {family.text_tokens} tokens; the rest of these is lost",
+        "put what matters first, or shorten them",
+        [(cut.line, f"{cut.tokens} tokens: ...{cut.kept} | {cut.lost}...") for cut in cuts],
+    )
+
+
+def in_quotes(caption: str) -> bool:
+    """Whether a caption stands in quotes as a whole, as tables write it."""
+    return len(caption) > 1 and caption[0] + caption[-1] in ('""', "“”", "„“", "«»", "''", "``")
+
+
+def _quoted(looked: Sequence[Looked]) -> Advice | None:
+    return _of(
+        "quotes",
+        "these captions stand in quotes, which are trained as a part of them",
+        "take the quotes out, if a table put them there",
+        [(one.sample.line, one.sample.caption) for one in looked if in_quotes(one.sample.caption)],
+    )
+
+
+def _twice(looked: Sequence[Looked]) -> Advice | None:
+    groups: dict[tuple[bytes, str], list[Sample]] = defaultdict(list)
+    for one in looked:
+        groups[one.look.facts.sha256, one.sample.caption].append(one.sample)
+    lines = [
+        (again.line, f"as line {first.line}" + (f", {first.source}" if again.source != first.source else ""))
+        for first, *others in groups.values()
+        for again in others
+    ]
+    return _of("duplicates", "the same clip with the same caption, again", "remove these lines", sorted(lines))
+
+
+def _same_caption(looked: Sequence[Looked]) -> Advice | None:
+    counts = Counter(caption for caption, _ in {(one.sample.caption, one.look.facts.sha256) for one in looked})
+    lines = [(one.sample.line, "") for one in looked if counts[one.sample.caption] > 1]
+    return _of("same captions", "different clips with one caption", "say what differs between them", lines)
+
+
+def _much_cut(looked: Sequence[Looked]) -> Advice | None:
+    lines = [
+        (one.sample.line, f"{one.look.facts.width}x{one.look.facts.height} loses {one.look.loss:.0%}")
+        for one in looked
+        if one.look.loss > _MUCH_CUT
+    ]
+    return _of(
+        "much cut away",
+        "their shape is far from that of the resolution",
+        "a second --resolution of their shape, or --fit pad",
+        lines,
+    )
+
+
+def _other_shape(looked: Sequence[Looked]) -> Advice | None:
+    lines = []
+    for one in looked:
+        if one.image is not None:
+            width, height = one.image
+            facts = one.look.facts
+            if abs(width / height / (facts.width / facts.height) - 1) > _OTHER_SHAPE:
+                lines.append((one.sample.line, f"image {width}x{height}, clip {facts.width}x{facts.height}"))
+    return _of(
+        "image of another shape", "it is cropped differently from its clip", "use a frame of the clip itself", lines
+    )
+
+
+def _enlarged(looked: Sequence[Looked]) -> Advice | None:
+    lines = [
+        (one.sample.line, f"{one.look.facts.width}x{one.look.facts.height}, {one.look.enlarged:.2g}x larger")
+        for one in looked
+        if one.look.enlarged > _ENLARGED
+    ]
+    return _of("enlarged", "smaller than the resolution: blur that the model would learn", "larger clips", lines)
+
+
+def _interlaced(looked: Sequence[Looked]) -> Advice | None:
+    lines = [(one.sample.line, "") for one in looked if one.look.facts.interlaced]
+    return _of("interlaced", "moving edges are combed", "ffmpeg -i CLIP -vf bwdif OUT", lines)
+
+
+def _held(looked: Sequence[Looked]) -> Advice | None:
+    lines = [
+        (one.sample.line, f"{one.look.picked.repeats} of {len(one.look.picked.indices)} frames repeat the one before")
+        for one in looked
+        if one.look.picked.repeats
+    ]
+    return _of(
+        "held pictures",
+        "a picture stays for longer than the model's frames are apart, and is repeated as long as it stays",
+        "cut such a part off (--start, or ffmpeg -ss) unless the model should learn it",
+        lines,
+    )
+
+
+def _variable(looked: Sequence[Looked], cut: Cut) -> Advice | None:
+    lines = [
+        (one.sample.line, f"{one.look.facts.fps:.3g} fps on average") for one in looked if one.look.facts.variable_rate
+    ]
+    if cut.by_number:
+        what = f"--frames {cut.frames} takes frames by their number, so motion changes its speed"
+        return _of("variable rate", what, "--frames auto, which takes them by their time", lines)
+    return _of("variable rate", "frames are picked by their time, so motion keeps its speed", "", lines)
+
+
+def _several(looked: Sequence[Looked]) -> Advice | None:
+    lines = [
+        (one.sample.line, f"{one.look.facts.videos}; used is {one.look.facts.width}x{one.look.facts.height}")
+        for one in looked
+        if one.look.facts.videos > 1
+    ]
+    return _of("several videos in a file", "the one marked default is used, else the largest", "", lines)
+
+
+def _turned(looked: Sequence[Looked]) -> Advice | None:
+    lines = []
+    for one in looked:
+        facts = one.look.facts
+        said = [f"turned by {facts.rotation} degrees"] if facts.rotation else []
+        if facts.sar != 1:
+            said.append(f"pixels {facts.sar:.3g} times as wide as high")
+        if said:
+            lines.append((one.sample.line, f"{', '.join(said)}: used as {facts.width}x{facts.height}"))
+    return _of("turned or stretched", "used as a player shows them", "", lines)
+
+
+def cut_captions(samples: Sequence[Sample], tokenizer: object, limit: int) -> list[CaptionCut]:
+    """The captions that are longer than ``limit`` tokens, end token included, and where each is cut.
+
+    Args:
+        tokenizer: the checkpoint's own T5 tokenizer.
+    """
+    cuts = []
+    for sample in samples:
+        coded = tokenizer(sample.caption, return_offsets_mapping=True, verbose=False)  # type: ignore[operator]
+        tokens = len(coded["input_ids"])
+        if tokens > limit:
+            end = coded["offset_mapping"][limit - 2][1]  # the end token takes the last place
+            kept, lost = sample.caption[:end].rstrip(), sample.caption[end:].lstrip()
+            cuts.append(CaptionCut(sample.line, tokens, kept[-20:], lost[:20]))
+    return cuts

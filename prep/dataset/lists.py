@@ -1,0 +1,189 @@
+"""The lists of a data root: line n of every list belongs to sample n.
+
+A pairing that cannot be trusted is worth nothing, so a list with any fault
+yields no samples at all; and all faults are found at once, not one a run.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogcommon.errors import DataRootError
+from cogcommon.model.families import Task
+from cogcommon.words import counted
+
+# Byte order marks, wherever lists were joined, and what has neither width nor meaning. The joiners U+200C and
+# U+200D do mean something, in Persian and in emoji.
+_UNSEEN = "\ufeff\u200b\u2060"
+_SHOWN = 20  # faults an error message prints; `validate --json` has them all
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A clip and its caption, as the lists name them; nothing has been opened yet."""
+
+    line: int  # in every list, from 1
+    caption: str  # with the id token in front
+    source: str  # relative to the data root, or absolute
+    image: str  # likewise; empty without one
+
+
+@dataclass(frozen=True, order=True)
+class ListFault:
+    """Why the lists cannot be paired."""
+
+    file: str
+    line: int  # from 1; 0 for the file as a whole
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.what}" if self.line else f"{self.file}: {self.what}"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the lists say. ``samples`` is empty when there is any fault; ``columns`` is what could be read.
+
+    ``columns`` has the entries of "captions", "clips" and "images", line by line.
+    """
+
+    root: Path
+    samples: Sequence[Sample]
+    faults: Sequence[ListFault]
+    columns: Mapping[str, Sequence[str]]
+    images_unused: bool = False  # images.txt is there, but the task is T2V
+
+    def trusted(self) -> DataSet:
+        """The data set itself, if its lists can be trusted.
+
+        Raises:
+            DataRootError: with every fault of every list.
+        """
+        if self.faults:
+            lines = [str(fault) for fault in self.faults[:_SHOWN]]
+            if len(self.faults) > _SHOWN:
+                lines.append(f"and {len(self.faults) - _SHOWN} more")
+            raise DataRootError(
+                "the lists do not pair up: " + counted(len(self.faults), "fault"),
+                where="\n       ".join([str(self.root), *lines]),
+                fix="mend these lines (line n of every list is one sample); nothing was encoded",
+            )
+        return self
+
+
+def check_root(root: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        DataRootError: it is missing, or a file.
+    """
+    if not os.path.isdir(root):  # noqa: PTH112, as `_is_there`
+        raise DataRootError(
+            "the data root is not a folder" if _is_there(root) else "there is no such data root",
+            where=str(root),
+            fix="--data-root takes the folder that holds prompts.txt and videos.txt",
+        )
+
+
+def read_lists(
+    root: Path,
+    *,
+    task: Task,
+    prompts: str = "prompts.txt",
+    videos: str = "videos.txt",
+    images: str | None = None,
+    id_token: str = "",
+) -> DataSet:
+    """Read and pair the lists of a data root.
+
+    Args:
+        root: the folder that list entries are relative to.
+        task: T2V reads no images.
+        prompts: name of the list of captions, one a line.
+        videos: name of the list of clips.
+        images: name of the list of first frames; None means images.txt if it is there.
+        id_token: put in front of every caption.
+
+    Raises:
+        DataRootError: the root is no folder.
+    """
+    check_root(root)
+    names = {"captions": prompts, "clips": videos}
+    if task == "i2v" and (images is not None or _is_there(root / "images.txt")):
+        names["images"] = images or "images.txt"
+    faults: list[ListFault] = []
+    columns: dict[str, list[str]] = {}
+    for column, name in names.items():
+        entries = _read_list(root, name, column != "captions", faults)
+        if entries is not None:
+            columns[column] = entries
+    counts = {names[column]: len(entries) for column, entries in columns.items()}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        faults.append(
+            ListFault(
+                max(counts, key=lambda name: counts[name]),
+                min(counts.values()) + 1,
+                f"unpaired from here: {said} lines",
+            )
+        )
+    unused = task == "t2v" and _is_there(root / (images or "images.txt"))
+    if faults:
+        return DataSet(root, (), sorted(faults), columns, unused)
+    stills = columns.get("images") or [""] * len(columns["clips"])
+    samples = [
+        Sample(line, f"{id_token} {caption}" if id_token else caption, clip, still)
+        for line, (caption, clip, still) in enumerate(
+            zip(columns["captions"], columns["clips"], stills, strict=True), 1
+        )
+    ]
+    return DataSet(root, samples, (), columns, unused)
+
+
+def _read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) -> list[str] | None:
+    """The entries of one list; None if it cannot be read."""
+    try:
+        data = (root / name).read_bytes()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            faults.append(ListFault(name, 0, "UTF-16, as Windows writes it; save the list as UTF-8"))
+            return None
+        text = data.decode("utf-8")
+    except FileNotFoundError:
+        faults.append(ListFault(name, 0, "the list is missing"))
+        return None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        faults.append(ListFault(name, line, "not UTF-8; save the list as UTF-8"))
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        faults.append(ListFault(name, 0, f"cannot be read: {getattr(error, 'strerror', None) or error}"))
+        return None
+    # Not splitlines(): it also cuts at form feeds and at Unicode separators, which captions contain.
+    entries = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    if any(mark in text for mark in _UNSEEN):
+        entries = [_seen(entry, root if of_files else None) for entry in entries]
+    while entries and not entries[-1]:
+        entries.pop()
+    if not entries:
+        faults.append(ListFault(name, 0, "the list is empty"))
+    # Dropping a blank line would shift every later pair, so it is a fault.
+    faults += [ListFault(name, line, "blank line") for line, entry in enumerate(entries, 1) if not entry]
+    faults += [ListFault(name, line, "a NUL byte") for line, entry in enumerate(entries, 1) if "\0" in entry]
+    return entries
+
+
+def _seen(entry: str, root: Path | None) -> str:
+    """An entry without what nobody sees in it, unless there is a file of exactly that name."""
+    seen = entry.translate(dict.fromkeys(map(ord, _UNSEEN))).strip()
+    if seen == entry or root is None or "\0" in entry:
+        return seen
+    return entry if _is_there(root / entry) and not _is_there(root / seen) else seen
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or folder. `Path.exists` raises for a name that is too long to be one."""
+    return os.path.exists(path)  # noqa: PTH110

@@ -1,0 +1,48 @@
+"""Decodes a clip as the survey found it, and gives a verdict only on that very content.
+
+A verdict is recorded under the content's hash and stands until the content changes. A file that is
+replaced, cut off from its disk or still being copied while a run is on must not get one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cogcommon.model.families import Resolution
+
+from ..source.clip import Fault, Hashed
+from ..source.source_file import hash_file, unchanged
+from ..video.cut import Cut
+from ..video.decode import Clip, decode_clip
+
+_CHANGED = Fault("the file changed or went out of reach while the run was on", passing=True)
+
+
+def decode_as_surveyed(
+    clip: Hashed,
+    image_sha256: bytes,
+    path: Path,
+    resolution: Resolution,
+    cut: Cut,
+    family_fps: float,
+    key: str,
+    image: Path | None = None,
+) -> Clip | Fault:
+    """As `decode.decode_clip`; a passing fault where the files are not those of the survey.
+
+    Args:
+        clip: the file as the survey found it.
+        image_sha256: of the image, likewise; not used without one.
+    """
+    result = decode_clip(path, resolution, cut, family_fps, key, image)
+    if isinstance(result, Fault) and result.passing:
+        return result
+    same = _holds(path, clip.sha256) if isinstance(result, Fault) else unchanged(path, clip)
+    return result if same and (image is None or _holds(image, image_sha256)) else _CHANGED
+
+
+def _holds(path: Path, sha256: bytes) -> bool:
+    try:
+        return hash_file(path) == sha256
+    except (OSError, ValueError):
+        return False

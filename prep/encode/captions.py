@@ -1,0 +1,138 @@
+"""T5 embeddings of captions: each distinct caption is encoded once, and kept on disk instead of in memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from cogcommon.files.memory import free_gpu_memory
+from cogcommon.model.checkpoint import Checkpoint
+
+from ..show.progress import say
+from ..store.locks import disk_errors
+
+if TYPE_CHECKING:
+    import torch
+
+
+_GPU_BATCH = 8  # captions
+# What a batch of T5-XXL takes beside the weights: CUDA's libraries, and the middle of a feed-forward layer.
+_BESIDE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionFacts:
+    tokens: int  # before truncation, with the end token
+    truncated: bool
+
+
+class TextEncoder:
+    """T5 and its tokenizer, on a device, until the object goes.
+
+    On a GPU that is too small for the weights they stay in host memory, and a layer at a time comes over.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self._tokenizer = checkpoint.load_tokenizer()
+        self._model = checkpoint.load_text_encoder(dtype)
+        size = sum(parameter.nbytes for parameter in self._model.parameters())
+        free = _free(device)
+        if size + _BESIDE <= free:
+            self._model.to(device)
+        else:
+            from accelerate import cpu_offload
+
+            gib = 2**30
+            say(f"T5 takes {size / gib:.1f} GiB and the GPU has {free / gib:.1f} free: it gets one layer at a time")
+            cpu_offload(self._model, device)
+        self._length = checkpoint.family.text_tokens
+        self._device = device
+        # A caption alone reads 9.5 GB of weights on the GPU, which takes longer than its arithmetic.
+        self.batch = _GPU_BATCH if device.type == "cuda" else 1
+
+    def encode(self, caption: str) -> tuple[torch.Tensor, CaptionFacts]:
+        """One caption; see `encode_batch`."""
+        return self.encode_batch([caption])[0]
+
+    def encode_batch(self, captions: Sequence[str]) -> list[tuple[torch.Tensor, CaptionFacts]]:
+        """The last hidden state (L, D) of each caption, on the CPU; at most ``batch`` captions.
+
+        Padded to L and without an attention mask, as CogVideoX was trained: all L positions carry
+        signal. The model always sees ``batch`` rows: how many captions are left would change the
+        kernels, and with them the last bits. On a CPU that is one row, and the bits are the same
+        however the work is divided.
+        """
+        import torch
+
+        assert 0 < len(captions) <= self.batch
+        filled = [*captions] + [captions[0]] * (self.batch - len(captions))
+        padded = self._tokenizer(
+            filled, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            text_BLD = self._model(padded.input_ids.to(self._device))[0].cpu()
+        tokens = [len(self._tokenizer(caption).input_ids) for caption in captions]
+        return [
+            (text_LD, CaptionFacts(count, count > self._length))
+            for text_LD, count in zip(text_BLD, tokens, strict=False)
+        ]
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that weights may take of a device."""
+    return free_gpu_memory(device) if device.type == "cuda" else float("inf")
+
+
+class TextStore:
+    """Embeddings by caption, in a scratch file that has no name: it goes with the process.
+
+    Memory: about 150 bytes a distinct caption. Disk: one embedding each (1.8 MiB for T5-XXL in bf16).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with disk_errors(folder):
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by close()
+        self._folder = folder
+        self._facts: dict[str, tuple[int, CaptionFacts]] = {}
+        self._shape: torch.Size | None = None
+        self._dtype: torch.dtype | None = None
+
+    def fill(self, captions: Iterable[str], encoder: TextEncoder, done: Callable[[], None]) -> None:
+        """Encode every caption that is not there yet; ``done`` is called after each of them.
+
+        Raises:
+            DiskError: the disk is full.
+        """
+        import torch
+
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._facts]
+        for start in range(0, len(new), encoder.batch):
+            batch = new[start : start + encoder.batch]
+            for caption, (text_LD, facts) in zip(batch, encoder.encode_batch(batch), strict=True):
+                self._shape, self._dtype = text_LD.shape, text_LD.dtype
+                with disk_errors(self._folder):
+                    self._file.write(text_LD.contiguous().view(torch.uint8).numpy().data)
+                self._facts[caption] = (len(self._facts), facts)
+                done()
+        with disk_errors(self._folder):
+            self._file.flush()
+
+    def read(self, caption: str) -> tuple[torch.Tensor, CaptionFacts]:
+        """An embedding (L, D) and what is known of its caption. Threads may read at once."""
+        import torch
+
+        assert self._shape is not None and self._dtype is not None
+        index, facts = self._facts[caption]
+        size = self._shape.numel() * self._dtype.itemsize
+        data = bytearray(os.pread(self._file.fileno(), size, index * size))
+        return torch.frombuffer(data, dtype=self._dtype).reshape(self._shape), facts
+
+    def __enter__(self) -> TextStore:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._file.close()

@@ -1,0 +1,84 @@
+"""Loads the models of an encode: T5 only while it embeds captions, then the VAE."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.device import Precision, dtype_of, quiet_libraries
+from cogcommon.shards.contract import Contract
+from cogcommon.shards.records import TEXT
+
+from ..plan.folder import commit_contract
+from ..plan.plan import PlannedShard
+from ..settings import EncodeSettings
+from ..show.progress import Clock, Progress, say
+from ..store.locks import disk_errors
+from ..vae.encoder import LatentEncoder
+from .captions import TextEncoder, TextStore
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Models:
+    """T5 is loaded for each pass over captions and freed after it; the VAE stays from its first use."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        precision: Precision,
+        settings: EncodeSettings,
+        clock: Clock,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        self._dtype = dtype_of(precision)
+        self._settings = settings
+        self._clock = clock
+        self._latents: LatentEncoder | None = None
+
+    def embed_captions(self, shards: Sequence[PlannedShard], text: TextStore, contract: Contract) -> Contract:
+        """Fill the store with the captions of the shards, and commit the contract with its empty caption.
+
+        Returns:
+            The contract as the folder has it.
+        """
+        import safetensors.torch
+        import torch
+
+        quiet_libraries()
+        captions = {planned.sample.caption: None for shard in shards for planned in shard.samples}
+        with self._clock("load"):
+            encoder = TextEncoder(self._checkpoint, self._device, self._dtype)
+            empty_LD, _ = encoder.encode("")  # the first one also waits for the GPU's libraries
+        with disk_errors(self._settings.out):
+            contract = commit_contract(self._settings.out, contract, safetensors.torch.save({TEXT: empty_LD}))
+        with self._clock("text"), Progress("Captions", len(captions), "caption") as bar:
+            text.fill(captions, encoder, bar.advance)
+        del encoder  # T5-XXL is 9.5 GB; the VAE comes next
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return contract
+
+    @property
+    def latents(self) -> LatentEncoder:
+        if self._latents is None:
+            settings = self._settings
+            with self._clock("load"):
+                self._latents = LatentEncoder(
+                    self._checkpoint.load_vae(self._dtype).to(self._device),
+                    self._device,
+                    posterior=settings.posterior,
+                    tiling=settings.tiling,
+                    image_variants=settings.image_variants,
+                    seed=settings.seed,
+                    fused=settings.encoder == "auto",
+                )
+            if self._latents.choice.why:
+                say(f"the VAE runs diffusers' encoder, which takes three times as long: {self._latents.choice.why}")
+        return self._latents

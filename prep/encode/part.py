@@ -1,0 +1,308 @@
+"""One process's part of `cogprep encode`, in the order things happen::
+
+    lists -> contract -> survey (probe, hash) -> plan -> questions, refusals
+          -> for each round: T5 over its captions, then decode -> VAE -> shards
+             (in the first, when all models are there: drop what is gone)
+          -> report
+
+Until then nothing that the folder holds is changed, so a run that is refused or that
+cannot load its models leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from cogcommon import __version__
+from cogcommon.errors import CogError
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.device import (
+    DTYPES,
+    Dtype,
+    default_precision,
+    item_bytes,
+    pick_device,
+    visible_gpus,
+)
+from cogcommon.model.families import Resolution
+from cogcommon.shards.contract import EMPTY_CAPTION_FILE, Contract
+from cogcommon.shards.records import SampleRow
+from cogcommon.words import counted
+
+from ..dataset.advice import in_quotes
+from ..plan.folder import (
+    SPLITS,
+    Committed,
+    Origin,
+    check_contract,
+    guard_other_data,
+    read_origin,
+    remembered_holdout,
+    scan,
+    split_folder,
+)
+from ..plan.holdout import Holdout, ask_to_move
+from ..plan.plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
+from ..plan.probe_cache import SurveyCache
+from ..plan.slice import choose_slice, local_rank
+from ..plan.survey import Survey, survey
+from ..processes.pool import Pool, default_workers
+from ..settings import EncodeSettings, PlanSettings
+from ..show.progress import Clock, Progress, say
+from ..store.locks import ShardBusy, at_work, disk_errors, lack_of_room
+from ..store.shards import drop_samples, settle
+from .captions import TextStore
+from .engine import Engine, Outcome
+from .models import Models
+from .report import Report, make_report
+
+# T5 runs over the captions of a round, then makes room for the VAE. A round's embeddings lie in a
+# scratch file: 17,000 captions of T5-XXL in bf16, a day of encoding between two loads of T5.
+_ROUND_TEXT_BYTES = 32_000_000_000
+
+
+def encode_slice(settings: EncodeSettings) -> Report:
+    """Encode this process's slice of the planned shards, on one device.
+
+    Raises:
+        DataRootError: the lists cannot be trusted.
+        SettingError: the folder was encoded with other settings; a size that the model cannot take.
+        ModelError: the model cannot be had.
+        ShardError: a committed shard is damaged.
+        DiskError: the disk is full.
+    """
+    clock = Clock()
+    part = choose_slice(settings.worker, os.environ)
+    checkpoint = settings.open_model()
+    planned = Origin.of(settings, Holdout()).state_of_lists()
+    data = settings.read_lists(checkpoint.family.task).trusted()
+    if data.images_unused:
+        say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} is a text-to-video model")
+    if quoted := sum(in_quotes(sample.caption) for sample in data.samples):
+        say(f"note: {counted(quoted, 'caption')} in quotes, which are trained as a part of them")
+    device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
+    precision = settings.precision or default_precision(checkpoint.family, device)
+    with clock("weights"):
+        contract = make_contract(settings, checkpoint, DTYPES[precision])
+
+    out = settings.out
+    established = check_contract(out, contract)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:
+            settle(split_folder(out, split))
+    outcome = Outcome()
+    with at_work(out), Pool(settings.workers or default_workers(), timeout_s=settings.clip_timeout) as pool:
+        with clock("probe"):
+            cache = SurveyCache(out, settings.root, f"{settings.buckets} {settings.cut} {checkpoint.family.fps}", part)
+            committed = scan(out, retry_rejected=settings.retry_rejected)
+            found, plan = survey_and_plan(settings, contract, committed, pool, cache)
+        origin = Origin.of(settings, found.holdout)
+        try:
+            if not settings.replace:
+                guard_other_data(out, origin, plan.dropped)
+            ask_to_move(
+                remembered_holdout(out, committed), found.holdout, out, settings.yes,
+                held=found.clips & committed.clips("val"), trained=found.clips & committed.clips("train"),
+            )  # fmt: skip
+        except CogError:
+            cache.discard()
+            raise
+        shards = part.of(plan.shards)
+        needed = sum(len(shard.samples) * _sample_bytes(contract, shard.bucket) for shard in shards)
+        if lack := lack_of_room(out, needed + scratch_bytes(shards, contract)):
+            say(f"note: {lack}")
+        models = Models(checkpoint, device, precision, settings, clock)
+        no_empty_caption = established and not (out / EMPTY_CAPTION_FILE).exists()
+        work = list(rounds(shards, contract)) if shards or no_empty_caption else []
+        dropped = 0 if work else _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
+        if work:
+            checkpoint.check_weights("text_encoder", "vae")  # before hours of T5, not after
+        for round_ in work:
+            with TextStore(out) as text:
+                contract = models.embed_captions(round_, text, contract)
+                latents = models.latents
+                outcome.encoder = latents.choice
+                if round_ is work[0]:
+                    dropped = _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
+                total = sum(len(shard.samples) for shard in round_)
+                with clock("encode"), Progress("Encoding", total) as bar:
+                    Engine(
+                        out=out,
+                        root=settings.root,
+                        contract=contract,
+                        cut=settings.cut,
+                        latents=latents,
+                        text=text,
+                        pool=pool,
+                        outcome=outcome,
+                        advance=lambda bar=bar: bar.advance(outcome.waits_for),  # type: ignore[misc]
+                    ).encode(round_)
+    report = make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device.type)
+    if not report.unfinished:
+        cache.discard()
+    return report
+
+
+def survey_and_plan(
+    settings: PlanSettings, contract: Contract, committed: Committed, pool: Pool, cache: SurveyCache
+) -> tuple[Survey, Plan]:
+    """Identify every sample of the data root and place it.
+
+    Raises:
+        DataRootError: the lists cannot be trusted.
+        SettingError: every clip would be held out.
+        ShardError: a record is damaged.
+    """
+    data = settings.read_lists(contract.task).trusted()
+    with Progress("Checking", len({sample.source for sample in data.samples})) as bar:
+        found = survey(
+            data,
+            committed,
+            contract,
+            buckets=settings.buckets,
+            cut=settings.cut,
+            holdout=settings.holdout,
+            before=remembered_holdout(settings.out, committed),
+            pool=pool,
+            advance=bar.advance,
+            cache=cache,
+        )
+    settings.check_holdout(held=len(found.holdout.clips & found.clips), of=len(found.clips))
+    chunk = {bucket: settings.samples_a_shard(_sample_bytes(contract, bucket)) for bucket in settings.buckets}
+    plan = make_plan(
+        found.candidates,
+        found.keys,
+        found.splits,
+        found.buckets,
+        committed,
+        bucket_order=settings.buckets,
+        chunk=chunk,
+        kept=[one.key for one in found.kept],
+    )
+    # No clip at all can be read: rather a disk that is not there than an order to drop everything.
+    return found, plan if found.candidates else replace(plan, drops=[])
+
+
+def _sample_bytes(contract: Contract, bucket: Resolution) -> int:
+    return sample_bytes(
+        contract.family_row,
+        bucket,
+        item_bytes=item_bytes(contract.dtype),
+        posterior=contract.posterior,
+        image_variants=contract.image_variants,
+        text_dim=contract.text_dim,
+    )
+
+
+def make_contract(
+    settings: PlanSettings, checkpoint: Checkpoint, dtype: Dtype, *, weights: Contract | None = None
+) -> Contract:
+    """What shards of these settings and weights promise. Hashes the weights, loads none.
+
+    Args:
+        weights: a contract of which it is taken that it has the same weights, so that none is read.
+    """
+    family = checkpoint.family
+    cut: dict[str, object] = {
+        "resolution": sorted(map(str, settings.buckets)),
+        "id_token": settings.id_token,
+        "frames": settings.frames,
+        "start": settings.start,
+        "stride": settings.stride,
+        "short": settings.short,
+        "fit": settings.fit,
+        "crop": settings.crop,
+    }
+    if settings.crop == "random" or settings.posterior == "sample" or family.task == "i2v":
+        cut["seed"] = settings.seed
+    return Contract(
+        family=family.name,
+        task=family.task,
+        model=checkpoint.name,
+        revision=checkpoint.revision,
+        vae=weights.vae if weights else checkpoint.identity("vae"),
+        text_encoder=weights.text_encoder if weights else checkpoint.identity("text_encoder"),
+        scaling_factor=checkpoint.vae_config["scaling_factor"],
+        posterior=settings.posterior,
+        image_variants=settings.image_variants if family.task == "i2v" else 0,
+        tiling=settings.tiling,
+        dtype=dtype,
+        text_tokens=family.text_tokens,
+        text_dim=checkpoint.text_config["d_model"],
+        settings=cut,
+        tool_version=__version__,
+    )
+
+
+def rounds(shards: Sequence[PlannedShard], contract: Contract) -> Iterator[list[PlannedShard]]:
+    """Shards in groups whose embeddings fit into the scratch file; without shards, one empty group."""
+    text_bytes = _text_bytes(contract)
+    group: list[PlannedShard] = []
+    captions = 0
+    for shard in shards:
+        if group and (captions + len(shard.samples)) * text_bytes > _ROUND_TEXT_BYTES:
+            yield group
+            group, captions = [], 0
+        group.append(shard)
+        captions += len(shard.samples)
+    yield group
+
+
+def scratch_bytes(shards: Sequence[PlannedShard], contract: Contract) -> int:
+    """The most that the scratch file of embeddings (`TextStore`) takes of the disk, beside the shards."""
+    captions = (
+        len({planned.sample.caption for shard in group for planned in shard.samples})
+        for group in rounds(shards, contract)
+    )
+    return max(captions) * _text_bytes(contract)
+
+
+def _text_bytes(contract: Contract) -> int:
+    return contract.text_tokens * contract.text_dim * item_bytes(contract.dtype)
+
+
+def _begin(
+    settings: EncodeSettings,
+    origin: Origin,
+    drops: Sequence[Drop],
+    outcome: Outcome,
+    clock: Clock,
+    planned: tuple[str, ...],
+) -> int:
+    """The first change to what the folder holds: whose its samples are, and what goes.
+
+    Args:
+        planned: the state of the lists that the plan was made of. If it is another by now, nothing goes: another run
+            may count on it.
+
+    Returns:
+        The samples dropped.
+    """
+    with clock("drop"), disk_errors(settings.out):
+        if origin != read_origin(settings.out):
+            origin.write(settings.out)
+        return _drop_gone(settings, drops, outcome, lambda: origin.state_of_lists() == planned)
+
+
+def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome, unchanged: Callable[[], bool]) -> int:
+    """Rewrite the shards that have lost samples; returns how many samples were dropped."""
+    dropped: list[str] = []
+    for drop in drops:
+        try:
+            keep = partial(_keeps, drop, unchanged, dropped)
+            drop_samples(split_folder(settings.out, drop.split), drop.number, keep)
+        except ShardBusy:
+            outcome.busy.append((drop.split, drop.number))
+    return len(dropped)
+
+
+def _keeps(drop: Drop, unchanged: Callable[[], bool], dropped: list[str], row: SampleRow) -> bool:
+    """Whether a sample stays, by the plan or by what has changed since; notes the key of one with tensors that goes."""
+    stays = drop.keeps(row) or not unchanged()
+    if not stays and row.status == "ok":
+        dropped.append(row.key)
+    return stays

@@ -1,0 +1,258 @@
+"""What `encode` did: ``report.json``, and the summary that ends the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich import box
+from rich.table import Table
+
+from cogcommon.cli.names import json_text, tars_in
+from cogcommon.cli.terminal import Console, styled
+from cogcommon.files.atomic import commit_bytes
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.shards.records import record_name
+from cogcommon.words import counted, in_words
+
+from ..plan.folder import shard_label, split_folder
+from ..plan.plan import Plan, Rejected
+from ..plan.slice import Slice
+from ..plan.survey import Survey
+from ..processes.pool import default_workers
+from ..settings import EncodeSettings
+from ..store.locks import disk_errors
+from ..store.proof import refuse_foreign
+from .engine import Outcome
+
+_SHOWN = 20  # rejected clips that the summary lists; the report has them all
+
+Bound = Literal["decode", "vae", "disk", "nothing"]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A sample that could not be encoded: where the lists name it, and why."""
+
+    line: int
+    source: str
+    caption: str
+    reason: str
+
+    @classmethod
+    def of(cls, rejected: Rejected) -> Rejection:
+        sample = rejected.sample
+        return cls(sample.line, sample.source, sample.caption, rejected.reason)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts are samples; ``seconds`` is by stage. What is not of this worker's slice is not counted."""
+
+    encoded: int
+    recovered: int
+    reused: int
+    rejected: int
+    dropped: int
+    kept: int  # their lines are there, their clips cannot be read now; what was encoded of them stays
+    postponed: int  # left out of the records, for the next run to try again
+    rejections: Sequence[Rejection]
+    kept_samples: Sequence[Rejection]
+    postponed_samples: Sequence[Rejection]
+    seconds: dict[str, float]
+    clips_per_minute: float
+    bound_by: Bound
+    advice: str
+    tiled: int
+    captions_truncated: int
+    worker: str
+    busy: Sequence[str]  # shards that another process writes
+    unfinished: Sequence[str]  # planned shards that have no record yet
+    unfinished_slices: Sequence[str]  # the slices, as --worker takes them, that these belong to
+    usable: bool  # whether the folder holds, or will hold, any sample
+    out: str
+    data_root: str
+    model: str
+    device: str
+    gpu_busy: float | None  # share of the encode that the GPU worked, by its own clock; None on a CPU
+    vae_encoder: str  # fused, or diffusers
+    vae_difference: float | None  # of the fused encoder from diffusers' on a trial clip, relative
+
+    def write(self, out: Path) -> Path:
+        """Write report.json, or report-I-of-N.json for a slice of a divided run."""
+        index, _, count = self.worker.partition("/")
+        path = out / self.name_of(Slice(int(index), int(count), ""))
+        with disk_errors(path):
+            refuse_foreign(path)
+            commit_bytes(path, self.to_json().encode())
+        return path
+
+    @property
+    def trouble(self) -> str:
+        """What `--strict` objects to, in words; empty without any."""
+        counts = {
+            "rejected": self.rejected,
+            "left for the next run": self.postponed,
+            "kept, though it cannot be read now": self.kept,
+        }
+        return "; ".join(f"{counted(count, 'clip')} {what}" for what, count in counts.items() if count)
+
+    @staticmethod
+    def name_of(part: Slice) -> str:
+        return "report.json" if part.count == 1 else f"report-{part.index}-of-{part.count}.json"
+
+    def to_json(self) -> str:
+        return json_text(dataclasses.asdict(self))
+
+
+def make_report(
+    settings: EncodeSettings,
+    checkpoint: Checkpoint,
+    part: Slice,
+    found: Survey,
+    plan: Plan,
+    outcome: Outcome,
+    dropped: int,
+    seconds: dict[str, float],
+    device: str,
+) -> Report:
+    """Put together what every stage found out."""
+    unusable = [*found.rejected, *plan.rejected, *outcome.rejected, *outcome.postponed]
+    rejected = _by_line(one for one in unusable if not one.passing)
+    postponed = _by_line(one for one in unusable if one.passing)
+    kept = _by_line(one.line for one in found.kept if one.status == "ok")
+    bound = what_bound(outcome.decode_wait_s, outcome.vae_s, outcome.write_wait_s)
+    encode_s = seconds.get("encode", 0.0) - outcome.warm_up_s
+    if outcome.warm_up_s:
+        seconds = {**seconds, "encode": encode_s, "warm_up": outcome.warm_up_s}
+    missing = [
+        shard
+        for shard in plan.shards
+        if not (split_folder(settings.out, shard.split) / record_name(shard.number)).exists()
+    ]
+    waits = {"decode_wait": outcome.decode_wait_s, "vae": outcome.vae_s, "write_wait": outcome.write_wait_s}
+    reused = plan.reused + outcome.elsewhere
+    return Report(
+        encoded=outcome.encoded,
+        recovered=outcome.recovered,
+        reused=reused,
+        rejected=len(rejected),
+        dropped=dropped,
+        kept=len(kept),
+        postponed=len(postponed),
+        rejections=rejected,
+        kept_samples=kept,
+        postponed_samples=postponed,
+        seconds={name: round(value, 3) for name, value in {**seconds, **waits}.items()},
+        clips_per_minute=round(60 * outcome.encoded / encode_s, 2) if encode_s else 0.0,
+        bound_by=bound,
+        advice=advice_for(bound, settings.workers or default_workers(), default_workers(), device),
+        tiled=outcome.tiled,
+        captions_truncated=outcome.truncated,
+        worker=str(part),
+        busy=[shard_label(split, number) for split, number in outcome.busy],
+        unfinished=[shard_label(shard.split, shard.number) for shard in missing],
+        unfinished_slices=[
+            f"{index}/{part.count}" for index in sorted({part.index_of(shard.number) for shard in missing})
+        ],
+        usable=bool(reused or kept or outcome.encoded or outcome.recovered or outcome.busy or part.count > 1),
+        out=str(settings.out),
+        data_root=str(settings.root),
+        model=checkpoint.name,
+        device=device,
+        gpu_busy=None if outcome.gpu.share is None else round(outcome.gpu.share, 4),
+        vae_encoder=outcome.encoder.encoder,
+        vae_difference=outcome.encoder.difference,
+    )
+
+
+def _by_line(samples: Iterable[Rejected]) -> list[Rejection]:
+    return [Rejection.of(one) for one in sorted(samples, key=lambda one: one.sample.line)]
+
+
+def what_bound(decode_wait_s: float, vae_s: float, write_wait_s: float) -> Bound:
+    """Which side the run waited for most."""
+    sides: dict[Bound, float] = {"decode": decode_wait_s, "vae": vae_s, "disk": write_wait_s}
+    most = max(sides, key=lambda side: sides[side])
+    return most if sides[most] > 0 else "nothing"
+
+
+def advice_for(bound: Bound, workers: int, cores: int, device: str) -> str:
+    """What would make the next run faster."""
+    if bound == "decode":
+        if workers < cores:
+            return f"the VAE waited for clips: --workers {cores} uses every core"
+        return "the VAE waited for clips: more cores, or clips of a smaller size, would help"
+    if bound == "vae":
+        return "the VAE was busy throughout" + (": a GPU would help" if device == "cpu" else ": more GPUs would help")
+    if bound == "disk":
+        return "the VAE waited for the disk: a faster disk for --out would help"
+    return ""
+
+
+def show(report: Report, console: Console, report_path: Path) -> None:
+    """The summary, readable in 80 columns."""
+    _show_samples(f"{counted(report.rejected, 'clip')} rejected", report.rejections, console, report_path)
+    _show_samples(
+        f"{counted(report.postponed, 'clip')} left for the next run, which tries again",
+        report.postponed_samples, console, report_path,
+    )  # fmt: skip
+    _show_samples(
+        f"{counted(report.kept, 'sample')} kept as encoded before: in the lists, but not to be read now",
+        report.kept_samples, console, report_path,
+    )  # fmt: skip
+    parts = [f"encoded {report.encoded}"]
+    for name, count in {
+        "recovered": report.recovered, "reused": report.reused, "kept": report.kept, "rejected": report.rejected,
+        "left for the next run": report.postponed, "dropped": report.dropped,
+    }.items():  # fmt: skip
+        if count:
+            parts.append(f"{name} {count}")
+    console.print(styled((", ".join(parts), "bold"), f" in {in_words(report.seconds['total'])}"))
+    if report.encoded:
+        console.print(f"{report.clips_per_minute:.1f} clips/min; {report.advice}")
+    if report.gpu_busy is not None:
+        warm_up = in_words(report.seconds.get("warm_up", 0.0))
+        console.print(f"the GPU was busy {report.gpu_busy:.0%} of that time, after {warm_up} of warm-up")
+    if report.captions_truncated:
+        console.print(
+            f"{counted(report.captions_truncated, 'caption')} cut at the length that the model reads; "
+            "`cogprep validate` shows where",
+        )
+    if report.tiled:
+        console.print(f"memory was short: the VAE ran in tiles for {counted(report.tiled, 'clip')}")
+    if report.busy:
+        console.print(f"another process is writing {', '.join(report.busy)}; left to it")
+    if report.unfinished:
+        shown = ", ".join(report.unfinished[:4]) + (" ..." if len(report.unfinished) > 4 else "")
+        if report.worker == "1/1":
+            console.print(f"not finished yet: {shown}; run the same command again")
+        else:
+            slices = ", ".join(report.unfinished_slices[:16]) + (" ..." if len(report.unfinished_slices) > 16 else "")
+            console.print(
+                f"not finished yet: slices {slices} ({shown}); run them, or all of it without --worker",
+            )
+    console.print(f"shards in {report.out}, details in {report_path}", soft_wrap=True)
+    if report.usable and not report.unfinished:
+        out = Path(report.out)
+        line = f"next: cogtrain lora --shards {tars_in(out)}"
+        if any((out / "val").glob("*.tar")):
+            line += f" --validate-shards {tars_in(out / 'val')}"
+        console.print(line, soft_wrap=True)
+
+
+def _show_samples(title: str, samples: Sequence[Rejection], console: Console, report_path: Path) -> None:
+    if not samples:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold yellow", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("line", justify="right")
+    table.add_column("clip", overflow="fold")
+    table.add_column("reason", overflow="fold")
+    for sample in samples[:_SHOWN]:
+        table.add_row(str(sample.line), sample.source, sample.reason)
+    if len(samples) > _SHOWN:
+        table.add_row("", f"and {len(samples) - _SHOWN} more", str(report_path))
+    console.print(table)

@@ -1,0 +1,282 @@
+"""The output folder: its committed samples, and the contract that they share."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cogcommon.cli.names import command_line
+from cogcommon.errors import DataRootError, SettingError, ShardError
+from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.typed import build, parse_object
+from cogcommon.model.families import Task
+from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
+from cogcommon.shards.records import read_table, record_name, tar_name
+from cogcommon.words import counted
+
+from ..dataset.lists import DataSet, read_lists
+from ..settings import PlanSettings
+from ..source.clip import Hashed
+from ..store.proof import ORIGIN_FILE, refuse_foreign
+from ..store.shards import committed_shards
+from .holdout import Holdout
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+
+_SCANNED = ["key", "status", "reason", "source", "source_size", "source_mtime_ns", "source_sha256"]
+
+
+def split_folder(out: Path, split: Split) -> Path:
+    return out if split == "train" else out / "val"
+
+
+def shard_label(split: Split, number: int) -> str:
+    """A shard as it is found in the folder: 000003.tar, val/000000.tar."""
+    return tar_name(number) if split == "train" else f"{split}/{tar_name(number)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A sample that a committed shard holds, or has rejected."""
+
+    number: int
+    reason: str  # why it was rejected; empty if it is there
+    source_sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A sample that a committed shard has a place for, and nothing in it yet."""
+
+    number: int
+    place: int
+
+
+def _no_waiting() -> Mapping[Split, Mapping[str, Waiting]]:
+    return {split: {} for split in SPLITS}
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Everything that the records of a folder say, by split and key."""
+
+    samples: Mapping[Split, Mapping[str, Placed]]
+    hashes: Mapping[str, Hashed]  # by source, as the list names it
+    waiting: Mapping[Split, Mapping[str, Waiting]] = field(default_factory=_no_waiting)
+    out: Path | None = None  # the folder, for what is looked up only seldom
+
+    def clips(self, split: Split) -> set[bytes]:
+        """Content hashes of the clips that a split has."""
+        return {placed.source_sha256 for placed in self.samples[split].values()} - {b""}
+
+
+def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
+    """Read the records of a folder.
+
+    Args:
+        retry_rejected: a rejected sample counts as one that waits.
+
+    Raises:
+        ShardError: a record is damaged, or a tar has not the size that its record says.
+    """
+    samples: dict[Split, dict[str, Placed]] = {split: {} for split in SPLITS}
+    waiting: dict[Split, dict[str, Waiting]] = {split: {} for split in SPLITS}
+    hashes: dict[str, Hashed] = {}
+    for split, number, path in records_in(out):
+        header, table = read_table(path, _SCANNED)
+        tar = path.with_suffix(".tar")
+        if not tar.exists():  # `settle` removes such a record, unless a live process is at it
+            continue
+        _check_size(tar, header.tar_size)
+        columns = [table.column(name).to_pylist() for name in _SCANNED]
+        lacking = {key for _, key in header.waiting}
+        for key, _status, reason, source, size, mtime_ns, sha256 in zip(*columns, strict=True):
+            hashes[source] = Hashed(size, mtime_ns, sha256)
+            if reason and retry_rejected:
+                lacking.add(key)
+            else:
+                samples[split][key] = Placed(number, reason, sha256)
+        if lacking:
+            order = columns[0]
+            for place, key in header.waiting:
+                order.insert(place, key)
+            waiting[split] |= {key: Waiting(number, place) for place, key in enumerate(order) if key in lacking}
+    return Committed(samples, hashes, waiting, out)
+
+
+def _check_size(tar: Path, recorded: int) -> None:
+    # A full check reads every byte (`verify`); this one costs nothing and finds what copying cuts short.
+    size = tar.stat().st_size
+    if size != recorded:
+        raise ShardError(
+            f"{tar.name} has {size} bytes; its record says {recorded}",
+            where=str(tar),
+            fix=f"`{command_line('rm', tar, tar.with_suffix('.parquet'))}`, and run `cogprep encode` again",
+        )
+
+
+def records_in(out: Path) -> Iterator[tuple[Split, int, Path]]:
+    """Split, number and record of every committed shard of a folder."""
+    for split in SPLITS:
+        folder = split_folder(out, split)
+        for number in committed_shards(folder):
+            yield split, number, folder / record_name(number)
+
+
+def read_contract(out: Path) -> Contract | None:
+    """The folder's contract; None where there is none yet.
+
+    Raises:
+        ShardError: damaged, or of another schema version.
+    """
+    path = out / CONTRACT_FILE
+    return Contract.from_json(path.read_bytes(), where=str(path)) if path.exists() else None
+
+
+def check_contract(out: Path, ours: Contract) -> Contract | None:
+    """The folder's contract if it agrees with ours, None if there is none.
+
+    Raises:
+        SettingError: it differs; the message names every difference and the choices.
+    """
+    theirs = read_contract(out)
+    if theirs is not None and theirs.fingerprint != ours.fingerprint:
+        raise SettingError(
+            f"{out} was encoded with other settings; the two never mix",
+            where="\n       ".join(f"{line} ({CONTRACT_FILE})" for line in ours.differences(theirs)),
+            fix=f"use the old settings; or keep both, with --out ANOTHER; or start over, "
+            f"after `{command_line('cogprep', 'clean-cache', '--out', out, '--all')}`",
+        )
+    return theirs
+
+
+def commit_contract(out: Path, ours: Contract, empty_caption: bytes) -> Contract:
+    """Write contract and empty caption, unless another worker was first: then theirs count.
+
+    Raises:
+        SettingError: theirs differs from ours.
+    """
+    path = out / EMPTY_CAPTION_FILE
+    commit_bytes(path, empty_caption, exclusive=True)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    ours = dataclasses.replace(ours, empty_caption_sha256=digest)
+    commit_bytes(out / CONTRACT_FILE, ours.to_json().encode(), exclusive=True)
+    theirs = check_contract(out, ours)
+    assert theirs is not None
+    if theirs.empty_caption_sha256 != digest:
+        raise ShardError(
+            f"{EMPTY_CAPTION_FILE} is not the one that the contract names",
+            where=str(path),
+            fix=f"`{command_line('rm', path)}`, and run the same command again on the device that made these shards",
+        )
+    return theirs
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a folder's samples came from, so that `clean-cache` and `verify` can look again."""
+
+    data_root: str
+    prompts: str
+    videos: str
+    images: str | None
+    id_token: str
+    holdout: int = 0  # clips that were asked for
+    held_out: Sequence[str] = ()  # and those chosen: content hashes in hex, ascending
+
+    @classmethod
+    def of(cls, settings: PlanSettings, holdout: Holdout) -> Origin:
+        """Where the samples of an encode come from, and which clips it sets aside."""
+        held_out = sorted(clip.hex() for clip in holdout.clips)
+        root = str(settings.root.resolve())
+        lists = settings.prompts, settings.videos, settings.images
+        return cls(root, *lists, settings.id_token, holdout.count, held_out)
+
+    @property
+    def lists(self) -> str:
+        """The data root and the lists in it, in words."""
+        images = "" if self.images in (None, "images.txt") else f", {self.images}"
+        return f"{self.data_root} ({self.videos}, {self.prompts}{images})"
+
+    def read_lists(self, task: Task) -> DataSet:
+        """The lists as they are now.
+
+        Raises:
+            DataRootError: the data root is gone.
+        """
+        return read_lists(
+            Path(self.data_root),
+            task=task,
+            prompts=self.prompts,
+            videos=self.videos,
+            images=self.images,
+            id_token=self.id_token,
+        )
+
+    def state_of_lists(self) -> tuple[str, ...]:
+        """A hash of each list as it is now, empty where it cannot be read."""
+        names = self.prompts, self.videos, self.images or "images.txt"
+        return tuple(_hash_of(Path(self.data_root) / name) for name in names)
+
+    def write(self, out: Path) -> None:
+        refuse_foreign(out / ORIGIN_FILE)
+        commit_bytes(out / ORIGIN_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+
+
+def _hash_of(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def read_origin(out: Path) -> Origin | None:
+    """Where the folder came from; None if it does not say."""
+    try:
+        origin = build(Origin, parse_object((out / ORIGIN_FILE).read_bytes()))
+        if b"\0" in b"".join(map(os.fsencode, (origin.data_root, origin.prompts, origin.videos, origin.images or ""))):
+            raise ValueError("no path")
+        _ = [bytes.fromhex(clip) for clip in origin.held_out]
+    except (OSError, ValueError):  # also of what os.fsencode cannot take
+        return None
+    return origin
+
+
+def remembered_holdout(out: Path, committed: Committed) -> Holdout:
+    """The clips that the folder sets aside, as its origin says; an older folder says it by what is in val/."""
+    origin = read_origin(out)
+    if origin is not None and (origin.holdout or origin.held_out):
+        return Holdout(origin.holdout, frozenset(map(bytes.fromhex, origin.held_out)))
+    clips = committed.clips("val")
+    return Holdout(len(clips), frozenset(clips))
+
+
+def guard_other_data(out: Path, origin: Origin, dropped: int) -> None:
+    """Refuse to drop samples because other data was named: by mistake, or to try something.
+
+    Args:
+        origin: of the encode that would drop them.
+        dropped: samples that would go.
+
+    Raises:
+        DataRootError: the folder was encoded from another data root, or other lists, or does not say from which.
+    """
+    before = read_origin(out)
+    if not dropped or (before is not None and before.lists == origin.lists):
+        return
+    was = (
+        f"it was encoded from {before.lists}" if before else f"its {ORIGIN_FILE} does not say what it was encoded from"
+    )
+    raise DataRootError(
+        f"{out} would lose {counted(dropped, 'sample')} that are not in this data",
+        where=f"{was}\n       this is {origin.lists}",
+        fix=f"--out ANOTHER keeps both; --replace drops them, if {out} is to follow this data from now on; "
+        f"or start over, after `{command_line('cogprep', 'clean-cache', '--out', out, '--all')}`",
+    )

@@ -1,0 +1,318 @@
+"""A pool of child processes for work that may crash or hang in native code.
+
+FFmpeg reads whatever files people have. One that makes it crash or loop must
+cost only that clip, so every clip is read in a spawned child. A child that dies, or
+gives no sign of life for too long (`heartbeat`), is replaced and its task is tried once
+more; then it becomes a `Fault` that is no verdict on the clip. Results come in
+the order of the tasks through a window of fixed length, so memory is bounded by
+the window however many clips there are.
+
+Large arrays do not pass through the pipe: the child lays them into an anonymous
+file in memory and passes its descriptor, which the parent maps (49x480x720 frames
+are 51 MB; /dev/shm, which containers limit to 64 MB, is not used).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import reduction
+from multiprocessing.connection import wait
+from typing import Any, Generic, TypeVar
+
+from cogcommon.errors import CogError
+
+from ..source.clip import Fault
+from ..source.heartbeat import TIMEOUT_S
+from .child import BEAT, serve
+
+R = TypeVar("R")
+
+_START_S = 180.0  # a child that has not imported its modules by then never will
+_TRIES = 2  # of a task whose child died, hung, or ran out of memory
+_STARTS = 4  # children in a row that died while they started, none of them running: it is not chance
+_PAUSE_S = 1.0  # before the next start after one that failed
+
+
+def default_workers() -> int:
+    """One decode worker per core that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(eq=False)
+class _Ticket(Generic[R]):
+    """One task: waiting, given to a child, then done with a result or a fault."""
+
+    call: bytes
+    done: threading.Event = field(default_factory=threading.Event)
+    result: R | Fault | None = None
+    tries: int = 0
+
+    def finish(self, result: R | Fault) -> None:
+        self.result = result
+        self.call = b""
+        self.done.set()
+
+
+class _Child:
+    """A spawned process, the pipe to it, and the ticket it works on."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(far_end,), name="cogprep-decode", daemon=True)
+        try:
+            self.process.start()
+        except BaseException:
+            self.pipe.close()
+            raise
+        finally:
+            far_end.close()
+        self.ready = False
+        self.ticket: _Ticket[Any] | None = None
+        self.deadline = time.monotonic() + _START_S
+
+    def give(self, ticket: _Ticket[Any], timeout_s: float) -> None:
+        self.ticket = ticket
+        self.deadline = time.monotonic() + timeout_s
+        self.pipe.send_bytes(ticket.call)
+
+    def take(self) -> Any:
+        """The result that lies in the pipe, or `BEAT`. Raises EOFError or OSError when the child died."""
+        message = self.pipe.recv()
+        if message == BEAT:
+            return BEAT
+        body, sizes = message
+        if not sizes:
+            return pickle.loads(body)
+        # The parent holds the only reference: the mapping goes when the last array over it goes.
+        descriptor = reduction.recv_handle(self.pipe)
+        try:
+            memory = memoryview(mmap.mmap(descriptor, sum(sizes)))
+        finally:
+            os.close(descriptor)
+        buffers, start = [], 0
+        for size in sizes:
+            buffers.append(memory[start : start + size])
+            start += size
+        return pickle.loads(body, buffers=buffers)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join(10)  # one that waits for a dead network disk cannot even be killed
+        self.pipe.close()
+
+
+class Pool:
+    """``workers`` children that run functions of importable modules.
+
+    Use as a context manager; leaving it kills the children. `run` may be called many
+    times, one run at a time.
+
+    Args:
+        workers: child processes.
+        timeout_s: a child that gives no sign of life for longer is stopped.
+    """
+
+    def __init__(self, workers: int, *, timeout_s: float = TIMEOUT_S) -> None:
+        assert workers > 0
+        self.workers = workers
+        self.timeout_s = timeout_s
+        self._waiting: deque[_Ticket[Any]] = deque()
+        self._children: list[_Child] = []
+        self._failure: CogError | None = None
+        self._failed_starts = 0  # in a row
+        self._next_start = 0.0  # not before this time
+        self._closing = False
+        self._wake_out, self._wake_in = os.pipe()
+        self._thread = threading.Thread(target=self._pump, name="cogprep-pool", daemon=True)
+
+    def __enter__(self) -> Pool:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._closing = True
+        self._wake()
+        self._thread.join()
+        os.close(self._wake_in)
+        os.close(self._wake_out)
+
+    def run(
+        self, function: Callable[..., R], tasks: Iterable[tuple[Any, ...]], *, window: int | None = None
+    ) -> Iterator[R | Fault]:
+        """``function(*task)`` for every task, in order.
+
+        Args:
+            function: importable in a child; its exceptions become passing `Fault`s.
+            tasks: argument tuples, read as the window moves on, in the caller's thread.
+            window: tasks under way or finished and not yet taken; twice the workers by default.
+
+        Raises:
+            CogError: the children cannot start at all.
+        """
+        window = window or 2 * self.workers
+        tickets: deque[_Ticket[R]] = deque()
+        source = iter(tasks)
+        try:
+            while True:
+                while len(tickets) < window and (task := next(source, None)) is not None:
+                    call = pickle.dumps((function, task), protocol=5)
+                    ticket: _Ticket[R] = _Ticket(call)
+                    tickets.append(ticket)
+                    self._waiting.append(ticket)
+                    self._wake()
+                if not tickets:
+                    return
+                first = tickets.popleft()
+                first.done.wait()
+                if self._failure is not None:
+                    raise self._failure
+                assert first.result is not None
+                yield first.result
+        finally:  # the caller stopped early: do not start what it will not read
+            for ticket in tickets:
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(ticket)
+
+    def _wake(self) -> None:
+        os.write(self._wake_in, b".")
+
+    def _pump(self) -> None:
+        """The pool's own thread: hand out tasks, collect results, bury and replace children."""
+        try:
+            while not self._closing:
+                self._hand_out()
+                now = time.monotonic()
+                due = [child.deadline for child in self._children if child.ticket is not None or not child.ready]
+                if self._waiting and self._next_start > now:
+                    due.append(self._next_start)
+                soonest = min((time_ - now for time_ in due), default=None)
+                pipes = {child.pipe: child for child in self._children}
+                for event in wait([*pipes, self._wake_out], None if soonest is None else max(soonest, 0)):
+                    if event == self._wake_out:
+                        os.read(self._wake_out, 65536)
+                    else:
+                        self._collect(pipes[event])  # type: ignore[index]
+                self._stop_late()
+        except CogError as error:
+            self._failure = error
+        except BaseException as error:  # a defect of ours; the caller must not wait for ever
+            self._failure = CogError(f"the decode pool failed: {error!r}")
+            traceback.print_exc()
+        finally:
+            for child in self._children:
+                child.stop()
+                if child.ticket is not None:
+                    child.ticket.finish(Fault("the pool was closed"))
+            while not self._closing:  # failed: let every caller know
+                while self._waiting:
+                    self._waiting.popleft().finish(Fault("the pool failed"))
+                time.sleep(0.05)
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            idle = [child for child in self._children if child.ticket is None and child.ready]
+            if idle:
+                try:
+                    ticket = self._waiting.popleft()
+                except IndexError:  # the caller has taken it back
+                    return
+                try:
+                    idle[0].give(ticket, self.timeout_s)
+                except OSError:  # it died while idle, so it is not the task's doing
+                    idle[0].ticket = None
+                    self._waiting.appendleft(ticket)
+                    self._bury(idle[0], "")
+                continue
+            starting = sum(not child.ready for child in self._children)
+            if (
+                len(self._children) < self.workers
+                and starting < len(self._waiting)
+                and time.monotonic() >= self._next_start
+            ):
+                self._start()
+                continue
+            return
+
+    def _start(self) -> None:
+        try:
+            self._children.append(_Child())
+        except OSError as error:  # no more processes, memory or descriptors, for now
+            self._count_failed_start(error.strerror or str(error))
+
+    def _collect(self, child: _Child) -> None:
+        try:
+            result = child.take()
+        except (EOFError, OSError):
+            child.process.join(5)
+            self._bury(child, f"the decoder crashed on it: {_ending(child.process.exitcode)}")
+            return
+        if result is BEAT:
+            child.deadline = time.monotonic() + self.timeout_s
+            return
+        if not child.ready:
+            child.ready = True
+            self._failed_starts = 0
+            return
+        ticket, child.ticket = child.ticket, None
+        if ticket is not None:
+            self._settle(ticket, result)
+
+    def _settle(self, ticket: _Ticket[Any], result: Any) -> None:
+        """A task has its result, unless that is a passing fault of its first try."""
+        ticket.tries += 1
+        if isinstance(result, Fault) and result.passing and ticket.tries < _TRIES:
+            self._waiting.appendleft(ticket)
+        else:
+            ticket.finish(result)
+
+    def _stop_late(self) -> None:
+        now = time.monotonic()
+        for child in list(self._children):
+            if (child.ticket is not None or not child.ready) and now > child.deadline:
+                self._bury(child, f"gave no sign of life for {self.timeout_s:g} s; the decoder was stopped")
+
+    def _bury(self, child: _Child, why: str) -> None:
+        """Part with a child; the task that it had is tried once more, or has a fault."""
+        self._children.remove(child)
+        child.stop()
+        if not child.ready:
+            self._count_failed_start(_ending(child.process.exitcode))
+        elif child.ticket is not None:
+            self._settle(child.ticket, Fault(why, passing=True))
+
+    def _count_failed_start(self, why: str) -> None:
+        """It may be the moment (memory was short), unless no child comes up any more.
+
+        Raises:
+            CogError: then.
+        """
+        self._failed_starts += 1
+        self._next_start = time.monotonic() + _PAUSE_S
+        if self._failed_starts >= _STARTS and not any(child.ready for child in self._children):
+            raise CogError(
+                f"the decode processes cannot start: {why}",
+                fix="look at the messages above; often it is too little memory for --workers processes",
+            )
+
+
+def _ending(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name if -exitcode in signal.Signals._value2member_map_ else ""
+        if name == "SIGKILL":
+            return "it was killed (SIGKILL; often the system, out of memory)"
+        return f"it crashed with signal {-exitcode} {name}".rstrip()
+    return f"it ended with exit code {exitcode}"

@@ -1,0 +1,60 @@
+"""Checks and hashes a file of the lists before a decoder opens it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from cogcommon.files.regular_file import Missing, Unreadable, check_regular
+
+from .clip import BadClip, Fault, Hashed
+from .heartbeat import beat
+from .near import near
+
+
+def hash_file(path: Path) -> bytes:
+    """sha256 of a file's content.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            beat()
+    return digest.digest()
+
+
+def hash_whole(path: Path) -> Hashed | Fault:
+    """A file's content hash, without a decoder; a fault if it cannot be read."""
+    try:
+        info = refuse_special(path)
+        return Hashed(info.st_size, info.st_mtime_ns, hash_file(path))
+    except (BadClip, OSError) as error:
+        return Fault(str(error), passing=True)
+
+
+def unchanged(path: Path, before: Hashed) -> bool:
+    """Whether a file still has the size and time that it had when it was hashed."""
+    try:
+        now = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        return False
+    return (now.st_size, now.st_mtime_ns) == (before.size, before.mtime_ns)
+
+
+def refuse_special(path: Path) -> os.stat_result:
+    """See `check_regular`; of a missing file, what lies near it is named.
+
+    Raises:
+        BadClip: missing, unreadable, empty, or no regular file.
+    """
+    try:
+        return check_regular(path)
+    except Missing as error:
+        raise BadClip("; ".join(filter(None, [str(error), near(path)]))) from None
+    except Unreadable as error:
+        raise BadClip(str(error)) from error

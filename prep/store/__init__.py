@@ -1,0 +1,4 @@
+"""Shards as files: written, committed, locked, and proved to be ours before anything is removed.
+
+Imports show.
+"""

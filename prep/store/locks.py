@@ -1,0 +1,113 @@
+"""Locks on shards, and one clear message for a full disk or a refusal of the file system."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from cogcommon.files import failures, locks
+from cogcommon.files.atomic import TEMPORARY, temporary_beside
+from cogcommon.files.ownership import is_file
+from cogcommon.shards.records import tar_name
+from cogcommon.words import in_bytes
+
+_MARK = "encode"  # .encode.HOST-RANDOM.tmp
+
+
+class ShardBusy(Exception):
+    """Another live process writes this shard."""
+
+
+def temporary_name(number: int) -> str:
+    return f".{number:06d}.tar.tmp"
+
+
+def open_shard(folder: Path, number: int) -> IO[bytes]:
+    """Open a shard's temporary tar for this process alone. The lock goes with the process, however it ends.
+
+    Raises:
+        ShardBusy: another live process writes the shard.
+        NoLocks: the file system keeps no locks.
+    """
+    temporary, tar = folder / temporary_name(number), folder / tar_name(number)
+    try:
+        stream = locks.open_locked(temporary)
+    except locks.Busy:
+        raise ShardBusy from None
+    # A writer renames its tar, locked still, before it writes the record; the temporary name is free by then.
+    if is_file(tar) and locks.locked_elsewhere(tar):
+        with stream:
+            _let_go(stream, temporary)
+        raise ShardBusy
+    return stream
+
+
+def _let_go(stream: IO[bytes], temporary: Path) -> None:
+    """Remove a lock that is nothing else. A killed writer's work may lie in it; that is for the next one."""
+    if os.fstat(stream.fileno()).st_size == 0:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock_shard(folder: Path, number: int) -> Iterator[None]:
+    """Hold a shard that is not being written but for its record or its rewrite.
+
+    Raises:
+        ShardBusy: another live process writes it.
+    """
+    with open_shard(folder, number) as stream:
+        try:
+            yield
+        finally:
+            _let_go(stream, folder / temporary_name(number))
+
+
+@contextmanager
+def at_work(out: Path) -> Iterator[None]:
+    """Hold a locked file in a folder, by which clean-cache knows that a run lives there.
+
+    Raises:
+        NoLocks: the file system keeps no locks, and writers could not be told apart.
+    """
+    mark = temporary_beside(out / _MARK)
+    try:
+        with disk_errors(out):
+            for left in out.glob(f".{_MARK}.*.tmp"):
+                if TEMPORARY.fullmatch(left.name) and not locks.locked_elsewhere(left):
+                    left.unlink(missing_ok=True)
+            stream = _open_patiently(mark)
+        with stream:
+            yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _open_patiently(mark: Path) -> IO[bytes]:
+    while True:
+        with suppress(locks.Busy):  # whoever looks whether we live holds it for a moment
+            return locks.open_locked(mark)
+
+
+def work_goes_on(out: Path) -> bool:
+    """Whether a run lives in a folder."""
+    return any(locks.locked_elsewhere(mark) for mark in out.glob(f".{_MARK}.*.tmp") if TEMPORARY.fullmatch(mark.name))
+
+
+def lack_of_room(folder: Path, needed: int) -> str:
+    """What to tell whoever starts a work of ``needed`` bytes on a disk that is too full for it; else empty."""
+    free = failures.room_of(folder)
+    if free is None or needed <= free:
+        return ""
+    return f"this takes {in_bytes(needed)}, and the disk of {folder} has {in_bytes(free)} free: it will run full"
+
+
+def disk_errors(path: Path) -> AbstractContextManager[None]:
+    """What the file system refuses while shards, or what belongs to them, are written: one clear message.
+
+    Raises:
+        DiskError: in place of the system's or the library's own error.
+    """
+    return failures.disk_errors(path, go_on="run the command again: finished shards are kept")

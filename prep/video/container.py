@@ -1,0 +1,174 @@
+"""Opens a video file with PyAV: one file, its one video stream, or the reason why not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+import av
+from av.container import InputContainer
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from ..source.clip import BadClip
+
+_NO_VIDEO = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg "plays" text files as video
+_PICTURES = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails  # a song's cover is no clip
+
+_FIRST_BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"sidx", b"pnot"}
+
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+# Formats that only say which other files to read. A content hash does not see what those hold.
+_READ_OTHERS = {"concat", "hls", "image2", "mlv", "sdp", "vobsub"}
+_JOIN = "its content hash would not see the files that it names; to make one file: ffmpeg -i CLIP -c copy OUT.mp4"
+_BIT_1 = re.escape(bytes(flags for flags in range(256) if flags & 2))  # of VP8X: the WebP is animated
+_WEBP = """python -c "from PIL import Image; Image.open('CLIP').save('OUT.png', save_all=True)\""""
+
+# How a file begins that FFmpeg would open wrongly or refuse without a true word.
+_KNOWN = (
+    (rb"#EXTM3U", f"a playlist (m3u8), not a video: {_JOIN}"),
+    (rb"ffconcat version", f"a list of other files (ffconcat), not a video: {_JOIN}"),
+    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<MPD\b", f"a playlist (DASH), not a video: {_JOIN}"),
+    (rb"v=0\r?\no=", "the description of a network stream (SDP), not a video"),
+    (rb"MLVI", "a Magic Lantern recording, which may go on in other files; convert it to mp4 first"),
+    (
+        rb"RIFF....WEBPVP8X....[" + _BIT_1 + rb"]",
+        f"an animated WebP, which FFmpeg cannot decode; to convert it: {_WEBP}",
+    ),
+    (rb"version https://git-lfs\.github\.com/spec", "a Git LFS pointer, not the video itself; type: git lfs pull"),
+    (rb"(<!--.*?-->\s*)?<(!doctype html|html)\b", "a web page, not a video: the download went wrong"),
+)
+
+
+def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
+    """The file and its video stream: of several the one marked default, else the largest, as players take it.
+
+    Raises:
+        BadClip: it cannot be opened, has no video, or would read further files.
+    """
+    _refuse_known(path)
+    options = {
+        "protocol_whitelist": "file",  # a playlist called clip.mp4 must not reach the network,
+        "format_whitelist": _formats(),  # nor other files
+    }
+    try:
+        # "file:" keeps a colon in a name from meaning a protocol;
+        # a title that is not UTF-8 is no reason to refuse a clip.
+        container = av.open(f"file:{path}", options=options, metadata_errors="ignore")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise BadClip(_cut_in_a_box(path) or f"not a video, or damaged: {words_of(error)}") from error
+    try:
+        stream = _choose(container, path)
+    except BadClip:
+        container.close()
+        raise
+    codec = stream.codec_context
+    codec.thread_count = 1  # the pool runs one file per core; set before the first decode
+    codec.options = {"err_detect": "explode"}
+    return container, stream
+
+
+def video_streams(container: InputContainer) -> list[VideoStream]:
+    """The streams that are films: no cover pictures, no text."""
+    return [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & _PICTURES
+        and (stream.codec_context is None or stream.codec_context.name not in _NO_VIDEO)
+    ]
+
+
+def decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """The frames from where the container stands.
+
+    A WebM's transparency lies beside its pictures, where only libvpx looks for it; without it the colours
+    that are hidden there would be shown.
+    """
+    reader = _WITH_ALPHA.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+    if reader is None:
+        yield from container.decode(stream)
+        return
+    decoder = cast(VideoCodecContext, av.CodecContext.create(reader, "r"))
+    decoder.thread_count = 1
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet if packet.size else None)
+
+
+def words_of(error: Exception) -> str:
+    """What FFmpeg says, without its number and the path."""
+    if isinstance(error, av.error.FFmpegError):
+        return str(error.strerror or type(error).__name__)
+    return str(error)
+
+
+def _choose(container: InputContainer, path: Path) -> VideoStream:
+    streams = video_streams(container)
+    usable = [stream for stream in streams if stream.codec_context is not None]
+    if usable:
+        return max(
+            usable,
+            key=lambda stream: (bool(stream.disposition & av.stream.Disposition.default), stream.width * stream.height),
+        )
+    if cut := _cut_in_a_box(path):
+        raise BadClip(cut)
+    if streams:
+        raise BadClip("its codec cannot be decoded here; to convert it, where that is known: ffmpeg -i CLIP OUT.mp4")
+    raise BadClip("there is only sound in it, no video" if container.streams.audio else "there is no video in it")
+
+
+@cache
+def _formats() -> str:
+    return ",".join(sorted(av.formats_available - _READ_OTHERS))
+
+
+def _refuse_known(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError as error:
+        raise BadClip(f"cannot be read: {error.strerror}") from error
+    for pattern, reason in _KNOWN:
+        if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            raise BadClip(reason)
+
+
+def _cut_in_a_box(path: Path) -> str | None:
+    """Why an mp4 or mov has no readable index: the file ends before its last box does, or has no moov box."""
+    names = []
+    try:
+        for name, end, size in _boxes(path):
+            names.append(name)
+            if end > size:
+                return f"damaged or cut short: its '{name}' box should end at byte {end:,}, the file ends at {size:,}"
+    except OSError:
+        return None
+    if names and not {"moov", "moof", "meta"} & set(names):
+        return "damaged or cut short: it has no index (no 'moov' box), as when a recording was not finished"
+    return None
+
+
+def _boxes(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name and end of every box at the top level of an ISO file (ISO/IEC 14496-12, 4.2), and the file's size."""
+    size = path.stat().st_size
+    start = 0
+    with path.open("rb") as file:
+        while start + 8 <= size:
+            file.seek(start)
+            head = file.read(16)
+            name = head[4:8]
+            if name not in _FIRST_BOXES if start == 0 else not re.fullmatch(rb"[A-Za-z0-9 ]{4}", name):
+                return
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:
+                length = int.from_bytes(head[8:16], "big")
+            elif length == 0:  # to the end of the file
+                length = size - start
+            if length < 8:
+                return
+            yield name.decode(), start + length, size
+            start += length

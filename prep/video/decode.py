@@ -1,0 +1,100 @@
+"""From a file to the pixels the VAE sees: pick frames, scale, cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cogcommon.media.image import BadImage, read_upright
+from cogcommon.model.families import Resolution
+
+from ..source.clip import BadClip, Fault
+from ..source.source_file import refuse_special
+from .colour import Pixels
+from .cut import Cut, Placement, pick_frames, place
+from .media import Video
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip as it is encoded: uint8 RGB, upright, at its bucket's size."""
+
+    frames_FHWC: Pixels
+    indices: tuple[int, ...]  # source frame of each frame
+    effective_fps: float  # of the picked frames, in source time
+    crop_box: tuple[int, int, int, int]  # left, top, right, bottom in the upright, square-pixel source
+    colour: str
+    image_HWC: Pixels | None = None  # the sample's own image (I2V), cut the same way
+
+
+def decode_clip(
+    path: Path, resolution: Resolution, cut: Cut, family_fps: float, key: str, image: Path | None = None
+) -> Clip | Fault:
+    """Decode a clip for one bucket.
+
+    Args:
+        family_fps: the rate the model was trained at (`cut.pick_frames`).
+        key: the sample's key; it seeds the random crop.
+        image: the sample's own first frame (I2V); without one the caller takes the clip's.
+    """
+    try:
+        with Video(path) as video:
+            picked = pick_frames(video.times_s, resolution.frames, cut, family_fps)
+            if isinstance(picked, Fault):
+                return picked
+            placement = place(*video.display_size, resolution, cut, key)
+            clip_FHWC = np.zeros((resolution.frames, resolution.height, resolution.width, 3), np.uint8)
+            slot = 0
+            for frame_HWC in video.frames(sorted(set(picked.indices)), placement.width, placement.height):
+                _cut(frame_HWC, placement, clip_FHWC[slot])
+                repeats = picked.indices.count(picked.indices[slot])
+                clip_FHWC[slot + 1 : slot + repeats] = clip_FHWC[slot]
+                slot += repeats
+            image_HWC = None if image is None else read_image(image, resolution, cut, key)
+            return Clip(
+                clip_FHWC, picked.indices, picked.effective_fps, placement.box, video.colour.decision, image_HWC
+            )
+    except BadClip as bad:
+        return Fault(str(bad))
+
+
+def image_size(path: Path) -> tuple[int, int] | Fault:
+    """Upright width and height of a picture, which is read as `read_image` will read it."""
+    try:
+        return _read_upright(path).size
+    except BadClip as bad:
+        return Fault(str(bad))
+
+
+def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels:
+    """A picture scaled and cut as its clip is: (height, width, 3) uint8 RGB.
+
+    Raises:
+        BadClip: it cannot be read.
+    """
+    upright = _read_upright(path)
+    placement = place(upright.width, upright.height, resolution, cut, key)
+    scaled = upright.resize((placement.width, placement.height), Image.Resampling.BICUBIC)
+    image_HWC = np.zeros((resolution.height, resolution.width, 3), np.uint8)
+    _cut(np.asarray(scaled), placement, image_HWC)
+    return image_HWC
+
+
+def _read_upright(path: Path) -> Image.Image:
+    try:
+        refuse_special(path)
+        return read_upright(path)
+    except (BadClip, BadImage) as bad:
+        raise BadClip(f"image: {bad}") from None
+
+
+def _cut(scaled_HWC: Pixels, placement: Placement, into_HWC: Pixels) -> None:
+    """Copy the picture out of the scaled source; what the source does not cover stays black."""
+    height, width = into_HWC.shape[:2]
+    top, left = max(placement.top, 0), max(placement.left, 0)
+    part = scaled_HWC[top : top + height, left : left + width]
+    down, across = max(-placement.top, 0), max(-placement.left, 0)
+    into_HWC[down : down + part.shape[0], across : across + part.shape[1]] = part

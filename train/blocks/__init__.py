@@ -1,0 +1,14 @@
+"""The transformer's blocks, run in our own way; each file is one lever, read alone and switched off alone.
+
+* ``block``: what a CogVideoX block computes, as a function of its tensors;
+* ``attention``, ``flash4``: the attention kernels;
+* ``qk_norm``, ``qk_kernels``: what stands before the attention, as one kernel each way;
+* ``checkpointing``: what a block keeps for its backward pass, what it computes again;
+* ``compiler``: the blocks compiled, and what it costs;
+* ``trial``: what runs on the device, tried once;
+* ``plan``: which levers a run needs, by arithmetic, from the memory there is;
+* ``known``: the layers that the blocks compute, so that no other is left out;
+* ``engine``: puts them together, in a diffusers transformer.
+
+Imports offload.
+"""

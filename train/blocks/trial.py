@@ -1,0 +1,152 @@
+"""Tries the compiler and the attention kernels on this device with a few numbers before they are used."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from cogcommon.errors import SettingError
+
+from .attention import Kernel, attend
+from .checkpointing import keeping
+from .compiler import compiled, in_one_line
+
+if TYPE_CHECKING:
+    import torch
+
+_HEAD_DIM = 64  # of every published CogVideoX
+_FARTHEST = 0.05  # from fp32; bf16 is off by less than 0.02 here
+
+
+@lru_cache
+def compiler_fault(device: torch.device) -> str | None:
+    """Why torch.compile does not work on the device; None if it does."""
+    import torch
+    import torch.nn.functional as F
+
+    def small(x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x) * 2
+
+    x = torch.ones(64, device=device, requires_grad=True)
+    try:
+        torch.compile(small, fullgraph=True, dynamic=False)(x).sum().backward()
+    except Exception as error:  # torch raises whatever the compilers below it raise
+        return in_one_line(error)
+    return None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises:
+    SettingError: ``--compile on``, and nothing can be compiled.
+    """
+    if fault := compiler_fault(device):
+        raise no_compiler(fault)
+
+
+def no_compiler(fault: str) -> SettingError:
+    return SettingError(
+        f"nothing can be compiled here: {fault}",
+        where="--compile on",
+        fix="install gcc and Triton (it comes with torch on Linux), or --compile auto",
+    )
+
+
+@lru_cache
+def attention_kernel(device: torch.device, dtype: torch.dtype, compiling: bool) -> Kernel:
+    """The fastest attention kernel that runs forward and backward on the device, as the blocks will use it."""
+    import torch
+
+    if device.type != "cuda" or dtype == torch.float32:
+        return "torch"
+    candidates: tuple[Kernel, ...] = ("flash4", "cudnn") if flash4_is_there() else ("cudnn",)
+    working = [kernel for kernel in candidates if kernel_works(kernel, device, dtype, compiling)]
+    if not working:
+        return "flash" if kernel_works("flash", device, dtype, compiling) else "torch"
+    return working[0] if len(working) == 1 else min(working, key=lambda kernel: _milliseconds(kernel, device, dtype))
+
+
+def flash4_is_there() -> bool:
+    """Whether FlashAttention 4 is installed; whether it works, and is the fastest, its trial tells."""
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except Exception:  # FlashAttention 2, whose name the package shares, may be there and broken
+        return False
+
+
+def _milliseconds(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:
+    """Of a forward and a backward pass on half a block of 5B at 49x480x720; the fastest of three.
+
+    With much less work it would time the calls: those of FlashAttention 4 take half a millisecond.
+    """
+    import torch
+
+    shape = (1, 17776, 24, _HEAD_DIM)
+    q, k, v = (torch.randn(shape, device=device).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    took = []
+    for _ in range(4):
+        begin.record()
+        with torch.enable_grad():
+            torch.autograd.grad(attend(kernel, q, k, v), (q, k, v), torch.ones_like(q))
+        end.record()
+        end.synchronize()
+        took.append(begin.elapsed_time(end))
+    return min(took[1:])
+
+
+def kernel_works(kernel: Kernel, device: torch.device, dtype: torch.dtype, compiling: bool) -> bool:
+    """Whether a kernel answers, and rightly, with its output kept and, it may be, compiled."""
+    import torch
+    import torch.nn.functional as F
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(kernel, q * 1.0, k * 1.0, v * 1.0)
+
+    kept = keeping(attention, "attention")  # type: ignore[arg-type]
+    function = compiled(kept) if compiling else kept
+    generator = torch.Generator(device).manual_seed(0)
+    # Strided as in a block: (B, S, H, D) seen as (B, H, S, D).
+    shape = (1, 144, 4, _HEAD_DIM)
+    q, k, v = (torch.randn(shape, device=device, generator=generator).transpose(1, 2) for _ in range(3))
+    half = [tensor.to(dtype).detach().requires_grad_() for tensor in (q, k, v)]
+    exact = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    with torch.enable_grad():  # a model that only draws asks, too
+        try:
+            answer = function(*half)
+            answer.float().square().sum().backward()  # type: ignore[attr-defined]
+        except Exception:  # refusals, and whatever the compilers raise
+            return False
+        expected = F.scaled_dot_product_attention(exact[0], exact[1], exact[2])
+        expected.square().sum().backward()
+    pairs = [(answer, expected), *((mine.grad, theirs.grad) for mine, theirs in zip(half, exact, strict=True))]
+    return all(float((mine.detach().float() - theirs.detach()).abs().max()) < _FARTHEST for mine, theirs in pairs)  # type: ignore
+
+
+@lru_cache
+def qk_norm_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels of `qk_norm` can be built for a GPU, and give there what they give on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    from .qk_norm import qk_norm, qk_norm_backward
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, added, grad = (normal(1, 40, 2, _HEAD_DIM).to(dtype) for _ in range(3))
+    weight, bias = (normal(_HEAD_DIM).to(dtype) for _ in range(2))
+    angle = normal(33, _HEAD_DIM // 2).repeat_interleave(2, dim=1)
+    forward = (x, added, weight, bias, angle.cos(), angle.sin(), 7, 1e-6)
+    backward = (grad, x, added, weight, angle.cos(), angle.sin(), 7, 1e-6, True)
+    there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in (*forward, *backward)]
+    try:
+        answers = qk_norm(*there[:8]), *qk_norm_backward(*there[8:])
+    except Exception:  # whatever Triton and its compilers raise
+        return False
+    expected = qk_norm(*forward), *qk_norm_backward(*backward)
+    pairs = [(mine.cpu().float(), theirs.float()) for mine, theirs in zip(answers, expected, strict=True)]
+    return all(float((mine - theirs).norm() / theirs.norm()) < _FARTHEST for mine, theirs in pairs)

@@ -1,0 +1,219 @@
+"""`cogtrain export`: the weights of a run, or of one of its checkpoints, in the form that others load.
+
+What is written is loaded back by the library it is for, and one forward pass
+is compared, before anything is said to be done. All of it on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.cli.names import json_text
+from cogcommon.cli.settings import resolve
+from cogcommon.cli.terminal import Console
+from cogcommon.errors import ModelError, RunError, SettingError
+from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.failures import disk_errors
+from cogcommon.files.ownership import RECORD_FILE, check_output, is_file, record_of, refuse_data_root, take_output
+from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
+
+from ..distributed.strategy import read_weights
+from ..model import lora, sft
+from ..model.compare import difference, limit, probe
+from ..model.method import Exported, method_of
+from ..report.card import Kind, write_card
+from ..runs import checkpoint as checkpoints
+from ..runs.folder import CARD_FILE, CONFIG_FILE, Run, read_run
+from ..settings import ExportSettings, LoraSettings, SftSettings
+from ..trainer.announce import checked
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_FILES = (lora.FILE, PEFT_FILE, PEFT_CONFIG)
+_EXPORT = "an export"  # what made the files of a folder
+
+
+def run(settings: ExportSettings) -> None:
+    """Export, compare, say where it is.
+
+    Raises:
+        RunError: no such run or checkpoint, or what was written is not what was trained.
+    """
+    folder = settings.run
+    if folder is None:
+        raise SettingError(
+            "no run was named", where="--run", fix="--run with the folder of a run, or a checkpoint-N in it"
+        )
+    is_checkpoint = (folder / checkpoints.STATE_FILE).is_file()
+    run = read_run(folder.absolute().parent if is_checkpoint else folder)
+    if settings.to == "peft" and run.facts.method == "sft":
+        raise SettingError(
+            "full fine-tuning has no adapter: all weights have changed",
+            where=f"--to peft, {run.folder}",
+            fix="--to diffusers",
+        )
+    out = settings.out or folder / "exported" / settings.to
+    import torch
+
+    pick_device()
+    quiet_libraries()
+    step = checkpoints.find(folder).state.step if is_checkpoint else run.facts.steps
+    model = open_checkpoint(
+        settings.model or run.facts.model,
+        None if settings.model else run.facts.revision,
+        named_by=None if settings.model else str(run.folder),
+    )
+    stored = dtype_of(settings.precision or run.facts.precision)  # type: ignore[arg-type]
+    # A CPU computes slowly in fp16, if at all; 2B, the only family with it, is 6.8 GB in fp32.
+    compute = torch.float32 if stored == torch.float16 else stored
+    asked = json.dumps([settings.to, step, run.facts.shards_fingerprint, model.name, str(stored)])
+    refuse_data_root(out, "--out")
+    _adopt(out, run, step, asked)
+    before = check_output(out, _EXPORT, "--out")
+    if before and before.request != asked:
+        raise SettingError(
+            "this folder holds another export: of another step, run or form", where=f"--out {out}", fix="--out ANOTHER"
+        )
+    transformer = _trained(folder, run, model, compute, is_checkpoint)
+    kind: Kind
+    with disk_errors(out):
+        made = take_output(out, _EXPORT, "--out", asked)
+        made.open(*_FILES)
+        if run.facts.method == "sft" or settings.to == "merged":
+            kind, exported = "transformer", _as_transformer(transformer, model, out, stored)
+        elif settings.to == "peft":
+            kind, exported = "peft", _as_peft(transformer, model, out, compute)
+        else:
+            kind, exported = "lora", _as_lora(transformer, model, out, compute, run, step)
+        made.close(*_FILES)
+        card = write_card(out, run, kind, step)
+    if settings.json:
+        print(json_text({"path": str(exported.path), "kind": kind, "step": step, "difference": exported.difference}))
+        return
+    console = Console(soft_wrap=True)
+    console.print(f"wrote {exported.path}, step {step}")
+    console.print(checked(exported))
+    if card is None:
+        console.print(f"{out / CARD_FILE} was changed by somebody, and stays as it is")
+
+
+def _adopt(out: Path, run: Run, step: int, asked: str) -> None:
+    """Write the record of an export that is older than records: of a LoRA file that says it is of this run."""
+    file = out / lora.FILE
+    if os.path.lexists(out / RECORD_FILE) or not is_file(file):
+        return
+    try:
+        facts = lora.read_facts(file)
+    except ModelError:
+        return
+    if facts.get("shards") == run.facts.shards_fingerprint and facts.get("base_model") == run.facts.model:
+        request = asked if facts.get("steps") == str(step) else ""
+        record_of(out, _EXPORT, lambda name: name == lora.FILE, request).write()
+
+
+def _trained(
+    folder: Path, run: Run, model: Checkpoint, dtype: torch.dtype, is_checkpoint: bool
+) -> CogVideoXTransformer3DModel:
+    """The transformer as it was trained, adapters attached."""
+    import torch
+
+    full = run.facts.method == "sft"
+    if not is_checkpoint and full and (folder / sft.FOLDER).is_dir():
+        return sft.load(folder / sft.FOLDER, model, dtype)
+    transformer = model.load_transformer(dtype)
+    if not is_checkpoint and not full and (folder / lora.FILE).is_file():
+        lora.load(folder / lora.FILE, model, transformer)
+        return transformer
+    if not is_checkpoint:
+        latest = checkpoints.list_checkpoints(folder)
+        raise RunError(
+            "the run has not finished, and has no exported weights",
+            where=str(folder),
+            fix=f"--run {latest[-1]}" if latest else "it has no checkpoint either: let it run on",
+        )
+    config = run.folder / CONFIG_FILE
+    method = method_of(resolve(SftSettings, {}, config) if full else resolve(LoraSettings, {}, config))
+    method.apply(transformer)
+    weights = read_weights(folder)
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    if trained.keys() != weights.keys():
+        raise RunError("the checkpoint holds other weights than its run trains", where=str(folder))
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    return transformer
+
+
+def _as_lora(
+    transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: Path, dtype: torch.dtype, run: Run, step: int
+) -> Exported:
+    import torch
+
+    facts = {
+        "base_model": model.name,
+        "revision": model.revision or "",
+        "family": model.family.name,
+        "steps": str(step),
+        "shards": run.facts.shards_fingerprint,
+        "contract": run.facts.contract_fingerprint,
+    }
+    expected = probe(transformer)
+    state = lora.state_dict(transformer)
+    file = lora.save(state, out, facts)
+    return Exported(file, lora.check(file, model, state, expected, torch.device("cpu"), dtype))
+
+
+def _as_transformer(
+    transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: Path, dtype: torch.dtype
+) -> Exported:
+    """Every weight, adapters merged in."""
+    import torch
+
+    expected = probe(transformer)
+    lora.merge(transformer)
+    state = sft.state_dict(transformer, dtype)
+    folder = sft.save(state, model, out)
+    return Exported(folder, sft.check(folder, model, state, expected, torch.device("cpu")))
+
+
+def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: Path, dtype: torch.dtype) -> Exported:
+    """A folder for ``PeftModel.from_pretrained``; the scale is folded, so its config says alpha = rank."""
+    from peft import PeftModel
+    from safetensors.torch import save as to_bytes
+
+    expected = probe(transformer)
+    state = lora.state_dict(transformer)
+    config = transformer.peft_config["default"]
+    ranks = {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name}
+    assert len(ranks) == 1, ranks
+    config.r = config.lora_alpha = ranks.pop()
+    config.base_model_name_or_path = model.name
+    config.inference_mode = True
+    out.mkdir(parents=True, exist_ok=True)
+    renamed = {f"base_model.model.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
+    commit_bytes(out / PEFT_FILE, to_bytes(renamed, metadata={"format": "pt"}))
+    commit_bytes(out / PEFT_CONFIG, _json(config.to_dict()))
+
+    loaded = PeftModel.from_pretrained(model.load_transformer(dtype), str(out)).get_base_model()
+    wrong = lora.acting_otherwise(loaded, state)  # exact, where the forward pass of half precision is a gross check
+    found = difference(expected, probe(loaded))
+    if wrong or not found <= limit(dtype):
+        raise RunError(
+            f"PEFT does not load what was trained: {len(wrong)} weights act otherwise, "
+            f"the forward pass is {found:.1e} off, {limit(dtype):.0e} allowed",
+            where=str(out),
+        )
+    return Exported(out, found)
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+    return json.dumps(plain, indent=1, sort_keys=True).encode()

@@ -1,0 +1,4 @@
+"""From shards to batches: which samples, in which order, with which random draws, collated ahead of the step.
+
+Imports model, store.
+"""

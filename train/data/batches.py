@@ -1,0 +1,231 @@
+"""Batches: samples read from their shards, random draws added, collated, all ahead of the training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cogcommon.errors import ShardError
+from cogcommon.shards.records import (
+    IMAGE_CLEAN_MEAN,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    LATENT_MEAN,
+    LATENT_STD,
+    TEXT,
+    split_extent,
+)
+
+from ..model.batch import Batch
+from ..model.objective import Objective
+from ..store.readers import Readers
+from ..store.store import Stop
+from .sample_rng import Draws, Purpose
+from .sampler import Slot
+from .shards import ShardSet
+
+if TYPE_CHECKING:
+    import torch
+
+_FETCHED = 64  # batches on the way to the cache: two minutes of training, which hide as long a stall
+_READERS = 4  # threads; reading, hashing and drawing all release the GIL
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as its shard holds it, (C, F, h, w), unscaled; std is None where one draw was stored."""
+
+    key: str
+    shard: str
+    caption: str
+    latent_mean: torch.Tensor
+    latent_std: torch.Tensor | None
+    text: torch.Tensor  # (L, D)
+    image_mean: torch.Tensor | None  # (K, C, 1, h, w), noised variants
+    image_std: torch.Tensor | None
+    image_clean_mean: torch.Tensor | None  # (C, 1, h, w)
+
+
+def read_sample(shards: ShardSet, index: int, stop: Stop | None = None) -> StoredSample:
+    """Read one sample.
+
+    Raises:
+        ShardError: its bytes are damaged; the shard is named.
+        StoreError: they cannot be read, and why.
+    """
+    extent = shards.extent(index)
+    shown = shards.shards[extent.shard].shown
+    info, raw = split_extent(memoryview(shards.read(extent, stop)), dataclasses.asdict(extent))
+    tensors = _tensors(raw)
+    resolution = extent.bucket
+    wanted = (resolution.latent_frames, resolution.latent_height, resolution.latent_width)
+    if tuple(tensors[LATENT_MEAN].shape[1:]) != wanted:
+        raise ShardError(
+            f"sample {extent.key} has latents {tuple(tensors[LATENT_MEAN].shape)}, its bucket is {resolution}",
+            where=shown,
+            fix="encode this folder again",
+        )
+    return StoredSample(
+        key=extent.key,
+        shard=shown,
+        caption=info["caption"],
+        latent_mean=tensors[LATENT_MEAN],
+        latent_std=tensors.get(LATENT_STD),
+        text=tensors[TEXT],
+        image_mean=tensors.get(IMAGE_MEAN),
+        image_std=tensors.get(IMAGE_STD),
+        image_clean_mean=tensors.get(IMAGE_CLEAN_MEAN),
+    )
+
+
+def _tensors(raw: memoryview) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in its own memory.
+
+    safetensors.torch.load wants `bytes` and copies: two copies of 6 MB take as long as reading and hashing them.
+    """
+    import torch
+
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # what `cogprep encode` writes
+    start = 8 + int.from_bytes(raw[:8], "little")
+    described = json.loads(bytes(raw[8:start]))
+    described.pop("__metadata__", None)
+    return {
+        name: torch.frombuffer(raw[start:], dtype=types[one["dtype"]], offset=one["data_offsets"][0],
+                               count=math.prod(one["shape"])).view(one["shape"])
+        for name, one in described.items()
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of stored samples, with everything that is random about them.
+
+    Args:
+        objective: knows the padding and the number of timesteps.
+        seed: of the run.
+        stratify: spread the timesteps of a global batch of this many samples; None draws each alone.
+        caption_dropout: probability of the empty caption.
+        empty_text: its embedding (L, D), where there is any dropout.
+        held_out: for validation: the posterior's mean and the clean image, nothing dropped.
+    """
+
+    objective: Objective
+    seed: int
+    stratify: int | None = None
+    caption_dropout: float = 0.0
+    empty_text: torch.Tensor | None = None
+    held_out: bool = False
+
+    def __call__(
+        self, samples: Sequence[StoredSample], slots: Sequence[Slot], timesteps: Sequence[int] | None = None
+    ) -> Batch:
+        """Draw and stack.
+
+        Args:
+            slots: the samples' places; epoch and slot enter the draws.
+            timesteps: fixed ones instead of drawn ones (validation).
+        """
+        import torch
+
+        latents, noises, texts, images, drawn = [], [], [], [], []
+        for sample, slot in zip(samples, slots, strict=True):
+            draws = Draws(self.seed, slot.epoch, sample.key)
+            latent = self._posterior(draws, sample.latent_mean, sample.latent_std, "posterior").transpose(0, 1)
+            latents.append(latent)
+            frames, *rest = latent.shape
+            noises.append(draws.normal((self.objective.padded_frames(frames), *rest), "noise"))
+            text = sample.text
+            if self.empty_text is not None and draws.uniform("caption") < self.caption_dropout:
+                text = self.empty_text
+            texts.append(text)
+            if sample.image_mean is not None:
+                images.append(self._image(draws, sample).transpose(0, 1))
+            place = None if self.stratify is None else slot.slot
+            drawn.append(draws.timestep(len(self.objective.schedule), place, self.stratify or 1))
+        return Batch(
+            keys=tuple(sample.key for sample in samples),
+            shards=tuple(sample.shard for sample in samples),
+            latent_BFCHW=torch.stack(latents),
+            noise_BFCHW=torch.stack(noises),
+            timestep_B=torch.tensor(drawn if timesteps is None else list(timesteps)),
+            text_BLD=torch.stack(texts),
+            image_BFCHW=torch.stack(images) if images else None,
+        )
+
+    def _posterior(self, draws: Draws, mean: torch.Tensor, std: torch.Tensor | None, purpose: Purpose) -> torch.Tensor:
+        if std is None or self.held_out:
+            return mean.float()
+        return mean.float() + std.float() * draws.normal(tuple(mean.shape), purpose)
+
+    def _image(self, draws: Draws, sample: StoredSample) -> torch.Tensor:
+        """An image latent (C, 1, h, w): a noised variant for training, the clean one held out."""
+        if self.held_out:
+            assert sample.image_clean_mean is not None
+            return sample.image_clean_mean.float()
+        assert sample.image_mean is not None
+        variant = draws.choice(len(sample.image_mean), "image variant")
+        std = None if sample.image_std is None else sample.image_std[variant]
+        return self._posterior(draws, sample.image_mean[variant], std, "image posterior")
+
+
+def prefetch(
+    shards: ShardSet, places: Iterator[list[Slot]], collate: Collator, *, ahead: int, pin: bool
+) -> Generator[Batch]:
+    """Batches in the order of ``places``, made ahead of time by a few threads.
+
+    An error of a batch is raised when its turn comes, not when it is read.
+
+    Args:
+        ahead: batches in the making; each costs about 15 MB at 49x480x720.
+        pin: in page-locked memory, for an asynchronous copy to the GPU.
+    """
+    stop = Stop()
+
+    def make(slots: list[Slot], fetching: Sequence[Future[None]]) -> Batch:
+        for fetch in fetching:
+            if not fetch.cancel():  # it has begun
+                fetch.exception()  # which the read below meets, too
+        batch = collate([read_sample(shards, slot.sample, stop) for slot in slots], slots)
+        return batch.pin() if pin else batch
+
+    pool, fetchers = Readers(_READERS, "cogtrain-reader"), Readers(_READERS, "cogtrain-fetcher")
+    waiting: deque[Future[Batch]] = deque()
+    try:
+        for slots, fetching in _fetched_ahead(shards, places, fetchers, stop):
+            waiting.append(pool.submit(make, slots, fetching))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        stop.set()
+        for readers in (pool, fetchers):
+            readers.close()
+
+
+def _fetched_ahead(
+    shards: ShardSet, places: Iterator[list[Slot]], fetchers: Readers, stop: Stop
+) -> Iterator[tuple[list[Slot], Sequence[Future[None]]]]:
+    """The places, and what brings their samples into the cache, begun `_FETCHED` places before their turn."""
+    coming: deque[tuple[list[Slot], Sequence[Future[None]]]] = deque()
+    begun: dict[int, Future[None]] = {}  # by sample: in a small set one comes again before its turn
+    for slots in places:
+        if shards.cache is None:
+            yield slots, ()
+            continue
+        for slot in slots:
+            if slot.sample not in begun:
+                begun[slot.sample] = fetchers.submit(shards.fetch_ahead, slot.sample, stop)
+        coming.append((slots, [begun[slot.sample] for slot in slots]))
+        if len(coming) > _FETCHED:
+            first, fetching = coming.popleft()
+            yield first, fetching
+            for slot in first:
+                begun.pop(slot.sample, None)
+    yield from coming

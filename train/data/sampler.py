@@ -1,0 +1,109 @@
+"""The order in which samples are trained: a pure function of (seed, epoch, index).
+
+It depends neither on the number of processes nor on anything that happened before, so
+the same global batch gives the same run on 1, 2 or 4 processes, and a resumed run
+finds its place by counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from .sample_rng import seed_of
+
+Ints = npt.NDArray[np.int64]
+
+# Samples are mixed within this many shards at a time. Remote reads stay among a
+# few files (16 shards of 1 GB), and the shards themselves change order each epoch.
+WINDOW = 16
+
+
+@dataclass(frozen=True)
+class Order:
+    """Global batches of each epoch.
+
+    Args:
+        shard_of: shard of each sample (N).
+        bucket_of: bucket of each sample (N); a batch never mixes buckets.
+        global_batch: samples in one optimizer step, over all ranks and accumulation.
+        seed: of the run.
+    """
+
+    shard_of: Ints
+    bucket_of: Ints
+    global_batch: int
+    seed: int
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return int(sum(count // self.global_batch for count in self._bucket_counts))
+
+    @cached_property
+    def left_over(self) -> int:
+        """Samples that each epoch leaves out (other ones each time), because they fill no batch."""
+        return int(sum(count % self.global_batch for count in self._bucket_counts))
+
+    def too_small_buckets(self) -> list[int]:
+        """Buckets with fewer samples than a global batch: they are never trained."""
+        values, counts = np.unique(self.bucket_of, return_counts=True)
+        return [int(value) for value, count in zip(values, counts, strict=True) if count < self.global_batch]
+
+    @cached_property
+    def _bucket_counts(self) -> Ints:
+        return np.unique(self.bucket_of, return_counts=True)[1]
+
+    def epoch(self, epoch: int) -> Ints:
+        """Sample indices of an epoch's batches: (steps_per_epoch, global_batch)."""
+        if epoch not in self._epochs:
+            while len(self._epochs) > 2:  # the reader is ahead of the loop, by one epoch at most
+                self._epochs.pop(min(self._epochs))
+            self._epochs[epoch] = self._shuffled(epoch)
+        return self._epochs[epoch]
+
+    @cached_property
+    def _epochs(self) -> dict[int, Ints]:
+        return {}
+
+    def _shuffled(self, epoch: int) -> Ints:
+        rng = np.random.Generator(np.random.PCG64(seed_of(self.seed, epoch, "", "order")))
+        shards = np.unique(self.shard_of)
+        place = np.empty(int(shards[-1]) + 1, np.int64)
+        place[shards] = rng.permutation(len(shards))
+        window_of = place[self.shard_of] // WINDOW
+        stream = np.lexsort((rng.random(len(self.shard_of)), window_of))
+        batches: list[Ints] = []
+        ends: list[Ints] = []
+        for bucket in np.unique(self.bucket_of):
+            at = np.flatnonzero(self.bucket_of[stream] == bucket)
+            whole = len(at) // self.global_batch * self.global_batch
+            places = at[:whole].reshape(-1, self.global_batch)
+            batches.append(stream[places])
+            ends.append(places[:, -1])
+        # Each batch takes the place of its last sample in the stream.
+        return np.concatenate(batches)[np.argsort(np.concatenate(ends), kind="stable")]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One sample's place in a run."""
+
+    sample: int  # index into the shard set
+    epoch: int
+    slot: int  # place in the global batch
+
+
+def rank_slots(batch: Sequence[int] | Ints, epoch: int, *, micro: int, rank: int, world: int, size: int) -> list[Slot]:
+    """A rank's part of one accumulation step of a global batch.
+
+    Args:
+        batch: sample indices of the global batch; world * size * accumulation long.
+        micro: which accumulation step.
+        size: samples a rank and accumulation step.
+    """
+    start = (micro * world + rank) * size
+    return [Slot(int(batch[slot]), epoch, slot) for slot in range(start, start + size)]

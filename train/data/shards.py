@@ -1,0 +1,359 @@
+"""The shards of a run: words of the command line -> records -> one table of samples.
+
+Opening reads records only (and the last bytes of each tar). What is wrong with
+a shard is found here, or when a sample is read; it is always named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cogcommon.cli.names import command_line
+from cogcommon.errors import CogError, ShardError, StoreError
+from cogcommon.model.families import Resolution
+from cogcommon.shards.contract import Contract
+from cogcommon.shards.records import ShardHeader, extent_intact, read_table
+
+from ..store.cache import Cache
+from ..store.readers import Readers
+from ..store.store import TRAINING, Part, Stop, StoredFile, WholeFilesOnly
+from .sampler import Ints
+from .shard_words import Found, expand
+
+_COLUMNS = [
+    "key", "status", "bucket", "offset", "size", "json_offset", "json_size", "tensors_offset", "tensors_size",
+    "sha256", "source_sha256",
+]  # fmt: skip
+_TAIL = 10240  # a tar ends with zeros, at most one record of 20 blocks
+_PARQUET = b"PAR1"  # how a record begins
+_OPEN_THREADS = 16  # records are small; over a network the wait is what counts
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A committed shard: its tar and what its record says of it."""
+
+    file: StoredFile
+    header: ShardHeader
+    empty_caption: StoredFile  # of its folder
+    etag: str = ""  # when it was opened
+
+    @property
+    def path(self) -> str:
+        return self.file.path
+
+    @property
+    def shown(self) -> str:
+        """As messages name it."""
+        return self.file.shown
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a sample lies. Offsets and sizes in bytes, from the start of the tar."""
+
+    key: str
+    shard: int
+    bucket: Resolution
+    offset: int
+    size: int
+    json_offset: int
+    json_size: int
+    tensors_offset: int
+    tensors_size: int
+    sha256: bytes
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """All usable samples of some shards that were encoded alike."""
+
+    shards: Sequence[Shard]
+    table: pa.Table  # _COLUMNS and "shard", one row a sample
+    buckets: Sequence[Resolution]
+    cache: Cache | None = None
+
+    @property
+    def contract(self) -> Contract:
+        return self.shards[0].header.contract
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the samples and their order, wherever the shards lie: hex sha256."""
+        digest = hashlib.sha256(self.contract.fingerprint.encode())
+        for key in self.table["key"].to_pylist():
+            digest.update(key.encode())
+        return digest.hexdigest()
+
+    @property
+    def shard_of(self) -> Ints:
+        return self.table["shard"].to_numpy().astype(np.int64)
+
+    @property
+    def bucket_of(self) -> Ints:
+        """Index into ``buckets`` of each sample."""
+        names = pa.array([str(bucket) for bucket in self.buckets])
+        return pc.index_in(self.table["bucket"], names).to_numpy().astype(np.int64)
+
+    def extent(self, index: int) -> Extent:
+        row = self.table.slice(index, 1).to_pylist()[0]
+        row["bucket"] = Resolution.parse(row["bucket"])
+        return Extent(**{field.name: row[field.name] for field in dataclasses.fields(Extent)})
+
+    def without(self, held_out: ShardSet) -> ShardSet:
+        """Less the samples whose key, or whose clip, is held out.
+
+        Raises:
+            ShardError: nothing is left.
+        """
+        same = pc.or_(
+            pc.is_in(self.table["key"], held_out.table["key"].combine_chunks()),
+            pc.is_in(self.table["source_sha256"], held_out.table["source_sha256"].combine_chunks()),
+        )
+        table = self.table.filter(pc.invert(same))
+        if not table.num_rows:
+            raise ShardError(
+                f"all {len(self)} samples of --shards are in --validate-shards too; none is left to train on",
+                where=self.shards[0].shown,
+                fix="give other shards to --validate-shards (`cogprep encode --holdout N` sets some apart)",
+            )
+        return dataclasses.replace(self, table=table)
+
+    def read(self, extent: Extent, stop: Stop | None = None) -> bytearray:
+        """A sample's bytes, checked against its hash.
+
+        Raises:
+            ShardError: they are not what was written: read twice, and the same both times.
+            StoreError: they cannot be read, and why.
+        """
+        cache = self.cache if self.shards[extent.shard].file.remote else None
+        if cache is not None and (kept := cache.get(extent.sha256)) is not None:
+            return kept
+        data = self._fetch(extent, stop)
+        if not extent_intact(data, extent.sha256):
+            again = self._fetch(extent, stop)
+            if not extent_intact(again, extent.sha256):
+                raise self._why(extent, data, again)
+            self.shards[extent.shard].file.count("a sample came with other bytes")
+            data = again
+        if cache is not None:
+            cache.put(extent.sha256, data)
+        return data
+
+    def fetch_ahead(self, index: int, stop: Stop | None = None) -> None:
+        """Bring a sample into the cache, if it takes any and the sample lies elsewhere. Raises as `read`."""
+        extent = self.extent(index)
+        cache = self.cache if self.shards[extent.shard].file.remote else None
+        if cache is not None and cache.takes(extent.size) and not cache.has(extent.sha256):
+            self.read(extent, stop)
+
+    def _fetch(self, extent: Extent, stop: Stop | None) -> bytearray:
+        file = self.shards[extent.shard].file
+        try:
+            return file.read(extent.offset, extent.offset + extent.size, TRAINING, stop).data
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"sample {extent.key} cannot be read: the shard is gone, which was there when the run was opened",
+                where=file.shown,
+                fix="put it back; the same command goes on from the last checkpoint of --out",
+            ) from error
+
+    def _why(self, extent: Extent, first: bytearray, second: bytearray) -> CogError:
+        """The true reason for a sample that twice was not what was written."""
+        shard = self.shards[extent.shard]
+        if first != second:
+            return StoreError(
+                f"sample {extent.key} cannot be read: the store gives other bytes each time",
+                where=shard.shown,
+                fix="another server or mirror; a proxy between may be at fault",
+            )
+        if shard.file.remote:
+            try:
+                now = shard.file.stat(fresh=True)
+            except FileNotFoundError:
+                now = Part(bytearray(), 0)
+            if (now.size, now.etag) != (shard.header.tar_size, shard.etag):
+                return StoreError(
+                    f"sample {extent.key} cannot be read: the shard has been replaced since the run was opened",
+                    where=shard.shown,
+                    fix="put the old one back, or start a run on the new ones",
+                )
+        return _damaged(shard.file, f"sample {extent.key} is not what was written")
+
+    def empty_caption(self) -> bytes:
+        """The stored embedding of the empty caption: safetensors with "text" (L, D).
+
+        Raises:
+            ShardError: missing beside the shards, or not the one of their contract.
+            StoreError: it cannot be read, and why.
+        """
+        file = self.shards[0].empty_caption
+        for _ in range(2 if file.remote else 1):
+            try:
+                data = bytes(file.read_all().data)
+            except FileNotFoundError as error:
+                raise ShardError(
+                    "the embedding of the empty caption is missing",
+                    where=file.shown,
+                    fix="`cogprep encode` writes it again",
+                ) from error
+            if hashlib.sha256(data).hexdigest() == self.contract.empty_caption_sha256:
+                return data
+        raise ShardError(
+            "this embedding of the empty caption does not belong to the shards beside it",
+            where=file.shown,
+            fix="remove it; `cogprep encode` writes it again",
+        )
+
+
+def open_shards(words: Sequence[str], option: str = "--shards", cache: Cache | None = None) -> ShardSet:
+    """Open and check shards, without reading samples.
+
+    Args:
+        words: tars, globs, brace ranges, folders, URLs; as the option was given.
+        option: for messages.
+        cache: for samples behind a URL.
+
+    Raises:
+        ShardError: none there; one without a record, of another size, or encoded
+            otherwise than the first; no usable sample.
+    """
+    with closing(Readers(_OPEN_THREADS, "cogtrain-opener")) as readers:  # a fault of one is told at once
+        opening = [readers.submit(_open_one, found, cache) for found in expand(words, option)]
+        opened = [one.result() for one in opening]
+    # By content, so that neither the order of the words nor the folder's name enters the order of samples.
+    opened.sort(key=lambda one: one[0].header.tar_sha256)
+    first, *rest = [shard for shard, _ in opened]
+    for shard in rest:
+        if shard.header.contract.fingerprint != first.header.contract.fingerprint:
+            differing = first.header.contract.differences(shard.header.contract)
+            raise ShardError(
+                f"shards that were encoded differently: {'; '.join(differing[:4])}",
+                where=f"{first.shown} here, {shard.shown} there",
+                fix="train on shards of one folder, or encode all clips with the same settings",
+            )
+    tables = [
+        table.append_column("shard", pa.array(np.full(table.num_rows, number, np.int32)))
+        for number, (_, table) in enumerate(opened)
+    ]
+    table = pa.concat_tables(tables)
+    table = table.filter(pc.equal(table["status"], "ok")).combine_chunks()
+    if not table.num_rows:
+        raise ShardError(
+            f"no usable sample in {len(opened)} shard{'s' * (len(opened) > 1)}: every clip was rejected",
+            where=first.shown,
+            fix=f"`{command_line('cogprep', 'inspect', first.shown.rpartition('/')[0] or '.')}` gives the reasons",
+        )
+    twice = pc.value_counts(table["key"])
+    twice = twice.filter(pc.greater(twice.field("counts"), 1))
+    if len(twice):
+        raise ShardError(
+            f"{len(twice)} samples are in more than one of these shards, {twice[0]['values'].as_py()} for one",
+            where=option,
+            fix="give each shard once, and only one copy of a folder",
+        )
+    buckets = sorted(Resolution.parse(name) for name in pc.unique(table["bucket"]).to_pylist())
+    if cache is not None:
+        cache.keep(table["sha256"])
+    return ShardSet([shard for shard, _ in opened], table, buckets, cache)
+
+
+def _open_one(found: Found, cache: Cache | None) -> tuple[Shard, pa.Table]:
+    """Two requests: the record, and the tar's last bytes, whose answer tells its size."""
+    header, table = _record(found)
+    good = table.filter(pc.equal(table["status"], "ok")).sort_by("offset")
+    end = 0
+    for offset, length in zip(good["offset"].to_pylist(), good["size"].to_pylist(), strict=True):
+        if offset != end:
+            raise _damaged(found.record, f"bytes {end:,} to {offset:,} of the tar belong to no sample")
+        end = offset + length
+    tar = found.tar
+    try:
+        try:
+            tail = _tail(tar, end)
+        except WholeFilesOnly:
+            if cache is None:
+                raise
+            tar = cache.whole(tar, header.tar_sha256, header.tar_size)
+            tail = _tail(tar, end)
+        if tar.remote and _fault_of(tail, header):  # nothing is called damaged because a server erred once
+            tail = _tail(tar, end)
+    except FileNotFoundError as error:
+        raise _no_such_shard(tar) from error
+    if (fault := _fault_of(tail, header)) and tar.remote:
+        raise StoreError(
+            f"this is not the tar of its record: {fault}",
+            where=tar.shown,
+            fix="upload both again: the upload was cut short, or another file took the tar's place",
+        )
+    if fault:
+        raise _damaged(tar, fault)
+    return Shard(tar, header, found.empty_caption, tail.etag), table
+
+
+def _record(found: Found) -> tuple[ShardHeader, pa.Table]:
+    file = found.record
+    for _ in range(2 if file.remote else 1):
+        try:
+            raw = bytes(file.read_all().data)
+        except FileNotFoundError as error:
+            try:
+                found.tar.stat()
+            except FileNotFoundError:
+                raise _no_such_shard(found.tar) from error
+            folder = found.tar.shown.rpartition("/")[0] or "."
+            raise ShardError(
+                "a shard without its record: it was never finished",
+                where=found.tar.shown,
+                fix="`cogprep encode` finishes an interrupted folder; "
+                f"`{command_line('cogprep', 'index', folder)}` rebuilds what can be rebuilt",
+            ) from error
+        try:
+            return read_table(io.BytesIO(raw), _COLUMNS)
+        except ShardError as error:
+            fault = error
+    if file.remote and not raw.startswith(_PARQUET):
+        raise StoreError(
+            f"the server sends something else in place of the record, beginning with {raw[:24]!r}",
+            where=file.shown,
+            fix="open the URL in a browser: it may be the page of a login or of a proxy",
+        )
+    raise ShardError(fault.what, where=file.shown, fix=fault.fix) from fault
+
+
+def _no_such_shard(tar: StoredFile) -> ShardError:
+    return ShardError("no such shard", where=tar.shown, fix="`cogprep encode` makes what is missing; check the path")
+
+
+def _tail(tar: StoredFile, end: int) -> Part:
+    """What follows the samples, size and etag."""
+    tail = tar.read(end, end + _TAIL + 1)
+    return tail if tail.size is not None else dataclasses.replace(tar.stat(), data=tail.data)
+
+
+def _fault_of(tail: Part, header: ShardHeader) -> str:
+    """What is wrong with a tar's size or last bytes. The samples are hashed when read; behind them come only zeros."""
+    if tail.size != header.tar_size:
+        return f"the tar has {tail.size or 0:,} bytes, its record says {header.tar_size:,}"
+    if len(tail.data) > _TAIL or tail.data.strip(b"\0"):
+        return "there is something behind the last sample"
+    return ""
+
+
+def _damaged(file: StoredFile, what: str) -> ShardError:
+    fix = "`cogprep verify` lists all damage; remove the shard and its record, and `cogprep encode` makes it anew"
+    if file.remote:
+        fix = "compare it with the copy that `cogprep encode` wrote (`cogprep verify` there), and upload it again"
+    return ShardError(f"a damaged shard: {what}", where=file.shown, fix=fix)

@@ -1,0 +1,139 @@
+"""Starts the processes of a run, or joins those that torchrun, accelerate or srun started."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+from typing import Any
+
+from cogcommon.errors import RunError, SettingError
+
+from ..settings import TrainSettings
+from .signals import StopRequest, end_by
+
+_SLURM_PORTS = (29500, 3000)  # first port, and how many: below those that Linux gives to anyone (32768)
+
+
+def join_environment() -> bool:
+    """Whether a launcher started this process; sets RANK, WORLD_SIZE, ... for one that srun started.
+
+    torchrun and accelerate set RANK and WORLD_SIZE. srun sets SLURM_*, which
+    count only inside a step of more than one task: a batch script's own
+    process has them too.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ or tasks < 2:
+        return False
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    step = os.environ["SLURM_STEP_ID"]
+    job = int(os.environ.get("SLURM_JOB_ID", "0")) + 97 * int(step if step.isdecimal() else 0)  # two at a time, perhaps
+    first, count = _SLURM_PORTS
+    os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=str(tasks))
+    os.environ.setdefault("LOCAL_RANK", str(_gpu_of_task(int(os.environ.get("SLURM_LOCALID", "0")))))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))))
+    os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+    os.environ.setdefault("MASTER_PORT", str(first + job % count))
+    return True
+
+
+def _gpu_of_task(task: int) -> int:
+    """Its number among those that the task sees: all of the host's, or with ``--gpus-per-task`` its own alone."""
+    from cogcommon.model.device import visible_gpus
+
+    return task % max(1, visible_gpus())
+
+
+def _tasks_here(counts: str) -> int:
+    """Tasks on a host, the most of SLURM's list: ``8(x2),4`` is 8. They share the host's memory."""
+    return max(int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?", counts))
+
+
+def first_host(nodes: str) -> str:
+    """The first host of SLURM's list: ``gpu[007-009,12]-ib0,big1`` is ``gpu007-ib0``."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[\]])+", nodes)  # up to a comma outside of brackets
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first else "127.0.0.1"
+
+
+def wanted_processes(settings: TrainSettings) -> int:
+    """``--nproc``, else the GPUs of this host, at least one.
+
+    Raises:
+        SettingError: more than there are GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if settings.nproc is not None and 0 < gpus < settings.nproc:
+        raise SettingError(f"{settings.nproc} processes on {gpus} GPUs", where="--nproc", fix=f"--nproc {gpus}")
+    return settings.nproc or max(1, gpus)
+
+
+def relaunch(processes: int) -> int:
+    """Run this command again in ``processes`` processes, through torch's elastic launcher.
+
+    Returns:
+        The exit code: 0, or that of the process that ended first.
+
+    Raises:
+        RunError: a process was killed.
+    """
+    # The launcher would pass a signal on and kill everything 30 s later, which is too soon to save a
+    # large model. We pass it on ourselves and let the processes end by themselves; one is left to the launcher.
+    # torch 2.8 reads the environment, newer ones the field.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    newer: dict[str, Any] = {"signals_to_handle": "SIGQUIT"} if hasattr(LaunchConfig, "signals_to_handle") else {}
+    config = LaunchConfig(
+        run_id=str(os.getpid()),
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",  # else the host's own name, which need not resolve
+        max_restarts=0,
+        monitor_interval=0.2,
+        **newer,
+    )
+    passing = _PassOn()
+    try:
+        with passing.listening():
+            elastic_launch(config, sys.executable)("-m", "cogtrain", *sys.argv[1:])
+        return 0
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if passing.signal and failure.exitcode in (-passing.signal, -signal.SIGKILL):
+            print("stopped; nothing was trained since the last checkpoint, if there is one", flush=True)
+            return 128 + passing.signal
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        raise RunError(
+            f"process {rank} of {processes} was killed by signal {-failure.exitcode}",
+            where="its last lines are above; the system's log says whether memory ran out",
+            fix="run the same command with --out and the folder of the run: it continues from its last checkpoint",
+        ) from error
+
+
+class _PassOn(StopRequest):
+    """Passes a signal on to the processes of the run; the second time it ends them, since they may be stuck."""
+
+    def take(self, number: int, again: bool) -> None:
+        import psutil
+
+        children = psutil.Process().children()
+        if not children:
+            end_by(number)
+        for process in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if again else number)

@@ -1,0 +1,325 @@
+"""How a model is spread over processes, through accelerate: DDP or a ZeRO stage.
+
+What differs between the two stays in this module; what is DeepSpeed's alone is in ``zero``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.errors import RunError
+from cogcommon.files.atomic import temporary_beside
+from cogcommon.files.memory import free_gpu_memory
+
+from ..settings import TrainSettings
+from . import zero
+from .peers import Peers, meet
+from .zero_config import STAGE, Strategy, deepspeed_config
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+_WEIGHTS = "weights.safetensors"  # what is trained, under the transformer's own names
+_AVERAGE = "average.safetensors"
+_OPTIMIZER = "optimizer.pt"
+
+
+@dataclass
+class Runtime:
+    """One process of a run: accelerate's handle and what the loop asks of it."""
+
+    accelerator: Accelerator
+    strategy: Strategy
+    precision: str
+    config: dict[str, Any] | None  # DeepSpeed's, None for DDP
+    peers: Peers
+    _converts: bool = False  # the checkpoint was written by another number of processes
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what enters the transformer."""
+        from cogcommon.model.device import dtype_of
+
+        return dtype_of(self.precision)  # type: ignore[arg-type]
+
+    @property
+    def whole(self) -> bool:
+        """Every process holds all weights."""
+        return STAGE[self.strategy] < 3
+
+    @property
+    def sharded(self) -> bool:
+        """Optimizer states, and perhaps more, are spread by DeepSpeed."""
+        return self.config is not None
+
+    def agree(self, value: int) -> int:
+        """The largest of all ranks' values; over the CPU, so that no GPU waits."""
+        return self.peers.agree(value)
+
+    def wait(self) -> None:
+        self.peers.wait()
+
+    def full_weight(self) -> Callable[[torch.nn.Parameter], torch.Tensor]:
+        """A function that gives a trained weight whole and in fp32; to be called on every rank.
+
+        Under ZeRO the model holds half precision; what was trained are the
+        optimizer's fp32 masters.
+        """
+        return zero.full_weight if self.sharded else _detached
+
+    def set_rate(self, optimizer: Any, rate: float) -> None:
+        """Set the learning rate of the next step."""
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], float | int):
+                group["lr"] = rate
+            else:
+                group["lr"].fill_(rate)  # torchao compiles its step over a tensor
+
+    def prepare(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, saved_by: int | None
+    ) -> tuple[Any, Any]:
+        """Spread them; the model comes back wrapped.
+
+        Args:
+            saved_by: processes that wrote the checkpoint which `load_state` will read; None without one.
+        """
+        self._converts = self.sharded and saved_by not in (None, self.world)
+        if self._converts:
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        if self.sharded:
+            engine, wrapped = self.accelerator.prepare(model, optimizer)
+            zero.prepare(engine)
+            return engine, wrapped
+        # Weights are where they belong; moving them again would bring streamed ones to the GPU.
+        return self.accelerator.prepare(model, optimizer, device_placement=[False, False])
+
+    def held(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None) -> Iterator[torch.Tensor]:
+        """What this process holds of the trained weights, of their average and of the optimizer's state."""
+        import torch
+
+        if self.sharded:
+            yield from zero.held(model)
+            return
+        states = optimizer.state_dict()["state"]  # first: one that steps beside the computation ends it here
+        yield from self._trained(model).values()
+        yield from average or ()
+        for state in states.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+    def save_state(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None, folder: Path) -> None:
+        """Write what was trained and the optimizer's state; every rank calls it.
+
+        Args:
+            average: moving average of the trained weights (DDP).
+        """
+        if self.sharded:
+            zero.save(model, folder)
+            return
+        if not self.main:
+            return
+        import safetensors.torch
+        import torch
+
+        state = {"optimizer": optimizer.state_dict()}  # first: one that steps beside the computation ends it here
+        trained = self._trained(model)
+        safetensors.torch.save_file({name: p.detach().contiguous() for name, p in trained.items()}, folder / _WEIGHTS)
+        if average is not None:
+            named = dict(zip(trained, (tensor.contiguous() for tensor in average), strict=True))
+            safetensors.torch.save_file(named, folder / _AVERAGE)
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        with (folder / _OPTIMIZER).open("wb") as stream:  # of its own files torch forgets the system's error
+            torch.save(state, stream)
+
+    def load_state(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None, folder: Path) -> None:
+        """Read back what `save_state` wrote, on this or another number of processes.
+
+        Raises:
+            RunError: it is damaged, or does not fit this model.
+        """
+        try:
+            if not self.sharded:
+                self._load_plain(model, optimizer, average, folder)
+            elif self._converts:
+                scratch = Path(self.peers.tell(str(temporary_beside(folder.parent / "universal"))))
+                if self.main:
+                    zero.convert(folder, scratch)
+                self.wait()
+                zero.load(model, scratch)
+                self.wait()
+                if self.main:
+                    shutil.rmtree(scratch)
+            else:
+                zero.load(model, folder)
+        except Exception as error:
+            why = _unreadable(error)
+            if why is None:
+                raise
+            raise RunError(
+                f"the checkpoint cannot be loaded: {why}",
+                where=str(folder),
+                fix="resume an older one, with the settings of its run",
+            ) from error
+
+    def _load_plain(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None, folder: Path) -> None:
+        import safetensors.torch
+        import torch
+
+        trained = self._trained(model)
+        files: dict[str, list[torch.Tensor]] = {_WEIGHTS: [*trained.values()]}
+        if average is not None:
+            files[_AVERAGE] = list(average)
+        for file, into in files.items():
+            saved = safetensors.torch.load_file(folder / file)
+            if trained.keys() != saved.keys():
+                raise ValueError("it holds other weights than this run trains")
+            with torch.no_grad():
+                for name, tensor in zip(trained, into, strict=True):
+                    tensor.copy_(saved[name])
+        state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _trained(self, model: Any) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.plain(model).named_parameters() if p.requires_grad}
+
+    def plain(self, model: Any) -> Any:
+        """The transformer inside the wrappers."""
+        return self.accelerator.unwrap_model(model)
+
+    def release(self, model: torch.nn.Module) -> None:
+        """Move a model off the GPU, unless DeepSpeed holds its weights."""
+        if not self.sharded:
+            model.to("cpu")
+
+    def room_for(self, model: torch.nn.Module) -> torch.device:
+        """This process's GPU if a second copy of the model fits there, else the CPU."""
+        import torch
+
+        if self.device.type == "cpu":
+            return self.device
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        fits = 1.2 * size < free_gpu_memory(self.device)
+        return self.device if fits else torch.device("cpu")
+
+
+def start(
+    settings: TrainSettings, strategy: Strategy, precision: str, *, cpu: bool, autocast: bool = True,
+    peers: Peers | None = None,
+) -> Runtime:  # fmt: skip
+    """Make accelerate's handle, over the processes that have met.
+
+    Args:
+        peers: None: meet them.
+        autocast: fp32 weights are to be computed with in half precision (DDP).
+    """
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    options: dict[str, Any] = {
+        "mixed_precision": "no" if precision == "fp32" else precision,
+        "gradient_accumulation_steps": settings.accumulate,
+    }
+    _hush()
+    peers = peers or meet()
+    config = None
+    if strategy == "ddp":
+        # Gradients live in the buckets they are exchanged in, not beside them: 6.8 GB less for all weights of 2B.
+        # Buffers are position tables, the same on every rank.
+        options["kwargs_handlers"] = [
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            AutocastKwargs(enabled=autocast),
+        ]
+        accelerator = Accelerator(cpu=cpu, **options)
+    else:
+        config = deepspeed_config(settings, strategy, precision, peers.world)
+        single_process_environment()
+        if cpu:
+            zero.without_shared_memory_op()
+            # Without the backend's name accelerate takes itself for a single process.
+            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+        accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=json.loads(json.dumps(config))), **options
+        )
+    assert accelerator.num_processes == peers.world, (accelerator.num_processes, peers.world)
+    return Runtime(accelerator, strategy, precision, config, peers)
+
+
+def _hush() -> None:
+    """Leave out warnings of no use to the reader, which come once a rank."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # names that torch will drop
+    warnings.filterwarnings("ignore", category=UserWarning, module="_distutils_hack")  # DeepSpeed's doing
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # by accelerate
+
+
+def _detached(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.detach()
+
+
+def single_process_environment() -> None:
+    """DeepSpeed wants a process group even for one process."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What is exported, whole and in fp32, from a checkpoint of any strategy and any number of processes.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    import safetensors.torch
+
+    try:
+        for file in (_AVERAGE, _WEIGHTS):
+            if (checkpoint / file).exists():
+                return safetensors.torch.load_file(checkpoint / file)
+        return zero.read_weights(checkpoint)
+    except Exception as error:
+        why = _unreadable(error)
+        if why is None:
+            raise
+        raise RunError(f"the checkpoint cannot be read: {why}", where=str(checkpoint)) from error
+
+
+def _unreadable(error: Exception) -> str | None:
+    """Why a checkpoint cannot be read; None for an error that is not the checkpoint's."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, pickle.UnpicklingError):
+        return "a file in it is damaged, or asks for more than numbers, which is not done for it"
+    if isinstance(error, OSError | RuntimeError | ValueError | KeyError | EOFError | SafetensorError):
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None

@@ -1,0 +1,107 @@
+"""The room that a run takes on the disk: foretold by `cogtrain plan`, compared with what is free before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cogcommon.errors import DiskError
+from cogcommon.files.failures import room_of
+from cogcommon.words import in_bytes
+
+from ..distributed.zero_config import STAGE, Strategy
+from ..runs.checkpoint import list_checkpoints
+from .estimate import Trains, state_bytes, trained_weights
+
+if TYPE_CHECKING:
+    from ..runs.run import Run
+
+_PAGES = 1_000_000  # bytes of settings, lines of metrics, card and report
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Bytes that a run writes; videos of validation are not counted."""
+
+    checkpoint: int  # each
+    export: int
+    keep: int  # checkpoints
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment: an old checkpoint goes when the new one is whole."""
+        return self.checkpoint * (self.keep + 1) + self.export + _PAGES
+
+    @property
+    def least(self) -> int:
+        """Without any checkpoint."""
+        return self.export + _PAGES
+
+    def __str__(self) -> str:
+        return (
+            f"a checkpoint is {in_bytes(self.checkpoint)}, and --keep {self.keep} has {self.keep + 1} there while it "
+            f"writes one; the weights are {in_bytes(self.export)}; up to {in_bytes(self.total)} of disk"
+        )
+
+
+def writes(run: Trains, strategy: Strategy | None = None) -> Writes:
+    """What a run writes.
+
+    Args:
+        strategy: another than the run's own.
+    """
+    strategy, settings = strategy or run.strategy, run.settings
+    weights, size = trained_weights(run), 4 if run.precision == "fp32" else 2
+    states = state_bytes(settings.optimizer, strategy)
+    if settings.optimizer == "prodigy" and not run.method.full:
+        states -= 2  # half of the adapters began at zero, which it need not remember
+    # The fp32 weights and what the optimizer keeps of them; stages 1 and 2 write what they compute with, too.
+    each = 4 + states + 4 * (settings.ema > 0) + (size if STAGE[strategy] in (1, 2) else 0)
+    return Writes(int(each * weights), weights * (size if run.method.full else 4), settings.keep)
+
+
+def check_room(run: Run, folder: Path) -> list[str]:
+    """Compare what a run is going to write with what is free, before it is loaded.
+
+    Args:
+        folder: of the run, with the checkpoints that it goes on from.
+
+    Returns:
+        Notes: checkpoints will not find room. Their lack costs a resume, not the weights.
+
+    Raises:
+        DiskError: not even the trained weights will.
+    """
+    free = room_of(folder)
+    if free is None:
+        return []
+    needs, settings = writes(run), run.settings
+    if needs.least > free:
+        raise DiskError(
+            f"the trained weights would find no room: they take {in_bytes(needs.least)}, and {in_bytes(free)} are free",
+            where=str(folder),
+            fix=f"make {in_bytes(needs.least - free)} of room, or give --out on another disk",
+        )
+    done = run.resume.state.step if run.resume else 0
+    there = len(list_checkpoints(folder))
+
+    def at_most(every: int, keep: int) -> int:
+        """Checkpoints that will be there at the same time, beside those that are there now."""
+        to_come = -(-run.steps // every) - done // every if done < run.steps else 0
+        return max(1, min(there + to_come, keep + 1) - there) if to_come else 0
+
+    room = (free - needs.least) // max(1, needs.checkpoint)
+    if at_most(settings.save_every, settings.keep) <= room:
+        return []
+    fewer = [keep for keep in range(1, settings.keep) if at_most(settings.save_every, keep) <= room]
+    if fewer:
+        do = f"--keep {fewer[-1]} has room"
+    elif room:
+        do = f"--save-every {run.steps} has room for one, at the end"
+    else:
+        do = f"--save-every {run.steps} trains to the end without one; the weights have room"
+    return [
+        f"the disk would be full before the run ends, and training stop there: {in_bytes(free)} are free, and "
+        f"{needs}; {do}"
+    ]

@@ -1,0 +1,125 @@
+"""The step's levers for one run: how much memory there is, which plan that means, one line about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cogcommon.errors import RunError
+
+from ..blocks.engine import Engine
+from ..blocks.plan import Load, Plan, choose, fits, gib
+from ..blocks.trial import compiler_fault, no_compiler
+from ..distributed import zero
+from .cost import plan_seconds
+from .estimate import load_of, offloaded_bytes, trained_weights
+from .room import Room
+
+if TYPE_CHECKING:
+    from diffusers import CogVideoXTransformer3DModel
+
+    from ..distributed.strategy import Runtime
+    from ..runs.log import RunLog
+    from ..runs.run import Run
+
+
+def install(
+    transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime, log: RunLog, room: Room
+) -> Engine:  # fmt: skip
+    """Put the blocks of a transformer under the plan that its run asks for, and the rest on the device.
+
+    Args:
+        transformer: on the CPU, in training mode, adapters attached.
+        room: that each process had before it was loaded.
+
+    Raises:
+        SettingError: ``--compile on`` without a compiler.
+        RunError: neither the GPU nor the host has the memory to train all weights.
+    """
+    gpu = runtime.device.type == "cuda"
+    load = load_of(run)
+    free = room.gpu
+    host_free = _host_free(run, load, room, sum(parameter.nbytes for parameter in transformer.parameters()))
+    memory, compiled = run.settings.memory, _compiles(run, runtime, log)
+    known = None
+    if room.speed is not None:
+        known = partial(
+            plan_seconds, load, speed=room.speed, full=run.method.full, fp16=run.precision == "fp16"
+        )  # fmt: skip
+    plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu, cost=known)
+    if gpu:
+        if load.hosted and plan.train_on_host < load.layers and not fits(plan, load, free):
+            raise no_room(plan, load, free=free, host_free=host_free)
+        wanted = choose(memory, load, free=free, host_free=sys.maxsize, compiled=compiled, cost=known)
+        for note in notes(plan, wanted, load, free=free, host_free=host_free):
+            log.say(note)
+    if not runtime.whole:
+        zero.gather_by_block(transformer)
+    engine = Engine(transformer, plan, runtime.device, runtime.dtype, log.say, lent=not runtime.whole)
+    if gpu:
+        link = f", copies at {room.speed.link / 1e9:.0f} GB/s" if room.speed else ""
+        names = {"flash4": "FlashAttention 4", "cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}
+        log.say(
+            f"memory {run.settings.memory}: {plan}, attention by {names[engine.kernel]}; "
+            f"about {gib(plan.peak(load))} of {gib(free)} free{link}"
+        )
+    return engine
+
+
+def notes(plan: Plan, wanted: Plan, load: Load, *, free: int, host_free: int) -> list[str]:
+    """What is not as it was asked for, or will not do.
+
+    Args:
+        wanted: the plan if there were host memory without end.
+    """
+    said = []
+    if plan != wanted:
+        said.append(
+            f"note: host memory is short: {gib(wanted.host(load))} would be locked, {gib(host_free)} are free; "
+            f"{gib(plan.host(load))} will be, and about {gib(plan.peak(load))} of the GPU's instead of "
+            f"{gib(wanted.peak(load))}"
+        )
+    if not fits(plan, load, free):
+        said.append(
+            f"note: this may not fit: about {gib(plan.peak(load))} are needed of the GPU's {gib(free)} free; "
+            "a lower --batch-size or --rank, or clips encoded at a smaller --resolution, need less"
+        )
+    return said
+
+
+def no_room(plan: Plan, load: Load, *, free: int, host_free: int) -> RunError:
+    """The error of all weights being trained where they fit neither on the GPU nor on the host."""
+    none, every = (dataclasses.replace(plan, train_on_host=blocks) for blocks in (0, load.layers))
+    return RunError(
+        f"to train all weights takes {gib(none.peak(load))} of GPU memory, and {gib(free)} are free; "
+        f"or {gib(every.peak(load))} and {gib(every.host(load))} more of host memory, and {gib(host_free)} are free",
+        where="full fine-tuning by one process",
+        fix="a host with more memory, or --strategy zero2 on more GPUs",
+    )
+
+
+def _host_free(run: Run, load: Load, room: Room, loaded: int) -> int:
+    """Bytes of host memory for this process: what there is, less what DeepSpeed will take and the weights, but for the
+    copy of them that it will give up.
+
+    Args:
+        loaded: bytes of the weights.
+    """
+    offloaded = offloaded_bytes(trained_weights(run) / run.world, run.strategy)
+    return max(0, int(room.host - loaded + min(loaded, load.layers * load.block) - offloaded))
+
+
+def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:
+    wanted = run.settings.compile
+    if wanted == "off" or (wanted == "auto" and runtime.device.type == "cpu"):
+        return False
+    fault = compiler_fault(runtime.device)
+    if runtime.agree(int(fault is not None)) and fault is None:
+        fault = "not in another process of the run"
+    if fault and wanted == "on":
+        raise no_compiler(fault)
+    if fault:
+        log.say(f"note: blocks are not compiled, and a step takes about half as long again ({fault})")
+    return fault is None

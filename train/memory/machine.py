@@ -1,0 +1,115 @@
+"""The machine that a plan is for: this one, or a card and a host that were named."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cogcommon.errors import SettingError
+from cogcommon.files.memory import free_host_memory
+from cogcommon.model.device import has_bf16
+from cogcommon.words import counted
+
+from ..blocks.attention import Kernel
+from ..blocks.trial import flash4_is_there
+from .cards import Card, card_like, card_named
+from .cost import Speed
+from .measured import gpu_here
+from .seconds import published_speed, speed_of
+
+if TYPE_CHECKING:
+    from ..settings import PlanSettings
+
+_GIB = 2**30
+_GPUS_OF_A_HOST = 8  # at most; of more, each eight are taken to have a host of their own
+_OF_A_HOST = 0.93  # of its memory, what the system and what runs beside leave
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to train on. Bytes."""
+
+    name: str  # of a card
+    gpu: int  # memory of each
+    gpus: int
+    host: int | None = None  # free memory of each host; None: as much as it takes
+    speed: Speed | None = None  # None: not known
+    computed_on: str | None = None  # whose seconds those are
+    kernel: Kernel = "cudnn"
+    bf16: bool = True
+
+    @property
+    def together(self) -> int:
+        """Processes that share a host."""
+        return min(self.gpus, _GPUS_OF_A_HOST)
+
+    @property
+    def host_each(self) -> int:
+        """Host memory for each process."""
+        return sys.maxsize if self.host is None else self.host // self.together
+
+    def described(self) -> str:
+        gpu = f"for {'each of ' if self.gpus > 1 else ''}{counted(self.gpus, 'GPU')}, {self.name}, "
+        host = "a host with as much memory as it takes" if self.host is None else f"{self.host / _GIB:.0f} GiB of host"
+        link = f"; copies at {self.speed.link / 1e9:.0f} GB/s are assumed" if self.speed else ""
+        return f"{gpu}of {self.gpu / _GIB:.1f} GiB, and {host}{' memory free' if self.host is not None else ''}{link}"
+
+
+def machine_for(settings: PlanSettings) -> Machine:
+    """The machine that the settings name, or this one.
+
+    Raises:
+        SettingError: there is no such card or host, or no GPU here.
+    """
+    import torch
+
+    here = torch.cuda.device_count()
+    if settings.gpu is None and not here:
+        raise SettingError(
+            "there is no GPU here to plan for", where="--gpu", fix="name one, or say its memory: --gpu 4090, --gpu 24GB"
+        )
+    if settings.check and (not here or settings.gpu or settings.host or (settings.gpus or 1) > here):
+        raise SettingError(
+            "--check runs on the GPUs of this machine only", where="--check", fix="leave out --gpu, --gpus and --host"
+        )
+    if settings.gpus is not None and settings.gpus < 1:
+        raise SettingError(f"{settings.gpus} GPUs", where="--gpus", fix="--gpus 1 or more")
+    gpus = settings.gpus or max(1, here)
+    if settings.gpu is not None:
+        card = card_named(settings.gpu)
+        host = host_memory(settings.host) if settings.host else None
+        return Machine(card.name, card.bytes, gpus, host, *_speed(card.name, card), bf16=card.bf16)
+    name, total = gpu_here() or "", torch.cuda.get_device_properties(0).total_memory
+    return Machine(
+        name, total, gpus,
+        host_memory(settings.host) if settings.host else free_host_memory(),
+        *_speed(name, card_like(name, total)),
+        kernel="flash4" if flash4_is_there() else "cudnn",
+        bf16=has_bf16(torch.device("cuda")),
+    )  # fmt: skip
+
+
+def host_memory(text: str) -> int:
+    """Bytes that are free of a host with so much memory.
+
+    Raises:
+        SettingError: it is no amount, or no host has it.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB?|GiB|TB?|TiB)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise SettingError(f"{text!r} is not an amount of memory", where="--host", fix="--host 64GB")
+    gib = float(match[1]) * (1024 if (match[2] or "").upper().startswith("T") else 1)  # memory modules' GB are GiB
+    if not 4 <= gib <= 32 * 1024:
+        raise SettingError(f"no host has {gib:g} GB of memory", where="--host", fix="--host 64GB")
+    return int(gib * _GIB * _OF_A_HOST)
+
+
+def _speed(name: str, card: Card | None) -> tuple[Speed | None, str | None]:
+    """What a card gives, and how its seconds are called."""
+    if speed := speed_of(name):
+        return speed, name
+    if card and (speed := published_speed(card)):
+        return speed, f"{name}, from its published {card.rate:g} TFLOP/s"
+    return None, None

@@ -1,0 +1,63 @@
+"""Runs that were measured, kept as data: ``measured.jsonl``, one a line, which `cogtrain plan` and the README read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+FILE = "measured.jsonl"
+REFERENCE = "reference"  # as ``memory``: not ours, the plain loop of ``workshop.bench_train.plain`` beside it
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: what it was, on what, and what it took. Seconds and GiB; memory of one process."""
+
+    row: str  # of the benchmark, as 09/low
+    command: str  # that a user types for the same
+    family: str
+    method: str
+    rank: int | None  # of a LoRA
+    resolution: str
+    batch_size: int
+    precision: str
+    strategy: str
+    memory: str  # as --memory, or REFERENCE
+    plan: str  # how the blocks were run, in words (`blocks.plan.Plan`)
+    attention: str  # by which kernel (`blocks.attention.Kernel`)
+    gpu: str
+    gpus: int
+    card_gib: float  # GPU memory that the run was given
+    s_per_step: float  # median of the steps after the first ones
+    peak_gib: float  # of GPU memory, by torch's allocator, the first step and what comes before it included
+    host_gib: float | None = None  # of the host's memory, by how much less there was
+    locked_gib: float | None = None  # of it, page-locked by us
+    first_peak_gib: float | None = None  # until the end of the first step
+    compile_s: float | None = None  # once, beside the steps
+    date: str = ""
+    commit: str = ""
+    faster_since: bool = False  # our code has been made faster: the bytes still hold, the seconds do not
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@lru_cache
+def measured() -> tuple[Measured, ...]:
+    """All runs that are in the project, the newest first."""
+    lines = resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8").splitlines()
+    return tuple(Measured(**json.loads(line)) for line in reversed(lines))
+
+
+def gpu_here() -> str | None:
+    """This machine's GPU, as ``Measured.gpu`` names it."""
+    import torch
+
+    return torch.cuda.get_device_name().removeprefix("NVIDIA ") if torch.cuda.is_available() else None
+
+
+def keep(run: Measured) -> None:
+    """Append a run to the project's own."""
+    with Path(__file__).with_name(FILE).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(asdict(run)) + "\n")

@@ -1,0 +1,62 @@
+"""Seconds of a step of a run, by arithmetic: on GPUs that we have measured, and on others by what their makers say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..blocks.attention import Kernel
+from ..distributed.zero_config import STAGE
+from .cards import card_like
+from .cost import ATTENTION, Speed, plan_seconds
+from .estimate import Demand, Trains, trained_weights
+
+if TYPE_CHECKING:
+    from .cards import Card
+
+# DeepSpeed on two H200s, from one run of 2B and one of 5B for each stage: the same for every model, and for a weight
+# (gradients exchanged, weights gathered, the update).
+_ZERO, _ZERO_3 = (0.10, 0.047e-9), (0.15, 0.064e-9)
+_OFFLOADED = 0.63e-9  # a weight of a process's part that it offloads; 2B and 5B, stage 3
+# Times an H200, by the names that the driver gives them.
+RELATIVE: Mapping[str, float] = {"H200": 1.0, "H100 80 GB": 1.02, "H100 80GB HBM3": 1.02}
+
+H200 = Speed()
+
+
+def speed_of(name: str) -> Speed | None:
+    """What a GPU gives that we have measured, by its driver's name; None for another one."""
+    relative, card = RELATIVE.get(name), card_like(name)
+    return Speed(relative, card.link * 1e9 if card else Speed.link) if relative else None
+
+
+def published_speed(card: Card) -> Speed | None:
+    """What a card that was never measured would give if it gave as much of its published rate as an H200 does.
+
+    None where that would be no more than a guess: of a card without bf16, on which other attention kernels run.
+    """
+    reference = card_like("H200")
+    assert reference and reference.rate
+    return Speed(reference.rate / card.rate, card.link * 1e9, published=True) if card.rate and card.bf16 else None
+
+
+def seconds(run: Trains, needs: Demand, speed: Speed, kernel: Kernel = "cudnn") -> float | None:
+    """Seconds of a step, one accumulation; None for what no measurement stands behind.
+
+    That is an attention kernel that is not in `ATTENTION`, blocks that are not compiled, and what cards that were
+    never measured exchange with each other under ZeRO. Stage 1 is computed as stage 2, and what stage 2 offloads as
+    what stage 3 does; neither was measured.
+    """
+    stage, load, plan = STAGE[needs.strategy], needs.load, needs.plan
+    if kernel not in ATTENTION or not plan.compiled or (stage and speed.published):
+        return None
+    if stage == 0:
+        return plan_seconds(load, plan, speed, kernel, full=run.method.full, fp16=run.precision == "fp16")
+    weights = trained_weights(run)
+    each, a_weight = _ZERO_3 if stage == 3 else _ZERO
+    theirs = each + a_weight * weights
+    if needs.strategy.endswith("-offload"):
+        theirs += _OFFLOADED * weights / run.world
+    # Its update is in that.
+    return theirs + plan_seconds(replace(load, trained=0), plan, speed, kernel, full=run.method.full)

@@ -1,0 +1,4 @@
+"""What is trained and how: inputs and loss, the diffusion's maths, LoRA, full fine-tuning, EMA.
+
+Imports distributed, settings.
+"""

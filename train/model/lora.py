@@ -1,0 +1,313 @@
+"""LoRA on the transformer, and its file: fp32, in diffusers' keys, with the scale folded in.
+
+A LoRA layer computes ``W x + alpha/rank * B A x`` (Hu et al. 2021,
+arXiv:2106.09685). The file that diffusers and ComfyUI load has no reliable
+place for alpha: most loaders take it to be the rank, and the adapter acts
+rank/alpha times too strongly. So the file holds ``(alpha/rank) B``, which is
+exact with every loader. Stored as fp32; bf16 would cost 1.7e-4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.errors import ModelError, RunError, SettingError
+from cogcommon.files.atomic import commit_bytes
+from cogcommon.model.checkpoint import Checkpoint
+
+from ..settings import TARGET_MODULES
+from .compare import difference, limit, probe
+from .finite import refuse_to_write
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
+
+_ADAPTER = "default"
+_PREFIX = "transformer."
+_FACTS = "cogtune"  # entry of the file's own metadata; other loaders pass over it
+
+
+def attach(
+    transformer: CogVideoXTransformer3DModel,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] = TARGET_MODULES,
+    dropout: float = 0.0,
+    *,
+    seed: int = 42,
+) -> None:
+    """Freeze the transformer and put fp32 adapters of rank ``rank`` beside its linear layers.
+
+    B starts at zero; each A has its own generator, seeded by its name,
+    so that every rank and every run begins with the same weights.
+
+    Args:
+        target_modules: names, or ends of names, of linear layers.
+        dropout: of the adapters' input, 0 to 1.
+
+    Raises:
+        SettingError: a target that the transformer does not have.
+    """
+    import torch
+    from peft import LoraConfig
+
+    assert rank >= 1 and alpha > 0 and 0 <= dropout < 1  # LoraSettings
+    check_targets(transformer, target_modules)
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules)), _ADAPTER
+    )
+    with torch.no_grad():
+        for name, layer in _layers(transformer):
+            # peft makes them in the base's type; bf16 weights would lose updates smaller than 2^-9 of themselves.
+            layer.lora_A[_ADAPTER].float()
+            layer.lora_B[_ADAPTER].float()
+            weight = layer.lora_A[_ADAPTER].weight
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            bound = 1 / math.sqrt(weight.shape[1])  # as torch.nn.Linear starts
+            weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
+
+
+def check_targets(transformer: torch.nn.Module, target_modules: Sequence[str]) -> None:
+    """Refuse a layer that the transformer, which may be one without memory, does not have.
+
+    Raises:
+        SettingError: with the layers of a block.
+    """
+    block = "transformer_blocks.0."
+    known = sorted(name.removeprefix(block) for name in _linear(transformer) if name.startswith(block))
+    for target in target_modules:
+        if not targets(transformer, [target]):
+            raise SettingError(
+                f"the transformer has no linear layer called {target!r}",
+                where="--target-modules",
+                fix="layers of a block: " + ", ".join(known),
+            )
+    if not target_modules:
+        raise SettingError("no layer gets an adapter", where="--target-modules", fix="some of " + ", ".join(known))
+
+
+def targets(transformer: torch.nn.Module, target_modules: Sequence[str]) -> dict[str, torch.nn.Linear]:
+    """The linear layers, by name, that get an adapter."""
+    return {
+        name: layer
+        for name, layer in _linear(transformer).items()
+        if any(name == target or name.endswith("." + target) for target in target_modules)
+    }
+
+
+def _linear(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    import torch
+
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def _layers(transformer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def state_dict(
+    transformer: torch.nn.Module, read: Callable[[torch.nn.Parameter], torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The adapters as the file holds them: fp32, on the CPU, alpha/rank folded into B.
+
+    Args:
+        read: gives a weight whole; under ZeRO the ranks hold parts, and all of them call this.
+
+    Raises:
+        RunError: a weight is not finite.
+
+    Returns:
+        ``transformer.<layer>.lora_A.weight`` (rank, in) and ``...lora_B.weight`` (out, rank).
+    """
+    import torch
+
+    state: dict[str, torch.Tensor] = {}
+    for name, layer in _layers(transformer):
+        for side in ("lora_A", "lora_B"):
+            parameter = getattr(layer, side)[_ADAPTER].weight
+            weight = (read(parameter) if read else parameter.detach()).to("cpu", torch.float32, copy=True)
+            assert weight.ndim == 2 and weight.numel(), "a part of a weight: it must be gathered"
+            if side == "lora_B":
+                weight *= layer.scaling[_ADAPTER]
+            state[f"{_PREFIX}{name}.{side}.weight"] = weight.contiguous()
+    assert state, "no adapters attached"
+    refuse_to_write(state.values(), "the adapters' weights are")
+    return state
+
+
+def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, str]) -> Path:
+    """Write ``pytorch_lora_weights.safetensors``, whole or not at all.
+
+    Args:
+        state: from `state_dict`.
+        facts: what the reader should know (``base_model``, ``family``, ``rank``,
+            ``alpha``, ...); kept in the file's metadata under a name of ours.
+
+    Returns:
+        The file.
+    """
+    from safetensors.torch import save as to_bytes
+
+    path = folder / FILE
+    metadata = {"format": "pt", _FACTS: json.dumps(dict(facts), sort_keys=True)}
+    folder.mkdir(parents=True, exist_ok=True)
+    commit_bytes(path, to_bytes(dict(state), metadata=metadata))
+    return path
+
+
+def read_facts(file: Path) -> dict[str, str]:
+    """What `save` wrote beside the weights; of a file of another tool, what reads like it, or nothing.
+
+    Raises:
+        ModelError: no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            facts = json.loads((opened.metadata() or {}).get(_FACTS, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"not a LoRA file: {error}", where=str(file), fix=f"give a {FILE}") from error
+    if not isinstance(facts, dict):
+        return {}
+    return {name: value for name, value in facts.items() if isinstance(value, str)}
+
+
+def load_file(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file.
+
+    Raises:
+        ModelError: no safetensors file, or no LoRA in diffusers' keys.
+    """
+    from safetensors.torch import load_file as load
+
+    read_facts(file)
+    state = load(file)
+    if not state or not all(name.startswith(_PREFIX) and ".lora_" in name for name in state):
+        odd = next((name for name in state if not name.startswith(_PREFIX) or ".lora_" not in name), "no tensor")
+        raise ModelError(
+            f"not a LoRA of a CogVideoX transformer in diffusers' keys ({odd})",
+            where=str(file),
+            fix=f"give the {FILE} of a run",
+        )
+    return state
+
+
+def check_fits(file: Path, checkpoint: Checkpoint, transformer: torch.nn.Module) -> None:
+    """Refuse a LoRA that was made for another transformer.
+
+    Raises:
+        ModelError: names the first layer that is missing or of another shape, or
+            the family for which the file says it was trained.
+    """
+    trained_for = read_facts(file).get("family", checkpoint.family.name)
+    modules = dict(transformer.named_modules())
+    fault = None
+    if trained_for != checkpoint.family.name:
+        fault = f"it was trained for {trained_for}"
+    for name, tensor in load_file(file).items():
+        layer = name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0]
+        if fault or not name.endswith(("lora_A.weight", "lora_B.weight")):
+            continue
+        weight = getattr(modules.get(layer), "weight", None)
+        side = 1 if ".lora_A." in name else 0  # A meets the layer's input, B its output
+        if weight is None:
+            fault = f"the model has no layer {layer}"
+        elif weight.shape[side] != tensor.shape[side]:
+            fault = f"{layer} is {weight.shape[side]} wide in the model and {tensor.shape[side]} in the file"
+    if fault:
+        raise ModelError(
+            f"this LoRA is not for {checkpoint.name} ({checkpoint.family.name}): {fault}",
+            where=str(file),
+            fix="give the --model that it was trained on",
+        )
+
+
+def load(file: Path, checkpoint: Checkpoint, transformer: CogVideoXTransformer3DModel) -> None:
+    """Put a LoRA file onto a plain transformer, as diffusers' pipelines do; adapters in fp32.
+
+    Raises:
+        ModelError: not a LoRA file, or one for another model.
+    """
+    import torch
+
+    check_fits(file, checkpoint, transformer)
+    state = load_file(file)
+    transformer.load_lora_adapter(dict(state), prefix="transformer", adapter_name=_ADAPTER)
+    with torch.no_grad():
+        for name, layer in _layers(transformer):
+            # diffusers has just rounded them to the base's type.
+            for side, linear in (("lora_A", layer.lora_A[_ADAPTER]), ("lora_B", layer.lora_B[_ADAPTER])):
+                linear.float().weight.copy_(state[f"{_PREFIX}{name}.{side}.weight"])
+
+
+def merge(transformer: CogVideoXTransformer3DModel) -> None:
+    """Add the adapters into the weights and take them off. Sums in fp32, then rounds once."""
+    import torch
+
+    with torch.no_grad():
+        for _, layer in _layers(transformer):
+            weight = layer.get_base_layer().weight
+            delta = layer.lora_B[_ADAPTER].weight.float() @ layer.lora_A[_ADAPTER].weight.float()
+            weight.copy_(weight.float() + layer.scaling[_ADAPTER] * delta)
+    transformer.unload_lora()
+
+
+def check(
+    file: Path,
+    checkpoint: Checkpoint,
+    state: Mapping[str, torch.Tensor],
+    expected: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Load the file into a fresh transformer of the same checkpoint; compare what acts, and one forward pass.
+
+    Args:
+        state: the live model's `state_dict`.
+        expected: `probe` of the live model, taken with its base in ``dtype`` on ``device``.
+
+    Returns:
+        The largest difference of the forward pass, relative to the largest value: about 1e-7 in fp32.
+
+    Raises:
+        RunError: the file does not give the model that was trained.
+    """
+    transformer = checkpoint.load_transformer(dtype).to(device)
+    load(file, checkpoint, transformer)
+    wrong = acting_otherwise(transformer, state)
+    found = difference(expected, probe(transformer.to(device)))
+    if wrong or not found <= limit(dtype):
+        raise RunError(
+            f"the exported LoRA does not answer as the trained model does: {len(wrong)} weights act otherwise, "
+            f"the forward pass is {found:.1e} off, {limit(dtype):.0e} allowed",
+            where=str(file),
+            fix="do not use this file; the checkpoints of the run still hold the weights: `cogtrain export --run RUN`",
+        )
+    return found
+
+
+def acting_otherwise(transformer: CogVideoXTransformer3DModel, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The adapters of a transformer that are not those of a `state_dict`, with the scale that a loader gave them."""
+    acting = state_dict(transformer)
+    differing = [name for name in acting.keys() & state.keys() if not _equal(acting[name], state[name])]
+    return sorted([*differing, *(acting.keys() ^ state.keys())])
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """But for the rounding of a scale."""
+    return a.shape == b.shape and float((a - b).abs().max()) <= 1e-6 * float(b.abs().max())

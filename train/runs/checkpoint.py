@@ -1,0 +1,297 @@
+"""Checkpoints of a run, ``checkpoint-N/``, written atomically.
+
+A checkpoint holds the trained weights, the optimizer's state and ``state.json``.
+Its step alone gives the position in the order of samples: the rest is a function
+of the settings and the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.cli.names import command_line
+from cogcommon.errors import CogError, RunError
+from cogcommon.files.atomic import TEMPORARY, fsync_folder, temporary_beside
+from cogcommon.files.failures import disk_errors
+from cogcommon.files.ownership import is_file, is_folder, remove_folder, replace_folder
+from cogcommon.files.typed import build, parse_object
+
+from ..distributed.leaving import PeerFailed
+from ..distributed.strategy import Runtime
+from ..model.finite import all_finite
+from .folder import A_CHECKPOINT, CONFIG_FILE
+
+if TYPE_CHECKING:
+    import torch
+
+STATE_FILE = "state.json"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint says of the run it belongs to.
+
+    ``facts`` must be the same when it is resumed, by name as messages show them.
+    """
+
+    step: int  # optimizer steps made
+    world: int
+    facts: Mapping[str, Any]
+    settings: Mapping[str, Any]  # of the run, for the note of what was changed
+    schema: int = _SCHEMA
+    identity: str = field(default_factory=lambda: secrets.token_hex(8))  # no two checkpoints have the same
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint on disk."""
+
+    folder: Path
+    state: RunState
+
+    @property
+    def digest(self) -> str:
+        """Tells it from every other checkpoint, and from a part of itself: of its state, its files' names and sizes."""
+        digest = hashlib.sha256((self.folder / STATE_FILE).read_bytes())
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+
+def folder_name(step: int) -> str:
+    return f"checkpoint-{step}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    named = [path for path in _named(run) if (path / STATE_FILE).exists()]
+    return sorted(named, key=_step_of)
+
+
+def _named(run: Path) -> list[Path]:
+    return [path for path in run.glob("checkpoint-*") if re.fullmatch(r"[0-9]{1,18}", path.name[11:])]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[11:])
+
+
+def clear(run: Path, after: int) -> list[str]:
+    """Remove what a killed run left half-written, and checkpoints of steps that will be made again.
+
+    Args:
+        run: its folder, claimed.
+        after: the step from which the run goes on; 0 for one that starts anew. Later
+            checkpoints would pass for newer ones, and be kept in the new ones' place.
+
+    Returns:
+        Names of the whole checkpoints that were removed.
+
+    Raises:
+        RunError: a later checkpoint is not as a run of ours made it.
+    """
+    for path in run.glob(".*.tmp"):  # checkpoints, files, an export
+        if TEMPORARY.fullmatch(path.name) and is_folder(path):
+            shutil.rmtree(path)
+        elif TEMPORARY.fullmatch(path.name) and is_file(path):
+            path.unlink()
+    whole = list_checkpoints(run)
+    for path in _named(run):
+        if path not in whole:  # a kill came between, when it was to go
+            remove_folder(path, A_CHECKPOINT)
+    abandoned = [path for path in whole if _step_of(path) > after]
+    for path in abandoned:
+        if not remove_folder(path, A_CHECKPOINT, first=STATE_FILE):
+            raise RunError(
+                f"{path.name} is newer than the step to go on from, and not one that this run has made",
+                where=str(path),
+                fix="move it elsewhere, or start a new run with another --out",
+            )
+    return [path.name for path in abandoned]
+
+
+def find(path: Path) -> SavedCheckpoint:
+    """A checkpoint folder, or the latest one of a run folder.
+
+    Raises:
+        RunError: there is none.
+    """
+    folder = path
+    if not (path / STATE_FILE).exists():
+        checkpoints = list_checkpoints(path)
+        if not checkpoints:
+            raise RunError(
+                "no checkpoint to resume" if path.is_dir() else "no such folder to resume",
+                where=f"--resume {path}",
+                fix="give a run folder or one of its checkpoint-N folders",
+            )
+        folder = checkpoints[-1]
+    try:
+        return SavedCheckpoint(folder, read_state(folder))
+    except (OSError, ValueError) as error:
+        raise RunError(f"a damaged checkpoint: {error}", where=str(folder), fix="resume an older one") from error
+
+
+def read_state(folder: Path) -> RunState:
+    """What a checkpoint says of its run.
+
+    Raises:
+        OSError, ValueError: it says nothing that can be believed.
+    """
+    values = parse_object((folder / STATE_FILE).read_bytes())
+    if values.get("schema") != _SCHEMA:
+        raise ValueError(f"schema {values.get('schema')}, this version reads {_SCHEMA}")
+    return build(RunState, values)
+
+
+def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, batch_size: int) -> None:
+    """Refuse to go on with another run than the checkpoint's.
+
+    Raises:
+        RunError: names the first fact that differs, and what to change.
+    """
+    for name, now in facts.items():
+        then: Any = found.state.facts.get(name, now)  # a fact may be newer than the checkpoint
+        if then == now:
+            continue
+        fix = f"set {name} back, or start a new run with another --out"
+        if name == "global batch":
+            per_step = world * batch_size
+            fix = (
+                f"--accumulate {then // per_step}"
+                if then % per_step == 0
+                else f"choose --batch-size and --accumulate so that {world} x batch size x accumulate is {then}"
+            )
+        elif name == "shards":
+            fix = "give the shards that the run began with, or start a new run with another --out"
+        raise RunError(
+            f"the checkpoint was made with another {name}: {_short(then)} then, {_short(now)} now",
+            where=str(found.folder),
+            fix=fix,
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+class NotSaved(Exception):
+    """A checkpoint could not be written; raised on all ranks alike. ``fault`` is what to say of it."""
+
+    def __init__(self, fault: CogError) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+def save(
+    runtime: Runtime,
+    model: Any,
+    optimizer: Any,
+    average: list[torch.Tensor] | None,
+    state: RunState,
+    run: Path,
+    keep: int,
+    *,
+    needs: int = 0,
+) -> Path:
+    """Write a checkpoint; every rank calls it. The oldest go once the new one is whole.
+
+    Args:
+        average: this rank's part of the moving average of the weights.
+        needs: bytes that it takes, about, for the message of a disk that is full.
+
+    Raises:
+        RunError: a weight, or a number of the optimizer's state, is not finite.
+        NotSaved: the disk is full, or another fault of the file system; nothing of the checkpoint is left.
+    """
+    _check_finite(runtime, model, optimizer, average, f"step {state.step}", "resume the last checkpoint")
+    final = run / folder_name(state.step)
+    temporary = Path(runtime.peers.tell(str(temporary_beside(final))))
+
+    def begin() -> None:
+        temporary.mkdir(parents=True)
+
+    def commit() -> None:
+        (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        _fsync_tree(temporary)
+        replace_folder(temporary, final, A_CHECKPOINT)  # the same step is there after a resume from an older one
+
+    def write(act: Callable[[], None]) -> Callable[[], None]:
+        def told() -> None:
+            with disk_errors(final, needs=needs, go_on=lambda: how_to_go_on(run, state.facts["method"])):
+                act()
+
+        return told
+
+    peers = runtime.peers
+    try:
+        peers.together(write(begin) if runtime.main else lambda: None)
+        peers.together(write(lambda: runtime.save_state(model, optimizer, average, temporary)))
+        peers.together(write(commit) if runtime.main else lambda: None)
+    except CogError as fault:
+        if runtime.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise NotSaved(fault) from fault
+    if runtime.main:
+        others = [path for path in list_checkpoints(run) if path != final]
+        for old in others[: max(0, len(others) - max(0, keep - 1))]:
+            remove_folder(old, A_CHECKPOINT, first=STATE_FILE)
+    return final
+
+
+def how_to_go_on(run: Path, method: str) -> str:
+    """What to type when a fault is mended, and from where the run then goes on."""
+    if not (run / CONFIG_FILE).exists():
+        return "run the command again"
+    whole = list_checkpoints(run)
+    kept = (
+        f"it goes on from {whole[-1].name}, which is whole" if whole else "it begins anew: no checkpoint is there yet"
+    )
+    return f"{command_line('cogtrain', method, '--config', run / CONFIG_FILE)} ({kept})"
+
+
+def load(runtime: Runtime, model: Any, optimizer: Any, average: list[torch.Tensor] | None, folder: Path) -> None:
+    """Read a checkpoint back; every rank calls it.
+
+    Raises:
+        RunError: it is damaged, does not fit this model, or holds what is not finite.
+    """
+    runtime.load_state(model, optimizer, average, folder)
+    _check_finite(runtime, model, optimizer, average, str(folder), "resume an older one")
+
+
+def _check_finite(
+    runtime: Runtime, model: Any, optimizer: Any, average: list[torch.Tensor] | None, where: str, do: str
+) -> None:
+    if runtime.agree(int(not all_finite(runtime.held(model, optimizer, average)))):
+        raise (
+            RunError(
+                "the weights, or the optimizer's state, are not finite", where=where, fix=f"{do}, with a lower --lr"
+            )
+            if runtime.main
+            else PeerFailed()
+        )
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        else:
+            fsync_folder(path)
+    fsync_folder(folder)

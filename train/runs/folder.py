@@ -1,0 +1,189 @@
+"""What lies in a run folder, and how to read it back: settings, facts, metrics.
+
+::
+
+    config.toml      every setting, resolved
+    facts.json       what the run worked on: shards, counts, processes (`Facts`)
+    metrics.jsonl    one line a step; validation lines carry val_loss
+    checkpoint-N/    to resume from
+    validation/      videos
+    report.html, README.md (the model card), and the export
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+from cogcommon.cli.settings import parse_toml
+from cogcommon.errors import RunError
+from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.typed import build, parse_object
+
+from ..model import lora
+
+CONFIG_FILE = "config.toml"
+FACTS_FILE = "facts.json"
+METRICS_FILE = "metrics.jsonl"
+VALIDATION = "validation"
+REPORT_FILE = "report.html"
+CARD_FILE = "README.md"
+LOCK_FILE = ".lock"
+# What a run writes over, again and again. The card and the settings are people's to change, so they are not among it.
+RUN_FILES = (FACTS_FILE, METRICS_FILE, REPORT_FILE, VALIDATION, lora.FILE)
+METHODS = {"lora": "LoRA", "sft": "Full fine-tuning"}
+A_RUN, A_CHECKPOINT = "a training run", "a checkpoint"  # what made a folder's files
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run worked on, for its report and its model card. Written at the start, again at a resume."""
+
+    model: str
+    revision: str | None
+    family: str
+    task: str
+    method: Literal["lora", "sft"]
+    contract_fingerprint: str  # how the samples were encoded
+    shards_fingerprint: str  # which samples they are
+    shards: int
+    samples: dict[str, int]  # by bucket
+    held_out: int  # samples for validation
+    steps: int  # planned
+    processes: int
+    global_batch: int
+    strategy: str
+    precision: str
+    device: str  # in words
+    trainable: int  # weights
+    version: str
+    plan: str = ""  # how the blocks were run (`blocks.plan.Plan`); newer than some runs
+    attention: str = ""  # by which kernel (`blocks.attention.Kernel`); newer than some runs
+
+    def write(self, run: Path) -> None:
+        commit_bytes(run / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
+
+
+def report_head(facts: Facts) -> str:
+    """How the page of a run begins; by this it is known to be one."""
+    title = escape(f"{METHODS[facts.method]} of {facts.model}")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>"
+    )
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """One optimizer step. Times in seconds, memory in GiB."""
+
+    step: int
+    epoch: int
+    loss: float | None  # None, here and below: not finite
+    lr: float
+    grad_norm: float | None
+    s_per_step: float
+    samples_per_s: float
+    peak_gib: float
+    data_s: float = 0.0  # waiting for a batch; with the next three it makes s_per_step
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    optimizer_s: float = 0.0
+    compile_s: float = 0.0  # beside them, once a resolution
+    kept_gib: float = 0.0  # of the GPU's memory, held between the forward and the backward pass
+
+
+@dataclass(frozen=True)
+class ValidationLine:
+    """One validation. ``base_val_loss`` is the untouched base model's, on the same samples and noise."""
+
+    step: int
+    val_loss: float | None
+    base_val_loss: float | None
+    val_peak_gib: float = 0.0  # of memory held meanwhile
+
+    @property
+    def change(self) -> float | None:
+        """Per cent from the base model's loss; None where one of the two is not finite."""
+        if self.val_loss is None or not self.base_val_loss:
+            return None
+        return 100 * (self.val_loss / self.base_val_loss - 1)
+
+
+def finite(value: float) -> float | None:
+    """As it stands in a line: JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    facts: Facts
+    steps: list[StepLine]
+    validations: list[ValidationLine]
+
+
+def read_settings(run: Path) -> Mapping[str, Any]:
+    """The resolved settings of a run, or of the run that a checkpoint lies in.
+
+    Raises:
+        RunError: no run folder.
+    """
+    for folder in (run, run.absolute().parent):
+        if (folder / CONFIG_FILE).is_file():
+            try:
+                return parse_toml((folder / CONFIG_FILE).read_bytes())
+            except (OSError, ValueError) as error:
+                raise RunError(
+                    f"the settings of the run are damaged: {error}", where=str(folder / CONFIG_FILE)
+                ) from error
+    raise RunError(f"not a run folder: there is no {CONFIG_FILE}", where=str(run), fix="give the folder of a run")
+
+
+def read_run(run: Path) -> Run:
+    """Read everything but weights.
+
+    Raises:
+        RunError: no run folder, or a damaged one.
+    """
+    settings = read_settings(run)
+    try:
+        facts = build(Facts, parse_object((run / FACTS_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"the facts of the run are missing or damaged: {error}", where=str(run / FACTS_FILE)) from error
+    steps, validations = read_metrics(run / METRICS_FILE)
+    return Run(run, settings, facts, steps, validations)
+
+
+def read_metrics(path: Path) -> tuple[list[StepLine], list[ValidationLine]]:
+    """Steps and validations in order. Of a step that was repeated after a resume the last line counts.
+
+    A last line cut short by a kill is passed over.
+    """
+    steps: dict[int, StepLine] = {}
+    validations: dict[int, ValidationLine] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            values = json.loads(line)
+            if "val_loss" in values:
+                validations[values["step"]] = _pick(ValidationLine, values)
+            else:
+                steps[values["step"]] = _pick(StepLine, values)
+        except (ValueError, KeyError):
+            continue
+    return [steps[n] for n in sorted(steps)], [validations[n] for n in sorted(validations)]
+
+
+def _pick(cls: Any, values: Mapping[str, Any]) -> Any:
+    # A field with a default may be newer than the run.
+    needed = [f.name for f in dataclasses.fields(cls) if f.name in values or f.default is dataclasses.MISSING]
+    return cls(**{name: values[name] for name in needed})

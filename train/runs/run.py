@@ -1,0 +1,352 @@
+"""Opens a run: everything that can be refused is refused here, before any weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.cli.names import command_line
+from cogcommon.errors import RunError, SettingError, ShardError
+from cogcommon.files.ownership import Made
+from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16
+from cogcommon.model.families import Resolution
+
+from ..data.compatibility import check_alike, check_model, lost_tars
+from ..data.sampler import Order
+from ..data.shards import ShardSet, open_shards
+from ..distributed import zero
+from ..distributed.optimizer import check_optimizer
+from ..distributed.peers import ALONE, Peers
+from ..distributed.zero_config import Strategy, choose, deepspeed_config
+from ..model.method import Method, method_of
+from ..settings import TrainSettings
+from ..store.cache import Cache
+from ..store.store import without_secrets
+from .agreement import agree_on_resume
+from .checkpoint import SavedCheckpoint, check_same, find, list_checkpoints
+from .folder import CONFIG_FILE
+from .tracker import check_installed
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_EPOCHS = 10
+_REVISION = "revision of the base model"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can start."""
+
+    settings: TrainSettings
+    method: Method
+    shards: ShardSet
+    held_out: ShardSet | None
+    checkpoint: Checkpoint  # of the base model
+    order: Order
+    steps: int
+    strategy: Strategy
+    precision: Precision
+    world: int
+    resume: SavedCheckpoint | None
+    notes: tuple[str, ...]  # what the user should know, one sentence each
+
+    @property
+    def buckets(self) -> tuple[Resolution, ...]:
+        return tuple(self.shards.buckets)
+
+    @property
+    def held_out_buckets(self) -> tuple[Resolution, ...]:
+        return tuple(self.held_out.buckets) if self.held_out else ()
+
+    @property
+    def global_batch(self) -> int:
+        return self.order.global_batch
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint."""
+        return {
+            "method": self.method.name,
+            "base model": f"{self.checkpoint.family.name} {self.checkpoint.name}",
+            _REVISION: self.checkpoint.fingerprint,
+            "shards": self.shards.fingerprint,
+            "global batch": self.global_batch,
+            "--seed": self.settings.seed,
+            "--strategy": self.strategy,
+            "--precision": self.precision,
+            "--optimizer": self.settings.optimizer,
+            **self.method.facts(),
+        }
+
+
+def open_run(
+    settings: TrainSettings, device: torch.device, world: int, peers: Peers = ALONE
+) -> Run:  # fmt: skip
+    """Check the settings, the shards and the model against each other.
+
+    Args:
+        device: that this process trains on.
+        world: processes of the run.
+        peers: those of them that have met; each calls this, and each may find a fault that the others do not.
+
+    Raises:
+        CogError: anything that the user can put right.
+    """
+    notes: list[str] = []
+    resume = agree_on_resume(lambda: _find_resume(settings), peers)  # together, so before anything that may fail here
+    method = method_of(settings)
+    strategy = choose(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
+    _check_strategy(settings, strategy)
+    check_optimizer(settings, strategy)
+    check_installed(settings.tracker)
+    cache = Cache(settings.cache, settings.cache_bytes) if settings.cache else None
+    shards = open_shards(settings.shards, cache=cache)
+    if cache is not None and not any(shard.file.remote for shard in shards.shards):
+        notes.append("--cache has nothing to do: these shards are on this machine, or wholly in the cache")
+    if lost := lost_tars(shards):
+        names = ", ".join(lost[:4]) + " ..." * (len(lost) > 4)
+        notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")
+    checkpoint = _base_model(settings, shards, resume)
+    check_model(shards.contract, checkpoint, shards.shards[0].shown)
+    method.check(checkpoint)
+    _check_buckets(shards, checkpoint)
+    if settings.validate_videos and not settings.validate_shards:
+        raise SettingError(
+            "there are no held-out samples to make videos of",
+            where="--validate-videos",
+            fix="--validate-shards with some that `cogprep encode --holdout` set aside, or leave --validate-videos out",
+        )
+    if settings.caption_dropout or settings.validate_videos:  # guidance needs it too
+        shards.empty_caption()
+    precision = settings.precision or default_precision(checkpoint.family, device)
+    if precision == "fp16" and device.type == "cpu":
+        raise SettingError("fp16 needs a GPU", where="--precision fp16", fix="--precision bf16 or fp32")
+    if precision == "bf16" and not has_bf16(device):
+        notes.append(EMULATED.format("this GPU"))
+    deepspeed_config(settings, strategy, precision, world)
+    held_out = None
+    if settings.validate_shards:
+        held_out = open_shards(settings.validate_shards, "--validate-shards", cache)
+        check_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
+        _check_buckets(held_out, checkpoint)
+        total = len(shards)
+        shards = shards.without(held_out)
+        if len(shards) < total:
+            notes.append(f"{total - len(shards)} samples of --shards are held out for validation and not trained")
+    checkpoint.check_weights("transformer")
+    if settings.validate_videos:
+        checkpoint.check_weights("vae")
+    order = _order(settings, shards, world, notes)
+    steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * order.steps_per_epoch
+    if resume is not None and resume.state.step > steps:
+        notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
+        steps = resume.state.step
+    if settings.warmup is not None and settings.warmup >= steps:
+        notes.append(f"the rate of --lr is never reached: {settings.warmup} steps of warm-up, {steps} in all")
+    if settings.lr == 0:
+        notes.append("--lr 0 trains nothing")
+    run = Run(
+        settings=settings,
+        method=method,
+        shards=shards,
+        held_out=held_out,
+        checkpoint=checkpoint,
+        order=order,
+        steps=steps,
+        strategy=strategy,
+        precision=precision,
+        world=world,
+        resume=resume,
+        notes=tuple(notes),
+    )
+    if run.resume is not None:
+        check_same(run.resume, run.facts(), world, settings.batch_size)
+        changed = _changed(run.resume, settings)
+        if changed:
+            notes.append("changed since the checkpoint: " + ", ".join(changed))
+    return dataclasses.replace(run, notes=tuple(notes))
+
+
+def _base_model(settings: TrainSettings, shards: ShardSet, resume: SavedCheckpoint | None) -> Checkpoint:
+    """The checkpoint to train: at the revision that the run began with, or that the shards were made with. The hub may
+    have a newer one by now."""
+    contract = shards.contract
+    name, revision = settings.model or contract.model, None
+    if resume is not None:
+        revision = resume.state.facts.get(_REVISION)
+    elif name == contract.model:
+        revision = contract.revision
+    made_for = f"the contract of {shards.shards[0].shown}"
+    return open_checkpoint(name, revision, named_by=None if settings.model else made_for)
+
+
+def _check_buckets(shards: ShardSet, checkpoint: Checkpoint) -> None:
+    """Refuse samples of a size that the model cannot take, wherever they come from."""
+    for bucket in shards.buckets:
+        try:
+            checkpoint.check_resolution(bucket)
+        except SettingError as error:
+            raise ShardError(
+                f"samples of {bucket}: {error.what}",
+                where=shards.shards[0].shown,
+                fix=f"other shards, or encode these clips again with {error.fix}",
+            ) from error
+
+
+def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
+    if settings.deepspeed is not None and strategy == "ddp":
+        raise SettingError(
+            "a DeepSpeed file has no meaning for --strategy ddp",
+            where=f"--deepspeed {settings.deepspeed}, --strategy ddp",
+            fix="leave one of them out",
+        )
+    if settings.ema and strategy != "ddp":
+        raise SettingError(
+            f"--ema averages weights that every process holds; {strategy} spreads them",
+            where="--ema, --strategy",
+            fix="--strategy ddp, or leave --ema out",
+        )
+    if settings.nvme is not None and not strategy.endswith("-offload"):
+        raise SettingError(
+            f"--nvme is where an -offload strategy puts things; {strategy} offloads nothing",
+            where="--nvme, --strategy",
+            fix="--strategy zero3-offload",
+        )
+    if settings.nvme is not None and strategy != "zero3-offload":
+        raise SettingError(
+            f"{strategy} offloads to host memory only",
+            where="--nvme, --strategy",
+            fix="--strategy zero3-offload",
+        )
+    if settings.nvme is not None:
+        zero.check_nvme(settings.nvme)
+
+
+def _order(settings: TrainSettings, shards: ShardSet, world: int, notes: list[str]) -> Order:
+    size = world * settings.batch_size * settings.accumulate
+    order = Order(shards.shard_of, shards.bucket_of, size, settings.seed)
+    parts = f"{world} process{'es' * (world > 1)} x batch size {settings.batch_size} x accumulate {settings.accumulate}"
+    if world > len(shards):
+        raise ShardError(
+            f"{world} processes and only {len(shards)} samples to train on",
+            where="--nproc, --shards",
+            fix=f"--nproc {len(shards)} or fewer",
+        )
+    if order.steps_per_epoch == 0:
+        raise ShardError(
+            f"a step takes {size} samples ({parts}), and no resolution has as many ({len(shards)} in all)",
+            where="--batch-size, --accumulate, --shards",
+            fix="a smaller --batch-size or --accumulate",
+        )
+    for index in order.too_small_buckets():
+        notes.append(
+            f"{int((shards.bucket_of == index).sum())} samples of {shards.buckets[index]} are never trained: "
+            f"a step takes {size} of one resolution"
+        )
+    if order.left_over:
+        notes.append(f"each epoch leaves out {order.left_over} of {len(shards)} samples, different ones each time")
+    return order
+
+
+def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
+    """The checkpoint that ``--resume`` asks for."""
+    if settings.resume == "never":
+        return None
+    if settings.resume != "auto":
+        return find(Path(settings.resume))
+    if settings.out is not None and list_checkpoints(settings.out):
+        return find(settings.out)
+    return None
+
+
+# They say where and how long, not what is trained.
+_FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "shards",
+         "validate_shards", "save_every", "keep", "validate_every", "validate_videos", "tracker", "model",
+         "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
+         "cache_size"}  # fmt: skip
+
+
+def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
+    now = settings_json(settings)
+    return [
+        f"{settings.option(name)} {found.state.settings.get(name)} -> {value}"
+        for name, value in now.items()
+        if name not in _FREE and name in found.state.settings and found.state.settings[name] != value
+    ]
+
+
+def settings_json(settings: TrainSettings) -> dict[str, Any]:
+    """The settings as JSON values; URLs have lost what signs them, since people share what a run writes."""
+    plain = dataclasses.asdict(settings)
+    plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards")}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def run_folder(run: Run) -> Path:
+    """Where the run lives: as asked, where it is resumed, else a new time-stamped one."""
+    if run.settings.out is not None:
+        return run.settings.out
+    if run.resume is not None:
+        return run.resume.folder.parent
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{run.checkpoint.family.name}-{run.method.name}-{stamp}"
+
+
+def write_config(run: Run, folder: Path) -> None:
+    """``config.toml``: every setting, as ``--config`` reads it. One that somebody has changed is set aside."""
+    made = Made.read(folder)
+    assert made, folder  # it is claimed
+    folder = folder.absolute()
+    lines = [f"# {command_line('cogtrain', run.method.name, '--config', folder / CONFIG_FILE)}"]
+    resolved = dataclasses.replace(
+        _absolute(run.settings),
+        out=folder,
+        model=run.checkpoint.name + (f"@{run.checkpoint.revision}" if run.checkpoint.revision else ""),
+        precision=run.precision,
+        strategy=run.strategy,
+        config=None,
+        resume="auto",  # the command that resumes a stopped run names this file
+        steps=run.steps,
+        epochs=None,
+    )
+    if any(without_secrets(word) != word for word in [*run.settings.shards, *run.settings.validate_shards]):
+        lines.append("# Signatures and passwords of URLs are left out: give --shards (and --validate-shards) again.")
+    lines += [f"{name} = {_toml(value)}" for name, value in settings_json(resolved).items() if value is not None]
+    try:
+        made.set_aside(CONFIG_FILE)
+        made.commit_bytes(CONFIG_FILE, ("\n".join(lines) + "\n").encode())
+    except UnicodeEncodeError as error:
+        raise RunError(
+            "a path of this run is no UTF-8, which its config.toml cannot hold",
+            where=str(folder),
+            fix="rename the folder, or name it by a link (ln -s)",
+        ) from error
+
+
+def _absolute(settings: TrainSettings) -> TrainSettings:
+    """The settings with every path absolute, so that they mean the same in every working folder."""
+
+    def absolute(word: str) -> str:
+        return word if "://" in word or word.startswith(("/", "~")) else f"{Path.cwd()}/{word}"
+
+    changed: dict[str, Any] = {
+        field.name: value.absolute()
+        for field in dataclasses.fields(settings)
+        if isinstance(value := getattr(settings, field.name), Path)
+    }
+    for name in ("shards", "validate_shards"):
+        changed[name] = [absolute(word) for word in getattr(settings, name)]
+    return dataclasses.replace(settings, **changed)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -1,0 +1,292 @@
+"""Samples of remote shards on this host's disk, by the hash of their content.
+
+Everything lies in ``DIR/cogtrain-cache/``, and nothing else there or beside it is ever touched:
+
+    ab/ab12...     a sample, or a whole tar where its server gives no parts; named by its sha256
+    lock           held by whoever counts, and their bytes in all
+    fetching       held by whoever fetches a whole tar
+
+Any number of processes share it. A sample's name answers for its content, so what a crash leaves
+is at worst fetched again. What this run will read again is never removed to make room: where
+samples are read in another order each epoch, what stays serves more of them than what was last used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cogcommon.cli.names import plain
+from cogcommon.errors import SettingError, ShardError, StoreError
+from cogcommon.words import in_bytes
+
+from .http_store import HttpStore
+from .local_store import LocalStore
+from .store import OPENING, Fault, StoredFile, patiently
+
+_FOLDER = "cogtrain-cache"
+_SPARE = 0.05  # share of the disk that is left free: the run's own checkpoints need room, too
+_ABANDONED = 3600  # seconds after which a half-written file is nobody's
+_TEMPORARY = re.compile(r"\.[0-9a-f]{64}\..+\.tmp")
+
+
+class Cache:
+    """See the module.
+
+    Args:
+        folder: made if missing.
+        size: bytes that all runs on this host may keep there together.
+
+    Raises:
+        SettingError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.root = folder / _FOLDER
+        self.size = size
+        self._kept: list[pa.ChunkedArray] = []
+        self._closed = ""  # why nothing more is added
+        self._say_lock = threading.Lock()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if self.root.is_symlink():
+                raise OSError(errno.ELOOP, "it is a link")
+            with self._counted() as count:
+                count.total = sum(entry.size for entry in self._entries())
+        except OSError as error:
+            raise SettingError(
+                f"the cache cannot be kept there: {error.strerror}",
+                where=f"--cache {folder}",
+                fix="a folder on a local disk, or leave --cache out",
+            ) from error
+
+    def keep(self, hashes: pa.ChunkedArray) -> None:
+        """Never remove the samples of these sha256 to make room."""
+        self._kept.append(hashes)
+
+    def has(self, sha256: bytes) -> bool:
+        return self._path(sha256.hex()).exists()
+
+    def takes(self, size: int) -> bool:
+        """Whether more is likely to be kept; `put` finds out."""
+        return not self._closed and size <= self.size
+
+    def get(self, sha256: bytes) -> bytearray | None:
+        """The bytes of this hash, if they are here and whole."""
+        path = self._path(sha256.hex())
+        try:
+            data = bytearray(path.stat().st_size)
+            with path.open("rb", buffering=0) as stream:
+                whole = stream.readinto(data) == len(data)
+            if whole and hashlib.sha256(data).digest() == sha256:
+                os.utime(path)
+                return data
+            path.unlink()
+            with self._counted() as count:
+                count.total -= len(data)
+        except OSError:
+            pass  # not here, removed meanwhile, or a disk that fails: the store has it
+        return None
+
+    def put(self, sha256: bytes, data: bytearray) -> None:
+        """Keep bytes if there is room; where there is none, the run goes on without."""
+        try:
+            if not self._closed and not self.has(sha256) and self._disk_has(len(data)):
+                with self._writing(sha256.hex()) as (stream, temporary):
+                    _write(stream, data)
+                    self._commit(temporary, sha256.hex(), len(data))
+        except OSError as error:
+            self._close(error.strerror or str(error))
+
+    def whole(self, file: StoredFile, sha256: str, size: int) -> StoredFile:
+        """The copy of a whole file, fetched now if it is not here.
+
+        Raises:
+            StoreError: it does not come, or there is no room for it.
+            ShardError: what comes, twice the same, is not what its record says.
+        """
+        path = self._path(sha256)
+        try:
+            with open(self.root / "fetching", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others find it
+                if not path.exists() or path.stat().st_size != size:
+                    self._fetch(file, sha256, size)
+            os.utime(path)
+            self.keep(pa.chunked_array([pa.array([bytes.fromhex(sha256)], pa.binary())]))
+        except OSError as error:
+            raise StoreError(
+                f"the cache cannot be written: {error.strerror}",
+                where=f"--cache {self.root.parent}, {file.shown}",
+                fix="another disk",
+            ) from error
+        return StoredFile(LocalStore(), str(path), file.shown)
+
+    def _fetch(self, file: StoredFile, sha256: str, size: int) -> None:
+        assert isinstance(file.store, HttpStore)
+        store = file.store
+        came = set()
+        for _ in range(2):
+            with self._writing(sha256) as (stream, temporary):
+
+                def attempt(stream: BinaryIO = stream) -> str:
+                    digest = hashlib.sha256()
+                    stream.seek(0)
+                    stream.truncate()
+                    try:
+                        for piece in store.download(file.path):
+                            digest.update(piece)
+                            _write(stream, piece)
+                    except FileNotFoundError:
+                        raise Fault("the server no longer has it (404)", passing=False) from None
+                    return digest.hexdigest()
+
+                room = size <= self.size and self._disk_has(size)
+                digest = patiently(attempt, file.shown, OPENING) if room else ""
+                if digest == sha256 and self._commit(temporary, sha256, size):
+                    return
+                if not room or digest == sha256:
+                    raise StoreError(
+                        "the server gives whole files only, and there is no room in the cache for this one "
+                        f"({in_bytes(size)}{'; ' if self._closed else ''}{self._closed})",
+                        where=f"--cache {self.root.parent}, {file.shown}",
+                        fix="a larger --cache-size, or another disk",
+                    )
+                came.add(digest)
+        if len(came) > 1:
+            raise StoreError("cannot be read: the server gives other bytes each time", where=file.shown)
+        raise ShardError(
+            "a damaged shard: the tar is not what its record says",
+            where=file.shown,
+            fix="compare it with the copy that `cogprep encode` wrote (`cogprep verify` there), and upload it again",
+        )
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[tuple[BinaryIO, Path]]:
+        """A file to write in, which is gone afterwards unless it was committed."""
+        path = self._path(name)
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with temporary.open("wb", buffering=0) as stream:
+                yield stream, temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _commit(self, temporary: Path, name: str, size: int) -> bool:
+        """Give a written file its name, after making room for it; whether there is any."""
+        path = self._path(name)
+        with self._counted() as count:
+            if path.exists() and path.stat().st_size == size:
+                return True  # somebody else was faster
+            if count.total + size > self.size:
+                count.total = self._make_room(size)
+            if count.total + size > self.size:
+                self._close(f"its {in_bytes(self.size)} are full of what this run reads")
+                return False
+            temporary.replace(path)
+            count.total += size
+        return True
+
+    def _disk_has(self, size: int) -> bool:
+        disk = os.statvfs(self.root)
+        free = disk.f_bavail * disk.f_frsize
+        if free - size >= _SPARE * disk.f_blocks * disk.f_frsize:
+            return True
+        self._close(f"the disk is nearly full ({in_bytes(free)} left)")
+        return False
+
+    def _make_room(self, size: int) -> int:
+        """Remove what this run does not read, what was longest unused first; bytes that are left."""
+        entries = sorted(self._entries(), key=lambda entry: entry.used)
+        total = sum(entry.size for entry in entries)
+        ours = self._ours()
+        for entry in entries:
+            if total + size <= 0.95 * self.size:  # more than is needed, so that not every sample looks around
+                break
+            if int(entry.name[:16], 16) not in ours:
+                with contextlib.suppress(OSError):
+                    self._path(entry.name).unlink()
+                    total -= entry.size
+        return total
+
+    def _ours(self) -> set[int]:
+        """Of what this run reads, the first eight bytes of each hash."""
+        return {
+            int(prefix)
+            for hashes in self._kept
+            for prefix in np.frombuffer(b"".join(pc.binary_slice(hashes, 0, 8).to_pylist()), ">u8")
+        }
+
+    def _entries(self) -> Iterator[_Entry]:
+        """What is ours by its name; half-written files that nobody writes any more are removed on the way."""
+        for folder in self.root.iterdir():
+            if folder.is_symlink() or not re.fullmatch("[0-9a-f]{2}", folder.name) or not folder.is_dir():
+                continue
+            with os.scandir(folder) as found:
+                for one in found:
+                    if not one.is_file(follow_symlinks=False):
+                        continue
+                    status = one.stat(follow_symlinks=False)
+                    if re.fullmatch(folder.name + "[0-9a-f]{62}", one.name):
+                        yield _Entry(one.name, status.st_size, status.st_mtime)
+                    elif _TEMPORARY.fullmatch(one.name) and status.st_mtime < time.time() - _ABANDONED:
+                        Path(one.path).unlink(missing_ok=True)
+
+    @contextmanager
+    def _counted(self) -> Iterator[_Count]:
+        """The bytes that are kept, while no other process changes them."""
+        with open(self.root / "lock", "a+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            told = lock.read(20)
+            count = _Count(int(told) if told.isdigit() else 0)
+            yield count
+            lock.truncate(0)  # opened to append, so it is written at the beginning
+            lock.write(b"%d" % max(0, count.total))
+
+    def _path(self, name: str) -> Path:
+        return self.root / name[:2] / name
+
+    def _close(self, reason: str) -> None:
+        with self._say_lock:
+            first, self._closed = not self._closed, reason
+        if first:
+            print(
+                plain(f"--cache {self.root.parent}: {reason}; what is there is used, nothing is added"), file=sys.stderr
+            )
+
+
+def _write(stream: BinaryIO, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    size: int
+    used: float
+
+
+@dataclass
+class _Count:
+    total: int

@@ -1,0 +1,117 @@
+"""What a run prints at its start and its end, and the facts it writes into its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cogcommon import __version__
+from cogcommon.cli.names import command_line
+from cogcommon.errors import CogError
+from cogcommon.words import counted
+
+from ..blocks.attention import Kernel
+from ..blocks.plan import Plan
+from ..distributed.strategy import Runtime
+from ..model.method import Exported
+from ..runs.folder import Facts
+from ..runs.log import RunLog
+from ..runs.run import Run
+from ..store.store import FAULTS
+
+if TYPE_CHECKING:
+    import torch
+
+
+def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
+    log.say(
+        f"{run.method.name} of {run.checkpoint.name} ({run.checkpoint.family.name}): {trainable:,} weights trained, "
+        f"{run.precision}, {run.strategy}, {counted(run.world, 'process', 'processes')}"
+    )
+    buckets = ", ".join(str(bucket) for bucket in run.shards.buckets)
+    log.say(
+        f"{counted(len(run.shards), 'sample')} of {buckets} in {counted(len(run.shards.shards), 'shard')}; "
+        f"global batch {run.global_batch:,}, {counted(run.steps, 'step')}, {run.order.steps_per_epoch:,} per epoch"
+    )
+    for note in run.notes:
+        log.say(f"note: {note}")
+    if run.resume is not None:
+        done = run.resume.state.step
+        log.say(f"continues {run.resume.folder} after step {done:,}")
+        if done >= run.steps:
+            log.say(f"nothing is left to train: all {done:,} steps are done; a larger --steps goes on")
+    log.say(f"writes {folder}")
+
+
+def ending(run: Run, log: RunLog, folder: Path, exported: Exported, unsaved: CogError | None) -> None:
+    """The last lines.
+
+    Args:
+        unsaved: why the last checkpoint was not written, if it was not.
+    """
+    if unsaved:
+        log.say(
+            f"note: there is no checkpoint of step {run.steps:,}: {unsaved.what}. The weights are whole; only a larger "
+            "--steps would need it, and goes on from an older one"
+        )
+    if faults := str(FAULTS):
+        log.say(faults)
+    log.say(f"wrote {exported.path}; {checked(exported)}")
+    image = " --image FIRST_FRAME.png" if run.checkpoint.family.task == "i2v" else ""
+    log.say(f'next: {command_line("cogtrain", "generate", "--run", folder)} --prompt "..."{image}')
+
+
+def checked(exported: Exported) -> str:
+    """How the weights did that were loaded back."""
+    if exported.difference == 0:
+        return "loaded back, the weights answer exactly as the trained model does"
+    return f"loaded back, the weights answer within {exported.difference:.0e} of the trained model"
+
+
+def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan, attention: Kernel) -> Facts:
+    import torch
+
+    counts = np.bincount(run.shards.bucket_of, minlength=len(run.shards.buckets))
+    gpu = runtime.device.type == "cuda"
+    return Facts(
+        model=run.checkpoint.name,
+        revision=run.checkpoint.revision,
+        family=run.checkpoint.family.name,
+        task=run.checkpoint.family.task,
+        method=run.method.name,
+        contract_fingerprint=run.shards.contract.fingerprint,
+        shards_fingerprint=run.shards.fingerprint,
+        shards=len(run.shards.shards),
+        samples={str(bucket): int(count) for bucket, count in zip(run.shards.buckets, counts, strict=True)},
+        held_out=len(run.held_out) if run.held_out else 0,
+        steps=run.steps,
+        processes=run.world,
+        global_batch=run.global_batch,
+        strategy=run.strategy,
+        precision=run.precision,
+        device=torch.cuda.get_device_name(runtime.device) if gpu else "CPU",
+        trainable=trainable,
+        version=__version__,
+        plan=str(plan),
+        attention=attention,
+    )
+
+
+def weights_file_facts(run: Run, step: int) -> dict[str, str]:
+    """What an exported file says of where it comes from."""
+    return {
+        "base_model": run.checkpoint.name,
+        "revision": run.checkpoint.revision or "",
+        "family": run.checkpoint.family.name,
+        "method": run.method.name,
+        "steps": str(step),
+        "shards": run.shards.fingerprint,
+        "contract": run.shards.contract.fingerprint,
+    }
+
+
+def count_weights(trained: list[torch.nn.Parameter]) -> int:
+    """Numbers in some weights, also where ZeRO-3 has left a part of them here."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)

@@ -1,0 +1,158 @@
+"""The diffusers pipeline of a checkpoint with tuned weights in it: loaded, placed on a device, run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cogcommon.files.memory import free_gpu_memory
+from cogcommon.media.video import Frames
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.families import Resolution
+
+from ..blocks.plan import FORWARD, Load
+from ..model import lora, sft
+from .tuned import Tuned
+from .videos import DECODE_BYTES_PER_PIXEL, sampler_of, tile_within
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw, the same for both models."""
+
+    prompt: str
+    image: Image | None
+    resolution: Resolution
+    steps: int
+    guidance: float
+    seed: int
+    text_tokens: int
+    dynamic_guidance: bool
+
+
+def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
+    """The diffusers pipeline of the checkpoint, with the tuned weights in it, on the CPU.
+
+    Raises:
+        ModelError: the weights are of another model.
+    """
+    checkpoint = tuned.checkpoint
+    checkpoint.check_weights("text_encoder", "vae")  # the transformer is checked when it is loaded, which is now
+    if tuned.transformer_folder:
+        transformer = sft.load(tuned.transformer_folder, checkpoint, dtype)
+    else:
+        transformer = checkpoint.load_transformer(dtype)
+    if tuned.lora_file:
+        lora.check_fits(tuned.lora_file, checkpoint, transformer)
+    pipeline = pipeline_of(checkpoint, transformer, dtype)
+    if tuned.lora_file:
+        pipeline.load_lora_weights(tuned.lora_file.parent, weight_name=tuned.lora_file.name)
+    return pipeline
+
+
+def pipeline_of(checkpoint: Checkpoint, transformer: CogVideoXTransformer3DModel, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline of a checkpoint with this transformer in it, on the CPU."""
+    import diffusers
+
+    name = "CogVideoXImageToVideoPipeline" if checkpoint.family.task == "i2v" else "CogVideoXPipeline"
+    pipeline = getattr(diffusers, name)(
+        tokenizer=checkpoint.load_tokenizer(),
+        text_encoder=checkpoint.load_text_encoder(dtype),
+        vae=checkpoint.load_vae(dtype),
+        transformer=transformer.eval(),
+        scheduler=sampler_of(checkpoint),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def to_base(pipeline: DiffusionPipeline, tuned: Tuned, dtype: torch.dtype) -> None:
+    """Put the untouched weights back: adapters off, or the checkpoint's own transformer."""
+    pipeline.remove_all_hooks()  # of offloading; place() sets them again
+    if tuned.lora_file:
+        pipeline.unload_lora_weights()
+    else:
+        pipeline.transformer = None  # first let the tuned one go
+        pipeline.register_modules(transformer=tuned.checkpoint.load_transformer(dtype).eval())
+
+
+def place(pipeline: DiffusionPipeline, device: torch.device, resolution: Resolution, step: int) -> None:
+    """Put the pipeline on the device; on a small GPU one part, or one layer, at a time.
+
+    Args:
+        step: bytes that a sampling step works on, beside the weights (`step_bytes`).
+    """
+    import torch
+
+    if device.type == "cpu":
+        return
+    parts = [
+        [(parameter.numel() * parameter.element_size(), parameter.device) for parameter in part.parameters()]
+        for part in pipeline.components.values()
+        if isinstance(part, torch.nn.Module)
+    ]
+    sizes = [sum(size for size, _ in part) for part in parts]
+    there = sum(size for part in parts for size, at in part if at.type == device.type)
+    free = free_gpu_memory(device) + there  # what it has there already is room for it
+    resident = sum(sizes)
+    if resident + step < free:
+        pipeline.to(device)
+    elif max(sizes) + step < free:
+        pipeline.enable_model_cpu_offload(device=device)
+        resident = max(sizes)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=device)
+        resident = 0
+    decode = resolution.height * resolution.width * DECODE_BYTES_PER_PIXEL
+    if resident + decode > free:
+        pipeline.vae.enable_tiling(*tile_within(free - resident))
+
+
+def step_bytes(transformer_config: Mapping[str, Any], resolution: Resolution, guidance: float, item: int) -> int:
+    """Bytes that a sampling step works on, beside the weights.
+
+    Args:
+        guidance: above 1 the pipelines draw with and without the prompt at once.
+        item: bytes of a number as computed.
+    """
+    batch = 2 if guidance > 1 else 1
+    return FORWARD * Load.of(transformer_config, resolution, batch=batch, size=item, trained=0).activation
+
+
+def draw(pipeline: DiffusionPipeline, request: Request, advance: Callable[[], None]) -> Frames:
+    """One video, uint8 RGB (F, H, W, 3). The seed alone decides the noise.
+
+    Args:
+        advance: called after every step.
+    """
+    import torch
+
+    def after_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        advance()
+        return tensors
+
+    options: dict[str, Any] = {"image": request.image} if request.image is not None else {}
+    result = pipeline(
+        prompt=request.prompt,
+        num_frames=request.resolution.frames,
+        height=request.resolution.height,
+        width=request.resolution.width,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        use_dynamic_cfg=request.dynamic_guidance,
+        max_sequence_length=request.text_tokens,  # 226 by default, which is wrong for 1.5
+        generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
+        output_type="np",
+        callback_on_step_end=after_step,
+        **options,
+    )
+    frames: Frames = (np.asarray(result.frames[0]) * 255).round().astype(np.uint8)
+    return frames

@@ -1,0 +1,176 @@
+"""The README's tables of the guide's sixteen rows and of what was measured; the rest of them is computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.families import BY_NAME, Resolution
+from cogtrain.blocks.plan import Plan, ladder
+from cogtrain.data.shards import ShardSet
+from cogtrain.memory.estimate import Demand, demand
+from cogtrain.memory.measured import REFERENCE, Measured, measured
+from cogtrain.memory.seconds import H200, seconds, speed_of
+from cogtrain.runs.run import Run
+from cogtrain.settings import LoraSettings, SftSettings, TrainSettings
+
+from .guide import GuideRow, Way, guide_rows
+from .subject import random_checkpoint, random_run, random_shards
+
+_GIB = 2**30
+_CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GB that cards are sold with
+_COMPUTED_FOR = 80  # GB of the card on which --memory auto is shown
+
+
+def guide_table() -> str:
+    """The sixteen rows, as Markdown. **Bold** is measured."""
+    lines = [
+        f"| | model and method | GPUs | guide | plain loop | `auto` on {_COMPUTED_FOR} GB | `low` | its host memory "
+        "| smallest card |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in guide_rows().values():
+        low = _demand(row, "low")
+        lines.append(
+            f"| {row.number} | {_shown(row)} | {row.processes or 1} | {row.guide_gb} GB | {_cell(row, 'reference')} "
+            f"| {_cell(row, 'auto')} | {_cell(row, 'low')} | {low.host * (row.processes or 1) / _GIB:.0f} GB "
+            f"| {_smallest(row)} |"
+        )
+    return "\n".join(lines)
+
+
+def beside_table() -> str:
+    """Where a plain loop was measured: the fastest of them beside our fastest and our smallest run, as Markdown."""
+    lines = ["| | GPUs | plain loop | cogtrain, fastest | cogtrain, smallest |", "|---|---|---|---|---|"]
+    groups: dict[tuple[str, str, str, int], list[Measured]] = {}
+    for run in reversed(measured()):
+        if run.resolution == _native(run.family):
+            spread = "" if run.gpus == 1 or run.strategy == "ddp" else f", {run.strategy}"
+            groups.setdefault((run.family, run.method, spread, run.gpus), []).append(run)
+    for (family, method, spread, gpus), runs in sorted(groups.items(), key=lambda group: (group[0][3], group[0][1])):
+        plain = [run for run in runs if run.memory == REFERENCE]
+        ours = [run for run in runs if run.memory != REFERENCE]
+        if plain and ours:
+            fastest = min(ours, key=lambda run: (run.faster_since, run.s_per_step))
+            smallest = min(ours, key=lambda run: run.peak_gib)
+            name = f"{family.upper()} {'LoRA' if method == 'lora' else 'all weights'}{spread}"
+            cells = [_took(min(plain, key=lambda run: run.s_per_step)), _took(fastest)]
+            cells.append("" if smallest is fastest else _took(smallest))
+            lines.append(f"| {name} | {gpus} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _took(run: Measured) -> str:
+    how = ", offloaded" if run.strategy.endswith("-offload") else ""
+    how += ", FlashAttention 4" if run.attention == "flash4" else ""
+    took = "" if run.faster_since else f"{run.s_per_step:.2f} s, "
+    return f"{took}{run.peak_gib:.1f} GB{how}"
+
+
+def measured_table() -> str:
+    """Every run that was measured, the newest of its kind, beside what was computed for it, as Markdown."""
+    lines = ["| run | GPUs | s/step | peak | computed | host memory | command |", "|---|---|---|---|---|---|---|"]
+    newest: dict[tuple[object, ...], Measured] = {}
+    for run in measured():
+        newest.setdefault((run.row, run.plan, run.attention, run.gpu, run.gpus, run.resolution), run)
+    for run in sorted(newest.values(), key=lambda run: (run.row, run.gpus, run.memory == REFERENCE)):
+        off = ""
+        if run.memory != REFERENCE:
+            needs, takes = computed_for(run)
+            off = f"{needs.peak / _GIB:.1f} GB ({needs.peak / _GIB / run.peak_gib - 1:+.0%})"
+            off += f", {takes:.2f} s ({takes / run.s_per_step - 1:+.0%})" if takes else ""
+        what = f"{run.family.upper()} {run.method.upper() if run.method == 'sft' else 'LoRA'}, {run.strategy}"
+        what += "" if run.resolution == _native(run.family) else f", {run.resolution}"
+        given = f", {run.card_gib:.0f} GB of it" if run.memory == "auto" else ""
+        given += ", FlashAttention 4" if run.attention == "flash4" else ""
+        host = "" if run.host_gib is None else f"{run.host_gib:.0f} GB"
+        lines.append(
+            f"| {what}, {run.memory} | {run.gpus} x {run.gpu}{given} | {run.s_per_step:.2f}"
+            f"{', faster since' if run.faster_since else ''} | {run.peak_gib:.1f} GB "
+            f"| {off} | {host} | `{run.command}` |"
+        )
+    return "\n".join(lines)
+
+
+def computed_for(measured: Measured) -> tuple[Demand, float | None]:
+    """What is predicted for a run of ours that was measured, under the plan that it had: bytes, and seconds.
+
+    Raises:
+        ValueError: no plan is called so any more; the run must be measured again.
+    """
+    full = SftSettings(batch_size=measured.batch_size)
+    settings = full if measured.method == "sft" else LoraSettings(batch_size=full.batch_size, rank=measured.rank or 0)
+    run = replace(
+        _run(measured.family, settings, measured.gpus, measured.resolution),
+        strategy=measured.strategy,  # type: ignore[arg-type]
+        precision=measured.precision,  # type: ignore[arg-type]
+    )
+    found = demand(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
+    found = replace(found, plan=_plan_of(measured, found))
+    speed = speed_of(measured.gpu)
+    return found, seconds(run, found, speed, measured.attention) if speed else None  # type: ignore[arg-type]
+
+
+def _plan_of(measured: Measured, found: Demand) -> Plan:
+    plans = [
+        plan
+        for compiled in (True, False)
+        for plan in ladder(measured.memory, found.load, compiled)  # type: ignore[arg-type]
+        if str(plan) == measured.plan
+    ]
+    if not plans:
+        raise ValueError(f"no plan is called {measured.plan!r}")
+    return found.plan if found.plan in plans else plans[0]
+
+
+def _shown(row: GuideRow) -> str:
+    if row.method == "lora":
+        return f"{row.family.upper()} LoRA"
+    spread = {"ddp": "", "zero2-offload": ", offloaded"}.get(str(row.settings.strategy), f", {row.settings.strategy}")
+    return f"{row.family.upper()} all weights{spread}"
+
+
+def _cell(row: GuideRow, way: Way) -> str:
+    """Memory, and seconds where they were measured, on as many GPUs as the row is about."""
+    needs = _demand(row, way)
+    memory = REFERENCE if way == "reference" else way
+    wanted = (row.family, row.method, needs.strategy, memory, row.settings.precision, row.processes or 1)
+    for run in measured():
+        same = (run.family, run.method, run.strategy, run.memory, run.precision, run.gpus) == wanted
+        same = same and run.rank == getattr(row.settings, "rank", None) and run.resolution == _native(row.family)
+        if same and (way != "auto" or run.plan == str(needs.plan)):  # a larger card is given another plan
+            if run.faster_since:
+                return f"**{run.peak_gib:.1f} GB**, {seconds(_run_of(row, way), needs, H200):.1f} s"
+            return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
+    if way == "reference":
+        return ""
+    return f"{needs.peak / _GIB:.1f} GB, {seconds(_run_of(row, way), needs, H200):.1f} s"
+
+
+def _demand(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Demand:
+    return demand(_run_of(row, way), card=card * _GIB)
+
+
+def _run_of(row: GuideRow, way: Way) -> Run:
+    return _run(row.family, row.settings_for(way), row.processes or 1)
+
+
+def _smallest(row: GuideRow) -> str:
+    """The smallest card that --memory auto fits, where the host has room."""
+    fitting = (card for card in _CARDS if _demand(row, "auto", card).fits(card * _GIB))
+    return f"{next(fitting)} GB"
+
+
+def _native(family: str) -> str:
+    return str(BY_NAME[family].native)
+
+
+@lru_cache
+def _subject(family: str, resolution: str) -> tuple[Checkpoint, ShardSet]:
+    checkpoint = random_checkpoint(family)
+    return checkpoint, random_shards(checkpoint, Resolution.parse(resolution), samples=1)
+
+
+def _run(family: str, settings: TrainSettings, world: int, resolution: str | None = None) -> Run:
+    return random_run(settings, *_subject(family, resolution or _native(family)), world)

@@ -1,0 +1,73 @@
+"""Rows that were measured, added to what the project knows (``measured.jsonl``)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cogtrain.memory.measured import REFERENCE, Measured, keep, measured
+
+
+def keep_file(file: Path) -> int:
+    """Add the rows of a bench.jsonl that were measured on a GPU, at true shape and to their end.
+
+    Returns:
+        How many were new.
+    """
+    known = set(map(_what, measured()))
+    new = 0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        result = json.loads(line)
+        another = result["small"] or result.get("layers")
+        if another or result.get("gpu", "CPU") == "CPU" or "s_per_step" not in result:
+            continue
+        run = _measured(result)
+        if _what(run) not in known:
+            known.add(_what(run))
+            keep(run)
+            new += 1
+    return new
+
+
+def _what(run: Measured) -> tuple[Any, ...]:
+    return run.row, run.plan, run.gpu, run.gpus, run.card_gib, run.date, run.s_per_step
+
+
+def _measured(result: Mapping[str, Any]) -> Measured:
+    reference = result["kind"] == "reference"
+    return Measured(
+        row=result["row"],
+        command=f"python -m workshop.bench_train {result['row']}" if reference else result["command"],
+        family=result["family"],
+        method=result["method"],
+        rank=result["rank"],
+        resolution=result["bucket"],
+        batch_size=1,
+        precision=result["precision"],
+        strategy=result["strategy"],
+        memory=REFERENCE if reference else result["memory"],
+        plan=result["plan"],
+        attention=result["attention"],
+        gpu=result["gpu"],
+        gpus=result["processes"],
+        card_gib=round(result["card_gib"], 1),
+        s_per_step=round(result["s_per_step"], 3),
+        peak_gib=round(max(result["peak_gib"], result["first_peak_gib"]), 2),
+        host_gib=round(result["host_gib"], 1),
+        locked_gib=round(result["locked_gib"], 1) if "locked_gib" in result else None,
+        first_peak_gib=round(result["first_peak_gib"], 2),
+        compile_s=round(result["compile_s"], 1),
+        date=result["date"],
+        commit=_commit(),
+        versions=result["versions"],
+    )
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip()

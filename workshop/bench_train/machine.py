@@ -1,0 +1,78 @@
+"""What a row takes of the machine beside the GPU's time, and what the machine is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from cogcommon.files.memory import free_host_memory
+from cogtrain.memory.estimate import host_bytes_a_weight, offloaded_bytes, trained_weights
+from cogtrain.memory.measured import gpu_here
+from cogtrain.runs.log import peak_gib
+from cogtrain.runs.run import Run
+
+_GIB = 2**30
+_OURSELVES = 4 * _GIB  # Python, torch, CUDA and the samples, for each process
+_LIBRARIES = ("torch", "diffusers", "accelerate", "deepspeed", "triton")
+
+
+class Machine:
+    """Watches the host's memory from now on."""
+
+    def __init__(self) -> None:
+        self._before = _held()
+        self._most = 0
+
+    def look(self) -> None:
+        self._most = max(self._most, _held() - self._before)
+
+    def found(self, run: Run) -> Mapping[str, Any]:
+        """What was held, in GiB, by all processes and by this one; on what; and as what."""
+        import torch
+
+        gpu = torch.cuda.is_available()
+        share = torch.cuda.get_per_process_memory_fraction() if gpu else 1.0
+        return {
+            "host_gib": self._most / _GIB,
+            "rss_gib": peak_gib(torch.device("cpu")),
+            "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if gpu else 0.0,
+            "gpu": gpu_here() or "CPU",
+            "card_gib": share * torch.cuda.get_device_properties(0).total_memory / _GIB if gpu else 0.0,
+            "versions": {name: _version(name) for name in _LIBRARIES},
+            "precision": run.precision,
+            "strategy": run.strategy,
+            "method": run.method.name,
+            "memory": run.settings.memory,
+        }
+
+
+def lacking(run: Run, pinned: bool = True) -> str | None:
+    """Why the host's memory is not enough for what DeepSpeed offloads, by arithmetic; None if it is.
+
+    It would be found out by the process being killed; what we move ourselves is planned by the memory that is there.
+
+    Args:
+        pinned: it is to be page-locked.
+    """
+    if not run.strategy.endswith("-offload"):
+        return None
+    part = trained_weights(run) / run.world
+    each = offloaded_bytes(part, run.strategy) if pinned else host_bytes_a_weight(run.strategy) * part
+    needed, there = run.world * (each + _OURSELVES), free_host_memory()
+    return f"{needed / _GIB:.0f} GiB of host memory needed, {there / _GIB:.0f} there" if needed > there else None
+
+
+def _held() -> int:
+    """Bytes of the host's memory that somebody holds; page-locked ones are in nobody's resident set."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return int(memory.total - memory.available)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
