@@ -116,7 +116,7 @@ _HANGING_PARENT = """
 import sys
 sys.path.insert(0, {folder!r})
 import pool_tasks
-from cogprep.pool import Pool
+from cogprep.processes.pool import Pool
 if __name__ == "__main__":
     with Pool(1) as pool:
         print(next(pool.run(pool_tasks.process_id, [()])), flush=True)

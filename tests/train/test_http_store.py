@@ -296,11 +296,11 @@ def test_a_run_that_ends_does_not_wait_for_its_readers(server):
 
 LEAVES = """
 import sys
-from cogcommon.checkpoint import open_checkpoint
-from cogtrain.data import Collator, prefetch
-from cogtrain.inputs import Objective
-from cogtrain.order import Slot
-from cogtrain.sources import open_shards
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.data.batches import Collator, prefetch
+from cogtrain.model.objective import Objective
+from cogtrain.data.sampler import Slot
+from cogtrain.data.shards import open_shards
 
 shards = open_shards([sys.argv[1]])
 batches = prefetch(
