@@ -8,7 +8,7 @@ import sys
 from cogcommon.cli.command import add_command, make_app, run_app
 from cogcommon.errors import CogError
 
-from .settings import ExportSettings, GenerateSettings, LoraSettings, PlanSettings, SftSettings, TrainSettings
+from .settings import ExportSettings, ForecastSettings, GenerateSettings, LoraSettings, SftSettings, TrainSettings
 
 app = make_app("cogtrain", "Fine-tune CogVideoX on the shards that cogprep encode wrote.")
 
@@ -48,7 +48,7 @@ def train(settings: TrainSettings) -> None:
             sys.exit(stopped.code)
 
 
-def plan(settings: PlanSettings) -> None:
+def plan(settings: ForecastSettings) -> None:
     from .commands.plan import run
 
     run(settings)
@@ -80,7 +80,7 @@ add_command(
     ("cogtrain sft --shards out/*.tar --out runs/mine",),
 )  # fmt: skip
 add_command(
-    app, "plan", PlanSettings, plan,
+    app, "plan", ForecastSettings, plan,
     "Say what fits on your GPU, and print the command to run. Loads no weights.",
     ("cogtrain plan --shards out/*.tar --gpu 24GB --gpus 2",),
 )  # fmt: skip

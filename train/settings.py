@@ -191,7 +191,7 @@ class SftSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
-class PlanSettings:
+class ForecastSettings:
     """Settings of ``cogtrain plan``."""
 
     shards: list[str] = setting([], "the training shards: tars, globs, brace ranges or URLs", shown="required")

@@ -24,7 +24,7 @@ def leave(how: str, victim: int) -> None:
         with peers.leaving_together():
             if peers.rank != victim:
                 # Nothing tells one that sleeps; the network library of one that waits sees a connection end.
-                time.sleep(600) if how == "raises" or victim == 0 else peers.wait()
+                time.sleep(600) if how == "raises" or victim == 0 else peers.barrier()
             elif how == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RunError("its disk is full", where="run", fix="make room")

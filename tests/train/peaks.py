@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX  # noqa: E402
 
 import cogtrain.validation.videos  # noqa: E402
-from cogtrain.data.sampler import Order  # noqa: E402
+from cogtrain.data.sampler import Sampler  # noqa: E402
 from cogtrain.data.shards import ShardSet  # noqa: E402
 from cogtrain.distributed.signals import StopRequest  # noqa: E402
 from cogtrain.model.method import Lora  # noqa: E402
@@ -53,11 +53,11 @@ empty = safetensors.torch.save({"text": torch.zeros(1, 1).expand(226, known.tran
 ShardSet.empty_caption = lambda self: empty
 Validation._remembered = lambda self: 1.0
 Lora.export = lambda self, *arguments: None
-cogtrain.validation.videos.sample.__kwdefaults__["steps"] = 2
+cogtrain.validation.videos.denoise.__kwdefaults__["steps"] = 2
 train(
     Run(
         settings=settings, method=Lora(settings), shards=shards, held_out=shards, checkpoint=checkpoint,
-        order=Order(shards.shard_of, shards.bucket_of, 1, settings.seed), steps=STEPS, strategy=strategy,
+        sampler=Sampler(shards.shard_of, shards.bucket_of, 1, settings.seed), steps=STEPS, strategy=strategy,
         precision="bf16" if device.type == "cuda" else "fp32", world=1, resume=None, notes=(),
     ),
     StopRequest(),

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from workshop.bench_train import kept, machine
+from workshop.bench_train import machine, records
 from workshop.bench_train.allocations import at_the_peak, held
-from workshop.bench_train.guide import guide_rows
 from workshop.bench_train.measure import _After, _Enough, prepare, product
 from workshop.bench_train.plain import reference
+from workshop.bench_train.reference_guide import guide_rows
 from workshop.bench_train.rows import Row, guide_row, rows_named, table
 from workshop.bench_train.subject import random_checkpoint
 
@@ -100,8 +100,8 @@ def test_what_was_measured_on_a_gpu_is_kept_once(tmp_path, monkeypatch):
     lines.append(row | {"row": "09/reference", "kind": "reference"})
     (tmp_path / "bench.jsonl").write_text("\n".join(map(json.dumps, lines)))
     added = []
-    monkeypatch.setattr(kept, "keep", added.append)
-    assert kept.keep_file(tmp_path / "bench.jsonl") == 2
+    monkeypatch.setattr(records, "add_measured_run", added.append)
+    assert records.add_measured(tmp_path / "bench.jsonl") == 2
     ours, plain = added
     assert ours.peak_gib == 12.0 and ours.rank is None and (ours.memory, plain.memory) == ("low", "reference")
     assert plain.command == "python -m workshop.bench_train 09/reference"

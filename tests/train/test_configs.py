@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cogtrain.cli import app
-from cogtrain.distributed.zero_config import STAGE, choose, deepspeed_config
+from cogtrain.distributed.zero_config import STAGE, choose_strategy, deepspeed_config
 from cogtrain.runs import run
 from cogtrain.runs.folder import read_metrics
 from cogtrain.settings import LoraSettings, SftSettings
@@ -95,7 +95,7 @@ def test_rows_train_at_the_built_in_size(tmp_path, make_shards, run_ranks, monke
 def test_a_template_changes_nothing_and_names_its_strategy(template):
     """It is where a user starts to change things; as it is, it says what would be derived anyhow."""
     settings = SftSettings(deepspeed=template, batch_size=2, accumulate=3, max_grad_norm=0.5)
-    assert choose(settings, full=True, gpus=8) == template.stem
+    assert choose_strategy(settings, full=True, gpus=8) == template.stem
     without = dataclasses.replace(settings, deepspeed=None)
     for precision in ("bf16", "fp16", "fp32"):
         expected = deepspeed_config(without, template.stem, precision, 8)

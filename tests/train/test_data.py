@@ -7,7 +7,7 @@ from cogcommon.errors import ShardError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import Resolution
 from cogtrain.data.batches import Collator, prefetch, read_sample
-from cogtrain.data.sample_rng import Draws
+from cogtrain.data.sample_rng import SampleRNG
 from cogtrain.data.sampler import Slot
 from cogtrain.data.shards import open_shards
 from cogtrain.model.objective import Objective
@@ -26,11 +26,11 @@ def test_a_batch_is_the_samples_and_their_draws(tmp_path, make_shards, form):
     batch = Collator(objective, seed=7)(samples, [Slot(1, 3, 0), Slot(0, 3, 1)])
     assert batch.keys == tuple(sample.key for sample in samples)
     for row, sample in enumerate(samples):
-        draws = Draws(7, 3, sample.key)
-        expected = sample.latent_mean + sample.latent_std * draws.normal(tuple(sample.latent_mean.shape), "posterior")
+        rng = SampleRNG(7, 3, sample.key)
+        expected = sample.latent_mean + sample.latent_std * rng.normal(tuple(sample.latent_mean.shape), "posterior")
         assert torch.equal(batch.latent_BFCHW[row], expected.transpose(0, 1))
-        assert torch.equal(batch.noise_BFCHW[row], draws.normal(tuple(batch.noise_BFCHW[row].shape), "noise"))
-        assert batch.timestep_B[row] == draws.timestep(1000)
+        assert torch.equal(batch.noise_BFCHW[row], rng.normal(tuple(batch.noise_BFCHW[row].shape), "noise"))
+        assert batch.timestep_B[row] == rng.timestep(1000)
         assert torch.equal(batch.text_BLD[row], sample.text)
     assert batch.noise_BFCHW.shape[1] == (6 if form == "tiny-1.5-i2v" else 5)
     assert (batch.image_BFCHW is None) == (form == "tiny")

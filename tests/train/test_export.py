@@ -16,10 +16,10 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import Resolution
 from cogtrain.commands import export
 from cogtrain.model import lora
-from cogtrain.model.compare import difference, probe
+from cogtrain.model.compare import difference, output_on_noise
 from cogtrain.model.sft import load
 from cogtrain.settings import ExportSettings, LoraSettings, SftSettings
-from cogtrain.validation.tuned import find
+from cogtrain.validation.tuned import find_tuned
 
 
 def fresh():
@@ -51,15 +51,15 @@ LOADERS = {
 
 
 def test_every_form_of_a_lora_answers_as_the_run(lora_run, capsys):
-    expected = probe(through_pipeline(lora_run))
-    assert difference(probe(fresh()), expected) > 1e-3
+    expected = output_on_noise(through_pipeline(lora_run))
+    assert difference(output_on_noise(fresh()), expected) > 1e-3
     for form, loaded in LOADERS.items():
         export.run(ExportSettings(run=lora_run, to=form, json=True))
         said = json.loads(capsys.readouterr().out)
         folder = lora_run / "exported" / form
         assert said["difference"] < 1e-5
         assert said["step"] == 2
-        assert difference(expected, probe(loaded(folder))) < 1e-5, form
+        assert difference(expected, output_on_noise(loaded(folder))) < 1e-5, form
         card = (folder / "README.md").read_text()
         assert 'base_model: "tiny"' in card
         assert "| steps | 2 of 2 |" in card
@@ -86,8 +86,8 @@ def test_generate_draws_at_the_size_of_the_run(tmp_path, make_shards, train_here
     size = Resolution(9, 64, 64)
     make_shards(tmp_path / "out", samples=1, resolutions=(size,))
     run = train_here(LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "run", steps=1, rank=4))
-    assert find(run, None, None, None).resolution == size
-    assert find(None, run / lora.FILE, None, None).resolution == open_checkpoint("tiny").native
+    assert find_tuned(run, None, None, None).resolution == size
+    assert find_tuned(None, run / lora.FILE, None, None).resolution == open_checkpoint("tiny").native
 
 
 def test_an_earlier_checkpoint_gives_its_own_weights(lora_run, capsys):
@@ -108,7 +108,7 @@ def test_the_run_has_a_card_whose_code_runs(lora_run, monkeypatch):
     code = card.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(lora_run.parent)
     exec(code, space := {})
-    assert difference(probe(through_pipeline(lora_run)), probe(space["pipe"].transformer)) == 0
+    assert difference(output_on_noise(through_pipeline(lora_run)), output_on_noise(space["pipe"].transformer)) == 0
 
 
 def test_full_fine_tuning(tmp_path, make_shards, train_here):

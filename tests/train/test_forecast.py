@@ -15,7 +15,7 @@ from cogtrain.memory.cost import Speed
 from cogtrain.memory.machine import Machine, machine_for
 from cogtrain.memory.measured import REFERENCE, measured
 from cogtrain.memory.seconds import H200
-from cogtrain.settings import PlanSettings
+from cogtrain.settings import ForecastSettings
 from workshop.bench_train.hardware import computed_for
 from workshop.bench_train.subject import random_checkpoint
 
@@ -30,7 +30,7 @@ def plan_of():
         host = None if host is None else int(host * GIB)
         machine = Machine("a card", int(gib * GIB), gpus, host, speed, on)
         return plan.forecasts_for(
-            PlanSettings(**settings), random_checkpoint(family), [BY_NAME[family].native], machine
+            ForecastSettings(**settings), random_checkpoint(family), [BY_NAME[family].native], machine
         )
 
     return plan
@@ -135,7 +135,7 @@ def test_seconds_are_told_of_what_we_have_measured_the_like_of(plan_of):
 
 @pytest.mark.parametrize(("card", "rate"), [("4090", 165.2), ("l4", 121), ("a100-80", 312)])
 def test_seconds_of_a_card_that_was_never_measured_are_by_its_published_rate_and_called_so(plan_of, card, rate):
-    machine = machine_for(PlanSettings(gpu=card))
+    machine = machine_for(ForecastSettings(gpu=card))
     assert "from its published" in machine.computed_on and f"{rate:g} TFLOP/s" in machine.computed_on
     same = {"gib": 70, "method": "lora", "memory": "auto"}
     here, there = (
@@ -148,7 +148,7 @@ def test_seconds_of_a_card_that_was_never_measured_are_by_its_published_rate_and
 
 @pytest.mark.parametrize("card", ["T4", "v100", "2080ti", "24GB", "22GiB"])
 def test_seconds_are_left_out_where_they_would_be_a_guess(plan_of, card):
-    machine = machine_for(PlanSettings(gpu=card))
+    machine = machine_for(ForecastSettings(gpu=card))
     assert machine.speed is None and machine.computed_on is None
     assert not any(line.computed_s for line in plan_of(22, speed=None, on=None))
 
@@ -157,7 +157,7 @@ def test_a_card_without_bf16_is_told_so(tmp_path, make_shards, capsys):
     make_shards(tmp_path / "out", samples=2)
     make_shards(tmp_path / "2b", "tiny-2b", samples=2)
     for shards, gpu, told in (("out", "t4", True), ("out", "l4", False), ("2b", "t4", False)):  # 2B is fp16's
-        plan.run(PlanSettings(shards=[str(tmp_path / shards)], gpu=gpu, method="lora"))
+        plan.run(ForecastSettings(shards=[str(tmp_path / shards)], gpu=gpu, method="lora"))
         said = capsys.readouterr().out
         assert ("T4 has no bf16 in hardware" in said and "--precision fp16" in said) is told, (shards, gpu)
 
@@ -223,19 +223,19 @@ def test_a_moving_average_counts_and_is_ddps(plan_of):
 def test_what_a_shell_made_of_a_glob_is_a_glob_again(tmp_path, make_shards):
     make_shards(tmp_path / "out", samples=4)
     tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
-    line = plan.forecasts(PlanSettings(shards=tars, method="lora"), Machine("a card", 24 * GIB, 1))[0]
+    line = plan.forecasts(ForecastSettings(shards=tars, method="lora"), Machine("a card", 24 * GIB, 1))[0]
     assert len(tars) > 1 and str(tmp_path / "out" / "*.tar") in shlex.split(line.command)
 
 
 def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
     make_shards(tmp_path / "my out", samples=2)
-    settings = PlanSettings(shards=[str(tmp_path / "my out")], gpu="24GB", rank=4, method="lora")
+    settings = ForecastSettings(shards=[str(tmp_path / "my out")], gpu="24GB", rank=4, method="lora")
     plan.run(settings)
     said = capsys.readouterr().out
     assert "  writes up to " in said and "--keep 3, and one in the making" in said
     assert "all is computed" in said and "s/step" not in said and "fits" in said
     plan.run(dataclasses.replace(settings, json=True))
-    lines = [plan.Forecast(**line) for line in json.loads(capsys.readouterr().out)]
+    lines = [plan.TrainForecast(**line) for line in json.loads(capsys.readouterr().out)]
     assert lines[0].command in said and "--rank 4" in lines[0].command and lines[0].fits
     plan.check(lines[:1])  # the whole command, in a process of its own
     assert "checked: lora ddp auto: peak" in capsys.readouterr().err
@@ -244,15 +244,15 @@ def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
 @pytest.mark.parametrize(
     ("settings", "where"),
     [
-        (PlanSettings(gpu="much"), "--gpu"),
-        (PlanSettings(gpu="0GB"), "--gpu"),
-        (PlanSettings(), "--gpu"),
-        (PlanSettings(gpu="24GB", check=True), "--check"),
-        (PlanSettings(gpu="24GB", gpus=0), "--gpus"),
-        (PlanSettings(gpu="4091"), "--gpu"),
-        (PlanSettings(gpu="4090", host="much"), "--host"),
-        (PlanSettings(gpu="4090", host="1GB"), "--host"),
-        (PlanSettings(gpu="4090", host="64PB"), "--host"),
+        (ForecastSettings(gpu="much"), "--gpu"),
+        (ForecastSettings(gpu="0GB"), "--gpu"),
+        (ForecastSettings(), "--gpu"),
+        (ForecastSettings(gpu="24GB", check=True), "--check"),
+        (ForecastSettings(gpu="24GB", gpus=0), "--gpus"),
+        (ForecastSettings(gpu="4091"), "--gpu"),
+        (ForecastSettings(gpu="4090", host="much"), "--host"),
+        (ForecastSettings(gpu="4090", host="1GB"), "--host"),
+        (ForecastSettings(gpu="4090", host="64PB"), "--host"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(settings, where, monkeypatch):

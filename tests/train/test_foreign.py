@@ -52,7 +52,7 @@ class OneRank:
     main = True
     peers = ALONE
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         pass
 
     def save_state(self, _model, _optimizer, _average, folder: Path) -> None:
@@ -64,7 +64,7 @@ class OneRank:
 def train_in(folder: Path, full: bool = False) -> None:
     """What a run of three steps does to its folder, resumed where it can be."""
     whole = checkpoints.list_checkpoints(folder)
-    done = checkpoints.find(folder).state.step if whole else 0
+    done = checkpoints.find_checkpoint(folder).state.step if whole else 0
     with claimed(folder) as made:
         made.set_aside("config.toml")
         made.commit_bytes("config.toml", b'# cogtrain lora --config run/config.toml\nmodel = "tiny"\n')

@@ -21,8 +21,8 @@ from cogtrain.model import lora
 from cogtrain.report.sheet import Column, contact_sheet, side_by_side
 from cogtrain.settings import GenerateSettings
 from cogtrain.validation import pipeline
-from cogtrain.validation.pipeline import Request, draw, load_pipeline, place, step_bytes, to_base
-from cogtrain.validation.tuned import find
+from cogtrain.validation.pipeline import Request, draw, load_pipeline, move_pipeline, step_bytes, to_base
+from cogtrain.validation.tuned import find_tuned
 from workshop.bench_train.subject import random_checkpoint
 
 SMALL = ["--prompt", "a red ball rolls to the left", "--steps", "2", "--resolution", "17x64x96"]
@@ -85,7 +85,7 @@ def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run):
     """Against the plain diffusers pipeline, called as its documentation says."""
     from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 
-    tuned = find(make_run(), None, None, None)
+    tuned = find_tuned(make_run(), None, None, None)
     request = Request("a ball", None, Resolution(17, 64, 96), 3, 6.0, 7, 226, True)
     pipeline = load_pipeline(tuned, torch.float32)
     steps = []
@@ -152,7 +152,7 @@ def test_each_video_is_placed_by_its_size_and_the_base_video_as_the_tuned_one_wa
     # As if the parts were not on this device at first, and for the second video were, where there was room.
     for device, used in [("cuda", 0.0), ("meta", 20.3)][: 2 if way.startswith("to") else 1]:
         monkeypatch.setattr(pipeline, "free_gpu_memory", lambda device, used=used: int((gib - used) * 2**30))
-        place(Pipeline(), torch.device(device), resolution, step)
+        move_pipeline(Pipeline(), torch.device(device), resolution, step)
         assert ", ".join(told) == way
         told.clear()
 
@@ -207,7 +207,7 @@ def test_the_image_is_cut_and_not_stretched(make_run, picture):
     ImageDraw.Draw(wide).ellipse((160, 10, 240, 90), fill="white")
     wide.save(picture)
     settings = GenerateSettings(run=make_run("tiny-i2v"), prompt="x", image=picture)
-    request = generate._request(settings, find(settings.run, None, None, None))
+    request = generate._request(settings, find_tuned(settings.run, None, None, None))
     white = np.asarray(request.image)[..., 0] > 127
     assert request.image.size == (96, 64)
     assert abs(np.ptp(white.any(0).nonzero()[0]) - np.ptp(white.any(1).nonzero()[0])) <= 1
@@ -224,7 +224,7 @@ def test_the_image_is_the_one_that_encode_trains_on(make_run, tmp_path, size):
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "cutout.png", exif=exif)
     settings = GenerateSettings(run=make_run("tiny-i2v"), prompt="x", image=tmp_path / "cutout.png")
-    request = generate._request(settings, find(settings.run, None, None, None))
+    request = generate._request(settings, find_tuned(settings.run, None, None, None))
     encoded = read_image(settings.image, request.resolution, Cut(), "key")
     assert np.array_equal(np.asarray(request.image), encoded)
 

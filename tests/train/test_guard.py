@@ -9,7 +9,7 @@ import torch
 
 from cogcommon.errors import RunError
 from cogtrain.data import batches
-from cogtrain.data.sampler import Order
+from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
 from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
@@ -38,7 +38,7 @@ def lines(run):
 def test_a_loss_that_is_not_finite_stops_and_names_the_sample(tmp_path, make_shards, train_here, spoil):
     make_shards(tmp_path / "out", samples=4)
     shards = open_shards([str(tmp_path / "out")])
-    step = [int(batch[0]) for batch in Order(shards.shard_of, shards.bucket_of, 1, 42).epoch(0)].index(2) + 1
+    step = [int(batch[0]) for batch in Sampler(shards.shard_of, shards.bucket_of, 1, 42).epoch(0)].index(2) + 1
     spoil(2)
     with pytest.raises(RunError, match="loss of 1 sample is not finite") as caught:
         train_here(LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "run", epochs=1, rank=2))

@@ -11,7 +11,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import pick_device
 from cogcommon.model.families import BUILTIN_NAMES
 from cogtrain.model import lora
-from cogtrain.model.compare import difference, probe
+from cogtrain.model.compare import difference, output_on_noise
 
 CPU = pick_device()
 RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly
@@ -27,14 +27,14 @@ def pipeline_of(checkpoint):
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
 def test_the_file_loads_through_the_pipeline_and_answers_as_the_live_model(tmp_path, name, live_model):
     checkpoint, transformer = live_model(name)
-    expected = probe(transformer)
-    base = probe(checkpoint.load_transformer(torch.float32))
+    expected = output_on_noise(transformer)
+    base = output_on_noise(checkpoint.load_transformer(torch.float32))
     assert difference(base, expected) > 0.05, "the adapter must matter, or the test shows nothing"
 
     file = lora.save(lora.state_dict(transformer), tmp_path, {"family": checkpoint.family.name})
     pipeline = pipeline_of(checkpoint)
     pipeline.load_lora_weights(tmp_path)
-    torch.testing.assert_close(probe(pipeline.transformer), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output_on_noise(pipeline.transformer), expected, atol=1e-5, rtol=1e-5)
     assert lora.check(file, checkpoint, lora.state_dict(transformer), expected, CPU, torch.float32) < 1e-5
 
 
@@ -45,7 +45,7 @@ def test_a_file_without_the_folded_scale_is_refused(tmp_path, live_model, dtype)
     lost = {key: t * (RANK / ALPHA) if "lora_B" in key else t for key, t in load_file(file).items()}
     save_file(lost, file)
     with pytest.raises(RunError, match=r"8 weights act otherwise"):
-        lora.check(file, checkpoint, lora.state_dict(transformer), probe(transformer), CPU, dtype)
+        lora.check(file, checkpoint, lora.state_dict(transformer), output_on_noise(transformer), CPU, dtype)
 
 
 def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp_path):
@@ -65,7 +65,12 @@ def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp
         save_file(state, tmp_path / "other.safetensors", metadata={"cogtune": json.dumps(others)})
         assert lora.read_facts(tmp_path / "other.safetensors") == read
     found = lora.check(
-        tmp_path / lora.FILE, checkpoint, lora.state_dict(transformer), probe(transformer), CPU, torch.bfloat16
+        tmp_path / lora.FILE,
+        checkpoint,
+        lora.state_dict(transformer),
+        output_on_noise(transformer),
+        CPU,
+        torch.bfloat16,
     )
     assert found < 1e-2
 
@@ -89,7 +94,7 @@ def test_merged_weights_answer_as_the_adapters_do(tmp_path, live_model):
     lora.load(tmp_path / lora.FILE, checkpoint, loaded)
     lora.merge(loaded)
     assert not any("lora" in name for name in loaded.state_dict())
-    assert difference(probe(transformer), probe(loaded)) < 1e-5
+    assert difference(output_on_noise(transformer), output_on_noise(loaded)) < 1e-5
 
 
 def test_merging_into_half_precision_rounds_once(tmp_path, live_model):
@@ -157,4 +162,7 @@ def test_other_targets_and_the_metadata_reach_the_file(tmp_path, live_model):
     assert set(metadata) == {"format", "cogtune"}
     assert json.loads(metadata["cogtune"]) == {"rank": "4"}
     assert "transformer.transformer_blocks.1.ff.net.2.lora_B.weight" in names
-    assert lora.check(file, checkpoint, lora.state_dict(transformer), probe(transformer), CPU, torch.float32) < 1e-5
+    assert (
+        lora.check(file, checkpoint, lora.state_dict(transformer), output_on_noise(transformer), CPU, torch.float32)
+        < 1e-5
+    )

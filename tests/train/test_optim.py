@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from cogcommon.errors import SettingError
-from cogtrain.distributed.optimizer import check_installed, check_optimizer, learning_rate, make_optimizer, warmup_steps
+from cogtrain.distributed.optimizer import (
+    check_optimizer,
+    check_optimizer_installed,
+    learning_rate,
+    make_optimizer,
+    warmup_steps,
+)
 from cogtrain.settings import LoraSettings, SftSettings
 
 CPU = torch.device("cpu")
@@ -41,7 +47,7 @@ def test_every_setting_is_in_the_optimizer():
     settings = LoraSettings(lr=0.1, beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.7)
     for name in ("adamw", "prodigy"):
         chosen = LoraSettings(**{**vars(settings), "optimizer": name})
-        optimizer = make_optimizer([torch.nn.Parameter(torch.ones(2))], chosen, CPU, on_host=False)
+        optimizer = make_optimizer([torch.nn.Parameter(torch.ones(2))], chosen, CPU, offload_optimizer=False)
         group = optimizer.param_groups[0]
         assert (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"]) == (0.1, (0.5, 0.6), 1e-3, 0.7)
 
@@ -64,7 +70,7 @@ def test_a_missing_package_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
     for optimizer, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
         with pytest.raises(SettingError, match="not installed") as caught:
-            check_installed(optimizer)
+            check_optimizer_installed(optimizer)
         assert f"pip install {package}" in caught.value.fix
 
 
@@ -82,7 +88,7 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch):
 
     monkeypatch.setattr(cpu_adam, "CPUAdamBuilder", NoCompiler)
     with pytest.raises(SettingError) as caught:
-        make_optimizer([torch.nn.Parameter(torch.ones(2))], SftSettings(), CPU, on_host=True)
+        make_optimizer([torch.nn.Parameter(torch.ones(2))], SftSettings(), CPU, offload_optimizer=True)
     assert caught.value.what.endswith("Unable to JIT load the cpu_adam op")
     assert "g++" in caught.value.fix and "--memory low" in caught.value.fix
 

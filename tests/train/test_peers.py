@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cogtrain.distributed import peers
-from cogtrain.distributed.peers import Place
+from cogtrain.distributed.peers import Node
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_all_leave_when_one_does(how, victim, says):
 
 
 def test_a_process_has_a_gpu_of_its_own_among_those_that_it_sees(monkeypatch):
-    places = (Place("m1", "a"), Place("m2", "b"), Place("m1", "a"), Place("m2", "b"), Place("m2", "c"))
+    places = (Node("m1", "a"), Node("m2", "b"), Node("m1", "a"), Node("m2", "b"), Node("m2", "c"))
     for rank, visible, gpu, here in ((2, 8, "1", "2"), (3, 8, "1", "2"), (3, 1, "0", "2"), (4, 8, "0", "1")):
         monkeypatch.setattr("cogcommon.model.device.visible_gpus", lambda visible=visible: visible)
         monkeypatch.setattr(os, "environ", {})
@@ -58,5 +58,5 @@ def test_a_process_has_a_gpu_of_its_own_among_those_that_it_sees(monkeypatch):
 
 
 def test_alone_there_is_nobody_to_ask():
-    assert peers.ALONE.gather(3) == [3] and peers.ALONE.agree(3) == 3 and peers.ALONE.tell("x") == "x"
+    assert peers.ALONE.all_gather(3) == [3] and peers.ALONE.all_reduce_max(3) == 3 and peers.ALONE.broadcast("x") == "x"
     assert peers.ALONE.together(lambda: 5) == 5

@@ -12,9 +12,9 @@ from cogcommon.errors import CogError, DiskError, RunError, SettingError
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.shards.records import read_record, write_record
 from cogtrain.blocks import trial
-from cogtrain.distributed.zero_config import choose, deepspeed_config
+from cogtrain.distributed.zero_config import choose_strategy, deepspeed_config
 from cogtrain.memory import ready
-from cogtrain.memory.estimate import demand
+from cogtrain.memory.estimate import estimate
 from cogtrain.memory.ready import check_ready
 from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
@@ -122,7 +122,7 @@ def test_what_this_machine_lacks_is_said_before_a_weight_is_read(open_here, monk
 
 def test_host_memory_that_is_not_enough_to_load_is_said_once_and_for_all_processes(open_here, monkeypatch):
     run = open_here()
-    takes = demand(run).loading
+    takes = estimate(run).loading
     monkeypatch.setattr(ready, "free_host_memory", lambda: int(2.5 * takes))
     check_ready(run, 2)
     with pytest.raises(RunError, match="for each of 3 processes") as caught:
@@ -205,7 +205,7 @@ def test_a_deepspeed_file_is_merged(tmp_path):
         "comms_logger": {"enabled": True},
     }
     settings = SftSettings(deepspeed=file(tmp_path, content), batch_size=2, accumulate=3)
-    assert choose(settings, full=True, gpus=0) == "zero2"  # the file says it
+    assert choose_strategy(settings, full=True, gpus=0) == "zero2"  # the file says it
     merged = deepspeed_config(settings, "zero2", "bf16", 4)
     assert merged["train_batch_size"] == 24 and merged["bf16"] == {"enabled": True}
     assert merged["zero_optimization"]["reduce_bucket_size"] == 1234
@@ -233,9 +233,9 @@ def test_a_key_that_deepspeed_would_skip_is_named(tmp_path, slip, meant):
 
 def test_auto_strategy():
     lora, sft = LoraSettings(), SftSettings()
-    assert choose(lora, full=False, gpus=8) == "ddp"
-    assert [choose(sft, full=True, gpus=gpus) for gpus in (0, 1, 8)] == ["ddp", "ddp", "zero2"]
-    assert choose(SftSettings(strategy="zero3"), full=True, gpus=1) == "zero3"
+    assert choose_strategy(lora, full=False, gpus=8) == "ddp"
+    assert [choose_strategy(sft, full=True, gpus=gpus) for gpus in (0, 1, 8)] == ["ddp", "ddp", "zero2"]
+    assert choose_strategy(SftSettings(strategy="zero3"), full=True, gpus=1) == "zero3"
 
 
 def test_nvme_goes_into_the_dict(tmp_path):

@@ -9,7 +9,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import pick_device
 from cogcommon.model.families import BUILTIN_NAMES
 from cogtrain.model import sft
-from cogtrain.model.compare import difference, probe
+from cogtrain.model.compare import difference, output_on_noise
 
 CPU = pick_device()
 
@@ -27,17 +27,17 @@ def tuned(name):
 @pytest.mark.parametrize("name", BUILTIN_NAMES)
 def test_the_folder_gives_the_trained_model(tmp_path, name):
     checkpoint, transformer = tuned(name)
-    assert difference(probe(checkpoint.load_transformer(torch.float32)), probe(transformer)) > 0.02
+    assert difference(output_on_noise(checkpoint.load_transformer(torch.float32)), output_on_noise(transformer)) > 0.02
     state = sft.state_dict(transformer, torch.float32)
     folder = sft.save(state, checkpoint, tmp_path)
     loaded = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer")
     # Equal weights, below; a matrix product may still round otherwise where they lie at another alignment.
-    assert difference(probe(loaded), probe(transformer)) < 1e-5
+    assert difference(output_on_noise(loaded), output_on_noise(transformer)) < 1e-5
     for (name, mine), (_, theirs) in zip(
         sorted(transformer.state_dict().items()), sorted(loaded.state_dict().items()), strict=True
     ):
         assert torch.equal(mine, theirs), name
-    assert sft.check(folder, checkpoint, state, probe(transformer), CPU) < 1e-5
+    assert sft.check(folder, checkpoint, state, output_on_noise(transformer), CPU) < 1e-5
     assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
 
 
@@ -49,7 +49,7 @@ def test_half_precision_rounds_once_and_replaces_an_older_folder(tmp_path):
     loaded = sft.load(folder, checkpoint, torch.bfloat16)
     weights = dict(transformer.named_parameters())
     assert all(torch.equal(p, weights[name].bfloat16()) for name, p in loaded.named_parameters())
-    assert 0 < sft.check(folder, checkpoint, state, probe(transformer), CPU) < 2e-2
+    assert 0 < sft.check(folder, checkpoint, state, output_on_noise(transformer), CPU) < 2e-2
 
 
 def test_wrong_weights_are_refused_in_words(tmp_path):
@@ -57,9 +57,15 @@ def test_wrong_weights_are_refused_in_words(tmp_path):
     state = sft.state_dict(transformer, torch.float32)
     folder = sft.save(state, checkpoint, tmp_path)
     with pytest.raises(RunError, match="1 weights differ"):
-        sft.check(folder, checkpoint, state | {"proj_out.bias": state["proj_out.bias"] + 1e-6}, probe(transformer), CPU)
+        sft.check(
+            folder,
+            checkpoint,
+            state | {"proj_out.bias": state["proj_out.bias"] + 1e-6},
+            output_on_noise(transformer),
+            CPU,
+        )
     with pytest.raises(RunError, match="off"):
-        sft.check(folder, checkpoint, state, probe(checkpoint.load_transformer(torch.float32)), CPU)
+        sft.check(folder, checkpoint, state, output_on_noise(checkpoint.load_transformer(torch.float32)), CPU)
     with pytest.raises(ModelError, match=r"not one of tiny-2b: "):
         sft.load(folder, open_checkpoint("tiny-2b"), torch.float32)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")

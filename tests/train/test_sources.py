@@ -10,7 +10,7 @@ from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE
 from cogcommon.shards.records import read_record, write_record
 from cogtrain.data.batches import read_sample
-from cogtrain.data.compatibility import check_alike, check_model
+from cogtrain.data.compatibility import check_model, check_shards_alike
 from cogtrain.data.shards import open_shards
 
 NATIVE = Resolution(17, 64, 96)
@@ -206,9 +206,9 @@ def test_the_wrong_model_is_refused_with_both_values(tmp_path, make_shards):
 def test_validation_shards_of_another_model_are_refused(tmp_path, make_shards):
     make_shards(tmp_path / "a")
     contract = open_shards([str(tmp_path / "a")]).contract
-    check_alike(contract, dataclasses.replace(contract, settings={"frames": "even"}), "val")
+    check_shards_alike(contract, dataclasses.replace(contract, settings={"frames": "even"}), "val")
     with pytest.raises(ShardError, match="text_tokens: 226 in --shards, 224 here"):
-        check_alike(contract, dataclasses.replace(contract, text_tokens=224), "val")
+        check_shards_alike(contract, dataclasses.replace(contract, text_tokens=224), "val")
 
 
 def test_the_empty_caption_must_belong_to_the_shards(tmp_path, make_shards):

@@ -8,7 +8,7 @@ import torch
 
 from cogcommon.errors import RunError
 from cogtrain.data import batches
-from cogtrain.data.sampler import Order
+from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
 from cogtrain.settings import LoraSettings
 
@@ -52,7 +52,7 @@ def test_parts_of_a_step_make_the_step(tmp_path, make_shards, train_here):
 def test_a_spoilt_step_is_held_back_and_named_one_step_late(tmp_path, make_shards, train_here, late, monkeypatch):
     make_shards(tmp_path / "out", samples=6)
     shards = open_shards([str(tmp_path / "out")])
-    places = [int(batch[0]) for batch in Order(shards.shard_of, shards.bucket_of, 1, 42).epoch(0)]
+    places = [int(batch[0]) for batch in Sampler(shards.shard_of, shards.bucket_of, 1, 42).epoch(0)]
     spoilt, read = places[3], batches.read_sample
     seen = []
 

@@ -46,7 +46,7 @@ def test_neither_is_imported_unasked(tmp_path, make_shards):
 def test_one_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(tracker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingError, match="--tracker wandb needs a package"):
-        tracker.check_installed("wandb")
+        tracker.check_tracker_installed("wandb")
 
 
 def test_runs_of_wandb_are_runs_of_one_project(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from cogcommon.errors import ShardError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.data.batches import read_sample
-from cogtrain.data.sample_rng import Draws
+from cogtrain.data.sample_rng import SampleRNG
 from cogtrain.data.shards import open_shards
 from cogtrain.model import lora
 from cogtrain.model.diffusion import Schedule
@@ -24,7 +24,7 @@ from cogtrain.runs.folder import read_metrics, read_run
 from cogtrain.settings import LoraSettings, SftSettings
 from cogtrain.validation import validate
 from cogtrain.validation.validate import TIMESTEPS
-from cogtrain.validation.videos import Conditions, sample
+from cogtrain.validation.videos import Conditions, denoise
 
 
 def lines(run):
@@ -50,7 +50,7 @@ def stated_loss(held_out, lora_file=None):
     for index in range(len(held_out)):
         stored = read_sample(held_out, index)
         x0 = 0.7 * stored.latent_mean.transpose(0, 1)[None]
-        noise = Draws(0, 0, stored.key).normal(tuple(x0.shape[1:]), "noise")[None]
+        noise = SampleRNG(0, 0, stored.key).normal(tuple(x0.shape[1:]), "noise")[None]
         for t in TIMESTEPS:
             a, s = float(abar[t].sqrt()), float((1 - abar[t]).sqrt())
             inputs = objective.model_inputs(
@@ -81,7 +81,7 @@ def test_the_last_value_is_that_of_the_exported_weights(tmp_path, shards, train_
 
 def test_training_does_not_notice_a_validation(tmp_path, shards, train_here, monkeypatch):
     """Losses are bit-equal; and there is no text encoder to be had."""
-    monkeypatch.setattr("cogtrain.validation.validate.sample", functools.partial(sample, steps=2))
+    monkeypatch.setattr("cogtrain.validation.validate.sample", functools.partial(denoise, steps=2))
     base = tmp_path / "model"
     shutil.copytree(open_checkpoint("tiny").root, base)
     for weights in (base / "text_encoder").glob("*.safetensors"):
@@ -132,7 +132,7 @@ def test_its_memory_is_counted_apart_from_trainings(tmp_path, shards, train_here
 @pytest.mark.parametrize("form", [pytest.param("tiny-i2v", marks=pytest.mark.full), "tiny-1.5-i2v"])  # 10 s each
 def test_videos_start_from_the_stored_image(tmp_path, make_shards, train_here, monkeypatch, form):
     """The clean one, with the stored caption; 17 frames come out, the padding is gone."""
-    monkeypatch.setattr("cogtrain.validation.validate.sample", functools.partial(sample, steps=2))
+    monkeypatch.setattr("cogtrain.validation.validate.sample", functools.partial(denoise, steps=2))
     make_shards(tmp_path / "out", form, samples=1)
     make_shards(tmp_path / "held", form, samples=2, seed=9, captions=("a", "b"))
     given = {"shards": [str(tmp_path / "out")], "validate_shards": [str(tmp_path / "held")], "rank": 4}

@@ -2,7 +2,7 @@
 
 The same arithmetic as ``diffusers.models.transformers.cogvideox_transformer_3d.CogVideoXBlock``
 with PEFT's LoRA layers in it, but told what it computes with: weights may come
-from anywhere (``streaming``), masters of adapters stay fp32 while the products
+from anywhere (`BlockSwap`), masters of adapters stay fp32 while the products
 run in the type of the activations, no autocast decides anything, and nothing is
 written in place, so that all of it can be recomputed and compiled.
 """

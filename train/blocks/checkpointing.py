@@ -23,16 +23,16 @@ from .block import BlockFunction
 if TYPE_CHECKING:
     import torch
 
-Keep = Literal["all", "matmuls", "feedforward", "attention", "inputs"]
+Checkpointing = Literal["all", "matmuls", "feedforward", "attention", "inputs"]
 
 # Kept by a block, in activations; compiled, at rank 128.
-ACTIVATIONS: Mapping[Keep, float] = {
+ACTIVATIONS: Mapping[Checkpointing, float] = {
     "all": 14.0, "matmuls": 10.1, "feedforward": 6.05, "attention": 2.05, "inputs": 1.0,
 }  # fmt: skip
 ALL_UNCOMPILED = 17.0
 
 
-def keeping(function: BlockFunction, keep: Keep, *, dropout: bool = False) -> BlockFunction:
+def with_checkpointing(function: BlockFunction, policy: Checkpointing, *, dropout: bool = False) -> BlockFunction:
     """The block's function with checkpointing inside, to be compiled as one region.
 
     With the checkpoint inside, the compiler drops from the recomputation what the
@@ -43,11 +43,11 @@ def keeping(function: BlockFunction, keep: Keep, *, dropout: bool = False) -> Bl
     """
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-    if keep == "all":
+    if policy == "all":
         return function
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
-    if keep != "inputs":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _KEPT_PRODUCTS[keep]))
+    if policy != "inputs":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _KEPT_PRODUCTS[policy]))
 
     def checkpointed(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return checkpoint(function, *tensors, **options)
@@ -57,7 +57,7 @@ def keeping(function: BlockFunction, keep: Keep, *, dropout: bool = False) -> Bl
 
 # Which matrix products are kept, by the lengths of a row that goes in and of one that comes out. A product over a
 # short row, as an adapter's second, is cheaper to repeat than to keep.
-_KEPT_PRODUCTS: Mapping[Keep, Callable[[int, int], bool]] = {
+_KEPT_PRODUCTS: Mapping[Checkpointing, Callable[[int, int], bool]] = {
     "matmuls": lambda into, out: into * 4 >= out,
     "feedforward": lambda into, out: into * 4 == out,  # its middle is four times as wide as a token
     "attention": lambda into, out: False,

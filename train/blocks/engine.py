@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..offload.activations import Parked, Parking
-from ..offload.block_swap import Reference, Streaming
-from ..offload.cpu_training import HostTraining
+from ..offload.activations import ActivationOffload, Offloaded
+from ..offload.block_swap import BlockSwap, SwappedView
+from ..offload.cpu_training import CpuTraining
 from .block import BlockFunction, Layout, block_function
-from .checkpointing import Keep, keeping
+from .checkpointing import Checkpointing, with_checkpointing
 from .compiler import compiled, in_one_line, is_compilers
-from .plan import Plan
+from .plan import BlockPlan
 from .trial import attention_kernel, qk_norm_works
 
 if TYPE_CHECKING:
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
 
 
-class Engine:
+class BlockEngine:
     """Runs the blocks of one transformer as a plan says.
 
     Names, parameters and the state dict of the transformer stay as they are.
-    Where the plan streams, the blocks' frozen parameters stay in host memory; of the blocks that
-    it trains on the host all parameters do, and ``hosted`` has them.
+    Where the plan swaps blocks, their frozen parameters stay in host memory; of the blocks that
+    it trains on the host all parameters do, and ``cpu_training`` has them.
 
     Args:
         transformer: on the CPU, adapters attached, what is trained chosen.
         dtype: that the blocks compute in.
-        lent: DeepSpeed places the weights, and gathers a block's for as long as it computes (`zero.gather_by_block`).
-            What autograd keeps are the parameters themselves, whose memory is given back in between; views of them are
-            computed again.
+        partitioned: the parameters are partitioned by DeepSpeed (ZeRO-3), which gathers a block's while it computes
+            (`zero.gather_by_block`) and frees them after it. Autograd then saves the parameters themselves; views of
+            them are computed again.
         say: is told when the compiler fails on the blocks, after which they run uncompiled.
     """
 
     def __init__(
-        self, transformer: CogVideoXTransformer3DModel, plan: Plan, device: torch.device, dtype: torch.dtype,
-        say: Callable[[str], None] = print, *, lent: bool = False,
+        self, transformer: CogVideoXTransformer3DModel, plan: BlockPlan, device: torch.device, dtype: torch.dtype,
+        say: Callable[[str], None] = print, *, partitioned: bool = False,
     ) -> None:  # fmt: skip
         blocks = transformer.transformer_blocks
         self.plan = plan
@@ -46,42 +46,42 @@ class Engine:
         self._say = say
         self.kernel = attention_kernel(device, dtype, plan.compiled)
         self.fused = plan.compiled and qk_norm_works(device, dtype)
-        self._functions: dict[tuple[Layout, Keep | None, bool], BlockFunction] = {}
+        self._functions: dict[tuple[Layout, Checkpointing | None, bool], BlockFunction] = {}
         self._layouts = [Layout.of(block) for block in blocks]
         self._weights = [tuple(block.parameters()) for block in blocks]
-        self._parking = Parking(device) if plan.park else None
+        self._offload = ActivationOffload(device) if plan.offload_activations else None
         # The last blocks: their gradients come first, and the next step needs their weights last.
-        self._first_moved = len(blocks) - plan.train_on_host if plan.train_on_host else 0
-        self.hosted: HostTraining | None = None
-        self._streaming: Streaming | None = None
+        self._first_moved = len(blocks) - plan.train_on_cpu if plan.train_on_cpu else 0
+        self.cpu_training: CpuTraining | None = None
+        self._block_swap: BlockSwap | None = None
         moved: list[list[torch.nn.Parameter]] = []
-        if plan.train_on_host:
+        if plan.train_on_cpu:
             moved = [list(weights) for weights in self._weights[self._first_moved :]]
-            self.hosted = HostTraining(moved, device, dtype)
-            self._streaming = self.hosted.streaming
-        elif plan.stream:
+            self.cpu_training = CpuTraining(moved, device, dtype)
+            self._block_swap = self.cpu_training.block_swap
+        elif plan.swap_blocks:
             moved = [[p for p in weights if not p.requires_grad] for weights in self._weights]
-            self._streaming = Streaming(moved, device) if all(moved) else None
-        streamed = {id(p) for weights in moved for p in weights} if self._streaming else set()
-        if not lent:
-            _move(transformer, device, stay=streamed)
-        if streamed:
+            self._block_swap = BlockSwap(moved, device) if all(moved) else None
+        swapped = {id(p) for weights in moved for p in weights} if self._block_swap else set()
+        if not partitioned:
+            _move(transformer, device, stay=swapped)
+        if swapped:
             # What DDP would otherwise copy from rank 0 and refuse to see on two devices.
             transformer._ddp_params_and_buffers_to_ignore = [
-                name for name, parameter in transformer.named_parameters() if id(parameter) in streamed
+                name for name, parameter in transformer.named_parameters() if id(parameter) in swapped
             ]
         for index, block in enumerate(blocks):
             block.forward = self._forward_of(index, block)
 
-    def park_all(self) -> None:
-        """Park small tensors too, so that a small model exercises the same code."""
-        if self._parking:
-            self._parking = Parking(self._device, smallest=1)
+    def offload_all(self) -> None:
+        """Offload small tensors, too, so that a small model exercises the same code."""
+        if self._offload:
+            self._offload = ActivationOffload(self._device, smallest=1)
 
     def unlock(self) -> None:
-        """Give back the host memory that is locked for streaming. The transformer can no longer be run."""
-        if self._streaming:
-            self._streaming.unlock()
+        """Give back the host memory that is locked for block swapping. The transformer can no longer be run."""
+        if self._block_swap:
+            self._block_swap.unlock()
 
     def _forward_of(self, index: int, block: torch.nn.Module) -> Callable[..., Any]:
         def forward(
@@ -129,10 +129,10 @@ class Engine:
         function = self._function(index, training, rotary)
         weights = self._weights_of(index, training)
         with torch.autocast(self._device.type, enabled=False):  # the function itself says what runs in which type
-            if not training or not (self._parking or self._streaming):
+            if not training or not (self._offload or self._block_swap):
                 return function(*inputs, *weights)
-            if self._parking:
-                self._parking.begin(index)
+            if self._offload:
+                self._offload.begin(index)
             stay = {tensor.data_ptr() for tensor in (*inputs[2:], *self._weights[index])}
             with torch.autograd.graph.saved_tensors_hooks(
                 lambda tensor: self._pack(index, tensor, stay), lambda kept: self._unpack(index, kept)
@@ -142,16 +142,16 @@ class Engine:
     def _function(self, index: int, training: bool, rotary: bool) -> BlockFunction:
         """A block's function, made once. Only training's is compiled: validation has too many shapes."""
         layout = self._layouts[index]
-        keep = self.plan.keep[index] if training else None
-        key = (layout, keep, rotary)
+        policy = self.plan.checkpointing[index] if training else None
+        key = (layout, policy, rotary)
         if key not in self._functions:
             function = block_function(
                 layout, self.kernel, rotary=rotary, training=training, chunks=self.plan.chunks,
                 fused=self.fused and training,
             )  # fmt: skip
-            if keep is not None:
+            if policy is not None:
                 linears = (*layout.modulate, *layout.qkv, layout.out, layout.up, layout.down)
-                function = keeping(function, keep, dropout=any(linear.dropout for linear in linears))
+                function = with_checkpointing(function, policy, dropout=any(linear.dropout for linear in linears))
                 if self.plan.compiled:
                     function = compiled(function)
             self._functions[key] = function
@@ -159,32 +159,32 @@ class Engine:
 
     def _weights_of(self, index: int, training: bool) -> tuple[torch.Tensor, ...]:
         moved = index - self._first_moved
-        if self._streaming is None or moved < 0:
+        if self._block_swap is None or moved < 0:
             return self._weights[index]
-        if self.hosted:
-            return tuple(self.hosted.take(moved, then=moved + 1, training=training))
-        streamed = iter(self._streaming.take(moved, then=moved + 1))
-        return tuple(weight if weight.requires_grad else next(streamed) for weight in self._weights[index])
+        if self.cpu_training:
+            return tuple(self.cpu_training.take(moved, then=moved + 1, training=training))
+        swapped = iter(self._block_swap.take(moved, then=moved + 1))
+        return tuple(weight if weight.requires_grad else next(swapped) for weight in self._weights[index])
 
-    def _pack(self, index: int, tensor: torch.Tensor, stay: set[int]) -> torch.Tensor | Parked | Reference:
-        if self._streaming and (reference := self._streaming.refer(tensor)):
+    def _pack(self, index: int, tensor: torch.Tensor, stay: set[int]) -> torch.Tensor | Offloaded | SwappedView:
+        if self._block_swap and (reference := self._block_swap.refer(tensor)):
             return reference
-        if self._parking and tensor.data_ptr() not in stay and self._parking.takes(tensor):
-            return self._parking.park(index, tensor)
+        if self._offload and tensor.data_ptr() not in stay and self._offload.takes(tensor):
+            return self._offload.offload(index, tensor)
         return tensor
 
-    def _unpack(self, index: int, kept: torch.Tensor | Parked | Reference) -> torch.Tensor:
-        if self._parking:
-            self._parking.fetch(index)
+    def _unpack(self, index: int, kept: torch.Tensor | Offloaded | SwappedView) -> torch.Tensor:
+        if self._offload:
+            self._offload.fetch(index)
         tensor = kept
-        if isinstance(kept, Parked):
-            assert self._parking
-            tensor = self._parking.take(kept)
-        elif isinstance(kept, Reference):
-            assert self._streaming
-            tensor = self._streaming.resolve(kept, then=index - self._first_moved - 1)
-        if self._parking:
-            self._parking.fetch(index - 1)
+        if isinstance(kept, Offloaded):
+            assert self._offload
+            tensor = self._offload.take(kept)
+        elif isinstance(kept, SwappedView):
+            assert self._block_swap
+            tensor = self._block_swap.resolve(kept, then=index - self._first_moved - 1)
+        if self._offload:
+            self._offload.fetch(index - 1)
         return tensor  # type: ignore[return-value]
 
 

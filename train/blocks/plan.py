@@ -13,7 +13,7 @@ from typing import Any, Literal
 from cogcommon.model.families import PATCH, Resolution
 from cogcommon.words import counted
 
-from .checkpointing import ACTIVATIONS, ALL_UNCOMPILED, Keep
+from .checkpointing import ACTIVATIONS, ALL_UNCOMPILED, Checkpointing
 
 Memory = Literal["fast", "auto", "low"]
 
@@ -29,15 +29,15 @@ _WORK_COMPILED, _WORK_PLAIN = 12.3, 26.0
 FORWARD = 15
 # Where the attention is recomputed its inputs are there as the feed-forward goes backward; seen in one run, row 13.
 _WORK_ATTENTION_AGAIN = 6.0
-_PARKED_BESIDE = 8.2  # of what is parked, on its way out or back, beside one block's; fitted to the same runs
-_HOSTED_IN_FLIGHT = 2  # of each of two blocks: its weights, its gradients
+_OFFLOADED_BESIDE = 8.2  # activations in flight to or from the host, beside one block's; fitted to the same runs
+_CPU_TRAINED_IN_FLIGHT = 2  # of each of two blocks: its weights, its gradients
 _AS_FAST = 1.1  # times the seconds of the fastest: no reason to move more memory
 _CHUNKS = 4  # of the feed-forward layer, where memory counts: its middle is four activations wide
 
 
 @dataclass(frozen=True)
-class Hosted:
-    """Bytes of one block whose weights are trained in host memory (``host_training``); masters are there already.
+class CpuTrained:
+    """Bytes of one block whose weights are trained in host memory (`CpuTraining`); masters are there already.
 
     ``block`` are its weights as computed, on the GPU; ``states`` what it would take there if it were trained there;
     ``host`` copies, gradients, their sums and moments.
@@ -56,8 +56,8 @@ class Load:
     its linear layers. ``activation`` is one tensor of all tokens by the width; ``block`` and ``rest``
     are what is not trained, of one block and outside the blocks; ``trained`` is masters,
     gradients and optimizer states, and of it ``arriving`` what is there only once all blocks have gone backward:
-    gradients, where there are as many as weights. ``streams``: frozen weights may live on the host.
-    ``hosted`` is set where all weights are trained, and may be in host memory.
+    gradients, where there are as many as weights. ``can_swap``: frozen weights may live on the host.
+    ``cpu_trained`` is set where all weights are trained, and may be in host memory.
     """
 
     layers: int
@@ -68,8 +68,8 @@ class Load:
     attention: int
     products: int
     arriving: int = 0
-    streams: bool = True
-    hosted: Hosted | None = None
+    can_swap: bool = True
+    cpu_trained: CpuTrained | None = None
 
     @classmethod
     def of(
@@ -82,7 +82,7 @@ class Load:
         trained: int,
         arriving: int = 0,
         frozen: bool = True,
-        streams: bool = True,
+        can_swap: bool = True,
         accumulate: int | None = None,
     ) -> Load:
         """The load of a transformer's ``config.json`` on one bucket.
@@ -93,7 +93,7 @@ class Load:
             trained: bytes of what is trained: masters, gradients, optimizer states.
             arriving: of them, gradients that come in the backward pass.
             frozen: the checkpoint's own weights are, and what is trained lies beside them.
-            streams: frozen weights may live on the host.
+            can_swap: frozen weights may live on the host.
             accumulate: accumulation steps, where all weights are trained and may live on the host.
         """
         width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -105,10 +105,10 @@ class Load:
         rest = (config["text_embed_dim"] * width + 2 * width * config["time_embed_dim"]) * size
         # A model without rotary tables adds one of positions, which is held as the weights are.
         positions = 0 if config["use_rotary_positional_embeddings"] else tokens * width * (size if frozen else 4)
-        hosted = None
+        cpu_trained = None
         if accumulate is not None:
             numbers = block // size
-            hosted = Hosted(
+            cpu_trained = CpuTrained(
                 block=block,
                 states=numbers * 16,  # master, gradient, two moments, fp32
                 host=numbers * (2 * size + 8 + (4 if accumulate > 1 else 0)),
@@ -122,53 +122,56 @@ class Load:
             arriving=arriving,
             attention=4 * batch * tokens**2 * width,
             products=24 * batch * tokens * width**2,
-            streams=frozen and streams,
-            hosted=hosted,
+            can_swap=frozen and can_swap,
+            cpu_trained=cpu_trained,
         )
 
 
 @dataclass(frozen=True)
-class Plan:
+class BlockPlan:
     """How the blocks of a run are run.
 
-    ``keep`` is of each block; ``park`` moves what they keep to host memory, ``stream``
-    the frozen weights; ``train_on_host`` says of how many blocks, the last ones, weights, gradients and
+    ``checkpointing`` is of each block; ``offload_activations`` moves what they keep to host memory, ``swap_blocks``
+    the frozen weights; ``train_on_cpu`` says of how many blocks, the last ones, weights, gradients and
     optimizer states are there; ``chunks`` are the feed-forward layer's.
     """
 
-    keep: tuple[Keep, ...]
-    park: bool = False
-    stream: bool = False
-    train_on_host: int = 0
+    checkpointing: tuple[Checkpointing, ...]
+    offload_activations: bool = False
+    swap_blocks: bool = False
+    train_on_cpu: int = 0
     chunks: int = 1
     compiled: bool = False
 
     @classmethod
-    def to_draw(cls, layers: int) -> Plan:
+    def to_draw(cls, layers: int) -> BlockPlan:
         """Of a model that is not trained, beside one that is: next to nothing of it is on the GPU."""
-        return cls(_each("inputs", layers), stream=True)
+        return cls(_each("inputs", layers), swap_blocks=True)
 
     @property
-    def uncompiled(self) -> Plan:
+    def uncompiled(self) -> BlockPlan:
         """The same without a compiler. A selective checkpoint then keeps what it selects in a place that hooks
-        do not reach, and so nothing of it could be parked."""
-        keep = _each("inputs", len(self.keep)) if self.park else self.keep
-        return replace(self, keep=keep, compiled=False)
+        do not reach, and so nothing of it could be offloaded."""
+        policy = _each("inputs", len(self.checkpointing)) if self.offload_activations else self.checkpointing
+        return replace(self, checkpointing=policy, compiled=False)
 
     def peak(self, load: Load) -> int:
         """Predicted bytes of GPU memory at the worst moment of a step."""
         work = _WORK_COMPILED if self.compiled else _WORK_PLAIN
-        if self.compiled and "inputs" in self.keep:
+        if self.compiled and "inputs" in self.checkpointing:
             work += _WORK_ATTENTION_AGAIN
-        each = [ALL_UNCOMPILED if keep == "all" and not self.compiled else ACTIVATIONS[keep] for keep in self.keep]
-        kept = min(sum(each), max(each) + _PARKED_BESIDE) if self.park else sum(each)
-        blocks = min(load.layers, 2) if self.stream else load.layers
+        each = [
+            ALL_UNCOMPILED if policy == "all" and not self.compiled else ACTIVATIONS[policy]
+            for policy in self.checkpointing
+        ]
+        kept = min(sum(each), max(each) + _OFFLOADED_BESIDE) if self.offload_activations else sum(each)
+        blocks = min(load.layers, 2) if self.swap_blocks else load.layers
         weights, arriving = load.rest + load.trained + blocks * load.block, load.arriving
-        if self.train_on_host:
-            assert load.hosted
-            weights += min(self.train_on_host, 2) * _HOSTED_IN_FLIGHT * load.hosted.block
-            weights -= self.train_on_host * load.hosted.states
-            arriving -= self.train_on_host * load.hosted.states // 4 if arriving else 0
+        if self.train_on_cpu:
+            assert load.cpu_trained
+            weights += min(self.train_on_cpu, 2) * _CPU_TRAINED_IN_FLIGHT * load.cpu_trained.block
+            weights -= self.train_on_cpu * load.cpu_trained.states
+            arriving -= self.train_on_cpu * load.cpu_trained.states // 4 if arriving else 0
         # What is kept goes as the gradients come, and is less than they are, or more.
         first = weights - arriving + (kept + work) * load.activation
         last = weights + (min(kept, each[0]) + work) * load.activation
@@ -176,45 +179,49 @@ class Plan:
 
     def evaluating(self, load: Load, held_out: Load) -> int:
         """Predicted bytes of GPU memory of a forward pass without gradients, on a held-out load."""
-        blocks = min(load.layers, 2) if self.stream else load.layers
+        blocks = min(load.layers, 2) if self.swap_blocks else load.layers
         weights = load.rest + load.trained - load.arriving + blocks * load.block
-        if self.train_on_host:
-            assert load.hosted
-            weights += min(self.train_on_host, 2) * load.hosted.block
-            weights -= self.train_on_host * load.hosted.states * (3 if load.arriving else 4) // 4
+        if self.train_on_cpu:
+            assert load.cpu_trained
+            weights += min(self.train_on_cpu, 2) * load.cpu_trained.block
+            weights -= self.train_on_cpu * load.cpu_trained.states * (3 if load.arriving else 4) // 4
         return int(weights + FORWARD * held_out.activation)
 
     def host(self, load: Load) -> int:
         """Bytes of host memory, most of them page-locked; beside the masters of what is trained there."""
-        kept = sum(ACTIVATIONS[keep] for keep in self.keep) * load.activation if self.park else 0
-        hosted = self.train_on_host * load.hosted.host if load.hosted else 0
-        return int(kept + hosted + (load.layers * load.block if self.stream else 0))
+        cpu_trained = self.train_on_cpu * load.cpu_trained.host if load.cpu_trained else 0
+        return int(self.offloaded(load) + cpu_trained + (load.layers * load.block if self.swap_blocks else 0))
+
+    def offloaded(self, load: Load) -> float:
+        """Bytes of the activations that wait in host memory for the backward pass."""
+        kept = sum(ACTIVATIONS[policy] for policy in self.checkpointing) * load.activation
+        return kept if self.offload_activations else 0.0
 
     def __str__(self) -> str:
-        words: dict[Keep, str] = {
+        words: dict[Checkpointing, str] = {
             "all": "nothing is recomputed",
             "matmuls": "only norms and activations are recomputed",
             "feedforward": "all but the attention and the feed-forward layer's middle is recomputed",
             "attention": "all but the attention is recomputed",
             "inputs": "everything is recomputed",
         }
-        counts = {keep: self.keep.count(keep) for keep in words if keep in self.keep}
-        parts = [f"{words[keep]}" + (f" in {n} blocks" if len(counts) > 1 else "") for keep, n in counts.items()]
-        if self.park:
+        counts = {policy: self.checkpointing.count(policy) for policy in words if policy in self.checkpointing}
+        parts = [f"{words[policy]}" + (f" in {n} blocks" if len(counts) > 1 else "") for policy, n in counts.items()]
+        if self.offload_activations:
             parts.append("what is kept waits in host memory")
-        if self.stream:
+        if self.swap_blocks:
             parts.append("frozen weights come from host memory")
-        if self.train_on_host:
-            some = f" of {counted(self.train_on_host, 'block')}" if self.train_on_host < len(self.keep) else ""
+        if self.train_on_cpu:
+            some = f" of {counted(self.train_on_cpu, 'block')}" if self.train_on_cpu < len(self.checkpointing) else ""
             parts.append(f"weights, gradients and optimizer states{some} are in host memory")
         parts.append("blocks compiled" if self.compiled else "not compiled")
         return ", ".join(parts)
 
 
-def choose(
+def choose_plan(
     memory: Memory, load: Load, *, free: int, host_free: int, compiled: bool, gpu: bool = True,
-    cost: Callable[[Plan], float] | None = None,
-) -> Plan:  # fmt: skip
+    cost: Callable[[BlockPlan], float] | None = None,
+) -> BlockPlan:  # fmt: skip
     """The fastest plan of its kind that fits; the smallest one where none does.
 
     Args:
@@ -226,12 +233,16 @@ def choose(
     """
     if not gpu:
         # There the block that is computed, and what is trained, need their part of the same memory.
-        all_fits = Plan(_each("all", load.layers)).peak(load) <= _HOST_USABLE * host_free
-        keep: Keep = "all" if memory == "fast" or (memory == "auto" and all_fits) else "inputs"
-        return Plan(
-            keep=(keep,) * load.layers, park=memory == "low", stream=memory == "low" and load.streams,
-            train_on_host=load.layers if memory == "low" and load.hosted else 0, compiled=compiled,
-        )  # fmt: skip
+        all_fits = BlockPlan(_each("all", load.layers)).peak(load) <= _HOST_USABLE * host_free
+        policy: Checkpointing = "all" if memory == "fast" or (memory == "auto" and all_fits) else "inputs"
+        low = memory == "low"
+        return BlockPlan(
+            _each(policy, load.layers),
+            offload_activations=low,
+            swap_blocks=low and load.can_swap,
+            train_on_cpu=load.layers if low and load.cpu_trained else 0,
+            compiled=compiled,
+        )
     plans = [plan for plan in ladder(memory, load, compiled) if plan.host(load) <= _HOST_USABLE * host_free]
     fitting = [plan for plan in plans if fits(plan, load, free)]
     if not fitting:
@@ -242,46 +253,46 @@ def choose(
     return next(plan for plan, takes in zip(fitting, costs, strict=True) if takes <= _AS_FAST * min(costs))
 
 
-def fits(plan: Plan, load: Load, free: int) -> bool:
+def fits(plan: BlockPlan, load: Load, free: int) -> bool:
     """Whether a plan leaves of the GPU's free bytes what else is needed there."""
     return plan.peak(load) <= USABLE * free
 
 
-def ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[Plan]:
+def ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[BlockPlan]:
     """Plans from fast to small, where copies hide behind the computation."""
     layers = load.layers
     attention = _each("attention", layers)
     inputs = _each("inputs", layers)
     feedforward = _each("feedforward", layers)
-    parked = attention if compiled else inputs  # as in Plan.uncompiled
+    offloaded = attention if compiled else inputs  # as in BlockPlan.uncompiled
     if memory == "fast":
         for whole in range(layers, 0, -1):
-            yield Plan(keep=_each("matmuls", whole) + attention[whole:], compiled=compiled)
+            yield BlockPlan(checkpointing=_each("matmuls", whole) + attention[whole:], compiled=compiled)
     if memory != "low":
-        yield Plan(keep=attention, compiled=compiled)
+        yield BlockPlan(checkpointing=attention, compiled=compiled)
         if compiled:
-            yield Plan(keep=feedforward, park=True, compiled=True)
-        yield Plan(keep=parked, park=True, compiled=compiled)
-    every = layers if load.hosted else 0
-    if memory != "low" and load.hosted:
+            yield BlockPlan(checkpointing=feedforward, offload_activations=True, compiled=True)
+        yield BlockPlan(checkpointing=offloaded, offload_activations=True, compiled=compiled)
+    every = layers if load.cpu_trained else 0
+    if memory != "low" and load.cpu_trained:
         for some in range(1, layers):
             if compiled:
-                yield Plan(keep=feedforward, park=True, train_on_host=some, compiled=True)
-            yield Plan(keep=parked, park=True, train_on_host=some, compiled=compiled)
-        yield Plan(keep=attention, train_on_host=every, compiled=compiled)
-    moved = partial(Plan, stream=load.streams, train_on_host=every, chunks=_CHUNKS, compiled=compiled)
+                yield BlockPlan(checkpointing=feedforward, offload_activations=True, train_on_cpu=some, compiled=True)
+            yield BlockPlan(checkpointing=offloaded, offload_activations=True, train_on_cpu=some, compiled=compiled)
+        yield BlockPlan(checkpointing=attention, train_on_cpu=every, compiled=compiled)
+    moved = partial(BlockPlan, swap_blocks=load.can_swap, train_on_cpu=every, chunks=_CHUNKS, compiled=compiled)
     if memory != "low" and compiled:
-        yield moved(keep=feedforward, park=True)
-    yield moved(keep=parked, park=True)
-    yield moved(keep=inputs, park=True)
-    if load.streams or load.hosted:  # host memory is short, too
-        yield moved(keep=inputs)
-    yield Plan(keep=inputs, park=True, chunks=_CHUNKS, compiled=compiled)
-    yield Plan(keep=inputs, chunks=_CHUNKS, compiled=compiled)
+        yield moved(checkpointing=feedforward, offload_activations=True)
+    yield moved(checkpointing=offloaded, offload_activations=True)
+    yield moved(checkpointing=inputs, offload_activations=True)
+    if load.can_swap or load.cpu_trained:  # host memory is short, too
+        yield moved(checkpointing=inputs)
+    yield BlockPlan(checkpointing=inputs, offload_activations=True, chunks=_CHUNKS, compiled=compiled)
+    yield BlockPlan(checkpointing=inputs, chunks=_CHUNKS, compiled=compiled)
 
 
-def _each(keep: Keep, blocks: int) -> tuple[Keep, ...]:
-    return (keep,) * blocks
+def _each(policy: Checkpointing, blocks: int) -> tuple[Checkpointing, ...]:
+    return (policy,) * blocks
 
 
 def gib(size: float) -> str:

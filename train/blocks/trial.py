@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cogcommon.errors import SettingError
 
 from .attention import Kernel, attend
-from .checkpointing import keeping
+from .checkpointing import with_checkpointing
 from .compiler import compiled, in_one_line
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def kernel_works(kernel: Kernel, device: torch.device, dtype: torch.dtype, compi
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend(kernel, q * 1.0, k * 1.0, v * 1.0)
 
-    kept = keeping(attention, "attention")  # type: ignore[arg-type]
+    kept = with_checkpointing(attention, "attention")  # type: ignore[arg-type]
     function = compiled(kept) if compiling else kept
     generator = torch.Generator(device).manual_seed(0)
     # Strided as in a block: (B, S, H, D) seen as (B, H, S, D).

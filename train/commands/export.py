@@ -24,11 +24,11 @@ from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
 
 from ..distributed.strategy import read_weights
 from ..model import lora, sft
-from ..model.compare import difference, limit, probe
+from ..model.compare import difference, limit, output_on_noise
 from ..model.method import Exported, method_of
 from ..report.card import Kind, write_card
 from ..runs import checkpoint as checkpoints
-from ..runs.folder import CARD_FILE, CONFIG_FILE, Run, read_run
+from ..runs.folder import CARD_FILE, CONFIG_FILE, RecordedRun, read_run
 from ..settings import ExportSettings, LoraSettings, SftSettings
 from ..trainer.announce import checked
 
@@ -65,7 +65,7 @@ def run(settings: ExportSettings) -> None:
 
     pick_device()
     quiet_libraries()
-    step = checkpoints.find(folder).state.step if is_checkpoint else run.facts.steps
+    step = checkpoints.find_checkpoint(folder).state.step if is_checkpoint else run.facts.steps
     model = open_checkpoint(
         settings.model or run.facts.model,
         None if settings.model else run.facts.revision,
@@ -105,7 +105,7 @@ def run(settings: ExportSettings) -> None:
         console.print(f"{out / CARD_FILE} was changed by somebody, and stays as it is")
 
 
-def _adopt(out: Path, run: Run, step: int, asked: str) -> None:
+def _adopt(out: Path, run: RecordedRun, step: int, asked: str) -> None:
     """Write the record of an export that is older than records: of a LoRA file that says it is of this run."""
     file = out / lora.FILE
     if os.path.lexists(out / RECORD_FILE) or not is_file(file):
@@ -120,7 +120,7 @@ def _adopt(out: Path, run: Run, step: int, asked: str) -> None:
 
 
 def _trained(
-    folder: Path, run: Run, model: Checkpoint, dtype: torch.dtype, is_checkpoint: bool
+    folder: Path, run: RecordedRun, model: Checkpoint, dtype: torch.dtype, is_checkpoint: bool
 ) -> CogVideoXTransformer3DModel:
     """The transformer as it was trained, adapters attached."""
     import torch
@@ -153,7 +153,12 @@ def _trained(
 
 
 def _as_lora(
-    transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: Path, dtype: torch.dtype, run: Run, step: int
+    transformer: CogVideoXTransformer3DModel,
+    model: Checkpoint,
+    out: Path,
+    dtype: torch.dtype,
+    run: RecordedRun,
+    step: int,
 ) -> Exported:
     import torch
 
@@ -165,7 +170,7 @@ def _as_lora(
         "shards": run.facts.shards_fingerprint,
         "contract": run.facts.contract_fingerprint,
     }
-    expected = probe(transformer)
+    expected = output_on_noise(transformer)
     state = lora.state_dict(transformer)
     file = lora.save(state, out, facts)
     return Exported(file, lora.check(file, model, state, expected, torch.device("cpu"), dtype))
@@ -177,7 +182,7 @@ def _as_transformer(
     """Every weight, adapters merged in."""
     import torch
 
-    expected = probe(transformer)
+    expected = output_on_noise(transformer)
     lora.merge(transformer)
     state = sft.state_dict(transformer, dtype)
     folder = sft.save(state, model, out)
@@ -189,7 +194,7 @@ def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: P
     from peft import PeftModel
     from safetensors.torch import save as to_bytes
 
-    expected = probe(transformer)
+    expected = output_on_noise(transformer)
     state = lora.state_dict(transformer)
     config = transformer.peft_config["default"]
     ranks = {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name}
@@ -204,7 +209,7 @@ def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: P
 
     loaded = PeftModel.from_pretrained(model.load_transformer(dtype), str(out)).get_base_model()
     wrong = lora.acting_otherwise(loaded, state)  # exact, where the forward pass of half precision is a gross check
-    found = difference(expected, probe(loaded))
+    found = difference(expected, output_on_noise(loaded))
     if wrong or not found <= limit(dtype):
         raise RunError(
             f"PEFT does not load what was trained: {len(wrong)} weights act otherwise, "

@@ -25,8 +25,8 @@ from cogcommon.model.families import Resolution
 
 from ..report.sheet import Column, contact_sheet, side_by_side
 from ..settings import GenerateSettings
-from ..validation.pipeline import Request, draw, load_pipeline, place, step_bytes, to_base
-from ..validation.tuned import Tuned, find
+from ..validation.pipeline import Request, draw, load_pipeline, move_pipeline, step_bytes, to_base
+from ..validation.tuned import Tuned, find_tuned
 
 _VIDEOS = "generated videos"  # what made the files of a folder
 
@@ -37,7 +37,7 @@ def run(settings: GenerateSettings) -> None:
     Raises:
         SettingError, ModelError, RunError: the options do not go together, or weights are missing.
     """
-    tuned = find(settings.run, settings.lora, settings.transformer, settings.model)
+    tuned = find_tuned(settings.run, settings.lora, settings.transformer, settings.model)
     checkpoint = tuned.checkpoint
     request = _request(settings, tuned)
     device = pick_device()
@@ -61,13 +61,13 @@ def run(settings: GenerateSettings) -> None:
     dtype = dtype_of(precision)
     step = step_bytes(checkpoint.transformer_config, request.resolution, request.guidance, dtype.itemsize)
     pipeline = load_pipeline(tuned, dtype)
-    place(pipeline, device, request.resolution, step)
+    move_pipeline(pipeline, device, request.resolution, step)
     started = time.monotonic()
     with _progress(console, "tuned", settings.steps) as advance:
         columns = [Column("tuned", draw(pipeline, request, advance))]
     if settings.base:
         to_base(pipeline, tuned, dtype)
-        place(pipeline, device, request.resolution, step)
+        move_pipeline(pipeline, device, request.resolution, step)
         with _progress(console, "base", settings.steps) as advance:
             columns.append(Column("base", draw(pipeline, request, advance)))
     seconds = time.monotonic() - started

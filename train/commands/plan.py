@@ -18,16 +18,16 @@ from cogcommon.model.device import EMULATED, Precision, default_precision
 from cogcommon.words import in_bytes
 
 from ..distributed.optimizer import check_optimizer
-from ..distributed.zero_config import Strategy, choose
+from ..distributed.zero_config import Strategy, choose_strategy
 from ..memory.disk import writes
-from ..memory.estimate import Demand, Intent, Trains, choices
+from ..memory.estimate import Estimate, Intent, Trains, choices
 from ..memory.machine import Machine, machine_for
 from ..memory.measured import Measured, measured
 from ..memory.seconds import seconds
 from ..model.method import method_of
 from ..runs.folder import METRICS_FILE, read_metrics
 from ..runs.run import open_run
-from ..settings import LoraSettings, Memory, PlanSettings, SftSettings, TrainSettings
+from ..settings import ForecastSettings, LoraSettings, Memory, SftSettings, TrainSettings
 from ..store.store import without_secrets
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Forecast:
+class TrainForecast:
     """One line of the table. Memory in GiB; computed, but for what is called measured."""
 
     method: str
@@ -62,7 +62,7 @@ class Forecast:
     command: str
 
 
-def run(settings: PlanSettings) -> None:
+def run(settings: ForecastSettings) -> None:
     """The command.
 
     Raises:
@@ -98,7 +98,7 @@ def run(settings: PlanSettings) -> None:
         check([line for line in advised.values() if line])
 
 
-def forecasts(settings: PlanSettings, machine: Machine) -> list[Forecast]:
+def forecasts(settings: ForecastSettings, machine: Machine) -> list[TrainForecast]:
     """Every strategy and memory setting for shards, in the order in which they are advised; LoRA first."""
     import torch
 
@@ -111,8 +111,8 @@ def forecasts(settings: PlanSettings, machine: Machine) -> list[Forecast]:
 
 
 def forecasts_for(
-    settings: PlanSettings, checkpoint: Checkpoint, buckets: Sequence[Resolution], machine: Machine
-) -> list[Forecast]:
+    settings: ForecastSettings, checkpoint: Checkpoint, buckets: Sequence[Resolution], machine: Machine
+) -> list[TrainForecast]:
     """The same for a model and sizes, of which there need be no shards.
 
     Raises:
@@ -125,7 +125,7 @@ def forecasts_for(
         checkpoint.check_resolution(bucket)
     for train in _wanted(settings):
         method = method_of(train)
-        strategy = choose(train, full=method.full, gpus=machine.gpus)
+        strategy = choose_strategy(train, full=method.full, gpus=machine.gpus)
         check_optimizer(train, strategy)
         precision = train.precision or default_precision(checkpoint.family, torch.device("cuda"))
         lines += lines_of(
@@ -134,7 +134,7 @@ def forecasts_for(
     return lines
 
 
-def _wanted(settings: PlanSettings) -> list[TrainSettings]:
+def _wanted(settings: ForecastSettings) -> list[TrainSettings]:
     """Settings of the runs to compare."""
     common: dict[str, Any] = {
         "shards": settings.shards, "model": settings.model, "batch_size": settings.batch_size, "resume": "never",
@@ -148,13 +148,13 @@ def _wanted(settings: PlanSettings) -> list[TrainSettings]:
     return [train for method, train in wanted.items() if settings.method in (method, "both")]
 
 
-def lines_of(run: Trains, machine: Machine) -> list[Forecast]:
+def lines_of(run: Trains, machine: Machine) -> list[TrainForecast]:
     """A run under every strategy and memory setting."""
     found = choices(run, machine.gpu, machine.host_each, machine.speed)
     return [_line(run, needs, machine) for needs in found]
 
 
-def _line(run: Trains, needs: Demand, machine: Machine) -> Forecast:
+def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
     same = _measured(run, needs, machine)
     takes = seconds(run, needs, machine.speed, machine.kernel) if machine.speed else None
     total = needs.host_at_most(machine.together)
@@ -167,7 +167,7 @@ def _line(run: Trains, needs: Demand, machine: Machine) -> Forecast:
         )
         if not enough
     ]
-    return Forecast(
+    return TrainForecast(
         method=run.method.name,
         strategy=needs.strategy,
         memory=needs.memory,
@@ -190,7 +190,7 @@ def _line(run: Trains, needs: Demand, machine: Machine) -> Forecast:
     )
 
 
-def _words(run: Trains, needs: Demand) -> list[str]:
+def _words(run: Trains, needs: Estimate) -> list[str]:
     """The command, as typed."""
     settings = run.settings
     words = ["cogtrain", run.method.name, "--shards", *(_as_glob(settings.shards) or ["out/*.tar"])]
@@ -220,7 +220,7 @@ def _as_glob(shards: Sequence[str]) -> list[str]:
     return list(shards)
 
 
-def _measured(run: Trains, needs: Demand, machine: Machine) -> Measured | None:
+def _measured(run: Trains, needs: Estimate, machine: Machine) -> Measured | None:
     """The newest run of the same thing; None where nobody has measured it."""
     settings = run.settings
     if run.checkpoint.transformer_config["num_layers"] != run.checkpoint.family.layers:
@@ -243,7 +243,7 @@ def _measured(run: Trains, needs: Demand, machine: Machine) -> Measured | None:
     return next((run for run in runs if not run.faster_since), None)
 
 
-def check(lines: Sequence[Forecast]) -> None:
+def check(lines: Sequence[TrainForecast]) -> None:
     """Make two steps of each command, and say how far its peak is from what was computed.
 
     Raises:
@@ -266,7 +266,7 @@ def check(lines: Sequence[Forecast]) -> None:
         )
 
 
-def _remedy(lines: Sequence[Forecast]) -> str:
+def _remedy(lines: Sequence[TrainForecast]) -> str:
     """What to do where no line fits."""
     of_card = [line for line in lines if line.lacks == "host memory"]
     if of_card:
@@ -275,7 +275,7 @@ def _remedy(lines: Sequence[Forecast]) -> str:
     return "encode with a smaller --resolution"
 
 
-def _table(lines: Sequence[Forecast]) -> Any:
+def _table(lines: Sequence[TrainForecast]) -> Any:
     from rich.table import Table
 
     shown = Table(box=None, header_style="bold")

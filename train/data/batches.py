@@ -26,7 +26,7 @@ from ..model.batch import Batch
 from ..model.objective import Objective
 from ..store.readers import Readers
 from ..store.store import Stop
-from .sample_rng import Draws, Purpose
+from .sample_rng import Purpose, SampleRNG
 from .sampler import Slot
 from .shards import ShardSet
 
@@ -135,19 +135,19 @@ class Collator:
 
         latents, noises, texts, images, drawn = [], [], [], [], []
         for sample, slot in zip(samples, slots, strict=True):
-            draws = Draws(self.seed, slot.epoch, sample.key)
-            latent = self._posterior(draws, sample.latent_mean, sample.latent_std, "posterior").transpose(0, 1)
+            rng = SampleRNG(self.seed, slot.epoch, sample.key)
+            latent = self._posterior(rng, sample.latent_mean, sample.latent_std, "posterior").transpose(0, 1)
             latents.append(latent)
             frames, *rest = latent.shape
-            noises.append(draws.normal((self.objective.padded_frames(frames), *rest), "noise"))
+            noises.append(rng.normal((self.objective.padded_frames(frames), *rest), "noise"))
             text = sample.text
-            if self.empty_text is not None and draws.uniform("caption") < self.caption_dropout:
+            if self.empty_text is not None and rng.uniform("caption") < self.caption_dropout:
                 text = self.empty_text
             texts.append(text)
             if sample.image_mean is not None:
-                images.append(self._image(draws, sample).transpose(0, 1))
+                images.append(self._image(rng, sample).transpose(0, 1))
             place = None if self.stratify is None else slot.slot
-            drawn.append(draws.timestep(len(self.objective.schedule), place, self.stratify or 1))
+            drawn.append(rng.timestep(len(self.objective.schedule), place, self.stratify or 1))
         return Batch(
             keys=tuple(sample.key for sample in samples),
             shards=tuple(sample.shard for sample in samples),
@@ -158,20 +158,22 @@ class Collator:
             image_BFCHW=torch.stack(images) if images else None,
         )
 
-    def _posterior(self, draws: Draws, mean: torch.Tensor, std: torch.Tensor | None, purpose: Purpose) -> torch.Tensor:
+    def _posterior(
+        self, rng: SampleRNG, mean: torch.Tensor, std: torch.Tensor | None, purpose: Purpose
+    ) -> torch.Tensor:
         if std is None or self.held_out:
             return mean.float()
-        return mean.float() + std.float() * draws.normal(tuple(mean.shape), purpose)
+        return mean.float() + std.float() * rng.normal(tuple(mean.shape), purpose)
 
-    def _image(self, draws: Draws, sample: StoredSample) -> torch.Tensor:
+    def _image(self, rng: SampleRNG, sample: StoredSample) -> torch.Tensor:
         """An image latent (C, 1, h, w): a noised variant for training, the clean one held out."""
         if self.held_out:
             assert sample.image_clean_mean is not None
             return sample.image_clean_mean.float()
         assert sample.image_mean is not None
-        variant = draws.choice(len(sample.image_mean), "image variant")
+        variant = rng.choice(len(sample.image_mean), "image variant")
         std = None if sample.image_std is None else sample.image_std[variant]
-        return self._posterior(draws, sample.image_mean[variant], std, "image posterior")
+        return self._posterior(rng, sample.image_mean[variant], std, "image posterior")
 
 
 def prefetch(

@@ -50,7 +50,7 @@ def check_model(contract: Contract, checkpoint: Checkpoint, where: str) -> None:
             )
 
 
-def check_alike(training: Contract, held_out: Contract, where: str) -> None:
+def check_shards_alike(training: Contract, held_out: Contract, where: str) -> None:
     """Refuse validation shards that another model's encode made.
 
     Raises:

@@ -24,7 +24,7 @@ def seed_of(seed: int, epoch: int, key: str, purpose: Purpose) -> int:
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleRNG:
     """The random choices for one sample in one epoch."""
 
     seed: int

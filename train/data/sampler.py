@@ -24,7 +24,7 @@ WINDOW = 16
 
 
 @dataclass(frozen=True)
-class Order:
+class Sampler:
     """Global batches of each epoch.
 
     Args:

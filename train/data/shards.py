@@ -58,7 +58,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Extent:
+class SampleExtent:
     """Where a sample lies. Offsets and sizes in bytes, from the start of the tar."""
 
     key: str
@@ -107,10 +107,10 @@ class ShardSet:
         names = pa.array([str(bucket) for bucket in self.buckets])
         return pc.index_in(self.table["bucket"], names).to_numpy().astype(np.int64)
 
-    def extent(self, index: int) -> Extent:
+    def extent(self, index: int) -> SampleExtent:
         row = self.table.slice(index, 1).to_pylist()[0]
         row["bucket"] = Resolution.parse(row["bucket"])
-        return Extent(**{field.name: row[field.name] for field in dataclasses.fields(Extent)})
+        return SampleExtent(**{field.name: row[field.name] for field in dataclasses.fields(SampleExtent)})
 
     def without(self, held_out: ShardSet) -> ShardSet:
         """Less the samples whose key, or whose clip, is held out.
@@ -131,7 +131,7 @@ class ShardSet:
             )
         return dataclasses.replace(self, table=table)
 
-    def read(self, extent: Extent, stop: Stop | None = None) -> bytearray:
+    def read(self, extent: SampleExtent, stop: Stop | None = None) -> bytearray:
         """A sample's bytes, checked against its hash.
 
         Raises:
@@ -159,7 +159,7 @@ class ShardSet:
         if cache is not None and cache.takes(extent.size) and not cache.has(extent.sha256):
             self.read(extent, stop)
 
-    def _fetch(self, extent: Extent, stop: Stop | None) -> bytearray:
+    def _fetch(self, extent: SampleExtent, stop: Stop | None) -> bytearray:
         file = self.shards[extent.shard].file
         try:
             return file.read(extent.offset, extent.offset + extent.size, TRAINING, stop).data
@@ -170,7 +170,7 @@ class ShardSet:
                 fix="put it back; the same command goes on from the last checkpoint of --out",
             ) from error
 
-    def _why(self, extent: Extent, first: bytearray, second: bytearray) -> CogError:
+    def _why(self, extent: SampleExtent, first: bytearray, second: bytearray) -> CogError:
         """The true reason for a sample that twice was not what was written."""
         shard = self.shards[extent.shard]
         if first != second:

@@ -16,7 +16,7 @@ from .zero_config import Strategy, can_spread
 if TYPE_CHECKING:
     import torch
 
-    from ..offload.cpu_training import HostTraining
+    from ..offload.cpu_training import CpuTraining
     from .strategy import Runtime
 
 
@@ -80,7 +80,7 @@ def check_optimizer(settings: TrainSettings, strategy: Strategy) -> None:
         )
 
 
-def check_installed(name: Optimizer) -> None:
+def check_optimizer_installed(name: Optimizer) -> None:
     """Raises:
     SettingError: the optimizer needs a package that is not there.
     """
@@ -93,15 +93,15 @@ def make_optimizer(
     settings: TrainSettings,
     device: torch.device,
     *,
-    on_host: bool,
-    hosted: HostTraining | None = None,
+    offload_optimizer: bool,
+    cpu_training: CpuTraining | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer that the settings ask for (`check_optimizer`, `check_installed`).
+    """The optimizer that the settings ask for (`check_optimizer`, `check_optimizer_installed`).
 
     Args:
         device: that the forward pass runs on.
-        on_host: an -offload strategy keeps the states in host memory, and steps there.
-        hosted: the weights that the engine keeps there (``offload.cpu_training``), if it does.
+        offload_optimizer: an -offload strategy keeps the states in host memory, and steps there.
+        cpu_training: the weights that the engine keeps there (``offload.cpu_training``), if it does.
 
     Raises:
         SettingError: DeepSpeed's that steps in host memory cannot be compiled.
@@ -115,12 +115,12 @@ def make_optimizer(
         "weight_decay": settings.weight_decay,
     }
     if settings.optimizer == "adamw":
-        if hosted is not None:
-            from ..offload.cpu_adam import HostAdamW
+        if cpu_training is not None:
+            from ..offload.cpu_adam import CpuAdamW
 
-            return HostAdamW(parameters, hosted, **common)
-        if on_host:
-            return zero.host_adam(parameters, **common)
+            return CpuAdamW(parameters, cpu_training, **common)
+        if offload_optimizer:
+            return zero.deepspeed_cpu_adam(parameters, **common)
         return torch.optim.AdamW(parameters, fused=device.type == "cuda", **common)
     if settings.optimizer == "prodigy":
         common |= {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
@@ -139,16 +139,16 @@ def clip(
 
     largest = settings.max_grad_norm or float("inf")
     inner = unwrapped(optimizer)
-    if hasattr(inner, "clip"):  # HostAdamW: its gradients are not in .grad
+    if hasattr(inner, "clip"):  # CpuAdamW: its gradients are not in .grad
         norm: torch.Tensor = inner.clip(largest, runtime.accelerator.scaler)
         return norm
     return torch.as_tensor(runtime.accelerator.clip_grad_norm_(trained, largest))
 
 
-def settle(optimizer: Any) -> None:
+def finish_update(optimizer: Any) -> None:
     """Wait for an optimizer that steps beside the computation: until then its weights are not to be read."""
     inner = unwrapped(optimizer)
-    if hasattr(inner, "settle"):  # HostAdamW
+    if hasattr(inner, "settle"):  # CpuAdamW
         inner.settle()
 
 

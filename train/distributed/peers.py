@@ -27,14 +27,14 @@ _PATIENCE = timedelta(days=1)  # with peers that live, one of which draws videos
 
 
 @dataclass(frozen=True)
-class Place:
+class Node:
     """Where a process runs."""
 
     machine: str  # one kernel, whose memory its processes share
     host: str  # as the network calls it; a container may have a name of its own
 
     @classmethod
-    def here(cls) -> Place:
+    def here(cls) -> Node:
         boot = Path("/proc/sys/kernel/random/boot_id")  # not namespaced, as names are
         host = socket.gethostname()
         return cls(boot.read_text().strip() if boot.exists() else host, host)
@@ -44,12 +44,12 @@ class Place:
 class Peers:
     """One process of a run, and its way to the others.
 
-    ``places`` are those of all processes, by rank.
+    ``nodes`` are those of all processes, by rank.
     """
 
     rank: int
     world: int
-    places: tuple[Place, ...]
+    nodes: tuple[Node, ...]
     _group: Any = None  # process group on the CPU
     _leaving: Leaving | None = None
 
@@ -58,15 +58,15 @@ class Peers:
         return self.rank == 0
 
     @property
-    def place(self) -> Place:
-        return self.places[self.rank]
+    def node(self) -> Node:
+        return self.nodes[self.rank]
 
     @property
     def here(self) -> int:
         """Processes of the run on this machine."""
-        return sum(place.machine == self.place.machine for place in self.places)
+        return sum(place.machine == self.node.machine for place in self.nodes)
 
-    def agree(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of all ranks' values; over the CPU, so that no GPU waits."""
         if self.world == 1:
             return value
@@ -77,10 +77,10 @@ class Peers:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return int(tensor)
 
-    def wait(self) -> None:
-        self.agree(0)
+    def barrier(self) -> None:
+        self.all_reduce_max(0)
 
-    def gather(self, value: _T) -> list[_T]:
+    def all_gather(self, value: _T) -> list[_T]:
         """All ranks' values, by rank, on every rank."""
         if self.world == 1:
             return [value]
@@ -90,7 +90,7 @@ class Peers:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def tell(self, value: _T) -> _T:
+    def broadcast(self, value: _T) -> _T:
         """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
@@ -112,16 +112,16 @@ class Peers:
             results.append(act())
         except CogError as error:
             fault = error
-        if not self.agree(int(fault is not None)):
+        if not self.all_reduce_max(int(fault is not None)):
             return results[0]
         parts = (fault.what, fault.where, fault.fix) if fault else None
-        failed = [(rank, parts) for rank, parts in enumerate(self.gather(parts)) if parts]
+        failed = [(rank, parts) for rank, parts in enumerate(self.all_gather(parts)) if parts]
         if not self.main:
             raise PeerFailed
         if fault is not None:
             raise fault
         rank, (what, where, fix) = failed[0]
-        place = f"process {rank} of {self.world}, on {self.places[rank].host}"
+        place = f"process {rank} of {self.world}, on {self.nodes[rank].host}"
         raise RunError(what, where=f"{where} ({place})" if where else place, fix=fix)
 
     def leaving_together(self) -> AbstractContextManager[None]:
@@ -129,7 +129,7 @@ class Peers:
         return self._leaving.together() if self._leaving else nullcontext()
 
 
-ALONE = Peers(0, 1, (Place.here(),))
+ALONE = Peers(0, 1, (Node.here(),))
 _met: list[Peers] = []  # one process joins one run
 
 
@@ -175,7 +175,7 @@ def _join(rank: int, world: int) -> Peers:
     assert isinstance(store, TCPStore)
     own = TCPStore(store.host, store.port, None, False, wait_for_workers=False)
     peers = Peers(rank, world, (), group, Leaving(own, rank))
-    peers.places = tuple(peers.gather(Place.here()))
+    peers.nodes = tuple(peers.all_gather(Node.here()))
     _tell_local_rank(peers)
     return peers
 
@@ -216,7 +216,7 @@ def _say_waiting(rank: int, world: int, address: str, port: str) -> None:
 def _tell_local_rank(peers: Peers) -> None:
     from cogcommon.model.device import visible_gpus
 
-    here = [rank for rank, place in enumerate(peers.places) if place == peers.place]
+    here = [rank for rank, place in enumerate(peers.nodes) if place == peers.node]
     # Among the GPUs that it sees: all of the host's, or its own alone.
     os.environ.setdefault("LOCAL_RANK", str(here.index(peers.rank) % max(1, visible_gpus())))
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(len(here)))

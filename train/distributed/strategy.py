@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _WEIGHTS = "weights.safetensors"  # what is trained, under the transformer's own names
-_AVERAGE = "average.safetensors"
+_EMA = "average.safetensors"
 _OPTIMIZER = "optimizer.pt"
 
 
@@ -78,12 +78,12 @@ class Runtime:
         """Optimizer states, and perhaps more, are spread by DeepSpeed."""
         return self.config is not None
 
-    def agree(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of all ranks' values; over the CPU, so that no GPU waits."""
-        return self.peers.agree(value)
+        return self.peers.all_reduce_max(value)
 
-    def wait(self) -> None:
-        self.peers.wait()
+    def barrier(self) -> None:
+        self.peers.barrier()
 
     def full_weight(self) -> Callable[[torch.nn.Parameter], torch.Tensor]:
         """A function that gives a trained weight whole and in fp32; to be called on every rank.
@@ -116,10 +116,10 @@ class Runtime:
             engine, wrapped = self.accelerator.prepare(model, optimizer)
             zero.prepare(engine)
             return engine, wrapped
-        # Weights are where they belong; moving them again would bring streamed ones to the GPU.
+        # Weights are where they belong; moving them again would bring swapped ones to the GPU.
         return self.accelerator.prepare(model, optimizer, device_placement=[False, False])
 
-    def held(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None) -> Iterator[torch.Tensor]:
+    def held(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None) -> Iterator[torch.Tensor]:
         """What this process holds of the trained weights, of their average and of the optimizer's state."""
         import torch
 
@@ -128,15 +128,15 @@ class Runtime:
             return
         states = optimizer.state_dict()["state"]  # first: one that steps beside the computation ends it here
         yield from self._trained(model).values()
-        yield from average or ()
+        yield from shadow or ()
         for state in states.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
-    def save_state(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None, folder: Path) -> None:
+    def save_state(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None, folder: Path) -> None:
         """Write what was trained and the optimizer's state; every rank calls it.
 
         Args:
-            average: moving average of the trained weights (DDP).
+            shadow: moving average of the trained weights (DDP).
         """
         if self.sharded:
             zero.save(model, folder)
@@ -149,15 +149,15 @@ class Runtime:
         state = {"optimizer": optimizer.state_dict()}  # first: one that steps beside the computation ends it here
         trained = self._trained(model)
         safetensors.torch.save_file({name: p.detach().contiguous() for name, p in trained.items()}, folder / _WEIGHTS)
-        if average is not None:
-            named = dict(zip(trained, (tensor.contiguous() for tensor in average), strict=True))
-            safetensors.torch.save_file(named, folder / _AVERAGE)
+        if shadow is not None:
+            named = dict(zip(trained, (tensor.contiguous() for tensor in shadow), strict=True))
+            safetensors.torch.save_file(named, folder / _EMA)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         with (folder / _OPTIMIZER).open("wb") as stream:  # of its own files torch forgets the system's error
             torch.save(state, stream)
 
-    def load_state(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None, folder: Path) -> None:
+    def load_state(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None, folder: Path) -> None:
         """Read back what `save_state` wrote, on this or another number of processes.
 
         Raises:
@@ -165,14 +165,14 @@ class Runtime:
         """
         try:
             if not self.sharded:
-                self._load_plain(model, optimizer, average, folder)
+                self._load_plain(model, optimizer, shadow, folder)
             elif self._converts:
-                scratch = Path(self.peers.tell(str(temporary_beside(folder.parent / "universal"))))
+                scratch = Path(self.peers.broadcast(str(temporary_beside(folder.parent / "universal"))))
                 if self.main:
                     zero.convert(folder, scratch)
-                self.wait()
+                self.barrier()
                 zero.load(model, scratch)
-                self.wait()
+                self.barrier()
                 if self.main:
                     shutil.rmtree(scratch)
             else:
@@ -187,14 +187,14 @@ class Runtime:
                 fix="resume an older one, with the settings of its run",
             ) from error
 
-    def _load_plain(self, model: Any, optimizer: Any, average: Sequence[torch.Tensor] | None, folder: Path) -> None:
+    def _load_plain(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None, folder: Path) -> None:
         import safetensors.torch
         import torch
 
         trained = self._trained(model)
         files: dict[str, list[torch.Tensor]] = {_WEIGHTS: [*trained.values()]}
-        if average is not None:
-            files[_AVERAGE] = list(average)
+        if shadow is not None:
+            files[_EMA] = list(shadow)
         for file, into in files.items():
             saved = safetensors.torch.load_file(folder / file)
             if trained.keys() != saved.keys():
@@ -303,7 +303,7 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     import safetensors.torch
 
     try:
-        for file in (_AVERAGE, _WEIGHTS):
+        for file in (_EMA, _WEIGHTS):
             if (checkpoint / file).exists():
                 return safetensors.torch.load_file(checkpoint / file)
         return zero.read_weights(checkpoint)

@@ -33,7 +33,7 @@ def without_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
-def host_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
+def deepspeed_cpu_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch.optim.Optimizer:
     """AdamW that steps in host memory. Its own default for the weight decay is 0.
 
     Raises:
@@ -54,15 +54,15 @@ def host_adam(parameters: Sequence[torch.nn.Parameter], **options: Any) -> torch
         ) from error
 
 
-def check_host_adam() -> None:
-    """Compile what `host_adam` needs, once for all processes.
+def check_deepspeed_cpu_adam() -> None:
+    """Compile what `deepspeed_cpu_adam` needs, once for all processes.
 
     Raises:
         SettingError: it cannot be compiled here.
     """
     import torch
 
-    host_adam([torch.nn.Parameter(torch.zeros(1))])
+    deepspeed_cpu_adam([torch.nn.Parameter(torch.zeros(1))])
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ def can_spread(optimizer: Optimizer, strategy: Strategy) -> bool:
     return optimizer == "adamw" if strategy.endswith("-offload") else optimizer != "prodigy"
 
 
-def choose(settings: TrainSettings, *, full: bool, gpus: int) -> Strategy:
+def choose_strategy(settings: TrainSettings, *, full: bool, gpus: int) -> Strategy:
     """Resolve ``--strategy auto``: from the DeepSpeed file, else by method and GPUs.
 
     Args:

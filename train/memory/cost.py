@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..blocks.attention import Kernel
-from ..blocks.checkpointing import ACTIVATIONS, Keep
-from ..blocks.plan import Load, Plan
+from ..blocks.checkpointing import Checkpointing
+from ..blocks.plan import BlockPlan, Load
 
 # What an H200 gives here, from profiles of a LoRA step on 5B (torch 2.11, cuDNN 9.19, FlashAttention 4).
 ATTENTION: Mapping[Kernel, float] = {"cudnn": 405e12, "flash4": 490e12}  # FLOP/s; head dimension 64, bf16
@@ -22,13 +22,15 @@ _PASSES, _PASSES_AGAIN = 150, 200
 # Forward, and a backward pass that recomputes attention's weights: 1 + 2.5 times its two products.
 _ATTENTION_BACKWARD = 2.5
 # What of a block's twelve products the backward pass makes again; nothing asks for the last, the feed-forward's second.
-_AGAIN: Mapping[Keep, float] = {"all": 0, "matmuls": 0, "feedforward": 4 / 12, "attention": 8 / 12, "inputs": 8 / 12}
+_AGAIN: Mapping[Checkpointing, float] = {
+    "all": 0, "matmuls": 0, "feedforward": 4 / 12, "attention": 8 / 12, "inputs": 8 / 12,
+}  # fmt: skip
 # Bytes read and written for each that a trained weight takes: master, gradient and two moments in the update, and
 # before it, where all are trained, the gradient's norm and the copies in half precision.
 _OPTIMIZER, _CASTS = 40 / 16, 30 / 16
-# A weight that is trained in host memory (`host_adam`), on a host of 16 cores: 28 bytes at 57 GB/s, measured alone.
+# A weight that is trained in host memory (`cpu_adam`), on a host of 16 cores: 28 bytes at 57 GB/s, measured alone.
 # fp16 is converted more slowly.
-_ON_HOST, _ON_HOST_FP16 = 0.49e-9, 0.60e-9
+_ON_CPU, _ON_CPU_FP16 = 0.49e-9, 0.60e-9
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Speed:
 
 
 def plan_seconds(
-    load: Load, plan: Plan, speed: Speed, kernel: Kernel = "cudnn", *, full: bool, fp16: bool = False
+    load: Load, plan: BlockPlan, speed: Speed, kernel: Kernel = "cudnn", *, full: bool, fp16: bool = False
 ) -> float:
     """Seconds of one accumulation step, blocks compiled, without what DeepSpeed does.
 
@@ -52,33 +54,33 @@ def plan_seconds(
     there, back = _copied(load, plan)
     total = max(forward * speed.relative, max(there) / speed.link)
     total += max(backward * speed.relative, max(back) / speed.link)
-    hosted = plan.train_on_host * load.hosted.states if load.hosted else 0
+    cpu_trained = plan.train_on_cpu * load.cpu_trained.states if load.cpu_trained else 0
     bytes_each = _OPTIMIZER + (_CASTS if full else 0)
-    total += max(0, load.trained - hosted) * bytes_each / _MEMORY * speed.relative
-    if hosted:  # block after block, beside the next forward pass, which begins with those that are done
-        update = hosted / 16 * (_ON_HOST_FP16 if fp16 else _ON_HOST)
+    total += max(0, load.trained - cpu_trained) * bytes_each / _MEMORY * speed.relative
+    if cpu_trained:  # block after block, beside the next forward pass, which begins with those that are done
+        update = cpu_trained / 16 * (_ON_CPU_FP16 if fp16 else _ON_CPU)
         products = load.layers * (load.attention / ATTENTION[kernel] + load.products / PRODUCTS)
-        total += max(update / plan.train_on_host, update - products * speed.relative)
+        total += max(update / plan.train_on_cpu, update - products * speed.relative)
     return total
 
 
-def _computed(load: Load, plan: Plan, kernel: Kernel, *, full: bool) -> tuple[float, float]:
+def _computed(load: Load, plan: BlockPlan, kernel: Kernel, *, full: bool) -> tuple[float, float]:
     """Of the forward and of the backward pass of all blocks, on an H200."""
     attention, products = load.attention / ATTENTION[kernel], load.products / PRODUCTS
     passed = load.activation / _MEMORY
     gradients = 2 if full else 1  # of what went in; of the weights, too, where they are trained
     backward = 0.0
-    for keep in plan.keep:
-        backward += attention * (_ATTENTION_BACKWARD + (keep == "inputs")) + products * (gradients + _AGAIN[keep])
-        backward += passed * ((_PASSES_AGAIN if _AGAIN[keep] else _PASSES) - _PASSES / 3)
+    for policy in plan.checkpointing:
+        backward += attention * (_ATTENTION_BACKWARD + (policy == "inputs")) + products * (gradients + _AGAIN[policy])
+        backward += passed * ((_PASSES_AGAIN if _AGAIN[policy] else _PASSES) - _PASSES / 3)
     return load.layers * (attention + products + passed * _PASSES / 3), backward
 
 
-def _copied(load: Load, plan: Plan) -> tuple[tuple[float, float], tuple[float, float]]:
+def _copied(load: Load, plan: BlockPlan) -> tuple[tuple[float, float], tuple[float, float]]:
     """Bytes that leave for the host and that come from it, in the forward and in the backward pass."""
-    kept = sum(ACTIVATIONS[keep] for keep in plan.keep) * load.activation if plan.park else 0
-    weights, gradients = load.layers * load.block if plan.stream else 0, 0
-    if plan.train_on_host:
-        assert load.hosted
-        weights = gradients = plan.train_on_host * load.hosted.block
+    kept = plan.offloaded(load)
+    weights, gradients = load.layers * load.block if plan.swap_blocks else 0, 0
+    if plan.train_on_cpu:
+        assert load.cpu_trained
+        weights = gradients = plan.train_on_cpu * load.cpu_trained.block
     return (kept, weights), (gradients, kept + weights)

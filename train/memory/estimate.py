@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..blocks.plan import USABLE, Load, Memory, Plan, choose
+from ..blocks.plan import USABLE, BlockPlan, Load, Memory, choose_plan
 from ..distributed.zero_config import STAGE, Strategy, can_spread, deepspeed_config
 from ..settings import Optimizer
 from .cost import Speed, plan_seconds
@@ -71,12 +71,12 @@ _LIVE = 10**9  # weights that ZeRO-3 holds whole at most (stage3_max_live_parame
 
 
 @dataclass(frozen=True)
-class Demand:
+class Estimate:
     """Bytes under one choice of settings."""
 
     strategy: Strategy
     memory: Memory
-    plan: Plan
+    plan: BlockPlan
     load: Load
     offloaded: int = 0  # bytes of host memory that DeepSpeed takes, or the masters trained there, for each process
     apart: int = 0  # the most GPU memory that is taken outside the forward and the backward pass of training
@@ -108,10 +108,10 @@ class Demand:
         return processes * PROCESS + max(processes * self.loading, training + self.ending)
 
 
-def demand(
+def estimate(
     run: Trains, *, card: int = sys.maxsize, host: int = sys.maxsize, speed: Speed | None = None,
     strategy: Strategy | None = None, memory: Memory | None = None, batch: int | None = None, compiled: bool = True,
-) -> Demand:  # fmt: skip
+) -> Estimate:  # fmt: skip
     """What a run needs in its largest bucket.
 
     Args:
@@ -128,31 +128,31 @@ def demand(
     if host < sys.maxsize:  # as `install` will find it: the weights are loaded, and frozen ones give up their copy
         left = max(0, host - PROCESS - theirs - loading + min(loading, load.layers * load.block))
     cost = partial(plan_seconds, load, speed=speed, full=full, fp16=run.precision == "fp16") if speed else None
-    plan = choose(memory, load, free=card, host_free=left, compiled=compiled, cost=cost)
+    plan = choose_plan(memory, load, free=card, host_free=left, compiled=compiled, cost=cost)
     apart = bytes_apart(weights, strategy, run.world, run.settings.optimizer, size=_size(run))
     validating = max((plan.evaluating(load, _load(run, bucket, batch=1)) for bucket in run.held_out_buckets), default=0)
-    return Demand(
+    return Estimate(
         strategy, memory, plan, load,
-        offloaded=4 * weights * plan.train_on_host // load.layers + theirs,
+        offloaded=4 * weights * plan.train_on_cpu // load.layers + theirs,
         apart=max(int(apart), validating),
         loading=loading,
         ending=_ending(run, plan, strategy),
     )  # fmt: skip
 
 
-def choices(run: Trains, card: int, host: int = sys.maxsize, speed: Speed | None = None) -> list[Demand]:
+def choices(run: Trains, card: int, host: int = sys.maxsize, speed: Speed | None = None) -> list[Estimate]:
     """Every strategy and memory setting that a run may have, in the order in which they are advised.
 
     Strategies from fast to small, first the default of --memory; what comes to the same is left out.
 
     Args:
-        card, host, speed: as in `demand`.
+        card, host, speed: as in `estimate`.
     """
-    found: list[Demand] = []
+    found: list[Estimate] = []
     for strategy, memory in product(_STRATEGIES, _MEMORIES):
         if not _possible(run, strategy):
             continue
-        needs = demand(run, card=card, host=host, speed=speed, strategy=strategy, memory=memory)
+        needs = estimate(run, card=card, host=host, speed=speed, strategy=strategy, memory=memory)
         if not any((needs.strategy, needs.plan) == (other.strategy, other.plan) for other in found):
             found.append(needs)
     return found
@@ -181,17 +181,21 @@ def _loading(run: Trains, strategy: Strategy) -> int:
     return whole * 4 // _size(run) if run.method.full and strategy == "ddp" else whole
 
 
-def _ending(run: Trains, plan: Plan, strategy: Strategy) -> int:
+def _ending(run: Trains, plan: BlockPlan, strategy: Strategy) -> int:
     """Host memory for the export beside what training holds, by rank 0 (`Method.export`).
 
     What was trained is there as it is written, and again as it is loaded back; what was on the GPU makes room for that.
     """
     weights, size = trained_weights(run), _size(run)
     if run.method.full:
-        released = 4 * weights * (len(plan.keep) - plan.train_on_host) // len(plan.keep) if strategy == "ddp" else 0
+        released = (
+            4 * weights * (len(plan.checkpointing) - plan.train_on_cpu) // len(plan.checkpointing)
+            if strategy == "ddp"
+            else 0
+        )
         return 2 * size * weights + released
     base = _loading(run, strategy)
-    return base + 8 * weights + (base if strategy == "ddp" and not plan.stream else 0)
+    return base + 8 * weights + (base if strategy == "ddp" and not plan.swap_blocks else 0)
 
 
 def load_of(run: Trains, *, strategy: Strategy | None = None, batch: int | None = None) -> Load:
@@ -208,8 +212,8 @@ def load_of(run: Trains, *, strategy: Strategy | None = None, batch: int | None 
             trained=int(trained_weights(run) * held),
             arriving=4 * trained_weights(run) if _arrive(run, strategy) else 0,
             frozen=not run.method.full,
-            streams=strategy == "ddp",
-            accumulate=run.settings.accumulate if can_host(run, strategy) else None,
+            can_swap=strategy == "ddp",
+            accumulate=run.settings.accumulate if can_train_on_cpu(run, strategy) else None,
         )
         for bucket in run.buckets
     ]
@@ -233,10 +237,10 @@ def _zero(run: Trains, strategy: Strategy) -> Mapping[str, Any]:
     return {"stage3_max_live_parameters": _LIVE, **config["zero_optimization"]}
 
 
-def can_host(run: Trains, strategy: Strategy) -> bool:
-    """Whether all weights may be trained in host memory (``host_training``): by one process, with AdamW.
+def can_train_on_cpu(run: Trains, strategy: Strategy) -> bool:
+    """Whether all weights may be trained in host memory (`CpuTraining`): by one process, with AdamW.
 
-    An average of the weights would be one more copy.
+    An EMA of the weights would be one more copy.
     """
     settings = run.settings
     alone = strategy == "ddp" and run.world == 1

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
 
-from ..blocks.engine import Engine
-from ..blocks.plan import Load, Plan, choose, fits, gib
+from ..blocks.engine import BlockEngine
+from ..blocks.plan import BlockPlan, Load, choose_plan, fits, gib
 from ..blocks.trial import compiler_fault, no_compiler
 from ..distributed import zero
 from .cost import plan_seconds
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def install(
     transformer: CogVideoXTransformer3DModel, run: Run, runtime: Runtime, log: RunLog, room: Room
-) -> Engine:  # fmt: skip
+) -> BlockEngine:  # fmt: skip
     """Put the blocks of a transformer under the plan that its run asks for, and the rest on the device.
 
     Args:
@@ -48,16 +48,16 @@ def install(
         known = partial(
             plan_seconds, load, speed=room.speed, full=run.method.full, fp16=run.precision == "fp16"
         )  # fmt: skip
-    plan = choose(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu, cost=known)
+    plan = choose_plan(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu, cost=known)
     if gpu:
-        if load.hosted and plan.train_on_host < load.layers and not fits(plan, load, free):
+        if load.cpu_trained and plan.train_on_cpu < load.layers and not fits(plan, load, free):
             raise no_room(plan, load, free=free, host_free=host_free)
-        wanted = choose(memory, load, free=free, host_free=sys.maxsize, compiled=compiled, cost=known)
+        wanted = choose_plan(memory, load, free=free, host_free=sys.maxsize, compiled=compiled, cost=known)
         for note in notes(plan, wanted, load, free=free, host_free=host_free):
             log.say(note)
     if not runtime.whole:
         zero.gather_by_block(transformer)
-    engine = Engine(transformer, plan, runtime.device, runtime.dtype, log.say, lent=not runtime.whole)
+    engine = BlockEngine(transformer, plan, runtime.device, runtime.dtype, log.say, partitioned=not runtime.whole)
     if gpu:
         link = f", copies at {room.speed.link / 1e9:.0f} GB/s" if room.speed else ""
         names = {"flash4": "FlashAttention 4", "cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}
@@ -68,7 +68,7 @@ def install(
     return engine
 
 
-def notes(plan: Plan, wanted: Plan, load: Load, *, free: int, host_free: int) -> list[str]:
+def notes(plan: BlockPlan, wanted: BlockPlan, load: Load, *, free: int, host_free: int) -> list[str]:
     """What is not as it was asked for, or will not do.
 
     Args:
@@ -89,9 +89,9 @@ def notes(plan: Plan, wanted: Plan, load: Load, *, free: int, host_free: int) ->
     return said
 
 
-def no_room(plan: Plan, load: Load, *, free: int, host_free: int) -> RunError:
+def no_room(plan: BlockPlan, load: Load, *, free: int, host_free: int) -> RunError:
     """The error of all weights being trained where they fit neither on the GPU nor on the host."""
-    none, every = (dataclasses.replace(plan, train_on_host=blocks) for blocks in (0, load.layers))
+    none, every = (dataclasses.replace(plan, train_on_cpu=blocks) for blocks in (0, load.layers))
     return RunError(
         f"to train all weights takes {gib(none.peak(load))} of GPU memory, and {gib(free)} are free; "
         f"or {gib(every.peak(load))} and {gib(every.host(load))} more of host memory, and {gib(host_free)} are free",
@@ -116,7 +116,7 @@ def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:
     if wanted == "off" or (wanted == "auto" and runtime.device.type == "cpu"):
         return False
     fault = compiler_fault(runtime.device)
-    if runtime.agree(int(fault is not None)) and fault is None:
+    if runtime.all_reduce_max(int(fault is not None)) and fault is None:
         fault = "not in another process of the run"
     if fault and wanted == "on":
         raise no_compiler(fault)

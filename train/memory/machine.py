@@ -20,7 +20,7 @@ from .measured import gpu_here
 from .seconds import published_speed, speed_of
 
 if TYPE_CHECKING:
-    from ..settings import PlanSettings
+    from ..settings import ForecastSettings
 
 _GIB = 2**30
 _GPUS_OF_A_HOST = 8  # at most; of more, each eight are taken to have a host of their own
@@ -57,7 +57,7 @@ class Machine:
         return f"{gpu}of {self.gpu / _GIB:.1f} GiB, and {host}{' memory free' if self.host is not None else ''}{link}"
 
 
-def machine_for(settings: PlanSettings) -> Machine:
+def machine_for(settings: ForecastSettings) -> Machine:
     """The machine that the settings name, or this one.
 
     Raises:

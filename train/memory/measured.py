@@ -57,7 +57,7 @@ def gpu_here() -> str | None:
     return torch.cuda.get_device_name().removeprefix("NVIDIA ") if torch.cuda.is_available() else None
 
 
-def keep(run: Measured) -> None:
+def add_measured_run(run: Measured) -> None:
     """Append a run to the project's own."""
     with Path(__file__).with_name(FILE).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(asdict(run)) + "\n")

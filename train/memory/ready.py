@@ -8,9 +8,9 @@ from cogcommon.errors import RunError
 from cogcommon.files.memory import free_host_memory
 
 from ..blocks.plan import gib
-from ..distributed.optimizer import check_installed
+from ..distributed.optimizer import check_optimizer_installed
 from ..runs.run import Run
-from .estimate import demand
+from .estimate import estimate
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +26,12 @@ def check_ready(run: Run, processes: int, device: torch.device | None = None) ->
     Raises:
         CogError: a package, a compiler or memory is missing.
     """
-    check_installed(run.settings.optimizer)
+    check_optimizer_installed(run.settings.optimizer)
     check_host_memory(run, processes)
     if run.strategy.endswith("-offload"):
-        from ..distributed.zero import check_host_adam
+        from ..distributed.zero import check_deepspeed_cpu_adam
 
-        check_host_adam()
+        check_deepspeed_cpu_adam()
     if device is not None and run.settings.compile == "on":
         from ..blocks.trial import check_compiler
 
@@ -45,7 +45,7 @@ def check_host_memory(run: Run, processes: int) -> None:
         RunError: with what it takes.
     """
     free = free_host_memory()
-    needs = demand(run, host=free // processes)
+    needs = estimate(run, host=free // processes)
     part, what = max((needs.loading, "to load the model"), (needs.offloaded, "for what DeepSpeed offloads"))
     if processes * part > free:
         each = f", {gib(part)} for each of {processes} processes" if processes > 1 else ""

@@ -35,8 +35,8 @@ def common_room(peers: Peers, device: torch.device, dtype: torch.dtype) -> Room:
     """
     gpu = device.type == "cuda"
     free = free_gpu_memory(device) if gpu else 0
-    least = smallest(peers.gather((peers.place.machine, free_host_memory(), free)))
-    speeds = peers.gather(timed_speed(device, dtype)) if gpu else []
+    least = smallest(peers.all_gather((peers.node.machine, free_host_memory(), free)))
+    speeds = peers.all_gather(timed_speed(device, dtype)) if gpu else []
     return replace(least, speed=slowest(speeds)) if speeds else least
 
 

@@ -10,7 +10,7 @@ from ..blocks.attention import Kernel
 from ..distributed.zero_config import STAGE
 from .cards import card_like
 from .cost import ATTENTION, Speed, plan_seconds
-from .estimate import Demand, Trains, trained_weights
+from .estimate import Estimate, Trains, trained_weights
 
 if TYPE_CHECKING:
     from .cards import Card
@@ -41,7 +41,7 @@ def published_speed(card: Card) -> Speed | None:
     return Speed(reference.rate / card.rate, card.link * 1e9, published=True) if card.rate and card.bf16 else None
 
 
-def seconds(run: Trains, needs: Demand, speed: Speed, kernel: Kernel = "cudnn") -> float | None:
+def seconds(run: Trains, needs: Estimate, speed: Speed, kernel: Kernel = "cudnn") -> float | None:
     """Seconds of a step, one accumulation; None for what no measurement stands behind.
 
     That is an attention kernel that is not in `ATTENTION`, blocks that are not compiled, and what cards that were

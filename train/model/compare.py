@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
 
 
-def probe(transformer: CogVideoXTransformer3DModel) -> torch.Tensor:
+def output_on_noise(transformer: CogVideoXTransformer3DModel) -> torch.Tensor:
     """A transformer's output for one fixed input; fp32, on the CPU.
 
     For comparing two sets of weights: the input is as small as the structure

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Average:
+class EMA:
     """``shadow`` follows the weights: ``shadow = decay shadow + (1 - decay) weight`` after every step.
 
     Early on the decay is (1+n)/(10+n) where that is less, so that the initial weights lose their influence.

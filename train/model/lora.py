@@ -21,7 +21,7 @@ from cogcommon.files.atomic import commit_bytes
 from cogcommon.model.checkpoint import Checkpoint
 
 from ..settings import TARGET_MODULES
-from .compare import difference, limit, probe
+from .compare import difference, limit, output_on_noise
 from .finite import refuse_to_write
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def check(
 
     Args:
         state: the live model's `state_dict`.
-        expected: `probe` of the live model, taken with its base in ``dtype`` on ``device``.
+        expected: `output_on_noise` of the live model, taken with its base in ``dtype`` on ``device``.
 
     Returns:
         The largest difference of the forward pass, relative to the largest value: about 1e-7 in fp32.
@@ -290,7 +290,7 @@ def check(
     transformer = checkpoint.load_transformer(dtype).to(device)
     load(file, checkpoint, transformer)
     wrong = acting_otherwise(transformer, state)
-    found = difference(expected, probe(transformer.to(device)))
+    found = difference(expected, output_on_noise(transformer.to(device)))
     if wrong or not found <= limit(dtype):
         raise RunError(
             f"the exported LoRA does not answer as the trained model does: {len(wrong)} weights act otherwise, "

@@ -19,7 +19,7 @@ from cogcommon.model.checkpoint import Checkpoint
 from ..distributed.strategy import Runtime
 from ..settings import TARGET_MODULES, LoraSettings, TrainSettings
 from . import lora, sft
-from .compare import probe
+from .compare import output_on_noise
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """A file or folder of weights, and what it must be: the weights, and the answer of the live model (`probe`)."""
+    """A file or folder of weights, and what it must be: the weights, and the live model's `output_on_noise`."""
 
     path: Path
     state: Mapping[str, torch.Tensor]
@@ -93,7 +93,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Exported:
-    """A file or folder, and how far its answer is from the trained model's (relative; `probe`)."""
+    """A file or folder, and how far its answer is from the trained model's (relative; `output_on_noise`)."""
 
     path: Path
     difference: float
@@ -209,7 +209,7 @@ def _written(
     """Collect the weights from all ranks and write them on rank 0; if one of them cannot, all stop."""
     peers = runtime.peers
     state = peers.together(collect)
-    expected = probe(plain)
+    expected = output_on_noise(plain)
 
     def write() -> None:
         with disk_errors(path, needs=sum(tensor.nbytes for tensor in state.values()), go_on=go_on):

@@ -15,7 +15,7 @@ from cogcommon.files.typed import parse_object
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.weights import load_part
 
-from .compare import difference, limit, probe
+from .compare import difference, limit, output_on_noise
 from .finite import refuse_to_write
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def check(
 
     Args:
         state: what was written.
-        expected: `probe` of the live model.
+        expected: `output_on_noise` of the live model.
 
     Returns:
         The largest difference of the forward pass, relative to the largest value.
@@ -131,7 +131,7 @@ def check(
     transformer = load(folder, checkpoint, dtype)
     weights = dict(transformer.named_parameters())
     wrong = [name for name, weight in state.items() if not torch.equal(weights[name], weight)]
-    found = difference(expected, probe(transformer.to(device)))
+    found = difference(expected, output_on_noise(transformer.to(device)))
     if wrong or not found <= limit(dtype):
         raise RunError(
             f"the exported transformer does not answer as the trained model does: {len(wrong)} weights differ, "

@@ -1,4 +1,4 @@
-"""Activations that blocks keep for the backward pass, parked in host memory until it needs them.
+"""Activation offloading: what blocks keep for the backward pass waits in host memory until that needs it.
 
 For 5B at 49x480x720 that is 0.10 GiB a block for its input, and as much for its
 attention's output: 9 GiB that need not be on the GPU. A PCIe 4 link copies them in less
@@ -25,7 +25,7 @@ _SMALLEST = 4 << 20  # bytes; less than that is not worth a copy
 
 
 @dataclass
-class Parked:
+class Offloaded:
     """A tensor in host memory; also on the GPU until it has left, and again once it is back."""
 
     block: int
@@ -37,7 +37,7 @@ class Parked:
     taken: bool = False  # the backward pass has had it
 
 
-class Parking:
+class ActivationOffload:
     """Host buffers for the tensors that each block keeps, reused in every step."""
 
     def __init__(self, device: torch.device, smallest: int = _SMALLEST) -> None:
@@ -45,15 +45,15 @@ class Parking:
         self._smallest = smallest
         self._out, self._back = CopyStream(device), CopyStream(device)
         self._buffers: dict[tuple[int, int], torch.Tensor] = {}
-        self._parked: dict[int, list[Parked]] = {}
+        self._offloaded: dict[int, list[Offloaded]] = {}
 
     def begin(self, block: int) -> None:
-        """Called when a forward pass enters a block; drops what the block parked in the step before.
+        """Called when a forward pass enters a block; drops what the block offloaded in the step before.
 
         The copies of the block before the previous one ended while the previous one computed, so its
         GPU tensors are released here. The previous one's copies have only just begun.
         """
-        self._parked[block] = []
+        self._offloaded[block] = []
         self._let_go(block - 2)
 
     def takes(self, tensor: torch.Tensor) -> bool:
@@ -61,9 +61,9 @@ class Parking:
         here = tensor.device.type == self._device.type
         return here and tensor.is_floating_point() and size >= self._smallest and _dense(tensor)
 
-    def park(self, block: int, tensor: torch.Tensor) -> Parked:
+    def offload(self, block: int, tensor: torch.Tensor) -> Offloaded:
         """Start copying a tensor to the host."""
-        beside = self._parked[block]
+        beside = self._offloaded[block]
         size = tensor.numel() * tensor.element_size()
         place = (block, len(beside))
         if place not in self._buffers or self._buffers[place].numel() < size:
@@ -73,9 +73,9 @@ class Parking:
         host = self._buffers[place][:size].view(tensor.dtype)
         # Behind the computation, and so behind the last step's way back from the same buffer.
         event = self._out.copy(host, tensor.as_strided((tensor.numel(),), (1,)))
-        parked = Parked(block, host, tensor, tensor.shape, tensor.stride(), event)
-        beside.append(parked)
-        return parked
+        offloaded = Offloaded(block, host, tensor, tensor.shape, tensor.stride(), event)
+        beside.append(offloaded)
+        return offloaded
 
     def fetch(self, block: int) -> None:
         """Start copying a block's tensors back to the GPU.
@@ -83,31 +83,31 @@ class Parking:
         Tensors that the backward pass has already used are left out: copies of them would stay on
         the GPU until the next step, 8.6 GiB for 5B.
         """
-        for parked in self._parked.get(block, ()):
-            if not parked.taken:
-                self._bring(parked)
+        for offloaded in self._offloaded.get(block, ()):
+            if not offloaded.taken:
+                self._bring(offloaded)
 
-    def take(self, parked: Parked) -> torch.Tensor:
+    def take(self, offloaded: Offloaded) -> torch.Tensor:
         """The tensor on the GPU, for the computation; its memory is freed when the caller drops it."""
-        self._bring(parked)
-        self._back.compute_after(parked.event)
-        tensor, parked.stays, parked.taken = parked.stays, None, True
+        self._bring(offloaded)
+        self._back.compute_after(offloaded.event)
+        tensor, offloaded.stays, offloaded.taken = offloaded.stays, None, True
         assert tensor is not None
         return tensor
 
-    def _bring(self, parked: Parked) -> None:
+    def _bring(self, offloaded: Offloaded) -> None:
         import torch
 
-        if parked.stays is None:
+        if offloaded.stays is None:
             # From the computation's memory, whose last user is queued before the copy.
-            flat = torch.empty(parked.host.shape, dtype=parked.host.dtype, device=self._device)
-            parked.event = self._back.copy(flat, parked.host, after=parked.event)
-            parked.stays = flat.as_strided(parked.shape, parked.stride)
+            flat = torch.empty(offloaded.host.shape, dtype=offloaded.host.dtype, device=self._device)
+            offloaded.event = self._back.copy(flat, offloaded.host, after=offloaded.event)
+            offloaded.stays = flat.as_strided(offloaded.shape, offloaded.stride)
 
     def _let_go(self, block: int) -> None:
-        for parked in self._parked.get(block, ()):
-            self._out.compute_after(parked.event)
-            parked.stays = None
+        for offloaded in self._offloaded.get(block, ()):
+            self._out.compute_after(offloaded.event)
+            offloaded.stays = None
 
 
 def _dense(tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Frozen weights in host memory; each block's are copied to the GPU while the previous block computes.
+"""Block swapping: frozen weights live in host memory; each block's are copied to the GPU while the previous computes.
 
 5B's blocks are 10 GiB in bf16. Two of them on the GPU are 0.5. A step moves each
 twice (forward, backward): 21 GB in more than two seconds of computation, which does
@@ -24,7 +24,7 @@ _SLOTS = 2
 
 
 @dataclass(frozen=True)
-class Place:
+class PackedTensor:
     """Where a tensor lies among a block's bytes."""
 
     start: int
@@ -34,7 +34,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Reference:
+class SwappedView:
     """Stands for a view of a block's weights among the tensors that autograd saves."""
 
     block: int
@@ -44,7 +44,7 @@ class Reference:
     dtype: torch.dtype
 
 
-class Streaming:
+class BlockSwap:
     """Frozen weights of all blocks, on the host, and two blocks' worth of GPU memory.
 
     Args:
@@ -58,7 +58,7 @@ class Streaming:
 
         self._device = device
         self._copies = CopyStream(device)
-        self._places: list[list[Place]] = []
+        self._places: list[list[PackedTensor]] = []
         self._host: list[torch.Tensor] = []
         for parameters in blocks:
             self._places.append(_places(parameters))
@@ -105,16 +105,16 @@ class Streaming:
         self.arrive(block, then)
         return self._views[block]
 
-    def refer(self, tensor: torch.Tensor) -> Reference | None:
+    def refer(self, tensor: torch.Tensor) -> SwappedView | None:
         """The reference that stands for a view of a slot; None for any other tensor."""
         pointer = tensor.data_ptr()
         for slot, holds in zip(self._slots, self._holds, strict=True):
             start = pointer - slot.data_ptr()
             if holds is not None and tensor.device == slot.device and 0 <= start < slot.numel():
-                return Reference(holds, start, tensor.shape, tensor.stride(), tensor.dtype)
+                return SwappedView(holds, start, tensor.shape, tensor.stride(), tensor.dtype)
         return None
 
-    def resolve(self, reference: Reference, then: int) -> torch.Tensor:
+    def resolve(self, reference: SwappedView, then: int) -> torch.Tensor:
         """The view again, wherever the block is now."""
         self.arrive(reference.block, then)
         whole = self._slots[reference.block % _SLOTS]
@@ -122,20 +122,22 @@ class Streaming:
         return usable.as_strided(reference.shape, reference.stride, reference.start // reference.dtype.itemsize)
 
 
-def _view(whole: torch.Tensor, place: Place) -> torch.Tensor:
+def _view(whole: torch.Tensor, place: PackedTensor) -> torch.Tensor:
     return whole[place.start : place.start + place.size].view(place.dtype).view(place.shape)
 
 
-def _places(parameters: Sequence[torch.nn.Parameter]) -> list[Place]:
+def _places(parameters: Sequence[torch.nn.Parameter]) -> list[PackedTensor]:
     places, start = [], 0
     for parameter in parameters:
         size = parameter.numel() * parameter.element_size()
-        places.append(Place(start, size, parameter.shape, parameter.dtype))
+        places.append(PackedTensor(start, size, parameter.shape, parameter.dtype))
         start += -(-size // _ALIGN) * _ALIGN
     return places
 
 
-def _packed(parameters: Sequence[torch.nn.Parameter], places: Sequence[Place], device: torch.device) -> torch.Tensor:
+def _packed(
+    parameters: Sequence[torch.nn.Parameter], places: Sequence[PackedTensor], device: torch.device
+) -> torch.Tensor:
     last = places[-1]
     packed = page_locked(-(-(last.start + last.size) // _ALIGN) * _ALIGN, device)
     for parameter, place in zip(parameters, places, strict=True):

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from .cpu_training import HostTraining, HostWeight
+from .cpu_training import CpuTraining, CpuWeight
 
 # Numbers that a core updates at a time: their fp32 gradient is still in its cache when the update reads it.
 _CHUNK = 1 << 19
-_THREADS = 4  # that update; of 2, 4, 8 and 16 on 16 cores the fastest, see `HostAdamW`
+_THREADS = 4  # that update; of 2, 4, 8 and 16 on 16 cores the fastest, see `CpuAdamW`
 
 _Update = tuple[Sequence[torch.Tensor], dict[str, Any]]  # of a weight: its tensors, and the options of AdamW
 
 
-class HostAdamW(torch.optim.AdamW):
+class CpuAdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose state is also what torch's would be: {step, exp_avg, exp_avg_sq}, fp32.
 
     An update reads a weight's gradient, master and moments once and writes master, moments and the copy
@@ -29,13 +29,13 @@ class HostAdamW(torch.optim.AdamW):
 
     Args:
         parameters: all that is trained, on the host and not.
-        hosted: the weights on the host; their gradients are there, not in ``.grad``.
+        cpu_training: the weights on the host; their gradients are there, not in ``.grad``.
         options: AdamW's.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], hosted: HostTraining, **options: Any) -> None:
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], cpu_training: CpuTraining, **options: Any) -> None:
         super().__init__(parameters, fused=True, **options)
-        self._hosted = hosted
+        self._training = cpu_training
         self._factor = torch.ones(())
         threads = min(_THREADS, torch.get_num_threads())
         self._cores = max(1, (torch.get_num_threads() - 1) // threads)  # for each; one stays for the forward pass
@@ -52,7 +52,7 @@ class HostAdamW(torch.optim.AdamW):
             The norm as it was.
         """
         resident = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        on_host, scale = self._hosted.norm(), 1.0
+        on_host, scale = self._training.norm(), 1.0
         if scaler is not None:
             # It looks for what is not finite in .grad alone. The norm is not finite exactly where a gradient on the
             # host is not; times zero it spoils one of those that the scaler sees, or adds nothing.
@@ -74,27 +74,27 @@ class HostAdamW(torch.optim.AdamW):
         It returns when all gradients are on the host. Whoever asks the engine for weights
         waits for them, and so does `state_dict`.
         """
-        self._hosted.arrive()
+        self._training.arrive()
         factor, due = float(self._factor), []
         if not bool(getattr(self, "found_inf", None) or False):
             group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-            due = [self._due(block, group_of) for block in self._hosted.blocks]
+            due = [self._due(block, group_of) for block in self._training.blocks]
         super().step(closure)  # those on the GPU, which is not waited for
         for index, weights in enumerate(due):
-            self._hosted.update(index, [self._threads.submit(self._update, part, factor) for part in weights])
+            self._training.update(index, [self._threads.submit(self._update, part, factor) for part in weights])
 
-    def _due(self, block: Sequence[HostWeight], group_of: Mapping[int, dict[str, Any]]) -> Sequence[Sequence[_Update]]:
+    def _due(self, block: Sequence[CpuWeight], group_of: Mapping[int, dict[str, Any]]) -> Sequence[Sequence[_Update]]:
         """The updates of a block's weights that have gradients: each large one alone, small ones together."""
         alone: list[list[_Update]] = []
         together: list[_Update] = []
         for weight in block:
-            gradient = self._hosted.gradient(weight)
+            gradient = self._training.gradient(weight)
             if gradient is not None:
                 update = self._one(weight, gradient, group_of[id(weight.master)])
                 (alone.append([update]) if gradient.numel() >= _CHUNK else together.append(update))
         return [*alone, together] if together else alone
 
-    def _one(self, weight: HostWeight, gradient: torch.Tensor, group: dict[str, Any]) -> _Update:
+    def _one(self, weight: CpuWeight, gradient: torch.Tensor, group: dict[str, Any]) -> _Update:
         state = self.state[weight.master]
         if not state:
             state["step"] = torch.zeros(())
@@ -122,11 +122,11 @@ class HostAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._hosted.zero_grad()
+        self._training.zero_grad()
 
     def settle(self) -> None:
         """Wait until all weights are updated."""
-        self._hosted.settle()
+        self._training.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """The state when all weights are updated; they are the masters that belong to it."""
@@ -136,7 +136,7 @@ class HostAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read a state back; the weights have been read before."""
         super().load_state_dict(state_dict)
-        self._hosted.publish()
+        self._training.publish()
 
 
 def _workers(threads: int, cores: int) -> ThreadPoolExecutor:

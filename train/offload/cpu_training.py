@@ -1,9 +1,9 @@
 """Full fine-tuning of blocks that are on the GPU only while they compute; all of a transformer's, or its last ones.
 
 A weight that is trained costs 16 bytes: an fp32 master, two fp32 moments and a gradient. For 5B that is 83 GiB,
-and the GPU needs most of it only once a step. So masters and moments live in host memory, where `HostAdamW` updates
+and the GPU needs most of it only once a step. So masters and moments live in host memory, where `CpuAdamW` updates
 them; a copy of the weights in the type of the computation lies in page-locked memory and is fetched one block ahead,
-as LoRA's frozen base is (``streaming``); and a block's gradients are copied to page-locked memory while the backward
+as LoRA's frozen base is (`BlockSwap`); and a block's gradients are copied to page-locked memory while the backward
 pass of the next block runs. On the GPU there are two blocks' weights and two blocks' gradients: 1 GiB for 5B in bf16.
 
 The transformer's own parameters *are* the masters. So checkpoints, their resumption and the export know nothing of
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.model.copies import CopyStream
 
-from .block_swap import Streaming
+from .block_swap import BlockSwap
 from .pinned import page_locked
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class HostWeight:
+class CpuWeight:
     """One weight of a block, in host memory."""
 
     master: torch.nn.Parameter  # fp32
@@ -40,7 +40,7 @@ class HostWeight:
     added: bool = False  # the total holds gradients of this step
 
 
-class HostTraining:
+class CpuTraining:
     """The weights of blocks, all or the last ones, with their gradients, in host memory.
 
     Args:
@@ -56,14 +56,14 @@ class HostTraining:
 
         self._copies = CopyStream(device)
         # One block at a time, so that no more than one is copied twice.
-        self.streaming = Streaming(
+        self.block_swap = BlockSwap(
             ([torch.nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in block] for block in blocks), device
         )
         self._blocks = [
             [
-                HostWeight(master, copy, landing)
+                CpuWeight(master, copy, landing)
                 for master, copy, landing in zip(
-                    block, self.streaming.on_host(index), _landings(block, device, dtype), strict=True
+                    block, self.block_swap.on_host(index), _landings(block, device, dtype), strict=True
                 )
             ]
             for index, block in enumerate(blocks)
@@ -73,11 +73,11 @@ class HostTraining:
         self._leaving: dict[int, list[torch.Tensor]] = {}
         self._left: Any = None
 
-    def __iter__(self) -> Iterator[HostWeight]:
+    def __iter__(self) -> Iterator[CpuWeight]:
         return (weight for block in self._blocks for weight in block)
 
     @property
-    def blocks(self) -> Sequence[Sequence[HostWeight]]:
+    def blocks(self) -> Sequence[Sequence[CpuWeight]]:
         return self._blocks
 
     def take(self, block: int, then: int, *, training: bool) -> list[torch.Tensor]:
@@ -88,7 +88,7 @@ class HostTraining:
         """
         self.settle(block)
         self.settle(then)
-        views = self.streaming.take(block, then)
+        views = self.block_swap.take(block, then)
         if not training:
             return views
         leaves = [view.detach().requires_grad_() for view in views]
@@ -96,7 +96,7 @@ class HostTraining:
             leaf.register_post_accumulate_grad_hook(partial(self._collect, block, weight))
         return leaves
 
-    def _collect(self, block: int, weight: HostWeight, leaf: torch.Tensor) -> None:
+    def _collect(self, block: int, weight: CpuWeight, leaf: torch.Tensor) -> None:
         """Start copying a gradient to the host as soon as the backward pass has accumulated it."""
         import torch
 
@@ -112,7 +112,7 @@ class HostTraining:
         weight.full = True
         self._leaving.setdefault(block, []).append(gradient)
 
-    def _add_up(self, weight: HostWeight) -> None:
+    def _add_up(self, weight: CpuWeight) -> None:
         """Empty a landing into the total. Sums are fp32: bf16 would lose what is 256 times smaller."""
         import torch
 
@@ -142,7 +142,7 @@ class HostTraining:
         """Wait until the last gradient is on the host."""
         self._copies.wait(self._left)
 
-    def gradient(self, weight: HostWeight) -> torch.Tensor | None:
+    def gradient(self, weight: CpuWeight) -> torch.Tensor | None:
         """A weight's gradient; None if it got none."""
         if weight.added:
             self._add_up(weight)
@@ -159,12 +159,12 @@ class HostTraining:
         self.settle()
         for weight in self:
             weight.copy.copy_(weight.master.detach())
-        self.streaming.invalidate()
+        self.block_swap.invalidate()
 
     def update(self, block: int, updates: Sequence[Future[None]]) -> None:
         """Register the updates of a block's masters and copies; `take` waits until they have ended."""
         self._updates[block] = updates
-        self.streaming.invalidate()
+        self.block_swap.invalidate()
 
     def settle(self, block: int | None = None) -> None:
         """Wait for the updates of a block, or of all."""

@@ -12,7 +12,7 @@ from cogcommon.files.ownership import Made
 from cogcommon.model.device import DTYPES
 from cogcommon.model.families import BUILTIN_NAMES, RANDOM
 
-from ..runs.folder import CARD_FILE, Run
+from ..runs.folder import CARD_FILE, RecordedRun
 from .chart import number, smoothed
 
 Kind = Literal["lora", "peft", "transformer"]
@@ -27,7 +27,7 @@ _USE: dict[Kind, str] = {
 }
 
 
-def write_card(folder: Path, run: Run, kind: Kind, step: int) -> Path | None:
+def write_card(folder: Path, run: RecordedRun, kind: Kind, step: int) -> Path | None:
     """Write the card beside the weights, unless somebody has written in it: then it stays, and None is returned.
 
     Args:
@@ -42,7 +42,7 @@ def write_card(folder: Path, run: Run, kind: Kind, step: int) -> Path | None:
     return made.commit_bytes(CARD_FILE, plain(card(run, kind, step, folder.name)).encode())
 
 
-def card(run: Run, kind: Kind, step: int, folder: str) -> str:
+def card(run: RecordedRun, kind: Kind, step: int, folder: str) -> str:
     """The card, as Markdown with the header that model hubs read."""
     facts = run.facts
     i2v = facts.task == "i2v"
@@ -102,7 +102,7 @@ The settings of the run:
 """
 
 
-def _losses(run: Run, step: int) -> dict[str, str]:
+def _losses(run: RecordedRun, step: int) -> dict[str, str]:
     rows = {}
     losses = [(line.step, line.loss) for line in run.steps if line.loss is not None and line.step <= step]
     if losses:

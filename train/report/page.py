@@ -14,7 +14,7 @@ from cogcommon.cli.names import plain
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.words import counted
 
-from ..runs.folder import METHODS, REPORT_FILE, VALIDATION, Run, read_run, report_head
+from ..runs.folder import METHODS, REPORT_FILE, VALIDATION, RecordedRun, read_run, report_head
 from .chart import Line, chart, number, smoothed
 
 
@@ -29,7 +29,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def page(run: Run) -> str:
+def page(run: RecordedRun) -> str:
     """The page of a run, as HTML."""
     facts = run.facts
     method = METHODS[facts.method]
@@ -51,7 +51,7 @@ def _style() -> str:
     return resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
 
 
-def _figures(run: Run) -> str:
+def _figures(run: RecordedRun) -> str:
     shown: list[tuple[str, str]] = []
     losses = [(line.step, line.loss) for line in run.steps if line.loss is not None]
     if losses:
@@ -74,7 +74,7 @@ def _figures(run: Run) -> str:
     )
 
 
-def _curves(run: Run) -> Iterable[str]:
+def _curves(run: RecordedRun) -> Iterable[str]:
     losses = [(line.step, line.loss) for line in run.steps if line.loss is not None]
     if not losses:
         return
@@ -137,7 +137,7 @@ def _step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _tables(run: Run) -> Iterable[str]:
+def _tables(run: RecordedRun) -> Iterable[str]:
     facts = run.facts
     samples = sum(facts.samples.values())
     data = {

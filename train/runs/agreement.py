@@ -21,7 +21,7 @@ from cogcommon.errors import RunError
 
 from ..distributed.peers import Peers
 from ..distributed.zero_config import deepspeed_config
-from .checkpoint import SavedCheckpoint, find
+from .checkpoint import SavedCheckpoint, find_checkpoint
 
 if TYPE_CHECKING:
     from .run import Run
@@ -39,7 +39,7 @@ _SHARED = (
 )
 
 
-def check_alike(run: Run, peers: Peers) -> None:
+def check_ranks_alike(run: Run, peers: Peers) -> None:
     """Refuse processes that would not train the same thing; every rank calls it.
 
     Raises:
@@ -47,7 +47,7 @@ def check_alike(run: Run, peers: Peers) -> None:
     """
     if peers.world == 1:
         return
-    theirs = peers.tell(_facts(run))
+    theirs = peers.broadcast(_facts(run))
     mine = _facts(run)
     differing = [
         f"{name} {_short(theirs[name])} there, {_short(mine[name])} here" for name in mine if mine[name] != theirs[name]
@@ -57,7 +57,7 @@ def check_alike(run: Run, peers: Peers) -> None:
         if differing:
             raise RunError(
                 f"this process would train something else than process 0: {'; '.join(differing[:4])}",
-                where=f"here on {peers.place.host}, there on {peers.places[0].host}",
+                where=f"here on {peers.node.host}, there on {peers.nodes[0].host}",
                 fix="start all processes with the same command, shards and versions (constraints.txt)",
             )
 
@@ -102,7 +102,7 @@ def agree_on_resume(find_own: Callable[[], SavedCheckpoint | None], peers: Peers
         RunError: a rank does not see it, or sees another one under its name.
     """
     found = peers.together(lambda: find_own() if peers.main else None)
-    told = peers.tell((str(found.folder), found.digest) if found else None)
+    told = peers.broadcast((str(found.folder), found.digest) if found else None)
     if told is None:
         return None
     folder, digest = Path(told[0]), told[1]
@@ -121,7 +121,7 @@ def agree_on_resume(find_own: Callable[[], SavedCheckpoint | None], peers: Peers
 
 def _find(folder: Path) -> SavedCheckpoint | None:
     try:
-        return find(folder)
+        return find_checkpoint(folder)
     except RunError:
         return None
 
@@ -134,11 +134,11 @@ def check_shared(folder: Path, peers: Peers) -> None:
     """
     if peers.world == 1:
         return
-    file = folder / peers.tell(_TOKEN.format(secrets.token_hex(16)))
+    file = folder / peers.broadcast(_TOKEN.format(secrets.token_hex(16)))
     try:
         if peers.main:
             file.touch()
-        peers.wait()
+        peers.barrier()
         peers.together(lambda: _see(file, peers))
     finally:
         if peers.main:
@@ -156,7 +156,7 @@ def _see(file: Path, peers: Peers) -> None:
 
 def _wait_for(path: Path, look: Callable[[], Any], peers: Peers) -> Any:
     """What ``look`` gives once it is true, or its last answer."""
-    here = peers.place.machine == peers.places[0].machine
+    here = peers.node.machine == peers.nodes[0].machine
     until = time.monotonic() + (_SEEN_HERE if here else _SEEN_ELSEWHERE)
     while not (seen := look()) and time.monotonic() < until:
         time.sleep(0.2)

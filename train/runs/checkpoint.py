@@ -120,7 +120,7 @@ def clear(run: Path, after: int) -> list[str]:
     return [path.name for path in abandoned]
 
 
-def find(path: Path) -> SavedCheckpoint:
+def find_checkpoint(path: Path) -> SavedCheckpoint:
     """A checkpoint folder, or the latest one of a run folder.
 
     Raises:
@@ -198,7 +198,7 @@ def save(
     runtime: Runtime,
     model: Any,
     optimizer: Any,
-    average: list[torch.Tensor] | None,
+    shadow: list[torch.Tensor] | None,
     state: RunState,
     run: Path,
     keep: int,
@@ -208,16 +208,16 @@ def save(
     """Write a checkpoint; every rank calls it. The oldest go once the new one is whole.
 
     Args:
-        average: this rank's part of the moving average of the weights.
+        shadow: this rank's part of the moving average of the weights.
         needs: bytes that it takes, about, for the message of a disk that is full.
 
     Raises:
         RunError: a weight, or a number of the optimizer's state, is not finite.
         NotSaved: the disk is full, or another fault of the file system; nothing of the checkpoint is left.
     """
-    _check_finite(runtime, model, optimizer, average, f"step {state.step}", "resume the last checkpoint")
+    _check_finite(runtime, model, optimizer, shadow, f"step {state.step}", "resume the last checkpoint")
     final = run / folder_name(state.step)
-    temporary = Path(runtime.peers.tell(str(temporary_beside(final))))
+    temporary = Path(runtime.peers.broadcast(str(temporary_beside(final))))
 
     def begin() -> None:
         temporary.mkdir(parents=True)
@@ -237,7 +237,7 @@ def save(
     peers = runtime.peers
     try:
         peers.together(write(begin) if runtime.main else lambda: None)
-        peers.together(write(lambda: runtime.save_state(model, optimizer, average, temporary)))
+        peers.together(write(lambda: runtime.save_state(model, optimizer, shadow, temporary)))
         peers.together(write(commit) if runtime.main else lambda: None)
     except CogError as fault:
         if runtime.main:
@@ -261,20 +261,20 @@ def how_to_go_on(run: Path, method: str) -> str:
     return f"{command_line('cogtrain', method, '--config', run / CONFIG_FILE)} ({kept})"
 
 
-def load(runtime: Runtime, model: Any, optimizer: Any, average: list[torch.Tensor] | None, folder: Path) -> None:
+def load(runtime: Runtime, model: Any, optimizer: Any, shadow: list[torch.Tensor] | None, folder: Path) -> None:
     """Read a checkpoint back; every rank calls it.
 
     Raises:
         RunError: it is damaged, does not fit this model, or holds what is not finite.
     """
-    runtime.load_state(model, optimizer, average, folder)
-    _check_finite(runtime, model, optimizer, average, str(folder), "resume an older one")
+    runtime.load_state(model, optimizer, shadow, folder)
+    _check_finite(runtime, model, optimizer, shadow, str(folder), "resume an older one")
 
 
 def _check_finite(
-    runtime: Runtime, model: Any, optimizer: Any, average: list[torch.Tensor] | None, where: str, do: str
+    runtime: Runtime, model: Any, optimizer: Any, shadow: list[torch.Tensor] | None, where: str, do: str
 ) -> None:
-    if runtime.agree(int(not all_finite(runtime.held(model, optimizer, average)))):
+    if runtime.all_reduce_max(int(not all_finite(runtime.held(model, optimizer, shadow)))):
         raise (
             RunError(
                 "the weights, or the optimizer's state, are not finite", where=where, fix=f"{do}, with a lower --lr"

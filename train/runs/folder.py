@@ -122,7 +122,7 @@ def finite(value: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run folder, read."""
 
     folder: Path
@@ -149,7 +149,7 @@ def read_settings(run: Path) -> Mapping[str, Any]:
     raise RunError(f"not a run folder: there is no {CONFIG_FILE}", where=str(run), fix="give the folder of a run")
 
 
-def read_run(run: Path) -> Run:
+def read_run(run: Path) -> RecordedRun:
     """Read everything but weights.
 
     Raises:
@@ -161,7 +161,7 @@ def read_run(run: Path) -> Run:
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"the facts of the run are missing or damaged: {error}", where=str(run / FACTS_FILE)) from error
     steps, validations = read_metrics(run / METRICS_FILE)
-    return Run(run, settings, facts, steps, validations)
+    return RecordedRun(run, settings, facts, steps, validations)
 
 
 def read_metrics(path: Path) -> tuple[list[StepLine], list[ValidationLine]]:

@@ -16,21 +16,21 @@ from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16
 from cogcommon.model.families import Resolution
 
-from ..data.compatibility import check_alike, check_model, lost_tars
-from ..data.sampler import Order
+from ..data.compatibility import check_model, check_shards_alike, lost_tars
+from ..data.sampler import Sampler
 from ..data.shards import ShardSet, open_shards
 from ..distributed import zero
 from ..distributed.optimizer import check_optimizer
 from ..distributed.peers import ALONE, Peers
-from ..distributed.zero_config import Strategy, choose, deepspeed_config
+from ..distributed.zero_config import Strategy, choose_strategy, deepspeed_config
 from ..model.method import Method, method_of
 from ..settings import TrainSettings
 from ..store.cache import Cache
 from ..store.store import without_secrets
 from .agreement import agree_on_resume
-from .checkpoint import SavedCheckpoint, check_same, find, list_checkpoints
+from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
 from .folder import CONFIG_FILE
-from .tracker import check_installed
+from .tracker import check_tracker_installed
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class Run:
     shards: ShardSet
     held_out: ShardSet | None
     checkpoint: Checkpoint  # of the base model
-    order: Order
+    sampler: Sampler
     steps: int
     strategy: Strategy
     precision: Precision
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def global_batch(self) -> int:
-        return self.order.global_batch
+        return self.sampler.global_batch
 
     def facts(self) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint."""
@@ -100,10 +100,10 @@ def open_run(
     notes: list[str] = []
     resume = agree_on_resume(lambda: _find_resume(settings), peers)  # together, so before anything that may fail here
     method = method_of(settings)
-    strategy = choose(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
+    strategy = choose_strategy(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
     _check_strategy(settings, strategy)
     check_optimizer(settings, strategy)
-    check_installed(settings.tracker)
+    check_tracker_installed(settings.tracker)
     cache = Cache(settings.cache, settings.cache_bytes) if settings.cache else None
     shards = open_shards(settings.shards, cache=cache)
     if cache is not None and not any(shard.file.remote for shard in shards.shards):
@@ -132,7 +132,7 @@ def open_run(
     held_out = None
     if settings.validate_shards:
         held_out = open_shards(settings.validate_shards, "--validate-shards", cache)
-        check_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
+        check_shards_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
         _check_buckets(held_out, checkpoint)
         total = len(shards)
         shards = shards.without(held_out)
@@ -141,8 +141,8 @@ def open_run(
     checkpoint.check_weights("transformer")
     if settings.validate_videos:
         checkpoint.check_weights("vae")
-    order = _order(settings, shards, world, notes)
-    steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * order.steps_per_epoch
+    sampler = _sampler(settings, shards, world, notes)
+    steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * sampler.steps_per_epoch
     if resume is not None and resume.state.step > steps:
         notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
         steps = resume.state.step
@@ -156,7 +156,7 @@ def open_run(
         shards=shards,
         held_out=held_out,
         checkpoint=checkpoint,
-        order=order,
+        sampler=sampler,
         steps=steps,
         strategy=strategy,
         precision=precision,
@@ -227,9 +227,9 @@ def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
         zero.check_nvme(settings.nvme)
 
 
-def _order(settings: TrainSettings, shards: ShardSet, world: int, notes: list[str]) -> Order:
+def _sampler(settings: TrainSettings, shards: ShardSet, world: int, notes: list[str]) -> Sampler:
     size = world * settings.batch_size * settings.accumulate
-    order = Order(shards.shard_of, shards.bucket_of, size, settings.seed)
+    sampler = Sampler(shards.shard_of, shards.bucket_of, size, settings.seed)
     parts = f"{world} process{'es' * (world > 1)} x batch size {settings.batch_size} x accumulate {settings.accumulate}"
     if world > len(shards):
         raise ShardError(
@@ -237,20 +237,20 @@ def _order(settings: TrainSettings, shards: ShardSet, world: int, notes: list[st
             where="--nproc, --shards",
             fix=f"--nproc {len(shards)} or fewer",
         )
-    if order.steps_per_epoch == 0:
+    if sampler.steps_per_epoch == 0:
         raise ShardError(
             f"a step takes {size} samples ({parts}), and no resolution has as many ({len(shards)} in all)",
             where="--batch-size, --accumulate, --shards",
             fix="a smaller --batch-size or --accumulate",
         )
-    for index in order.too_small_buckets():
+    for index in sampler.too_small_buckets():
         notes.append(
             f"{int((shards.bucket_of == index).sum())} samples of {shards.buckets[index]} are never trained: "
             f"a step takes {size} of one resolution"
         )
-    if order.left_over:
-        notes.append(f"each epoch leaves out {order.left_over} of {len(shards)} samples, different ones each time")
-    return order
+    if sampler.left_over:
+        notes.append(f"each epoch leaves out {sampler.left_over} of {len(shards)} samples, different ones each time")
+    return sampler
 
 
 def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
@@ -258,9 +258,9 @@ def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
     if settings.resume == "never":
         return None
     if settings.resume != "auto":
-        return find(Path(settings.resume))
+        return find_checkpoint(Path(settings.resume))
     if settings.out is not None and list_checkpoints(settings.out):
-        return find(settings.out)
+        return find_checkpoint(settings.out)
     return None
 
 

@@ -21,7 +21,7 @@ class Tracker(Protocol):
     def finish(self) -> None: ...
 
 
-def check_installed(name: Name) -> None:
+def check_tracker_installed(name: Name) -> None:
     """Raises:
     SettingError: the package is not there.
     """

@@ -40,7 +40,7 @@ from cogcommon.words import in_bytes
 
 from .http_store import HttpStore
 from .local_store import LocalStore
-from .store import OPENING, Fault, StoredFile, patiently
+from .store import OPENING, StoredFile, StoreFault, patiently
 
 _FOLDER = "cogtrain-cache"
 _SPARE = 0.05  # share of the disk that is left free: the run's own checkpoints need room, too
@@ -155,7 +155,7 @@ class Cache:
                             digest.update(piece)
                             _write(stream, piece)
                     except FileNotFoundError:
-                        raise Fault("the server no longer has it (404)", passing=False) from None
+                        raise StoreFault("the server no longer has it (404)", passing=False) from None
                     return digest.hexdigest()
 
                 room = size <= self.size and self._disk_has(size)

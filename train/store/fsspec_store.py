@@ -12,7 +12,7 @@ import fsspec.asyn
 
 from cogcommon.errors import StoreError
 
-from .store import STALLED, Fault, Part, without_secrets
+from .store import STALLED, Part, StoreFault, without_secrets
 
 # What reads a kind of URL: the module, what installs it, and our extra where there is one.
 _READERS = {
@@ -74,7 +74,7 @@ class FsspecStore:
     def read(self, path: str, start: int, end: int) -> Part:
         try:
             data = self._call("cat_file", end - start, path, start=start, end=end)
-        except Fault as fault:
+        except StoreFault as fault:
             if "InvalidRange" not in str(fault.__cause__) and "416" not in str(fault.__cause__):
                 raise
             data = b""  # behind the end
@@ -99,7 +99,7 @@ class FsspecStore:
         return [str(path) for path in found]
 
     def _call(self, name: str, size: int, *args: Any, **options: Any) -> Any:
-        """One call, with a time-out; what goes wrong is a `Fault`."""
+        """One call, with a time-out; what goes wrong is a `StoreFault`."""
         timeout = STALLED + size / _SLOW
         try:
             method = getattr(self._fs, "_" + name, None)
@@ -109,14 +109,14 @@ class FsspecStore:
         except FileNotFoundError:
             raise
         except (TimeoutError, fsspec.exceptions.FSTimeoutError) as error:
-            raise Fault(f"the store does not answer (nothing within {timeout:.0f} s)") from error
+            raise StoreFault(f"the store does not answer (nothing within {timeout:.0f} s)") from error
         except PermissionError as error:
             reason = f"the store refuses: {without_secrets(str(error))}"
-            raise Fault(reason, passing=False, fix=_CREDENTIALS) from error
+            raise StoreFault(reason, passing=False, fix=_CREDENTIALS) from error
         except Exception as error:  # each file system raises its own kinds
             text = without_secrets(str(error)) or type(error).__name__
             lasting = "Credentials" in type(error).__name__ or isinstance(error, ValueError | TypeError)
-            raise Fault(text, passing=not lasting, fix=_CREDENTIALS if lasting else None) from error
+            raise StoreFault(text, passing=not lasting, fix=_CREDENTIALS if lasting else None) from error
 
 
 def _within(seconds: float, act: Any, *args: Any, **options: Any) -> Any:

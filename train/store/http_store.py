@@ -19,7 +19,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from cogcommon.words import in_words
 
-from .store import SLOWEST, STALLED, Fault, NoRanges, Part
+from .store import SLOWEST, STALLED, NoRanges, Part, StoreFault
 
 if TYPE_CHECKING:
     import requests
@@ -49,10 +49,12 @@ class HttpStore:
                 raise NoRanges
             first, last, size = _content_range(answer)
             if first != start or last != min(end, size or end) - 1:
-                raise Fault(f"the server sends other bytes than asked for ({first}-{last}, not {start}-{end - 1})")
+                raise StoreFault(f"the server sends other bytes than asked for ({first}-{last}, not {start}-{end - 1})")
             length = _length(answer)
             if length is not None and length != last + 1 - first:
-                raise Fault(f"the server's answer contradicts itself: Content-Length {length} for {last + 1 - first}")
+                raise StoreFault(
+                    f"the server's answer contradicts itself: Content-Length {length} for {last + 1 - first}"
+                )
             return Part(_body(answer, last + 1 - first), size, _etag(answer))
 
     def read_all(self, path: str) -> Part:
@@ -89,13 +91,13 @@ class HttpStore:
         pattern, mark, query = pattern.partition("?")
         folder, _, name = pattern.rpartition("/")
         if any(sign in folder for sign in "*["):
-            raise Fault("a web server's folders cannot be searched; only the last name may hold *", passing=False)
+            raise StoreFault("a web server's folders cannot be searched; only the last name may hold *", passing=False)
         entries = self.names(folder + mark + query)
         return [one for one in entries if fnmatch.fnmatchcase(unquote(_name(one)), unquote(name))]
 
     @contextmanager
     def _get(self, url: str, range_: str | None = None) -> Iterator[requests.Response]:
-        """One GET, its status checked; whatever goes wrong until the body has been read is a `Fault`."""
+        """One GET, its status checked; whatever goes wrong until the body has been read is a `StoreFault`."""
         import requests
         import urllib3
 
@@ -109,19 +111,19 @@ class HttpStore:
         # The library's own texts hold the URL, and with it the signature.
         except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
             within = _CONNECT if isinstance(error, requests.ConnectTimeout) else STALLED
-            raise Fault(f"the server does not answer (nothing for {in_words(within)})") from None
+            raise StoreFault(f"the server does not answer (nothing for {in_words(within)})") from None
         except requests.TooManyRedirects:
-            raise Fault("the server redirects in a circle", passing=False) from None
+            raise StoreFault("the server redirects in a circle", passing=False) from None
         except requests.exceptions.SSLError as error:
-            raise Fault(f"no secure connection: {_innermost(error)}", passing=False) from None
+            raise StoreFault(f"no secure connection: {_innermost(error)}", passing=False) from None
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, UnicodeError):
-            raise Fault("this is not a URL that can be asked for", passing=False) from None
+            raise StoreFault("this is not a URL that can be asked for", passing=False) from None
         except (urllib3.exceptions.IncompleteRead, urllib3.exceptions.ProtocolError) as error:
-            raise Fault(f"the connection broke off ({_innermost(error)})") from None
+            raise StoreFault(f"the connection broke off ({_innermost(error)})") from None
         except requests.ConnectionError as error:
-            raise Fault(f"no connection to {urlsplit(url).hostname}: {_innermost(error)}") from None
+            raise StoreFault(f"no connection to {urlsplit(url).hostname}: {_innermost(error)}") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise Fault(f"the connection failed ({_innermost(error)})") from None
+            raise StoreFault(f"the connection failed ({_innermost(error)})") from None
 
 
 @functools.cache
@@ -141,14 +143,14 @@ def _check(answer: requests.Response, *, asked_for_range: bool) -> None:
         raise FileNotFoundError(status)
     told = f"the server answers {status} {answer.reason or ''}".rstrip()
     if status in (401, 403, 407):
-        raise Fault(told + _s3_reason(answer), passing=False, fix=_SIGN_AGAIN)
+        raise StoreFault(told + _s3_reason(answer), passing=False, fix=_SIGN_AGAIN)
     if status in (408, 425, 429) or (status >= 500 and status not in (501, 505)):
-        raise Fault(told, wait=_retry_after(answer.headers.get("Retry-After", "")))
+        raise StoreFault(told, wait=_retry_after(answer.headers.get("Retry-After", "")))
     if status not in ((200, 206, 416) if asked_for_range else (200,)):
-        raise Fault(told + _s3_reason(answer), passing=False)
+        raise StoreFault(told + _s3_reason(answer), passing=False)
     coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("", "identity") and status != 416:
-        raise Fault(
+        raise StoreFault(
             f"the server compresses what it sends (Content-Encoding: {coding}), though asked not to",
             passing=False,
             fix="switch compression off for .tar and .parquet there",
@@ -159,7 +161,7 @@ def _body(answer: requests.Response, size: int | None) -> bytearray:
     if size is None:
         return bytearray().join(_pieces(answer, None, _RECORD_MOST))
     if size > _RECORD_MOST and answer.status_code == 200:
-        raise Fault(f"the server sends {size:,} bytes, more than any record has", passing=False)
+        raise StoreFault(f"the server sends {size:,} bytes, more than any record has", passing=False)
     data = bytearray(size)
     end = 0
     for piece in _pieces(answer, size):
@@ -169,7 +171,7 @@ def _body(answer: requests.Response, size: int | None) -> bytearray:
 
 
 def _pieces(answer: requests.Response, size: int | None, most: int | None = None) -> Iterator[bytes]:
-    """A body as it comes; fewer bytes than announced, or too few in `STALLED` seconds, are a `Fault`."""
+    """A body as it comes; fewer bytes than announced, or too few in `STALLED` seconds, are a `StoreFault`."""
     total = lately = 0
     since = time.monotonic()
     while size is None or total < size:
@@ -179,14 +181,14 @@ def _pieces(answer: requests.Response, size: int | None, most: int | None = None
         total += len(piece)
         lately += len(piece)
         if most is not None and total > most:
-            raise Fault("the server does not stop sending", passing=False)
+            raise StoreFault("the server does not stop sending", passing=False)
         if (now := time.monotonic()) - since > STALLED:
             if lately < SLOWEST * STALLED:
-                raise Fault(f"the server stalls ({lately:,} bytes in {in_words(now - since)})")
+                raise StoreFault(f"the server stalls ({lately:,} bytes in {in_words(now - since)})")
             since, lately = now, 0
         yield piece
     if size is not None and total < size:
-        raise Fault(f"the answer is cut short ({total:,} of {size:,} bytes)")
+        raise StoreFault(f"the answer is cut short ({total:,} of {size:,} bytes)")
 
 
 def _content_range(answer: requests.Response) -> tuple[int, int, int | None]:
@@ -194,16 +196,16 @@ def _content_range(answer: requests.Response) -> tuple[int, int, int | None]:
     told = answer.headers.get("Content-Range", "")
     match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", told.strip(), re.ASCII)
     if not match:
-        raise Fault(f"the server sends a part of the file without saying which (Content-Range: {told[:60]!r})")
+        raise StoreFault(f"the server sends a part of the file without saying which (Content-Range: {told[:60]!r})")
     return int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])
 
 
 def _size_when_past_the_end(answer: requests.Response, start: int) -> int:
     match = re.fullmatch(r"bytes \*/(\d{1,18})", answer.headers.get("Content-Range", "").strip(), re.ASCII)
     if match and int(match[1]) > start:
-        raise Fault(f"the server refuses bytes from {start:,} on, of a file of {int(match[1]):,}")
+        raise StoreFault(f"the server refuses bytes from {start:,} on, of a file of {int(match[1]):,}")
     if not match:
-        raise Fault("the server refuses the range (416), and does not say how long the file is")
+        raise StoreFault("the server refuses the range (416), and does not say how long the file is")
     return int(match[1])
 
 

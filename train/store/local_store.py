@@ -7,7 +7,7 @@ import glob
 import os
 from pathlib import Path
 
-from .store import Fault, Part
+from .store import Part, StoreFault
 
 # A network file system that was restarted, and a process that has too many files open at the moment.
 _PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
@@ -45,7 +45,7 @@ class LocalStore:
                 while at < len(data):
                     got = os.preadv(stream.fileno(), [view[at:]], start + at)
                     if not got:
-                        raise Fault("it became shorter while it was read")
+                        raise StoreFault("it became shorter while it was read")
                     at += got
                 return Part(data, size)
         except OSError as error:
@@ -55,4 +55,4 @@ class LocalStore:
 def _told(error: OSError) -> Exception:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return FileNotFoundError(error.filename)
-    return Fault(error.strerror or str(error), passing=error.errno in _PASSING)
+    return StoreFault(error.strerror or str(error), passing=error.errno in _PASSING)

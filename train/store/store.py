@@ -32,7 +32,7 @@ class WholeFilesOnly(StoreError):
     """A server that gives no parts of files."""
 
 
-class Fault(Exception):
+class StoreFault(Exception):
     """One attempt has failed.
 
     Args:
@@ -52,7 +52,7 @@ class Fault(Exception):
     kind: type[StoreError] = StoreError  # what it is where it lasts
 
 
-class NoRanges(Fault):
+class NoRanges(StoreFault):
     """The server gives whole files only."""
 
     kind = WholeFilesOnly
@@ -77,7 +77,7 @@ class Part:
 class Store(Protocol):
     """One kind of place. Every call is one attempt.
 
-    All raise FileNotFoundError for what is not there, and `Fault` for anything else.
+    All raise FileNotFoundError for what is not there, and `StoreFault` for anything else.
     """
 
     remote: bool
@@ -215,7 +215,7 @@ def patiently(attempt: Callable[[], _T], shown: str, patience: Patience, stop: S
         tries += 1
         try:
             return attempt()
-        except Fault as fault:
+        except StoreFault as fault:
             pause = max(wait, fault.wait)
             left = began + patience.seconds - time.monotonic()
             if not fault.passing or pause > left:

@@ -13,7 +13,7 @@ from cogcommon.errors import CogError
 from cogcommon.words import counted
 
 from ..blocks.attention import Kernel
-from ..blocks.plan import Plan
+from ..blocks.plan import BlockPlan
 from ..distributed.strategy import Runtime
 from ..model.method import Exported
 from ..runs.folder import Facts
@@ -33,7 +33,7 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
     buckets = ", ".join(str(bucket) for bucket in run.shards.buckets)
     log.say(
         f"{counted(len(run.shards), 'sample')} of {buckets} in {counted(len(run.shards.shards), 'shard')}; "
-        f"global batch {run.global_batch:,}, {counted(run.steps, 'step')}, {run.order.steps_per_epoch:,} per epoch"
+        f"global batch {run.global_batch:,}, {counted(run.steps, 'step')}, {run.sampler.steps_per_epoch:,} per epoch"
     )
     for note in run.notes:
         log.say(f"note: {note}")
@@ -70,7 +70,7 @@ def checked(exported: Exported) -> str:
     return f"loaded back, the weights answer within {exported.difference:.0e} of the trained model"
 
 
-def facts(run: Run, runtime: Runtime, trainable: int, plan: Plan, attention: Kernel) -> Facts:
+def run_facts(run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, attention: Kernel) -> Facts:
     import torch
 
     counts = np.bincount(run.shards.bucket_of, minlength=len(run.shards.buckets))

@@ -16,7 +16,7 @@ Part = Literal["data", "forward", "backward", "optimizer"]
 
 
 @dataclass(frozen=True)
-class Times:
+class StepTimes:
     """Seconds of a step; compiling is not in the other parts."""
 
     data: float  # waiting for a batch
@@ -52,7 +52,7 @@ class StepClock:
     def _mark(self, part: Part | None) -> None:
         self._marks.append((part, self._now(), seconds_so_far()))
 
-    def read(self) -> Times:
+    def read(self) -> StepTimes:
         """The seconds of each part. On a GPU call it only once the last event has passed."""
         parts: dict[str, float] = {"data": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         compiling = 0.0
@@ -61,7 +61,7 @@ class StepClock:
             seconds = ended - began if isinstance(ended, float) else began.elapsed_time(ended) / 1000
             parts[part] += max(0.0, seconds - (after - before))
             compiling += after - before
-        return Times(**parts, compile=compiling, kept=self._kept)
+        return StepTimes(**parts, compile=compiling, kept=self._kept)
 
 
 def _event() -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cogcommon.errors import RunError
 
 from ..blocks.plan import gib
-from ..memory.estimate import Demand, choices, demand
+from ..memory.estimate import Estimate, choices, estimate
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +23,11 @@ def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:
 
     settings = run.settings
     card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else sys.maxsize
-    now = demand(run, card=card)
-    changes: dict[str, Demand] = {}
+    now = estimate(run, card=card)
+    changes: dict[str, Estimate] = {}
     if settings.batch_size > 1:
         same = f"--batch-size 1 --accumulate {settings.accumulate * settings.batch_size}"
-        changes[f"{same} (the same global batch)"] = demand(run, card=card, batch=1)
+        changes[f"{same} (the same global batch)"] = estimate(run, card=card, batch=1)
     lower = [needs for needs in choices(run, card) if needs.peak < now.peak]
     if lower:
         fastest = next((needs for needs in lower if needs.fits(card)), None)
@@ -46,6 +46,6 @@ def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:
     )
 
 
-def _typed(then: Demand, now: Demand) -> str:
+def _typed(then: Estimate, now: Estimate) -> str:
     words = [f"--strategy {then.strategy}"] if then.strategy != now.strategy else []
     return " ".join([*words, f"--memory {then.memory}"] if then.memory != now.memory or not words else words)

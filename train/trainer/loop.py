@@ -14,12 +14,12 @@ from cogcommon.files.failures import disk_errors
 from cogcommon.model.copies import CopyStream
 
 from ..blocks.attention import Kernel
-from ..blocks.plan import Plan
+from ..blocks.plan import BlockPlan
 from ..data.batches import Collator, prefetch
 from ..data.sample_rng import seed_of
 from ..data.sampler import Slot, rank_slots
 from ..distributed.leaving import PeerFailed
-from ..distributed.optimizer import clip, learning_rate, make_optimizer, settle
+from ..distributed.optimizer import clip, finish_update, learning_rate, make_optimizer
 from ..distributed.peers import Peers, meet
 from ..distributed.signals import Stopped, StopRequest
 from ..distributed.strategy import Runtime, start
@@ -27,7 +27,7 @@ from ..memory.disk import check_room, writes
 from ..memory.install import install
 from ..memory.room import common_room
 from ..model.batch import Batch
-from ..model.ema import Average
+from ..model.ema import EMA
 from ..model.method import Written
 from ..model.objective import Objective
 from ..report.card import write_card
@@ -71,8 +71,8 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
     settings = run.settings
     done = run.resume.state.step if run.resume else 0
     peers = peers or meet()
-    agreement.check_alike(run, peers)
-    folder = Path(peers.tell(str(run_folder(run))))
+    agreement.check_ranks_alike(run, peers)
+    folder = Path(peers.broadcast(str(run_folder(run))))
     go_on = partial(checkpoints.how_to_go_on, folder, run.method.name)
     with disk_errors(folder, go_on=go_on), ExitStack() as closing:
         try:
@@ -93,11 +93,11 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
             trainable = announce.count_weights(trained)
             announce.beginning(run, log, folder, trainable)
             if runtime.main:
-                announce.facts(run, runtime, trainable, plan, attention).write(folder)
+                announce.run_facts(run, runtime, trainable, plan, attention).write(folder)
             # It measures the base model, so it comes before the resume.
             validation = Validation.begin(run, runtime, model, folder, log, stop)
-            average = Average(trained, settings.ema) if settings.ema else None
-            shadow = average.shadow if average else None
+            ema = EMA(trained, settings.ema) if settings.ema else None
+            shadow = ema.shadow if ema else None
             if run.resume is not None:
                 checkpoints.load(runtime, model, optimizer, shadow, run.resume.folder)
             objective = Objective.of(
@@ -141,43 +141,45 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
                         if makes:
                             optimizer.step()
                         optimizer.zero_grad()
-                if average:
-                    average.update(step)
+                if ema:
+                    ema.update(step)
                 clock.end("optimizer")
                 step_log.add(step, rate, losses, norm, clock)
-                signal = runtime.agree(stop.signal)
+                signal = runtime.all_reduce_max(stop.signal)
                 validates = validation and not signal and (step % settings.validate_every == 0 or step == run.steps)
                 saves = signal or step % settings.save_every == 0 or step == run.steps
                 if validates or saves or not deferred:
                     step_log.flush()
                 if step == run.steps:  # first of all, and in its smallest form
                     judge.end()
-                    settle(optimizer)
-                    written = _write(run, runtime, model, average, folder, step)
+                    finish_update(optimizer)
+                    written = _write(run, runtime, model, ema, folder, step)
                 if validation and validates:
-                    with average.in_place() if average else nullcontext():  # what would be exported
+                    with ema.in_place() if ema else nullcontext():  # what would be exported
                         line = validation.measure(model, step)
                     if line is not None:
                         log.validation(line)
-                    signal = runtime.agree(stop.signal)
+                    signal = runtime.all_reduce_max(stop.signal)
                 if saves or signal:
-                    unsaved = _save(run, runtime, model, optimizer, average, folder, step, log, exported=written)
+                    unsaved = _save(run, runtime, model, optimizer, ema, folder, step, log, exported=written)
                     if runtime.main:
                         write_report(folder)
-                    signal = signal or runtime.agree(stop.signal)  # one that came meanwhile: this checkpoint will do
+                    signal = signal or runtime.all_reduce_max(
+                        stop.signal
+                    )  # one that came meanwhile: this checkpoint will do
                 if signal and step < run.steps:
                     raise Stopped(
                         128 + signal, command_line("cogtrain", run.method.name, "--config", folder / CONFIG_FILE)
                     )
             if written is None:  # nothing was left to train
-                written = _write(run, runtime, model, average, folder, run.steps)
+                written = _write(run, runtime, model, ema, folder, run.steps)
             if runtime.main:
                 exported = run.method.verify(runtime, model, run.checkpoint, written)
                 if not write_card(folder, read_run(folder), "transformer" if run.method.full else "lora", run.steps):
                     log.say(f"{folder / CARD_FILE} was changed by somebody, and stays as it is")
                 write_report(folder)
                 announce.ending(run, log, folder, exported, unsaved)
-            peers.wait()  # rank 0 may yet fail
+            peers.barrier()  # rank 0 may yet fail
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, run) from error
     return folder
@@ -190,7 +192,7 @@ def _move_in(run: Run, folder: Path, done: int) -> list[str]:
     return checkpoints.clear(folder, after=done)
 
 
-def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter], Plan, Kernel]:
+def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter], BlockPlan, Kernel]:
     """The transformer and its optimizer, ready to train, the weights that are trained, and how the blocks are run."""
     settings = run.settings
     room = common_room(runtime.peers, runtime.device, runtime.dtype)
@@ -199,24 +201,26 @@ def _model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torc
     transformer.train()
     engine = install(transformer, run, runtime, log, room)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    on_host = run.strategy.endswith("-offload")
-    optimizer = make_optimizer(trained, settings, runtime.device, on_host=on_host, hosted=engine.hosted)
+    offload_optimizer = run.strategy.endswith("-offload")
+    optimizer = make_optimizer(
+        trained, settings, runtime.device, offload_optimizer=offload_optimizer, cpu_training=engine.cpu_training
+    )
     model, optimizer = runtime.prepare(transformer, optimizer, saved_by=run.resume.state.world if run.resume else None)
     return model, optimizer, trained, engine.plan, engine.kernel
 
 
 def _write(
-    run: Run, runtime: Runtime, model: Any, average: Average | None, folder: Path, step: int, *, into: str = ""
+    run: Run, runtime: Runtime, model: Any, ema: EMA | None, folder: Path, step: int, *, into: str = ""
 ) -> Written:
     """Write what was trained into the run's folder, or one in it, as it is exported; every rank calls it."""
     facts = announce.weights_file_facts(run, step)
     go_on = partial(checkpoints.how_to_go_on, folder, run.method.name)
-    with average.in_place() if average else nullcontext():
+    with ema.in_place() if ema else nullcontext():
         return run.method.write(runtime, model, run.checkpoint, folder / into, facts, go_on)
 
 
 def _save(
-    run: Run, runtime: Runtime, model: Any, optimizer: Any, average: Average | None, folder: Path, step: int,
+    run: Run, runtime: Runtime, model: Any, optimizer: Any, ema: EMA | None, folder: Path, step: int,
     log: RunLog, *, exported: Written | None,
 ) -> CogError | None:  # fmt: skip
     """Write a checkpoint; every rank calls it. What is trained is kept, even where a checkpoint finds no room.
@@ -232,7 +236,7 @@ def _save(
     """
     settings = run.settings
     state = checkpoints.RunState(step, runtime.world, run.facts(), settings_json(settings))
-    shadow = average.shadow if average else None
+    shadow = ema.shadow if ema else None
     try:
         saved = checkpoints.save(
             runtime, model, optimizer, shadow, state, folder, settings.keep, needs=writes(run).checkpoint
@@ -244,7 +248,7 @@ def _save(
     if exported:
         return fault
     try:
-        rescued = _write(run, runtime, model, average, folder, step, into=f"step-{step}")
+        rescued = _write(run, runtime, model, ema, folder, step, into=f"step-{step}")
         kept = f"; the weights after step {step} are in {rescued.path}"
     except CogError:
         kept = f"; the weights after step {step} found no room either"
@@ -267,9 +271,9 @@ def _loss(
     if deferred:
         return losses_B.mean(), gathered
     losses = gathered.tolist()
-    epoch, place = divmod(step - 1, run.order.steps_per_epoch)
+    epoch, place = divmod(step - 1, run.sampler.steps_per_epoch)
     first = micro * len(losses)
-    bad = not_finite(losses, run.order.epoch(epoch)[place][first : first + len(losses)], run)
+    bad = not_finite(losses, run.sampler.epoch(epoch)[place][first : first + len(losses)], run)
     if not bad:
         return losses_B.mean(), gathered
     if run.settings.on_nonfinite == "stop":
@@ -278,7 +282,7 @@ def _loss(
     log.say(f"step {step}: the loss is not finite; left out, with the rest of its batch: {listed(bad)}")
     # Every rank goes through the model once more, on zeros, so that gradients exist and add nothing.
     nothing = objective.losses(model, batch.blank(), runtime.dtype).mean()
-    if runtime.agree(int(not bool(nothing.isfinite()))):
+    if runtime.all_reduce_max(int(not bool(nothing.isfinite()))):
         raise (
             RunError(
                 "the model's output is not finite even for zeros: its weights are ruined",
@@ -294,8 +298,8 @@ def _loss(
 def _places(run: Run, runtime: Runtime, done: int) -> Iterator[list[Slot]]:
     """This rank's places after step ``done``, one accumulation step at a time."""
     for step in range(done, run.steps):
-        epoch, place = divmod(step, run.order.steps_per_epoch)
-        batch = run.order.epoch(epoch)[place]
+        epoch, place = divmod(step, run.sampler.steps_per_epoch)
+        batch = run.sampler.epoch(epoch)[place]
         for micro in range(run.settings.accumulate):
             yield rank_slots(
                 batch, epoch, micro=micro, rank=runtime.rank, world=runtime.world, size=run.settings.batch_size

@@ -98,9 +98,9 @@ class StepLog:
             pending.copied.synchronize()
         norm, *losses = pending.numbers.tolist()
         run = self._run
-        epoch, place = divmod(pending.step - 1, run.order.steps_per_epoch)
+        epoch, place = divmod(pending.step - 1, run.sampler.steps_per_epoch)
         if losses and run.settings.on_nonfinite == "stop":
-            bad = not_finite(losses, run.order.epoch(epoch)[place], run)
+            bad = not_finite(losses, run.sampler.epoch(epoch)[place], run)
             if bad:
                 raise stop_for(bad, pending.step, self._runtime.main)
         if self._judge:

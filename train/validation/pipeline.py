@@ -16,7 +16,7 @@ from cogcommon.model.families import Resolution
 from ..blocks.plan import FORWARD, Load
 from ..model import lora, sft
 from .tuned import Tuned
-from .videos import DECODE_BYTES_PER_PIXEL, sampler_of, tile_within
+from .videos import DECODE_BYTES_PER_PIXEL, scheduler_of, tile_within
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def pipeline_of(checkpoint: Checkpoint, transformer: CogVideoXTransformer3DModel
         text_encoder=checkpoint.load_text_encoder(dtype),
         vae=checkpoint.load_vae(dtype),
         transformer=transformer.eval(),
-        scheduler=sampler_of(checkpoint),
+        scheduler=scheduler_of(checkpoint),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -84,7 +84,7 @@ def to_base(pipeline: DiffusionPipeline, tuned: Tuned, dtype: torch.dtype) -> No
         pipeline.register_modules(transformer=tuned.checkpoint.load_transformer(dtype).eval())
 
 
-def place(pipeline: DiffusionPipeline, device: torch.device, resolution: Resolution, step: int) -> None:
+def move_pipeline(pipeline: DiffusionPipeline, device: torch.device, resolution: Resolution, step: int) -> None:
     """Put the pipeline on the device; on a small GPU one part, or one layer, at a time.
 
     Args:

@@ -23,7 +23,7 @@ class Tuned:
     resolution: Resolution  # the run's, of its most samples; else the checkpoint's own
 
 
-def find(run: Path | None, lora_file: Path | None, transformer: Path | None, model: str | None) -> Tuned:
+def find_tuned(run: Path | None, lora_file: Path | None, transformer: Path | None, model: str | None) -> Tuned:
     """Find the weights that exactly one of the three names.
 
     Args:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.media.video import Frames, write_mp4
 
-from ..blocks.engine import Engine
-from ..blocks.plan import Plan
+from ..blocks.engine import BlockEngine
+from ..blocks.plan import BlockPlan
 from ..data.batches import Collator, StoredSample, read_sample
 from ..data.sampler import Slot
 from ..data.shards import ShardSet
@@ -30,7 +30,7 @@ from ..model.objective import Objective
 from ..runs.folder import VALIDATION, ValidationLine, finite
 from ..runs.log import RunLog, peak_gib, reset_peak
 from ..runs.run import Run
-from .videos import Conditions, decode, load_decoder, sample
+from .videos import Conditions, decode_latents, denoise, load_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ class Validation:
         path = self.folder / _BASE_FILE
         if self.runtime.main and path.exists():
             found = path.read_text(encoding="utf-8")
-        known = json.loads(self.runtime.peers.tell(found) or "{}")
+        known = json.loads(self.runtime.peers.broadcast(found) or "{}")
         if known.get("facts") != self._facts():
             return None
         return math.nan if known["loss"] is None else float(known["loss"])
@@ -200,13 +200,13 @@ class Validation:
         if self.runtime.main:
             captions = [read_sample(self.held_out, index).caption for index in range(self.videos)]
             commit_bytes(self.folder / CAPTIONS_FILE, json.dumps(captions, ensure_ascii=False).encode())
-        self.runtime.wait()
+        self.runtime.barrier()
 
     def _go_on(self) -> None:
         """Raises:
         _Asked: any rank is asked to stop.
         """
-        if self.runtime.agree(self.stop.signal):
+        if self.runtime.all_reduce_max(self.stop.signal):
             raise _Asked
 
     def _video(self, transformer: torch.nn.Module, decoder: AutoencoderKLCogVideoX, stored: StoredSample) -> Frames:
@@ -225,10 +225,10 @@ class Validation:
         conditions = Conditions(batch.noise_BFCHW, batch.text_BLD, empty[None].to(device), batch.image_BFCHW)
         generator = torch.Generator().manual_seed(_SEED)
         with self.runtime.accelerator.autocast():
-            latent = sample(
+            latent = denoise(
                 transformer, self.objective, self.run.checkpoint, conditions, generator, self.runtime.dtype, each=go_on
             )
-        return decode(decoder, latent, batch.latent_BFCHW.shape[1])
+        return decode_latents(decoder, latent, batch.latent_BFCHW.shape[1])
 
     @contextmanager
     def _whole(self, live: Any) -> Iterator[Any]:
@@ -256,8 +256,8 @@ class Validation:
             for name, parameter in trained:
                 into[name].copy_(read(parameter))
         copy.requires_grad_(False).eval()
-        plan = Plan.to_draw(len(copy.transformer_blocks))
-        engine = Engine(copy, plan, self.runtime.device, self.runtime.dtype)
+        plan = BlockPlan.to_draw(len(copy.transformer_blocks))
+        engine = BlockEngine(copy, plan, self.runtime.device, self.runtime.dtype)
         try:
             yield copy
         finally:

@@ -34,7 +34,7 @@ DECODE_BYTES_PER_PIXEL = 50_000
 _TILES = ((240, 360), (144, 200), (96, 120))
 
 
-def sampler_of(checkpoint: Checkpoint) -> Any:
+def scheduler_of(checkpoint: Checkpoint) -> Any:
     """The published sampler: DDIM for 2B, DPM for the others.
 
     With trailing spacing the first step is at the last timestep, where training
@@ -56,7 +56,7 @@ class Conditions:
     image_BFCHW: torch.Tensor | None
 
 
-def sample(
+def denoise(
     transformer: torch.nn.Module,
     objective: Objective,
     checkpoint: Checkpoint,
@@ -78,7 +78,7 @@ def sample(
     import torch
 
     dynamic = not checkpoint.family.ddim
-    scheduler = sampler_of(checkpoint)
+    scheduler = scheduler_of(checkpoint)
     latent_BFCHW = conditions.noise_BFCHW
     scheduler.set_timesteps(steps, device=latent_BFCHW.device)
 
@@ -112,7 +112,7 @@ def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> AutoencoderKLCog
     return vae
 
 
-def decode(vae: AutoencoderKLCogVideoX, latent_BFCHW: torch.Tensor, frames: int) -> Frames:
+def decode_latents(vae: AutoencoderKLCogVideoX, latent_BFCHW: torch.Tensor, frames: int) -> Frames:
     """The video (F, H, W, 3) uint8 of one scaled latent. The VAE is on the GPU only meanwhile.
 
     Args:

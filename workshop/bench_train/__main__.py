@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .kept import keep_file
+from .records import add_measured
 from .rows import ROWS, Row, rows_named, table
 from .started import Started, result_file
 
@@ -59,7 +59,7 @@ def main(
         return
     if keep:
         for file in keep:
-            print(f"{keep_file(file)} rows of {file} added; `make readme` writes the table anew")
+            print(f"{add_measured(file)} rows of {file} added; `make readme` writes the table anew")
         return
     out.mkdir(parents=True, exist_ok=True)
     try:

@@ -7,15 +7,15 @@ from functools import lru_cache
 
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
-from cogtrain.blocks.plan import Plan, ladder
+from cogtrain.blocks.plan import BlockPlan, ladder
 from cogtrain.data.shards import ShardSet
-from cogtrain.memory.estimate import Demand, demand
+from cogtrain.memory.estimate import Estimate, estimate
 from cogtrain.memory.measured import REFERENCE, Measured, measured
 from cogtrain.memory.seconds import H200, seconds, speed_of
 from cogtrain.runs.run import Run
 from cogtrain.settings import LoraSettings, SftSettings, TrainSettings
 
-from .guide import GuideRow, Way, guide_rows
+from .reference_guide import GuideRow, Way, guide_rows
 from .subject import random_checkpoint, random_run, random_shards
 
 _GIB = 2**30
@@ -31,7 +31,7 @@ def guide_table() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in guide_rows().values():
-        low = _demand(row, "low")
+        low = _estimate(row, "low")
         lines.append(
             f"| {row.number} | {_shown(row)} | {row.processes or 1} | {row.guide_gb} GB | {_cell(row, 'reference')} "
             f"| {_cell(row, 'auto')} | {_cell(row, 'low')} | {low.host * (row.processes or 1) / _GIB:.0f} GB "
@@ -93,7 +93,7 @@ def measured_table() -> str:
     return "\n".join(lines)
 
 
-def computed_for(measured: Measured) -> tuple[Demand, float | None]:
+def computed_for(measured: Measured) -> tuple[Estimate, float | None]:
     """What is predicted for a run of ours that was measured, under the plan that it had: bytes, and seconds.
 
     Raises:
@@ -106,13 +106,13 @@ def computed_for(measured: Measured) -> tuple[Demand, float | None]:
         strategy=measured.strategy,  # type: ignore[arg-type]
         precision=measured.precision,  # type: ignore[arg-type]
     )
-    found = demand(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
+    found = estimate(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
     found = replace(found, plan=_plan_of(measured, found))
     speed = speed_of(measured.gpu)
     return found, seconds(run, found, speed, measured.attention) if speed else None  # type: ignore[arg-type]
 
 
-def _plan_of(measured: Measured, found: Demand) -> Plan:
+def _plan_of(measured: Measured, found: Estimate) -> BlockPlan:
     plans = [
         plan
         for compiled in (True, False)
@@ -133,7 +133,7 @@ def _shown(row: GuideRow) -> str:
 
 def _cell(row: GuideRow, way: Way) -> str:
     """Memory, and seconds where they were measured, on as many GPUs as the row is about."""
-    needs = _demand(row, way)
+    needs = _estimate(row, way)
     memory = REFERENCE if way == "reference" else way
     wanted = (row.family, row.method, needs.strategy, memory, row.settings.precision, row.processes or 1)
     for run in measured():
@@ -148,8 +148,8 @@ def _cell(row: GuideRow, way: Way) -> str:
     return f"{needs.peak / _GIB:.1f} GB, {seconds(_run_of(row, way), needs, H200):.1f} s"
 
 
-def _demand(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Demand:
-    return demand(_run_of(row, way), card=card * _GIB)
+def _estimate(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Estimate:
+    return estimate(_run_of(row, way), card=card * _GIB)
 
 
 def _run_of(row: GuideRow, way: Way) -> Run:
@@ -158,7 +158,7 @@ def _run_of(row: GuideRow, way: Way) -> Run:
 
 def _smallest(row: GuideRow) -> str:
     """The smallest card that --memory auto fits, where the host has room."""
-    fitting = (card for card in _CARDS if _demand(row, "auto", card).fits(card * _GIB))
+    fitting = (card for card in _CARDS if _estimate(row, "auto", card).fits(card * _GIB))
     return f"{next(fitting)} GB"
 
 

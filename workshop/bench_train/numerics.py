@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.model.families import Resolution
-from cogtrain.blocks.checkpointing import Keep
-from cogtrain.blocks.engine import Engine
-from cogtrain.blocks.plan import Plan
+from cogtrain.blocks.checkpointing import Checkpointing
+from cogtrain.blocks.engine import BlockEngine
+from cogtrain.blocks.plan import BlockPlan
 from cogtrain.blocks.trial import compiler_fault
 from cogtrain.model import lora
 from cogtrain.model.batch import Batch
@@ -57,15 +57,20 @@ def numerics(row: Row, device: torch.device) -> Mapping[str, Any]:
     return {"numerics": found}
 
 
-def _ways(layers: int, full: bool, compiled: bool) -> Iterator[tuple[str, Plan | None]]:
-    def each(keep: Keep) -> tuple[Keep, ...]:
-        return (keep,) * layers
+def _ways(layers: int, full: bool, compiled: bool) -> Iterator[tuple[str, BlockPlan | None]]:
+    def each(policy: Checkpointing) -> tuple[Checkpointing, ...]:
+        return (policy,) * layers
 
     yield "plain bf16", None
-    yield "attention", Plan(each("attention"), compiled=compiled)
-    yield "matmuls", Plan(each("matmuls"), compiled=compiled)
-    moved = Plan(
-        each("attention"), park=True, stream=not full, train_on_host=layers if full else 0, chunks=4, compiled=True
+    yield "attention", BlockPlan(each("attention"), compiled=compiled)
+    yield "matmuls", BlockPlan(each("matmuls"), compiled=compiled)
+    moved = BlockPlan(
+        each("attention"),
+        offload_activations=True,
+        swap_blocks=not full,
+        train_on_cpu=layers if full else 0,
+        chunks=4,
+        compiled=True,
     )
     yield "from host memory", moved if compiled else moved.uncompiled
 
@@ -93,7 +98,7 @@ def _batch(checkpoint: RandomCheckpoint, objective: Objective, bucket: Resolutio
 
 def _found(
     checkpoint: RandomCheckpoint, objective: Objective, batch: Batch, device: torch.device, dtype: torch.dtype,
-    plan: Plan | None, rank: int | None,
+    plan: BlockPlan | None, rank: int | None,
 ) -> _Found:  # fmt: skip
     """Of the second of two passes, which meets used buffers. ``plan`` None: plainly; ``rank`` None: all is trained."""
     import torch
@@ -110,24 +115,24 @@ def _found(
     else:
         transformer.to(torch.float32).requires_grad_()
     transformer.train()
-    hosted = None
+    cpu_training = None
     if plan is None:
         transformer.to(device)
     else:
-        engine = Engine(transformer, plan, device, dtype)
-        engine.park_all()
-        hosted = engine.hosted
+        engine = BlockEngine(transformer, plan, device, dtype)
+        engine.offload_all()
+        cpu_training = engine.cpu_training
     for _ in range(2):
         transformer.zero_grad()
-        if hosted:
-            hosted.zero_grad()
+        if cpu_training:
+            cpu_training.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and (plan is None or not rank)):
             loss = objective.losses(transformer, batch, dtype).mean()
         loss.backward()
     gradients = {parameter: parameter.grad for parameter in transformer.parameters() if parameter.grad is not None}
-    if hosted:
-        hosted.arrive()
-        gradients |= {weight.master: hosted.gradient(weight) for weight in hosted}
+    if cpu_training:
+        cpu_training.arrive()
+        gradients |= {weight.master: cpu_training.gradient(weight) for weight in cpu_training}
     names = {parameter: name for name, parameter in transformer.named_parameters()}
     return _Found(float(loss.detach()), {names[at]: gradient.float().cpu() for at, gradient in gradients.items()})
 

@@ -45,9 +45,9 @@ def reference(run: Run, row: Row, pinned: bool = True) -> Mapping[str, Any]:
     model, optimizer = accelerator.prepare(transformer, _optimizer(trained, run))
     objective = Objective.of(run.checkpoint)
     rank, world = accelerator.process_index, run.world
-    places = (divmod(step, run.order.steps_per_epoch) for step in range(row.steps))
+    places = (divmod(step, run.sampler.steps_per_epoch) for step in range(row.steps))
     slots = (
-        rank_slots(run.order.epoch(epoch)[place], epoch, micro=0, rank=rank, world=world, size=1)
+        rank_slots(run.sampler.epoch(epoch)[place], epoch, micro=0, rank=rank, world=world, size=1)
         for epoch, place in places
     )
     batches = prefetch(run.shards, slots, Collator(objective, run.settings.seed), ahead=2, pin=device.type == "cuda")
@@ -131,8 +131,8 @@ def _optimizer(trained: Sequence[torch.nn.Parameter], run: Run) -> torch.optim.O
     import torch
 
     options: dict[str, Any] = {"lr": run.settings.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-4}
-    on_host = run.strategy.endswith("-offload")
-    return zero.host_adam(trained, **options) if on_host else torch.optim.AdamW(trained, **options)
+    offload_optimizer = run.strategy.endswith("-offload")
+    return zero.deepspeed_cpu_adam(trained, **options) if offload_optimizer else torch.optim.AdamW(trained, **options)
 
 
 def _now(device: torch.device) -> float:

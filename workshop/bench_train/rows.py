@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.settings import LoraSettings, TrainSettings
 
-from .guide import guide_rows
+from .reference_guide import guide_rows
 
 Kind = Literal["fast", "auto", "low", "file", "reference", "numerics"]
 

@@ -16,9 +16,9 @@ from cogcommon.model.checkpoint import Checkpoint, WeightsIdentity, open_checkpo
 from cogcommon.model.families import BY_NAME, RANDOM, Family, Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import ShardHeader
-from cogtrain.data.sampler import Order
+from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import Shard, ShardSet
-from cogtrain.distributed.zero_config import choose
+from cogtrain.distributed.zero_config import choose_strategy
 from cogtrain.model.method import method_of
 from cogtrain.runs.run import Run
 from cogtrain.settings import TrainSettings
@@ -119,9 +119,9 @@ def random_run(settings: TrainSettings, checkpoint: Checkpoint, shards: ShardSet
         shards=shards,
         held_out=None,
         checkpoint=checkpoint,
-        order=Order(shards.shard_of, shards.bucket_of, world * settings.batch_size, settings.seed),
+        sampler=Sampler(shards.shard_of, shards.bucket_of, world * settings.batch_size, settings.seed),
         steps=settings.steps or 1000,
-        strategy=choose(settings, full=method.full, gpus=world),
+        strategy=choose_strategy(settings, full=method.full, gpus=world),
         precision=settings.precision or checkpoint.family.precision,
         world=world,
         resume=None,

@@ -19,7 +19,7 @@ from cogcommon.model.families import Family
 from cogcommon.model.tiny import NATIVE
 from cogtrain.runs.folder import METRICS_FILE, read_metrics
 from cogtrain.validation.pipeline import load_pipeline, to_base
-from cogtrain.validation.tuned import find
+from cogtrain.validation.tuned import find_tuned
 
 from ..scenes import NEW_MOTIONS, Scene, draw, every_scene, split_scenes
 from .exam import examine
@@ -59,7 +59,7 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
     Raises:
         RunError, ModelError: no weights there, or not of a model that can be had.
     """
-    tuned = find(run, None, None, None)
+    tuned = find_tuned(run, None, None, None)
     pipeline = load_pipeline(tuned, torch.float32)
     new, known = every_scene(0, [motion_for(tuned.checkpoint.family)])[-clips:], split_scenes()[1][-clips:]
 

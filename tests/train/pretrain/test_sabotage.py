@@ -6,7 +6,7 @@
 | x0 scaled wrongly | a_sabotage_of_the_objective, three of them | test_inputs, latents_are_padded_at_the_front |
 | frames padded at the wrong end | a_sabotage_of_the_objective | test_inputs, latents_are_padded_at_the_front |
 | RoPE shifted | a_sabotage_of_the_objective | test_inputs, inputs_are_what_the_pipeline_feeds |
-| one noise for all samples | one_noise_for_all_samples | test_draws, a_draw_depends_on |
+| one noise for all samples | one_noise_for_all_samples | test_sample_rng, a_draw_depends_on |
 """
 
 import contextlib
@@ -18,10 +18,10 @@ import torch
 from cogcommon.errors import RunError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.data.batches import Collator, StoredSample
-from cogtrain.data.sample_rng import Draws
+from cogtrain.data.sample_rng import SampleRNG
 from cogtrain.data.sampler import Slot
 from cogtrain.model import lora
-from cogtrain.model.compare import probe
+from cogtrain.model.compare import output_on_noise
 from cogtrain.model.objective import Objective
 from workshop.pretrain.transformer import batch_at, encode_world
 from workshop.scenes import split_scenes
@@ -108,14 +108,14 @@ def test_an_adapter_that_a_loader_doubles_is_refused_at_the_export(tmp_path, mon
     if doubled:
         monkeypatch.setattr(cls, "load_lora_adapter", load_doubled)
     with pytest.raises(RunError, match="8 weights act otherwise") if doubled else contextlib.nullcontext():
-        lora.check(file, checkpoint, state, probe(transformer), torch.device("cpu"), torch.float32)
+        lora.check(file, checkpoint, state, output_on_noise(transformer), torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_one_noise_for_all_samples_is_noticed(monkeypatch, shared):
     if shared:
-        normal = Draws.normal
-        monkeypatch.setattr(Draws, "normal", lambda self, *args: normal(dataclasses.replace(self, key=""), *args))
+        normal = SampleRNG.normal
+        monkeypatch.setattr(SampleRNG, "normal", lambda self, *args: normal(dataclasses.replace(self, key=""), *args))
     latent, text = torch.zeros(16, 5, 8, 12), torch.zeros(4, 8)
     samples = [
         StoredSample(key, "", "", latent, latent_std=None, text=text, image_mean=None, image_std=None,

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from cogtrain.distributed.optimizer import make_optimizer  # noqa: E402
 from cogtrain.distributed.strategy import start  # noqa: E402
-from cogtrain.model.ema import Average  # noqa: E402
+from cogtrain.model.ema import EMA  # noqa: E402
 from cogtrain.model.method import Sft  # noqa: E402
 from cogtrain.model.objective import Objective  # noqa: E402
 from cogtrain.settings import SftSettings  # noqa: E402
@@ -98,10 +98,10 @@ def measure(way, file):
     with live:
         parameters = list(transformer.parameters())
         # As on a GPU, where the update is fused and needs nothing of its own.
-        on_host = strategy.endswith("-offload")
-        optimizer = make_optimizer(parameters, settings, torch.device("cuda"), on_host=on_host)
+        offload_optimizer = strategy.endswith("-offload")
+        optimizer = make_optimizer(parameters, settings, torch.device("cuda"), offload_optimizer=offload_optimizer)
         model, optimizer = runtime.prepare(transformer.train(), optimizer, saved_by=None)
-        average = Average(parameters, 0.9) if ema else None
+        average = EMA(parameters, 0.9) if ema else None
         stepping = model.optimizer if sharded else optimizer
         make_step = stepping.step
 

@@ -11,8 +11,8 @@ from cogcommon.errors import RunError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.blocks import compiler
 from cogtrain.blocks.checkpointing import ACTIVATIONS
-from cogtrain.blocks.engine import Engine
-from cogtrain.blocks.plan import Plan
+from cogtrain.blocks.engine import BlockEngine
+from cogtrain.blocks.plan import BlockPlan
 from cogtrain.blocks.trial import kernel_works
 from cogtrain.model import lora
 from cogtrain.model.objective import Objective
@@ -84,7 +84,7 @@ def test_every_way_of_keeping_gives_the_gradients_of_diffusers_blocks(form, meth
     assert len(expected[1]) >= LAYERS * 8
     for keep in ("all", "matmuls", "feedforward", "attention", "inputs"):
         checkpoint, transformer = transformer_of(form, method)
-        Engine(transformer, Plan((keep,) * LAYERS), CPU, torch.float32)
+        BlockEngine(transformer, BlockPlan((keep,) * LAYERS), CPU, torch.float32)
         assert farthest(expected, gradients(checkpoint, transformer)) < 1e-6, keep
 
 
@@ -93,8 +93,10 @@ def test_parked_and_streamed_in_parts_is_the_same_again_and_again(form):
     expected = gradients(*transformer_of(form, "lora"))
     checkpoint, transformer = transformer_of(form, "lora")
     keep = ("attention", "inputs", "matmuls", "attention", "inputs")
-    engine = Engine(transformer, Plan(keep, park=True, stream=True, chunks=3), CPU, torch.float32)
-    engine.park_all()
+    engine = BlockEngine(
+        transformer, BlockPlan(keep, offload_activations=True, swap_blocks=True, chunks=3), CPU, torch.float32
+    )
+    engine.offload_all()
     for _ in range(3):  # later passes meet the buffers and slots of earlier ones
         assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
     for batch in (1, 2):  # another shape, and back
@@ -109,7 +111,7 @@ def test_fused_queries_and_keys_give_the_gradients_of_diffusers_blocks(form, met
     expected = gradients(checkpoint, transformer.double(), torch.float64)
     for keep in ("all", "matmuls", "feedforward"):
         checkpoint, transformer = transformer_of(form, method)
-        engine = Engine(transformer.double(), Plan((keep,) * LAYERS), CPU, torch.float64)
+        engine = BlockEngine(transformer.double(), BlockPlan((keep,) * LAYERS), CPU, torch.float64)
         assert not engine.fused  # a GPU's compiler makes the kernels
         engine.fused = True
         # Rotations are fp32, in diffusers too.
@@ -125,8 +127,10 @@ def test_flash_attention_4_is_kept_and_not_run_again(monkeypatch):
         scores = flash4._scores
         monkeypatch.setattr(flash4, "_scores", lambda q, k, made=made, scores=scores: made.append(1) or scores(q, k))
         checkpoint, transformer = transformer_of("tiny-1.5", "lora")
-        engine = Engine(transformer, Plan((keep,) * LAYERS, park=True, stream=True), CPU, torch.float32)
-        engine.park_all()
+        engine = BlockEngine(
+            transformer, BlockPlan((keep,) * LAYERS, offload_activations=True, swap_blocks=True), CPU, torch.float32
+        )
+        engine.offload_all()
         engine.kernel = "flash4"
         assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6, keep
         assert len(made) == (times + 1) * LAYERS, keep  # forward, perhaps again, backward
@@ -182,13 +186,15 @@ def test_nothing_is_used_before_its_copy_is_waited_for(monkeypatch):
     monkeypatch.setattr(block_swap, "CopyStream", LateCopies)
     expected = gradients(*transformer_of("tiny", "lora"))
     checkpoint, transformer = transformer_of("tiny", "lora")
-    engine = Engine(transformer, Plan(("inputs",) * LAYERS, park=True, stream=True), CPU, torch.float32)
-    engine.park_all()
+    engine = BlockEngine(
+        transformer, BlockPlan(("inputs",) * LAYERS, offload_activations=True, swap_blocks=True), CPU, torch.float32
+    )
+    engine.offload_all()
     for _ in range(3):
         assert farthest(expected, gradients(checkpoint, transformer)) < 1e-6
     # 5 blocks forward and 3 backward (two are still there); the first pass finds the slots empty.
-    assert engine._streaming._copies.made in range(3 * (LAYERS - 2) * 2, 3 * 2 * LAYERS + 1)
-    assert engine._parking._back.made > 0
+    assert engine._block_swap._copies.made in range(3 * (LAYERS - 2) * 2, 3 * 2 * LAYERS + 1)
+    assert engine._offload._back.made > 0
 
 
 def most_bytes(function):
@@ -211,8 +217,8 @@ def kept_by_a_block(keep, parked, compiled):
     found = []
     for layers in (3, 7):
         checkpoint, transformer = transformer_of("tiny", "lora", layers)
-        plan = Plan((keep,) * layers, park=parked, stream=parked, compiled=compiled)
-        Engine(transformer, plan, CPU, torch.float32).park_all()
+        plan = BlockPlan((keep,) * layers, offload_activations=parked, swap_blocks=parked, compiled=compiled)
+        BlockEngine(transformer, plan, CPU, torch.float32).offload_all()
         for _ in range(2):  # passes that compile, and lay the buffers on the host
             gradients(checkpoint, transformer)
         found.append(most_bytes(functools.partial(gradients, checkpoint, transformer)))
@@ -240,7 +246,7 @@ def test_a_block_keeps_what_the_plan_counts(keep, compiled, monkeypatch):
 def test_streamed_weights_are_in_host_memory_and_bit_for_bit_the_same():
     _, plain = transformer_of("tiny", "lora")
     _, transformer = transformer_of("tiny", "lora")
-    Engine(transformer, Plan(("inputs",) * LAYERS, stream=True), CPU, torch.float32)
+    BlockEngine(transformer, BlockPlan(("inputs",) * LAYERS, swap_blocks=True), CPU, torch.float32)
     expected, got = plain.state_dict(), transformer.state_dict()
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
     ignored = transformer._ddp_params_and_buffers_to_ignore
@@ -256,7 +262,7 @@ def test_bf16_is_as_near_to_fp32_as_autocast_is():
     for name, parameter in transformer.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.bfloat16()
-    Engine(transformer, Plan(("attention",) * LAYERS), CPU, torch.bfloat16)
+    BlockEngine(transformer, BlockPlan(("attention",) * LAYERS), CPU, torch.bfloat16)
     got = gradients(checkpoint, transformer, torch.bfloat16)
     assert all(gradient.dtype == torch.float32 for gradient in got[1].values())
     assert farthest(exact, got) < max(2 * autocast, 0.02)
@@ -268,7 +274,9 @@ def test_a_layer_outside_attention_and_dropout_work_with_checkpoints():
     lora.attach(transformer, 4, 2.0, ["ff.net.2", "norm1.linear", "to_q"], dropout=0.5)
     torch.manual_seed(1)
     expected = gradients(checkpoint, transformer)
-    Engine(transformer, Plan(("attention",) * LAYERS, park=True, stream=True), CPU, torch.float32).park_all()
+    BlockEngine(
+        transformer, BlockPlan(("attention",) * LAYERS, offload_activations=True, swap_blocks=True), CPU, torch.float32
+    ).offload_all()
     torch.manual_seed(1)
     first = gradients(checkpoint, transformer)
     torch.manual_seed(1)
@@ -285,8 +293,10 @@ def test_all_blocks_are_one_graph_without_breaks(form, method, monkeypatch):
     torch._dynamo.utils.counters.clear()
     expected = gradients(*transformer_of(form, method))
     checkpoint, transformer = transformer_of(form, method)
-    plan = Plan(("attention",) * LAYERS, park=True, stream=method == "lora", chunks=2, compiled=True)
-    Engine(transformer, plan, CPU, torch.float32).park_all()
+    plan = BlockPlan(
+        ("attention",) * LAYERS, offload_activations=True, swap_blocks=method == "lora", chunks=2, compiled=True
+    )
+    BlockEngine(transformer, plan, CPU, torch.float32).offload_all()
     for _ in range(2):
         assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -302,8 +312,8 @@ def test_a_compiler_that_fails_costs_a_sentence_and_not_the_run(monkeypatch):
     expected = gradients(*transformer_of("tiny", "lora"))
     checkpoint, transformer = transformer_of("tiny", "lora")
     said = []
-    plan = Plan(("attention",) * LAYERS, park=True, stream=True, compiled=True)
-    Engine(transformer, plan, CPU, torch.float32, said.append).park_all()
+    plan = BlockPlan(("attention",) * LAYERS, offload_activations=True, swap_blocks=True, compiled=True)
+    BlockEngine(transformer, plan, CPU, torch.float32, said.append).offload_all()
     for _ in range(2):
         assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
     assert len(said) == 1 and "not compiled" in said[0] and "no such kernel" in said[0] and "page" not in said[0]
@@ -347,7 +357,7 @@ def test_blocks_are_compiled_under_ddp_too(monkeypatch):
     torch._dynamo.reset()
     checkpoint, transformer = transformer_of("tiny", "lora")
     said = []
-    Engine(transformer, Plan(("attention",) * LAYERS, compiled=True), CPU, torch.float32, said.append)
+    BlockEngine(transformer, BlockPlan(("attention",) * LAYERS, compiled=True), CPU, torch.float32, said.append)
     expected = gradients(*transformer_of("tiny", "lora"))
     assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
     assert not said
@@ -356,7 +366,7 @@ def test_blocks_are_compiled_under_ddp_too(monkeypatch):
 def test_an_error_of_the_computation_is_not_taken_for_the_compilers(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     checkpoint, transformer = transformer_of("tiny", "lora")
-    engine = Engine(transformer, Plan(("inputs",) * LAYERS, compiled=True), CPU, torch.float32)
+    engine = BlockEngine(transformer, BlockPlan(("inputs",) * LAYERS, compiled=True), CPU, torch.float32)
 
     def runs_out(*tensors):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -372,7 +382,12 @@ def test_compiled_for_real(keep):
     torch._dynamo.reset()
     expected = gradients(*transformer_of("tiny", "lora"), batch=1)
     checkpoint, transformer = transformer_of("tiny", "lora")
-    Engine(transformer, Plan((keep,) * LAYERS, park=True, stream=True, chunks=2, compiled=True), CPU, torch.float32)
+    BlockEngine(
+        transformer,
+        BlockPlan((keep,) * LAYERS, offload_activations=True, swap_blocks=True, chunks=2, compiled=True),
+        CPU,
+        torch.float32,
+    )
     for _ in range(2):
         assert farthest(expected, gradients(checkpoint, transformer, batch=1)) < 1e-5
 
@@ -380,17 +395,22 @@ def test_compiled_for_real(keep):
 def test_evaluation_computes_the_same_without_gradients():
     _, plain = transformer_of("tiny", "lora")
     _, transformer = transformer_of("tiny", "lora")
-    Engine(transformer, Plan(("attention",) * LAYERS, park=True, stream=True, compiled=True), CPU, torch.float32)
-    from cogtrain.model.compare import probe
+    BlockEngine(
+        transformer,
+        BlockPlan(("attention",) * LAYERS, offload_activations=True, swap_blocks=True, compiled=True),
+        CPU,
+        torch.float32,
+    )
+    from cogtrain.model.compare import output_on_noise
 
-    assert torch.allclose(probe(plain), probe(transformer), atol=1e-6)
+    assert torch.allclose(output_on_noise(plain), output_on_noise(transformer), atol=1e-6)
     assert transformer.training
 
 
 def test_blocks_multiply_with_torchs_own_function(monkeypatch):
     """DeepSpeed puts another in its place, which one version of the compiler gives gradients of zero."""
     checkpoint, transformer = transformer_of("tiny", "lora")
-    Engine(transformer, Plan(("inputs",) * LAYERS), CPU, torch.float32)
+    BlockEngine(transformer, BlockPlan(("inputs",) * LAYERS), CPU, torch.float32)
     weights = {id(weight) for weight in transformer.transformer_blocks.parameters()}
     linear, seen = torch.nn.functional.linear, set()
 
@@ -415,8 +435,8 @@ def test_parked_and_streamed_beside_the_computation_is_the_same(compiled):
     checkpoint, transformer = transformer_of("tiny", "lora")
     expected = gradients(checkpoint, transformer.to(device), device=device)
     checkpoint, transformer = transformer_of("tiny", "lora")
-    plan = Plan(("attention",) * LAYERS, park=True, stream=True, chunks=2, compiled=compiled)
-    Engine(transformer, plan, device, torch.float32).park_all()
+    plan = BlockPlan(("attention",) * LAYERS, offload_activations=True, swap_blocks=True, chunks=2, compiled=compiled)
+    BlockEngine(transformer, plan, device, torch.float32).offload_all()
     for _ in range(5):
         assert farthest(expected, gradients(checkpoint, transformer, device=device)) < 1e-4
 
@@ -427,8 +447,8 @@ def test_what_is_parked_leaves_the_gpu():
     peaks = []
     for layers in (3, 9):
         checkpoint, transformer = transformer_of("tiny", "lora", layers)
-        plan = Plan(("attention",) * layers, park=True, stream=True, compiled=True)
-        Engine(transformer, plan, device, torch.float32).park_all()
+        plan = BlockPlan(("attention",) * layers, offload_activations=True, swap_blocks=True, compiled=True)
+        BlockEngine(transformer, plan, device, torch.float32).offload_all()
         for _ in range(2):
             gradients(checkpoint, transformer, device=device)
         held = torch.cuda.memory_allocated()
@@ -468,5 +488,5 @@ def test_layers_that_the_blocks_do_not_know_are_refused(change, says):
     else:
         transformer.transformer_blocks[3].norm2.norm = torch.nn.RMSNorm(64)
     with pytest.raises(RunError, match="computed wrongly") as caught:
-        Engine(transformer, Plan(("inputs",) * LAYERS), CPU, torch.float32)
+        BlockEngine(transformer, BlockPlan(("inputs",) * LAYERS), CPU, torch.float32)
     assert says in str(caught.value), caught.value

@@ -51,7 +51,7 @@ def test_what_is_held_under_each_strategy_and_optimizer_is_what_is_computed(tmp_
 @pytest.mark.full  # half a minute
 def test_our_blocks_under_zero3_hold_no_weights_between_the_passes(tmp_path):
     """DeepSpeed lends a block its weights for as long as it computes; a view that autograd kept would keep them all."""
-    script = Path(__file__).with_name("lent_weights.py")
+    script = Path(__file__).with_name("partitioned_weights.py")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
          str(tmp_path)],

@@ -3,7 +3,7 @@
 import pytest
 
 from cogcommon.model.families import BY_NAME
-from cogtrain.blocks.plan import Load, Plan, choose, fits
+from cogtrain.blocks.plan import BlockPlan, Load, choose_plan, fits
 from cogtrain.memory.install import notes
 from workshop.bench_train.subject import random_checkpoint
 
@@ -18,7 +18,7 @@ def load_of(family, trained=None, **options):
 
 
 def plan_for(memory, family, gib, host=200, compiled=True, **options):
-    return choose(memory, load_of(family, **options), free=int(gib * GIB), host_free=host * GIB, compiled=compiled)
+    return choose_plan(memory, load_of(family, **options), free=int(gib * GIB), host_free=host * GIB, compiled=compiled)
 
 
 def test_load_of_5b_is_what_it_weighs():
@@ -36,43 +36,43 @@ def test_load_of_5b_is_what_it_weighs():
 )
 def test_predictions_are_near_measurements(keep, options, measured):
     load = load_of("5b")
-    assert Plan((keep,) * 42, compiled=True, **options).peak(load) / GIB == pytest.approx(measured, rel=0.1)
+    assert BlockPlan((keep,) * 42, compiled=True, **options).peak(load) / GIB == pytest.approx(measured, rel=0.1)
 
 
 def test_fast_keeps_as_much_as_fits():
-    assert plan_for("fast", "5b", 80).keep == ("matmuls",) * 42
+    assert plan_for("fast", "5b", 80).checkpointing == ("matmuls",) * 42
     some = plan_for("fast", "1.5-5b", 80)
-    assert 0 < some.keep.count("matmuls") < 42 and not some.park and not some.stream
-    assert set(some.keep) == {"matmuls", "attention"}
+    assert 0 < some.checkpointing.count("matmuls") < 42 and not some.offload_activations and not some.swap_blocks
+    assert set(some.checkpointing) == {"matmuls", "attention"}
     assert plan_for("fast", "5b", 24) == plan_for("auto", "5b", 24)
 
 
 def test_auto_moves_to_the_host_what_does_not_fit_and_no_more():
     plans = [plan_for("auto", "5b", gib) for gib in (80, 22, 16.8, 12, 5.6)]
-    assert [(plan.park, plan.stream, plan.keep[0]) for plan in plans] == [
+    assert [(plan.offload_activations, plan.swap_blocks, plan.checkpointing[0]) for plan in plans] == [
         (False, False, "attention"),
         (True, False, "feedforward"),  # what waits in host memory may be more
         (True, False, "attention"),
         (True, True, "feedforward"),
         (True, True, "attention"),
     ]
-    assert all(len(set(plan.keep)) == 1 for plan in plans)
-    assert plan_for("auto", "5b", 22, host=20).keep == ("attention",) * 42  # not enough of the host's for more
+    assert all(len(set(plan.checkpointing)) == 1 for plan in plans)
+    assert plan_for("auto", "5b", 22, host=20).checkpointing == ("attention",) * 42  # not enough of the host's for more
 
 
 def test_low_moves_all_and_fits_the_small_cards():
     for family, gib in (("5b", 8.5), ("1.5-5b", 11), ("2b", 4)):
         plan = plan_for("low", family, 80)
-        assert plan.park and plan.stream
+        assert plan.offload_activations and plan.swap_blocks
         assert plan.peak(load_of(family)) < gib * GIB
-    assert plan_for("low", "1.5-5b", 12, host=30).keep == ("inputs",) * 42  # not enough of the host's
-    assert not plan_for("low", "1.5-5b", 12, host=10).stream
+    assert plan_for("low", "1.5-5b", 12, host=30).checkpointing == ("inputs",) * 42  # not enough of the host's
+    assert not plan_for("low", "1.5-5b", 12, host=10).swap_blocks
 
 
 def test_what_is_not_compiled_parks_only_what_hooks_reach():
     for gib in (8, 22, 30):
         plan = plan_for("auto", "5b", gib, compiled=False)
-        assert set(plan.keep) == ({"inputs"} if plan.park else {"attention"})
+        assert set(plan.checkpointing) == ({"inputs"} if plan.offload_activations else {"attention"})
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_is_not_compiled_parks_only_what_hooks_reach():
 )
 def test_low_needs_less_of_a_small_host_as_long_as_the_card_is_enough(host, locked, of_gpu):
     plan, load = plan_for("low", "5b", 11.5, host=host), load_of("5b")
-    assert plan.stream and fits(plan, load, int(11.5 * GIB))
+    assert plan.swap_blocks and fits(plan, load, int(11.5 * GIB))
     assert plan.host(load) / GIB == pytest.approx(locked, abs=0.1)
     assert plan.peak(load) / GIB == pytest.approx(of_gpu, abs=0.1)
 
@@ -101,8 +101,8 @@ def test_a_run_says_what_it_lacks():
 
 def test_full_fine_tuning_and_deepspeed_stream_nothing():
     trained = int(1.69e9 * 16)
-    assert not plan_for("low", "2b", 80, trained=trained, frozen=False).stream
-    assert not plan_for("low", "5b", 80, streams=False).stream
+    assert not plan_for("low", "2b", 80, trained=trained, frozen=False).swap_blocks
+    assert not plan_for("low", "5b", 80, can_swap=False).swap_blocks
 
 
 def test_when_nothing_fits_the_smallest_is_tried():
@@ -115,13 +115,13 @@ def test_when_nothing_fits_the_smallest_is_tried():
 def test_a_cpu_has_one_memory(host_gib, auto):
     load = load_of("2b")
     plans = {
-        memory: choose(memory, load, free=0, host_free=host_gib * GIB, compiled=False, gpu=False)
+        memory: choose_plan(memory, load, free=0, host_free=host_gib * GIB, compiled=False, gpu=False)
         for memory in ("fast", "auto", "low")
     }
-    assert {memory: set(plan.keep) for memory, plan in plans.items()} == {
+    assert {memory: set(plan.checkpointing) for memory, plan in plans.items()} == {
         "fast": {"all"}, "auto": {auto}, "low": {"inputs"},
     }  # fmt: skip
-    assert plans["low"].park and plans["low"].stream and not plans["auto"].park
+    assert plans["low"].offload_activations and plans["low"].swap_blocks and not plans["auto"].offload_activations
 
 
 def test_a_plan_says_what_it_does():
@@ -129,4 +129,4 @@ def test_a_plan_says_what_it_does():
         "all but the attention is recomputed, what is kept waits in host memory, "
         "frozen weights come from host memory, blocks compiled"
     )
-    assert "in 20 blocks" in str(Plan(("matmuls",) * 20 + ("attention",) * 22))
+    assert "in 20 blocks" in str(BlockPlan(("matmuls",) * 20 + ("attention",) * 22))

@@ -1,16 +1,16 @@
 import numpy as np
 import pytest
 
-from cogtrain.data.sampler import WINDOW, Order, rank_slots
+from cogtrain.data.sampler import WINDOW, Sampler, rank_slots
 
 
-def order(samples=100, per_shard=7, buckets=1, batch=4, seed=3):
+def sampler(samples=100, per_shard=7, buckets=1, batch=4, seed=3):
     index = np.arange(samples)
-    return Order(index // per_shard, index // per_shard % buckets, batch, seed)
+    return Sampler(index // per_shard, index // per_shard % buckets, batch, seed)
 
 
 def test_an_epoch_takes_every_sample_once_but_for_the_rest():
-    of = order(samples=103)
+    of = sampler(samples=103)
     batches = of.epoch(0)
     assert batches.shape == (of.steps_per_epoch, 4) == (25, 4)
     assert len(set(batches.flat)) == 100 and of.left_over == 3
@@ -19,14 +19,14 @@ def test_an_epoch_takes_every_sample_once_but_for_the_rest():
 
 
 def test_it_depends_on_seed_and_epoch():
-    of = order()
-    assert np.array_equal(of.epoch(1), order().epoch(1))
+    of = sampler()
+    assert np.array_equal(of.epoch(1), sampler().epoch(1))
     assert not np.array_equal(of.epoch(0), of.epoch(1))
-    assert not np.array_equal(of.epoch(0), order(seed=4).epoch(0))
+    assert not np.array_equal(of.epoch(0), sampler(seed=4).epoch(0))
 
 
 def test_a_batch_has_one_bucket():
-    of = order(samples=200, buckets=3)
+    of = sampler(samples=200, buckets=3)
     seen = set()
     for batch in of.epoch(0):
         assert len(set(of.bucket_of[batch])) == 1
@@ -37,7 +37,7 @@ def test_a_batch_has_one_bucket():
 
 
 def test_samples_are_mixed_across_the_shards_of_a_window_only():
-    of = order(samples=40 * WINDOW, per_shard=10, batch=1)
+    of = sampler(samples=40 * WINDOW, per_shard=10, batch=1)
     shards = of.shard_of[of.epoch(0).ravel()]
     windows = shards.reshape(-1, 10 * WINDOW)
     assert all(len(set(window)) == WINDOW for window in windows)
@@ -45,13 +45,13 @@ def test_samples_are_mixed_across_the_shards_of_a_window_only():
 
 
 def test_small_buckets_are_named():
-    of = Order(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 1]), 2, 0)
+    of = Sampler(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 1]), 2, 0)
     assert of.too_small_buckets() == [1] and of.steps_per_epoch == 1
 
 
 @pytest.mark.parametrize(("world", "size", "accumulate"), [(1, 8, 1), (2, 4, 1), (4, 1, 2), (1, 1, 8), (2, 2, 2)])
 def test_ranks_share_a_global_batch_whatever_their_number(world, size, accumulate):
-    batch = order(batch=8).epoch(0)[0]
+    batch = sampler(batch=8).epoch(0)[0]
     places = [
         place
         for micro in range(accumulate)

@@ -1,7 +1,7 @@
 """One rank of two: runs our blocks under ZeRO-3, and counts the gathered weights that live between the two passes.
 
-Usage: torchrun ... lent_weights.py OUT. Rank 0 writes OUT/held.json: by plan, the bytes that autograd still holds of
-the weights that DeepSpeed gathered for the forward pass, relative to all blocks'.
+Usage: torchrun ... partitioned_weights.py OUT. Rank 0 writes OUT/held.json: by plan, the bytes that autograd still
+holds of the weights that DeepSpeed gathered for the forward pass, relative to all blocks'.
 """
 
 import functools
@@ -21,8 +21,8 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from live_bytes import SHAPE, ZERO, inputs_of  # noqa: E402
 
-from cogtrain.blocks.engine import Engine  # noqa: E402
-from cogtrain.blocks.plan import Plan  # noqa: E402
+from cogtrain.blocks.engine import BlockEngine  # noqa: E402
+from cogtrain.blocks.plan import BlockPlan  # noqa: E402
 from cogtrain.distributed import zero  # noqa: E402
 from cogtrain.distributed.optimizer import make_optimizer  # noqa: E402
 from cogtrain.distributed.strategy import start  # noqa: E402
@@ -37,7 +37,7 @@ gathered = {}  # bytes by storage
 most = []  # at once
 
 
-class Watched(Engine):
+class Watched(BlockEngine):
     def _weights_of(self, index, training):
         weights = super()._weights_of(index, training)
         for weight in weights:
@@ -61,9 +61,9 @@ def held(keep, park, file):
         parameter.data = parameter.data.clone()  # random weights share their memory
     size = sum(2 * p.numel() for block in transformer.transformer_blocks for p in block.parameters())
     zero.gather_by_block(transformer)
-    plan = Plan((keep,) * LAYERS, park=park, compiled=True)
-    Watched(transformer, plan, device, torch.bfloat16, lent=True).park_all()
-    optimizer = make_optimizer(list(transformer.parameters()), settings, device, on_host=False)
+    plan = BlockPlan((keep,) * LAYERS, offload_activations=park, compiled=True)
+    Watched(transformer, plan, device, torch.bfloat16, partitioned=True).offload_all()
+    optimizer = make_optimizer(list(transformer.parameters()), settings, device, offload_optimizer=False)
     model, optimizer = runtime.prepare(transformer.train(), optimizer, saved_by=None)
     for _ in range(2):
         gathered.clear()

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from cogcommon.model.families import BY_NAME
-from cogtrain.blocks.plan import choose
+from cogtrain.blocks.plan import choose_plan
 from cogtrain.distributed.optimizer import make_optimizer
 from cogtrain.memory import install
-from cogtrain.memory.estimate import bytes_a_weight, demand, load_of, offloaded_bytes, trained_weights
+from cogtrain.memory.estimate import bytes_a_weight, estimate, load_of, offloaded_bytes, trained_weights
 from cogtrain.memory.room import Room
-from cogtrain.model.ema import Average
+from cogtrain.model.ema import EMA
 from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
 from cogtrain.trainer.failures import out_of_memory
@@ -57,8 +57,8 @@ def test_all_that_a_trained_weight_brings_is_counted_as_it_lives(run_of, form, s
     transformer = run.checkpoint.load_transformer(torch.float32)
     run.method.apply(transformer)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    stepping = make_optimizer(trained, settings, torch.device("cpu"), on_host=False)
-    average = Average(trained, ema) if ema else None
+    stepping = make_optimizer(trained, settings, torch.device("cpu"), offload_optimizer=False)
+    average = EMA(trained, ema) if ema else None
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     with torch.compiler.set_stance("force_eager"):  # torchao would compile for a minute
@@ -105,7 +105,7 @@ def test_what_deepspeed_will_take_of_the_host_is_left_to_it(run_of):
     for free, left in ((theirs + 10 * GIB, 10 * GIB), (theirs // 2, 0)):
         host_free = install._host_free(run, load, Room(host=free, gpu=12 * GIB), loaded=0)
         assert host_free == pytest.approx(left, abs=1)
-        plan = choose("low", load, free=12 * GIB, host_free=host_free, compiled=True)
+        plan = choose_plan("low", load, free=12 * GIB, host_free=host_free, compiled=True)
         assert plan.host(load) <= 0.8 * left
 
 
@@ -113,7 +113,7 @@ def test_a_file_of_ones_own_counts(run_of, tmp_path):
     def peak(bucket):
         file = tmp_path / f"{bucket}.json"
         file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": bucket}}))
-        return demand(run_of(SftSettings(strategy="zero3", deepspeed=file), "5b", world=2)).peak
+        return estimate(run_of(SftSettings(strategy="zero3", deepspeed=file), "5b", world=2)).peak
 
     assert peak(500_000_000) - peak(200_000_000) == 300_000_000 * 2 * 2.5  # a bucket, its copy, half of the sum
 
@@ -122,11 +122,11 @@ def test_demand_of_5b_is_what_was_measured(run_of):
     run = run_of(LoraSettings(), "5b")
     assert trained_weights(run) == 132_120_576  # as a run of 5B says it
     # Measured on an H100: auto 22.3 GiB.
-    assert demand(run).peak / GIB == pytest.approx(22.3, rel=0.03)
-    peaks = [demand(run, memory=memory).peak for memory in ("fast", "auto", "low")]
+    assert estimate(run).peak / GIB == pytest.approx(22.3, rel=0.03)
+    peaks = [estimate(run, memory=memory).peak for memory in ("fast", "auto", "low")]
     assert peaks == sorted(peaks, reverse=True) and peaks[2] < 0.25 * peaks[1]
     full = run_of(SftSettings(strategy="zero3"), "5b", world=8)
-    eight, one = demand(full).peak, demand(dataclasses.replace(full, world=1)).peak
+    eight, one = estimate(full).peak, estimate(dataclasses.replace(full, world=1)).peak
     spread = 16 * trained_weights(full) + 2 * 200_000_000  # and of a bucket the part that is a process's own
     assert one - eight == pytest.approx(7 / 8 * spread, rel=1e-6)
 
@@ -135,7 +135,7 @@ def test_out_of_memory_gives_the_peaks_that_were_planned_with(run_of):
     def fix(settings, world=1):
         return out_of_memory(torch.OutOfMemoryError("CUDA out of memory."), run_of(settings, "5b", world)).fix
 
-    now, low = (demand(run_of(LoraSettings(), "5b"), memory=memory) for memory in ("auto", "low"))
+    now, low = (estimate(run_of(LoraSettings(), "5b"), memory=memory) for memory in ("auto", "low"))
     assert f"--memory low: about {low.peak / GIB:.1f} GiB instead of {now.peak / GIB:.1f} GiB" in fix(LoraSettings())
     assert f"and {low.locked / GIB:.1f} GiB of host memory" in fix(LoraSettings())
     assert "a smaller --resolution" in fix(LoraSettings(memory="low"))  # nothing of ours is left to turn
@@ -148,5 +148,5 @@ def test_out_of_memory_gives_the_peaks_that_were_planned_with(run_of):
 
 def test_a_card_that_auto_fills_to_the_host_is_told_nothing_that_changes_nothing(run_of):
     run = run_of(LoraSettings(), "5b")
-    auto, low = (demand(run, card=int(5.6 * GIB), memory=memory) for memory in ("auto", "low"))
+    auto, low = (estimate(run, card=int(5.6 * GIB), memory=memory) for memory in ("auto", "low"))
     assert auto.plan == low.plan

@@ -11,10 +11,10 @@ from cogtrain.model.objective import Objective
 from cogtrain.validation.videos import (
     DECODE_BYTES_PER_PIXEL,
     Conditions,
-    decode,
+    decode_latents,
+    denoise,
     load_decoder,
-    sample,
-    sampler_of,
+    scheduler_of,
     tile_within,
 )
 
@@ -25,7 +25,7 @@ def test_the_video_is_the_pipelines(name):
     i2v = checkpoint.family.task == "i2v"
     cls = CogVideoXImageToVideoPipeline if i2v else CogVideoXPipeline
     pipeline = cls.from_pretrained(checkpoint.root)
-    pipeline.scheduler = sampler_of(checkpoint)
+    pipeline.scheduler = scheduler_of(checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_slicing()
     objective = Objective.of(checkpoint)
@@ -48,10 +48,10 @@ def test_the_video_is_the_pipelines(name):
         max_sequence_length=tokens, output_type="np", **options,
     ).frames[0]  # fmt: skip
 
-    latent = sample(
+    latent = denoise(
         pipeline.transformer, objective, checkpoint, Conditions(noise, text, empty, image), mine, torch.float32, steps=4
     )
-    video = decode(load_decoder(checkpoint, torch.float32), latent, 5)
+    video = decode_latents(load_decoder(checkpoint, torch.float32), latent, 5)
     assert video.shape == (17, 64, 96, 3)
     assert np.abs(video.astype(int) - (expected * 255).round()).max() <= 1
 
@@ -66,7 +66,7 @@ def test_guidance_and_the_caption_matter():
     def drawn(text, guidance):
         conditions = Conditions(noise, text, empty, None)
         generator = torch.Generator().manual_seed(1)
-        return sample(
+        return denoise(
             transformer, objective, checkpoint, conditions, generator, torch.float32, steps=2, guidance=guidance
         )
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogtrain.memory.measured import REFERENCE, Measured, keep, measured
+from cogtrain.memory.measured import REFERENCE, Measured, add_measured_run, measured
 
 
-def keep_file(file: Path) -> int:
+def add_measured(file: Path) -> int:
     """Add the rows of a bench.jsonl that were measured on a GPU, at true shape and to their end.
 
     Returns:
@@ -27,7 +27,7 @@ def keep_file(file: Path) -> int:
         run = _measured(result)
         if _what(run) not in known:
             known.add(_what(run))
-            keep(run)
+            add_measured_run(run)
             new += 1
     return new
 

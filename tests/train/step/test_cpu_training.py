@@ -14,14 +14,14 @@ from test_engine import CPU, FORMS, LAYERS, LateCopies, gradients, loss_of, tran
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME
 from cogcommon.model.tiny import NATIVE
-from cogtrain.blocks.engine import Engine
-from cogtrain.blocks.plan import Load, Plan, choose
+from cogtrain.blocks.engine import BlockEngine
+from cogtrain.blocks.plan import BlockPlan, Load, choose_plan
 from cogtrain.distributed.strategy import read_weights
 from cogtrain.memory import install
-from cogtrain.memory.estimate import can_host
+from cogtrain.memory.estimate import can_train_on_cpu
 from cogtrain.memory.install import no_room
 from cogtrain.offload import cpu_adam
-from cogtrain.offload.cpu_adam import HostAdamW
+from cogtrain.offload.cpu_adam import CpuAdamW
 from cogtrain.runs.folder import read_run
 from cogtrain.runs.run import open_run
 from cogtrain.settings import SftSettings
@@ -52,13 +52,15 @@ def plain(form, accumulate=1, device=CPU):
     return dict(transformer.cpu().named_parameters()), norms
 
 
-def hosted(form, accumulate=1, dtype=torch.float32, steps=STEPS, compiled=False, device=CPU, blocks=LAYERS):
+def cpu_trained(form, accumulate=1, dtype=torch.float32, steps=STEPS, compiled=False, device=CPU, blocks=LAYERS):
     """The same with the last ``blocks`` blocks in host memory."""
     checkpoint, transformer = transformer_of(form, "sft")
-    plan = Plan(("attention",) * LAYERS, park=True, train_on_host=blocks, chunks=2, compiled=compiled)
-    engine = Engine(transformer, plan, device, dtype)
-    engine.park_all()
-    optimizer = HostAdamW([*transformer.parameters()], engine.hosted, **OPTIONS)
+    plan = BlockPlan(
+        ("attention",) * LAYERS, offload_activations=True, train_on_cpu=blocks, chunks=2, compiled=compiled
+    )
+    engine = BlockEngine(transformer, plan, device, dtype)
+    engine.offload_all()
+    optimizer = CpuAdamW([*transformer.parameters()], engine.cpu_training, **OPTIONS)
     norms = []
     for _ in range(steps):
         resident = {}
@@ -90,7 +92,7 @@ def farthest(expected, got):
 @pytest.mark.parametrize(("accumulate", "blocks"), [(1, LAYERS), (2, LAYERS), (2, 1)])
 def test_three_steps_are_those_of_torchs_adamw(form, accumulate, blocks):
     expected, norms = plain(form, accumulate)
-    got, found, *_ = hosted(form, accumulate, blocks=blocks)
+    got, found, *_ = cpu_trained(form, accumulate, blocks=blocks)
     assert found == pytest.approx(norms, rel=1e-5)
     assert all(norm > 2 * LARGEST for norm in norms)
     untrained = dict(transformer_of(form, "sft")[1].named_parameters())
@@ -110,10 +112,10 @@ def test_in_bf16_it_is_as_near_to_fp32_as_autocast_is():
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), LARGEST)
         optimizer.step()
     autocast = farthest(exact, dict(transformer.named_parameters()))[1]
-    got, found, engine, _ = hosted("tiny", dtype=torch.bfloat16)
+    got, found, engine, _ = cpu_trained("tiny", dtype=torch.bfloat16)
     assert found == pytest.approx(norms, rel=0.02)
     assert 0 < farthest(exact, got)[1] < 1.5 * autocast
-    for weight in engine.hosted:
+    for weight in engine.cpu_training:
         assert weight.master.dtype == torch.float32
         assert weight.landing.dtype == torch.bfloat16
         assert torch.equal(weight.copy, weight.master.bfloat16())  # what the next step computes with
@@ -122,7 +124,7 @@ def test_in_bf16_it_is_as_near_to_fp32_as_autocast_is():
 def test_gradients_come_as_late_as_they_may(monkeypatch):
     from cogtrain.offload import activations, block_swap, cpu_training
 
-    expected, norms, *_ = hosted("tiny")
+    expected, norms, *_ = cpu_trained("tiny")
 
     class Late(LateCopies):
         """In their order: the end of one is the end of those before it, as in a CUDA stream."""
@@ -144,20 +146,20 @@ def test_gradients_come_as_late_as_they_may(monkeypatch):
     monkeypatch.setattr(activations, "CopyStream", LateCopies)
     monkeypatch.setattr(block_swap, "CopyStream", LateCopies)
     monkeypatch.setattr(cpu_training, "CopyStream", Late)
-    got, found, *_ = hosted("tiny")
+    got, found, *_ = cpu_trained("tiny")
     assert found == norms
     assert farthest(expected, got) == (0, 0)
 
 
 def test_what_is_not_finite_changes_nothing():
-    before, _, _, optimizer = hosted("tiny", steps=1)
+    before, _, _, optimizer = cpu_trained("tiny", steps=1)
     before = {name: weight.detach().clone() for name, weight in before.items()}
     checkpoint, transformer = transformer_of("tiny", "sft")
     del checkpoint, transformer
-    for weight in optimizer._hosted:
+    for weight in optimizer._training:
         weight.landing.fill_(float("nan"))
         weight.full = True
-    optimizer._hosted._norms.append(torch.tensor(float("nan")))
+    optimizer._training._norms.append(torch.tensor(float("nan")))
     assert not optimizer.clip(1.0).isfinite()
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
@@ -171,8 +173,8 @@ def test_fp16s_scaler_sees_an_overflow_on_the_host():
 
     def train(scaled, overflow=-1):
         checkpoint, transformer = transformer_of("tiny-2b", "sft")
-        engine = Engine(transformer, Plan(("inputs",) * LAYERS, train_on_host=LAYERS), CPU, torch.float16)
-        optimizer = HostAdamW([*transformer.parameters()], engine.hosted, **OPTIONS)
+        engine = BlockEngine(transformer, BlockPlan(("inputs",) * LAYERS, train_on_cpu=LAYERS), CPU, torch.float16)
+        optimizer = CpuAdamW([*transformer.parameters()], engine.cpu_training, **OPTIONS)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1) if scaled else None
         norms, scales, weights = [], [], []
         for step in range(STEPS):
@@ -180,9 +182,9 @@ def test_fp16s_scaler_sees_an_overflow_on_the_host():
                 loss = loss_of(checkpoint, transformer, torch.float16, batch=1)
             (scaler.scale(loss) if scaler else loss).backward()
             if step == overflow:
-                weight = engine.hosted.blocks[1][3]
+                weight = engine.cpu_training.blocks[1][3]
                 weight.landing.view(-1)[0] = torch.inf
-                engine.hosted._norms.append(torch.linalg.vector_norm(weight.landing.float()))
+                engine.cpu_training._norms.append(torch.linalg.vector_norm(weight.landing.float()))
             norms.append(float(optimizer.clip(LARGEST, scaler)))
             if scaler:
                 scaler.step(optimizer)
@@ -212,8 +214,8 @@ def test_compiled_blocks_are_one_graph_here_and_one_on_the_host(monkeypatch, blo
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    expected, norms, *_ = hosted("tiny", blocks=blocks)
-    got, found, *_ = hosted("tiny", compiled=True, blocks=blocks)
+    expected, norms, *_ = cpu_trained("tiny", blocks=blocks)
+    got, found, *_ = cpu_trained("tiny", compiled=True, blocks=blocks)
     assert found == pytest.approx(norms, rel=1e-5)
     assert farthest(expected, got)[1] < 1e-6
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if blocks == LAYERS else 2)
@@ -223,28 +225,28 @@ def test_compiled_blocks_are_one_graph_here_and_one_on_the_host(monkeypatch, blo
 def test_the_forward_pass_waits_for_the_blocks_that_it_has_come_to(monkeypatch):
     """A step returns before its updates have been made; `take` waits for those of its block, and for no others'."""
     go = threading.Semaphore(0)
-    update = HostAdamW._update
+    update = CpuAdamW._update
     monkeypatch.setattr(cpu_adam, "_THREADS", 1)  # several would take permits out of their order
 
     def late(self, *what):
         go.acquire()
         update(self, *what)
 
-    *_, engine, optimizer = hosted("tiny", steps=1)
-    monkeypatch.setattr(HostAdamW, "_update", late)
-    for weight in engine.hosted:
+    *_, engine, optimizer = cpu_trained("tiny", steps=1)
+    monkeypatch.setattr(CpuAdamW, "_update", late)
+    for weight in engine.cpu_training:
         weight.landing.normal_()
         weight.full = True
-        engine.hosted._norms.append(torch.linalg.vector_norm(weight.landing))
-    before = {id(weight): weight.copy.clone() for weight in engine.hosted}
+        engine.cpu_training._norms.append(torch.linalg.vector_norm(weight.landing))
+    before = {id(weight): weight.copy.clone() for weight in engine.cpu_training}
     optimizer.clip(LARGEST)
     optimizer.step()
     optimizer.zero_grad()
-    blocks = engine.hosted.blocks
-    assert all(torch.equal(weight.copy, before[id(weight)]) for weight in engine.hosted)
-    tasks = [len(engine.hosted._updates[index]) for index in range(LAYERS)]
+    blocks = engine.cpu_training.blocks
+    assert all(torch.equal(weight.copy, before[id(weight)]) for weight in engine.cpu_training)
+    tasks = [len(engine.cpu_training._updates[index]) for index in range(LAYERS)]
     go.release(sum(tasks[:2]))
-    for weight, view in zip(blocks[0], engine.hosted.take(0, then=1, training=False), strict=True):
+    for weight, view in zip(blocks[0], engine.cpu_training.take(0, then=1, training=False), strict=True):
         assert torch.equal(view, weight.copy) and not torch.equal(weight.copy, before[id(weight)])
     assert all(torch.equal(weight.copy, before[id(weight)]) for weight in blocks[-1])
     go.release(sum(tasks))
@@ -257,7 +259,7 @@ def test_threads_share_the_cores_and_leave_others_theirs(cores, each):
     before = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
-        *_, optimizer = hosted("tiny", steps=1)
+        *_, optimizer = cpu_trained("tiny", steps=1)
         workers = optimizer._threads
         assert {update.result() for update in [workers.submit(torch.get_num_threads) for _ in range(20)]} == {each}
         assert torch.get_num_threads() == cores
@@ -276,10 +278,10 @@ def test_on_a_gpu_three_steps_are_those_of_torchs_adamw(accumulate):
     expected, norms = plain("tiny", accumulate, torch.device("cuda"))
     for compiled, blocks in ((False, LAYERS), (True, LAYERS), (True, 1)):
         cuda = torch.device("cuda")
-        got, found, engine, _ = hosted("tiny", accumulate, compiled=compiled, device=cuda, blocks=blocks)
+        got, found, engine, _ = cpu_trained("tiny", accumulate, compiled=compiled, device=cuda, blocks=blocks)
         assert found == pytest.approx(norms, rel=1e-3)
         assert farthest(expected, {name: weight.cpu() for name, weight in got.items()})[1] < 1e-4
-        assert all(weight.master.device.type == "cpu" and weight.landing.is_pinned() for weight in engine.hosted)
+        assert all(weight.master.device.type == "cpu" and weight.landing.is_pinned() for weight in engine.cpu_training)
 
 
 def test_5b_fits_a_24_gb_card_where_the_host_has_room():
@@ -289,16 +291,16 @@ def test_5b_fits_a_24_gb_card_where_the_host_has_room():
     def plan(accumulate=1, memory="low", free=22, host=110):
         load = Load.of(config, BY_NAME["5b"].native, batch=1, size=2, trained=16 * numbers, frozen=False,
                        accumulate=accumulate)  # fmt: skip
-        return choose(memory, load, free=free * GIB, host_free=host * GIB, compiled=True), load
+        return choose_plan(memory, load, free=free * GIB, host_free=host * GIB, compiled=True), load
 
     chosen, load = plan()
-    assert chosen.train_on_host == 42 and chosen.park and not chosen.stream
+    assert chosen.train_on_cpu == 42 and chosen.offload_activations and not chosen.swap_blocks
     assert chosen.peak(load) < 12 * GIB
     # Copies, gradients and moments: 12 bytes a weight of the blocks; with accumulation also an fp32 sum.
-    assert 42 * load.hosted.host == pytest.approx(12 * numbers, rel=0.02)
-    assert 42 * plan(accumulate=2)[1].hosted.host == pytest.approx(16 * numbers, rel=0.02)
+    assert 42 * load.cpu_trained.host == pytest.approx(12 * numbers, rel=0.02)
+    assert 42 * plan(accumulate=2)[1].cpu_trained.host == pytest.approx(16 * numbers, rel=0.02)
     none, load = plan(host=40)
-    assert none.train_on_host < 42
+    assert none.train_on_cpu < 42
     error = no_room(none, load, free=22 * GIB, host_free=40 * GIB)
     for part in ("22.0 GiB are free", "66.3 GiB more of host memory", "40.0 GiB are free"):
         assert part in error.what
@@ -311,29 +313,29 @@ def test_no_more_blocks_than_need_be_are_trained_in_host_memory():
     load = Load.of(config, BY_NAME["5b"].native, batch=1, size=2, trained=trained, arriving=trained // 4, frozen=False,
                    accumulate=1)  # fmt: skip
     plans = {
-        free: choose("auto", load, free=free * GIB, host_free=200 * GIB, compiled=True)
+        free: choose_plan("auto", load, free=free * GIB, host_free=200 * GIB, compiled=True)
         for free in (140, 79, 60, 40, 22, 4)
     }
-    counts = [plan.train_on_host for plan in plans.values()]
+    counts = [plan.train_on_cpu for plan in plans.values()]
     assert counts[0] == 0 and counts[-1] == 42 and counts == sorted(counts) and len(set(counts)) == 6
     for free, plan in plans.items():
         assert plan.peak(load) <= 0.88 * free * GIB
-        if plan.train_on_host not in (0, 42):  # with one block fewer there it would not fit
-            fewer = dataclasses.replace(plan, train_on_host=plan.train_on_host - 1)
+        if plan.train_on_cpu not in (0, 42):  # with one block fewer there it would not fit
+            fewer = dataclasses.replace(plan, train_on_cpu=plan.train_on_cpu - 1)
             assert fewer.peak(load) > 0.88 * free * GIB and fewer.host(load) < plan.host(load)
-            assert f"of {plan.train_on_host} blocks are in host memory" in str(plan)
+            assert f"of {plan.train_on_cpu} blocks are in host memory" in str(plan)
 
 
 def test_predicted_host_bytes_are_those_that_are_there():
-    *_, engine, optimizer = hosted("tiny", accumulate=2, steps=1)
-    weights = [*engine.hosted]
+    *_, engine, optimizer = cpu_trained("tiny", accumulate=2, steps=1)
+    weights = [*engine.cpu_training]
     held = [tensor for w in weights for tensor in (w.copy, w.landing, w.total)]
     held += [optimizer.state[w.master][name] for w in weights for name in ("exp_avg", "exp_avg_sq")]
     numbers = sum(w.master.numel() for w in weights)
     assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 20 * numbers
     config = dict(open_checkpoint("random-tiny").transformer_config) | {"num_layers": LAYERS}
     load = Load.of(config, NATIVE, batch=1, size=4, trained=0, frozen=False, accumulate=2)
-    assert LAYERS * load.hosted.host == pytest.approx(
+    assert LAYERS * load.cpu_trained.host == pytest.approx(
         20 * numbers, rel=0.1
     )  # norms and biases count for more in a small one
 
@@ -376,7 +378,9 @@ def test_a_run_is_the_same_run_under_every_memory_setting(run, form, accumulate)
 def one_block(monkeypatch):
     """Runs train their last block in host memory and the others where they compute, as on a card of middling size."""
     monkeypatch.setattr(
-        install, "choose", lambda memory, load, **free: Plan(("inputs",) * load.layers, park=True, train_on_host=1)
+        install,
+        "choose_plan",
+        lambda memory, load, **free: BlockPlan(("inputs",) * load.layers, offload_activations=True, train_on_cpu=1),
     )
 
 
@@ -427,25 +431,25 @@ def test_who_may_train_in_host_memory(tmp_path, make_shards):
     make_shards(tmp_path / "out", "tiny-2b", samples=4)
     settings = SftSettings(shards=[str(tmp_path / "out")], memory="low")
     low = open_run(settings, torch.device("cuda"), 1)
-    assert low.precision == "fp16" and low.strategy == "ddp" and can_host(low, low.strategy)
+    assert low.precision == "fp16" and low.strategy == "ddp" and can_train_on_cpu(low, low.strategy)
     for other in ({"ema": 0.9, "strategy": "ddp"}, {"optimizer": "prodigy", "lr": 1.0}, {"strategy": "zero2"}):
         run = open_run(dataclasses.replace(low.settings, **other), torch.device("cuda"), 1)
-        assert not can_host(run, run.strategy)
+        assert not can_train_on_cpu(run, run.strategy)
 
 
 def test_the_export_waits_for_the_last_step(run, monkeypatch):
     """It is written before the checkpoint, and the last step's updates may still be under way."""
     import safetensors.torch
 
-    from cogtrain.offload.cpu_adam import HostAdamW
+    from cogtrain.offload.cpu_adam import CpuAdamW
 
-    update = HostAdamW._update
+    update = CpuAdamW._update
 
     def slowly(self, updates, factor):
         time.sleep(0.2)
         update(self, updates, factor)
 
-    monkeypatch.setattr(HostAdamW, "_update", slowly)
+    monkeypatch.setattr(CpuAdamW, "_update", slowly)
     folder = run("slow", steps=2, lr=1e-2, precision="fp32")[2]
     saved = read_weights(folder / "checkpoint-2")
     exported = safetensors.torch.load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
