@@ -26,14 +26,14 @@ GIB = 2**30
 def plan_of():
     """plan_of(gib, gpus, host, speed, family, **settings): forecasts for a family's true shape at its native size."""
 
-    def plan(gib, gpus=1, *, host=None, speed=H200, on="H200", family="5b", **settings):
+    def forecasts(gib, gpus=1, *, host=None, speed=H200, on="H200", family="5b", **settings):
         host = None if host is None else int(host * GIB)
         machine = Machine("a card", int(gib * GIB), gpus, host, speed, on)
         return plan.forecasts_for(
             ForecastSettings(**settings), random_checkpoint(family), [BY_NAME[family].native], machine
         )
 
-    return plan
+    return forecasts
 
 
 def of(lines, method, strategy):
