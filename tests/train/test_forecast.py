@@ -119,8 +119,8 @@ def test_seconds_are_told_of_gpus_and_kernels_that_we_have_measured():
     run = next(run for run in measured() if run.row == "5b/low")
     assert computed_for(dataclasses.replace(run, gpu="GeForce RTX 4090"))[1] is None  # it has not been measured
     assert computed_for(dataclasses.replace(run, attention="torch"))[1] is None
-    uncompiled = run.plan.replace("blocks compiled", "not compiled").replace("all but the attention", "everything")
-    assert computed_for(dataclasses.replace(run, plan=uncompiled))[1] is None
+    uncompiled = run.block_plan | {"compiled": False, "checkpointing": [["inputs", 42]]}
+    assert computed_for(dataclasses.replace(run, block_plan=uncompiled))[1] is None
 
 
 def test_seconds_are_told_of_what_we_have_measured_the_like_of(plan_of):

@@ -6,8 +6,9 @@ Bytes are predicted from shapes alone, before any weight is on the GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal
 
 from cogcommon.model.families import PATCH, Resolution
@@ -147,6 +148,20 @@ class BlockPlan:
     def to_draw(cls, layers: int) -> BlockPlan:
         """Of a model that is not trained, beside one that is: next to nothing of it is on the GPU."""
         return cls(_each("inputs", layers), swap_blocks=True)
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> BlockPlan:
+        """The plan whose `fields` these are."""
+        policies = [(policy,) * blocks for policy, blocks in fields["checkpointing"]]
+        return cls(**{**fields, "checkpointing": sum(policies, ())})
+
+    def fields(self) -> dict[str, Any]:
+        """The plan as JSON, by which a run that had it is found again; its sentence (``str``) is for people.
+
+        ``checkpointing`` are pairs: a policy, and how many blocks in a row have it.
+        """
+        policies = [[policy, len(list(blocks))] for policy, blocks in groupby(self.checkpointing)]
+        return asdict(self) | {"checkpointing": policies}
 
     @property
     def uncompiled(self) -> BlockPlan:

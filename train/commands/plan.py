@@ -236,7 +236,7 @@ def _measured(run: Trains, needs: Estimate, machine: Machine) -> Measured | None
         "batch_size": settings.batch_size,
         "gpus": machine.gpus,
         "strategy": needs.strategy,
-        "plan": str(needs.plan),
+        "block_plan": needs.plan.fields(),
         "attention": machine.kernel,
     }
     runs = (run for run in measured() if all(getattr(run, name) == value for name, value in same.items()))

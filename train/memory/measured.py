@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 FILE = "measured.jsonl"
 REFERENCE = "reference"  # as ``memory``: not ours, the plain loop of ``workshop.bench_train.plain`` beside it
@@ -26,13 +28,14 @@ class Measured:
     precision: str
     strategy: str
     memory: str  # as --memory, or REFERENCE
-    plan: str  # how the blocks were run, in words (`blocks.plan.Plan`)
+    plan: str  # how the blocks were run, in words, for people
     attention: str  # by which kernel (`blocks.attention.Kernel`)
     gpu: str
     gpus: int
     card_gib: float  # GPU memory that the run was given
     s_per_step: float  # median of the steps after the first ones
     peak_gib: float  # of GPU memory, by torch's allocator, the first step and what comes before it included
+    block_plan: Mapping[str, Any] | None = None  # `BlockPlan.fields`; None: not ours
     host_gib: float | None = None  # of the host's memory, by how much less there was
     locked_gib: float | None = None  # of it, page-locked by us
     first_peak_gib: float | None = None  # until the end of the first step

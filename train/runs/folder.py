@@ -63,8 +63,9 @@ class Facts:
     device: str  # in words
     trainable: int  # weights
     version: str
-    plan: str = ""  # how the blocks were run (`blocks.plan.Plan`); newer than some runs
-    attention: str = ""  # by which kernel (`blocks.attention.Kernel`); newer than some runs
+    plan: str = ""  # how the blocks were run, in words; newer than some runs, as what follows
+    attention: str = ""  # by which kernel (`blocks.attention.Kernel`)
+    block_plan: dict[str, Any] | None = None  # `BlockPlan.fields`
 
     def write(self, run: Path) -> None:
         commit_bytes(run / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())

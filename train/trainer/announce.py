@@ -96,6 +96,7 @@ def run_facts(run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, atten
         version=__version__,
         plan=str(plan),
         attention=attention,
+        block_plan=plan.fields(),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import lru_cache
 
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
-from cogtrain.blocks.plan import BlockPlan, ladder
+from cogtrain.blocks.plan import BlockPlan
 from cogtrain.data.shards import ShardSet
 from cogtrain.memory.estimate import Estimate, estimate
 from cogtrain.memory.measured import REFERENCE, Measured, measured
@@ -73,7 +74,8 @@ def measured_table() -> str:
     lines = ["| run | GPUs | s/step | peak | computed | host memory | command |", "|---|---|---|---|---|---|---|"]
     newest: dict[tuple[object, ...], Measured] = {}
     for run in measured():
-        newest.setdefault((run.row, run.plan, run.attention, run.gpu, run.gpus, run.resolution), run)
+        how = json.dumps(run.block_plan)
+        newest.setdefault((run.row, how, run.attention, run.gpu, run.gpus, run.resolution), run)
     for run in sorted(newest.values(), key=lambda run: (run.row, run.gpus, run.memory == REFERENCE)):
         off = ""
         if run.memory != REFERENCE:
@@ -94,11 +96,8 @@ def measured_table() -> str:
 
 
 def computed_for(measured: Measured) -> tuple[Estimate, float | None]:
-    """What is predicted for a run of ours that was measured, under the plan that it had: bytes, and seconds.
-
-    Raises:
-        ValueError: no plan is called so any more; the run must be measured again.
-    """
+    """What is predicted for a run of ours that was measured, under the plan that it had: bytes, and seconds."""
+    assert measured.block_plan is not None, measured
     full = SftSettings(batch_size=measured.batch_size)
     settings = full if measured.method == "sft" else LoraSettings(batch_size=full.batch_size, rank=measured.rank or 0)
     run = replace(
@@ -107,21 +106,9 @@ def computed_for(measured: Measured) -> tuple[Estimate, float | None]:
         precision=measured.precision,  # type: ignore[arg-type]
     )
     found = estimate(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
-    found = replace(found, plan=_plan_of(measured, found))
+    found = replace(found, plan=BlockPlan.of_fields(measured.block_plan))
     speed = speed_of(measured.gpu)
     return found, seconds(run, found, speed, measured.attention) if speed else None  # type: ignore[arg-type]
-
-
-def _plan_of(measured: Measured, found: Estimate) -> BlockPlan:
-    plans = [
-        plan
-        for compiled in (True, False)
-        for plan in ladder(measured.memory, found.load, compiled)  # type: ignore[arg-type]
-        if str(plan) == measured.plan
-    ]
-    if not plans:
-        raise ValueError(f"no plan is called {measured.plan!r}")
-    return found.plan if found.plan in plans else plans[0]
 
 
 def _shown(row: GuideRow) -> str:
@@ -139,7 +126,7 @@ def _cell(row: GuideRow, way: Way) -> str:
     for run in measured():
         same = (run.family, run.method, run.strategy, run.memory, run.precision, run.gpus) == wanted
         same = same and run.rank == getattr(row.settings, "rank", None) and run.resolution == _native(row.family)
-        if same and (way != "auto" or run.plan == str(needs.plan)):  # a larger card is given another plan
+        if same and (way != "auto" or run.block_plan == needs.plan.fields()):  # a larger card is given another plan
             if run.faster_since:
                 return f"**{run.peak_gib:.1f} GB**, {seconds(_run_of(row, way), needs, H200):.1f} s"
             return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"

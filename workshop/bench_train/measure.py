@@ -210,6 +210,7 @@ def _result(run: Run, row: Row, stop: _After) -> Mapping[str, Any]:
         "kept_gib": lines[-1].kept_gib,
         "locked_gib": locked_bytes() / _GIB,
         "plan": facts.plan,
+        "block_plan": facts.block_plan,
         "attention": facts.attention,
         **stop.machine.found(run),
         "losses": [round(line.loss or math.nan, 5) for line in lines],

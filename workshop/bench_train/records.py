@@ -33,7 +33,7 @@ def add_measured(file: Path) -> int:
 
 
 def _what(run: Measured) -> tuple[Any, ...]:
-    return run.row, run.plan, run.gpu, run.gpus, run.card_gib, run.date, run.s_per_step
+    return run.row, run.gpu, run.gpus, run.card_gib, run.date, run.s_per_step
 
 
 def _measured(result: Mapping[str, Any]) -> Measured:
@@ -50,6 +50,7 @@ def _measured(result: Mapping[str, Any]) -> Measured:
         strategy=result["strategy"],
         memory=REFERENCE if reference else result["memory"],
         plan=result["plan"],
+        block_plan=result.get("block_plan"),
         attention=result["attention"],
         gpu=result["gpu"],
         gpus=result["processes"],

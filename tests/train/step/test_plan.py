@@ -1,9 +1,11 @@
 """Which plan is chosen for which memory, and that the arithmetic is near what was measured elsewhere."""
 
+import json
+
 import pytest
 
 from cogcommon.model.families import BY_NAME
-from cogtrain.blocks.plan import BlockPlan, Load, choose_plan, fits
+from cogtrain.blocks.plan import BlockPlan, Load, choose_plan, fits, ladder
 from cogtrain.memory.install import notes
 from workshop.bench_train.subject import random_checkpoint
 
@@ -130,3 +132,11 @@ def test_a_plan_says_what_it_does():
         "frozen weights come from host memory, blocks compiled"
     )
     assert "in 20 blocks" in str(BlockPlan(("matmuls",) * 20 + ("attention",) * 22))
+
+
+def test_a_plan_is_found_again_by_its_fields_and_not_by_its_sentence():
+    for memory in ("fast", "auto", "low"):
+        for plan in ladder(memory, load_of("5b", frozen=False, accumulate=1), compiled=True):
+            assert BlockPlan.of_fields(json.loads(json.dumps(plan.fields()))) == plan
+    one, other = (BlockPlan(("inputs",) * 2, chunks=chunks) for chunks in (1, 4))
+    assert str(one) == str(other) and one.fields() != other.fields()
