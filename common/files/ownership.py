@@ -215,7 +215,7 @@ def _is_below(name: str) -> bool:
     return "\0" not in name and all(part not in ("", ".", "..") for part in parts)
 
 
-def check_output(folder: Path, by: str, option: str) -> Made | None:
+def check_own_folder(folder: Path, by: str, option: str) -> Made | None:
     """The record of a folder that a command may write to; None where it is new or empty. Nothing is written.
 
     Raises:
@@ -235,8 +235,8 @@ def check_output(folder: Path, by: str, option: str) -> Made | None:
 
 
 def take_output(folder: Path, by: str, option: str, request: str = "") -> Made:
-    """Make a folder ours, and give its record. Raises as `check_output`, and OSError."""
-    made = check_output(folder, by, option) or Made(folder, by)
+    """Make a folder ours, and give its record. Raises as `check_own_folder`, and OSError."""
+    made = check_own_folder(folder, by, option) or Made(folder, by)
     folder.mkdir(parents=True, exist_ok=True)
     made.request = request
     made.write()

@@ -28,7 +28,7 @@ from cogcommon.words import counted, in_bytes
 from ..plan.folder import SPLITS, Split, records_in, split_folder
 from ..plan.stale import Wanted
 from ..settings import CleanSettings
-from ..store.locks import ShardBusy, disk_errors, lock_shard, temporary_name, work_goes_on
+from ..store.locks import ShardBusy, lock_shard, shard_disk_errors, temporary_name, work_goes_on
 from ..store.proof import A_PREVIEW, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output, preview_record
 from ..store.shards import committed_shards, drop_samples, finish_rewrites
 
@@ -206,7 +206,7 @@ def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> in
     """Remove what was listed and can still go; returns how much of it stays."""
     stay = 0
     wanted = Wanted(out)
-    with disk_errors(out):
+    with shard_disk_errors(out):
         for (split, number), listed in _by_shard(removals).items():
             folder = split_folder(out, split)
             try:

@@ -17,7 +17,7 @@ from ..encode.report import Report, show
 from ..plan.slice import POD, choose_slice
 from ..settings import EncodeSettings
 from ..show.progress import say
-from ..store.proof import check_output
+from ..store.proof import check_shards_output
 
 
 def run(settings: EncodeSettings) -> None:
@@ -51,7 +51,7 @@ def encode(settings: EncodeSettings) -> Report:
     """
     part = choose_slice(settings.worker, os.environ)
     check_root(settings.root)  # before a model is looked for on the hub
-    check_output(settings.out, "--out", (settings.prompts, settings.videos))
+    check_shards_output(settings.out, "--out", (settings.prompts, settings.videos))
     if part.count > 1:
         say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
     # Under a launcher there is one process a GPU already.

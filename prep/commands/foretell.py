@@ -21,11 +21,11 @@ from ..plan.plan import Rejected, make_plan, sample_bytes
 from ..plan.survey import hash_images, sort_samples
 from ..processes.pool import Pool
 from ..settings import ValidateSettings
-from ..source.clip import Fault, Hashed
+from ..source.clip import ClipFault, Hashed
 
 
 @dataclass(frozen=True)
-class Forecast:
+class EncodeForecast:
     """Samples by what becomes of them, and what `encode` would say."""
 
     holdout: frozenset[bytes]  # clips set aside
@@ -42,9 +42,9 @@ def foretell(
     settings: ValidateSettings,
     checkpoint: Checkpoint,
     data: DataSet,
-    looks: Mapping[str, Look | Fault],
+    looks: Mapping[str, Look | ClipFault],
     usable: Sequence[bytes],
-) -> Forecast:
+) -> EncodeForecast:
     """See the module. Reads the folder's records and no weights: they are taken to be the same.
 
     Args:
@@ -54,8 +54,8 @@ def foretell(
     Raises:
         SettingError: every clip would be held out.
     """
-    clips: dict[str, Hashed | Probed | Fault] = {
-        source: found if isinstance(found, Fault) else Probed(_hashed(found), found.bucket)
+    clips: dict[str, Hashed | Probed | ClipFault] = {
+        source: found if isinstance(found, ClipFault) else Probed(_hashed(found), found.bucket)
         for source, found in looks.items()
     }
     first = choose_holdout(settings.holdout, Holdout(), set(usable), ())
@@ -63,13 +63,13 @@ def foretell(
         theirs = read_contract(settings.out)
         if theirs is None:
             settings.check_holdout(held=len(first.clips), of=len(set(usable)))
-            return Forecast(first.clips, len(usable))
+            return EncodeForecast(first.clips, len(usable))
         dtype = DTYPES[settings.precision] if settings.precision else theirs.dtype
         contract = make_contract(settings, checkpoint, dtype, weights=theirs)
         check_contract(settings.out, contract)
         committed = scan(settings.out)
     except CogError as error:
-        return Forecast(first.clips, 0, refusal=_in_a_line(error))
+        return EncodeForecast(first.clips, 0, refusal=_in_a_line(error))
     before = remembered_holdout(settings.out, committed)
     with Pool(1, timeout_s=settings.clip_timeout) as pool:
         images = hash_images(data.samples, data.root, pool)
@@ -112,7 +112,7 @@ def foretell(
         held=found.clips & committed.clips("val"), trained=found.clips & committed.clips("train"),
     )  # fmt: skip
     kept = sum(one.status == "ok" for one in found.kept)
-    return Forecast(found.holdout.clips, plan.new, plan.reused, kept, dropped, plan.rejected, refusal, moves)
+    return EncodeForecast(found.holdout.clips, plan.new, plan.reused, kept, dropped, plan.rejected, refusal, moves)
 
 
 def _hashed(look: Look) -> Hashed:

@@ -30,9 +30,9 @@ from cogcommon.words import counted
 from ..plan.folder import SPLITS, read_contract, records_in, split_folder
 from ..settings import IndexSettings
 from ..store.extents import INFO_FIELDS, tar_end_whole, whole_extents
-from ..store.locks import ShardBusy, disk_errors, lock_shard
-from ..store.proof import check_output, is_ours
-from ..store.shards import settle, tars_without_record
+from ..store.locks import ShardBusy, lock_shard, shard_disk_errors
+from ..store.proof import check_shards_output, is_ours
+from ..store.shards import recover_folder, tars_without_record
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def index(out: Path) -> Indexed:
     Raises:
         ShardError: there is neither a contract nor a record to take it from.
     """
-    check_output(out, "OUT")
-    with disk_errors(out):
+    check_shards_output(out, "OUT")
+    with shard_disk_errors(out):
         for split in SPLITS:
-            settle(split_folder(out, split))
+            recover_folder(split_folder(out, split))
         contract = read_contract(out)
         rebuilt = contract is None
         if contract is None:

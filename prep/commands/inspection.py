@@ -36,7 +36,7 @@ _COLUMNS = [
 
 
 @dataclass(frozen=True)
-class Row:
+class InspectedSample:
     """A sample, as `inspect` shows a few of."""
 
     shard: str
@@ -61,7 +61,7 @@ class Contents:
     captions_truncated: int
     uncommitted: Sequence[str]  # tars without a record
     lost: Sequence[str]  # tars that have a record, and are gone
-    rows: Sequence[Row]
+    rows: Sequence[InspectedSample]
 
     def to_json(self) -> str:
         return json_text(dataclasses.asdict(self))
@@ -94,7 +94,7 @@ def inspect(out: Path) -> Contents:
     buckets: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     clips: set[bytes] = set()
-    rows: list[Row] = []
+    rows: list[InspectedSample] = []
     lost: list[str] = []
     tar_bytes = truncated = 0
     for split, number, path in records_in(out):
@@ -113,7 +113,9 @@ def inspect(out: Path) -> Contents:
             truncated += row["caption_truncated"]
             if len(rows) < _ROWS:
                 rows.append(
-                    Row(shard_label(split, number), row["source"], row["bucket"], row["effective_fps"], row["caption"])
+                    InspectedSample(
+                        shard_label(split, number), row["source"], row["bucket"], row["effective_fps"], row["caption"]
+                    )
                 )
     uncommitted = [
         str(tar.relative_to(out)) for split in SPLITS for tar in tars_without_record(split_folder(out, split))

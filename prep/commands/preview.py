@@ -16,7 +16,7 @@ import numpy as np
 from cogcommon.cli.names import json_text, quoted
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ModelError, ShardError
-from cogcommon.files.ownership import check_output, refuse_data_root, take_output
+from cogcommon.files.ownership import check_own_folder, refuse_data_root, take_output
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.model.families import Resolution
@@ -33,12 +33,12 @@ from cogcommon.shards.records import (
 from ..plan.folder import Split, read_contract, read_origin, records_in, shard_label, split_folder
 from ..processes.pool import Pool
 from ..settings import PreviewSettings
-from ..show.preview_page import Preview, Shown, html_of
+from ..show.preview_page import Preview, PreviewSample, html_of
 from ..show.preview_sheet import draw_sheets
 from ..show.progress import Progress
 from ..show.source_view import view_source
-from ..source.clip import Fault
-from ..store.locks import disk_errors
+from ..source.clip import ClipFault
+from ..store.locks import shard_disk_errors
 from ..store.proof import A_PREVIEW, PREVIEW, preview_record
 from ..store.shards import read_tensors
 from ..video.colour import Pixels
@@ -58,9 +58,9 @@ def run(settings: PreviewSettings) -> None:
     refuse_data_root(folder, option)
     if (earlier := preview_record(folder)) is not None:
         earlier.write()
-    check_output(folder, A_PREVIEW, option)
+    check_own_folder(folder, A_PREVIEW, option)
     preview = make_preview(settings)
-    with disk_errors(folder):
+    with shard_disk_errors(folder):
         made = take_output(folder, A_PREVIEW, option)
         before = set(made.files)
         page = made.commit_bytes("index.html", html_of(preview))
@@ -71,7 +71,7 @@ def run(settings: PreviewSettings) -> None:
         return
     console = Console(soft_wrap=True)
     for shown in preview.shown:
-        said = shown.source.reason if isinstance(shown.source, Fault) else f"PSNR {shown.psnr:.1f} dB"
+        said = shown.source.reason if isinstance(shown.source, ClipFault) else f"PSNR {shown.psnr:.1f} dB"
         console.print(f"{shown.shard}  {shown.row.source}  {said}")
     console.print(f"\nopen {page}", style="bold")
     console.print("or   " + ", ".join(map(str, sheets)))
@@ -84,7 +84,7 @@ def _told(preview: Preview, page: Path, sheets: Sequence[Path]) -> dict[str, Any
             "shard": shown.shard,
             "source": shown.row.source,
             "psnr": shown.psnr,
-            "reason": shown.source.reason if isinstance(shown.source, Fault) else "",
+            "reason": shown.source.reason if isinstance(shown.source, ClipFault) else "",
         }
         for shown in preview.shown
     ]
@@ -101,7 +101,7 @@ def make_preview(settings: PreviewSettings) -> Preview:
     out = settings.out
     contract = read_contract(out)
     records = [] if contract is None else list(records_in(out))
-    chosen = choose(records, settings.samples or _SAMPLES)
+    chosen = choose_samples(records, settings.samples or _SAMPLES)
     if contract is None or not chosen:
         raise ShardError(
             "nothing has been encoded there", where=str(out), fix="`cogprep encode`, or name another folder"
@@ -111,7 +111,7 @@ def make_preview(settings: PreviewSettings) -> Preview:
     roots = Path(origin.data_root) if origin else Path()
     latents = Decoder(out, settings.model, contract)
     if settings.samples is None and any(latents.frugal(Resolution.parse(row.bucket)) for *_, row in chosen):
-        chosen = choose(records, _FEW)
+        chosen = choose_samples(records, _FEW)
     shown = []
     with Pool(1) as pool, Progress("Decoding", len(chosen), "sample") as bar:
         sources = pool.run(
@@ -129,13 +129,13 @@ def make_preview(settings: PreviewSettings) -> Preview:
             if IMAGE_CLEAN_MEAN in tensors:
                 images.append(("clean", latents.frames(tensors[IMAGE_CLEAN_MEAN], 1)[0]))
                 images.append(("noised", latents.frames(tensors[IMAGE_MEAN][0], 1)[0]))
-            score = None if isinstance(source, Fault) else psnr(source.frames_FHWC[: len(decoded)], decoded)
-            shown.append(Shown(shard_label(split, number), row, source, decoded, images, score))
+            score = None if isinstance(source, ClipFault) else psnr(source.frames_FHWC[: len(decoded)], decoded)
+            shown.append(PreviewSample(shard_label(split, number), row, source, decoded, images, score))
             bar.advance()
     return Preview(out, contract, len(records), shown)
 
 
-def choose(records: Sequence[tuple[Split, int, Path]], count: int) -> list[tuple[Split, int, SampleRow]]:
+def choose_samples(records: Sequence[tuple[Split, int, Path]], count: int) -> list[tuple[Split, int, SampleRow]]:
     """Up to ``count`` samples, evenly from all over the folder. Opens at most ``count`` records."""
     places: list[tuple[Split, int, SampleRow]] = []
     for split, number, path in _evenly(records, count):

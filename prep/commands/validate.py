@@ -25,9 +25,9 @@ from ..plan.plan import sample_bytes
 from ..processes.pool import Pool, default_workers
 from ..settings import ValidateSettings
 from ..show.progress import Progress
-from ..source.clip import Fault
+from ..source.clip import ClipFault
 from ..video.decode import image_size
-from .foretell import Forecast, foretell
+from .foretell import EncodeForecast, foretell
 from .verdict import BucketPlan, Finding, Verdict, show
 
 # The VAE on one H200, bf16, whole frames, as diffusers has it; time goes with the pixels (measured
@@ -71,7 +71,8 @@ def validate(settings: ValidateSettings) -> Verdict:
     looked = [
         Looked(sample, found, image)
         for sample in data.samples
-        if isinstance(found := looks[sample.source], Look) and not isinstance(image := images.get(sample.image), Fault)
+        if isinstance(found := looks[sample.source], Look)
+        and not isinstance(image := images.get(sample.image), ClipFault)
     ]
     quiet_libraries()
     cuts = cut_captions([one.sample for one in looked], checkpoint.load_tokenizer(), family.text_tokens)
@@ -103,11 +104,11 @@ def validate(settings: ValidateSettings) -> Verdict:
 
 def look_at_all(
     settings: ValidateSettings, data: DataSet, family_fps: float
-) -> tuple[Mapping[str, Look | Fault], Mapping[str, tuple[int, int] | Fault]]:
+) -> tuple[Mapping[str, Look | ClipFault], Mapping[str, tuple[int, int] | ClipFault]]:
     """Every distinct clip and image of the lists, by entry, also where the lists cannot be paired."""
     clips = list(dict.fromkeys(filter(None, data.columns.get("clips", ()))))
     images = list(dict.fromkeys(filter(None, data.columns.get("images", ()))))
-    looks: dict[str, Look | Fault] = {}
+    looks: dict[str, Look | ClipFault] = {}
     workers = min(settings.workers or default_workers(), max(1, len(clips)))
     with Pool(workers, timeout_s=settings.clip_timeout) as pool, Progress("Checking", len(clips)) as bar:
         one = partial(look, buckets=settings.buckets, cut=settings.cut, family_fps=family_fps)
@@ -121,8 +122,8 @@ def look_at_all(
 def find_faults(
     settings: ValidateSettings,
     data: DataSet,
-    looks: Mapping[str, Look | Fault],
-    images: Mapping[str, tuple[int, int] | Fault],
+    looks: Mapping[str, Look | ClipFault],
+    images: Mapping[str, tuple[int, int] | ClipFault],
 ) -> list[Finding]:
     """Faults of the lists, then of single clips and images, each where the list names it."""
     found = [Finding(fault.file, fault.line, "", fault.what) for fault in data.faults]
@@ -131,12 +132,12 @@ def find_faults(
     for column, results in bad.items():
         for line, entry in enumerate(data.columns.get(column, ()), 1):
             result = results.get(entry)
-            if isinstance(result, Fault):
+            if isinstance(result, ClipFault):
                 found.append(Finding(names[column], line, entry, result.reason))
     return found
 
 
-def find_refusals(settings: ValidateSettings, forecast: Forecast) -> list[Finding]:
+def find_refusals(settings: ValidateSettings, forecast: EncodeForecast) -> list[Finding]:
     """What `encode` would object to because of what the output folder holds."""
     found = [
         Finding(settings.videos, one.sample.line, one.sample.source, f"rejected when it was decoded: {one.reason}")
@@ -212,7 +213,7 @@ def _notes(settings: ValidateSettings, checkpoint: Checkpoint, data: DataSet, lo
     return notes
 
 
-def _notes_on_the_folder(settings: ValidateSettings, forecast: Forecast) -> Iterator[str]:
+def _notes_on_the_folder(settings: ValidateSettings, forecast: EncodeForecast) -> Iterator[str]:
     if forecast.question:
         yield f"encode would ask first: {forecast.question}"
     parts = {

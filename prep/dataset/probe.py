@@ -10,9 +10,9 @@ import numpy as np
 
 from cogcommon.model.families import Resolution
 
-from ..source.clip import BadClip, ClipFacts, Fault, Hashed
+from ..source.clip import BadClip, ClipFacts, ClipFault, Hashed
 from ..video.colour import Pixels
-from ..video.cut import Cut, Picked, Placement, best_bucket, pick_frames, place
+from ..video.cut import Cut, Picked, Placement, best_bucket, pick_frames, placement_of
 from ..video.media import Video
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -60,7 +60,7 @@ class Probed:
     bucket: Resolution
 
 
-def probe(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Probed | Fault:
+def probe_clip(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Probed | ClipFault:
     """Hash a clip and choose its bucket; a clip too short for its bucket is a fault, as in `look`.
 
     Reads every packet but decodes only one frame: this finds a file that ends early, but not
@@ -71,19 +71,19 @@ def probe(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float
             facts, bucket, _ = _choose(video, buckets, cut, family_fps)
             return Probed(Hashed(facts.size, facts.mtime_ns, facts.sha256), bucket)
     except BadClip as bad:
-        return Fault(str(bad))
+        return ClipFault(str(bad))
 
 
-def look(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Look | Fault:
+def look(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Look | ClipFault:
     """Probe a clip, choose its bucket, pick its frames by their real times, look for black bars."""
     try:
         with Video(path) as video:
             facts, bucket, picked = _choose(video, buckets, cut, family_fps)
-            placement = place(facts.width, facts.height, bucket, cut, "")
+            placement = placement_of(facts.width, facts.height, bucket, cut, "")
             picture = inside_bars(video.glimpses(_GLIMPSES), facts.width, facts.height)
             return Look(facts, bucket, picked, placement, picture)
     except BadClip as bad:
-        return Fault(str(bad))
+        return ClipFault(str(bad))
 
 
 def _choose(
@@ -92,7 +92,7 @@ def _choose(
     facts = video.facts()
     bucket = best_bucket(facts, buckets, cut, family_fps)
     picked = pick_frames(video.times_s, bucket.frames, cut, family_fps)
-    if isinstance(picked, Fault):
+    if isinstance(picked, ClipFault):
         raise BadClip(picked.reason)
     return facts, bucket, picked
 

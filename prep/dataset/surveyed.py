@@ -10,12 +10,12 @@ from pathlib import Path
 
 from cogcommon.model.families import Resolution
 
-from ..source.clip import Fault, Hashed
+from ..source.clip import ClipFault, Hashed
 from ..source.source_file import hash_file, unchanged
 from ..video.cut import Cut
 from ..video.decode import Clip, decode_clip
 
-_CHANGED = Fault("the file changed or went out of reach while the run was on", passing=True)
+_CHANGED = ClipFault("the file changed or went out of reach while the run was on", passing=True)
 
 
 def decode_as_surveyed(
@@ -27,7 +27,7 @@ def decode_as_surveyed(
     family_fps: float,
     key: str,
     image: Path | None = None,
-) -> Clip | Fault:
+) -> Clip | ClipFault:
     """As `decode.decode_clip`; a passing fault where the files are not those of the survey.
 
     Args:
@@ -35,9 +35,9 @@ def decode_as_surveyed(
         image_sha256: of the image, likewise; not used without one.
     """
     result = decode_clip(path, resolution, cut, family_fps, key, image)
-    if isinstance(result, Fault) and result.passing:
+    if isinstance(result, ClipFault) and result.passing:
         return result
-    same = _holds(path, clip.sha256) if isinstance(result, Fault) else unchanged(path, clip)
+    same = _holds(path, clip.sha256) if isinstance(result, ClipFault) else unchanged(path, clip)
     return result if same and (image is None or _holds(image, image_sha256)) else _CHANGED
 
 

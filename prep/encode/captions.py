@@ -13,7 +13,7 @@ from cogcommon.files.memory import free_gpu_memory
 from cogcommon.model.checkpoint import Checkpoint
 
 from ..show.progress import say
-from ..store.locks import disk_errors
+from ..store.locks import shard_disk_errors
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class TextStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        with disk_errors(folder):
+        with shard_disk_errors(folder):
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by close()
         self._folder = folder
         self._facts: dict[str, tuple[int, CaptionFacts]] = {}
@@ -114,11 +114,11 @@ class TextStore:
             batch = new[start : start + encoder.batch]
             for caption, (text_LD, facts) in zip(batch, encoder.encode_batch(batch), strict=True):
                 self._shape, self._dtype = text_LD.shape, text_LD.dtype
-                with disk_errors(self._folder):
+                with shard_disk_errors(self._folder):
                     self._file.write(text_LD.contiguous().view(torch.uint8).numpy().data)
                 self._facts[caption] = (len(self._facts), facts)
                 done()
-        with disk_errors(self._folder):
+        with shard_disk_errors(self._folder):
             self._file.flush()
 
     def read(self, caption: str) -> tuple[torch.Tensor, CaptionFacts]:

@@ -1,6 +1,6 @@
 """Encode planned shards: decode pool -> VAE -> writer, all three at once.
 
-`Engine.encode` commits any shards of a plan; which worker takes which shards is
+`EncodeEngine.encode` commits any shards of a plan; which worker takes which shards is
 decided by its caller. Clips are decoded ahead, across shard borders, up to a bound;
 the calling thread feeds the VAE, on a GPU one clip ahead; another thread hashes and
 writes. Samples reach a shard in planned order, so the same plan gives the same bytes.
@@ -20,11 +20,11 @@ from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import SampleRow
 
 from ..dataset.surveyed import decode_as_surveyed
-from ..plan.completion import Writer, open_shard
+from ..plan.completion import Writer, open_writer
 from ..plan.folder import Split, split_folder
 from ..plan.plan import PlannedSample, PlannedShard, Rejected
 from ..processes.pool import Pool
-from ..source.clip import Fault
+from ..source.clip import ClipFault
 from ..store.locks import ShardBusy
 from ..store.shards import ShardDone, ShardWriter
 from ..vae.choice import Choice
@@ -82,7 +82,7 @@ class _Commit:
     writer: Writer
 
 
-class Engine:
+class EncodeEngine:
     """Encodes shards of one contract on one device.
 
     Args:
@@ -167,7 +167,7 @@ class Engine:
                 folder = split_folder(self._out, shard.split)
                 folder.mkdir(parents=True, exist_ok=True)
                 keys = {planned.key for planned in shard.samples}
-                writer = open_shard(folder, shard.number, self._contract, keys, completes=shard.completes)
+                writer = open_writer(folder, shard.number, self._contract, keys, completes=shard.completes)
             except ShardBusy:
                 self._outcome.busy.append((shard.split, shard.number))
                 continue
@@ -209,14 +209,14 @@ class Engine:
         writer.commit()
         self._open.remove(writer)
 
-    def _encode_one(self, step: _Decode, clip: Clip | Fault) -> None:
+    def _encode_one(self, step: _Decode, clip: Clip | ClipFault) -> None:
         writer, row = step.writer, planned_row(step.planned)
-        if isinstance(clip, Fault) and clip.passing:
+        if isinstance(clip, ClipFault) and clip.passing:
             self._outcome.postponed.append(Rejected(step.planned.sample, clip.reason, passing=True))
             self._flight.append((None, lambda: writer.postpone(row.key)))
             self._advance()
             return
-        if isinstance(clip, Fault):
+        if isinstance(clip, ClipFault):
             self._outcome.rejected.append(Rejected(step.planned.sample, clip.reason))
             rejected = replace(row, status="rejected", reason=clip.reason)
             self._flight.append((None, lambda: writer.add_rejected(rejected)))

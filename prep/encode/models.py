@@ -15,7 +15,7 @@ from ..plan.folder import commit_contract
 from ..plan.plan import PlannedShard
 from ..settings import EncodeSettings
 from ..show.progress import Clock, Progress, say
-from ..store.locks import disk_errors
+from ..store.locks import shard_disk_errors
 from ..vae.encoder import LatentEncoder
 from .captions import TextEncoder, TextStore
 
@@ -55,7 +55,7 @@ class Models:
         with self._clock("load"):
             encoder = TextEncoder(self._checkpoint, self._device, self._dtype)
             empty_LD, _ = encoder.encode("")  # the first one also waits for the GPU's libraries
-        with disk_errors(self._settings.out):
+        with shard_disk_errors(self._settings.out):
             contract = commit_contract(self._settings.out, contract, safetensors.torch.save({TEXT: empty_LD}))
         with self._clock("text"), Progress("Captions", len(captions), "caption") as bar:
             text.fill(captions, encoder, bar.advance)

@@ -45,17 +45,17 @@ from ..plan.folder import (
     split_folder,
 )
 from ..plan.holdout import Holdout, ask_to_move
-from ..plan.plan import Drop, Plan, PlannedShard, make_plan, sample_bytes
+from ..plan.plan import Drop, EncodePlan, PlannedShard, make_plan, sample_bytes
 from ..plan.probe_cache import SurveyCache
 from ..plan.slice import choose_slice, local_rank
 from ..plan.survey import Survey, survey
 from ..processes.pool import Pool, default_workers
 from ..settings import EncodeSettings, PlanSettings
 from ..show.progress import Clock, Progress, say
-from ..store.locks import ShardBusy, at_work, disk_errors, lack_of_room
-from ..store.shards import drop_samples, settle
+from ..store.locks import ShardBusy, at_work, lack_of_room, shard_disk_errors
+from ..store.shards import drop_samples, recover_folder
 from .captions import TextStore
-from .engine import Engine, Outcome
+from .engine import EncodeEngine, Outcome
 from .models import Models
 from .report import Report, make_report
 
@@ -90,10 +90,10 @@ def encode_slice(settings: EncodeSettings) -> Report:
 
     out = settings.out
     established = check_contract(out, contract)
-    with disk_errors(out):
+    with shard_disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
-            settle(split_folder(out, split))
+            recover_folder(split_folder(out, split))
     outcome = Outcome()
     with at_work(out), Pool(settings.workers or default_workers(), timeout_s=settings.clip_timeout) as pool:
         with clock("probe"):
@@ -130,7 +130,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
                     dropped = _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
                 total = sum(len(shard.samples) for shard in round_)
                 with clock("encode"), Progress("Encoding", total) as bar:
-                    Engine(
+                    EncodeEngine(
                         out=out,
                         root=settings.root,
                         contract=contract,
@@ -149,7 +149,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
 
 def survey_and_plan(
     settings: PlanSettings, contract: Contract, committed: Committed, pool: Pool, cache: SurveyCache
-) -> tuple[Survey, Plan]:
+) -> tuple[Survey, EncodePlan]:
     """Identify every sample of the data root and place it.
 
     Raises:
@@ -282,7 +282,7 @@ def _begin(
     Returns:
         The samples dropped.
     """
-    with clock("drop"), disk_errors(settings.out):
+    with clock("drop"), shard_disk_errors(settings.out):
         if origin != read_origin(settings.out):
             origin.write(settings.out)
         return _drop_gone(settings, drops, outcome, lambda: origin.state_of_lists() == planned)

@@ -16,7 +16,7 @@ from cogcommon.shards.records import TEXT, SampleRow, ShardRecord
 
 from ..plan.folder import read_origin
 from ..processes.pool import Pool
-from ..source.clip import Fault
+from ..source.clip import ClipFault
 from ..store.shards import read_tensors
 from ..vae.encoder import LatentEncoder
 from ..video.cut import Cut
@@ -79,7 +79,7 @@ def encode_again(
     differences = []
     with Pool(workers) as pool:
         for (tar, row), clip in zip(chosen, pool.run(decode_clip, tasks), strict=True):
-            if isinstance(clip, Fault):
+            if isinstance(clip, ClipFault):
                 raise ShardError(f"{row.source} cannot be decoded again: {clip.reason}", where=str(root / row.source))
             image = clip.frames_FHWC[0] if clip.image_HWC is None else clip.image_HWC
             again = latents.encode(row.key, clip.frames_FHWC, image if contract.task == "i2v" else None).tensors

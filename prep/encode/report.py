@@ -19,12 +19,12 @@ from cogcommon.shards.records import record_name
 from cogcommon.words import counted, in_words
 
 from ..plan.folder import shard_label, split_folder
-from ..plan.plan import Plan, Rejected
+from ..plan.plan import EncodePlan, Rejected
 from ..plan.slice import Slice
 from ..plan.survey import Survey
 from ..processes.pool import default_workers
 from ..settings import EncodeSettings
-from ..store.locks import disk_errors
+from ..store.locks import shard_disk_errors
 from ..store.proof import refuse_foreign
 from .engine import Outcome
 
@@ -85,7 +85,7 @@ class Report:
         """Write report.json, or report-I-of-N.json for a slice of a divided run."""
         index, _, count = self.worker.partition("/")
         path = out / self.name_of(Slice(int(index), int(count), ""))
-        with disk_errors(path):
+        with shard_disk_errors(path):
             refuse_foreign(path)
             commit_bytes(path, self.to_json().encode())
         return path
@@ -113,7 +113,7 @@ def make_report(
     checkpoint: Checkpoint,
     part: Slice,
     found: Survey,
-    plan: Plan,
+    plan: EncodePlan,
     outcome: Outcome,
     dropped: int,
     seconds: dict[str, float],

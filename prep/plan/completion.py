@@ -17,14 +17,14 @@ from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import SampleRow, ShardRecord, read_record, record_name, tar_name
 
 from ..store.extents import finish_tar, make_extent
-from ..store.locks import disk_errors, lock_shard
+from ..store.locks import lock_shard, shard_disk_errors
 from ..store.shards import ShardDone, ShardWriter, complete_rewrite, copy_sample, finish_rewrite, open_rewrite
 
 if TYPE_CHECKING:
     import torch
 
 
-def open_shard(folder: Path, number: int, contract: Contract, planned: Collection[str], *, completes: bool) -> Writer:
+def open_writer(folder: Path, number: int, contract: Contract, planned: Collection[str], *, completes: bool) -> Writer:
     """The writer of a planned shard.
 
     Args:
@@ -51,7 +51,7 @@ class ShardCompletion:
         planned: keys that wait in it, or that it has rejected and that are tried again.
 
     Raises:
-        As `open_shard`.
+        As `open_writer`.
     """
 
     def __init__(self, folder: Path, number: int, planned: Collection[str]) -> None:
@@ -59,7 +59,7 @@ class ShardCompletion:
         self.number = number
         self._tar = folder / tar_name(number)
         self._filled = False
-        with ExitStack() as held, disk_errors(self._tar):
+        with ExitStack() as held, shard_disk_errors(self._tar):
             held.enter_context(lock_shard(folder, number))
             complete_rewrite(folder, number)
             self._old = read_record(folder / record_name(number))
@@ -73,7 +73,7 @@ class ShardCompletion:
     def add(self, row: SampleRow, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put an encoded sample in its place. The row's extent is filled in here."""
         extent = make_extent(row, tensors)
-        with disk_errors(self._tar):
+        with shard_disk_errors(self._tar):
             self._copy_up_to(row.key)
             offset = self._sink.tell()
             self._sink.write(extent.data)
@@ -94,7 +94,7 @@ class ShardCompletion:
 
     def commit(self) -> ShardRecord | None:
         """Put the new shard in place of the old one; None where nothing was added to it."""
-        with self._held, disk_errors(self._tar):
+        with self._held, shard_disk_errors(self._tar):
             if not self._filled:
                 complete_rewrite(self.folder, self.number)  # which undoes it: it has no record
                 return None
@@ -115,7 +115,7 @@ class ShardCompletion:
             place = self._ahead.popleft()
             if _key(place) == key:
                 return
-            with disk_errors(self._tar):
+            with shard_disk_errors(self._tar):
                 self._places.append(place if isinstance(place, str) else copy_sample(place, self._tar, self._sink))
 
 

@@ -76,7 +76,7 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EncodePlan:
     shards: Sequence[PlannedShard]
     drops: Sequence[Drop]
     reused: int
@@ -119,7 +119,7 @@ def make_plan(
     bucket_order: Sequence[Resolution],
     chunk: Mapping[Resolution, int],
     kept: Collection[str] = (),
-) -> Plan:
+) -> EncodePlan:
     """See the module.
 
     Args:
@@ -178,7 +178,7 @@ def make_plan(
             todo = new[bucket]
             for start in range(0, len(todo), chunk[bucket]):
                 shards.append(PlannedShard(split, next(free), bucket, todo[start : start + chunk[bucket]]))
-    return Plan(shards, drops, reused, rejected)
+    return EncodePlan(shards, drops, reused, rejected)
 
 
 def sample_bytes(

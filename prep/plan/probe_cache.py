@@ -27,7 +27,7 @@ from cogcommon.model.families import Resolution
 
 from ..dataset.probe import Probed
 from ..processes.pool import Pool
-from ..source.clip import Fault, Hashed
+from ..source.clip import ClipFault, Hashed
 from ..store.proof import SURVEY, is_surveyed
 from .slice import Slice
 
@@ -55,10 +55,10 @@ class SurveyCache:
         self,
         wanted: Collection[str],
         sources: Collection[str],
-        look: Callable[[Path], Probed | Fault],
+        look: Callable[[Path], Probed | ClipFault],
         pool: Pool,
         advance: Callable[[], None],
-    ) -> dict[str, Probed | Fault]:
+    ) -> dict[str, Probed | ClipFault]:
         """The wanted clips, read from the cache or else probed.
 
         Args:
@@ -67,7 +67,7 @@ class SurveyCache:
             look: probes one clip; runs in the pool.
             advance: called for each wanted clip.
         """
-        results: dict[str, Probed | Fault] = {}
+        results: dict[str, Probed | ClipFault] = {}
         for group in self._groups(sources):
             asked = [source for source in group if source in wanted]
             if not asked:

@@ -15,9 +15,9 @@ from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 
 from ..dataset.lists import DataSet, Sample
-from ..dataset.probe import Probed, probe
+from ..dataset.probe import Probed, probe_clip
 from ..processes.pool import Pool
-from ..source.clip import BadClip, Fault, Hashed
+from ..source.clip import BadClip, ClipFault, Hashed
 from ..source.source_file import hash_file, hash_whole, refuse_special, unchanged
 from ..video.cut import Cut
 from .folder import Committed, Split
@@ -81,7 +81,7 @@ def survey(
         if (hashed := committed.hashes.get(source)) and unchanged(root / source, hashed):
             known[source] = hashed
             advance()
-    look = partial(probe, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
+    look = partial(probe_clip, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
     probed = cache.find(sources.keys() - known.keys(), sources, look, pool, advance)
     if len(buckets) == 1:
         probed |= _hash_unjudged(probed, root, buckets[0], pool)
@@ -116,8 +116,8 @@ def survey(
 
 def sort_samples(
     samples: Sequence[Sample],
-    clips: Mapping[str, Hashed | Probed | Fault],
-    images: Mapping[str, bytes | Fault],
+    clips: Mapping[str, Hashed | Probed | ClipFault],
+    images: Mapping[str, bytes | ClipFault],
     committed: Committed,
     contract: Contract,
     holdout: int | None,
@@ -135,9 +135,9 @@ def sort_samples(
     for sample in samples:
         found = clips[sample.source]
         image = images[sample.image] if sample.image else b""
-        if isinstance(found, Fault):
+        if isinstance(found, ClipFault):
             unusable.append(Rejected(sample, found.reason, found.passing))
-        elif isinstance(image, Fault):
+        elif isinstance(image, ClipFault):
             unusable.append(Rejected(sample, image.reason, image.passing))
         else:
             candidates.append(Candidate(sample, found.clip if isinstance(found, Probed) else found, image))
@@ -152,30 +152,30 @@ def sort_samples(
 
 
 def _hash_unjudged(
-    probed: Mapping[str, Probed | Fault], root: Path, bucket: Resolution, pool: Pool
-) -> dict[str, Probed | Fault]:
+    probed: Mapping[str, Probed | ClipFault], root: Path, bucket: Resolution, pool: Pool
+) -> dict[str, Probed | ClipFault]:
     """Clips whose decoder did not come to an end, identified by their bytes alone."""
-    unjudged = [source for source, found in probed.items() if isinstance(found, Fault) and found.passing]
+    unjudged = [source for source, found in probed.items() if isinstance(found, ClipFault) and found.passing]
     hashes = pool.run(hash_whole, ((root / source,) for source in unjudged))
     return {
         source: Probed(found, bucket)
         for source, found in zip(unjudged, hashes, strict=True)
-        if not isinstance(found, Fault)
+        if not isinstance(found, ClipFault)
     }
 
 
-def hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | Fault]:
+def hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | ClipFault]:
     """The content hash of every image, by the name in the lists."""
     distinct = list(dict.fromkeys(sample.image for sample in samples if sample.image))
     return dict(zip(distinct, pool.run(hash_image, ((root / image,) for image in distinct)), strict=True))
 
 
-def hash_image(path: Path) -> bytes | Fault:
+def hash_image(path: Path) -> bytes | ClipFault:
     """The content hash of a picture, whatever is in it."""
     try:
         refuse_special(path)
         return hash_file(path)
     except BadClip as bad:
-        return Fault(f"image: {bad}")
+        return ClipFault(f"image: {bad}")
     except OSError as error:
-        return Fault(f"image: cannot be read: {error.strerror}")
+        return ClipFault(f"image: cannot be read: {error.strerror}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..source import heartbeat
-from ..source.clip import Fault
+from ..source.clip import ClipFault
 
 BEAT = "beat"  # in place of an answer: the work gets on
 
@@ -34,11 +34,11 @@ def serve(pipe: Connection) -> None:
         try:
             result = function(*task)
         except MemoryError:
-            result = Fault("out of memory", passing=True)
+            result = ClipFault("out of memory", passing=True)
         except Exception as error:  # one clip's oddity must not end a run of days; nor is our defect its fault
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(at.filename).name}:{at.lineno}"
-            result = Fault(f"unexpected {type(error).__name__}: {error} ({where})", passing=True)
+            result = ClipFault(f"unexpected {type(error).__name__}: {error} ({where})", passing=True)
         try:
             _answer(pipe, result)
         except (BrokenPipeError, ConnectionResetError):

@@ -3,7 +3,7 @@
 FFmpeg reads whatever files people have. One that makes it crash or loop must
 cost only that clip, so every clip is read in a spawned child. A child that dies, or
 gives no sign of life for too long (`heartbeat`), is replaced and its task is tried once
-more; then it becomes a `Fault` that is no verdict on the clip. Results come in
+more; then it becomes a `ClipFault` that is no verdict on the clip. Results come in
 the order of the tasks through a window of fixed length, so memory is bounded by
 the window however many clips there are.
 
@@ -32,7 +32,7 @@ from typing import Any, Generic, TypeVar
 
 from cogcommon.errors import CogError
 
-from ..source.clip import Fault
+from ..source.clip import ClipFault
 from ..source.heartbeat import TIMEOUT_S
 from .child import BEAT, serve
 
@@ -57,10 +57,10 @@ class _Ticket(Generic[R]):
 
     call: bytes
     done: threading.Event = field(default_factory=threading.Event)
-    result: R | Fault | None = None
+    result: R | ClipFault | None = None
     tries: int = 0
 
-    def finish(self, result: R | Fault) -> None:
+    def finish(self, result: R | ClipFault) -> None:
         self.result = result
         self.call = b""
         self.done.set()
@@ -152,11 +152,11 @@ class Pool:
 
     def run(
         self, function: Callable[..., R], tasks: Iterable[tuple[Any, ...]], *, window: int | None = None
-    ) -> Iterator[R | Fault]:
+    ) -> Iterator[R | ClipFault]:
         """``function(*task)`` for every task, in order.
 
         Args:
-            function: importable in a child; its exceptions become passing `Fault`s.
+            function: importable in a child; its exceptions become passing `ClipFault`s.
             tasks: argument tuples, read as the window moves on, in the caller's thread.
             window: tasks under way or finished and not yet taken; twice the workers by default.
 
@@ -216,10 +216,10 @@ class Pool:
             for child in self._children:
                 child.stop()
                 if child.ticket is not None:
-                    child.ticket.finish(Fault("the pool was closed"))
+                    child.ticket.finish(ClipFault("the pool was closed"))
             while not self._closing:  # failed: let every caller know
                 while self._waiting:
-                    self._waiting.popleft().finish(Fault("the pool failed"))
+                    self._waiting.popleft().finish(ClipFault("the pool failed"))
                 time.sleep(0.05)
 
     def _hand_out(self) -> None:
@@ -274,7 +274,7 @@ class Pool:
     def _settle(self, ticket: _Ticket[Any], result: Any) -> None:
         """A task has its result, unless that is a passing fault of its first try."""
         ticket.tries += 1
-        if isinstance(result, Fault) and result.passing and ticket.tries < _TRIES:
+        if isinstance(result, ClipFault) and result.passing and ticket.tries < _TRIES:
             self._waiting.appendleft(ticket)
         else:
             ticket.finish(result)
@@ -292,7 +292,7 @@ class Pool:
         if not child.ready:
             self._count_failed_start(_ending(child.process.exitcode))
         elif child.ticket is not None:
-            self._settle(child.ticket, Fault(why, passing=True))
+            self._settle(child.ticket, ClipFault(why, passing=True))
 
     def _count_failed_start(self, why: str) -> None:
         """It may be the moment (memory was short), unless no child comes up any more.

@@ -17,7 +17,7 @@ from cogcommon.model.families import BUILTIN_NAMES
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import SampleRow
 
-from ..source.clip import Fault
+from ..source.clip import ClipFault
 from ..video.colour import Pixels
 from .source_view import SourceView
 
@@ -29,12 +29,12 @@ _QUALITY = 88
 
 
 @dataclass(frozen=True)
-class Shown:
+class PreviewSample:
     """One sample, ready to be drawn. Pixels are uint8 RGB of the bucket's size."""
 
     shard: str
     row: SampleRow
-    source: SourceView | Fault
+    source: SourceView | ClipFault
     decoded_FHWC: Pixels  # of the first latent frames
     images: Sequence[tuple[str, Pixels]]  # I2V: what the image latents decode to
     psnr: float | None  # over the decoded frames; None without a source
@@ -47,22 +47,22 @@ class Preview:
     out: Path
     contract: Contract
     shards: int  # in the folder
-    shown: Sequence[Shown]
+    shown: Sequence[PreviewSample]
 
 
-def columns(shown: Shown) -> list[int]:
+def columns(shown: PreviewSample) -> list[int]:
     """Which of the decoded frames are shown: from the first to the last. I2V's images take a column."""
     count = len(shown.decoded_FHWC)
     most = COLUMNS - bool(shown.images)
     return sorted({round(place) for place in np.linspace(0, count - 1, min(most, count))})
 
 
-def time_of(shown: Shown, index: int) -> str:
+def time_of(shown: PreviewSample, index: int) -> str:
     """When a frame is shown, from the clip's first used frame."""
     return f"{index / shown.row.effective_fps:.2f} s"
 
 
-def facts(shown: Shown) -> list[tuple[str, str]]:
+def sample_facts(shown: PreviewSample) -> list[tuple[str, str]]:
     """What a sample is, as name and value."""
     row = shown.row
     told = [
@@ -125,11 +125,11 @@ def is_page(path: Path) -> bool:
     return page.startswith(begin.encode()) and page.endswith(rest.rpartition("}")[2].encode())
 
 
-def _card(shown: Shown) -> str:
+def _card(shown: PreviewSample) -> str:
     shown_columns = columns(shown)
     source = shown.source
     rows: list[tuple[str, list[str]]] = []  # a name, and cells
-    if isinstance(source, Fault):
+    if isinstance(source, ClipFault):
         whole = f'<div class="gone">{html.escape(source.reason)}</div>'
     else:
         whole = _figure(with_box(source, (640, 640)), "source: the box is what was encoded")
@@ -143,7 +143,7 @@ def _card(shown: Shown) -> str:
             cells.append(_cell(picture_HWC, name))
     strip = "".join(f"<tr><th>{name}</th>{''.join(cells)}</tr>" for name, cells in rows)
     score = "" if shown.psnr is None else (f'<span class="psnr {grade(shown.psnr)}">PSNR {shown.psnr:.1f} dB</span>')
-    told = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts(shown))
+    told = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in sample_facts(shown))
     return f"""<article>
 <header><p>{html.escape(shown.row.caption)}</p>{score}</header>
 <div class="sides">

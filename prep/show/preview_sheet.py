@@ -11,9 +11,21 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cogcommon.cli.names import plain
 
-from ..source.clip import Fault
+from ..source.clip import ClipFault
 from ..video.colour import Pixels
-from .preview_page import BOX, COLUMNS, IMAGES, Preview, Shown, columns, facts, grade, summary, time_of, with_box
+from .preview_page import (
+    BOX,
+    COLUMNS,
+    IMAGES,
+    Preview,
+    PreviewSample,
+    columns,
+    grade,
+    sample_facts,
+    summary,
+    time_of,
+    with_box,
+)
 
 _PER_SHEET = 4
 _HEAD = 72  # height of the title
@@ -55,13 +67,13 @@ def is_sheet(path: Path) -> bool:
         return False
 
 
-def _block(shown: Shown) -> Image.Image:
+def _block(shown: PreviewSample) -> Image.Image:
     """One sample: caption, source frame, rows of frames, facts."""
     lines = textwrap.wrap(shown.row.caption, 160)
     caption = "\n".join([*lines[:2], f"{lines[2]} ..."] if len(lines) > 3 else lines)
     rows: list[tuple[str, Pixels]] = []
     whole = Image.new("RGB", (_WHOLE, 240), _PAPER)
-    if isinstance(shown.source, Fault):
+    if isinstance(shown.source, ClipFault):
         draw = ImageDraw.Draw(whole)
         draw.rectangle((0, 0, _WHOLE - 1, 239), outline=_LINE, width=2)
         _words(draw, (_WHOLE // 2, 120), shown.source.reason, 16, _SOFT, "mm")
@@ -79,7 +91,7 @@ def _block(shown: Shown) -> Image.Image:
         score = f"PSNR {shown.psnr:.1f} dB"
         _words(draw, (_WIDTH - _MARGIN, _MARGIN - 8), score, 20, _GRADES[grade(shown.psnr)], "ra")
     block.paste(whole, (_MARGIN, head))
-    if not isinstance(shown.source, Fault):
+    if not isinstance(shown.source, ClipFault):
         key = head + whole.height + 10
         draw.rectangle((_MARGIN, key, _MARGIN + 14, key + 12), outline=BOX, width=3)
         _words(draw, (_MARGIN + 22, key - 3), "what was encoded of the source", 14, _SOFT)
@@ -102,12 +114,12 @@ def _block(shown: Shown) -> Image.Image:
         _words(draw, (x + 5, y + height - 11), name, 14, _PAPER, "lm")
     if shown.images:
         _words(draw, (x + width // 2, head - 18), IMAGES, 14, _SOFT, "ma")
-    told = "     ".join(f"{name}: {value}" for name, value in facts(shown))
+    told = "     ".join(f"{name}: {value}" for name, value in sample_facts(shown))
     _words(draw, (_MARGIN, head + body + 12), told, 14, _SOFT)
     return block
 
 
-def _frame_size(shown: Shown) -> tuple[int, int]:
+def _frame_size(shown: PreviewSample) -> tuple[int, int]:
     height, width = shown.decoded_FHWC.shape[1:3]
     most = (_WIDTH - 2 * _MARGIN - _WHOLE - 24 - _LABEL - (COLUMNS - 1) * _GAP) // COLUMNS
     scale = min(most / width, _TALLEST / height)

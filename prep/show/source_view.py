@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cogcommon.model.families import Resolution
 
-from ..source.clip import BadClip, Fault
+from ..source.clip import BadClip, ClipFault
 from ..source.source_file import hash_file
 from ..video.colour import Pixels
 from ..video.cut import Cut
@@ -30,7 +30,7 @@ class SourceView:
 
 def view_source(
     path: Path, sha256: bytes, resolution: Resolution, cut: Cut, family_fps: float, key: str, count: int
-) -> SourceView | Fault:
+) -> SourceView | ClipFault:
     """Make the first ``count`` frames of a sample again from its clip.
 
     Args:
@@ -39,9 +39,9 @@ def view_source(
     """
     try:
         if hash_file(path) != sha256:
-            return Fault("the source has changed since it was encoded")
+            return ClipFault("the source has changed since it was encoded")
         clip = decode_clip(path, resolution, cut, family_fps, key)
-        if isinstance(clip, Fault):
+        if isinstance(clip, ClipFault):
             return clip
         with Video(path) as video:
             width, height = video.display_size
@@ -50,8 +50,8 @@ def view_source(
             whole_HWC = next(video.frames(clip.indices[:1], *size))
         return SourceView(whole_HWC, width, height, clip.crop_box, clip.frames_FHWC[:count])
     except FileNotFoundError:
-        return Fault("the source is gone")
+        return ClipFault("the source is gone")
     except OSError as error:
-        return Fault(f"the source cannot be read: {error.strerror}")
+        return ClipFault(f"the source cannot be read: {error.strerror}")
     except BadClip as bad:
-        return Fault(str(bad))
+        return ClipFault(str(bad))

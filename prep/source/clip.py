@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class ClipFault:
     """Why one clip cannot be used, in words for its owner. It travels to the report as a value.
 
     A fault that may be gone the next time (a decoder that was killed, a file that went out of reach)
@@ -27,7 +27,7 @@ class Hashed:
 
 
 class BadClip(Exception):
-    """Inside the reader only: unwinds to `look` or `decode`, which return a `Fault`."""
+    """Inside the reader only: unwinds to `look` or `decode`, which return a `ClipFault`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cogcommon.files.regular_file import Missing, Unreadable, check_regular
 
-from .clip import BadClip, Fault, Hashed
+from .clip import BadClip, ClipFault, Hashed
 from .heartbeat import beat
 from .near import near
 
@@ -28,13 +28,13 @@ def hash_file(path: Path) -> bytes:
     return digest.digest()
 
 
-def hash_whole(path: Path) -> Hashed | Fault:
+def hash_whole(path: Path) -> Hashed | ClipFault:
     """A file's content hash, without a decoder; a fault if it cannot be read."""
     try:
         info = refuse_special(path)
         return Hashed(info.st_size, info.st_mtime_ns, hash_file(path))
     except (BadClip, OSError) as error:
-        return Fault(str(error), passing=True)
+        return ClipFault(str(error), passing=True)
 
 
 def unchanged(path: Path, before: Hashed) -> bool:

@@ -45,7 +45,7 @@ _MOST_TEXT = 1 << 24  # bytes of a json member, far more than any
 
 
 @dataclasses.dataclass(frozen=True)
-class Extent:
+class TarExtent:
     """A sample as it lies in a tar. ``data`` is kept only until it is written."""
 
     info: Mapping[str, Any]
@@ -74,7 +74,7 @@ def _padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def make_extent(row: SampleRow, tensors: Mapping[str, torch.Tensor]) -> Extent:
+def make_extent(row: SampleRow, tensors: Mapping[str, torch.Tensor]) -> TarExtent:
     """A sample's bytes. safetensors sorts by type and name, json by key: the same sample, the same bytes."""
     import safetensors.torch
     import webdataset  # brings torch, which looking at shards has no need of
@@ -90,10 +90,10 @@ def make_extent(row: SampleRow, tensors: Mapping[str, torch.Tensor]) -> Extent:
     writer.close()
     data = sink.getvalue()[:size]
     assert size == 2 * tarfile.BLOCKSIZE + _padded(len(text)) + _padded(len(payload)), "a header of more than a block"
-    return Extent(info, -1, size, len(text), len(payload), hashlib.sha256(data).digest(), data)
+    return TarExtent(info, -1, size, len(text), len(payload), hashlib.sha256(data).digest(), data)
 
 
-def whole_extents(stream: IO[bytes]) -> Iterator[Extent]:
+def whole_extents(stream: IO[bytes]) -> Iterator[TarExtent]:
     """The extents at the front of a tar, up to the first that is not whole and true to its own hash."""
     stream.seek(0)
     while True:
@@ -111,7 +111,7 @@ def whole_extents(stream: IO[bytes]) -> Iterator[Extent]:
         if not (whole and named and info.keys() >= set(FOUND_FIELDS)):
             return
         data = text_member.raw + payload_member.raw
-        yield Extent(
+        yield TarExtent(
             info,
             offset,
             len(data),

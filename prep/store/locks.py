@@ -25,7 +25,7 @@ def temporary_name(number: int) -> str:
     return f".{number:06d}.tar.tmp"
 
 
-def open_shard(folder: Path, number: int) -> IO[bytes]:
+def open_temporary_tar(folder: Path, number: int) -> IO[bytes]:
     """Open a shard's temporary tar for this process alone. The lock goes with the process, however it ends.
 
     Raises:
@@ -58,7 +58,7 @@ def lock_shard(folder: Path, number: int) -> Iterator[None]:
     Raises:
         ShardBusy: another live process writes it.
     """
-    with open_shard(folder, number) as stream:
+    with open_temporary_tar(folder, number) as stream:
         try:
             yield
         finally:
@@ -74,7 +74,7 @@ def at_work(out: Path) -> Iterator[None]:
     """
     mark = temporary_beside(out / _MARK)
     try:
-        with disk_errors(out):
+        with shard_disk_errors(out):
             for left in out.glob(f".{_MARK}.*.tmp"):
                 if TEMPORARY.fullmatch(left.name) and not locks.locked_elsewhere(left):
                     left.unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def lack_of_room(folder: Path, needed: int) -> str:
     return f"this takes {in_bytes(needed)}, and the disk of {folder} has {in_bytes(free)} free: it will run full"
 
 
-def disk_errors(path: Path) -> AbstractContextManager[None]:
+def shard_disk_errors(path: Path) -> AbstractContextManager[None]:
     """What the file system refuses while shards, or what belongs to them, are written: one clear message.
 
     Raises:

@@ -114,7 +114,7 @@ def _is_early(out: Path) -> bool:
     return all(path in folders or path == out / EMPTY_CAPTION_FILE or is_ours(path) for path in found)
 
 
-def check_output(out: Path, option: str, lists: tuple[str, ...] = ()) -> None:
+def check_shards_output(out: Path, option: str, lists: tuple[str, ...] = ()) -> None:
     """Refuse to write shards where something of somebody's would be written over. Nothing is written.
 
     Args:

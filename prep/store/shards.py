@@ -44,8 +44,8 @@ from cogcommon.shards.records import (
     write_record,
 )
 
-from .extents import FOUND_FIELDS, Extent, finish_tar, make_extent, whole_extents
-from .locks import ShardBusy, disk_errors, lock_shard, open_shard, temporary_name
+from .extents import FOUND_FIELDS, TarExtent, finish_tar, make_extent, whole_extents
+from .locks import ShardBusy, lock_shard, open_temporary_tar, shard_disk_errors, temporary_name
 from .proof import is_ours, refuse_foreign
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def read_tensors(tar: Path, row: SampleRow) -> dict[str, torch.Tensor]:
 class _LeftBehind(NamedTuple):
     """A sample that a killed writer finished, and the file in which it lies."""
 
-    extent: Extent
+    extent: TarExtent
     stream: IO[bytes]
 
 
@@ -135,8 +135,8 @@ class ShardWriter:
         self._in_place: deque[str] = deque()  # of those, the ones that lie where they may stay
         self._end = 0  # of what was given
         self._sources = ExitStack()  # open files that samples are taken over from
-        with disk_errors(folder / tar_name(number)):
-            self._stream = open_shard(folder, number)
+        with shard_disk_errors(folder / tar_name(number)):
+            self._stream = open_temporary_tar(folder, number)
             try:
                 complete_rewrite(folder, number)
                 if (folder / record_name(number)).exists():
@@ -155,7 +155,7 @@ class ShardWriter:
     def add(self, row: SampleRow, tensors: Mapping[str, torch.Tensor]) -> None:
         """Append an encoded sample. The row's extent is filled in here."""
         extent = make_extent(row, tensors)
-        with disk_errors(self.folder / tar_name(self.number)):
+        with shard_disk_errors(self.folder / tar_name(self.number)):
             offset = self._append(extent.data)
         self._places.append(extent.placed(row, offset))
 
@@ -166,7 +166,7 @@ class ShardWriter:
             self._in_place.popleft()
             offset, self._end = extent.offset, extent.offset + extent.size
         else:
-            with disk_errors(self.folder / tar_name(self.number)):
+            with shard_disk_errors(self.folder / tar_name(self.number)):
                 stream.seek(extent.offset)
                 offset = self._append(stream.read(extent.size))
         found = {name: extent.info[name] for name in FOUND_FIELDS}
@@ -185,7 +185,7 @@ class ShardWriter:
         """Finish the tar, give it its name, then write the record; None where every sample waits."""
         path = self.folder / tar_name(self.number)
         temporary = self.folder / temporary_name(self.number)
-        with self._sources, disk_errors(path):
+        with self._sources, shard_disk_errors(path):
             if all(isinstance(place, str) for place in self._places):
                 temporary.unlink(missing_ok=True)
                 self._stream.close()
@@ -265,7 +265,7 @@ def drop_samples(folder: Path, number: int, keep: Callable[[SampleRow], bool]) -
     """
     tar, record_path = folder / tar_name(number), folder / record_name(number)
     # Locked to the end, or another process would take this rewrite for one that a killed process left.
-    with disk_errors(tar), lock_shard(folder, number):
+    with shard_disk_errors(tar), lock_shard(folder, number):
         complete_rewrite(folder, number)
         if not record_path.exists():  # somebody was first
             return None
@@ -322,7 +322,7 @@ def remove_shard(folder: Path, number: int) -> None:
             fsync_folder(folder)
 
 
-def settle(folder: Path) -> None:
+def recover_folder(folder: Path) -> None:
     """Make a folder fit for writing: finish rewrites, and remove records whose tar is gone.
 
     What a live process works on is left alone.
@@ -330,7 +330,7 @@ def settle(folder: Path) -> None:
     finish_rewrites(folder)
     for number in committed_shards(folder):
         if not os.path.lexists(folder / tar_name(number)):
-            with suppress(ShardBusy), disk_errors(folder), lock_shard(folder, number):
+            with suppress(ShardBusy), shard_disk_errors(folder), lock_shard(folder, number):
                 if not os.path.lexists(folder / tar_name(number)):
                     remove_shard(folder, number)
 
@@ -340,7 +340,7 @@ def finish_rewrites(folder: Path) -> None:
     halves = [path.name[1:].removesuffix(".new") for path in folder.glob(".*.new")]
     found = [shard_number(name, kind) for name in halves for kind in ("tar", "parquet")]
     for number in sorted({number for number in found if number is not None}):
-        with suppress(ShardBusy), disk_errors(folder), lock_shard(folder, number):
+        with suppress(ShardBusy), shard_disk_errors(folder), lock_shard(folder, number):
             complete_rewrite(folder, number)
 
 

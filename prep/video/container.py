@@ -83,7 +83,7 @@ def video_streams(container: InputContainer) -> list[VideoStream]:
     ]
 
 
-def decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+def decode_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """The frames from where the container stands.
 
     A WebM's transparency lies beside its pictures, where only libvpx looks for it; without it the colours

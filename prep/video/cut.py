@@ -20,7 +20,7 @@ from cogcommon.files.typed import build
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import CONTRACT_FILE
 
-from ..source.clip import ClipFacts, Fault
+from ..source.clip import ClipFacts, ClipFault
 
 if TYPE_CHECKING:
     from cogcommon.shards.contract import Contract
@@ -105,7 +105,7 @@ class Placement:
         return 1 - (right - left) * (bottom - top) / (source_width * source_height)
 
 
-def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: float) -> Picked | Fault:
+def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: float) -> Picked | ClipFault:
     """Choose ``count`` frames of a clip by their times.
 
     No frame is taken twice, since a frame shown twice would teach the model to stutter, but for two reasons: a
@@ -119,14 +119,14 @@ def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: floa
     """
     candidates = range(bisect_left(times_s, times_s[0] + cut.start - 1e-6), len(times_s), cut.stride)
     if not candidates:
-        return Fault(f"--start {cut.start:g} is past its end ({times_s[-1] - times_s[0]:.2f} s)")
-    shown = [Shown(index, times_s[index]) for index in candidates]
+        return ClipFault(f"--start {cut.start:g} is past its end ({times_s[-1] - times_s[0]:.2f} s)")
+    shown = [ShownFrame(index, times_s[index]) for index in candidates]
     if not cut.by_number:
         shown = _show(shown, count, family_fps)
     if len(shown) < count:
         if cut.short == "reject":
             thinned = "" if len(candidates) == len(times_s) else f" after --start and --stride (of {len(times_s)})"
-            return Fault(f"too short: {_frames(len(candidates))}{thinned}, {count} are needed")
+            return ClipFault(f"too short: {_frames(len(candidates))}{thinned}, {count} are needed")
         repeated = [*shown, *[shown[-1]] * (count - len(shown))]
         return Picked(tuple(one.index for one in repeated), _rate([one.time_s for one in shown], family_fps))
     times = [one.time_s for one in shown]
@@ -139,7 +139,7 @@ def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: floa
         # the last frame stays on screen for one interval; half of it keeps the pick the nearest one
         long_enough = at_speed[-1] <= times[-1] + _interval(times) / 2
         if cut.frames == "fps" and not long_enough:
-            return Fault(f"too short: {times[-1] - times[0]:.2f} s; {count} frames at {family_fps:g} fps take "
+            return ClipFault(f"too short: {times[-1] - times[0]:.2f} s; {count} frames at {family_fps:g} fps take "
                          f"{(count - 1) / family_fps:.2f} s")  # fmt: skip
         if cut.frames == "even" or not long_enough:
             span = times[-1] - times[0]
@@ -148,19 +148,19 @@ def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: floa
             chosen = _nearest(times, at_speed)
     rate = _rate([times[index] for index in chosen], family_fps)
     if cut.frames == "fps" and abs(rate / family_fps - 1) > 0.05:
-        return Fault(f"too slow: its own rate gives {rate:.2f} fps where the model has {family_fps:g}")
+        return ClipFault(f"too slow: its own rate gives {rate:.2f} fps where the model has {family_fps:g}")
     return Picked(tuple(shown[index].index for index in chosen), rate)
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ShownFrame:
     """A source frame that is on screen at a time, in seconds."""
 
     index: int
     time_s: float
 
 
-def _show(frames: Sequence[Shown], count: int, family_fps: float) -> list[Shown]:
+def _show(frames: Sequence[ShownFrame], count: int, family_fps: float) -> list[ShownFrame]:
     """The frames, and one that stays for longer than the model's interval as often as a constant rate would store it.
 
     That rate is the clip's usual one. A clip that is slower than the model throughout so gives every frame once, and
@@ -177,7 +177,7 @@ def _show(frames: Sequence[Shown], count: int, family_fps: float) -> list[Shown]
     for frame, gap in zip(frames, gaps, strict=False):
         stays = round(gap / usual) if gap > 1 / family_fps + 1e-6 else 1
         stays = max(1, min(stays, 8 * count))  # of a gap of hours no more than could be picked
-        shown += [Shown(frame.index, frame.time_s + gap * place / stays) for place in range(stays)]
+        shown += [ShownFrame(frame.index, frame.time_s + gap * place / stays) for place in range(stays)]
     return [*shown, frames[-1]]
 
 
@@ -211,7 +211,7 @@ def _rate(times: Sequence[float], default: float) -> float:
     return (len(times) - 1) / span if span > 0 else default
 
 
-def place(width: int, height: int, resolution: Resolution, cut: Cut, key: str) -> Placement:
+def placement_of(width: int, height: int, resolution: Resolution, cut: Cut, key: str) -> Placement:
     """Where the picture of ``resolution`` lies in an upright source of ``width`` x ``height`` square pixels.
 
     Args:

@@ -11,10 +11,10 @@ from PIL import Image
 from cogcommon.media.image import BadImage, read_upright
 from cogcommon.model.families import Resolution
 
-from ..source.clip import BadClip, Fault
+from ..source.clip import BadClip, ClipFault
 from ..source.source_file import refuse_special
 from .colour import Pixels
-from .cut import Cut, Placement, pick_frames, place
+from .cut import Cut, Placement, pick_frames, placement_of
 from .media import Video
 
 
@@ -32,7 +32,7 @@ class Clip:
 
 def decode_clip(
     path: Path, resolution: Resolution, cut: Cut, family_fps: float, key: str, image: Path | None = None
-) -> Clip | Fault:
+) -> Clip | ClipFault:
     """Decode a clip for one bucket.
 
     Args:
@@ -43,9 +43,9 @@ def decode_clip(
     try:
         with Video(path) as video:
             picked = pick_frames(video.times_s, resolution.frames, cut, family_fps)
-            if isinstance(picked, Fault):
+            if isinstance(picked, ClipFault):
                 return picked
-            placement = place(*video.display_size, resolution, cut, key)
+            placement = placement_of(*video.display_size, resolution, cut, key)
             clip_FHWC = np.zeros((resolution.frames, resolution.height, resolution.width, 3), np.uint8)
             slot = 0
             for frame_HWC in video.frames(sorted(set(picked.indices)), placement.width, placement.height):
@@ -58,15 +58,15 @@ def decode_clip(
                 clip_FHWC, picked.indices, picked.effective_fps, placement.box, video.colour.decision, image_HWC
             )
     except BadClip as bad:
-        return Fault(str(bad))
+        return ClipFault(str(bad))
 
 
-def image_size(path: Path) -> tuple[int, int] | Fault:
+def image_size(path: Path) -> tuple[int, int] | ClipFault:
     """Upright width and height of a picture, which is read as `read_image` will read it."""
     try:
         return _read_upright(path).size
     except BadClip as bad:
-        return Fault(str(bad))
+        return ClipFault(str(bad))
 
 
 def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels:
@@ -76,7 +76,7 @@ def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels
         BadClip: it cannot be read.
     """
     upright = _read_upright(path)
-    placement = place(upright.width, upright.height, resolution, cut, key)
+    placement = placement_of(upright.width, upright.height, resolution, cut, key)
     scaled = upright.resize((placement.width, placement.height), Image.Resampling.BICUBIC)
     image_HWC = np.zeros((resolution.height, resolution.width, 3), np.uint8)
     _cut(np.asarray(scaled), placement, image_HWC)

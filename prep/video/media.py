@@ -1,7 +1,7 @@
 """Reading video: the pictures of a clip, each in its place and as a player shows it.
 
 A file that cannot be trusted becomes a `clip.Fault`; nothing here raises for a bad clip
-but `BadClip`, which `look` and `decode` turn into that value.
+but `BadClip`, which `look` and `decode_frames` turn into that value.
 
 `container` opens the file, `times` finds out when each picture is shown, `picture` makes it RGB.
 
@@ -28,7 +28,7 @@ from ..source.clip import BadClip, ClipFacts
 from ..source.heartbeat import beat
 from ..source.source_file import hash_file, refuse_special
 from .colour import Colour, Pixels, Tags, Turn, colour_of, to_rgb, turn_of
-from .container import decode, open_video, video_streams, words_of
+from .container import decode_frames, open_video, video_streams, words_of
 from .times import read_times, usual_rate
 
 
@@ -139,7 +139,7 @@ class Video:
             for part in range(1, count):
                 index = len(self.times_s) * part // count
                 self._container.seek(self._times.stamps[index] if self._times.stamps else 0, stream=self._stream)
-                frame = next(decode(self._container, self._stream), None)
+                frame = next(decode_frames(self._container, self._stream), None)
                 if frame is not None and frame.pts is not None:
                     found[frame.pts] = frame
         return [self.turn.apply(to_rgb(scaler, frame, across, down, self.colour)) for frame in found.values()]
@@ -193,7 +193,7 @@ class Video:
         container, stream = open_video(self.path)  # anew: not every format can be wound back
         expected = 0
         try:
-            for frame in decode(container, stream):
+            for frame in decode_frames(container, stream):
                 beat()
                 if frame.is_corrupt:
                     raise BadClip(f"frame {expected} is damaged")

@@ -31,7 +31,7 @@ _BACK_S = 0.2  # packets come in the order of decoding; what steps back further 
 
 
 @dataclass(frozen=True)
-class Times:
+class FrameTimes:
     """The pictures of a clip in the order in which they are shown.
 
     ``by`` says what marks a decoded picture's place: its own time of display (``pts``), the
@@ -58,17 +58,17 @@ class Times:
             return None
         return bisect_left(self.stamps, stamp) - self.delay
 
-    def after_delay(self, first: VideoFrame, time_base: float) -> Times:
+    def after_delay(self, first: VideoFrame, time_base: float) -> FrameTimes:
         """The times by dts, once the first decoded picture has shown how many the decoder holds back."""
         if self.by != "dts" or first.dts is None:
             return self
         delay = min(bisect_left(self.stamps, first.dts), len(self.stamps) - 1)
         step = median(after - before for before, after in pairwise(self.stamps)) if len(self.stamps) > 1 else 1
         shown = [*self.stamps[delay:], *(self.stamps[-1] + step * (place + 1) for place in range(delay))]
-        return Times(tuple(stamp * time_base for stamp in shown), "dts", self.stamps, delay)
+        return FrameTimes(tuple(stamp * time_base for stamp in shown), "dts", self.stamps, delay)
 
 
-def read_times(container: InputContainer, stream: VideoStream) -> Times:
+def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
     """Read every packet: the times of the pictures, and whether the file ends early.
 
     Raises:
@@ -122,17 +122,17 @@ def _times_of(
     stream: VideoStream,
     shown: Sequence[tuple[int | None, int | None]],
     first_key: int | None,
-) -> Times:
+) -> FrameTimes:
     base = float(stream.time_base or 0)
     pts = [stamp for stamp, _ in shown if stamp is not None]
     if container.format.name not in _DECODED_AT and len(set(pts)) == len(shown):
         stamps = tuple(sorted(stamp for stamp in pts if first_key is None or stamp >= first_key))
-        return Times(tuple(stamp * base for stamp in stamps), "pts", stamps)
+        return FrameTimes(tuple(stamp * base for stamp in stamps), "pts", stamps)
     dts = [stamp for _, stamp in shown if stamp is not None]
     if len(dts) == len(shown) and all(before < after for before, after in pairwise(dts)):
-        return Times(tuple(stamp * base for stamp in dts), "dts", tuple(dts))
+        return FrameTimes(tuple(stamp * base for stamp in dts), "dts", tuple(dts))
     rate = usual_rate(stream)  # no times to trust: the mean rate is all there is
-    return Times(tuple(index / rate for index in range(len(shown))), "count")
+    return FrameTimes(tuple(index / rate for index in range(len(shown))), "count")
 
 
 def usual_rate(stream: VideoStream) -> float:

@@ -11,7 +11,7 @@ from cogcommon.errors import SettingError
 from cogcommon.files.ownership import (
     RECORD_FILE,
     Made,
-    check_output,
+    check_own_folder,
     remove_folder,
     replace_folder,
     seal,
@@ -49,7 +49,7 @@ def test_a_data_root_is_no_output_even_if_it_was_one(tmp_path, name):
     take(tmp_path)
     (tmp_path / name).write_text("a cat\n")
     with pytest.raises(SettingError, match=f"data root: it holds {name}"):
-        check_output(tmp_path, "a test", "--out")
+        check_own_folder(tmp_path, "a test", "--out")
 
 
 def test_a_file_is_ours_as_long_as_it_is_as_we_made_it(tmp_path):

@@ -37,13 +37,13 @@ from cogcommon.shards.records import read_record
 from cogprep.commands.verify import check_shard
 from cogprep.dataset.lists import Sample
 from cogprep.encode.captions import CaptionFacts
-from cogprep.encode.engine import Engine, Outcome
+from cogprep.encode.engine import EncodeEngine, Outcome
 from cogprep.plan.folder import SPLITS, records_in, scan, split_folder
 from cogprep.plan.holdout import Holdout, choose_holdout
 from cogprep.plan.plan import Candidate, make_plan, with_keys
 from cogprep.source.clip import Hashed
 from cogprep.store.locks import ShardBusy
-from cogprep.store.shards import drop_samples, settle
+from cogprep.store.shards import drop_samples, recover_folder
 from cogprep.vae.encoder import Latents, Pending, generator_of
 from cogprep.video.cut import Cut
 from cogprep.video.decode import Clip
@@ -82,7 +82,7 @@ def bring_up_to_date(
         still: whether the lists are as they were planned.
     """
     for split in SPLITS:
-        settle(split_folder(out, split))
+        recover_folder(split_folder(out, split))
     candidates = [
         Candidate(Sample(line, f"caption {name}", f"{name}.mp4", ""), Hashed(1, 1, name.encode() * 32), b"")
         for line, name in enumerate(clips, 1)
@@ -101,7 +101,7 @@ def bring_up_to_date(
         with suppress(ShardBusy):
             drop_samples(split_folder(out, drop.split), drop.number, keep)
     outcome = Outcome()
-    Engine(
+    EncodeEngine(
         out=out,
         root=Path("/nowhere"),
         contract=contract,

@@ -30,13 +30,13 @@ from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import read_record
 from cogprep.commands import clean_cache
 from cogprep.commands.index import index
-from cogprep.commands.preview import choose
+from cogprep.commands.preview import choose_samples
 from cogprep.commands.verify import verify
 from cogprep.plan import stale
 from cogprep.plan.folder import Origin, check_contract, commit_contract, records_in
 from cogprep.settings import CleanSettings
 from cogprep.store.locks import at_work, temporary_name
-from cogprep.store.proof import A_PREVIEW, check_output
+from cogprep.store.proof import A_PREVIEW, check_shards_output
 from cogprep.store.shards import ShardWriter
 
 
@@ -81,7 +81,7 @@ class Folder:
         return [line.removesuffix(".mp4") for line in (self.root / "videos.txt").read_text().split()]
 
     def encode(self) -> None:
-        check_output(self.out, "--out")
+        check_shards_output(self.out, "--out")
         self.out.mkdir(exist_ok=True)
         with at_work(self.out):
             if check_contract(self.out, self.contract) is None:
@@ -102,7 +102,7 @@ class Folder:
 
     def preview(self) -> None:
         made = take_output(self.out / "preview", A_PREVIEW, "--to")
-        made.commit_bytes("index.html", repr(choose(list(records_in(self.out)), 3)).encode())
+        made.commit_bytes("index.html", repr(choose_samples(list(records_in(self.out)), 3)).encode())
 
     def committed(self) -> dict[str, list[Any]]:
         """Names of the clips whose samples count: the shard that holds each, and its inode."""

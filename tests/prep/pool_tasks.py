@@ -12,7 +12,7 @@ import numpy as np
 
 from cogprep.dataset import probe as probing
 from cogprep.dataset.surveyed import decode_as_surveyed
-from cogprep.source.clip import Fault
+from cogprep.source.clip import ClipFault
 from cogprep.source.heartbeat import beat
 
 
@@ -66,13 +66,13 @@ def decode(*arguments):
 
 
 def probe(*arguments, **named):
-    return disturbed("probe", partial(probing.probe, **named), arguments)
+    return disturbed("probe", partial(probing.probe_clip, **named), arguments)
 
 
 def find_fault(*arguments):
     """A verdict of the decoder on every clip beside which there is a file CLIP.fault."""
     path = next(argument for argument in arguments if isinstance(argument, Path))
-    return Fault("damaged") if path.with_name(f"{path.name}.fault").exists() else decode_as_surveyed(*arguments)
+    return ClipFault("damaged") if path.with_name(f"{path.name}.fault").exists() else decode_as_surveyed(*arguments)
 
 
 def process_id():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cogcommon.model.families import Resolution
-from cogprep.source.clip import Fault
+from cogprep.source.clip import ClipFault
 from cogprep.video.cut import Cut
 from cogprep.video.decode import Clip, decode_clip
 
@@ -135,7 +135,7 @@ def tag(context: av.VideoCodecContext, told: Told) -> None:
     context.color_trc, context.color_primaries = told.transfer, told.primaries
 
 
-def decode(path: Path) -> Clip | Fault:
+def decode(path: Path) -> Clip | ClipFault:
     return decode_clip(path, SIZE, Cut(), 8, "key")
 
 
@@ -207,7 +207,7 @@ def test_hdr_is_refused_wherever_it_is_told(container, codec, place, transfer, t
     format_ = "yuv420p" if codec == "libvpx-vp9" else "yuv420p10le"
     hdr = Told(9, LIMITED, transfer, 9)
     fault = decode(write(tmp_path / f"a.{container}", codec, format_, true=hdr, **{place: hdr}))
-    assert isinstance(fault, Fault), fault
+    assert isinstance(fault, ClipFault), fault
     assert "HDR (PQ" in fault.reason if transfer == PQ else "HDR (HLG" in fault.reason
     assert "ffmpeg -i CLIP -vf zscale" in fault.reason
 
@@ -235,7 +235,7 @@ def test_hdr_is_told_by_its_mastering_display_alone(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_converted_is_refused_by_its_name(told, name, place, tmp_path):
     fault = decode(write(tmp_path / "a.mp4", "libx264", "yuv444p", true=BT709, **{place: told}))
-    assert isinstance(fault, Fault), fault
+    assert isinstance(fault, ClipFault), fault
     assert name in fault.reason
     assert "ffmpeg -i CLIP -vf zscale" in fault.reason
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from cogcommon.model.families import Resolution
-from cogprep.source.clip import ClipFacts, Fault
-from cogprep.video.cut import Cut, best_bucket, pick_frames, place
+from cogprep.source.clip import ClipFacts, ClipFault
+from cogprep.video.cut import Cut, best_bucket, pick_frames, placement_of
 
 
 def at(fps, count):
@@ -45,8 +45,8 @@ def test_variable_rate_is_picked_by_time_not_by_index():
 def test_no_frame_is_taken_twice_where_none_stays(mode):
     times = [0, 0.01, 0.02, 0.03, 0.8, 0.81, 0.82, 0.83, 1.7, 2.6]
     picked = pick_frames(times, 9, Cut(frames=mode), 1)
-    assert isinstance(picked, Fault) or len(set(picked.indices)) == 9
-    assert isinstance(picked, Fault) or sorted(picked.indices) == list(picked.indices)
+    assert isinstance(picked, ClipFault) or len(set(picked.indices)) == 9
+    assert isinstance(picked, ClipFault) or sorted(picked.indices) == list(picked.indices)
 
 
 HOLD = at(30, 30) + [2 + index / 30 for index in range(60)]  # frame 29 stays for a second
@@ -89,7 +89,7 @@ def test_even_reaches_from_the_first_frame_to_the_last():
 
 def test_fps_rejects_what_is_too_short_or_too_slow():
     too_short = pick_frames(at(24, 40), 17, Cut(frames="fps"), 8)
-    assert too_short == Fault("too short: 1.62 s; 17 frames at 8 fps take 2.00 s")
+    assert too_short == ClipFault("too short: 1.62 s; 17 frames at 8 fps take 2.00 s")
     assert "too slow" in pick_frames(at(5, 100), 17, Cut(frames="fps"), 8).reason
 
 
@@ -105,7 +105,7 @@ def test_start_and_stride_thin_the_source_first():
     assert picked.indices == tuple(range(10, 37, 3))
     assert "past its end" in pick_frames(at(10, 100), 9, Cut(start=20), 8).reason
     short = pick_frames(at(10, 30), 9, Cut(stride=5), 8)
-    assert short == Fault("too short: 6 frames after --start and --stride (of 30), 9 are needed")
+    assert short == ClipFault("too short: 6 frames after --start and --stride (of 30), 9 are needed")
 
 
 def test_short_repeat_holds_the_last_frame():
@@ -118,7 +118,7 @@ SIZE = Resolution(9, 480, 720)
 
 
 def test_crop_covers_and_keeps_the_shape():
-    placed = place(1920, 1080, SIZE, Cut(), "k")
+    placed = placement_of(1920, 1080, SIZE, Cut(), "k")
     assert (placed.width, placed.height) == (853, 480)
     assert placed.box == (149, 0, 1769, 1080)
     assert placed.loss(1920, 1080) == pytest.approx(1 - 1.5 / (16 / 9), abs=1e-3)
@@ -126,22 +126,22 @@ def test_crop_covers_and_keeps_the_shape():
 
 @pytest.mark.parametrize(("crop", "top"), [("top", 0), ("center", 480), ("bottom", 960)])
 def test_top_and_bottom_of_an_upright_clip(crop, top):
-    placed = place(1080, 1920, Resolution(9, 480, 540), Cut(crop=crop), "k")
+    placed = placement_of(1080, 1920, Resolution(9, 480, 540), Cut(crop=crop), "k")
     assert placed.box == (0, top, 1080, top + 960)
 
 
 def test_a_random_crop_is_drawn_from_seed_and_key():
     cut = Cut(crop="random")
-    boxes = {place(1920, 1080, SIZE, cut, f"key{n}").box for n in range(50)}
+    boxes = {placement_of(1920, 1080, SIZE, cut, f"key{n}").box for n in range(50)}
     assert len(boxes) > 25
     assert all(0 <= left < right <= 1920 and right - left in (1619, 1620, 1621) for left, _, right, _ in boxes)
-    assert place(1920, 1080, SIZE, cut, "a") == place(1920, 1080, SIZE, cut, "a")
-    assert place(1920, 1080, SIZE, replace(cut, seed=1), "a") != place(1920, 1080, SIZE, cut, "a")
+    assert placement_of(1920, 1080, SIZE, cut, "a") == placement_of(1920, 1080, SIZE, cut, "a")
+    assert placement_of(1920, 1080, SIZE, replace(cut, seed=1), "a") != placement_of(1920, 1080, SIZE, cut, "a")
 
 
 def test_stretch_and_pad():
-    assert place(1920, 1080, SIZE, Cut(fit="stretch"), "k").box == (0, 0, 1920, 1080)
-    padded = place(1920, 1080, SIZE, Cut(fit="pad"), "k")
+    assert placement_of(1920, 1080, SIZE, Cut(fit="stretch"), "k").box == (0, 0, 1920, 1080)
+    padded = placement_of(1920, 1080, SIZE, Cut(fit="pad"), "k")
     assert (padded.width, padded.height, padded.left, padded.top) == (720, 405, 0, -37)
 
 

@@ -249,12 +249,12 @@ def test_the_choice_is_remembered_from_the_start_of_a_run(encoded, settings_of, 
     whole, out = encoded / "whole", encoded / "new"
     encode(settings_of(encoded, out=whole, holdout=2))
 
-    class Killed(part.Engine):
+    class Killed(part.EncodeEngine):
         def encode(self, shards):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(part, "Engine", Killed)
+        patch.setattr(part, "EncodeEngine", Killed)
         encode(settings_of(encoded, out=out, holdout=2))
     assert encode(settings_of(encoded, out=out)).encoded == 5
     assert {name: digest for name, digest in tree(out).items() if "survey" not in name} == tree(whole)

@@ -21,7 +21,7 @@ from cogprep.encode.report import Report
 from cogprep.plan.folder import check_contract, commit_contract, read_contract, read_origin
 from cogprep.settings import CleanSettings, PreviewSettings
 from cogprep.store.locks import at_work
-from cogprep.store.proof import A_PREVIEW, check_output
+from cogprep.store.proof import A_PREVIEW, check_shards_output
 from cogprep.store.shards import ShardWriter
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -50,7 +50,7 @@ def made(encoded_once, tmp_path_factory):
 
     def encode_into(out: Path) -> None:
         """What `cogprep encode` does to a folder; clips and latents are drawn."""
-        check_output(out, "--out")
+        check_shards_output(out, "--out")
         out.mkdir(exist_ok=True)
         with at_work(out):
             if check_contract(out, contract) is None:

@@ -25,7 +25,7 @@ from cogprep.commands import clean_cache, index, inspection, validate, verify
 from cogprep.dataset.probe import look
 from cogprep.processes.pool import Pool
 from cogprep.settings import CleanSettings, IndexSettings, InspectSettings, ValidateSettings, VerifySettings
-from cogprep.source.clip import Fault
+from cogprep.source.clip import ClipFault
 from cogprep.video.decode import decode_clip
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -209,8 +209,8 @@ def try_clips(clips: list[Path], folder: Path, count: int, seed: int) -> Counter
         looks = list(pool.run(look, ((path, [size], cut, 8.0) for path in paths)))
         clips_ = list(pool.run(decode_clip, ((path, size, cut, 8.0, "key") for path in paths)))
     for found in (*looks, *clips_):
-        assert not isinstance(found, Fault) or found.reason.strip()
-        endings["rejected" if isinstance(found, Fault) else "used"] += 1
+        assert not isinstance(found, ClipFault) or found.reason.strip()
+        endings["rejected" if isinstance(found, ClipFault) else "used"] += 1
     return endings
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from cogcommon.model.families import Resolution
 from cogprep.dataset import probe
 from cogprep.processes.pool import Pool
-from cogprep.source.clip import ClipFacts, Fault
+from cogprep.source.clip import ClipFacts, ClipFault
 from cogprep.video.cut import Cut
 from cogprep.video.decode import Clip, decode_clip
 from cogprep.video.media import Video
@@ -52,7 +52,7 @@ OPAQUE = [np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)]) for pi
 SD = {"matrix": BT601, "tag": None}
 
 
-def decode(path: Path, cut: Cut | None = None, resolution: Resolution = SIZE) -> Clip | Fault:
+def decode(path: Path, cut: Cut | None = None, resolution: Resolution = SIZE) -> Clip | ClipFault:
     return decode_clip(path, resolution, cut or Cut(), 8, "key")
 
 
@@ -469,16 +469,16 @@ def test_a_bad_clip_gives_its_reason(kind, tmp_path):
     make, reason = BAD[kind]
     path = make(tmp_path)
     fault = decode(path)
-    assert isinstance(fault, Fault), kind
+    assert isinstance(fault, ClipFault), kind
     assert re.search(reason, fault.reason), fault.reason
-    probe.probe(path, [SIZE], Cut(), 8)  # may find it already; must not raise
+    probe.probe_clip(path, [SIZE], Cut(), 8)  # may find it already; must not raise
     assert str(tmp_path) not in fault.reason  # whoever reports it names the file
 
 
 def test_a_file_that_may_not_be_read(tmp_path_factory):
     path = write(tmp_path_factory.mktemp("private") / "a.mp4", cards())
     path.chmod(0)
-    assert as_nobody(lambda: probe.probe(path, [SIZE], Cut(), 8).reason) == "cannot be read: Permission denied"
+    assert as_nobody(lambda: probe.probe_clip(path, [SIZE], Cut(), 8).reason) == "cannot be read: Permission denied"
 
 
 def as_nobody(ask) -> str:
@@ -507,7 +507,7 @@ def test_the_whole_corpus_through_the_pool_ends_no_run(tmp_path):
         paths.append(make(tmp_path / str(number)))
     with Pool(2) as pool:
         results = list(pool.run(decode_clip, ((path, SIZE, Cut(), 8, "key", None) for path in paths)))
-    assert [isinstance(result, Fault) for result in results] == [True] * len(BAD) + [False] * 3
+    assert [isinstance(result, ClipFault) for result in results] == [True] * len(BAD) + [False] * 3
     assert not any("the decoder crashed" in result.reason for result in results[: len(BAD)])
 
 
@@ -659,8 +659,8 @@ def test_flipped_bytes_are_found(tmp_path):
     refused = 0
     for seed in range(30):
         result = decode(damage(source, tmp_path / "b.mp4", seed=seed, bytes_=20), Cut(frames="even"))
-        refused += isinstance(result, Fault)
-        assert isinstance(result, Fault) or psnr(result.frames_FHWC, whole) > 30
+        refused += isinstance(result, ClipFault)
+        assert isinstance(result, ClipFault) or psnr(result.frames_FHWC, whole) > 30
     assert refused >= 27
 
 
@@ -683,8 +683,8 @@ def damage_and_read(suffix: str, folder: Path, files: int) -> tuple[int, int]:
         path = folder / f"a.{suffix}"
         path.write_bytes(bytes(data[: rng.integers(1, len(data))] if seed % 5 == 0 else data))
         looked, clip = probe.look(path, [SIZE], Cut(), 8), decode(path)
-        assert isinstance(looked, Fault | probe.Look)
-        faults += isinstance(clip, Fault)
+        assert isinstance(looked, ClipFault | probe.Look)
+        faults += isinstance(clip, ClipFault)
     return faults, files - faults
 
 
@@ -707,7 +707,7 @@ def test_the_image_of_a_clip_goes_through_the_same_cut(tmp_path):
     for cut in (Cut(), Cut(crop="random"), Cut(fit="pad"), Cut(fit="stretch")):
         clip = decode_clip(path, SIZE, cut, 8, "key", tmp_path / "a.png")
         assert psnr(clip.image_HWC, clip.frames_FHWC[0]) > 22
-    assert decode_clip(path, SIZE, Cut(), 8, "key", tmp_path / "b.png") == Fault("image: the file is missing")
+    assert decode_clip(path, SIZE, Cut(), 8, "key", tmp_path / "b.png") == ClipFault("image: the file is missing")
 
 
 def test_frames_are_bit_equal_on_a_second_run(tmp_path):
@@ -725,7 +725,7 @@ def test_only_what_is_needed_is_decoded(tmp_path):
     data[-60:-20] = bytes(40)
     (tmp_path / "b.mp4").write_bytes(bytes(data))
     assert isinstance(decode(tmp_path / "b.mp4", Cut(frames="head")), Clip)
-    assert isinstance(decode(tmp_path / "b.mp4", Cut(frames="even")), Fault)
+    assert isinstance(decode(tmp_path / "b.mp4", Cut(frames="even")), ClipFault)
 
 
 def test_writing_the_corpus_leaves_the_scheduling_alone(tmp_path):

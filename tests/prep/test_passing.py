@@ -31,7 +31,7 @@ import pool_tasks
 @pytest.fixture(autouse=True)
 def _disturb(monkeypatch):
     monkeypatch.setattr(engine_module, "decode_as_surveyed", pool_tasks.decode)
-    monkeypatch.setattr(survey_module, "probe", pool_tasks.probe)
+    monkeypatch.setattr(survey_module, "probe_clip", pool_tasks.probe)
 
 
 def files_of(out: Path) -> dict[str, str]:
@@ -143,7 +143,7 @@ def test_rejected_clips_that_are_tried_again_get_their_old_place(encoded, settin
 
 def test_a_killed_run_with_a_hole_in_its_shard_ends_with_the_same_bytes(encoded, settings_of, make_shards, tmp_path):
     """The temporary tar has samples 1 and 3 of a shard; sample 2 then belongs between them."""
-    from cogprep.plan.completion import open_shard
+    from cogprep.plan.completion import open_writer
     from cogprep.store.shards import read_tensors
 
     tar = make_shards(tmp_path / "whole", samples=3, per_shard=3)[0]
@@ -151,12 +151,12 @@ def test_a_killed_run_with_a_hole_in_its_shard_ends_with_the_same_bytes(encoded,
     rows, folder = record.rows, tmp_path / "again"
     folder.mkdir()
     keys = [row.key for row in rows]
-    killed = open_shard(folder, 0, record.header.contract, keys, completes=False)
+    killed = open_writer(folder, 0, record.header.contract, keys, completes=False)
     killed.add(rows[0], read_tensors(tar, rows[0]))
     killed.postpone(keys[1])
     killed.add(rows[2], read_tensors(tar, rows[2]))
     killed.abandon()
-    writer = open_shard(folder, 0, record.header.contract, keys, completes=False)
+    writer = open_writer(folder, 0, record.header.contract, keys, completes=False)
     assert writer.left_behind() == {keys[0], keys[2]}
     writer.add_left_behind(rows[0])
     writer.add(rows[1], read_tensors(tar, rows[1]))
@@ -170,7 +170,7 @@ def test_files_that_change_while_the_run_is_on_get_no_verdict(encoded, settings_
     out, root = encoded / "new", encoded / "ds"
     whole = {path: path.read_bytes() for path in root.glob("*.mp4")}
 
-    class Changing(engine_module.Engine):
+    class Changing(engine_module.EncodeEngine):
         def encode(self, shards):
             (root / "0.mp4").unlink()
             shutil.copy(root / "4.mp4", root / "1.mp4")

@@ -14,7 +14,7 @@ from cogcommon.errors import CogError
 from cogprep.processes import child as pool_child
 from cogprep.processes import pool as pool_module
 from cogprep.processes.pool import Pool
-from cogprep.source.clip import Fault
+from cogprep.source.clip import ClipFault
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned children inherit sys.path
 import pool_tasks
@@ -40,7 +40,7 @@ def test_a_crash_a_hang_and_an_exception_cost_one_task_each():
     with Pool(2, timeout_s=2.0) as pool:
         tasks = ["a", "crash", "b", "hang", "c", "raise", "exit", "d"]
         results = list(pool.run(pool_tasks.act, ((task,) for task in tasks)))
-    assert [r for r in results if not isinstance(r, Fault)] == ["a", "b", "c", "d"]
+    assert [r for r in results if not isinstance(r, ClipFault)] == ["a", "b", "c", "d"]
     assert "signal 11 SIGSEGV" in results[1].reason
     assert "no sign of life for 2 s" in results[3].reason
     assert "ValueError: an odd file" in results[5].reason

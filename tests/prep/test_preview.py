@@ -21,12 +21,12 @@ from cogcommon.shards.records import LATENT_MEAN, tar_name
 from cogprep.cli import app
 from cogprep.commands.clean_cache import find_removals
 from cogprep.commands.encode import encode
-from cogprep.commands.preview import Decoder, choose, make_preview, psnr, run
+from cogprep.commands.preview import Decoder, choose_samples, make_preview, psnr, run
 from cogprep.plan.folder import read_contract, records_in
 from cogprep.settings import EncodeSettings, PreviewSettings
 from cogprep.show.preview_page import BOX, with_box
 from cogprep.show.source_view import SourceView
-from cogprep.source.clip import Fault
+from cogprep.source.clip import ClipFault
 from cogprep.store.shards import read_tensors
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -71,7 +71,7 @@ def test_both_sides_are_what_was_encoded(out):
 
 def test_the_decoded_beginning_equals_the_beginning_of_the_whole(out):
     decoder = Decoder(out, None, read_contract(out))
-    _, number, row = choose(list(records_in(out)), 1)[0]
+    _, number, row = choose_samples(list(records_in(out)), 1)[0]
     latent = read_tensors(out / tar_name(number), row)[LATENT_MEAN]
     vae = open_checkpoint("tiny").load_vae(torch.float32)
     with torch.inference_mode():
@@ -118,7 +118,7 @@ def test_a_source_that_is_gone_or_changed_is_said(encoded, out, tmp_path):
     (out / "origin.json").write_text(json.dumps({**origin, "data_root": str(tmp_path / "moved")}))
     shown = make_preview(PreviewSettings(out=out)).shown
     assert [one.source for one in shown[:2]] == [
-        Fault("the source is gone"), Fault("the source has changed since it was encoded"),
+        ClipFault("the source is gone"), ClipFault("the source has changed since it was encoded"),
     ]  # fmt: skip
     assert isinstance(shown[2].source, SourceView)
     assert shown[0].psnr is None
@@ -130,7 +130,7 @@ def test_a_source_that_is_gone_or_changed_is_said(encoded, out, tmp_path):
 
 
 def test_a_damaged_sample_is_named(out):
-    _, number, row = choose(list(records_in(out)), 1)[0]
+    _, number, row = choose_samples(list(records_in(out)), 1)[0]
     tar = out / f"{number:06d}.tar"
     data = bytearray(tar.read_bytes())
     data[row.offset + row.size // 2] ^= 1
@@ -154,9 +154,9 @@ def test_another_vae_and_an_empty_folder_and_odd_numbers_are_refused(out, tmp_pa
 
 def test_samples_come_from_all_over_the_folder(out):
     records = list(records_in(out))
-    assert [row.source_line for *_, row in choose(records, 2)] == [1, 3]
-    assert [row.source_line for *_, row in choose(records, 1)] == [1]
-    assert len(choose(records, 100)) == 3
+    assert [row.source_line for *_, row in choose_samples(records, 2)] == [1, 3]
+    assert [row.source_line for *_, row in choose_samples(records, 1)] == [1]
+    assert len(choose_samples(records, 100)) == 3
 
 
 def test_psnr():

@@ -18,7 +18,7 @@ from cogcommon.shards.contract import CONTRACT_FILE, Contract
 from cogcommon.shards.records import SampleRow, ShardRecord, extent_intact, read_record, split_extent
 from cogprep.store import shards
 from cogprep.store.locks import ShardBusy
-from cogprep.store.shards import ShardDone, ShardWriter, committed_shards, drop_samples, settle
+from cogprep.store.shards import ShardDone, ShardWriter, committed_shards, drop_samples, recover_folder
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_a_rewrite_stopped_anywhere_is_finished_or_undone(three: Path, stop: str
     with pytest.raises(Killed):
         drop_samples(three, 0, lambda row: row.key in keep)
     monkeypatch.undo()
-    settle(three)
+    recover_folder(three)
     assert list(three.glob("*.new")) == [] and not (three / ".000000.tar.tmp").exists()
     record = read_record(three / "000000.parquet")
     assert_whole(three, record)
@@ -282,5 +282,5 @@ def test_a_temporary_tar_that_is_a_link_is_not_written_through(three):
 def test_a_record_of_somebodys_stays_though_it_has_no_tar(three):
     (three / "000005.parquet").write_bytes(b"mine")
     (three / "7.parquet").write_bytes(b"mine")
-    settle(three)
+    recover_folder(three)
     assert (three / "000005.parquet").read_bytes() == b"mine" and 7 not in committed_shards(three)

@@ -14,7 +14,7 @@ from cogprep.plan import probe_cache
 from cogprep.plan import survey as survey_module
 from cogprep.plan.probe_cache import SurveyCache
 from cogprep.plan.slice import Slice
-from cogprep.source.clip import Fault, Hashed
+from cogprep.source.clip import ClipFault, Hashed
 from cogprep.store.proof import SURVEY
 
 SOURCES = [f"{index}.mp4" for index in range(20)]
@@ -34,16 +34,16 @@ class Place:
         for source in SOURCES:
             (self.root / source).write_bytes(source.encode())
 
-    def look(self, path: Path) -> Probed | Fault:
+    def look(self, path: Path) -> Probed | ClipFault:
         self.looked.append(path.name)
         if path.name == "7.mp4":
-            return Fault("broken")
+            return ClipFault("broken")
         info = path.stat()
         return Probed(Hashed(info.st_size, info.st_mtime_ns, path.read_bytes().ljust(32, b"-")), Resolution(9, 64, 96))
 
     def find(
         self, part: str = "1/1", wanted=SOURCES, depend_on: str = ""
-    ) -> tuple[dict[str, Probed | Fault], list[str]]:
+    ) -> tuple[dict[str, Probed | ClipFault], list[str]]:
         """What is found, and which clips were looked at for it."""
         index, count = map(int, part.split("/"))
         self.looked, advanced = [], []
@@ -63,7 +63,7 @@ def test_the_second_has_nothing_to_look_at_but_what_was_broken(place):
     first, looked = place.find("1/4")
     assert sorted(looked) == sorted(SOURCES)
     second, looked = place.find("3/4")
-    assert second == first and looked == ["7.mp4"] and second["7.mp4"] == Fault("broken")
+    assert second == first and looked == ["7.mp4"] and second["7.mp4"] == ClipFault("broken")
 
 
 def test_every_worker_begins_with_other_clips(place):
@@ -114,7 +114,7 @@ def test_the_second_worker_of_an_encode_opens_no_clip_for_the_plan(encoded, sett
     out = encoded / "new"
     encode(settings_of(encoded, out=out, worker="1/2"))
     assert list((out / SURVEY).iterdir())
-    monkeypatch.setattr(survey_module, "probe", never)
+    monkeypatch.setattr(survey_module, "probe_clip", never)
     report = encode(settings_of(encoded, out=out, worker="2/2"))
     assert (report.rejected, report.unfinished) == (0, [])
     assert not (out / SURVEY).exists(), "all is committed; the records know the clips"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cogcommon.model.families import Resolution
-from cogprep.source.clip import Fault
+from cogprep.source.clip import ClipFault
 from cogprep.video.cut import Cut
 from cogprep.video.decode import Clip, decode_clip
 from cogprep.video.media import Video
@@ -24,11 +24,11 @@ HELD = [*range(10), *range(22, 30)]  # card 9 stays for half a second, and a fra
 VOP = b"\0\0\1\xb6"  # how a coded picture of MPEG-4 begins
 
 
-def decode(path: Path, cut: Cut | None = None) -> Clip | Fault:
+def decode(path: Path, cut: Cut | None = None) -> Clip | ClipFault:
     return decode_clip(path, SIZE, cut or Cut(), 8, "key")
 
 
-def shown(clip: Clip | Fault) -> list[int]:
+def shown(clip: Clip | ClipFault) -> list[int]:
     """The cards that the pictures show, read from the pixels."""
     assert isinstance(clip, Clip), clip
     return [round(index_shown(picture)) for picture in clip.frames_FHWC]
@@ -148,7 +148,7 @@ def test_recordings_joined_byte_by_byte_are_refused_by_that_name(tmp_path):
     one = write(tmp_path / "one.mpg", cards()[5:], **options).read_bytes()
     (tmp_path / "a.mpg").write_bytes(one + write(tmp_path / "other.mpg", cards(), **options).read_bytes())
     fault = decode(tmp_path / "a.mpg")
-    assert isinstance(fault, Fault), shown(fault)
+    assert isinstance(fault, ClipFault), shown(fault)
     assert "its times start anew at frame 25" in fault.reason
     stream = write(tmp_path / "one.ts", cards()).read_bytes()
     (tmp_path / "a.ts").write_bytes(stream * 2)

@@ -14,7 +14,7 @@ from workshop.bench_train.allocations import at_the_peak, held
 from workshop.bench_train.measure import _After, _Enough, prepare, product
 from workshop.bench_train.plain import reference
 from workshop.bench_train.reference_guide import guide_rows
-from workshop.bench_train.rows import Row, guide_row, rows_named, table
+from workshop.bench_train.rows import BenchRow, guide_row, rows_named, table
 from workshop.bench_train.subject import random_checkpoint
 
 
@@ -34,7 +34,9 @@ def changed(row, **changes):
 
 
 @pytest.mark.parametrize(
-    "row", [Row("5b", "low", rank=4), Row("5b-i2v", "low", rank=4), guide_row(4, "low")], ids=lambda row: row.name
+    "row",
+    [BenchRow("5b", "low", rank=4), BenchRow("5b-i2v", "low", rank=4), guide_row(4, "low")],
+    ids=lambda row: row.name,
 )
 def test_a_row_is_measured_on_a_small_shape(row):
     from accelerate.state import AcceleratorState

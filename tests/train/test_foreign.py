@@ -25,7 +25,7 @@ from cogtrain.model.sft import A_TRANSFORMER
 from cogtrain.report.card import write_card
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.claim import claimed
-from cogtrain.runs.folder import Facts, StepLine
+from cogtrain.runs.folder import RunFacts, StepLine
 from cogtrain.runs.log import RunLog, cut_metrics
 from cogtrain.settings import GenerateSettings
 from cogtrain.validation.pipeline import Request
@@ -43,7 +43,7 @@ NAMES = (
     "videos.txt", ".lock", "validation/step-000002/0.mp4", "exported/diffusers/README.md",
 )  # fmt: skip
 
-FACTS = Facts(
+FACTS = RunFacts(
     "tiny", None, "5b", "t2v", "lora", "c" * 64, "s" * 64, 1, {"17x64x96": 4}, 0, 3, 1, 1, "ddp", "fp32", "CPU", 10, "1"
 )
 

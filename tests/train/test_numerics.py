@@ -5,12 +5,12 @@ import torch
 
 from workshop.bench_train import numerics as subject
 from workshop.bench_train.numerics import numerics
-from workshop.bench_train.rows import Row
+from workshop.bench_train.rows import BenchRow
 
 
 def test_no_gradient_is_farther_from_fp32_than_bf16_is(monkeypatch):
     monkeypatch.setattr(subject, "compiler_fault", lambda device: "not asked for")
-    found = numerics(Row("5b", "numerics", small=True), torch.device("cpu"))["numerics"]
+    found = numerics(BenchRow("5b", "numerics", small=True), torch.device("cpu"))["numerics"]
     assert {name.split(",")[0] for name in found} == {"LoRA", "SFT"} and len(found) == 8
     for name, errors in found.items():
         assert 1e-4 < errors["gradients"] < 0.02 and max(errors["worst"].values()) < 0.05, name
@@ -31,5 +31,5 @@ def test_one_wrong_gradient_is_named():
 @pytest.mark.gpu
 def test_compiled_gradients_of_all_weights_are_right_at_full_size():
     """A compiler's fusion spoils those of the modulations over 16,000 tokens (`compiler._options`)."""
-    for name, errors in numerics(Row("5b", "numerics"), torch.device("cuda"))["numerics"].items():
+    for name, errors in numerics(BenchRow("5b", "numerics"), torch.device("cuda"))["numerics"].items():
         assert errors["gradients"] < 0.02 and max(errors["worst"].values()) < 0.05, (name, errors)

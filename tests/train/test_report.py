@@ -9,9 +9,9 @@ import pytest
 from cogcommon.errors import RunError
 from cogtrain.report.chart import Line, chart, number, smoothed
 from cogtrain.report.page import write_report
-from cogtrain.runs.folder import Facts, read_metrics, read_run
+from cogtrain.runs.folder import RunFacts, read_metrics, read_run
 
-FACTS = Facts(
+FACTS = RunFacts(
     model="tiny", revision=None, family="5b", task="t2v", method="lora", contract_fingerprint="c" * 64,
     shards_fingerprint="f" * 64, shards=2, samples={"17x64x96": 30}, held_out=4, steps=40, processes=2,
     global_batch=4, strategy="zero2", precision="bf16", device="CPU", trainable=1234567, version="0.1.0",

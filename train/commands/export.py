@@ -18,7 +18,7 @@ from cogcommon.cli.terminal import Console
 from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.failures import disk_errors
-from cogcommon.files.ownership import RECORD_FILE, check_output, is_file, record_of, refuse_data_root, take_output
+from cogcommon.files.ownership import RECORD_FILE, check_own_folder, is_file, record_of, refuse_data_root, take_output
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
 
@@ -77,7 +77,7 @@ def run(settings: ExportSettings) -> None:
     asked = json.dumps([settings.to, step, run.facts.shards_fingerprint, model.name, str(stored)])
     refuse_data_root(out, "--out")
     _adopt(out, run, step, asked)
-    before = check_output(out, _EXPORT, "--out")
+    before = check_own_folder(out, _EXPORT, "--out")
     if before and before.request != asked:
         raise SettingError(
             "this folder holds another export: of another step, run or form", where=f"--out {out}", fix="--out ANOTHER"

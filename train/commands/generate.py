@@ -17,7 +17,7 @@ from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError
 from cogcommon.files.atomic import scratch_file
 from cogcommon.files.failures import disk_errors
-from cogcommon.files.ownership import Made, check_output, state_of, take_output
+from cogcommon.files.ownership import Made, check_own_folder, state_of, take_output
 from cogcommon.media.image import BadImage, read_upright, scale_to_cover
 from cogcommon.media.video import write_mp4
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
@@ -45,7 +45,7 @@ def run(settings: GenerateSettings) -> None:
     fps = settings.fps or float(checkpoint.family.fps)
     asked = request_text(settings, tuned, request, fps, precision)
     folder = settings.out or default_folder(settings, asked)
-    before = check_output(folder, _VIDEOS, "--out")
+    before = check_own_folder(folder, _VIDEOS, "--out")
     if before and before.request != asked:
         raise SettingError(
             "this folder holds a video of another prompt, or of other settings or weights",

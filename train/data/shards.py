@@ -25,7 +25,7 @@ from cogcommon.shards.records import ShardHeader, extent_intact, read_table
 
 from ..store.cache import Cache
 from ..store.readers import Readers
-from ..store.store import TRAINING, Part, Stop, StoredFile, WholeFilesOnly
+from ..store.store import TRAINING, ReadPart, Stop, StoredFile, WholeFilesOnly
 from .sampler import Ints
 from .shard_words import Found, expand
 
@@ -183,7 +183,7 @@ class ShardSet:
             try:
                 now = shard.file.stat(fresh=True)
             except FileNotFoundError:
-                now = Part(bytearray(), 0)
+                now = ReadPart(bytearray(), 0)
             if (now.size, now.etag) != (shard.header.tar_size, shard.etag):
                 return StoreError(
                     f"sample {extent.key} cannot be read: the shard has been replaced since the run was opened",
@@ -337,13 +337,13 @@ def _no_such_shard(tar: StoredFile) -> ShardError:
     return ShardError("no such shard", where=tar.shown, fix="`cogprep encode` makes what is missing; check the path")
 
 
-def _tail(tar: StoredFile, end: int) -> Part:
+def _tail(tar: StoredFile, end: int) -> ReadPart:
     """What follows the samples, size and etag."""
     tail = tar.read(end, end + _TAIL + 1)
     return tail if tail.size is not None else dataclasses.replace(tar.stat(), data=tail.data)
 
 
-def _fault_of(tail: Part, header: ShardHeader) -> str:
+def _fault_of(tail: ReadPart, header: ShardHeader) -> str:
     """What is wrong with a tar's size or last bytes. The samples are hashed when read; behind them come only zeros."""
     if tail.size != header.tar_size:
         return f"the tar has {tail.size or 0:,} bytes, its record says {header.tar_size:,}"

@@ -127,7 +127,7 @@ def make_optimizer(
     return _class_of(settings.optimizer)(parameters, **common)
 
 
-def clip(
+def clip_gradients(
     runtime: Runtime, optimizer: Any, trained: Sequence[torch.nn.Parameter], settings: TrainSettings
 ) -> torch.Tensor:
     """Clip the norm of all gradients, wherever they are.
@@ -139,8 +139,8 @@ def clip(
 
     largest = settings.max_grad_norm or float("inf")
     inner = unwrapped(optimizer)
-    if hasattr(inner, "clip"):  # CpuAdamW: its gradients are not in .grad
-        norm: torch.Tensor = inner.clip(largest, runtime.accelerator.scaler)
+    if hasattr(inner, "clip_gradients"):  # CpuAdamW: its gradients are not in .grad
+        norm: torch.Tensor = inner.clip_gradients(largest, runtime.accelerator.scaler)
         return norm
     return torch.as_tensor(runtime.accelerator.clip_grad_norm_(trained, largest))
 

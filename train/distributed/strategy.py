@@ -124,7 +124,7 @@ class Runtime:
         import torch
 
         if self.sharded:
-            yield from zero.held(model)
+            yield from zero.held_tensors(model)
             return
         states = optimizer.state_dict()["state"]  # first: one that steps beside the computation ends it here
         yield from self._trained(model).values()

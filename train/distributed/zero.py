@@ -153,7 +153,7 @@ def _as_places(block: torch.nn.Module, arguments: tuple[Any, ...], named: dict[s
     return (first, *rest), named
 
 
-def held(engine: Any) -> Iterator[torch.Tensor]:
+def held_tensors(engine: Any) -> Iterator[torch.Tensor]:
     """What this process holds of the fp32 masters and of the optimizer's state."""
     import torch
 

@@ -52,7 +52,7 @@ class Method(Protocol):
         """How many weights it would train; the transformer may be one without memory."""
         ...
 
-    def facts(self) -> dict[str, Any]:
+    def resume_facts(self) -> dict[str, Any]:
         """Settings without which its checkpoints do not fit, by option."""
         ...
 
@@ -129,7 +129,7 @@ class Lora:
         layers = lora.targets(transformer, self.settings.target_modules).values()
         return sum(self.settings.rank * (layer.in_features + layer.out_features) for layer in layers)
 
-    def facts(self) -> dict[str, Any]:
+    def resume_facts(self) -> dict[str, Any]:
         return {
             "--rank": self.settings.rank,
             "--alpha": self.alpha,
@@ -176,7 +176,7 @@ class Sft:
     def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
         return sum(parameter.numel() for parameter in transformer.parameters())
 
-    def facts(self) -> dict[str, Any]:
+    def resume_facts(self) -> dict[str, Any]:
         return {}
 
     def write(

@@ -42,7 +42,7 @@ class CpuAdamW(torch.optim.AdamW):
         self._threads = _workers(threads, self._cores)
         self._own = threading.local()
 
-    def clip(self, largest: float, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+    def clip_gradients(self, largest: float, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
         """Clip the norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does.
 
         Args:

@@ -45,7 +45,7 @@ from .folder import (
     METRICS_FILE,
     REPORT_FILE,
     RUN_FILES,
-    Facts,
+    RunFacts,
     StepLine,
     ValidationLine,
     report_head,
@@ -132,14 +132,14 @@ def _is_as_named(path: Path) -> bool:
     return begin.startswith(b"PK\x03\x04" if path.suffix == ".pt" else b"{")
 
 
-def _facts(folder: Path) -> Facts | None:
+def _facts(folder: Path) -> RunFacts | None:
     """The facts of a run; None unless its settings and facts say that it is one."""
     config = folder / CONFIG_FILE
     try:
         if not is_file(config) or not is_file(folder / FACTS_FILE):
             return None
         heading = re.match(rb"# cogtrain (lora|sft) --config \S", config.read_bytes())
-        facts = build(Facts, parse_object((folder / FACTS_FILE).read_bytes()))
+        facts = build(RunFacts, parse_object((folder / FACTS_FILE).read_bytes()))
         if heading is None or heading[1].decode() != facts.method:
             return None
         resolve(LoraSettings if facts.method == "lora" else SftSettings, {}, config)
@@ -163,7 +163,7 @@ def _is_transformer(folder: Path) -> bool:
         return False
 
 
-def _is_runs(path: Path, facts: Facts) -> bool:
+def _is_runs(path: Path, facts: RunFacts) -> bool:
     """Whether a file of a run's folder is what its name says, of this run."""
     try:
         if not is_file(path):

@@ -3,7 +3,7 @@
 ::
 
     config.toml      every setting, resolved
-    facts.json       what the run worked on: shards, counts, processes (`Facts`)
+    facts.json       what the run worked on: shards, counts, processes (`RunFacts`)
     metrics.jsonl    one line a step; validation lines carry val_loss
     checkpoint-N/    to resume from
     validation/      videos
@@ -42,7 +42,7 @@ A_RUN, A_CHECKPOINT = "a training run", "a checkpoint"  # what made a folder's f
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """What a run worked on, for its report and its model card. Written at the start, again at a resume."""
 
     model: str
@@ -71,7 +71,7 @@ class Facts:
         commit_bytes(run / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
 
-def report_head(facts: Facts) -> str:
+def report_head(facts: RunFacts) -> str:
     """How the page of a run begins; by this it is known to be one."""
     title = escape(f"{METHODS[facts.method]} of {facts.model}")
     return (
@@ -128,7 +128,7 @@ class RecordedRun:
 
     folder: Path
     settings: Mapping[str, Any]
-    facts: Facts
+    facts: RunFacts
     steps: list[StepLine]
     validations: list[ValidationLine]
 
@@ -158,7 +158,7 @@ def read_run(run: Path) -> RecordedRun:
     """
     settings = read_settings(run)
     try:
-        facts = build(Facts, parse_object((run / FACTS_FILE).read_bytes()))
+        facts = build(RunFacts, parse_object((run / FACTS_FILE).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"the facts of the run are missing or damaged: {error}", where=str(run / FACTS_FILE)) from error
     steps, validations = read_metrics(run / METRICS_FILE)

@@ -68,7 +68,7 @@ class Run:
     def global_batch(self) -> int:
         return self.sampler.global_batch
 
-    def facts(self) -> dict[str, Any]:
+    def resume_facts(self) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint."""
         return {
             "method": self.method.name,
@@ -80,7 +80,7 @@ class Run:
             "--strategy": self.strategy,
             "--precision": self.precision,
             "--optimizer": self.settings.optimizer,
-            **self.method.facts(),
+            **self.method.resume_facts(),
         }
 
 
@@ -165,7 +165,7 @@ def open_run(
         notes=tuple(notes),
     )
     if run.resume is not None:
-        check_same(run.resume, run.facts(), world, settings.batch_size)
+        check_same(run.resume, run.resume_facts(), world, settings.batch_size)
         changed = _changed(run.resume, settings)
         if changed:
             notes.append("changed since the checkpoint: " + ", ".join(changed))

@@ -12,7 +12,7 @@ import fsspec.asyn
 
 from cogcommon.errors import StoreError
 
-from .store import STALLED, Part, StoreFault, without_secrets
+from .store import STALLED, ReadPart, StoreFault, without_secrets
 
 # What reads a kind of URL: the module, what installs it, and our extra where there is one.
 _READERS = {
@@ -71,25 +71,25 @@ class FsspecStore:
     def __init__(self, fs: Any) -> None:
         self._fs = fs
 
-    def read(self, path: str, start: int, end: int) -> Part:
+    def read(self, path: str, start: int, end: int) -> ReadPart:
         try:
             data = self._call("cat_file", end - start, path, start=start, end=end)
         except StoreFault as fault:
             if "InvalidRange" not in str(fault.__cause__) and "416" not in str(fault.__cause__):
                 raise
             data = b""  # behind the end
-        return Part(bytearray(data))
+        return ReadPart(bytearray(data))
 
-    def read_all(self, path: str) -> Part:
+    def read_all(self, path: str) -> ReadPart:
         data = self._call("cat_file", 0, path)
-        return Part(bytearray(data), len(data))
+        return ReadPart(bytearray(data), len(data))
 
-    def stat(self, path: str, *, fresh: bool = False) -> Part:
+    def stat(self, path: str, *, fresh: bool = False) -> ReadPart:
         if fresh:
             self._fs.invalidate_cache()
         info = self._call("info", 0, path)  # from the folder's listing where that has been read already
         etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("blob_id") or ""
-        return Part(bytearray(), info["size"], str(etag))
+        return ReadPart(bytearray(), info["size"], str(etag))
 
     def names(self, folder: str) -> list[str]:
         return [str(path) for path in self._call("ls", 0, folder, detail=False)]

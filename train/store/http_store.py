@@ -19,7 +19,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from cogcommon.words import in_words
 
-from .store import SLOWEST, STALLED, NoRanges, Part, StoreFault
+from .store import SLOWEST, STALLED, NoRanges, ReadPart, StoreFault
 
 if TYPE_CHECKING:
     import requests
@@ -38,14 +38,14 @@ class HttpStore:
 
     remote = True
 
-    def read(self, path: str, start: int, end: int) -> Part:
+    def read(self, path: str, start: int, end: int) -> ReadPart:
         with self._get(path, f"bytes={start}-{end - 1}") as answer:
             if answer.status_code == 416:
-                return Part(bytearray(), _size_when_past_the_end(answer, start), _etag(answer))
+                return ReadPart(bytearray(), _size_when_past_the_end(answer, start), _etag(answer))
             if answer.status_code == 200:
                 size = _length(answer)
                 if start == 0 and size is not None and size <= end:
-                    return Part(_body(answer, size), size, _etag(answer))
+                    return ReadPart(_body(answer, size), size, _etag(answer))
                 raise NoRanges
             first, last, size = _content_range(answer)
             if first != start or last != min(end, size or end) - 1:
@@ -55,22 +55,23 @@ class HttpStore:
                 raise StoreFault(
                     f"the server's answer contradicts itself: Content-Length {length} for {last + 1 - first}"
                 )
-            return Part(_body(answer, last + 1 - first), size, _etag(answer))
+            return ReadPart(_body(answer, last + 1 - first), size, _etag(answer))
 
-    def read_all(self, path: str) -> Part:
+    def read_all(self, path: str) -> ReadPart:
         with self._get(path) as answer:
             size = _length(answer)
             data = _body(answer, size)
-            return Part(data, len(data), _etag(answer))
+            return ReadPart(data, len(data), _etag(answer))
 
-    def stat(self, path: str, *, fresh: bool = False) -> Part:
+    def stat(self, path: str, *, fresh: bool = False) -> ReadPart:
         """By asking for one byte: signed URLs allow GET alone, not HEAD."""
         with self._get(path, "bytes=0-0") as answer:
             if answer.status_code == 206:
-                return Part(bytearray(), _content_range(answer)[2], _etag(answer))
+                return ReadPart(bytearray(), _content_range(answer)[2], _etag(answer))
             if answer.status_code == 416:
-                return Part(bytearray(), _size_when_past_the_end(answer, 0), _etag(answer))
-            return Part(bytearray(), _length(answer), _etag(answer))  # the connection is closed before the body comes
+                return ReadPart(bytearray(), _size_when_past_the_end(answer, 0), _etag(answer))
+            # The connection is closed before the body comes.
+            return ReadPart(bytearray(), _length(answer), _etag(answer))
 
     def download(self, path: str) -> Iterator[bytes]:
         """The whole file, piece by piece."""

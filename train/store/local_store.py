@@ -7,7 +7,7 @@ import glob
 import os
 from pathlib import Path
 
-from .store import Part, StoreFault
+from .store import ReadPart, StoreFault
 
 # A network file system that was restarted, and a process that has too many files open at the moment.
 _PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
@@ -18,15 +18,15 @@ class LocalStore:
 
     remote = False
 
-    def read(self, path: str, start: int, end: int) -> Part:
+    def read(self, path: str, start: int, end: int) -> ReadPart:
         return self._read(path, start, end)
 
-    def read_all(self, path: str) -> Part:
+    def read_all(self, path: str) -> ReadPart:
         return self._read(path, 0, None)
 
-    def stat(self, path: str, *, fresh: bool = False) -> Part:
+    def stat(self, path: str, *, fresh: bool = False) -> ReadPart:
         try:
-            return Part(bytearray(), Path(path).stat().st_size)
+            return ReadPart(bytearray(), Path(path).stat().st_size)
         except OSError as error:
             raise _told(error) from error
 
@@ -36,7 +36,7 @@ class LocalStore:
     def matching(self, pattern: str) -> list[str]:
         return glob.glob(pattern)  # noqa: PTH207 pathlib would drop "./" and "//", and messages show what was typed
 
-    def _read(self, path: str, start: int, end: int | None) -> Part:
+    def _read(self, path: str, start: int, end: int | None) -> ReadPart:
         try:
             with open(path, "rb", buffering=0) as stream:
                 size = os.fstat(stream.fileno()).st_size
@@ -47,7 +47,7 @@ class LocalStore:
                     if not got:
                         raise StoreFault("it became shorter while it was read")
                     at += got
-                return Part(data, size)
+                return ReadPart(data, size)
         except OSError as error:
             raise _told(error) from error
 

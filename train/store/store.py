@@ -66,7 +66,7 @@ class NoRanges(StoreFault):
 
 
 @dataclass(frozen=True)
-class Part:
+class ReadPart:
     """Bytes of a file, and what the same answer says of the whole."""
 
     data: bytearray
@@ -82,12 +82,12 @@ class Store(Protocol):
 
     remote: bool
 
-    def read(self, path: str, start: int, end: int) -> Part:
+    def read(self, path: str, start: int, end: int) -> ReadPart:
         """Bytes from ``start`` to before ``end``; fewer only where the file ends earlier."""
 
-    def read_all(self, path: str) -> Part: ...
+    def read_all(self, path: str) -> ReadPart: ...
 
-    def stat(self, path: str, *, fresh: bool = False) -> Part:
+    def stat(self, path: str, *, fresh: bool = False) -> ReadPart:
         """Size and etag, without data; ``fresh``: as they are now, not as a listing has told them."""
 
     def names(self, folder: str) -> list[str]:
@@ -169,7 +169,7 @@ class StoredFile:
     def remote(self) -> bool:
         return self.store.remote
 
-    def read(self, start: int, end: int, patience: Patience | None = None, stop: Stop | None = None) -> Part:
+    def read(self, start: int, end: int, patience: Patience | None = None, stop: Stop | None = None) -> ReadPart:
         """Bytes from ``start`` to before ``end``; fewer only where the file ends earlier.
 
         Raises:
@@ -178,11 +178,11 @@ class StoredFile:
         """
         return self._try(lambda: self.store.read(self.path, start, end), patience, stop)
 
-    def read_all(self, patience: Patience | None = None, stop: Stop | None = None) -> Part:
+    def read_all(self, patience: Patience | None = None, stop: Stop | None = None) -> ReadPart:
         """The whole file, a small one. Raises as `read`."""
         return self._try(lambda: self.store.read_all(self.path), patience, stop)
 
-    def stat(self, *, fresh: bool = False) -> Part:
+    def stat(self, *, fresh: bool = False) -> ReadPart:
         """Size and etag, without data; ``fresh``: as they are now. Raises as `read`."""
         return self._try(lambda: self.store.stat(self.path, fresh=fresh), None, None)
 

@@ -16,7 +16,7 @@ from ..blocks.attention import Kernel
 from ..blocks.plan import BlockPlan
 from ..distributed.strategy import Runtime
 from ..model.method import Exported
-from ..runs.folder import Facts
+from ..runs.folder import RunFacts
 from ..runs.log import RunLog
 from ..runs.run import Run
 from ..store.store import FAULTS
@@ -70,12 +70,12 @@ def checked(exported: Exported) -> str:
     return f"loaded back, the weights answer within {exported.difference:.0e} of the trained model"
 
 
-def run_facts(run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, attention: Kernel) -> Facts:
+def run_facts(run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, attention: Kernel) -> RunFacts:
     import torch
 
     counts = np.bincount(run.shards.bucket_of, minlength=len(run.shards.buckets))
     gpu = runtime.device.type == "cuda"
-    return Facts(
+    return RunFacts(
         model=run.checkpoint.name,
         revision=run.checkpoint.revision,
         family=run.checkpoint.family.name,

@@ -19,7 +19,7 @@ from ..data.batches import Collator, prefetch
 from ..data.sample_rng import seed_of
 from ..data.sampler import Slot, rank_slots
 from ..distributed.leaving import PeerFailed
-from ..distributed.optimizer import clip, finish_update, learning_rate, make_optimizer
+from ..distributed.optimizer import clip_gradients, finish_update, learning_rate, make_optimizer
 from ..distributed.peers import Peers, meet
 from ..distributed.signals import Stopped, StopRequest
 from ..distributed.strategy import Runtime, start
@@ -132,7 +132,7 @@ def train(run: Run, stop: StopRequest, peers: Peers | None = None) -> Path:
                         runtime.accelerator.backward(loss)
                         clock.end("backward")
                         if runtime.accelerator.sync_gradients:
-                            norm = clip(runtime, optimizer, trained, settings)
+                            norm = clip_gradients(runtime, optimizer, trained, settings)
                             step_log.flush()  # the step before: if it was not finite, nothing is trained after it
                             if deferred:
                                 skip_if_not_finite(optimizer, losses, norm)
@@ -235,7 +235,7 @@ def _save(
         CogError: there is no room for it, and training ends here; says where the weights are.
     """
     settings = run.settings
-    state = checkpoints.RunState(step, runtime.world, run.facts(), settings_json(settings))
+    state = checkpoints.RunState(step, runtime.world, run.resume_facts(), settings_json(settings))
     shadow = ema.shadow if ema else None
     try:
         saved = checkpoints.save(

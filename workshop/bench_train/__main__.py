@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .records import add_measured
-from .rows import ROWS, Row, rows_named, table
+from .rows import ROWS, BenchRow, rows_named, table
 from .started import Started, result_file
 
 app = typer.Typer(add_completion=False)
@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Measure rows one after the other, and print a table."""
     if worker is not None:
-        _work(Row(**json.loads(worker)), out)
+        _work(BenchRow(**json.loads(worker)), out)
         return
     if keep:
         for file in keep:
@@ -105,7 +105,7 @@ def main(
     print(table(results), flush=True)
 
 
-def _work(row: Row, out: Path) -> None:
+def _work(row: BenchRow, out: Path) -> None:
     """A row's process: prepares, waits for its turn, measures; the first of them writes the result."""
     from cogcommon.model.device import pick_device, quiet_libraries
 

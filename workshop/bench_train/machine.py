@@ -17,7 +17,7 @@ _OURSELVES = 4 * _GIB  # Python, torch, CUDA and the samples, for each process
 _LIBRARIES = ("torch", "diffusers", "accelerate", "deepspeed", "triton")
 
 
-class Machine:
+class BenchMachine:
     """Watches the host's memory from now on."""
 
     def __init__(self) -> None:

@@ -21,8 +21,8 @@ from cogtrain.runs.run import Run
 from cogtrain.trainer.loop import train
 
 from .allocations import Allocations
-from .machine import Machine
-from .rows import Row
+from .machine import BenchMachine
+from .rows import BenchRow
 from .subject import RandomCheckpoint, random_checkpoint, random_run, random_shards
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class _After(StopRequest):
         self._until = 0
         self.first_peak_gib = 0.0
         self.found: dict[str, list[str]] = {}
-        self.machine = Machine()
+        self.machine = BenchMachine()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -155,7 +155,7 @@ def _longest(profiler: Any) -> list[str]:
     ]
 
 
-def prepare(row: Row) -> Run:
+def prepare(row: BenchRow) -> Run:
     """The run that a row measures, weights made in host memory."""
     import torch
 
@@ -179,7 +179,7 @@ def prepare(row: Row) -> Run:
     return run
 
 
-def product(run: Run, row: Row, measured: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
+def product(run: Run, row: BenchRow, measured: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
     """Seconds and bytes of the run as `cogtrain lora` would make it: its own loop, data and log.
 
     Args:
@@ -191,7 +191,7 @@ def product(run: Run, row: Row, measured: Callable[[Mapping[str, Any]], None]) -
     return {**_result(run, row, stop), **stop.found}
 
 
-def _result(run: Run, row: Row, stop: _After) -> Mapping[str, Any]:
+def _result(run: Run, row: BenchRow, stop: _After) -> Mapping[str, Any]:
     assert run.settings.out is not None
     if not (run.settings.out / METRICS_FILE).exists():
         return {}  # not the first process: that one writes for all

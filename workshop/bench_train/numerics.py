@@ -21,7 +21,7 @@ from cogtrain.model import lora
 from cogtrain.model.batch import Batch
 from cogtrain.model.objective import Objective
 
-from .rows import Row
+from .rows import BenchRow
 from .subject import RandomCheckpoint, random_checkpoint
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class _Found:
     gradients: Mapping[str, torch.Tensor]
 
 
-def numerics(row: Row, device: torch.device) -> Mapping[str, Any]:
+def numerics(row: BenchRow, device: torch.device) -> Mapping[str, Any]:
     """Errors of the loss and of all gradients together, relative to fp32, and the weights whose gradients are worst."""
     import torch
 

@@ -18,15 +18,15 @@ from cogtrain.model.objective import Objective
 from cogtrain.runs.log import peak_gib
 from cogtrain.runs.run import Run
 
-from .machine import Machine
-from .rows import Row
+from .machine import BenchMachine
+from .rows import BenchRow
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
 
-def reference(run: Run, row: Row, pinned: bool = True) -> Mapping[str, Any]:
+def reference(run: Run, row: BenchRow, pinned: bool = True) -> Mapping[str, Any]:
     """Seconds and bytes of the plain loop on a run's weights and samples.
 
     Args:
@@ -34,7 +34,7 @@ def reference(run: Run, row: Row, pinned: bool = True) -> Mapping[str, Any]:
     """
     import torch
 
-    machine = Machine()
+    machine = BenchMachine()
     accelerator = _accelerator(run, pinned)
     device, dtype = accelerator.device, dtype_of(run.precision)
     transformer = run.checkpoint.load_transformer(run.method.weight_dtype(dtype, run.strategy != "ddp"))

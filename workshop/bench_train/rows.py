@@ -23,7 +23,7 @@ SMALL_BUCKET = Resolution(9, 64, 96)
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One thing to measure: a family and a way to train it, a LoRA in bf16 or a row of the guide's table."""
 
     family: str
@@ -92,33 +92,33 @@ class Row:
         return {**(SMALL if self.small else {}), **({"num_layers": self.layers} if self.layers else {})}
 
 
-ROWS: tuple[Row, ...] = (
-    Row("5b", "low", profile=True, memory_trace=True),
-    Row("5b", "fast", profile=True),
-    Row("5b", "reference"),
-    Row("5b", "auto", within_gib=22, memory_trace=True),
-    Row("2b", "fast"),
-    Row("2b", "reference"),
-    Row("2b", "low"),
-    Row("1.5-5b", "low", steps=4, memory_trace=True),
-    Row("1.5-5b", "fast", steps=4),
-    Row("1.5-5b", "reference", steps=3),
-    Row("5b-i2v", "auto"),
-    Row("5b", "numerics", steps=1),
-    Row("2b", "auto"),
-    Row("1.5-5b", "auto", steps=4, within_gib=32),
+ROWS: tuple[BenchRow, ...] = (
+    BenchRow("5b", "low", profile=True, memory_trace=True),
+    BenchRow("5b", "fast", profile=True),
+    BenchRow("5b", "reference"),
+    BenchRow("5b", "auto", within_gib=22, memory_trace=True),
+    BenchRow("2b", "fast"),
+    BenchRow("2b", "reference"),
+    BenchRow("2b", "low"),
+    BenchRow("1.5-5b", "low", steps=4, memory_trace=True),
+    BenchRow("1.5-5b", "fast", steps=4),
+    BenchRow("1.5-5b", "reference", steps=3),
+    BenchRow("5b-i2v", "auto"),
+    BenchRow("5b", "numerics", steps=1),
+    BenchRow("2b", "auto"),
+    BenchRow("1.5-5b", "auto", steps=4, within_gib=32),
 )
 
 
-def guide_row(number: int, kind: Kind) -> Row:
+def guide_row(number: int, kind: Kind) -> BenchRow:
     """A row of the guide's table; what is measured of it needs fewer steps, each of which takes longer."""
     row = guide_rows()[number]
     rank = getattr(row.settings, "rank", None)
     large = row.family == "1.5-5b"
-    return Row(row.family, kind, rank=rank, steps=4 if large else 7, number=number)
+    return BenchRow(row.family, kind, rank=rank, steps=4 if large else 7, number=number)
 
 
-def rows_named(words: Iterable[str]) -> list[Row]:
+def rows_named(words: Iterable[str]) -> list[BenchRow]:
     """Rows by name, as 5b/low; all kinds of a family (5b) or of a row of the guide's table (9 or 09).
 
     Raises:

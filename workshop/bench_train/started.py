@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .rows import Row
+from .rows import BenchRow
 
 
 class Started:
     """The processes of a row, one a GPU: they make their weights, then wait for their turn."""
 
-    def __init__(self, row: Row, out: Path) -> None:
+    def __init__(self, row: BenchRow, out: Path) -> None:
         self._row = row
         self._out = out
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -97,5 +97,5 @@ def _environments(processes: int) -> list[dict[str, str]]:
     ]
 
 
-def result_file(row: Row, out: Path) -> Path:
+def result_file(row: BenchRow, out: Path) -> Path:
     return out / f".{row.name.replace('/', '-')}.json"

@@ -72,7 +72,7 @@ def cpu_trained(form, accumulate=1, dtype=torch.float32, steps=STEPS, compiled=F
         assert there == set(range(LAYERS - blocks))  # those of the others have left
         for name, gradient in resident.items():
             transformer.get_parameter(name).grad = gradient
-        norms.append(float(optimizer.clip(LARGEST)))
+        norms.append(float(optimizer.clip_gradients(LARGEST)))
         optimizer.step()
         optimizer.zero_grad()
     optimizer.state_dict()  # ends the last step
@@ -160,7 +160,7 @@ def test_what_is_not_finite_changes_nothing():
         weight.landing.fill_(float("nan"))
         weight.full = True
     optimizer._training._norms.append(torch.tensor(float("nan")))
-    assert not optimizer.clip(1.0).isfinite()
+    assert not optimizer.clip_gradients(1.0).isfinite()
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
     optimizer.state_dict()
@@ -185,7 +185,7 @@ def test_fp16s_scaler_sees_an_overflow_on_the_host():
                 weight = engine.cpu_training.blocks[1][3]
                 weight.landing.view(-1)[0] = torch.inf
                 engine.cpu_training._norms.append(torch.linalg.vector_norm(weight.landing.float()))
-            norms.append(float(optimizer.clip(LARGEST, scaler)))
+            norms.append(float(optimizer.clip_gradients(LARGEST, scaler)))
             if scaler:
                 scaler.step(optimizer)
                 scaler.update()
@@ -239,7 +239,7 @@ def test_the_forward_pass_waits_for_the_blocks_that_it_has_come_to(monkeypatch):
         weight.full = True
         engine.cpu_training._norms.append(torch.linalg.vector_norm(weight.landing))
     before = {id(weight): weight.copy.clone() for weight in engine.cpu_training}
-    optimizer.clip(LARGEST)
+    optimizer.clip_gradients(LARGEST)
     optimizer.step()
     optimizer.zero_grad()
     blocks = engine.cpu_training.blocks
