@@ -92,7 +92,7 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
     for split, number, path in records_in(out):
         header, table = read_table(path, _SCANNED)
         tar = path.with_suffix(".tar")
-        if not tar.exists():  # `settle` removes such a record, unless a live process is at it
+        if not tar.exists():  # `recover_folder` removes such a record, unless a live process is at it
             continue
         _check_size(tar, header.tar_size)
         columns = [table.column(name).to_pylist() for name in _SCANNED]

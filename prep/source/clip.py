@@ -27,7 +27,7 @@ class Hashed:
 
 
 class BadClip(Exception):
-    """Inside the reader only: unwinds to `look` or `decode`, which return a `ClipFault`."""
+    """Inside the reader only: unwinds to `look` or `decode_clip`, which return a `ClipFault`."""
 
 
 @dataclass(frozen=True, slots=True)

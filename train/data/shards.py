@@ -44,8 +44,8 @@ class Shard:
 
     file: StoredFile
     header: ShardHeader
-    empty_caption: StoredFile  # of its folder
-    etag: str = ""  # when it was opened
+    empty_caption: StoredFile  # of the folder that the tar lies in
+    etag: str = ""  # of the tar, when it was opened
 
     @property
     def path(self) -> str:
@@ -53,7 +53,7 @@ class Shard:
 
     @property
     def shown(self) -> str:
-        """As messages name it."""
+        """The name of the tar in messages."""
         return self.file.shown
 
 
@@ -91,7 +91,7 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        """Of the samples and their order, wherever the shards lie: hex sha256."""
+        """A hash of the samples and their order, wherever the shards lie; hex sha256."""
         digest = hashlib.sha256(self.contract.fingerprint.encode())
         for key in self.table["key"].to_pylist():
             digest.update(key.encode())
@@ -113,7 +113,7 @@ class ShardSet:
         return SampleExtent(**{field.name: row[field.name] for field in dataclasses.fields(SampleExtent)})
 
     def without(self, held_out: ShardSet) -> ShardSet:
-        """Less the samples whose key, or whose clip, is held out.
+        """This set without the samples whose key, or whose clip, is held out.
 
         Raises:
             ShardError: nothing is left.
@@ -153,7 +153,7 @@ class ShardSet:
         return data
 
     def fetch_ahead(self, index: int, stop: Stop | None = None) -> None:
-        """Bring a sample into the cache, if it takes any and the sample lies elsewhere. Raises as `read`."""
+        """Bring a sample of a remote shard into the cache, if there is one and it has room. Raises as `read`."""
         extent = self.extent(index)
         cache = self.cache if self.shards[extent.shard].file.remote else None
         if cache is not None and cache.takes(extent.size) and not cache.has(extent.sha256):
@@ -171,7 +171,7 @@ class ShardSet:
             ) from error
 
     def _why(self, extent: SampleExtent, first: bytearray, second: bytearray) -> CogError:
-        """The true reason for a sample that twice was not what was written."""
+        """The reason why a sample's bytes were wrong, twice."""
         shard = self.shards[extent.shard]
         if first != second:
             return StoreError(
@@ -338,7 +338,7 @@ def _no_such_shard(tar: StoredFile) -> ShardError:
 
 
 def _tail(tar: StoredFile, end: int) -> ReadPart:
-    """What follows the samples, size and etag."""
+    """The bytes behind the samples, and the tar's size and etag."""
     tail = tar.read(end, end + _TAIL + 1)
     return tail if tail.size is not None else dataclasses.replace(tar.stat(), data=tail.data)
 

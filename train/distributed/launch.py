@@ -32,7 +32,7 @@ def join_environment() -> bool:
         return False
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
     step = os.environ["SLURM_STEP_ID"]
-    job = int(os.environ.get("SLURM_JOB_ID", "0")) + 97 * int(step if step.isdecimal() else 0)  # two at a time, perhaps
+    job = int(os.environ.get("SLURM_JOB_ID", "0")) + 97 * int(step if step.isdecimal() else 0)  # a job may run two
     first, count = _SLURM_PORTS
     os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=str(tasks))
     os.environ.setdefault("LOCAL_RANK", str(_gpu_of_task(int(os.environ.get("SLURM_LOCALID", "0")))))
@@ -43,14 +43,14 @@ def join_environment() -> bool:
 
 
 def _gpu_of_task(task: int) -> int:
-    """Its number among those that the task sees: all of the host's, or with ``--gpus-per-task`` its own alone."""
+    """The number of a task's GPU among those it sees: all of the host's, or with ``--gpus-per-task`` its own alone."""
     from cogcommon.model.device import visible_gpus
 
     return task % max(1, visible_gpus())
 
 
 def _tasks_here(counts: str) -> int:
-    """Tasks on a host, the most of SLURM's list: ``8(x2),4`` is 8. They share the host's memory."""
+    """The largest number of tasks on a host in SLURM's list (``8(x2),4`` is 8). They share the host's memory."""
     return max(int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?", counts))
 
 

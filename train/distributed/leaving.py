@@ -23,7 +23,7 @@ from .signals import Stopped
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-_State = Literal["well", "failed", "gone"]  # of the run; gone: rank 0 has ended, and with it what all are connected to
+_State = Literal["well", "failed", "gone"]  # of the run; gone: rank 0 has ended, and the store with it
 _LOOK = 0.5  # seconds between looks for a peer that has failed
 _GRACE = 3.0  # seconds for a process to leave by itself, once a peer has failed
 _FAILED = "cogtrain/failed"  # the store's key for the rank that has failed first
@@ -37,7 +37,7 @@ class PeerFailed(RunError):
 
 
 class Leaving:
-    """One process's part in it.
+    """One process's part in leaving together.
 
     Args:
         store: that all processes are connected to; a connection of its own, so that a look never waits for another
@@ -70,19 +70,19 @@ class Leaving:
             self._left.set()
 
     def _reason(self, error: Exception) -> Exception:
-        """What this process is to say of its error; the others are told that it has failed."""
+        """The exception that this process raises for its error; the others learn of the failure from the store."""
         until = time.monotonic() + (_GRACE if _is_networks(error) else 0)
         while (state := self._state()) == "well" and time.monotonic() < until:
-            time.sleep(_LOOK)  # a peer that has failed was perhaps about to tell
+            time.sleep(_LOOK)  # a peer that has failed may be about to write so into the store
         if state == "well" and self._is_first():
             if self._rank == 0:
-                time.sleep(2 * _LOOK)  # the others look once more, before what they are connected to ends
+                time.sleep(2 * _LOOK)  # the others read the store once more, before it ends with this process
             return _ended() if _is_networks(error) else error
         return _ended() if state == "gone" and self._speaks else PeerFailed()
 
     @property
     def _speaks(self) -> bool:
-        """Whether this process tells that rank 0 has died, which nobody else can."""
+        """Whether it is this process that reports the death of rank 0: rank 1 does, for all."""
         return self._rank == 1
 
     def _state(self) -> _State:
@@ -101,7 +101,7 @@ class Leaving:
     def _watch(self) -> None:
         while not self._left.wait(_LOOK):
             state = self._state()
-            # By itself it closes files, and says what it has to.
+            # A process that leaves by itself closes its files, and says what it has to.
             if state == "well" or self._left.wait(_GRACE):
                 continue
             if state == "gone" and self._speaks:
@@ -119,8 +119,8 @@ def _is_networks(error: Exception) -> bool:
 
 
 def _ended() -> RunError:
-    """The error of a peer that is no more."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # the launcher sees which, and of what
+    """The error for a peer that has died."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the launcher reports which process died, and why
         time.sleep(1)
         return PeerFailed()
     return RunError(

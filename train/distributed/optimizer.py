@@ -25,7 +25,8 @@ _PACKAGES: Mapping[Optimizer, tuple[tuple[str, str, str], ...]] = {
     "adamw8bit": (("bitsandbytes", "bitsandbytes.optim", "AdamW8bit"), ("torchao", "torchao.optim", "AdamW8bit")),
     "prodigy": (("prodigyopt", "prodigyopt", "Prodigy"),),
 }
-# Peak rates that can be meant: from, and below. AdamW moves a weight by about the rate, whatever its gradient is.
+# The peak learning rates that make sense: the least, and one that is too much. AdamW
+# moves a weight by about the rate, whatever its gradient is.
 _RATES: Mapping[Optimizer, tuple[float, float]] = {"adamw": (0, 0.5), "adamw8bit": (0, 0.5), "prodigy": (0.1, 10)}
 
 
@@ -158,7 +159,7 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def _class_of(name: Optimizer) -> Any:
-    """Of an optimizer that is not torch's own."""
+    """The class of an optimizer that is not torch's own."""
     for _, module, cls in _PACKAGES[name]:
         try:
             return getattr(importlib.import_module(module), cls)

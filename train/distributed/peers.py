@@ -1,4 +1,4 @@
-"""The processes of one run: how they meet, and what they tell each other over the CPU."""
+"""The processes of one run: how they meet, and their collectives over the CPU."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _MEET = timedelta(minutes=10)  # images are pulled, nodes boot
-_QUIET = 20.0  # seconds of waiting for the others before it is said
-_PATIENCE = timedelta(days=1)  # with peers that live, one of which draws videos
+_QUIET = 20.0  # seconds after which a process says that it waits for the others
+_PATIENCE = timedelta(days=1)  # of a collective: one rank may draw videos meanwhile; `Leaving` notices peers that die
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Node:
 
 @dataclass
 class Peers:
-    """One process of a run, and its way to the others.
+    """One process of a run, and collectives over all of them.
 
     ``nodes`` are those of all processes, by rank.
     """
@@ -78,6 +78,7 @@ class Peers:
         return int(tensor)
 
     def barrier(self) -> None:
+        """Wait until all ranks are here."""
         self.all_reduce_max(0)
 
     def all_gather(self, value: _T) -> list[_T]:
@@ -101,7 +102,7 @@ class Peers:
         return box[0]
 
     def together(self, act: Callable[[], _T]) -> _T:
-        """Run something that may fail on some ranks; if it does, all stop, so that none waits for ever.
+        """Run something that may fail on some ranks; if it fails on one, all raise, so that none waits for ever.
 
         Raises:
             CogError: on rank 0 its own error, or that of the first that has one; on the others `PeerFailed`.
@@ -176,7 +177,7 @@ def _join(rank: int, world: int) -> Peers:
     own = TCPStore(store.host, store.port, None, False, wait_for_workers=False)
     peers = Peers(rank, world, (), group, Leaving(own, rank))
     peers.nodes = tuple(peers.all_gather(Node.here()))
-    _tell_local_rank(peers)
+    _set_local_rank(peers)
     return peers
 
 
@@ -213,7 +214,7 @@ def _say_waiting(rank: int, world: int, address: str, port: str) -> None:
     print(f"process {rank} of {world} waits for {who} at {address}:{port}{unknown}", file=sys.stderr, flush=True)
 
 
-def _tell_local_rank(peers: Peers) -> None:
+def _set_local_rank(peers: Peers) -> None:
     from cogcommon.model.device import visible_gpus
 
     here = [rank for rank, place in enumerate(peers.nodes) if place == peers.node]

@@ -126,7 +126,7 @@ class Runtime:
         if self.sharded:
             yield from zero.held_tensors(model)
             return
-        states = optimizer.state_dict()["state"]  # first: one that steps beside the computation ends it here
+        states = optimizer.state_dict()["state"]  # first: it ends an update that `CpuAdamW` still makes
         yield from self._trained(model).values()
         yield from shadow or ()
         for state in states.values():
@@ -146,7 +146,7 @@ class Runtime:
         import safetensors.torch
         import torch
 
-        state = {"optimizer": optimizer.state_dict()}  # first: one that steps beside the computation ends it here
+        state = {"optimizer": optimizer.state_dict()}  # first: it ends an update that `CpuAdamW` still makes
         trained = self._trained(model)
         safetensors.torch.save_file({name: p.detach().contiguous() for name, p in trained.items()}, folder / _WEIGHTS)
         if shadow is not None:
@@ -154,7 +154,7 @@ class Runtime:
             safetensors.torch.save_file(named, folder / _EMA)
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        with (folder / _OPTIMIZER).open("wb") as stream:  # of its own files torch forgets the system's error
+        with (folder / _OPTIMIZER).open("wb") as stream:  # a file that torch opens itself loses the system's error
             torch.save(state, stream)
 
     def load_state(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None, folder: Path) -> None:

@@ -76,11 +76,11 @@ def compiling_alone() -> Iterator[None]:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     with contextlib.ExitStack() as held:
-        # Not ours to report: a folder that cannot be written may hold what was compiled already; some know no locks.
+        # Without a lock it goes on: a folder that cannot be written may hold what is needed, some disks have no locks.
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
             fcntl.flock(held.enter_context((root / "cogtrain.lock").open("w")), fcntl.LOCK_EX)
-        for left in [*root.glob("*/lock"), *root.glob("*/*/lock")]:  # as torch lays them: of an operation, and empty
+        for left in [*root.glob("*/lock"), *root.glob("*/*/lock")]:  # torch's lock of an operation, an empty file
             with contextlib.suppress(OSError):
                 if is_file(left) and left.stat().st_size == 0 and not _open_in_a_process(left):
                     left.unlink()
@@ -131,18 +131,18 @@ def gather_by_block(transformer: Any) -> None:
 
     set_z3_leaf_modules(transformer, [type(transformer.transformer_blocks[0])])
     for block in transformer.transformer_blocks:  # before DeepSpeed's own hooks
-        block.register_forward_pre_hook(_as_places, with_kwargs=True)
+        block.register_forward_pre_hook(_by_place, with_kwargs=True)
 
 
 _ARGUMENTS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
 
 
-def _as_places(block: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A block's arguments by place, the first of them differentiable.
+def _by_place(block: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A block's arguments made positional, the first of them differentiable.
 
-    By these torch's full backward hooks, and so DeepSpeed, tell that a block has gone backward. They know nothing of
-    arguments by name, as diffusers gives them, nor of those that need no gradient, as a LoRA's first block gets;
-    DeepSpeed would let the weights go before their gradients come.
+    DeepSpeed learns from torch's full backward hooks that a block has gone backward. These see positional arguments
+    that need a gradient, and no others; diffusers passes arguments by name, and a LoRA's first block gets none that
+    needs a gradient. DeepSpeed would free the weights before their gradients exist.
     """
     import torch
 

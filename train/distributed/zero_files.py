@@ -38,7 +38,7 @@ class Files(CheckpointEngine):  # type: ignore[misc]
             Path(path).mkdir(parents=True, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
-        with self._waiting(), Path(path).open("wb") as stream:  # of its own files torch forgets the system's error
+        with self._waiting(), Path(path).open("wb") as stream:  # in files that torch opens, errors are lost
             torch.save(state_dict, stream)
 
     def load(self, path: str, map_location: Any = None) -> Any:

@@ -67,11 +67,11 @@ class ActivationOffload:
         size = tensor.numel() * tensor.element_size()
         place = (block, len(beside))
         if place not in self._buffers or self._buffers[place].numel() < size:
-            if place in self._buffers:  # of a smaller resolution
+            if place in self._buffers:  # it was made for a smaller resolution
                 unlock(self._buffers.pop(place))
             self._buffers[place] = page_locked(size, self._device)
         host = self._buffers[place][:size].view(tensor.dtype)
-        # Behind the computation, and so behind the last step's way back from the same buffer.
+        # Queued behind the computation, and so behind the last step's copy back from the same buffer.
         event = self._out.copy(host, tensor.as_strided((tensor.numel(),), (1,)))
         offloaded = Offloaded(block, host, tensor, tensor.shape, tensor.stride(), event)
         beside.append(offloaded)

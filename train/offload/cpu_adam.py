@@ -46,7 +46,7 @@ class CpuAdamW(torch.optim.AdamW):
         """Clip the norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` does.
 
         Args:
-            scaler: fp16's, which has made the gradients larger; they are made as they were, on the host in the update.
+            scaler: fp16's gradient scaler; gradients on the host are unscaled in the update.
 
         Returns:
             The norm as it was.
@@ -54,8 +54,8 @@ class CpuAdamW(torch.optim.AdamW):
         resident = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         on_host, scale = self._training.norm(), 1.0
         if scaler is not None:
-            # It looks for what is not finite in .grad alone. The norm is not finite exactly where a gradient on the
-            # host is not; times zero it spoils one of those that the scaler sees, or adds nothing.
+            # The scaler looks for what is not finite in .grad alone. The norm is not finite exactly where a gradient on
+            # the host is not; times zero it spoils one of those that the scaler sees, or adds nothing.
             resident[0].add_(on_host.to(resident[0].device) * 0)
             scaler.unscale_(self)
             scale = scaler.get_scale()
@@ -79,7 +79,7 @@ class CpuAdamW(torch.optim.AdamW):
         if not bool(getattr(self, "found_inf", None) or False):
             group_of = {id(p): group for group in self.param_groups for p in group["params"]}
             due = [self._due(block, group_of) for block in self._training.blocks]
-        super().step(closure)  # those on the GPU, which is not waited for
+        super().step(closure)  # the weights on the GPU, without waiting for it
         for index, weights in enumerate(due):
             self._training.update(index, [self._threads.submit(self._update, part, factor) for part in weights])
 
@@ -102,7 +102,7 @@ class CpuAdamW(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(weight.master.data)
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        # As they are now: the loop will have set the next step's rate before the last thread is done.
+        # The options as they are now: the loop will have set the next step's rate before the last thread is done.
         options = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
         options |= {"eps": group["eps"], "amsgrad": False, "maximize": False, "state_steps": [state["step"]]}
         return (weight.master.data, gradient, state["exp_avg"], state["exp_avg_sq"], weight.copy), options
@@ -129,18 +129,18 @@ class CpuAdamW(torch.optim.AdamW):
         self._training.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state when all weights are updated; they are the masters that belong to it."""
+        """The state once all weights are updated, so that it belongs to the masters."""
         self.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Read a state back; the weights have been read before."""
+        """Read a state back, after the weights."""
         super().load_state_dict(state_dict)
         self._training.publish()
 
 
 def _workers(threads: int, cores: int) -> ThreadPoolExecutor:
-    """Threads whose operations run on so many cores each; this and others keep theirs."""
+    """Threads whose operations use ``cores`` cores each; all other threads keep their number."""
     number = torch.get_num_threads()
     begun = threading.Barrier(threads + 1)
 
@@ -152,5 +152,5 @@ def _workers(threads: int, cores: int) -> ThreadPoolExecutor:
     for _ in range(threads):
         workers.submit(begun.wait)
     begun.wait()
-    torch.set_num_threads(number)  # new threads are to have all again
+    torch.set_num_threads(number)  # threads that are made later get all cores
     return workers

@@ -103,10 +103,10 @@ class CpuTraining:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
         for other in [index for index in self._leaving if index != block]:
-            # Left while this block went backward. The computation is told, so that its memory can be used again.
+            # They left while this block went backward. Once the computation waits for that, their memory can be used.
             self._copies.compute_after(self._left)
             del self._leaving[other]
-        self._add_up(weight)  # that of the accumulation step before, which has long been there
+        self._add_up(weight)  # of the accumulation step before; its copy ended long ago
         self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
         weight.landed = self._left = self._copies.copy(weight.landing, gradient)
         weight.full = True

@@ -36,7 +36,7 @@ def unlock(given: torch.Tensor) -> None:
     """Make what `page_locked` gave ordinary memory again, once the GPU is done with it."""
     import torch
 
-    if given.data_ptr() not in _locked:  # a CPU's
+    if given.data_ptr() not in _locked:  # ordinary memory, as for a CPU
         return
     torch.cuda.synchronize()
     if _locked.pop(given.data_ptr()).registered:

@@ -61,7 +61,7 @@ class SavedCheckpoint:
 
     @property
     def digest(self) -> str:
-        """Tells it from every other checkpoint, and from a part of itself: of its state, its files' names and sizes."""
+        """A hash of its state and its files' names and sizes: no other checkpoint, and no part of it, has the same."""
         digest = hashlib.sha256((self.folder / STATE_FILE).read_bytes())
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}\n".encode())
@@ -107,7 +107,7 @@ def clear(run: Path, after: int) -> list[str]:
             path.unlink()
     whole = list_checkpoints(run)
     for path in _named(run):
-        if path not in whole:  # a kill came between, when it was to go
+        if path not in whole:  # it was being removed when the run was killed
             remove_folder(path, A_CHECKPOINT)
     abandoned = [path for path in whole if _step_of(path) > after]
     for path in abandoned:

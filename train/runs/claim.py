@@ -2,7 +2,7 @@
 
 Until there were records (`cogcommon.files.ownership`), a run's folder held nothing that named its files. Its
 settings and its facts prove it; of its files those become the run's that say of themselves what they are. All
-others stay somebody's.
+others count as somebody's.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def _adopt(folder: Path) -> None:
     """Write the records of a run's folder that is older than records.
 
     Raises:
-        Busy: the program of then trains in it.
+        Busy: an older version of the program trains in it.
         SettingError: it is a data root, too.
     """
     if os.path.lexists(folder / RECORD_FILE) or (facts := _facts(folder)) is None:
         return
     refuse_data_root(folder, "--out")
-    descriptor = os.open(folder, os.O_RDONLY)  # which runs of then have locked
+    descriptor = os.open(folder, os.O_RDONLY)  # which older versions have locked
     try:
         with suppress(NoLocks):
             lock(descriptor, folder)

@@ -118,7 +118,7 @@ class ValidationLine:
 
 
 def finite(value: float) -> float | None:
-    """As it stands in a line: JSON has no NaN."""
+    """The number, or None for one that JSON cannot write (NaN, infinity)."""
     return value if math.isfinite(value) else None
 
 

@@ -52,7 +52,7 @@ def open_tracker(name: Name, folder: Path, settings: Mapping[str, Any]) -> Track
 
 
 def _plain(value: Any) -> int | float | str | bool:
-    """What tensorboard's hyper-parameters may be; a Path or a list makes it raise at the start of the run."""
+    """A value as tensorboard's hyper-parameters take it; a Path or a list makes it raise at the start of the run."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return value if isinstance(value, int | float | str | bool) else str(value)

@@ -219,7 +219,7 @@ class Cache:
         total = sum(entry.size for entry in entries)
         ours = self._ours()
         for entry in entries:
-            if total + size <= 0.95 * self.size:  # more than is needed, so that not every sample looks around
+            if total + size <= 0.95 * self.size:  # more than is needed, so that not every sample makes room
                 break
             if int(entry.name[:16], 16) not in ours:
                 with contextlib.suppress(OSError):
@@ -228,7 +228,7 @@ class Cache:
         return total
 
     def _ours(self) -> set[int]:
-        """Of what this run reads, the first eight bytes of each hash."""
+        """The first eight bytes of the hash of each sample that this run reads."""
         return {
             int(prefix)
             for hashes in self._kept
@@ -236,7 +236,7 @@ class Cache:
         }
 
     def _entries(self) -> Iterator[_Entry]:
-        """What is ours by its name; half-written files that nobody writes any more are removed on the way."""
+        """The files that are ours by name; half-written ones that nobody writes any more are removed on the way."""
         for folder in self.root.iterdir():
             if folder.is_symlink() or not re.fullmatch("[0-9a-f]{2}", folder.name) or not folder.is_dir():
                 continue
@@ -252,7 +252,7 @@ class Cache:
 
     @contextmanager
     def _counted(self) -> Iterator[_Count]:
-        """The bytes that are kept, while no other process changes them."""
+        """The number of bytes kept, locked against other processes."""
         with open(self.root / "lock", "a+b") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             lock.seek(0)

@@ -77,7 +77,7 @@ class FsspecStore:
         except StoreFault as fault:
             if "InvalidRange" not in str(fault.__cause__) and "416" not in str(fault.__cause__):
                 raise
-            data = b""  # behind the end
+            data = b""  # a range behind the file's end
         return ReadPart(bytearray(data))
 
     def read_all(self, path: str) -> ReadPart:

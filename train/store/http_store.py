@@ -64,7 +64,7 @@ class HttpStore:
             return ReadPart(data, len(data), _etag(answer))
 
     def stat(self, path: str, *, fresh: bool = False) -> ReadPart:
-        """By asking for one byte: signed URLs allow GET alone, not HEAD."""
+        """Size and etag, by a GET of one byte: signed URLs do not allow HEAD."""
         with self._get(path, "bytes=0-0") as answer:
             if answer.status_code == 206:
                 return ReadPart(bytearray(), _content_range(answer)[2], _etag(answer))

@@ -53,4 +53,4 @@ class Readers:
                     future.set_result(call())
                 except BaseException as error:  # raised where the result is asked for
                     future.set_exception(error)
-            del taken, future, call  # and with them a batch, which the next call may be long in coming after
+            del taken, future, call  # they hold a batch, and the next call may be long in coming

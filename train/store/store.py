@@ -49,7 +49,7 @@ class StoreFault(Exception):
         self.wait = wait
         self.fix = fix
 
-    kind: type[StoreError] = StoreError  # what it is where it lasts
+    kind: type[StoreError] = StoreError  # what is raised where the fault lasts
 
 
 class NoRanges(StoreFault):

@@ -76,7 +76,7 @@ def pipeline_of(checkpoint: Checkpoint, transformer: CogVideoXTransformer3DModel
 
 def to_base(pipeline: DiffusionPipeline, tuned: Tuned, dtype: torch.dtype) -> None:
     """Put the untouched weights back: adapters off, or the checkpoint's own transformer."""
-    pipeline.remove_all_hooks()  # of offloading; place() sets them again
+    pipeline.remove_all_hooks()  # of offloading; `move_pipeline` sets them again
     if tuned.lora_file:
         pipeline.unload_lora_weights()
     else:
