@@ -53,7 +53,7 @@ def test_a_process_has_a_gpu_of_its_own_among_those_that_it_sees(monkeypatch):
     for rank, visible, gpu, here in ((2, 8, "1", "2"), (3, 8, "1", "2"), (3, 1, "0", "2"), (4, 8, "0", "1")):
         monkeypatch.setattr("cogcommon.model.device.visible_gpus", lambda visible=visible: visible)
         monkeypatch.setattr(os, "environ", {})
-        peers._tell_local_rank(peers.Peers(rank, 5, places))
+        peers._set_local_rank(peers.Peers(rank, 5, places))
         assert os.environ == {"LOCAL_RANK": gpu, "LOCAL_WORLD_SIZE": here}
 
 
