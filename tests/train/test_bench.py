@@ -155,7 +155,7 @@ def test_what_is_held_at_the_peak_is_told_by_place():
     ]  # fmt: skip
     assert at_the_peak(before, events) == [
         "     14.0 MiB at the peak",
-        "     11.0 MiB     2 x work (step/block.py:7)",
+        "     11.0 MiB     2 x work (blocks/block.py:7)",
         "      3.0 MiB     2 x held before the step",
     ]
     assert at_the_peak({}, [alloc(1, 2, ours)])[0].strip() == "2.0 MiB at the peak"
