@@ -50,7 +50,7 @@ def encode(settings: EncodeSettings) -> Report:
         RunError: one of several processes failed.
     """
     part = choose_slice(settings.worker, os.environ)
-    check_root(settings.root)  # before a model is looked for on the hub
+    check_root(settings.root, settings.prompts, settings.videos)  # before a model is looked for on the hub
     check_shards_output(settings.out, "--out", (settings.prompts, settings.videos))
     if part.count > 1:
         say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")

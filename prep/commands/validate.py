@@ -57,12 +57,12 @@ def validate(settings: ValidateSettings) -> Verdict:
     """Look at a data root. Decodes a few key frames of each clip and loads no weights.
 
     Raises:
-        DataRootError: the data root is no folder.
+        DataRootError: the data root is no folder, or has no lists.
         SettingError: a size that the model cannot take, or a holdout of every clip.
         ModelError: the model cannot be had.
     """
     begun = time.perf_counter()
-    check_root(settings.root)  # before a model is looked for on the hub
+    check_root(settings.root, settings.prompts, settings.videos)  # before a model is looked for on the hub
     checkpoint = settings.open_model()
     family = checkpoint.family
     data = settings.read_lists(family.task)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogcommon.cli.names import command_line
 from cogcommon.errors import DataRootError
 from cogcommon.model.families import Task
 from cogcommon.words import counted
@@ -75,17 +76,26 @@ class DataSet:
         return self
 
 
-def check_root(root: Path) -> None:
-    """Refuse what is no folder.
+def check_root(root: Path, *lists: str) -> None:
+    """Refuse what is no folder, or has none of the lists.
+
+    Args:
+        lists: names of the lists of captions and clips, where there must be one at least.
 
     Raises:
-        DataRootError: it is missing, or a file.
+        DataRootError: it is missing, or a file, or without lists.
     """
     if not os.path.isdir(root):  # noqa: PTH112, as `_is_there`
         raise DataRootError(
             "the data root is not a folder" if _is_there(root) else "there is no such data root",
             where=str(root),
             fix="--data-root takes the folder that holds prompts.txt and videos.txt",
+        )
+    if lists and not any(_is_there(root / name) for name in lists):
+        raise DataRootError(
+            f"there is neither a {' nor a '.join(lists)} in this folder",
+            where=str(root),
+            fix=f"`{command_line('cogprep', 'init', root)}` writes both from the clips and captions that are there",
         )
 
 
@@ -118,9 +128,10 @@ def read_lists(
     faults: list[ListFault] = []
     columns: dict[str, list[str]] = {}
     for column, name in names.items():
-        entries = _read_list(root, name, column != "captions", faults)
+        entries = read_list(root, name, column != "captions", faults)
         if entries is not None:
             columns[column] = entries
+    faults += _blank_lines(columns, names)
     counts = {names[column]: len(entries) for column, entries in columns.items()}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} has {count}" for name, count in counts.items())
@@ -144,8 +155,32 @@ def read_lists(
     return DataSet(root, samples, (), columns, unused)
 
 
-def _read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) -> list[str] | None:
-    """The entries of one list; None if it cannot be read."""
+def _blank_lines(columns: Mapping[str, list[str]], names: Mapping[str, str]) -> Iterator[ListFault]:
+    """Cut off the blank lines at the end of each list, and name the others: dropping one would shift every later pair.
+
+    A blank line that has a clip is a caption that is not written yet, also at the end.
+    """
+    clips = columns.get("clips", [])
+    for column, entries in sorted(columns.items(), reverse=True):  # the clips, then the captions
+        least = len(clips) if column == "captions" else 0
+        while len(entries) > least and not entries[-1]:
+            entries.pop()
+        if not entries:
+            yield ListFault(names[column], 0, "the list is empty")
+        paired = column == "captions" and len(entries) == len(clips)
+        for line, entry in enumerate(entries, 1):
+            if not entry:
+                what = f"no caption yet for {clips[line - 1]}" if paired and clips[line - 1] else "blank line"
+                yield ListFault(names[column], line, what)
+
+
+def read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) -> list[str] | None:
+    """The lines of one list, blank ones too; None if it cannot be read.
+
+    Args:
+        of_files: the entries are names of files.
+        faults: gets what is wrong with the list.
+    """
     try:
         data = (root / name).read_bytes()
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -153,7 +188,7 @@ def _read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) -
             return None
         text = data.decode("utf-8")
     except FileNotFoundError:
-        faults.append(ListFault(name, 0, "the list is missing"))
+        faults.append(ListFault(name, 0, f"the list is missing{_remedy(root, name)}"))
         return None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -166,14 +201,17 @@ def _read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) -
     entries = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     if any(mark in text for mark in _UNSEEN):
         entries = [_seen(entry, root if of_files else None) for entry in entries]
-    while entries and not entries[-1]:
-        entries.pop()
-    if not entries:
-        faults.append(ListFault(name, 0, "the list is empty"))
-    # Dropping a blank line would shift every later pair, so it is a fault.
-    faults += [ListFault(name, line, "blank line") for line, entry in enumerate(entries, 1) if not entry]
+    if not entries[-1]:
+        entries.pop()  # what follows the end of the last line
     faults += [ListFault(name, line, "a NUL byte") for line, entry in enumerate(entries, 1) if "\0" in entry]
     return entries
+
+
+def _remedy(root: Path, name: str) -> str:
+    """What writes a missing list: `cogprep init` can where it has the clips' to go by."""
+    if name == "prompts.txt" and _is_there(root / "videos.txt"):
+        return f"; to write it: {command_line('cogprep', 'init', root)}"
+    return ""
 
 
 def _seen(entry: str, root: Path | None) -> str:

@@ -54,7 +54,20 @@ def test_byte_order_marks_and_zero_width_characters_are_no_content_wherever_they
 
 
 def test_a_line_of_nothing_that_is_seen_is_blank(tmp_path):
-    assert faults(lay(tmp_path, prompts="a\n\u200b \ufeff\nb\n", videos="a\nb\nc\n")) == ["prompts.txt:2: blank line"]
+    assert faults(lay(tmp_path, prompts="a\n\u200b \ufeff\nb\n", videos="a\nb\nc\n")) == [
+        "prompts.txt:2: no caption yet for b"
+    ]
+
+
+def test_blank_lines_at_the_end_are_captions_to_come_where_clips_pair_with_them(tmp_path):
+    assert faults(lay(tmp_path, prompts="a\n\n\n\n\n", videos="a.mp4\nb.mp4\nc.mp4\n\n")) == [
+        "prompts.txt:2: no caption yet for b.mp4",
+        "prompts.txt:3: no caption yet for c.mp4",
+    ]
+    assert faults(lay(tmp_path, prompts="a\n\n", videos="a.mp4\nb.mp4\nc.mp4\n")) == [
+        "prompts.txt:2: blank line",
+        "videos.txt:3: unpaired from here: prompts.txt has 2, videos.txt has 3 lines",
+    ]
 
 
 def test_a_list_in_utf_16_is_called_that(tmp_path):
@@ -77,11 +90,13 @@ def test_a_fault_yields_no_samples_and_one_message(tmp_path):
     assert data.samples == ()
     with pytest.raises(DataRootError, match="1 fault") as caught:
         data.trusted()
-    assert "prompts.txt:2: blank line" in str(caught.value)
+    assert "prompts.txt:2: no caption yet for b.mp4" in str(caught.value)
 
 
 def test_missing_and_empty_lists(tmp_path):
     assert faults(tmp_path) == ["prompts.txt: the list is missing", "videos.txt: the list is missing"]
+    lay(tmp_path, videos="a.mp4\n")
+    assert faults(tmp_path) == [f"prompts.txt: the list is missing; to write it: cogprep init {tmp_path}"]
     lay(tmp_path, prompts="", videos="\n\n")
     assert faults(tmp_path) == ["prompts.txt: the list is empty", "videos.txt: the list is empty"]
 
