@@ -62,14 +62,14 @@ class SampleRow:
     caption: str
     caption_tokens: int
     caption_truncated: bool
-    source: str  # as the list names it
+    source: str  # as the list names it, with the part of the clip if it names one: a.mp4#t=12.5,18
     source_line: int  # from 1
     source_size: int
     source_mtime_ns: int
-    source_sha256: bytes
+    source_sha256: bytes  # of the file's content; of a part, of that and of its times
     image: str  # as the list names it; empty without one
     image_sha256: bytes
-    frames: list[int]  # indices of the source frames picked
+    frames: list[int]  # indices of the source frames picked, from the first of the part
     effective_fps: float  # of the picked frames, in source time
     crop_box: list[int]  # left, top, right, bottom in the upright, square-pixel source
     colour: str  # decision, for example "bt709 limited (tagged)"

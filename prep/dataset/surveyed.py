@@ -6,12 +6,13 @@ replaced, cut off from its disk or still being copied while a run is on must not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from cogcommon.model.families import Resolution
 
-from ..source.clip import ClipFault, Hashed
-from ..source.source_file import hash_file, unchanged
+from ..source.clip import BadClip, ClipFault, Hashed
+from ..source.source_file import hash_clip, hash_file, unchanged
 from ..video.cut import Cut
 from ..video.decode import Clip, decode_clip
 
@@ -37,12 +38,12 @@ def decode_as_surveyed(
     result = decode_clip(path, resolution, cut, family_fps, key, image)
     if isinstance(result, ClipFault) and result.passing:
         return result
-    same = _holds(path, clip.sha256) if isinstance(result, ClipFault) else unchanged(path, clip)
-    return result if same and (image is None or _holds(image, image_sha256)) else _CHANGED
+    same = _holds(path, clip.sha256, hash_clip) if isinstance(result, ClipFault) else unchanged(path, clip)
+    return result if same and (image is None or _holds(image, image_sha256, hash_file)) else _CHANGED
 
 
-def _holds(path: Path, sha256: bytes) -> bool:
+def _holds(path: Path, sha256: bytes, hash_of: Callable[[Path], bytes]) -> bool:
     try:
-        return hash_file(path) == sha256
-    except (OSError, ValueError):
+        return hash_of(path) == sha256
+    except (OSError, ValueError, BadClip):
         return False

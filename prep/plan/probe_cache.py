@@ -27,7 +27,8 @@ from cogcommon.model.families import Resolution
 
 from ..dataset.probe import Probed
 from ..processes.pool import Pool
-from ..source.clip import ClipFault, Hashed
+from ..source.clip import BadClip, ClipFault, Hashed
+from ..source.part import locate
 from ..store.proof import SURVEY, is_surveyed
 from .slice import Slice
 
@@ -150,7 +151,7 @@ def _write(path: Path | None, probed: Mapping[str, Probed]) -> None:
 
 def _state(path: Path) -> tuple[int, int, int]:
     try:
-        info = path.stat()
-    except (OSError, ValueError):  # a NUL byte in the name
+        info = locate(path).file.stat()
+    except (OSError, ValueError, BadClip):  # a NUL byte in the name
         return -1, -1, -1
     return info.st_size, info.st_mtime_ns, info.st_ino

@@ -8,7 +8,7 @@ from pathlib import Path
 from cogcommon.model.families import Resolution
 
 from ..source.clip import BadClip, ClipFault
-from ..source.source_file import hash_file
+from ..source.source_file import hash_clip
 from ..video.colour import Pixels
 from ..video.cut import Cut
 from ..video.decode import decode_clip
@@ -38,7 +38,7 @@ def view_source(
         key: of the sample; it seeds the random crop.
     """
     try:
-        if hash_file(path) != sha256:
+        if hash_clip(path) != sha256:
             return ClipFault("the source has changed since it was encoded")
         clip = decode_clip(path, resolution, cut, family_fps, key)
         if isinstance(clip, ClipFault):

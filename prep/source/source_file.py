@@ -11,6 +11,7 @@ from cogcommon.files.regular_file import Missing, Unreadable, check_regular
 from .clip import BadClip, ClipFault, Hashed
 from .heartbeat import beat
 from .near import near
+from .part import locate
 
 
 def hash_file(path: Path) -> bytes:
@@ -29,19 +30,30 @@ def hash_file(path: Path) -> bytes:
 
 
 def hash_whole(path: Path) -> Hashed | ClipFault:
-    """A file's content hash, without a decoder; a fault if it cannot be read."""
+    """A clip's content hash, without a decoder; a fault if it cannot be read."""
     try:
-        info = refuse_special(path)
-        return Hashed(info.st_size, info.st_mtime_ns, hash_file(path))
+        info = refuse_special(locate(path).file)
+        return Hashed(info.st_size, info.st_mtime_ns, hash_clip(path))
     except (BadClip, OSError) as error:
         return ClipFault(str(error), passing=True)
 
 
+def hash_clip(path: Path) -> bytes:
+    """The content hash of a clip, whole or a part: what a line of videos.txt names.
+
+    Raises:
+        OSError: it cannot be read.
+        BadClip: its fragment says no part.
+    """
+    place = locate(path)
+    return place.identity(hash_file(place.file))
+
+
 def unchanged(path: Path, before: Hashed) -> bool:
-    """Whether a file still has the size and time that it had when it was hashed."""
+    """Whether a clip's file still has the size and time that it had when it was hashed."""
     try:
-        now = path.stat()
-    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        now = locate(path).file.stat()
+    except (OSError, ValueError, BadClip):  # ValueError: a NUL byte in the name
         return False
     return (now.st_size, now.st_mtime_ns) == (before.size, before.mtime_ns)
 

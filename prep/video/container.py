@@ -83,20 +83,29 @@ def video_streams(container: InputContainer) -> list[VideoStream]:
     ]
 
 
-def decode_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+def decode_frames(container: InputContainer, stream: VideoStream, skip: int | None = None) -> Iterator[VideoFrame]:
     """The frames from where the container stands.
+
+    Args:
+        skip: leave out packets of pictures that are shown before this time, in units of the stream.
 
     A WebM's transparency lies beside its pictures, where only libvpx looks for it; without it the colours
     that are hidden there would be shown.
     """
     reader = _WITH_ALPHA.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
-    if reader is None:
+    if reader is None and skip is None:
         yield from container.decode(stream)
         return
-    decoder = cast(VideoCodecContext, av.CodecContext.create(reader, "r"))
-    decoder.thread_count = 1
+    decoder = None if reader is None else cast(VideoCodecContext, av.CodecContext.create(reader, "r"))
+    if decoder is not None:
+        decoder.thread_count = 1
     for packet in container.demux(stream):
-        yield from decoder.decode(packet if packet.size else None)
+        if skip is not None and packet.pts is not None and packet.pts < skip:
+            continue
+        if decoder is None:
+            yield from packet.decode()
+        else:
+            yield from decoder.decode(packet if packet.size else None)
 
 
 def words_of(error: Exception) -> str:

@@ -26,31 +26,45 @@ from av.video.reformatter import VideoReformatter
 
 from ..source.clip import BadClip, ClipFacts
 from ..source.heartbeat import beat
+from ..source.part import locate
 from ..source.source_file import hash_file, refuse_special
+from . import in_parts
 from .colour import Colour, Pixels, Tags, Turn, colour_of, to_rgb, turn_of
 from .container import decode_frames, open_video, video_streams, words_of
-from .times import read_times, usual_rate
+from .times import FrameTimes, Key, read_times, usual_rate
 
 
 class Video:
-    """One open video stream. Use as a context manager.
+    """One open video stream, or a part of it, which is then all that there is. Use as a context manager.
+
+    Args:
+        path: of a file, or of a part of one (`source.part`): ``a.mp4#t=12.5,18``.
 
     Raises:
         BadClip: from any method, when the file cannot be used; the message says why.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stat = refuse_special(path)
-        self._container, self._stream = open_video(path)
+        self._place = locate(path)
+        self.file, part = self._place.file, self._place.part
+        self._stat = refuse_special(self.file)
+        self._container, self._stream = open_video(self.file)
         self._container_tags = Tags.of(self._stream.codec_context)  # before a frame is decoded and says more
         try:
-            self._times = read_times(self._container, self._stream)
-            if self._times.by == "dts":
-                self._times = self._times.after_delay(self.first_frame, float(self._stream.time_base or 0))
+            self._times = self._times_of_file() if part is None else in_parts.times(self.file, self._times_of_file)
+            whole_s = self._times.times_s
+            self._used = range(len(whole_s)) if part is None else part.of(whole_s, self._usual_interval(whole_s))
         except BaseException:
             self._container.close()
             raise
+
+    def _times_of_file(self) -> FrameTimes:
+        self._times = read_times(self._container, self._stream)
+        if self._times.by != "dts":
+            return self._times
+        for _index, frame in self._indexed(None):
+            return self._times.after_delay(frame, float(self._stream.time_base or 0))
+        raise BadClip("not one frame can be decoded")
 
     def __enter__(self) -> Video:
         return self
@@ -63,13 +77,16 @@ class Video:
     @property
     def times_s(self) -> tuple[float, ...]:
         """When each picture is shown, ascending, in seconds of the file's own clock."""
-        return self._times.times_s
+        return self._times.times_s[self._used.start : self._used.stop]
 
     @property
     def interval_s(self) -> float:
         """The usual time from one frame to the next."""
-        if len(self.times_s) > 1:
-            return median(after - before for before, after in pairwise(self.times_s))
+        return self._usual_interval(self.times_s)
+
+    def _usual_interval(self, times_s: Sequence[float]) -> float:
+        if len(times_s) > 1:
+            return median(after - before for before, after in pairwise(times_s))
         return 1 / usual_rate(self._stream)
 
     @cached_property
@@ -106,7 +123,7 @@ class Video:
         odd = sum(abs(interval - usual) > max(0.25 * usual, 0.002) for interval in intervals)
         duration = self.times_s[-1] - self.times_s[0] + usual
         try:
-            digest = hash_file(self.path)
+            digest = hash_file(self.file) if self._place.part is None else in_parts.sha256(self.file)
         except OSError as error:
             raise BadClip(f"cannot be read: {error.strerror}") from error
         return ClipFacts(
@@ -123,7 +140,7 @@ class Video:
             videos=len(video_streams(self._container)),
             size=self._stat.st_size,
             mtime_ns=self._stat.st_mtime_ns,
-            sha256=digest,
+            sha256=self._place.identity(digest),
         )
 
     def glimpses(self, count: int, size: int = 320) -> list[Pixels]:
@@ -136,11 +153,12 @@ class Video:
         found = {0: self.first_frame}
         self._stream.codec_context.skip_frame = "NONKEY"
         with suppress(av.error.FFmpegError):  # not every format can be wound; the first frame is there
-            for part in range(1, count):
-                index = len(self.times_s) * part // count
-                self._container.seek(self._times.stamps[index] if self._times.stamps else 0, stream=self._stream)
+            for place in range(1, count):
+                index = len(self._used) * place // count
+                at = self._times.stamps[self._used[index]] if self._times.stamps else 0
+                self._container.seek(at, stream=self._stream)
                 frame = next(decode_frames(self._container, self._stream), None)
-                if frame is not None and frame.pts is not None:
+                if frame is not None and frame.pts is not None and self._is_of_part(frame):
                     found[frame.pts] = frame
         return [self.turn.apply(to_rgb(scaler, frame, across, down, self.colour)) for frame in found.values()]
 
@@ -188,13 +206,44 @@ class Video:
             yield index, frame
             expected, last = index + 1, frame
 
+    def _is_of_part(self, frame: VideoFrame) -> bool:
+        """Whether a key frame that a jump has found lies in the part."""
+        if self._place.part is None:
+            return True
+        return self._times.by == "pts" and self._times.index_of(frame, 0) in self._used
+
     def _decode(self) -> Iterator[tuple[int, VideoFrame]]:
-        """Every decoded frame with its index into ``times_s``, from the first on."""
-        container, stream = open_video(self.path)  # anew: not every format can be wound back
+        """Every decoded frame with its index into ``times_s``, from the first on.
+
+        Of a part nothing before it is decoded but two groups of pictures. Where such a jump does not end in the very
+        frames that are looked for, one after the other, another is tried; the whole file from its beginning decides.
+        """
+        first, expected = self._used.start, self._used.start
+        for key in self._times.keys_before(first) if first else ():
+            with suppress(BadClip):
+                frames = self._indexed(key)
+                begun = next(frames, None)
+                if begun is None or begun[1].pts != key.shown:
+                    continue  # it has landed elsewhere
+                for index, frame in frames:
+                    if index > expected:
+                        break
+                    if index == expected:
+                        yield index - first, frame
+                        expected += 1
+                        if expected == self._used.stop:
+                            return
+        for index, frame in self._indexed(None):
+            if index >= self._used.stop:
+                return
+            if index >= expected:
+                yield index - first, frame
+
+    def _indexed(self, key: Key | None) -> Iterator[tuple[int, VideoFrame]]:
+        """Decoded frames with their index in the whole file, from a key frame on or from the beginning."""
         expected = 0
         try:
-            for frame in decode_frames(container, stream):
-                beat()
+            for frame in self._read(key):
                 if frame.is_corrupt:
                     raise BadClip(f"frame {expected} is damaged")
                 index = self._times.index_of(frame, expected)
@@ -203,5 +252,15 @@ class Video:
                     expected = index + 1
         except av.error.FFmpegError as error:
             raise BadClip(f"damaged: frame {expected} cannot be decoded ({words_of(error)})") from error
+
+    def _read(self, key: Key | None) -> Iterator[VideoFrame]:
+        """Decoded frames as they come, from a key frame on or from the beginning."""
+        container, stream = open_video(self.file)  # anew: not every format can be wound back
+        try:
+            if key is not None:
+                container.seek(key.decoded, stream=stream)
+            for frame in decode_frames(container, stream, None if key is None else key.shown):
+                beat()
+                yield frame
         finally:
             container.close()

@@ -8,9 +8,9 @@ frames: a decoder that holds back N pictures shows picture K when chunk K + N co
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Literal
@@ -30,6 +30,14 @@ _DECODED_AT = ("avi", "asf")  # formats that store when a packet is decoded, and
 _BACK_S = 0.2  # packets come in the order of decoding; what steps back further than a slip is another recording
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """A key frame, in units of the stream."""
+
+    shown: int
+    decoded: int  # at this time, before it is shown
+
+
 @dataclass(frozen=True)
 class FrameTimes:
     """The pictures of a clip in the order in which they are shown.
@@ -42,6 +50,7 @@ class FrameTimes:
     by: Literal["pts", "dts", "count"]
     stamps: tuple[int, ...] = ()  # ascending, in units of the stream; empty where pictures are counted
     delay: int = 0  # pictures that the decoder holds back, where `by` is dts
+    keys: tuple[Key, ...] = ()  # the pictures that need no other, ascending
 
     def index_of(self, frame: VideoFrame, expected: int) -> int | None:
         """The place of a decoded picture; None for one before the first that counts.
@@ -57,6 +66,21 @@ class FrameTimes:
         if stamp < self.stamps[self.delay]:
             return None
         return bisect_left(self.stamps, stamp) - self.delay
+
+    def keys_before(self, index: int) -> Iterator[Key]:
+        """Where to begin to decode for the sake of a picture, the nearest first; after the last, from the beginning.
+
+        From the key frame before it on, a picture is right in a sound file. One key frame more is taken: then those
+        are right, too, that are shown before a key frame and decoded after it (open groups), and those of a file that
+        renews its picture piece by piece, which calls the first piece a key frame. Some decoders cannot begin at every
+        key frame, so further ones follow, each twice as far away.
+        """
+        if self.by != "pts":
+            return  # without times of display nothing tells which picture a decoder gives after a jump
+        place, step = bisect_right(self.keys, self.stamps[index], key=lambda key: key.shown) - 2, 1
+        while place > 0:
+            yield self.keys[place]
+            place, step = place - step, 2 * step
 
     def after_delay(self, first: VideoFrame, time_base: float) -> FrameTimes:
         """The times by dts, once the first decoded picture has shown how many the decoder holds back."""
@@ -76,6 +100,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
     """
     codec = stream.codec_context.name
     shown: list[tuple[int | None, int | None]] = []  # pts and dts
+    keys: list[Key] = []
     last_end = 0.0
     packets, first_key, skipped = 0, None, None
     promised = len(stream.index_entries) or stream.frames
@@ -106,6 +131,8 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
             hidden = codec == "vp8" and not bytes(packet)[0] & 0x10  # the show_frame bit, RFC 6386 9.1
             if not packet.is_discard and not hidden:  # an edit list discards what it hides
                 shown.append((packet.pts, packet.dts))
+                if packet.is_keyframe and packet.pts is not None:
+                    keys.append(Key(packet.pts, packet.pts if packet.dts is None else packet.dts))
     except av.error.FFmpegError as error:
         raise BadClip(f"damaged or cut short after {packets} frames: {words_of(error)}") from error
     if "matroska" not in container.format.name and packets < promised:
@@ -114,7 +141,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
     shown = shown[skipped or 0 :]  # before the first key frame nothing can be decoded
     if not shown:
         raise BadClip("there are no frames in it")
-    return _times_of(container, stream, shown, first_key)
+    return replace(_times_of(container, stream, shown, first_key), keys=tuple(sorted(keys)))
 
 
 def _times_of(
