@@ -13,6 +13,7 @@ from .settings import (
     CleanSettings,
     EncodeSettings,
     IndexSettings,
+    InitSettings,
     InspectSettings,
     PreviewSettings,
     ValidateSettings,
@@ -29,6 +30,13 @@ def _run_of(module: str) -> Callable[[Any], None]:
 
 # Command, its settings, the module whose `run` carries it out, what help says, and examples.
 _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
+    (
+        "init",
+        InitSettings,
+        "init",
+        "Write the lists of a data root from the clips and captions in it. A list that is there is never touched.",
+        ("cogprep init ds",),
+    ),
     (
         "validate",
         ValidateSettings,

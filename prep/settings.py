@@ -34,7 +34,9 @@ class PlanSettings:
         None, "folder with prompts.txt, videos.txt and the clips", shown="required", section="Data"
     )
     prompts: str = setting("prompts.txt", "name of the list of captions, one per line", section="Data")
-    videos: str = setting("videos.txt", "name of the list of clips, one path per line", section="Data")
+    videos: str = setting(
+        "videos.txt", "name of the list of clips, one path per line, or a part: a.mp4#t=12.5,18", section="Data"
+    )
     images: str | None = setting(
         None,
         "name of the list of first frames (image-to-video)",
@@ -243,6 +245,23 @@ class ValidateSettings(PlanSettings):
     """Every option of `cogprep validate`: the plan's, so that what is looked at is what is encoded."""
 
     json: bool = setting(False, "print everything as JSON", section="Work")
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """Every option of `cogprep init`."""
+
+    ds: Path | None = setting(None, "folder with clips, and their captions", shown="required", positional=True)
+    json: bool = setting(False, "print what was found and written as JSON")
+
+    def __post_init__(self) -> None:
+        if self.ds is None:
+            raise SettingError("no folder", where="DS", fix="name the folder that your clips are in: cogprep init ds")
+
+    @property
+    def root(self) -> Path:
+        assert self.ds is not None  # __post_init__
+        return self.ds
 
 
 @dataclass(frozen=True)

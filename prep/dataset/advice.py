@@ -201,7 +201,7 @@ def _held(looked: Sequence[Looked]) -> Advice | None:
     return _of(
         "held pictures",
         "a picture stays for longer than the model's frames are apart, and is repeated as long as it stays",
-        "cut such a part off (--start, or ffmpeg -ss) unless the model should learn it",
+        "leave such a part out (--start, or a part of the clip: CLIP#t=12.5,18) unless the model should learn it",
         lines,
     )
 

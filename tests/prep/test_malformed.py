@@ -21,10 +21,19 @@ import pytest
 
 from cogcommon.errors import CogError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
-from cogprep.commands import clean_cache, index, inspection, validate, verify
+from cogprep.commands import clean_cache, index, init, inspection, validate, verify
+from cogprep.dataset.found import METADATA
+from cogprep.dataset.lists import read_lists
 from cogprep.dataset.probe import look
 from cogprep.processes.pool import Pool
-from cogprep.settings import CleanSettings, IndexSettings, InspectSettings, ValidateSettings, VerifySettings
+from cogprep.settings import (
+    CleanSettings,
+    IndexSettings,
+    InitSettings,
+    InspectSettings,
+    ValidateSettings,
+    VerifySettings,
+)
 from cogprep.source.clip import ClipFault
 from cogprep.video.decode import decode_clip
 
@@ -128,6 +137,7 @@ def a_list(chance: random.Random, root: Path) -> bytes:
     odd = [
         "\ufeff", "\u200b", "\0", "\x1b[2J", '"', "'", "\\", "C:\\a\\", "https://a/", "[/x]", "[red]", "\u2028", "\x85",
         "{a,b}", "~", "#t=1,2", "\t", "é", "e\u0301", ":dog:", "*", "%s", "{0}", "\U0001f469\u200d\U0001f4bb", " ",
+        "#t=", "#t=,1", "#t=npt:0:00:01", "#t=2,1", "#t=nan", "#t=9,", "#t=0.5",
     ]  # fmt: skip
     lines = []
     for _ in range(chance.choice([0, 1, 2, 3, 5, 5, 5, 8])):
@@ -166,6 +176,57 @@ def test_5000_lists(root, inline):
     endings = try_lists(root, 5000, seed=2)
     print(endings)
     assert endings.total() == 5000
+
+
+# ---- tables of captions, for `cogprep init`
+
+
+def a_table(chance: random.Random) -> tuple[str, bytes]:
+    """A table of captions as an accident would write it: right rows, fields of wrong kinds, odd text, damage."""
+    name = chance.choice(METADATA)
+    odd = [*WRONG, "0.mp4", "../ds/1.mp4", "C:\\ds\\2.mp4", ["a", None, "b\nc"], {"path": "3.mp4"}, "a\0b", "#t=1", "/"]
+    keys = ["file_name", "video_path", "Text", "caption", "prompt", "x_file_name", "", "id"]
+    rows = [
+        {"file_name": f"{number}.mp4", "caption": f"clip {number}"}
+        | {chance.choice(keys): chance.choice(odd) for _ in range(chance.choice([0, 0, 1, 3]))}
+        for number in range(chance.choice([0, 1, 5]))
+    ]
+    if name.endswith(".csv"):
+        mark = chance.choice(",;\t|")
+        lines = [mark.join(keys), *(mark.join(str(row.get(key, "")) for key in keys) for row in rows)]
+        text = "\n".join(lines)
+    elif name.endswith(".jsonl"):
+        text = "\n".join(json.dumps(row) for row in rows)
+    else:
+        text = json.dumps(chance.choice([rows, {"data": rows}, {str(row["file_name"]): row for row in rows}, *odd]))
+    data = text.encode("utf-8", "surrogatepass")
+    return name, damaged(chance, data + b" ") if chance.random() < 0.4 else data
+
+
+def try_tables(root: Path, count: int, seed: int) -> Counter:
+    chance, endings = random.Random(seed), Counter()
+    for _ in range(count):
+        for name in (*METADATA, "videos.txt", "prompts.txt"):
+            (root / name).unlink(missing_ok=True)
+        for name, data in (a_table(chance) for _ in range(chance.choice([1, 1, 2]))):
+            (root / name).write_bytes(data)
+        json_ = chance.random() < 0.5
+        ending = ends(lambda json_=json_: init.run(InitSettings(ds=root, json=json_)))
+        endings[ending] += 1
+        lists = read_lists(root, task="t2v")
+        assert (ending == 0) == (len(lists.columns) == 2)
+        assert all("no caption yet" in fault.what for fault in lists.faults if ending == 0)
+    return endings
+
+
+def test_tables_of_captions_of_any_kind_end_in_lists_that_pair_or_in_a_message(root):
+    endings = try_tables(root, 300, seed=1)
+    assert endings[0] > 100 and endings[2] > 30, endings
+
+
+@pytest.mark.full
+def test_20000_tables_of_captions(root):
+    print(try_tables(root, 20_000, seed=2))
 
 
 # ---- damaged files

@@ -1,0 +1,225 @@
+"""`cogprep init DS`: the lists of a data root, from the clips, captions and pictures that lie in it.
+
+A list that is there is never touched. Where there is a videos.txt already, the other lists are written for its lines.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cogcommon.cli.names import command_line, json_text
+from cogcommon.cli.terminal import Console
+from cogcommon.errors import DataRootError
+from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.failures import disk_errors
+from cogcommon.files.ownership import RECORD_FILE
+from cogcommon.shards.contract import CONTRACT_FILE
+from cogcommon.words import counted
+
+from ..dataset.captions_found import Captions, find_captions
+from ..dataset.found import CLIPS, Found, find
+from ..dataset.lists import ListFault, check_root, read_list
+from ..settings import InitSettings
+from ..source.part import file_named
+
+PROMPTS, VIDEOS, IMAGES = "prompts.txt", "videos.txt", "images.txt"
+_SHOWN = 4  # names that one line shows
+
+
+@dataclass(frozen=True)
+class Told:
+    """What `init` found, wrote and has to say."""
+
+    data_root: str
+    clips: int  # different ones
+    lines: int  # of the lists; more than the clips where some have several captions
+    captions: Mapping[str, int]  # clips by where their captions are from
+    blank: Sequence[int]  # lines of prompts.txt that are to be filled in
+    images: int  # clips that have a picture of their name
+    written: Sequence[str]
+    kept: Sequence[str]  # lists that were there
+    unlisted: Sequence[str]  # clips that no line of a videos.txt names that was there
+    notes: Sequence[str]
+
+
+def run(settings: InitSettings) -> None:
+    """The command: look, write, and say what to do next."""
+    told = init(settings.root)
+    if settings.json:
+        print(json_text(asdict(told)))
+    else:
+        _show(told, Console(soft_wrap=True))
+
+
+def init(root: Path) -> Told:
+    """Write the lists that are missing.
+
+    Raises:
+        DataRootError: there are no clips; a table of captions is damaged; a list is there without the clips' to go by.
+    """
+    check_root(root)
+    _refuse_output(root)
+    kept = [name for name in (VIDEOS, PROMPTS, IMAGES) if os.path.lexists(root / name)]
+    if kept and VIDEOS not in kept:
+        raise DataRootError(
+            f"{kept[0]} is there, but no {VIDEOS}: which clip does its first line belong to?",
+            where=str(root),
+            fix=f"write {VIDEOS} beside it; or, for new lists: {_mv(root, kept)}",
+        )
+    try:
+        found = find(root)
+    except OSError as error:
+        raise DataRootError(f"the folder cannot be read: {error.strerror}", where=str(root)) from error
+    listed = _listed(root) if kept else []
+    if not (listed or found.clips):
+        raise _no_clips(found)
+    files = _files_of(listed, found.clips)
+    captions = find_captions(found, list(files.values()) or found.clips)
+    lines = (
+        list(_pair(listed, files, captions))
+        if listed
+        else [(clip, caption) for clip in found.clips for caption in captions.of.get(clip, ("",))]
+    )
+    images = {clip: image for clip, _ in lines if (image := found.image_of(clip))}
+    lists = {VIDEOS: [_entry(clip) for clip, _ in lines], PROMPTS: [caption for _, caption in lines]}
+    if all(clip in images for clip, _ in lines):
+        lists[IMAGES] = [_entry(images[clip]) for clip, _ in lines]
+    written = [name for name, entries in lists.items() if name not in kept and _write(root / name, entries)]
+    clips = {clip for clip, _ in lines}
+    return Told(
+        data_root=str(root),
+        clips=len(clips),
+        lines=len(lines),
+        captions=dict(captions.counts),
+        blank=[line for line, (_, caption) in enumerate(lines, 1) if not caption] if PROMPTS in written else [],
+        images=len(images),
+        written=written,
+        kept=kept,
+        unlisted=sorted(set(found.clips) - {files.get(clip, clip) for clip in clips}),
+        notes=list(_notes(found, captions, len(images), len(clips), kept)),
+    )
+
+
+def _refuse_output(root: Path) -> None:
+    for name in (RECORD_FILE, CONTRACT_FILE):
+        if os.path.lexists(root / name):
+            raise DataRootError(
+                "this folder was made by cogprep or cogtrain; it is no folder of clips",
+                where=str(root / name),
+                fix="name the folder that your clips are in",
+            )
+
+
+def _no_clips(found: Found) -> DataRootError:
+    left_out = "; ".join(f"{why}: {_some(names)}" for why, names in found.left_out.items())
+    pictures = f"{counted(len(found.pictures), 'picture')}" if found.pictures else ""
+    seen = "\n       ".join(filter(None, [str(found.root), pictures, left_out and f"left out: {left_out}"]))
+    return DataRootError(
+        "there are no clips in this folder",
+        where=seen,
+        fix="name the folder that holds them; clips are files that end in " + ", ".join(sorted(CLIPS)),
+    )
+
+
+def _listed(root: Path) -> list[str]:
+    """The clips of a videos.txt that is there."""
+    faults: list[ListFault] = []
+    entries = read_list(root, VIDEOS, True, faults) or []
+    while entries and not entries[-1]:
+        entries.pop()
+    if "" in entries:
+        faults.append(ListFault(VIDEOS, entries.index("") + 1, "blank line"))
+    if faults or not entries:
+        faults = faults or [ListFault(VIDEOS, 0, "the list is empty")]
+        raise DataRootError(
+            "the list of clips that is there cannot be used",
+            where="\n       ".join([str(root), *map(str, faults)]),
+            fix=f"mend it; or, for new lists: {_mv(root, [VIDEOS])}",
+        )
+    return [entry.removeprefix("./") for entry in entries]
+
+
+def _files_of(listed: Sequence[str], clips: Sequence[str]) -> dict[str, str]:
+    """The file of each line: a line may name a part of it."""
+    there = set(clips)
+    return {entry: entry if entry in there else file_named(entry) for entry in listed}
+
+
+def _pair(listed: Sequence[str], files: Mapping[str, str], captions: Captions) -> Iterator[tuple[str, str]]:
+    """Lines that are there, each with its clip's caption; a clip of two lines has its second one in the second."""
+    before: Counter[str] = Counter()
+    for clip in listed:
+        several = captions.of.get(files[clip], ("",))
+        yield clip, several[min(before[clip], len(several) - 1)]
+        before[clip] += 1
+
+
+def _mv(root: Path, names: Sequence[str]) -> str:
+    """A command that moves lists out of the way, and begins anew."""
+    moves = [command_line("mv", "-n", root / name, root / f"{name}.old") for name in names]
+    return f"`{' && '.join([*moves, command_line('cogprep', 'init', root)])}`"
+
+
+def _entry(name: str) -> str:
+    """A name as a line of a list, which ends where no white space is."""
+    return name if name == name.strip() else f"./{name}"
+
+
+def _write(path: Path, entries: Sequence[str]) -> bool:
+    """Write a list unless there is one; whether it was written."""
+    with disk_errors(path):
+        return commit_bytes(path, "".join(f"{entry}\n" for entry in entries).encode(), exclusive=True)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
+
+
+def _notes(found: Found, captions: Captions, images: int, clips: int, kept: Sequence[str]) -> Iterator[str]:
+    """What a person should know of what was found."""
+    for why, names in found.left_out.items():
+        yield f"left out, {why}: {_some(names)}"
+    for name, why in captions.faults.items():
+        yield f"no caption from {name}: {why}"
+    for table, names in captions.absent.items():
+        yield f"{table} names {counted(len(names), 'clip')} not in this folder: {_some(names)}"
+    for table, names in captions.differ.items():
+        yield f"{table} has another caption for {counted(len(names), 'clip')}, which was not used: {_some(names)}"
+    if captions.shared:
+        yield f"beside more than one clip of their name, and used for each: {_some(captions.shared)}"
+    if 0 < images < clips and IMAGES not in kept:
+        yield f"no {IMAGES}: only {images} of {counted(clips, 'clip')} have a picture of their name, and all must"
+
+
+def _show(told: Told, console: Console) -> None:
+    more = f" in {counted(told.lines, 'line')}" if told.lines != told.clips else ""
+    console.print(f"{told.data_root}: {counted(told.clips, 'clip')}{more}", style="bold")
+    if told.captions:
+        said = ", ".join(f"{count:,} from {source}" for source, count in told.captions.items())
+        console.print(f"captions: {said}")
+    for note in told.notes:
+        console.print(note, style="yellow")
+    if told.kept:
+        console.print(f"there already, and left as they are: {', '.join(told.kept)}")
+    if told.unlisted:
+        root = Path(told.data_root)
+        console.print(
+            f"in no line of {VIDEOS}: {_some(told.unlisted)}; for new lists: {_mv(root, told.kept)}", style="yellow"
+        )
+    console.print(f"written: {', '.join(told.written)}" if told.written else "nothing to write")
+    console.print("")
+    if told.blank:
+        lines = _some([f"{line:,}" for line in told.blank])
+        console.print(
+            f"next: write a caption into each blank line of {Path(told.data_root) / PROMPTS} "
+            f"({counted(len(told.blank), 'line')}: {lines}); line n belongs to line n of {VIDEOS}. Then:"
+        )
+    else:
+        console.print("next:")
+    validate = command_line("cogprep", "validate", "--data-root", told.data_root, "--resolution", "49x480x720")
+    console.print(f"  {validate}", style="bold")
