@@ -15,6 +15,7 @@ from cogcommon.words import bytes_of
 
 Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 Memory = Literal["auto", "fast", "low"]
+AdapterName = Literal["lora", "rslora"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 
@@ -168,8 +169,13 @@ class TrainSettings:
 class LoraSettings(TrainSettings):
     """Settings of ``cogtrain lora``."""
 
+    adapter: AdapterName = setting(
+        "lora", "lora scales the adapters by alpha/rank; rslora by alpha/sqrt(rank), for large ranks", section=_LORA
+    )
     rank: int = setting(128, "rank of the adapters", section=_LORA)
-    alpha: float | None = setting(None, "the adapters are scaled by alpha/rank", shown="rank/2", section=_LORA)
+    alpha: float | None = setting(
+        None, "strength of the adapters, as --adapter scales it", shown="rank/2; 8 for rslora", section=_LORA
+    )
     target_modules: list[str] = setting([*TARGET_MODULES], "linear layers that get an adapter", section=_LORA)
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", section=_LORA)
 

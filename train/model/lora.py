@@ -1,9 +1,9 @@
 """LoRA on the transformer, and its file: fp32, in diffusers' keys, with the scale folded in.
 
-A LoRA layer computes ``W x + alpha/rank * B A x`` (Hu et al. 2021,
-arXiv:2106.09685). The file that diffusers and ComfyUI load has no reliable
+A LoRA layer computes ``W x + alpha/rank * B A x``; the other kinds of adapters
+differ in the scale (`adapters`). The file that diffusers and ComfyUI load has no reliable
 place for alpha: most loaders take it to be the rank, and the adapter acts
-rank/alpha times too strongly. So the file holds ``(alpha/rank) B``, which is
+rank/alpha times too strongly. So the file holds ``scale B``, which is
 exact with every loader. Stored as fp32; bf16 would cost 1.7e-4.
 """
 
@@ -20,7 +20,8 @@ from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.model.checkpoint import Checkpoint
 
-from ..settings import TARGET_MODULES
+from ..settings import TARGET_MODULES, AdapterName
+from .adapters import ADAPTERS
 from .compare import difference, limit, output_on_noise
 from .finite import refuse_to_write
 
@@ -43,6 +44,7 @@ def attach(
     dropout: float = 0.0,
     *,
     seed: int = 42,
+    adapter: AdapterName = "lora",
 ) -> None:
     """Freeze the transformer and put fp32 adapters of rank ``rank`` beside its linear layers.
 
@@ -52,6 +54,7 @@ def attach(
     Args:
         target_modules: names, or ends of names, of linear layers.
         dropout: of the adapters' input, 0 to 1.
+        adapter: their kind; it says how ``alpha`` scales them.
 
     Raises:
         SettingError: a target that the transformer does not have.
@@ -62,8 +65,9 @@ def attach(
     assert rank >= 1 and alpha > 0 and 0 <= dropout < 1  # LoraSettings
     check_targets(transformer, target_modules)
     transformer.requires_grad_(False)
+    plain = ADAPTERS[adapter].plain_alpha(alpha, rank)
     transformer.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules)), _ADAPTER
+        LoraConfig(r=rank, lora_alpha=plain, lora_dropout=dropout, target_modules=list(target_modules)), _ADAPTER
     )
     with torch.no_grad():
         for name, layer in _layers(transformer):
@@ -122,7 +126,7 @@ def _layers(transformer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 def state_dict(
     transformer: torch.nn.Module, read: Callable[[torch.nn.Parameter], torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The adapters as the file holds them: fp32, on the CPU, alpha/rank folded into B.
+    """The adapters as the file holds them: fp32, on the CPU, the scale folded into B.
 
     Args:
         read: gives a weight whole; under ZeRO the ranks hold parts, and all of them call this.
@@ -154,8 +158,8 @@ def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, st
 
     Args:
         state: from `state_dict`.
-        facts: what the reader should know (``base_model``, ``family``, ``rank``,
-            ``alpha``, ...); kept in the file's metadata under a name of ours.
+        facts: what the reader should know (``base_model``, ``family``, ``adapter``,
+            ``rank``, ``alpha``, ...); kept in the file's metadata under a name of ours.
 
     Returns:
         The file.

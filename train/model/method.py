@@ -17,8 +17,9 @@ from cogcommon.files.failures import disk_errors
 from cogcommon.model.checkpoint import Checkpoint
 
 from ..distributed.strategy import Runtime
-from ..settings import TARGET_MODULES, LoraSettings, TrainSettings
+from ..settings import TARGET_MODULES, AdapterName, LoraSettings, TrainSettings
 from . import lora, sft
+from .adapters import ADAPTERS
 from .compare import output_on_noise
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Method(Protocol):
 
     name: Literal["lora", "sft"]
     full: bool  # every weight is trained
+    adapter: AdapterName | None  # the kind of adapters, where it trains any
 
     def weight_dtype(self, dtype: torch.dtype, sharded: bool) -> torch.dtype:
         """The type in which the checkpoint's weights are loaded, to compute in ``dtype``."""
@@ -110,7 +112,9 @@ class Lora:
 
     def __init__(self, settings: LoraSettings) -> None:
         self.settings = settings
-        self.alpha = settings.rank / 2 if settings.alpha is None else settings.alpha
+        self.adapter: AdapterName | None = settings.adapter
+        kind = ADAPTERS[settings.adapter]
+        self.alpha = kind.default_alpha(settings.rank) if settings.alpha is None else settings.alpha
 
     def weight_dtype(self, dtype: torch.dtype, sharded: bool) -> torch.dtype:
         return dtype
@@ -122,8 +126,9 @@ class Lora:
     def apply(self, transformer: CogVideoXTransformer3DModel) -> None:
         settings = self.settings
         lora.attach(
-            transformer, settings.rank, self.alpha, settings.target_modules, settings.lora_dropout, seed=settings.seed
-        )
+            transformer, settings.rank, self.alpha, settings.target_modules, settings.lora_dropout,
+            seed=settings.seed, adapter=settings.adapter,
+        )  # fmt: skip
 
     def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
         layers = lora.targets(transformer, self.settings.target_modules).values()
@@ -131,6 +136,7 @@ class Lora:
 
     def resume_facts(self) -> dict[str, Any]:
         return {
+            "--adapter": self.settings.adapter,
             "--rank": self.settings.rank,
             "--alpha": self.alpha,
             "--target-modules": sorted(self.settings.target_modules),
@@ -141,11 +147,11 @@ class Lora:
         go_on: Callable[[], str],
     ) -> Written:  # fmt: skip
         plain = runtime.plain(model)
-        known = {**facts, "rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"}
+        of_adapter = {"adapter": self.settings.adapter, "rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"}
         return _written(
             runtime, plain, folder / lora.FILE, go_on,
             lambda: lora.state_dict(plain, runtime.full_weight()),
-            lambda state: lora.save(state, folder, known),
+            lambda state: lora.save(state, folder, {**facts, **of_adapter}),
         )  # fmt: skip
 
     def verify(self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, written: Written) -> Exported:
@@ -161,6 +167,7 @@ class Sft:
 
     name: Literal["lora", "sft"] = "sft"
     full = True
+    adapter: AdapterName | None = None
 
     def weight_dtype(self, dtype: torch.dtype, sharded: bool) -> torch.dtype:
         import torch

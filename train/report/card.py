@@ -55,7 +55,6 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: str) -> str:
     use = _USE[kind].format(pipeline=pipeline, model=model, dtype=DTYPES[facts.precision], folder=folder)
     more_imports = "from peft import PeftModel\n" if kind == "peft" else ""
     more_imports += "from cogcommon.model.tiny import builtin_folder\n" if builtin else ""
-    method = "LoRA" if facts.method == "lora" else "Full fine-tuning"
     header = {
         "base_model": facts.model,
         "library_name": "peft" if kind == "peft" else "diffusers",
@@ -81,7 +80,7 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: str) -> str:
 {yaml}
 ---
 
-# {method} of {facts.model}
+# {facts.title} of {facts.model}
 
 ```python
 import torch

@@ -14,7 +14,7 @@ from cogcommon.cli.names import plain
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.words import counted
 
-from ..runs.folder import METHODS, REPORT_FILE, VALIDATION, RecordedRun, read_run, report_head
+from ..runs.folder import REPORT_FILE, VALIDATION, RecordedRun, read_run, report_head
 from .chart import Line, chart, number, smoothed
 
 
@@ -32,11 +32,10 @@ def write_report(folder: Path) -> Path:
 def page(run: RecordedRun) -> str:
     """The page of a run, as HTML."""
     facts = run.facts
-    method = METHODS[facts.method]
     done = run.steps[-1].step if run.steps else 0
     state = "finished" if done >= facts.steps else f"{done:,} of {facts.steps:,} steps"
     body = [
-        f"<h1>{method} of {escape(facts.model)}</h1>",
+        f"<h1>{facts.title} of {escape(facts.model)}</h1>",
         f'<p class="faint">{escape(str(run.folder))} · {state} · {facts.device} · {escape(facts.strategy)}, '
         f"{facts.precision}, {counted(facts.processes, 'process', 'processes')}</p>",
         _figures(run),

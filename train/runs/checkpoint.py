@@ -154,6 +154,9 @@ def read_state(folder: Path) -> RunState:
     return build(RunState, values)
 
 
+_BEFORE = {"--adapter": "lora"}  # facts of checkpoints that are older than these facts
+
+
 def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, batch_size: int) -> None:
     """Refuse to go on with another run than the checkpoint's.
 
@@ -161,7 +164,7 @@ def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, bat
         RunError: names the first fact that differs, and what to change.
     """
     for name, now in facts.items():
-        then: Any = found.state.facts.get(name, now)  # a fact may be newer than the checkpoint
+        then: Any = found.state.facts.get(name, _BEFORE.get(name, now))  # a fact may be newer than the checkpoint
         if then == now:
             continue
         fix = f"set {name} back, or start a new run with another --out"

@@ -27,6 +27,8 @@ from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.typed import build, parse_object
 
 from ..model import lora
+from ..model.adapters import ADAPTERS
+from ..settings import AdapterName
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
@@ -37,7 +39,6 @@ CARD_FILE = "README.md"
 LOCK_FILE = ".lock"
 # What a run writes over, again and again. The card and the settings are people's to change, so they are not among it.
 RUN_FILES = (FACTS_FILE, METRICS_FILE, REPORT_FILE, VALIDATION, lora.FILE)
-METHODS = {"lora": "LoRA", "sft": "Full fine-tuning"}
 A_RUN, A_CHECKPOINT = "a training run", "a checkpoint"  # what made a folder's files
 
 
@@ -66,6 +67,12 @@ class RunFacts:
     plan: str = ""  # how the blocks were run, in words; newer than some runs, as what follows
     attention: str = ""  # by which kernel (`blocks.attention.Kernel`)
     block_plan: dict[str, Any] | None = None  # `BlockPlan.fields`
+    adapter: AdapterName | None = None  # of a LoRA run
+
+    @property
+    def title(self) -> str:
+        """What people call the method."""
+        return ADAPTERS[self.adapter or "lora"].title if self.method == "lora" else "Full fine-tuning"
 
     def write(self, run: Path) -> None:
         commit_bytes(run / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
@@ -73,7 +80,7 @@ class RunFacts:
 
 def report_head(facts: RunFacts) -> str:
     """How the page of a run begins; by this it is known to be one."""
-    title = escape(f"{METHODS[facts.method]} of {facts.model}")
+    title = escape(f"{facts.title} of {facts.model}")
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>"

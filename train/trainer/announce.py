@@ -97,6 +97,7 @@ def run_facts(run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, atten
         plan=str(plan),
         attention=attention,
         block_plan=plan.fields(),
+        adapter=run.method.adapter,
     )
 
 
