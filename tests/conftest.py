@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contrac
 from cogcommon.shards.records import SampleRow, tar_name
 
 ShardMaker = Callable[..., list[Path]]
+FULL_DISK = Path(__file__).with_name("full_disk.c")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +38,23 @@ def _ctrl_c_reaches_children() -> None:
     """A shell starts a background job, such as this one may be, deaf to SIGINT, and its children inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def full_disk(tmp_path_factory) -> Callable[..., dict[str, str]]:
+    """``full_disk(pattern="", n=1) -> environment`` of a process whose disk is full from its n-th write on.
+
+    See full_disk.c.
+    """
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc to compile the layer in front of libc with")
+    library = tmp_path_factory.mktemp("full_disk") / "full_disk.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(FULL_DISK), "-ldl"], check=True)
+
+    def environment(pattern: str = "", n: int = 1) -> dict[str, str]:
+        return os.environ | {"LD_PRELOAD": str(library), "FULL_DISK": pattern, "FULL_DISK_FROM": str(n)}
+
+    return environment
 
 
 @pytest.fixture(scope="session")

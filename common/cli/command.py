@@ -7,8 +7,9 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -196,29 +197,32 @@ def _escaped(text: str) -> str:
 
 def run_app(app: Callable[[], None]) -> None:
     """Run a command line: exit 0 done, 2 the user can fix it, 1 a bug (traceback)."""
-    from .terminal import print_in_any_encoding, show_error
+    from .terminal import print_in_any_encoding
 
     print_in_any_encoding()
     try:
         app()
         sys.stdout.flush()  # what fails only at the interpreter's end has no one to say it
     except CogError as error:
-        show_error(error)
-        sys.exit(2)
+        _end(error)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
         fault = machines_fault(error)
         if fault is None:
             raise
-        show_error(fault)
-        _drop_output()
-        sys.exit(2)
+        _end(fault)
 
 
-def _drop_output() -> None:
-    """Let go of what stdout could not take, or the interpreter fails on it once more at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _end(error: CogError) -> NoReturn:
+    """Say it and exit, even where the output is on the disk that is full."""
+    from .terminal import show_error
+
+    with suppress(OSError):
+        show_error(error)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # or the interpreter fails on it once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(2)

@@ -19,8 +19,8 @@ from ..words import in_bytes
 
 _OTHER_DISK = "name a folder on another file system"
 _AGAIN = "look whether the disk is still there (`df`, `dmesg`)"
-# By the system's number: what is wrong, and what to do about it.
-_SAID: Mapping[int, tuple[str, str]] = {
+# By the system's number: what is wrong, and what to do about it. These come from the machine wherever they are met.
+_MACHINES: Mapping[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", "make room"),
     errno.EDQUOT: ("the quota for files is used up", "remove files of yours there, or ask for a larger quota"),
     errno.EFBIG: (
@@ -33,24 +33,27 @@ _SAID: Mapping[int, tuple[str, str]] = {
         "the file system does not allow it",
         "unlock what is locked against changes (`lsattr`), or name a folder on another file system",
     ),
-    errno.ENOENT: (
-        "a file or folder has gone while the command ran",
-        "see that nothing else moves or removes things there",
-    ),
-    errno.ENOTDIR: ("a part of the path is a file, not a folder", "name another folder"),
-    errno.EISDIR: ("there is a folder where a file is to be", "move it away, or name another folder"),
-    errno.EEXIST: ("there is something of that name already", "move it away, or name another folder"),
-    errno.ENOTEMPTY: ("the folder is not empty", "see that nothing else writes there"),
     errno.ENAMETOOLONG: ("the name is longer than the file system takes", "name a folder with a shorter path"),
     errno.ELOOP: ("the path leads through links in a circle", "name the folder itself instead of a link"),
     errno.EMFILE: ("this process may not open more files", "`ulimit -n 4096`"),
     errno.ENFILE: ("the machine may not open more files", "end other programs, or raise the limit: sysctl fs.file-max"),
-    errno.EMLINK: ("the folder holds as many entries as it can", "name another folder"),
     errno.EIO: ("the disk could not read or write", "look at `dmesg` for what the disk says, and use another one"),
     errno.ENXIO: ("the disk is gone", _AGAIN),
     errno.ENODEV: ("the disk is gone", _AGAIN),
     errno.ESTALE: ("the network drive has lost the file", "mount the drive again"),
     errno.ENOTCONN: ("the network drive is not connected", "mount the drive again"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "name another folder"),
+    errno.EISDIR: ("there is a folder where a file is to be", "move it away, or name another folder"),
+}
+# Of these a slip of ours may be the cause, unless they are met where files are written (`disk_errors`).
+_PERHAPS_OURS: Mapping[int, tuple[str, str]] = {
+    errno.ENOENT: (
+        "a file or folder has gone while the command ran",
+        "see that nothing else moves or removes things there",
+    ),
+    errno.EEXIST: ("there is something of that name already", "move it away, or name another folder"),
+    errno.ENOTEMPTY: ("the folder is not empty", "see that nothing else writes there"),
+    errno.EMLINK: ("the folder holds as many entries as it can", "name another folder"),
     errno.EHOSTDOWN: ("the network drive's server is down", "mount the drive again when it is back"),
     errno.EREMOTEIO: ("the network drive could not read or write", "look whether its server is well"),
     errno.ETIMEDOUT: ("the network drive does not answer", "look whether its server is well"),
@@ -63,11 +66,9 @@ _SAID: Mapping[int, tuple[str, str]] = {
     errno.ENOLCK: ("the file system gives no more locks", _OTHER_DISK),
     errno.EXDEV: ("parts of the folder are on different disks", "name a folder that is whole on one disk"),
 }
-_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Those that come from the machine wherever they are met; of the rest a slip of ours may be the cause.
-_MACHINES = (*_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE,
-             errno.ENFILE, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.EISDIR,
-             errno.ENOTDIR)  # fmt: skip
+_SAID = {**_MACHINES, **_PERHAPS_OURS}
+# Python's tempfile, which torch asks while it is loaded: it says ENOENT where every such folder is full.
+_NO_TEMPORARY = "No usable temporary directory found in"
 # safetensors' (Rust) and pyarrow's way to tell the number.
 _NUMBER = re.compile(r"(?:os error |\[errno )(\d+)", re.IGNORECASE)
 _TORCHS_WRITER = re.compile("inline_container|PytorchStreamWriter")
@@ -103,11 +104,16 @@ def disk_error(
     error: BaseException, number: int, path: Path, *, needs: int = 0, go_on: str = "run the command again"
 ) -> DiskError:
     """The message for an error of the file system; see `disk_errors`."""
-    what, do = _SAID.get(number, (f"the file system refused: {os.strerror(number)}", _OTHER_DISK))
-    if number == errno.ENOSPC:
-        what, do = _lack(path, needs) or (what, do)
     named = getattr(error, "filename", None)
-    told = DiskError(what, where=os.fsdecode(named) if named else str(path), fix=f"{do}; then {go_on}")
+    where = os.fsdecode(named) if named else str(path)
+    what, do = _SAID.get(number, (f"the file system refused: {os.strerror(number)}", _OTHER_DISK))
+    if _NO_TEMPORARY in str(error):
+        what = "no folder takes temporary files: the disk is full, or none may be written"
+        where = str(error).partition(_NO_TEMPORARY)[2].strip(" []")
+        do = "make room there (`df`), or `export TMPDIR=FOLDER` with one on another disk"
+    elif number == errno.ENOSPC:
+        what, do = _lack(path, needs) or (what, do)
+    told = DiskError(what, where=where, fix=f"{do}; then {go_on}")
     told.errno = number
     return told
 
@@ -115,7 +121,7 @@ def disk_error(
 def machines_fault(error: BaseException) -> DiskError | None:
     """The message for an error that no `disk_errors` has caught, if the machine must be its cause."""
     number = number_of(error, Path())
-    if number not in _MACHINES:
+    if number is None or (number not in _MACHINES and _NO_TEMPORARY not in str(error)):
         return None
     return disk_error(error, number, Path(getattr(error, "filename", None) or "."))
 

@@ -161,6 +161,27 @@ def test_output_that_goes_to_a_full_disk_is_one_message(program):
     assert "the disk is full" in done.stderr and "Traceback" not in done.stderr and "ignored" not in done.stderr
 
 
+@needs_full
+def test_where_nothing_can_be_said_the_exit_code_says_it():
+    """As with a log of both streams on the disk that is full."""
+    with FULL.open("w") as full:
+        words = [sys.executable, "-m", "cogprep", "inspect", "nowhere"]
+        assert subprocess.run(words, stdout=full, stderr=full, timeout=120).returncode == 2
+
+
+def test_no_folder_for_temporary_files_is_one_message(full_disk, tmp_path):
+    """What torch says where the disk of /tmp and of the working folder is full, while it is loaded."""
+    code = "import tempfile\nfrom cogcommon.command import run_app\nrun_app(tempfile.gettempdir)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=full_disk("/*"), cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: no folder takes temporary files" in done.stderr and "'/tmp'" in done.stderr
+    assert "export TMPDIR=FOLDER" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(DiskError, match="no folder takes temporary files"), disk_errors(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, f"No usable temporary directory found in {['/tmp', str(tmp_path)]}")
+
+
 def test_too_few_open_files_is_one_message(tmp_path):
     def few():
         resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
