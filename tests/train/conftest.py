@@ -36,7 +36,7 @@ def live_model() -> Callable:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_here() -> Callable:
     """train_here(settings) -> run folder; the whole run, in this process."""
     from accelerate.state import AcceleratorState
@@ -65,16 +65,16 @@ def losses() -> Callable:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable:
-    """run_ranks(world, cases, folder) -> {case name: [what each rank saw]}; see worker.py."""
+    """run_ranks(world, cases, folder, environment) -> {case name: [what each rank saw]}; see worker.py."""
 
-    def run(world, cases, folder, timeout=600):
+    def run(world, cases, folder, environment=os.environ, timeout=600):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "cases.json").write_text(json.dumps(cases, default=str))
         worker = Path(__file__).with_name("worker.py")
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
              str(worker), str(folder / "cases.json"), str(folder)],
-            capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=timeout, env={**environment, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
         return {

@@ -1,10 +1,9 @@
 """A child that trains on a disk that is full from its n-th write on, then has room again, for every n it is given.
 
-Usage: disk_full.py CASE.json. The case: {"out": folder, "shards": [...], "at": [n, ...], "settings": {...}}. Prints one
-JSON line a number: what the run said, and the losses and the digest of the weights once there was room again.
-
-Every write goes through libc, so a layer in front of it (LD_PRELOAD) fails them as a full disk does: Python's, torch's,
-safetensors' and the C++ library's alike. Compiled here, where gcc is; without it the caller skips.
+Usage: disk_full.py CASE.json, under full_disk.c. The case: {"out": folder, "shards": [...], "settings": {...}, "at":
+[[pattern, n], ...]}: the files, as the run's folder names them, and which write to them; a fraction of all writes of
+the first run; -1 for none. Prints one JSON line each: what the run said, and the losses and the digest of the weights
+once there was room again.
 """
 
 import ctypes
@@ -13,46 +12,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-
-SOURCE = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/uio.h>
-#include <unistd.h>
-
-static char folder[PATH_MAX];
-static long writes = 0, full_from = -1;
-
-void disk_full_from(const char *where, long n) { strncpy(folder, where, PATH_MAX - 1); writes = 0; full_from = n; }
-long disk_writes(void) { return writes; }
-
-static int refuses(int fd) {
-    char link[64], path[PATH_MAX];
-    if (!folder[0]) return 0;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, sizeof path - 1);
-    if (n < 0) return 0;
-    path[n] = 0;
-    if (strncmp(path, folder, strlen(folder))) return 0;
-    writes++;
-    if (full_from < 0 || writes < full_from) return 0;
-    errno = ENOSPC;
-    return 1;
-}
-#define REAL(name, type, ...) static type (*real)(__VA_ARGS__) = 0; if (!real) real = dlsym(RTLD_NEXT, name)
-ssize_t write(int fd, const void *b, size_t n) {
-    REAL("write", ssize_t, int, const void *, size_t); return refuses(fd) ? -1 : real(fd, b, n); }
-ssize_t writev(int fd, const struct iovec *v, int n) {
-    REAL("writev", ssize_t, int, const struct iovec *, int); return refuses(fd) ? -1 : real(fd, v, n); }
-ssize_t pwrite64(int fd, const void *b, size_t n, off_t o) {
-    REAL("pwrite64", ssize_t, int, const void *, size_t, off_t); return refuses(fd) ? -1 : real(fd, b, n, o); }
-int fsync(int fd) { REAL("fsync", int, int); return refuses(fd) ? -1 : real(fd); }
-"""
 
 
 def digest(run):
@@ -83,7 +42,7 @@ def main(case):
 
     pick_device()
     quiet_libraries()
-    libc = ctypes.CDLL(None)
+    layer = ctypes.CDLL(None)
     out = Path(case["out"])
 
     def run():
@@ -91,23 +50,26 @@ def main(case):
         settings = LoraSettings(**{"shards": case["shards"], "out": out / "run"} | case["settings"])
         return train(open_run(settings, torch.device("cpu"), 1), StopRequest())
 
-    for number in case["at"]:
+    writes = 0
+    for pattern, n in case["at"]:
         shutil.rmtree(out / "run", ignore_errors=True)
         said = ""
-        libc.disk_full_from(str(out).encode(), ctypes.c_long(number))
+        number = round(n * writes) if 0 < n < 1 else n
+        layer.full_disk(f"{out}{pattern}".encode(), ctypes.c_long(number))
         try:
             run()
         except DiskError as error:
             said = str(error)
-        writes = libc.disk_writes()
+        made = layer.full_disk_writes()
+        writes = writes or made
         left = [path.name for path in (out / "run").glob(".*.tmp")] if (out / "run").exists() else []
         kept = [path.name for path in list_checkpoints(out / "run")]
-        libc.disk_full_from(b"", ctypes.c_long(-1))
+        layer.full_disk(b"", ctypes.c_long(-1))
         folder = run()
         print(
             json.dumps({
-                "at": number, "said": said, "writes": writes, "left": left, "kept": kept, "losses": losses(folder),
-                "weights": digest(folder), "report": (folder / "report.html").is_file(),
+                "at": [pattern, number], "said": said, "writes": made, "left": left, "kept": kept,
+                "losses": losses(folder), "weights": digest(folder), "report": (folder / "report.html").is_file(),
             }),
             flush=True,
         )  # fmt: skip

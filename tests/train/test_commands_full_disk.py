@@ -15,10 +15,11 @@ from cogtrain.model import lora
 from cogtrain.settings import ExportSettings, GenerateSettings, LoraSettings
 
 
-@pytest.fixture
-def run(tmp_path, make_shards, train_here):
-    make_shards(tmp_path / "shards", samples=2)
-    return train_here(LoraSettings(shards=[str(tmp_path / "shards")], out=tmp_path / "run", steps=1, rank=8))
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, make_shards, train_here):
+    folder = tmp_path_factory.mktemp("run")
+    make_shards(folder / "shards", samples=2)
+    return train_here(LoraSettings(shards=[str(folder / "shards")], out=folder / "run", steps=1, rank=8))
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def test_export(run, tmp_path, capsys, to, size):
     assert json.loads(capsys.readouterr().out)["difference"] < 1e-5
 
 
-@pytest.mark.parametrize("size", [100, 1500, 4000, 8000])
+@pytest.mark.parametrize("size", [1500, *(pytest.param(size, marks=pytest.mark.full) for size in (100, 4000, 8000))])
 def test_generate(run, tmp_path, capsys, size):
     settings = GenerateSettings(
         run=run, prompt="a ball", steps=1, resolution="9x64x96", base=False, out=tmp_path / "out", json=True

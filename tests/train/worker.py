@@ -1,12 +1,14 @@
 """One rank of a test's process group: runs several trainings one after the other and writes down what it saw.
 
 Usage: torchrun ... worker.py CASES.json OUT. A case is {"name", "method", "settings"} and perhaps {"spoil": i},
-which makes sample i NaN, {"nan_gradient": steps}, {"compiler": name}, a backend of torch.compile, or {"other":
-{"folder", "settings"}}, the working folder of rank 1 and settings of its own; rank r writes OUT/<name>-<r>.json with
+which makes sample i NaN, {"nan_gradient": steps}, {"compiler": name}, a backend of torch.compile, {"full": pattern},
+files for which the disk is full (full_disk.c), or {"other": {"folder", "settings"}}, the working folder of rank 1 and
+settings of its own; rank r writes OUT/<name>-<r>.json with
 the samples it took, what was drawn for them, the live optimizer's values, and, where {"refused": true} or its gradients
 are NaN, the error and the seconds until it came.
 """
 
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -93,6 +95,8 @@ def main(cases, out):
 
         batches.read_sample = read_spoilt
         nan_gradient_at(case.get("nan_gradient"))
+        if "full" in case:
+            ctypes.CDLL(None).full_disk(case["full"].encode(), ctypes.c_long(1))
         if "compiler" in case:
             torch.compile = functools.partial(torch.compile, backend=case["compiler"])
         began = time.monotonic()
