@@ -171,7 +171,7 @@ def test_where_nothing_can_be_said_the_exit_code_says_it():
 
 def test_no_folder_for_temporary_files_is_one_message(full_disk, tmp_path):
     """What torch says where the disk of /tmp and of the working folder is full, while it is loaded."""
-    code = "import tempfile\nfrom cogcommon.command import run_app\nrun_app(tempfile.gettempdir)"
+    code = "import tempfile\nfrom cogcommon.cli.command import run_app\nrun_app(tempfile.gettempdir)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=full_disk("/*"), cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from cogcommon.errors import DiskError
-from cogcommon.records import read_record
-from cogprep.index import index
-from cogprep.verify import verify
+from cogcommon.shards.records import read_record
+from cogprep.commands.index import index
+from cogprep.commands.verify import verify
 
 
 def files(out):

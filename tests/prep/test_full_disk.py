@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cogprep.index import index
+from cogprep.commands.index import index
 
 DRIVER = Path(__file__).with_name("full_disk_driver.py")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cogtrain.checkpoint import list_checkpoints
+from cogtrain.runs.checkpoint import list_checkpoints
 
 SETTINGS = {"steps": 3, "rank": 2, "lr": 1e-2, "save_every": 1, "keep": 2, "seed": 3}
 WHOLE = ("*", -1)
