@@ -29,6 +29,7 @@ def run_full(full_disk, make_shards, tmp_path_factory):
             capture_output=True, text=True, timeout=3000, env=full_disk(),
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert "Traceback" not in done.stderr
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
     return run

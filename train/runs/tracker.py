@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -42,6 +43,7 @@ def open_tracker(name: Name, folder: Path, settings: Mapping[str, Any]) -> Track
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     if name == "tensorboard":
+        threading.excepthook = _say_once
         tracker = TensorBoardTracker("tensorboard", folder)
     else:
         # What accelerate calls the run's name is wandb's project.
@@ -49,6 +51,12 @@ def open_tracker(name: Name, folder: Path, settings: Mapping[str, Any]) -> Track
     tracker.start()
     tracker.store_init_configuration({key: _plain(value) for key, value in settings.items()})
     return tracker  # type: ignore[no-any-return]
+
+
+def _say_once(args: threading.ExceptHookArgs) -> None:
+    """Leave out the traceback of tensorboard's writing thread, which hands its error to whoever writes next."""
+    if getattr(args.thread, "exception", None) is not args.exc_value:
+        threading.__excepthook__(args)
 
 
 def _plain(value: Any) -> int | float | str | bool:
