@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import resource
 import shutil
@@ -20,6 +19,9 @@ from cogcommon.shards.records import read_record
 from cogprep.commands.encode import encode
 from cogprep.commands.verify import verify
 from cogprep.store.extents import whole_extents
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import Forked
 
 DRIVER = Path(__file__).with_name("crash_driver.py")
 
@@ -50,27 +52,15 @@ def command_line(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
+def start(folder: Path, *more: str) -> Forked:
     """`cogprep encode` in a process group of its own, so that its decode children can be killed with it."""
-    return subprocess.Popen(
-        command_line(folder, *more), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-
-
-def kill_group(process: subprocess.Popen) -> bool:
-    """Kill it with its children; gives whether it was still running."""
-    running = process.poll() is None
-    if running:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    return running
+    return Forked(command_line(folder, *more)[2:])
 
 
 def finish(folder: Path, *more: str) -> dict:
-    done = subprocess.run(command_line(folder, "--json", *more), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    code, out, err = start(folder, "--json", *more).end()
+    assert code == 0, err
+    return json.loads(out)
 
 
 def samples_on_disk(out: Path) -> int:
@@ -90,6 +80,7 @@ def kill_at_random(folder: Path, undisturbed: dict[str, str], kills: int, seed: 
     """Kill runs until ``kills`` of them were killed; every folder is then finished and compared."""
     draw = random.Random(seed)
     out = folder / "new"
+    Forked(["cogprep", "--version"]).end()  # from now on the server has imported what they need
     begun = time.monotonic()
     finish(folder)
     usual = time.monotonic() - begun
@@ -102,7 +93,7 @@ def kill_at_random(folder: Path, undisturbed: dict[str, str], kills: int, seed: 
         for _ in range(3):
             process = start(folder)
             time.sleep(draw.uniform(0.2, 0.9) * usual)
-            killed += kill_group(process)
+            killed += process.kill()
         before = samples_on_disk(out)
         begun = time.monotonic()
         report = finish(folder)
@@ -123,7 +114,8 @@ def test_two_hundred_random_kills(encoded):
 
 
 def test_interrupted_it_says_how_to_go_on(encoded):
-    process, out = start(encoded), encoded / "new"
+    out = encoded / "new"
+    process = subprocess.Popen(command_line(encoded), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and not out.exists():  # the models are still to be loaded: it cannot be done by then
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -162,12 +154,12 @@ def test_workers_at_once_one_killed_and_another_division_finishes(count, later, 
     for _ in range(4):  # on a busy machine its last shard may be there before the kill is: then once more
         shutil.rmtree(out, ignore_errors=True)
         workers = [start(encoded, *one, "--worker", f"{index}/{count}") for index in range(1, count + 1)]
-        while not (out / "000000.parquet").exists() and workers[0].poll() is None:
+        while not (out / "000000.parquet").exists() and workers[0].running:
             time.sleep(0.01)
-        killed = kill_group(workers[0])
+        killed = workers[0].kill()
         for worker in workers[1:]:
-            assert worker.wait(timeout=300) == 0, worker.stderr.read()
-            worker.stderr.close()
+            code, _, err = worker.end()
+            assert code == 0, err
         committed = {int(path.stem) for path in out.glob("*.parquet")}
         if len(committed) < 5:
             break
@@ -195,8 +187,8 @@ def test_a_slice_that_nobody_took_is_named_and_a_twin_does_no_harm(encoded, sett
     undisturbed, out = tars(encoded / "out"), encoded / "new"
     workers = [start(encoded, "--worker", "1/3"), start(encoded, "--worker", "1/3")]  # the second by mistake
     for worker in workers:
-        assert worker.wait(timeout=300) == 0, worker.stderr.read()
-        worker.stderr.close()
+        code, _, err = worker.end()
+        assert code == 0, err
     assert [path.name for path in sorted(out.glob("*.tar"))] == ["000000.tar"]
     report = json.loads((out / "report-1-of-3.json").read_text())
     assert report["unfinished"] == ["000001.tar", "000002.tar"] and report["unfinished_slices"] == ["2/3", "3/3"]

@@ -1,0 +1,81 @@
+"""Commands in real processes of their own, of which none spends its first seven seconds on importing torch.
+
+They are forked from a server that has imported what the commands import. All else is as from a shell: arguments,
+output, exit code, signals, a process group of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    [
+        "cogprep.cli", "cogprep.encode.part", "cogprep.encode.models", "diffusers.models.autoencoders",
+        "transformers.models.t5.modeling_t5", "transformers.models.t5.tokenization_t5", "cogtrain.cli",
+        "cogtrain.memory.ready", "cogtrain.trainer.loop", "diffusers.models.transformers.cogvideox_transformer_3d",
+        "peft", "accelerate", "torch.distributed.launcher.api",
+    ]
+)  # fmt: skip
+
+
+class Forked:
+    """``python -m PROGRAM WORDS...``, begun."""
+
+    def __init__(
+        self, words: Sequence[object], cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Args:
+        words: the program, ``cogprep`` or ``cogtrain``, and its command line.
+        environment: added to that of the server.
+        """
+        self._said = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115, closed by `end`
+        out, err = (file.name for file in self._said)
+        arguments = ([*map(str, words)], str(cwd or Path.cwd()), dict(environment or {}), out, err)
+        self._process = _SERVER.Process(target=_run, args=arguments)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> bool:
+        """End it and what it has started; gives whether it was still running."""
+        running = self.running
+        if running:
+            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has begun no group yet
+                os.killpg(self.pid, signal.SIGKILL)
+        self.end()
+        return running
+
+    def end(self, timeout: float = 300) -> tuple[int, str, str]:
+        """Wait for its end; exit code, stdout, stderr."""
+        self._process.join(timeout)
+        assert not self.running, f"it runs for {timeout} s already"
+        said = [file.read() for file in self._said if not file.seek(0)]
+        assert self._process.exitcode is not None
+        return self._process.exitcode, said[0], said[1]
+
+
+def _run(words: list[str], cwd: str, environment: dict[str, str], *files: str) -> None:
+    os.setsid()
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(cwd)
+    os.environ.update(environment)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
