@@ -98,7 +98,7 @@ def inline(monkeypatch) -> None:
     """No child processes, and one tokenizer."""
     tokenizer = open_checkpoint("tiny").load_tokenizer()
     monkeypatch.setattr(Checkpoint, "load_tokenizer", lambda _: tokenizer)
-    for name in ("validate", "stale"):
+    for name in ("commands.validate", "plan.stale"):
         monkeypatch.setattr(f"cogprep.{name}.Pool", Inline)
 
 
