@@ -72,7 +72,7 @@ def test_it_holds_no_more_than_asked_and_drops_what_was_longest_unused(tmp_path)
 def test_what_this_run_reads_again_stays(tmp_path, capsys):
     Cache(tmp_path, 10_000).put(*item(99))
     cache = Cache(tmp_path, 10_000)
-    cache.keep(pa.chunked_array([pa.array([item(number)[0] for number in range(50)], pa.binary())]))
+    cache.protect(pa.chunked_array([pa.array([item(number)[0] for number in range(50)], pa.binary())]))
     for number in range(50):
         cache.put(*item(number))
     assert not cache.has(item(99)[0])  # another run's made room

@@ -21,7 +21,7 @@ from cogtrain.model import lora
 from cogtrain.report.sheet import Column, contact_sheet, side_by_side
 from cogtrain.settings import GenerateSettings
 from cogtrain.validation import pipeline
-from cogtrain.validation.pipeline import Request, draw, load_pipeline, move_pipeline, step_bytes, to_base
+from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
 from cogtrain.validation.tuned import find_tuned
 from workshop.bench_train.subject import random_checkpoint
 
@@ -89,10 +89,10 @@ def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run):
     request = Request("a ball", None, Resolution(17, 64, 96), 3, 6.0, 7, 226, True)
     pipeline = load_pipeline(tuned, torch.float32)
     steps = []
-    with_lora = draw(pipeline, request, lambda: steps.append(1))
+    with_lora = generate_video(pipeline, request, lambda: steps.append(1))
     assert len(steps) == 3
     to_base(pipeline, tuned, torch.float32)
-    base = draw(pipeline, request, lambda: None)
+    base = generate_video(pipeline, request, lambda: None)
 
     plain = CogVideoXPipeline.from_pretrained(tuned.checkpoint.root)
     plain.scheduler = CogVideoXDPMScheduler.from_config(plain.scheduler.config, timestep_spacing="trailing")

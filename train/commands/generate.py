@@ -25,7 +25,7 @@ from cogcommon.model.families import Resolution
 
 from ..report.sheet import Column, contact_sheet, side_by_side
 from ..settings import GenerateSettings
-from ..validation.pipeline import Request, draw, load_pipeline, move_pipeline, step_bytes, to_base
+from ..validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
 from ..validation.tuned import Tuned, find_tuned
 
 _VIDEOS = "generated videos"  # what made the files of a folder
@@ -64,12 +64,12 @@ def run(settings: GenerateSettings) -> None:
     move_pipeline(pipeline, device, request.resolution, step)
     started = time.monotonic()
     with _progress(console, "tuned", settings.steps) as advance:
-        columns = [Column("tuned", draw(pipeline, request, advance))]
+        columns = [Column("tuned", generate_video(pipeline, request, advance))]
     if settings.base:
         to_base(pipeline, tuned, dtype)
         move_pipeline(pipeline, device, request.resolution, step)
         with _progress(console, "base", settings.steps) as advance:
-            columns.append(Column("base", draw(pipeline, request, advance)))
+            columns.append(Column("base", generate_video(pipeline, request, advance)))
     seconds = time.monotonic() - started
 
     weights = tuned.lora_file or tuned.transformer_folder

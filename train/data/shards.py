@@ -266,7 +266,7 @@ def open_shards(words: Sequence[str], option: str = "--shards", cache: Cache | N
         )
     buckets = sorted(Resolution.parse(name) for name in pc.unique(table["bucket"]).to_pylist())
     if cache is not None:
-        cache.keep(table["sha256"])
+        cache.protect(table["sha256"])
     return ShardSet([shard for shard, _ in opened], table, buckets, cache)
 
 

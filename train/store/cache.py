@@ -78,7 +78,7 @@ class Cache:
                 fix="a folder on a local disk, or leave --cache out",
             ) from error
 
-    def keep(self, hashes: pa.ChunkedArray) -> None:
+    def protect(self, hashes: pa.ChunkedArray) -> None:
         """Never remove the samples of these sha256 to make room."""
         self._kept.append(hashes)
 
@@ -130,7 +130,7 @@ class Cache:
                 if not path.exists() or path.stat().st_size != size:
                     self._fetch(file, sha256, size)
             os.utime(path)
-            self.keep(pa.chunked_array([pa.array([bytes.fromhex(sha256)], pa.binary())]))
+            self.protect(pa.chunked_array([pa.array([bytes.fromhex(sha256)], pa.binary())]))
         except OSError as error:
             raise StoreError(
                 f"the cache cannot be written: {error.strerror}",

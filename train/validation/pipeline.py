@@ -127,7 +127,7 @@ def step_bytes(transformer_config: Mapping[str, Any], resolution: Resolution, gu
     return FORWARD * Load.of(transformer_config, resolution, batch=batch, size=item, trained=0).activation
 
 
-def draw(pipeline: DiffusionPipeline, request: Request, advance: Callable[[], None]) -> Frames:
+def generate_video(pipeline: DiffusionPipeline, request: Request, advance: Callable[[], None]) -> Frames:
     """One video, uint8 RGB (F, H, W, 3). The seed alone decides the noise.
 
     Args:
