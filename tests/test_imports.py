@@ -51,7 +51,7 @@ def test_arrows_point_one_way(side):
 
 def test_the_check_sees_a_forbidden_import(tmp_path):
     source = tmp_path / "x.py"
-    source.write_text("def f():\n    from cogtrain.trainer.loop import train\n    import cogprep.cli as cli\n")
+    source.write_text("def f():\n    from cogtrain.trainer.trainer import train\n    import cogprep.cli as cli\n")
     assert imported_packages(source) == {"cogtrain", "cogprep"}
 
 

@@ -37,7 +37,7 @@ def train(settings: TrainSettings) -> None:
                 run = peers.together(lambda: open_run(settings, device, peers.world, peers))
                 peers.together(lambda: check_ready(run, peers.here, device))
                 quiet_libraries()
-                from .trainer.loop import train as train_run
+                from .trainer.trainer import train as train_run
 
                 train_run(run, StopRequest(), peers)
         except PeerFailed:

@@ -38,16 +38,16 @@ def live_model() -> Callable:
 
 @pytest.fixture(scope="session")
 def train_here() -> Callable:
-    """train_here(settings) -> run folder; the whole run, in this process."""
+    """train_here(settings, **options of `train`) -> run folder; the whole run, in this process."""
     from accelerate.state import AcceleratorState
 
     from cogtrain.distributed.signals import StopRequest
     from cogtrain.runs.run import open_run
-    from cogtrain.trainer.loop import train
+    from cogtrain.trainer.trainer import train
 
-    def run(settings):
+    def run(settings, **options):
         AcceleratorState._reset_state(reset_partial_state=True)
-        return train(open_run(settings, torch.device("cpu"), 1), StopRequest())
+        return train(open_run(settings, torch.device("cpu"), 1), StopRequest(), **options)
 
     return run
 

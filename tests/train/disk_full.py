@@ -38,7 +38,7 @@ def main(case):
     from cogtrain.runs.checkpoint import list_checkpoints
     from cogtrain.runs.run import open_run
     from cogtrain.settings import LoraSettings
-    from cogtrain.trainer.loop import train
+    from cogtrain.trainer.trainer import train
 
     pick_device()
     quiet_libraries()

@@ -3,7 +3,7 @@
 import torch
 
 from cogtrain.model.objective import Objective
-from cogtrain.trainer import loop
+from cogtrain.trainer import trainer
 
 
 class _Nan(torch.autograd.Function):
@@ -25,7 +25,7 @@ def make_gradients_nan(setattr=setattr):
         setattr: pytest's, to undo it.
     """
     wanted, now = [None], [0]
-    rate, losses = loop.learning_rate, Objective.losses
+    rate, losses = trainer.learning_rate, Objective.losses
 
     def watched_rate(step, *rest):
         now[0] = step
@@ -35,7 +35,7 @@ def make_gradients_nan(setattr=setattr):
         found = losses(self, transformer, batch, dtype)
         return _Nan.apply(found) if transformer.training and now[0] in (wanted[0] or ()) else found
 
-    setattr(loop, "learning_rate", watched_rate)
+    setattr(trainer, "learning_rate", watched_rate)
     setattr(Objective, "losses", spoilt_losses)
 
     def at(steps):

@@ -72,7 +72,7 @@ def run(tmp_path_factory, make_shards):
 
     from cogtrain.distributed.signals import StopRequest
     from cogtrain.runs.run import open_run
-    from cogtrain.trainer.loop import train
+    from cogtrain.trainer.trainer import train
 
     top = tmp_path_factory.mktemp("rslora")
     make_shards(top / "out", samples=4)

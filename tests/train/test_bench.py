@@ -11,7 +11,7 @@ import torch
 
 from workshop.bench_train import machine, records
 from workshop.bench_train.allocations import at_the_peak, held
-from workshop.bench_train.measure import _After, _Enough, prepare, product
+from workshop.bench_train.measure import _Enough, _Steps, prepare, product
 from workshop.bench_train.plain import reference
 from workshop.bench_train.reference_guide import guide_rows
 from workshop.bench_train.rows import BenchRow, guide_row, rows_named, table
@@ -172,16 +172,15 @@ def test_what_is_looked_at_after_the_measurement_fails_alone(monkeypatch):
         name, steps = "two", 2
 
         def begin(self):
-            self.began = after._made
+            self.began = step
 
         def end(self):
-            return [f"steps {self.began + 1} to {after._made}"]
+            return [f"steps {self.began + 1} to {step}"]
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    after = _After(3, lambda: None, profile=False, trace=False)
-    after._more = [Broken(), Two()]
+    steps = _Steps(3, lambda: None, profile=False, trace=False)
+    steps._more = [Broken(), Two()]
     with pytest.raises(_Enough):
         for step in range(4, 99):
-            after._made = step
-            after._look()
-    assert after.found == {"broken": ["RuntimeError: not allowed here"], "two": ["steps 6 to 7"]} and step == 7
+            steps._look(step)
+    assert steps.found == {"broken": ["RuntimeError: not allowed here"], "two": ["steps 6 to 7"]} and step == 7

@@ -28,7 +28,7 @@ def whole(tmp_path_factory, make_shards) -> Path:
 
     from cogtrain.distributed.signals import StopRequest
     from cogtrain.runs.run import open_run
-    from cogtrain.trainer.loop import train
+    from cogtrain.trainer.trainer import train
 
     top = tmp_path_factory.mktemp("claim")
     make_shards(top / "out", samples=4)

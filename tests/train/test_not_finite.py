@@ -48,12 +48,13 @@ def spoil(monkeypatch):
 
 @pytest.fixture
 def here(tmp_path, make_shards, train_here):
-    """here(name, **settings) -> run folder."""
+    """here(name, options of `train`, **settings) -> run folder."""
     make_shards(tmp_path / "out", samples=6)
 
-    def run(name="run", cls=LoraSettings, **settings):
+    def run(name="run", cls=LoraSettings, options=None, **settings):
         small = {"rank": 4} if cls is LoraSettings else {}
-        return train_here(cls(**SAME | small | {"shards": [str(tmp_path / "out")], "out": tmp_path / name} | settings))
+        given = SAME | small | {"shards": [str(tmp_path / "out")], "out": tmp_path / name} | settings
+        return train_here(cls(**given), **options or {})
 
     return run
 
@@ -153,30 +154,28 @@ def test_under_each_strategy_on_two_processes(tmp_path, make_shards, run_ranks, 
 
 
 def poison(monkeypatch, step):
-    """Make a weight infinite once step ``step`` has been made, as too large a step of the optimizer would."""
-    from cogtrain.trainer.step_log import StepLog
-
-    seen, prepare, add = [], Runtime.prepare, StepLog.add
+    """Options of `train` with which a weight is infinite once a step is made, as too large a step of the optimizer
+    would leave it."""
+    seen, prepare = [], Runtime.prepare
 
     def watched(self, model, optimizer, **named):
         seen[:] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return prepare(self, model, optimizer, **named)
 
-    def poisoned(self, number, *rest):
+    def poisoned(number):
         if number == step:
             with torch.no_grad():
                 seen[0].view(-1)[0] = math.inf
-        add(self, number, *rest)
 
     monkeypatch.setattr(Runtime, "prepare", watched)
-    monkeypatch.setattr(StepLog, "add", poisoned)
+    return {"after_step": poisoned}
 
 
 @pytest.mark.parametrize("cls", [LoraSettings, SftSettings])
 def test_weights_that_are_not_finite_are_not_saved(here, monkeypatch, cls):
-    poison(monkeypatch, 2)
+    options = poison(monkeypatch, 2)
     with pytest.raises(RunError, match="the weights, or the optimizer's state, are not finite") as caught:
-        here(cls=cls)
+        here(cls=cls, options=options)
     assert caught.value.where == "step 2" and "resume the last checkpoint" in caught.value.fix
 
 

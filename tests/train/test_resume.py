@@ -131,12 +131,12 @@ def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, co
 
 @pytest.fixture
 def here(tmp_path, make_shards, train_here):
-    """here(**settings) -> run folder; trains in this process."""
+    """here(after_step, **settings) -> run folder; trains in this process."""
     make_shards(tmp_path / "out", samples=4)
 
-    def run(**settings):
+    def run(after_step=None, **settings):
         common = {"shards": [str(tmp_path / "out")], "out": tmp_path / "run", "rank": 4, "lr": 1e-2}
-        return train_here(LoraSettings(**common | settings))
+        return train_here(LoraSettings(**common | settings), after_step=after_step)
 
     return run
 
@@ -144,8 +144,9 @@ def here(tmp_path, make_shards, train_here):
 def test_on_one_process_a_resumed_run_is_bit_equal(here, tmp_path):
     whole = here(steps=6, out=tmp_path / "whole", lora_dropout=0.1, caption_dropout=0.5)
     here(steps=3, lora_dropout=0.1, caption_dropout=0.5)
-    parts = here(steps=6, lora_dropout=0.1, caption_dropout=0.5)
-    assert losses(parts) == losses(whole)
+    counted = []
+    parts = here(counted.append, steps=6, lora_dropout=0.1, caption_dropout=0.5)
+    assert losses(parts) == losses(whole) and counted == [4, 5, 6]
     one, two = (read_weights(run / "checkpoint-6") for run in (whole, parts))
     assert all((one[name] == two[name]).all() for name in one)
 

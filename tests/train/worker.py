@@ -37,7 +37,7 @@ from cogtrain.distributed.strategy import Runtime  # noqa: E402
 from cogtrain.model.objective import Objective  # noqa: E402
 from cogtrain.runs.run import open_run  # noqa: E402
 from cogtrain.settings import LoraSettings, SftSettings  # noqa: E402
-from cogtrain.trainer import loop  # noqa: E402
+from cogtrain.trainer.trainer import train  # noqa: E402
 
 
 def digest(tensor):
@@ -102,7 +102,7 @@ def main(cases, out):
         began = time.monotonic()
         try:
             run = peers.together(lambda: open_run(cls(**settings), device, peers.world, peers))  # noqa: B023
-            loop.train(run, StopRequest(), peers)
+            train(run, StopRequest(), peers)
         except CogError as error:
             if not (case.get("refused") or case.get("nan_gradient")):
                 raise

@@ -1,4 +1,4 @@
-"""`cogtrain plan`, `generate` and `export`. (`lora` and `sft` are `trainer.loop`.)
+"""`cogtrain plan`, `generate` and `export`. (`lora` and `sft` are `trainer.trainer`.)
 
 Imports distributed, memory, model, report, runs, settings, store, trainer, validation.
 """

@@ -1,4 +1,4 @@
-"""The training loop and what it asks at each step.
+"""The trainer, and what it asks at each step: `trainer.py` first.
 
 Imports blocks, data, distributed, memory, model, report, runs, store, validation.
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
@@ -14,6 +16,21 @@ if TYPE_CHECKING:
     import torch
 
     from ..runs.run import Run
+
+
+@contextmanager
+def memory_errors(run: Run) -> Iterator[None]:
+    """Raise a lack of GPU memory as the error that says which settings need less.
+
+    Raises:
+        RunError: in place of torch's.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, run) from error
 
 
 def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:

@@ -18,7 +18,7 @@ from cogtrain.offload.pinned import locked_bytes
 from cogtrain.runs.folder import METRICS_FILE, read_metrics, read_run
 from cogtrain.runs.log import peak_gib
 from cogtrain.runs.run import Run
-from cogtrain.trainer.loop import train
+from cogtrain.trainer.trainer import train
 
 from .allocations import Allocations
 from .machine import BenchMachine
@@ -58,8 +58,16 @@ class _Enough(Exception):
     """As many steps as are measured have been made."""
 
 
-class _After(StopRequest):
-    """Ends a run from inside after a number of steps, without its checkpoint and export.
+class _Deaf(StopRequest):
+    """Takes no signal: each ends a measurement at once, as it ends any program."""
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        yield self
+
+
+class _Steps:
+    """Counts the steps of a run, and ends it from inside after some, without its checkpoint and export.
 
     Args:
         steps: that are measured. A step is logged when the next one is queued, so one more is made.
@@ -69,7 +77,6 @@ class _After(StopRequest):
     """
 
     def __init__(self, steps: int, measured: Callable[[], None], profile: bool, trace: bool) -> None:
-        self._made = 0
         self._steps = steps + 1
         self._measured = measured
         self._more: list[_Profiled | Allocations] = []
@@ -83,37 +90,34 @@ class _After(StopRequest):
         self.found: dict[str, list[str]] = {}
         self.machine = BenchMachine()
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        yield self  # a signal ends a measurement at once
+    def after_step(self, step: int) -> None:
+        """Called by the trainer.
 
-    @property
-    def signal(self) -> int:  # type: ignore[override]
-        """Asked for after every step."""
+        Raises:
+            _Enough: all is measured.
+        """
         import torch
 
-        self._made += 1
         self.machine.look()
-        if torch.cuda.is_available() and self._made == 1:
+        if torch.cuda.is_available() and step == 1:
             # The first step compiles and tries; what it held more than the others is told apart.
             self.first_peak_gib = peak_gib(torch.device("cuda"))
             torch.cuda.reset_peak_memory_stats()
-        if self._made == self._steps:
+        if step == self._steps:
             self._measured()
             if not torch.cuda.is_available():
                 raise _Enough
-        if self._made >= self._steps:
-            self._look()
-        return 0
+        if step >= self._steps:
+            self._look(step)
 
-    def _look(self) -> None:
+    def _look(self, step: int) -> None:
         """Begin or end what is looked at once all is measured; not every machine allows it."""
         import torch
 
         torch.cuda.synchronize()
         watch, self._watch = self._watch, None
         try:
-            if watch is not None and self._made < self._until:
+            if watch is not None and step < self._until:
                 self._watch = watch
                 return
             if watch is not None:
@@ -122,7 +126,7 @@ class _After(StopRequest):
                 raise _Enough
             watch = self._more.pop(0)
             watch.begin()
-            self._watch, self._until = watch, self._made + watch.steps
+            self._watch, self._until = watch, step + watch.steps
         except _Enough:
             raise
         except Exception as error:
@@ -180,18 +184,18 @@ def prepare(row: BenchRow) -> Run:
 
 
 def product(run: Run, row: BenchRow, measured: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
-    """Seconds and bytes of the run as `cogtrain lora` would make it: its own loop, data and log.
+    """Seconds and bytes of the run as `cogtrain lora` would make it: its own trainer, data and log.
 
     Args:
         measured: gets the result before a profile is taken.
     """
-    stop = _After(row.steps, lambda: measured(_result(run, row, stop)), row.profile, row.memory_trace)
+    steps = _Steps(row.steps, lambda: measured(_result(run, row, steps)), row.profile, row.memory_trace)
     with contextlib.suppress(_Enough):
-        train(run, stop)
-    return {**_result(run, row, stop), **stop.found}
+        train(run, _Deaf(), after_step=steps.after_step)
+    return {**_result(run, row, steps), **steps.found}
 
 
-def _result(run: Run, row: BenchRow, stop: _After) -> Mapping[str, Any]:
+def _result(run: Run, row: BenchRow, steps: _Steps) -> Mapping[str, Any]:
     assert run.settings.out is not None
     if not (run.settings.out / METRICS_FILE).exists():
         return {}  # not the first process: that one writes for all
@@ -206,13 +210,13 @@ def _result(run: Run, row: BenchRow, stop: _After) -> Mapping[str, Any]:
         "steps": len(counted),
         "compile_s": sum(line.compile_s for line in lines),
         "peak_gib": max(line.peak_gib for line in lines),
-        "first_peak_gib": stop.first_peak_gib,
+        "first_peak_gib": steps.first_peak_gib,
         "kept_gib": lines[-1].kept_gib,
         "locked_gib": locked_bytes() / _GIB,
         "plan": facts.plan,
         "block_plan": facts.block_plan,
         "attention": facts.attention,
-        **stop.machine.found(run),
+        **steps.machine.found(run),
         "losses": [round(line.loss or math.nan, 5) for line in lines],
         "norms": [round(line.grad_norm or math.nan, 5) for line in lines],
         "all_s": [round(line.s_per_step, 3) for line in lines],

@@ -94,7 +94,7 @@ def test_the_checkpoint_of_a_step_is_not_written_before_its_loss_is_known(
 
 
 def test_a_held_step_leaves_the_optimizer_where_it_was():
-    from cogtrain.trainer.step_log import skip_if_not_finite
+    from cogtrain.trainer.readout import skip_if_not_finite
 
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
@@ -113,7 +113,7 @@ def test_a_held_step_leaves_the_optimizer_where_it_was():
 
 
 def test_fp16s_scaler_skips_the_step_whose_loss_is_not_finite():
-    from cogtrain.trainer.step_log import skip_if_not_finite
+    from cogtrain.trainer.readout import skip_if_not_finite
 
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)

@@ -1,0 +1,230 @@
+"""Training, in the order things happen: `Trainer` sets a run up, makes its steps, and finishes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.cli.names import command_line
+from cogcommon.files.failures import disk_errors
+from cogcommon.model.copies import CopyStream
+
+from ..blocks.engine import BlockEngine
+from ..data.sample_rng import seed_of
+from ..distributed.optimizer import clip_gradients, finish_update, learning_rate, make_optimizer
+from ..distributed.peers import Peers, meet
+from ..distributed.signals import Stopped, StopRequest
+from ..distributed.strategy import Runtime, start
+from ..memory.disk import check_room
+from ..memory.install import install
+from ..memory.room import common_room
+from ..model.batch import Batch
+from ..model.ema import EMA
+from ..model.objective import Objective
+from ..report.card import write_card
+from ..report.page import write_report
+from ..runs import agreement
+from ..runs import checkpoint as checkpoints
+from ..runs.claim import claimed
+from ..runs.folder import CARD_FILE, CONFIG_FILE, read_run
+from ..runs.log import RunLog, cut_metrics
+from ..runs.run import Run, run_folder, settings_json, write_config
+from ..runs.tracker import open_tracker
+from ..validation.validate import Validation
+from . import announce
+from .clock import StepClock
+from .failures import memory_errors
+from .feed import feed
+from .readout import Readout
+from .saver import Saver
+
+if TYPE_CHECKING:
+    import torch
+
+
+def train(
+    run: Run, stop: StopRequest, peers: Peers | None = None, *, after_step: Callable[[int], None] | None = None
+) -> Path:
+    """Train, and export what was trained.
+
+    Args:
+        stop: is asked after each step, and meanwhile takes signals.
+        peers: all processes of the run, each of which calls this; None: those that the environment tells of.
+        after_step: called with the number of each step, from 1, when it has been queued; the GPU may still compute it.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        CogError: the run cannot go on.
+        Stopped: by a signal, after a checkpoint.
+    """
+    peers = peers or meet()
+    agreement.check_ranks_alike(run, peers)
+    folder = Path(peers.broadcast(str(run_folder(run))))
+    go_on = partial(checkpoints.how_to_go_on, folder, run.method.name)
+    with disk_errors(folder, go_on=go_on), ExitStack() as closing, memory_errors(run):
+        trainer = Trainer(run, folder, peers, stop, closing)
+        for step in range(trainer.done + 1, run.steps + 1):
+            trainer.step(step)
+            if after_step:
+                after_step(step)
+            trainer.validate_and_save(step)
+        trainer.finish()
+    return folder
+
+
+class Trainer:
+    """One process's part of a run.
+
+    Attributes:
+        done: steps that were made before, by the run that this one resumes.
+    """
+
+    def __init__(self, run: Run, folder: Path, peers: Peers, stop: StopRequest, closing: ExitStack) -> None:
+        """Set the run up, to where its next step can be made.
+
+        Args:
+            closing: gets what must be closed when the run ends, however it ends.
+        """
+        import torch
+
+        self.run, self.folder, self.stop = run, folder, stop
+        self.done = run.resume.state.step if run.resume else 0
+        settings = run.settings
+        peers.together(lambda: closing.enter_context(claimed(folder)) if peers.main else None)
+        agreement.check_shared(folder, peers)
+        self.runtime = runtime = start(
+            settings, run.strategy, run.precision, cpu=not torch.cuda.is_available(), autocast=run.method.full,
+            peers=peers,
+        )  # fmt: skip
+        abandoned = peers.together(lambda: _move_in(run, folder, self.done) if peers.main else [])
+        tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
+        self.log = log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, self.done, tracker))
+        for note in peers.together(lambda: check_room(run, folder) if peers.main else []):
+            log.say(f"note: {note}")
+        self.model, self.optimizer, self.trained, engine = _load_model(run, runtime, log)
+        if abandoned:
+            log.say(f"removed {', '.join(abandoned)}: their steps are made again")
+        trainable = announce.count_weights(self.trained)
+        announce.beginning(run, log, folder, trainable)
+        if runtime.main:
+            announce.run_facts(run, runtime, trainable, engine.plan, engine.kernel).write(folder)
+        # It measures the base model, so it comes before the resume.
+        self.validation = Validation.begin(run, runtime, self.model, folder, log, stop)
+        self.ema = EMA(self.trained, settings.ema) if settings.ema else None
+        self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log)
+        if run.resume:
+            self.saver.resume(run.resume.folder)
+        self.objective = Objective.of(
+            run.checkpoint, settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None
+        )
+        self.batches = feed(run, runtime, self.objective, self.done)
+        closing.callback(self.batches.close)
+        self.copies = CopyStream(runtime.device)
+        self.readout = Readout(run, runtime, self.optimizer, log)
+        closing.enter_context(stop.listening())  # before this there is nothing to save
+
+    def step(self, step: int) -> None:
+        """Make an optimizer step: forward and backward over its micro-batches, clip, update, average."""
+        import torch
+
+        run, runtime, settings = self.run, self.runtime, self.run.settings
+        clock = StepClock(runtime.device)
+        torch.manual_seed(seed_of(settings.seed, step, str(runtime.rank), "dropout"))
+        rate = learning_rate(step, run.steps, settings)
+        runtime.set_rate(self.optimizer, rate)
+        losses: list[torch.Tensor] = []
+        for micro in range(settings.accumulate):
+            batch = runtime.peers.together(lambda: next(self.batches)).upload(self.copies)
+            clock.end("data")
+            with runtime.accelerator.accumulate(self.model):  # the ranks' gradients meet in the last one
+                loss, found = self.readout.loss(self._losses, batch, step, micro)
+                losses.append(found)
+                clock.end("forward")
+                runtime.accelerator.backward(loss)
+                clock.end("backward")
+        norm = clip_gradients(runtime, self.optimizer, self.trained, settings)
+        if self.readout.may_step(step, losses, norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(step)
+        clock.end("optimizer")
+        self.readout.take(step, rate, losses, norm, clock)
+
+    def validate_and_save(self, step: int) -> None:
+        """After a step: validate, save and stop, where it is time for it or a signal asks for it.
+
+        Raises:
+            Stopped: by a signal, once a checkpoint is there.
+        """
+        settings, last = self.run.settings, step == self.run.steps
+        signal = self._signal()
+        validates = self.validation and not signal and (last or step % settings.validate_every == 0)
+        saves = signal or last or step % settings.save_every == 0
+        if validates or saves:
+            self.readout.catch_up()
+        if last:  # first of all, and in its smallest form
+            self.readout.end()
+            finish_update(self.optimizer)
+            self.saver.export(step)
+        if self.validation and validates:
+            with self.saver.averaged():
+                line = self.validation.measure(self.model, step)
+            if line:
+                self.log.validation(line)
+            signal = self._signal()
+        if saves or signal:
+            self.saver.checkpoint(step)
+            if self.runtime.main:
+                write_report(self.folder)
+            signal = signal or self._signal()  # one that came meanwhile: this checkpoint will do
+        if signal and not last:
+            again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
+            raise Stopped(128 + signal, again)
+
+    def finish(self) -> None:
+        """Load back what the last step has exported, and say so."""
+        run, runtime, folder, saver = self.run, self.runtime, self.folder, self.saver
+        exported = saver.exported or saver.export(run.steps)  # nothing was left to train
+        if runtime.main:
+            checked = run.method.verify(runtime, self.model, run.checkpoint, exported)
+            if not write_card(folder, read_run(folder), "transformer" if run.method.full else "lora", run.steps):
+                self.log.say(f"{folder / CARD_FILE} was changed by somebody, and stays as it is")
+            write_report(folder)
+            announce.ending(run, self.log, folder, checked, saver.unsaved)
+        runtime.barrier()  # rank 0 may yet fail
+
+    def _losses(self, batch: Batch) -> torch.Tensor:
+        return self.objective.losses(self.model, batch, self.runtime.dtype)
+
+    def _signal(self) -> int:
+        """The number of a signal that has asked any rank to stop; 0: none has."""
+        return self.runtime.all_reduce_max(self.stop.signal)
+
+
+def _move_in(run: Run, folder: Path, done: int) -> list[str]:
+    """Bring the run's folder into the state after step ``done``; names of checkpoints removed."""
+    write_config(run, folder)
+    cut_metrics(folder, done)
+    return checkpoints.clear(folder, after=done)
+
+
+def _load_model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter], BlockEngine]:
+    """The transformer and its optimizer, ready to train, the weights that are trained, and what runs the blocks."""
+    room = common_room(runtime.peers, runtime.device, runtime.dtype)
+    transformer = run.checkpoint.load_transformer(run.method.weight_dtype(runtime.dtype, runtime.sharded))
+    run.method.apply(transformer)
+    transformer.train()
+    engine = install(transformer, run, runtime, log, room)
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    offload_optimizer = run.strategy.endswith("-offload")
+    optimizer = make_optimizer(
+        trained, run.settings, runtime.device, offload_optimizer=offload_optimizer, cpu_training=engine.cpu_training
+    )
+    model, optimizer = runtime.prepare(transformer, optimizer, saved_by=run.resume.state.world if run.resume else None)
+    return model, optimizer, trained, engine
