@@ -21,7 +21,7 @@ _SERVER.set_forkserver_preload(
     [
         "cogprep.cli", "cogprep.encode.part", "cogprep.encode.models", "diffusers.models.autoencoders",
         "transformers.models.t5.modeling_t5", "transformers.models.t5.tokenization_t5", "cogtrain.cli",
-        "cogtrain.memory.ready", "cogtrain.trainer.loop", "diffusers.models.transformers.cogvideox_transformer_3d",
+        "cogtrain.memory.ready", "cogtrain.trainer.trainer", "diffusers.models.transformers.cogvideox_transformer_3d",
         "peft", "accelerate", "torch.distributed.launcher.api",
     ]
 )  # fmt: skip
