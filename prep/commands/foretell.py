@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cogcommon.errors import CogError
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.device import DTYPES, item_bytes
+from cogcommon.model.device import DTYPES
 
 from ..dataset.lists import DataSet
 from ..dataset.probe import Look, Probed
@@ -80,17 +80,6 @@ def foretell(
         for key, candidate in zip(found.keys, found.candidates, strict=True)
         if isinstance(look := looks[candidate.sample.source], Look)
     }
-    size = {
-        bucket: sample_bytes(
-            checkpoint.family,
-            bucket,
-            item_bytes=item_bytes(contract.dtype),
-            posterior=contract.posterior,
-            image_variants=contract.image_variants,
-            text_dim=contract.text_dim,
-        )
-        for bucket in settings.buckets
-    }
     plan = make_plan(
         found.candidates,
         found.keys,
@@ -98,7 +87,7 @@ def foretell(
         buckets,
         committed,
         bucket_order=settings.buckets,
-        chunk={bucket: settings.samples_a_shard(size[bucket]) for bucket in settings.buckets},
+        chunk={bucket: settings.samples_a_shard(sample_bytes(contract, bucket)) for bucket in settings.buckets},
         kept=[one.key for one in found.kept],
     )
     dropped = plan.dropped if found.candidates else 0

@@ -21,7 +21,7 @@ from cogcommon.words import counted
 from ..dataset.advice import Looked, advise, cut_captions
 from ..dataset.lists import DataSet, check_root
 from ..dataset.probe import Look, look
-from ..plan.plan import sample_bytes
+from ..plan.plan import tensor_bytes
 from ..processes.pool import Pool, default_workers
 from ..settings import ValidateSettings
 from ..show.progress import Progress
@@ -155,7 +155,7 @@ def plan_buckets(
     rows = []
     for bucket in settings.buckets:
         inside = [one for one in looked if one.look.bucket == bucket]
-        size = sample_bytes(
+        size = tensor_bytes(
             checkpoint.family,
             bucket,
             item_bytes=item_bytes(DTYPES[settings.precision or checkpoint.family.precision]),

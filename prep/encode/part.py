@@ -27,7 +27,6 @@ from cogcommon.model.device import (
     pick_device,
     visible_gpus,
 )
-from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import SampleRow
 from cogcommon.words import counted
@@ -112,7 +111,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
             cache.discard()
             raise
         shards = part.of(plan.shards)
-        needed = sum(len(shard.samples) * _sample_bytes(contract, shard.bucket) for shard in shards)
+        needed = sum(len(shard.samples) * sample_bytes(contract, shard.bucket) for shard in shards)
         if lack := lack_of_room(out, needed + scratch_bytes(shards, contract)):
             say(f"note: {lack}")
         models = Models(checkpoint, device, precision, settings, clock)
@@ -172,7 +171,7 @@ def survey_and_plan(
             cache=cache,
         )
     settings.check_holdout(held=len(found.holdout.clips & found.clips), of=len(found.clips))
-    chunk = {bucket: settings.samples_a_shard(_sample_bytes(contract, bucket)) for bucket in settings.buckets}
+    chunk = {bucket: settings.samples_a_shard(sample_bytes(contract, bucket)) for bucket in settings.buckets}
     plan = make_plan(
         found.candidates,
         found.keys,
@@ -185,17 +184,6 @@ def survey_and_plan(
     )
     # No clip at all can be read: rather a disk that is not there than an order to drop everything.
     return found, plan if found.candidates else replace(plan, drops=[])
-
-
-def _sample_bytes(contract: Contract, bucket: Resolution) -> int:
-    return sample_bytes(
-        contract.family_row,
-        bucket,
-        item_bytes=item_bytes(contract.dtype),
-        posterior=contract.posterior,
-        image_variants=contract.image_variants,
-        text_dim=contract.text_dim,
-    )
 
 
 def make_contract(

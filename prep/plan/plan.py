@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from cogcommon.model.device import item_bytes
 from cogcommon.model.families import Family, Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import SampleRow
@@ -181,7 +182,19 @@ def make_plan(
     return EncodePlan(shards, drops, reused, rejected)
 
 
-def sample_bytes(
+def sample_bytes(contract: Contract, bucket: Resolution) -> int:
+    """Size of the tensors of a contract's sample."""
+    return tensor_bytes(
+        contract.family_row,
+        bucket,
+        item_bytes=item_bytes(contract.dtype),
+        posterior=contract.posterior,
+        image_variants=contract.image_variants,
+        text_dim=contract.text_dim,
+    )
+
+
+def tensor_bytes(
     family: Family, bucket: Resolution, *, item_bytes: int, posterior: str, image_variants: int, text_dim: int
 ) -> int:
     """Size of a sample's tensors.
