@@ -107,7 +107,7 @@ def _commit_first(temporary: Path, final: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with _alone_with(final):
+        with alone_with(final):
             if os.path.lexists(final):
                 return False
             commit(temporary, final)
@@ -116,10 +116,19 @@ def _commit_first(temporary: Path, final: Path) -> bool:
     return True
 
 
+def guard_of(path: Path) -> Path:
+    """The file whose lock `alone_with` holds."""
+    return path.with_name(f".{path.name}.guard.tmp")
+
+
 @contextmanager
-def _alone_with(path: Path) -> Iterator[None]:
-    """Keep other writers of a file waiting."""
-    guard = path.with_name(f".{path.name}.guard.tmp")
+def alone_with(path: Path) -> Iterator[None]:
+    """Keep others who ask the same waiting; nothing need lie at the path.
+
+    Raises:
+        NoLocks: the file system keeps no locks.
+    """
+    guard = guard_of(path)
     while True:
         try:
             stream = open_locked(guard)

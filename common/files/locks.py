@@ -78,6 +78,29 @@ def open_locked(path: Path) -> IO[bytes]:
         stream.close()
 
 
+def remove_unless_held(path: Path) -> bool:
+    """Remove a file that no live process holds; returns whether it is gone.
+
+    It goes under its lock, so that whoever was about to lock it finds that out (`open_locked`).
+
+    Raises:
+        NoLocks: the file system keeps no locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    except OSError:  # a link, or not ours to write
+        return False
+    with os.fdopen(descriptor, "r+b") as stream:
+        try:
+            lock(stream, path)
+        except Busy:
+            return False
+        path.unlink(missing_ok=True)
+    return True
+
+
 def locked_elsewhere(path: Path) -> bool:
     """Whether a live process holds a file; also where that cannot be told, for it is not ours to write.
 

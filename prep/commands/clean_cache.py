@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from cogcommon.cli.names import json_text
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError
 from cogcommon.files.atomic import TEMPORARY
-from cogcommon.files.locks import locked_elsewhere
+from cogcommon.files.locks import locked_elsewhere, remove_unless_held
 from cogcommon.files.ownership import RECORD_FILE, is_file, is_folder, refuse_data_root
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
 from cogcommon.shards.records import SampleRow, read_table, record_name, shard_number, tar_name
@@ -28,12 +29,12 @@ from cogcommon.words import counted, in_bytes
 from ..plan.folder import SPLITS, Split, records_in, split_folder
 from ..plan.stale import Wanted
 from ..settings import CleanSettings
-from ..store.locks import ShardBusy, lock_shard, shard_disk_errors, temporary_name, work_goes_on
-from ..store.proof import A_PREVIEW, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output, preview_record
+from ..store.locks import ShardBusy, disk_errors, is_lock_of_removing, lock_shard, removing, temporary_name
+from ..store.proof import A_PREVIEW, ORIGIN_FILE, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output, preview_record
 from ..store.shards import committed_shards, drop_samples, finish_rewrites
 
-# These tell what the shards are, so they go after the last of them.
-_OF_THE_SHARDS = (CONTRACT_FILE, EMPTY_CAPTION_FILE)
+# These tell what the shards are, so they go after the last of them; the one that proves the folder ours, last.
+_OF_THE_SHARDS = (EMPTY_CAPTION_FILE, ORIGIN_FILE, CONTRACT_FILE)
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ class Removal:
 
 def _removal(
     path: Path, why: str, shard: tuple[Split, int] | None = None, size: int = -1, gone: frozenset[str] = frozenset()
-) -> Removal:
-    now = path.stat()
-    return Removal(path, why, now.st_size if size < 0 else size, (now.st_ino, now.st_mtime_ns), shard, gone)
+) -> Iterator[Removal]:
+    """One, or none if the file is gone by now: runs come and go."""
+    with suppress(FileNotFoundError):
+        now = path.stat()
+        yield Removal(path, why, now.st_size if size < 0 else size, (now.st_ino, now.st_mtime_ns), shard, gone)
 
 
 def run(settings: CleanSettings) -> None:
@@ -152,7 +155,7 @@ def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iter
         reasons |= {record: "the record of a shard", tar: "a shard"}
     for path, why in reasons.items():
         if is_ours(path):
-            yield _removal(path, why, (split, number))
+            yield from _removal(path, why, (split, number))
 
 
 def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
@@ -161,19 +164,23 @@ def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
     for folder in folders:
         for path in sorted(folder.iterdir()):
             if TEMPORARY.fullmatch(path.name) and is_file(path) and not locked_elsewhere(path):
-                yield _removal(path, "half-written")
+                yield from _removal(path, "half-written")
     if not everything:
         return
     for folder in folders:
         if (made := preview_record(folder)) and made.by == A_PREVIEW:
             files = [folder / name for name in sorted(made.files) if made.owns(name)]
             for path in [*files, *filter(is_file, [folder / RECORD_FILE])]:
-                yield _removal(path, "a preview")
-    for path in [*_files(out / SURVEY), *sorted(_files(out), key=lambda path: path.name in _OF_THE_SHARDS)]:
+                yield from _removal(path, "a preview")
+    for path in [*_files(out / SURVEY), *sorted(_files(out), key=_when)]:
         of_shard = any(shard_number(path.name, kind) is not None for kind in ("tar", "parquet"))
         if is_ours(path) and not (of_shard or TEMPORARY.fullmatch(path.name) or SHARD_TEMPORARY.fullmatch(path.name)):
             what = "what was found out about clips" if path.parent.name == SURVEY else "settings or a report"
-            yield _removal(path, what)
+            yield from _removal(path, what)
+
+
+def _when(path: Path) -> int:
+    return _OF_THE_SHARDS.index(path.name) if path.name in _OF_THE_SHARDS else -1
 
 
 def _files(folder: Path) -> list[Path]:
@@ -199,7 +206,7 @@ def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
         }
         if gone:
             why = f"{len(gone)} of {len(rows)} samples are no longer in the data root"
-            yield _removal(tar, why, (split, number), sum(gone.values()), frozenset(gone))
+            yield from _removal(tar, why, (split, number), sum(gone.values()), frozenset(gone))
 
 
 def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> int:
@@ -216,21 +223,42 @@ def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> in
                     stay += _remove_of_shard(folder, split, number, listed, everything)
             except ShardBusy:
                 stay += len(listed)
-        busy = work_goes_on(out)
-        now = {(removal.path, removal.state) for removal in _beside_shards(out, everything)}
-        empty = not busy and not any(_numbers(folder) for folder in _folders(out).values())
-        for removal in removals:
-            if removal.shard is not None:
-                continue
-            last = removal.path.parent == out and removal.path.name in _OF_THE_SHARDS
-            if (removal.path, removal.state) not in now or (last and not empty):
-                stay += 1
-            else:
-                removal.path.unlink(missing_ok=True)
-        for folder in (out / PREVIEW, out / SURVEY, out / "val", out):
-            if is_folder(folder) and not busy and not any(folder.iterdir()):
-                folder.rmdir()
+        if out.is_dir():  # else another clean-cache was first
+            with removing(out) as busy:
+                stay += _remove_beside(out, removals, everything, busy)
+            _remove_if_empty(out)
     return stay
+
+
+def _remove_beside(out: Path, removals: Sequence[Removal], everything: bool, busy: bool) -> int:
+    """Remove what was listed and belongs to no shard; returns how much of it stays.
+
+    Args:
+        busy: whether a run lives in the folder; then what tells of its shards stays.
+    """
+    stay = 0
+    now = {(removal.path, removal.state) for removal in _beside_shards(out, everything)}
+    empty = not busy and not any(_numbers(folder) for folder in _folders(out).values())
+    for removal in removals:
+        if removal.shard is not None or is_lock_of_removing(removal.path):
+            continue
+        last = removal.path.parent == out and removal.path.name in _OF_THE_SHARDS
+        if (removal.path, removal.state) not in now or (last and not empty):
+            stay += 1
+        elif TEMPORARY.fullmatch(removal.path.name):
+            stay += not remove_unless_held(removal.path)
+        else:
+            removal.path.unlink(missing_ok=True)
+    if not busy:
+        for folder in (out / PREVIEW, out / SURVEY, out / "val"):
+            _remove_if_empty(folder)
+    return stay
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if is_folder(folder) and not any(folder.iterdir()):
+        with suppress(OSError):  # somebody has put something into it just now
+            folder.rmdir()
 
 
 def _by_shard(removals: Sequence[Removal]) -> dict[tuple[Split, int], list[Removal]]:

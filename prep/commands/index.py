@@ -30,9 +30,9 @@ from cogcommon.words import counted
 from ..plan.folder import SPLITS, read_contract, records_in, split_folder
 from ..settings import IndexSettings
 from ..store.extents import INFO_FIELDS, tar_end_whole, whole_extents
-from ..store.locks import ShardBusy, lock_shard, shard_disk_errors
-from ..store.proof import check_shards_output, is_ours
-from ..store.shards import recover_folder, tars_without_record
+from ..store.locks import ShardBusy, at_work, disk_errors, lock_shard
+from ..store.proof import check_output, is_ours
+from ..store.shards import settle, tars_without_record
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,10 @@ def index(out: Path) -> Indexed:
     Raises:
         ShardError: there is neither a contract nor a record to take it from.
     """
-    check_shards_output(out, "OUT")
-    with shard_disk_errors(out):
+    check_output(out, "OUT")
+    if not out.is_dir():
+        raise _nothing_left(out)
+    with at_work(out), disk_errors(out):
         for split in SPLITS:
             recover_folder(split_folder(out, split))
         contract = read_contract(out)
@@ -137,7 +139,11 @@ def _row(info: object) -> SampleRow:
 def _contract_of_a_record(out: Path) -> Contract:
     for _, _, path in records_in(out):
         return read_table(path, ["key"])[0].contract
-    raise ShardError(
+    raise _nothing_left(out)
+
+
+def _nothing_left(out: Path) -> ShardError:
+    return ShardError(
         "neither a contract nor a record is left",
         where=str(out),
         fix="`cogprep encode` with the same settings keeps what is whole and makes the rest",

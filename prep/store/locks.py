@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from cogcommon.files import failures, locks
-from cogcommon.files.atomic import TEMPORARY, temporary_beside
+from cogcommon.files.atomic import TEMPORARY, alone_with, guard_of, temporary_beside
 from cogcommon.files.ownership import is_file
 from cogcommon.shards.records import tar_name
 from cogcommon.words import in_bytes
 
 _MARK = "encode"  # .encode.HOST-RANDOM.tmp
+_REMOVAL = "clean-cache"  # .clean-cache.guard.tmp
 
 
 class ShardBusy(Exception):
@@ -67,33 +69,56 @@ def lock_shard(folder: Path, number: int) -> Iterator[None]:
 
 @contextmanager
 def at_work(out: Path) -> Iterator[None]:
-    """Hold a locked file in a folder, by which clean-cache knows that a run lives there.
+    """Hold a locked file in a folder, by which clean-cache knows that a run lives there. The folder is made, too.
+
+    While clean-cache removes what runs share, this waits. What a folder holds is looked at inside, not before.
 
     Raises:
         NoLocks: the file system keeps no locks, and writers could not be told apart.
+        DiskError: the folder cannot be written.
     """
     mark = temporary_beside(out / _MARK)
     try:
-        with shard_disk_errors(out):
-            for left in out.glob(f".{_MARK}.*.tmp"):
-                if TEMPORARY.fullmatch(left.name) and not locks.locked_elsewhere(left):
-                    left.unlink(missing_ok=True)
-            stream = _open_patiently(mark)
+        with disk_errors(out):
+            stream = _put(mark)
         with stream:
+            with disk_errors(out):
+                for left in out.glob(f".{_MARK}.*.tmp"):
+                    if left != mark and TEMPORARY.fullmatch(left.name):
+                        locks.remove_unless_held(left)
+                while locks.locked_elsewhere(guard_of(out / _REMOVAL)):
+                    time.sleep(0.01)
             yield
     finally:
         mark.unlink(missing_ok=True)
 
 
-def _open_patiently(mark: Path) -> IO[bytes]:
+def _put(mark: Path) -> IO[bytes]:
+    # Whoever looks whether we live holds it for a moment, and before it lies there clean-cache may remove the folder.
     while True:
-        with suppress(locks.Busy):  # whoever looks whether we live holds it for a moment
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(locks.Busy, FileNotFoundError):
             return locks.open_locked(mark)
 
 
-def work_goes_on(out: Path) -> bool:
-    """Whether a run lives in a folder."""
-    return any(locks.locked_elsewhere(mark) for mark in out.glob(f".{_MARK}.*.tmp") if TEMPORARY.fullmatch(mark.name))
+@contextmanager
+def removing(out: Path) -> Iterator[bool]:
+    """Keep runs that begin in a folder waiting while what runs share is removed.
+
+    Of a run's mark and this lock each side sets its own before it looks for the other's, so one of them sees it.
+
+    Yields:
+        Whether a run lives there already.
+    """
+    with alone_with(out / _REMOVAL):
+        yield any(
+            locks.locked_elsewhere(mark) for mark in out.glob(f".{_MARK}.*.tmp") if TEMPORARY.fullmatch(mark.name)
+        )
+
+
+def is_lock_of_removing(path: Path) -> bool:
+    """Whether a file is the lock of `removing`."""
+    return path == guard_of(path.with_name(_REMOVAL))
 
 
 def lack_of_room(folder: Path, needed: int) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon.files import atomic
+from cogcommon.files import atomic, locks
 from cogcommon.files.atomic import TEMPORARY, commit_bytes, fsync_folder, temporary_beside
-from cogcommon.files.locks import Busy, NoLocks, locked_elsewhere, open_locked
+from cogcommon.files.locks import Busy, NoLocks, locked_elsewhere, open_locked, remove_unless_held
 
 # Put before a child's own lines: what a file system without them answers, by the same numbers as the system.
 LACKS = {
@@ -151,3 +151,19 @@ def test_temporary_names_are_known_and_never_the_same(monkeypatch):
         ".x.a-0123456789abcdeg.tmp",
     ):
         assert not TEMPORARY.fullmatch(name)
+
+
+def test_a_file_that_is_removed_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    """Whoever tidies up sees a file that nobody holds yet; its maker must not end with the lock of a lost one."""
+    path, lock, seen = tmp_path / "mark", locks.lock, []
+
+    def removed_first(stream, at) -> None:
+        monkeypatch.setattr(locks, "lock", lock)
+        seen.append(remove_unless_held(path))
+        lock(stream, at)
+
+    monkeypatch.setattr(locks, "lock", removed_first)
+    with open_locked(path):
+        assert seen == [True] and locked_elsewhere(path)
+        assert not remove_unless_held(path) and path.exists()
+    assert remove_unless_held(path) and not path.exists()

@@ -1,8 +1,8 @@
 """Two commands on one folder: one is stopped at a question or commit, another runs to its end, the first goes on.
 
 ``python interleave_driver.py FOLDER CONTRACT EVERY SEED`` prints what was lost, as JSON. Commands and files are the
-real ones; clips and latents are drawn. A command stops at the EVERY-th of its questions, renames, links and removals,
-counted over all runs.
+real ones; clips and latents are drawn. A command stops at the EVERY-th of its steps, counted over all runs: questions,
+renames, links, removals, folders made, files made or locked. Where the second waits for the first, that goes on.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -81,8 +83,7 @@ class Folder:
         return [line.removesuffix(".mp4") for line in (self.root / "videos.txt").read_text().split()]
 
     def encode(self) -> None:
-        check_shards_output(self.out, "--out")
-        self.out.mkdir(exist_ok=True)
+        check_output(self.out, "--out")
         with at_work(self.out):
             if check_contract(self.out, self.contract) is None:
                 commit_contract(self.out, self.contract, self.empty)
@@ -121,8 +122,14 @@ class Stops:
     def __init__(self, at: int, stop: Callable[[], None]) -> None:
         self.steps = 0
         self._at, self._stop = at, stop
-        for module, name in [(os, "replace"), (os, "rename"), (os, "link"), (os, "unlink"), (builtins, "input")]:
-            setattr(module, name, self._counted(getattr(module, name) if name != "input" else lambda _: "y"))
+        builtins.input = self._counted(lambda _: "y")
+        for name in ("replace", "rename", "link", "unlink", "mkdir", "rmdir"):
+            setattr(os, name, self._counted(getattr(os, name)))
+        opened, making = os.open, self._counted(os.open)
+        os.open = lambda path, flags, *rest, **more: (making if flags & os.O_CREAT else opened)(
+            path, flags, *rest, **more
+        )
+        fcntl.flock = self._counted(fcntl.flock)
         terminal = io.StringIO()
         terminal.isatty = lambda: True  # type: ignore[method-assign]
         sys.stdin = terminal
@@ -173,7 +180,18 @@ def interleave(first: Callable[[], None], at: int, second: Callable[[], None]) -
         os._exit(ending(first))
     os.close(tells), os.close(waits)
     stopped = os.read(told, 1) == b"x"
-    code = in_child(second) if stopped else 0
+
+    def meanwhile() -> None:
+        sleep = time.sleep
+
+        def wait(seconds: float) -> None:
+            os.write(goes, b"x")
+            sleep(seconds)
+
+        time.sleep = wait
+        second()
+
+    code = in_child(meanwhile) if stopped else 0
     os.close(goes)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.close(told)
@@ -189,8 +207,9 @@ def wrong_after(folder: Folder, before: dict, between: dict, contract: Contract,
     """
     after, wanted = folder.committed(), set(folder.listed())
     found = faults(folder.out, contract)
-    if list(records_in(folder.out)) and not (folder.out / "contract.json").exists():
-        found.append("shards without a contract")
+    if list(records_in(folder.out)):
+        told = ("contract.json", "origin.json", "empty_caption.safetensors")
+        found += [f"shards without {name}" for name in told if not (folder.out / name).exists()]
     kept = {} if everything[1] else dict(before)  # the second was told to remove these
     kept |= between
     if everything[0]:  # the first was told to remove what was there when it asked

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -16,8 +19,12 @@ from cogcommon.files.locks import open_locked
 from cogcommon.shards.records import read_record, write_record
 from cogprep.commands import clean_cache
 from cogprep.commands.clean_cache import run
+from cogprep.commands.encode import encode
 from cogprep.settings import CleanSettings
+from cogprep.store.locks import at_work, removing
 from cogprep.store.shards import ShardWriter
+
+OF_THE_SHARDS = {"contract.json", "origin.json", "empty_caption.safetensors"}
 
 
 def names(folder: Path) -> set[str]:
@@ -67,10 +74,10 @@ def test_what_a_live_writer_holds_stays(encoded):
     before = names(encoded / "ds")
     assert ".000005.tar.tmp" not in cleaned(out, all=True)
     # What it writes would be worth nothing without the contract.
-    assert names(out) == {".000005.tar.tmp", "contract.json", "empty_caption.safetensors"}
+    assert names(out) == {".000005.tar.tmp", *OF_THE_SHARDS}
     assert names(encoded / "ds") == before
     writer.abandon()
-    assert cleaned(out, all=True) == {".000005.tar.tmp", "contract.json", "empty_caption.safetensors"}
+    assert cleaned(out, all=True) == {".000005.tar.tmp", *OF_THE_SHARDS}
     assert not out.exists()
 
 
@@ -234,3 +241,40 @@ def test_what_is_written_while_the_question_stands_stays(encoded, monkeypatch, e
     answer(monkeypatch, encode_more)
     cleaned(out, yes=False, all=everything)
     assert (out / "000002.tar").exists() and (out / "000002.parquet").exists() and (out / "contract.json").exists()
+
+
+def test_what_tells_of_the_shards_stays_while_a_run_lives(encoded):
+    out = encoded / "out"
+    with at_work(out):
+        assert "000000.tar" in cleaned(out, all=True)
+    assert names(out) == OF_THE_SHARDS
+
+
+def test_a_run_that_begins_while_the_last_files_go_waits_until_they_are_gone(encoded, settings_of):
+    out = encoded / "out"
+    undisturbed, begun = {path.name: path.read_bytes() for path in out.glob("*.tar")}, Event()
+
+    def remove_everything() -> None:
+        with removing(out) as busy:
+            begun.set()
+            assert not busy
+            while not any(out.glob(".encode.*.tmp")):
+                time.sleep(0.01)
+            time.sleep(0.3)  # a run that does not wait looks at the folder now
+            for path in out.iterdir():
+                if not path.name.endswith(".tmp"):
+                    path.unlink()
+
+    with ThreadPoolExecutor(1) as other:
+        removal = other.submit(remove_everything)
+        begun.wait()
+        report = encode(settings_of(encoded))
+        removal.result()
+    assert (report.encoded, report.reused) == (5, 0) and (out / "contract.json").exists()
+    assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == undisturbed
+
+
+def test_the_lock_of_a_killed_removal_goes_with_the_next(encoded):
+    out = encoded / "out"
+    (out / ".clean-cache.guard.tmp").touch()
+    assert cleaned(out) == {".clean-cache.guard.tmp"}
