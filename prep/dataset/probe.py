@@ -91,8 +91,8 @@ def _choose(
 ) -> tuple[ClipFacts, Resolution, Picked]:
     facts = video.facts()
     bucket = best_bucket(facts, buckets, cut, family_fps)
-    picked = pick_frames(video.times_s, bucket.frames, cut, family_fps)
-    if isinstance(picked, ClipFault):
+    picked = pick_frames(video.times_s, bucket.frames, cut, family_fps, video.last_s)
+    if isinstance(picked, Fault):
         raise BadClip(picked.reason)
     return facts, bucket, picked
 

@@ -105,7 +105,9 @@ class Placement:
         return 1 - (right - left) * (bottom - top) / (source_width * source_height)
 
 
-def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: float) -> Picked | ClipFault:
+def pick_frames(
+    times_s: Sequence[float], count: int, cut: Cut, family_fps: float, last_s: float = 0.0
+) -> Picked | Fault:
     """Choose ``count`` frames of a clip by their times.
 
     No frame is taken twice, since a frame shown twice would teach the model to stutter, but for two reasons: a
@@ -116,13 +118,14 @@ def pick_frames(times_s: Sequence[float], count: int, cut: Cut, family_fps: floa
         count: frames wanted.
         cut: ``start`` and ``stride`` thin the source first; ``frames`` is the mode.
         family_fps: the rate the model was trained at.
+        last_s: how long the last source frame stays.
     """
     candidates = range(bisect_left(times_s, times_s[0] + cut.start - 1e-6), len(times_s), cut.stride)
     if not candidates:
         return ClipFault(f"--start {cut.start:g} is past its end ({times_s[-1] - times_s[0]:.2f} s)")
     shown = [ShownFrame(index, times_s[index]) for index in candidates]
     if not cut.by_number:
-        shown = _show(shown, count, family_fps)
+        shown = _show(shown, count, family_fps, times_s[-1] + last_s)
     if len(shown) < count:
         if cut.short == "reject":
             thinned = "" if len(candidates) == len(times_s) else f" after --start and --stride (of {len(times_s)})"
@@ -160,7 +163,7 @@ class ShownFrame:
     time_s: float
 
 
-def _show(frames: Sequence[ShownFrame], count: int, family_fps: float) -> list[ShownFrame]:
+def _show(frames: Sequence[Shown], count: int, family_fps: float, end_s: float) -> list[Shown]:
     """The frames, and one that stays for longer than the model's interval as often as a constant rate would store it.
 
     That rate is the clip's usual one. A clip that is slower than the model throughout so gives every frame once, and
@@ -174,11 +177,11 @@ def _show(frames: Sequence[ShownFrame], count: int, family_fps: float) -> list[S
     if min(gaps) < 0.5 / family_fps:
         usual = min(usual, 1 / family_fps)
     shown = []
-    for frame, gap in zip(frames, gaps, strict=False):
+    for frame, gap in zip(frames, [*gaps, end_s - frames[-1].time_s], strict=True):
         stays = round(gap / usual) if gap > 1 / family_fps + 1e-6 else 1
         stays = max(1, min(stays, 8 * count))  # of a gap of hours no more than could be picked
-        shown += [ShownFrame(frame.index, frame.time_s + gap * place / stays) for place in range(stays)]
-    return [*shown, frames[-1]]
+        shown += [Shown(frame.index, frame.time_s + gap * place / stays) for place in range(stays)]
+    return shown
 
 
 def _nearest(times: Sequence[float], targets: Sequence[float]) -> list[int]:

@@ -42,8 +42,8 @@ def decode_clip(
     """
     try:
         with Video(path) as video:
-            picked = pick_frames(video.times_s, resolution.frames, cut, family_fps)
-            if isinstance(picked, ClipFault):
+            picked = pick_frames(video.times_s, resolution.frames, cut, family_fps, video.last_s)
+            if isinstance(picked, Fault):
                 return picked
             placement = placement_of(*video.display_size, resolution, cut, key)
             clip_FHWC = np.zeros((resolution.frames, resolution.height, resolution.width, 3), np.uint8)

@@ -89,6 +89,11 @@ class Video:
             return median(after - before for before, after in pairwise(times_s))
         return 1 / usual_rate(self._stream)
 
+    @property
+    def last_s(self) -> float:
+        """How long the last picture stays. Less than the usual time only says that its writer did not know."""
+        return max(self._times.last_s, self.interval_s)
+
     @cached_property
     def first_frame(self) -> VideoFrame:
         """The first decoded frame: what it says of colour, rotation and shape is what counts."""
@@ -121,7 +126,7 @@ class Video:
         intervals = [after - before for before, after in pairwise(self.times_s)]
         usual = self.interval_s
         odd = sum(abs(interval - usual) > max(0.25 * usual, 0.002) for interval in intervals)
-        duration = self.times_s[-1] - self.times_s[0] + usual
+        duration = self.times_s[-1] - self.times_s[0] + self.last_s
         try:
             digest = hash_file(self.file) if self._place.part is None else in_parts.sha256(self.file)
         except OSError as error:

@@ -51,6 +51,7 @@ class FrameTimes:
     stamps: tuple[int, ...] = ()  # ascending, in units of the stream; empty where pictures are counted
     delay: int = 0  # pictures that the decoder holds back, where `by` is dts
     keys: tuple[Key, ...] = ()  # the pictures that need no other, ascending
+    last_s: float = 0.0  # how long the last picture stays; 0 where the file does not say
 
     def index_of(self, frame: VideoFrame, expected: int) -> int | None:
         """The place of a decoded picture; None for one before the first that counts.
@@ -99,7 +100,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
         BadClip: the file is damaged or cut short, or its times start anew in the middle.
     """
     codec = stream.codec_context.name
-    shown: list[tuple[int | None, int | None]] = []  # pts and dts
+    shown: list[tuple[int | None, int | None, int]] = []  # pts, dts and duration
     keys: list[Key] = []
     last_end = 0.0
     packets, first_key, skipped = 0, None, None
@@ -130,7 +131,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
                 skipped, first_key = len(shown), packet.pts
             hidden = codec == "vp8" and not bytes(packet)[0] & 0x10  # the show_frame bit, RFC 6386 9.1
             if not packet.is_discard and not hidden:  # an edit list discards what it hides
-                shown.append((packet.pts, packet.dts))
+                shown.append((packet.pts, packet.dts, packet.duration or 0))
                 if packet.is_keyframe and packet.pts is not None:
                     keys.append(Key(packet.pts, packet.pts if packet.dts is None else packet.dts))
     except av.error.FFmpegError as error:
@@ -147,15 +148,17 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
 def _times_of(
     container: InputContainer,
     stream: VideoStream,
-    shown: Sequence[tuple[int | None, int | None]],
+    shown: Sequence[tuple[int | None, int | None, int]],
     first_key: int | None,
 ) -> FrameTimes:
     base = float(stream.time_base or 0)
-    pts = [stamp for stamp, _ in shown if stamp is not None]
+    pts = [stamp for stamp, _, _ in shown if stamp is not None]
     if container.format.name not in _DECODED_AT and len(set(pts)) == len(shown):
         stamps = tuple(sorted(stamp for stamp in pts if first_key is None or stamp >= first_key))
-        return FrameTimes(tuple(stamp * base for stamp in stamps), "pts", stamps)
-    dts = [stamp for _, stamp in shown if stamp is not None]
+        # An mp4 stores the time from one packet to the next; where pictures are reordered, the last is still the end's.
+        last = shown[-1] if "mp4" in container.format.name else max(shown, key=lambda packet: packet[0] or 0)
+        return FrameTimes(tuple(stamp * base for stamp in stamps), "pts", stamps, last_s=last[2] * base)
+    dts = [stamp for _, stamp, _ in shown if stamp is not None]
     if len(dts) == len(shown) and all(before < after for before, after in pairwise(dts)):
         return FrameTimes(tuple(stamp * base for stamp in dts), "dts", tuple(dts))
     rate = usual_rate(stream)  # no times to trust: the mean rate is all there is

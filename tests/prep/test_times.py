@@ -49,8 +49,8 @@ def coded(pictures: list[np.ndarray], codec: str, **options: str) -> list[bytes]
     return [bytes(packet) for packet in [*packets, *context.encode(None)]]
 
 
-def mux(path: Path, codec: str, chunks: dict[int, bytes]) -> Path:
-    """One packet at each place; an AVI gets an empty chunk where there is none."""
+def mux(path: Path, codec: str, chunks: dict[int, bytes], last: int = 1) -> Path:
+    """One packet at each place, the last of them for so long; an AVI gets an empty chunk where there is none."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=FPS)
         stream.width, stream.height = WIDTH, HEIGHT
@@ -59,6 +59,7 @@ def mux(path: Path, codec: str, chunks: dict[int, bytes]) -> Path:
             packet = av.Packet(chunk)
             packet.pts = packet.dts = place
             packet.time_base, packet.stream = Fraction(1, FPS), stream
+            packet.duration = last if place == max(chunks) else 1
             packet.is_keyframe = place == 0
             file.mux(packet)
     return path
@@ -140,6 +141,24 @@ def test_a_gif_with_a_hold_is_played_as_it_is_shown(tmp_path):
     options = {"codec": "gif", "pix_fmt": "rgb8", "tag": None, "fps": 25}
     clip = decode(write(tmp_path / "a.gif", cards()[:20], times=times, **options))
     assert clip.indices == (0, 3, 6, 9, 9, 9, 9, 9, 10)
+
+
+def test_the_last_picture_stays_as_long_as_its_packet_says(tmp_path):
+    path = mux(tmp_path / "a.mp4", "mpeg4", dict(enumerate(coded(cards()[:10], "mpeg4", **MPEG4))), last=20)
+    clip = decode(path)
+    assert shown(clip) == [0, 3, 6, 9, 9, 9, 9, 9, 9] and clip.effective_fps == pytest.approx(8)
+    with Video(path) as video:
+        assert video.facts().duration_s == pytest.approx(29 / FPS)
+    assert "too short" in decode(mux(tmp_path / "b.mp4", "mpeg4", dict(enumerate(coded(cards()[:8], "mpeg4"))))).reason
+    options = {"codec": "gif", "pix_fmt": "rgb8", "tag": None, "fps": 25, "movflags": ""}
+    with av.open(str(write(tmp_path / "a.gif", cards()[:10], **options))) as source:
+        packets = [packet for packet in source.demux() if packet.size]
+        with av.open(str(tmp_path / "b.gif"), "w", options={"final_delay": "100"}) as file:
+            stream = file.add_stream_from_template(source.streams.video[0])
+            for packet in packets:
+                packet.stream = stream
+                file.mux(packet)
+    assert decode(tmp_path / "b.gif").indices == (0, 3, 6, 9, 9, 9, 9, 9, 9)
 
 
 def test_recordings_joined_byte_by_byte_are_refused_by_that_name(tmp_path):
