@@ -1,12 +1,13 @@
 """Surveys a data set: every clip's content hash and bucket, and which clips cannot be used.
 
 A clip whose decoder was killed or hung is not judged: if its bytes can be read it gets its place in
-the plan, where the decoder tries it again.
+the plan, where the decoder tries it again. Of several buckets only a look tells which, so there it is
+looked at once more, alone; if that fails, too, the clip has no place, and another run gives it the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from .holdout import Holdout, choose_holdout
 from .kept import Kept, find_kept
 from .plan import Candidate, Rejected, with_keys
 from .probe_cache import SurveyCache
+
+_ALONE = 8  # clips; each may hang for twice the time-out
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,15 @@ def survey(
         if (hashed := committed.hashes.get(source)) and unchanged(root / source, hashed):
             known[source] = hashed
             advance()
-    look = partial(probe_clip, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
-    probed = cache.find(sources.keys() - known.keys(), sources, look, pool, advance)
-    if len(buckets) == 1:
-        probed |= _hash_unjudged(probed, root, buckets[0], pool)
+    look = partial(probe, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
+
+    def find(wanted: Collection[str]) -> dict[str, Probed | Fault]:
+        found = cache.find(wanted, sources, look, pool, advance)
+        if len(buckets) == 1:
+            return found | _hash_unjudged(found, root, buckets[0], pool)
+        return found | _look_alone(found, root, look, pool)
+
+    probed = find(sources.keys() - known.keys())
     images = hash_images(data.samples, root, pool)
 
     def sort() -> Survey:
@@ -99,7 +107,7 @@ def survey(
             if key not in committed.samples[split] and candidate.sample.source not in probed
         }
         if unseen:
-            probed |= cache.find(unseen, sources, look, pool, advance)
+            probed |= find(unseen)
             found = sort()
     chosen: dict[str, Resolution] = {}
     for candidate, key, split in zip(found.candidates, found.keys, found.splits, strict=True):
@@ -155,7 +163,7 @@ def _hash_unjudged(
     probed: Mapping[str, Probed | ClipFault], root: Path, bucket: Resolution, pool: Pool
 ) -> dict[str, Probed | ClipFault]:
     """Clips whose decoder did not come to an end, identified by their bytes alone."""
-    unjudged = [source for source, found in probed.items() if isinstance(found, ClipFault) and found.passing]
+    unjudged = _unjudged(probed)
     hashes = pool.run(hash_whole, ((root / source,) for source in unjudged))
     return {
         source: Probed(found, bucket)
@@ -164,7 +172,19 @@ def _hash_unjudged(
     }
 
 
-def hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | ClipFault]:
+def _look_alone(
+    probed: Mapping[str, Probed | Fault], root: Path, look: Callable[[Path], Probed | Fault], pool: Pool
+) -> dict[str, Probed | Fault]:
+    """Clips whose decoder did not come to an end, one at a time: beside others it may have lacked memory."""
+    unjudged = _unjudged(probed)[:_ALONE]
+    return dict(zip(unjudged, pool.run(look, ((root / source,) for source in unjudged), window=1), strict=True))
+
+
+def _unjudged(probed: Mapping[str, Probed | Fault]) -> list[str]:
+    return [source for source, found in probed.items() if isinstance(found, Fault) and found.passing]
+
+
+def hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | Fault]:
     """The content hash of every image, by the name in the lists."""
     distinct = list(dict.fromkeys(sample.image for sample in samples if sample.image))
     return dict(zip(distinct, pool.run(hash_image, ((root / image,) for image in distinct)), strict=True))

@@ -96,6 +96,17 @@ def test_a_child_that_is_killed_once_costs_nothing(encoded, settings_of):
     assert files_of(encoded / "new") == files_of(encoded / "out")
 
 
+def test_of_several_buckets_a_clip_whose_probe_dies_twice_gets_its_place(encoded, settings_of, draw_clip):
+    draw_clip(encoded / "ds" / "1.mp4", 7, height=128, width=72)
+    sizes = ["9x64x96", "9x96x64"]
+    encode(settings_of(encoded, out=encoded / "whole", resolution=sizes))
+    for clip in "01":
+        (encoded / "ds" / f"{clip}.mp4.probe-kill").write_text("2")
+    assert encode(settings_of(encoded, out=encoded / "new", resolution=sizes)).encoded == 5
+    assert files_of(encoded / "new") == files_of(encoded / "whole")
+    assert [path.read_text() for path in sorted((encoded / "ds").glob("*.probe-kill"))] == ["0", "0"]
+
+
 def test_a_clip_that_fails_every_time_holds_nothing_else_up(encoded, settings_of, capsys):
     out = encoded / "new"
     (encoded / "ds" / "0.mp4.decode-kill").write_text("99")
