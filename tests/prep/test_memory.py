@@ -13,9 +13,10 @@ import resource, sys, tracemalloc
 from pathlib import Path
 import crash_driver as driver
 from cogcommon.shards.contract import Contract
-from cogprep import engine, plan
 from cogprep.dataset.lists import Sample
-from cogprep.plan.folder import Committed, Hashed, scan
+from cogprep.plan import plan
+from cogprep.plan.folder import Committed
+from cogprep.source.clip import Hashed
 
 what, count, folder, contract_file = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 contract = Contract.from_json(Path(contract_file).read_bytes(), where="test")

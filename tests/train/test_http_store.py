@@ -298,9 +298,9 @@ LEAVES = """
 import sys
 from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.data.batches import Collator, prefetch
-from cogtrain.model.objective import Objective
 from cogtrain.data.sampler import Slot
 from cogtrain.data.shards import open_shards
+from cogtrain.model.objective import Objective
 
 shards = open_shards([sys.argv[1]])
 batches = prefetch(
