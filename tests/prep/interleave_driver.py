@@ -119,10 +119,11 @@ class Folder:
 class Stops:
     """Stops this process at one of its steps until it is told to go on; counts them all."""
 
-    def __init__(self, at: int, stop: Callable[[], None]) -> None:
+    def __init__(self, at: int, stop: Callable[[bool], None]) -> None:
         self.steps = 0
         self._at, self._stop = at, stop
-        builtins.input = self._counted(lambda _: "y")
+        self._asked = False
+        builtins.input = self._question
         for name in ("replace", "rename", "link", "unlink", "mkdir", "rmdir"):
             setattr(os, name, self._counted(getattr(os, name)))
         opened, making = os.open, self._counted(os.open)
@@ -134,10 +135,14 @@ class Stops:
         terminal.isatty = lambda: True  # type: ignore[method-assign]
         sys.stdin = terminal
 
+    def _question(self, _text: str) -> str:
+        self._asked = True
+        return self._counted(lambda: "y")()
+
     def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **named: Any) -> Any:
             if self.steps == self._at:
-                self._stop()
+                self._stop(self._asked)
             self.steps += 1
             return original(*arguments, **named)
 
@@ -164,22 +169,22 @@ def ending(work: Callable[[], None]) -> int:
     return 0
 
 
-def interleave(first: Callable[[], None], at: int, second: Callable[[], None]) -> tuple[bool, int, int]:
-    """Whether the first command came to that step, and how both ended."""
+def interleave(first: Callable[[], None], at: int, second: Callable[[], None]) -> tuple[bool | None, int, int]:
+    """Whether the first command had asked its question at that step, None if it never came there; how both ended."""
     told, tells = os.pipe()
     waits, goes = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(told), os.close(goes)
 
-        def stop() -> None:
-            os.write(tells, b"x")
+        def stop(asked: bool) -> None:
+            os.write(tells, bytes([asked]))
             os.read(waits, 1)
 
         Stops(at, stop)
         os._exit(ending(first))
     os.close(tells), os.close(waits)
-    stopped = os.read(told, 1) == b"x"
+    stopped = os.read(told, 1)
 
     def meanwhile() -> None:
         sleep = time.sleep
@@ -195,15 +200,18 @@ def interleave(first: Callable[[], None], at: int, second: Callable[[], None]) -
     os.close(goes)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.close(told)
-    return stopped, status, code
+    return (bool(stopped[0]) if stopped else None), status, code
 
 
-def wrong_after(folder: Folder, before: dict, between: dict, contract: Contract, everything: tuple[bool, bool]) -> list:
+def wrong_after(
+    folder: Folder, before: dict, between: dict, contract: Contract, everything: tuple[bool, bool], asked: bool
+) -> list:
     """What the two commands lost or left half.
 
     Args:
         before, between: what counted when the first was stopped, and when the second had ended.
         everything: whether the first, the second, was to remove everything.
+        asked: whether the first was stopped at its question or later.
     """
     after, wanted = folder.committed(), set(folder.listed())
     found = faults(folder.out, contract)
@@ -213,7 +221,7 @@ def wrong_after(folder: Folder, before: dict, between: dict, contract: Contract,
     kept = {} if everything[1] else dict(before)  # the second was told to remove these
     kept |= between
     if everything[0]:  # the first was told to remove what was there when it asked
-        kept = {name: place for name, place in between.items() if place not in before.values()}
+        kept = {name: place for name, place in between.items() if asked and place not in before.values()}
     return found + [f"{name} is lost" for name in sorted(wanted & kept.keys() - after.keys())]
 
 
@@ -290,15 +298,15 @@ def trial(
         finally:
             seen.write_text(json.dumps([before, folder.committed(), going]))
 
-    stopped, *codes = interleave(commands[first], at, meanwhile)
-    if not stopped:
+    asked, *codes = interleave(commands[first], at, meanwhile)
+    if asked is None:
         return None
     before, between, going = json.loads(seen.read_text())
     if going:
         before, between = ({n: p for n, p in known.items() if n != restored} for known in (before, between))
     everything = (first.endswith("--all"), second.endswith("--all"))
     ended = [f"it ended with {codes}"] if 1 in codes else []
-    return ended + wrong_after(folder, before, between, folder.contract, everything)
+    return ended + wrong_after(folder, before, between, folder.contract, everything, asked)
 
 
 if __name__ == "__main__":
