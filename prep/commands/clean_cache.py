@@ -29,7 +29,7 @@ from cogcommon.words import counted, in_bytes
 from ..plan.folder import SPLITS, Split, records_in, split_folder
 from ..plan.stale import Wanted
 from ..settings import CleanSettings
-from ..store.locks import ShardBusy, disk_errors, is_lock_of_removing, lock_shard, removing, temporary_name
+from ..store.locks import ShardBusy, is_lock_of_removing, lock_shard, removing, shard_disk_errors, temporary_name
 from ..store.proof import A_PREVIEW, ORIGIN_FILE, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output, preview_record
 from ..store.shards import committed_shards, drop_samples, finish_rewrites
 

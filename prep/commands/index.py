@@ -30,9 +30,9 @@ from cogcommon.words import counted
 from ..plan.folder import SPLITS, read_contract, records_in, split_folder
 from ..settings import IndexSettings
 from ..store.extents import INFO_FIELDS, tar_end_whole, whole_extents
-from ..store.locks import ShardBusy, at_work, disk_errors, lock_shard
-from ..store.proof import check_output, is_ours
-from ..store.shards import settle, tars_without_record
+from ..store.locks import ShardBusy, at_work, lock_shard, shard_disk_errors
+from ..store.proof import check_shards_output, is_ours
+from ..store.shards import recover_folder, tars_without_record
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def index(out: Path) -> Indexed:
     Raises:
         ShardError: there is neither a contract nor a record to take it from.
     """
-    check_output(out, "OUT")
+    check_shards_output(out, "OUT")
     if not out.is_dir():
         raise _nothing_left(out)
-    with at_work(out), disk_errors(out):
+    with at_work(out), shard_disk_errors(out):
         for split in SPLITS:
             recover_folder(split_folder(out, split))
         contract = read_contract(out)

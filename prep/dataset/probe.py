@@ -92,7 +92,7 @@ def _choose(
     facts = video.facts()
     bucket = best_bucket(facts, buckets, cut, family_fps)
     picked = pick_frames(video.times_s, bucket.frames, cut, family_fps, video.last_s)
-    if isinstance(picked, Fault):
+    if isinstance(picked, ClipFault):
         raise BadClip(picked.reason)
     return facts, bucket, picked
 

@@ -91,9 +91,9 @@ def encode_slice(settings: EncodeSettings) -> Report:
     outcome = Outcome()
     with at_work(out), Pool(settings.workers or default_workers(), timeout_s=settings.clip_timeout) as pool:
         established = check_contract(out, contract)
-        with disk_errors(out):
+        with shard_disk_errors(out):
             for split in SPLITS:
-                settle(split_folder(out, split))
+                recover_folder(split_folder(out, split))
         with clock("probe"):
             cache = SurveyCache(out, settings.root, f"{settings.buckets} {settings.cut} {checkpoint.family.fps}", part)
             committed = scan(out, retry_rejected=settings.retry_rejected)

@@ -84,9 +84,9 @@ def survey(
         if (hashed := committed.hashes.get(source)) and unchanged(root / source, hashed):
             known[source] = hashed
             advance()
-    look = partial(probe, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
+    look = partial(probe_clip, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
 
-    def find(wanted: Collection[str]) -> dict[str, Probed | Fault]:
+    def find(wanted: Collection[str]) -> dict[str, Probed | ClipFault]:
         found = cache.find(wanted, sources, look, pool, advance)
         if len(buckets) == 1:
             return found | _hash_unjudged(found, root, buckets[0], pool)
@@ -173,18 +173,18 @@ def _hash_unjudged(
 
 
 def _look_alone(
-    probed: Mapping[str, Probed | Fault], root: Path, look: Callable[[Path], Probed | Fault], pool: Pool
-) -> dict[str, Probed | Fault]:
+    probed: Mapping[str, Probed | ClipFault], root: Path, look: Callable[[Path], Probed | ClipFault], pool: Pool
+) -> dict[str, Probed | ClipFault]:
     """Clips whose decoder did not come to an end, one at a time: beside others it may have lacked memory."""
     unjudged = _unjudged(probed)[:_ALONE]
     return dict(zip(unjudged, pool.run(look, ((root / source,) for source in unjudged), window=1), strict=True))
 
 
-def _unjudged(probed: Mapping[str, Probed | Fault]) -> list[str]:
-    return [source for source, found in probed.items() if isinstance(found, Fault) and found.passing]
+def _unjudged(probed: Mapping[str, Probed | ClipFault]) -> list[str]:
+    return [source for source, found in probed.items() if isinstance(found, ClipFault) and found.passing]
 
 
-def hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | Fault]:
+def hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, bytes | ClipFault]:
     """The content hash of every image, by the name in the lists."""
     distinct = list(dict.fromkeys(sample.image for sample in samples if sample.image))
     return dict(zip(distinct, pool.run(hash_image, ((root / image,) for image in distinct)), strict=True))

@@ -79,10 +79,10 @@ def at_work(out: Path) -> Iterator[None]:
     """
     mark = temporary_beside(out / _MARK)
     try:
-        with disk_errors(out):
+        with shard_disk_errors(out):
             stream = _put(mark)
         with stream:
-            with disk_errors(out):
+            with shard_disk_errors(out):
                 for left in out.glob(f".{_MARK}.*.tmp"):
                     if left != mark and TEMPORARY.fullmatch(left.name):
                         locks.remove_unless_held(left)

@@ -107,7 +107,7 @@ class Placement:
 
 def pick_frames(
     times_s: Sequence[float], count: int, cut: Cut, family_fps: float, last_s: float = 0.0
-) -> Picked | Fault:
+) -> Picked | ClipFault:
     """Choose ``count`` frames of a clip by their times.
 
     No frame is taken twice, since a frame shown twice would teach the model to stutter, but for two reasons: a
@@ -163,7 +163,7 @@ class ShownFrame:
     time_s: float
 
 
-def _show(frames: Sequence[Shown], count: int, family_fps: float, end_s: float) -> list[Shown]:
+def _show(frames: Sequence[ShownFrame], count: int, family_fps: float, end_s: float) -> list[ShownFrame]:
     """The frames, and one that stays for longer than the model's interval as often as a constant rate would store it.
 
     That rate is the clip's usual one. A clip that is slower than the model throughout so gives every frame once, and
@@ -180,7 +180,7 @@ def _show(frames: Sequence[Shown], count: int, family_fps: float, end_s: float) 
     for frame, gap in zip(frames, [*gaps, end_s - frames[-1].time_s], strict=True):
         stays = round(gap / usual) if gap > 1 / family_fps + 1e-6 else 1
         stays = max(1, min(stays, 8 * count))  # of a gap of hours no more than could be picked
-        shown += [Shown(frame.index, frame.time_s + gap * place / stays) for place in range(stays)]
+        shown += [ShownFrame(frame.index, frame.time_s + gap * place / stays) for place in range(stays)]
     return shown
 
 

@@ -43,7 +43,7 @@ def decode_clip(
     try:
         with Video(path) as video:
             picked = pick_frames(video.times_s, resolution.frames, cut, family_fps, video.last_s)
-            if isinstance(picked, Fault):
+            if isinstance(picked, ClipFault):
                 return picked
             placement = placement_of(*video.display_size, resolution, cut, key)
             clip_FHWC = np.zeros((resolution.frames, resolution.height, resolution.width, 3), np.uint8)

@@ -83,7 +83,7 @@ class Folder:
         return [line.removesuffix(".mp4") for line in (self.root / "videos.txt").read_text().split()]
 
     def encode(self) -> None:
-        check_output(self.out, "--out")
+        check_shards_output(self.out, "--out")
         with at_work(self.out):
             if check_contract(self.out, self.contract) is None:
                 commit_contract(self.out, self.contract, self.empty)
