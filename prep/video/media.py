@@ -92,7 +92,9 @@ class Video:
     @property
     def last_s(self) -> float:
         """How long the last picture stays. Less than the usual time only says that its writer did not know."""
-        return max(self._times.last_s, self.interval_s)
+        whole_s, next_one = self._times.times_s, self._used.stop
+        stays_s = whole_s[next_one] - whole_s[next_one - 1] if next_one < len(whole_s) else self._times.last_s
+        return max(stays_s, self.interval_s)
 
     @cached_property
     def first_frame(self) -> VideoFrame:
