@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from cogcommon.cli.settings import setting
 from cogcommon.errors import SettingError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import Precision
-from cogcommon.model.families import Resolution, Task
+from cogcommon.model.families import FAMILIES, Family, Resolution, Task
 from cogcommon.words import bytes_of, counted
 
 from .dataset.lists import DataSet, read_lists
@@ -19,6 +20,7 @@ from .video.cut import Crop, Cut, Fit, FrameMode, Short
 
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
 
+_RATES = " or ".join(str(rate) for rate in sorted({family.fps for family in FAMILIES}))  # 8 or 16
 _A_MODEL: dict[Task, str] = {"t2v": "a text-to-video model", "i2v": "an image-to-video model"}
 
 Posterior = Literal["moments", "sample"]
@@ -62,9 +64,10 @@ class PlanSettings:
     )
     frames: FrameMode = setting(
         "auto",
-        "which frames are used, none twice unless it stays on screen. auto: at the family's 8 or 16 fps where the clip "
-        "is long enough, else spread over the clip; even: always spread; fps: at the family's rate, or the clip is "
-        "rejected; head: the first ones in a row; reference: every (n // F)-th, as in the original guide",
+        "which frames are used, none twice unless it stays on screen. auto: at the family's "
+        f"{_RATES} fps where the clip is long enough, else spread over the clip; even: always spread; fps: at the "
+        "family's rate, or the clip is rejected; head: the first ones in a row; reference: every (n // F)-th, as in "
+        "the original guide",
         section="Cut",
     )
     start: float = setting(0.0, "seconds to skip at the beginning of every clip", section="Cut")
@@ -291,13 +294,18 @@ class PreviewSettings:
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
             raise SettingError(f"{self.samples} is too small", where="--samples", fix="--samples 1 or more")
-        if self.frames < 9 or self.frames % 8 != 1:
-            low = max(9, (self.frames - 1) // 8 * 8 + 1)
-            raise SettingError(
-                f"{self.frames} frames: the VAE decodes 8N+1 (9, 17, 25, ...)",
-                where=f"--frames {self.frames}",
-                fix=f"--frames {low} or {low + 8}",
-            )
+        self.check_frames(FAMILIES)
+
+    def check_frames(self, families: Sequence[Family]) -> None:
+        """Refuse a number of frames that none of the families' VAEs decodes.
+
+        Raises:
+            SettingError: with two numbers near it.
+        """
+        faults = [family.frames_fault(self.frames) for family in families]
+        if all(faults):
+            low, high = families[0].frames_near(self.frames)
+            raise SettingError(str(faults[0]), where=f"--frames {self.frames}", fix=f"--frames {low} or {high}")
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def write_random_shards(
     tars = []
     line = 0
     for resolution in resolutions:
-        latent = (16, resolution.latent_frames, resolution.latent_height, resolution.latent_width)
-        still = (16, 1, *latent[2:])
+        latent = checkpoint.family.latent(resolution)
+        still = latent.still
         for start in range(0, samples, per_shard):
             number = len(tars)
             writer = ShardWriter(folder, number, contract, ())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import ModelError
 from ..files.typed import parse_object
 from ..words import first_line
-from .families import BUILTIN_NAMES, FAMILIES, RANDOM, VAE_SPATIAL, Family, Resolution, check_resolution, family_of
+from .families import BUILTIN_NAMES, FAMILIES, RANDOM, Family, Resolution, check_resolution, family_of
 from .tiny import NATIVE as BUILTIN_NATIVE
 from .tiny import builtin_folder
 from .weights import check_weights, load_part, weight_files
@@ -67,8 +67,8 @@ class Checkpoint:
         config = self.transformer_config
         return Resolution(
             config.get("sample_frames", self.family.native.frames),
-            config["sample_height"] * VAE_SPATIAL,
-            config["sample_width"] * VAE_SPATIAL,
+            config["sample_height"] * self.family.spatial,
+            config["sample_width"] * self.family.spatial,
         )
 
     def check_resolution(self, resolution: Resolution) -> None:

@@ -1,7 +1,9 @@
 """The five CogVideoX families, one row each, and the sizes that each can take.
 
 A row holds what must be known before any weight is opened; everything else is
-read from the checkpoint's own JSON. A checkpoint belongs to the family whose
+read from the checkpoint's own JSON. No other file says what a CogVideoX is: how
+many frames and pixels a latent stands for, its channels, how many tokens of text.
+A checkpoint belongs to the family whose
 structure its transformer config has, so fine-tuned and built-in checkpoints are
 recognised the same way as the published ones.
 """
@@ -11,17 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import ModelError, SettingError
 
 Task = Literal["t2v", "i2v"]
 Positions = Literal["sincos", "rope", "rope+learned", "rope-slice"]
-
-VAE_SPATIAL = 8  # pixels per latent, height and width
-VAE_TEMPORAL = 4  # frames per latent frame, after the first
-PATCH = 2  # latents per transformer token, height and width
-PIXEL_STEP = VAE_SPATIAL * PATCH
 
 
 @dataclass(frozen=True, order=True)
@@ -34,11 +31,11 @@ class Resolution:
 
     @classmethod
     def parse(cls, text: str) -> Resolution:
-        """Read ``FxHxW``.
+        """Read ``FxHxW``; which of the families takes it is asked later, by `check_resolution`.
 
         Raises:
-            SettingError: the text is not three numbers, F is not 8N+1, or H or W
-                is not a multiple of 16. The message names the nearest legal sizes.
+            SettingError: the text is not three numbers, or a size that no family
+                takes. The message names the nearest legal sizes.
         """
         match = re.fullmatch(r"\s*([0-9]{1,6})x([0-9]{1,6})x([0-9]{1,6})\s*", text)
         if not match:
@@ -47,48 +44,29 @@ class Resolution:
                 where="--resolution",
                 fix="give frames x height x width, for example --resolution 49x480x720",
             )
-        frames, height, width = (int(part) for part in match.groups())
-        if width % PIXEL_STEP and width % 8 == 1 and not (frames % PIXEL_STEP or height % PIXEL_STEP):
-            raise SettingError(
-                f"{text} has the frames at the end; they come first",
-                where=f"--resolution {text}",
-                fix=f"--resolution {width}x{frames}x{height}, if {frames} is the height",
-            )
-        if frames < 9 or frames % 8 != 1:
-            low = max(9, (frames - 1) // 8 * 8 + 1)
-            raise SettingError(
-                f"{frames} frames: CogVideoX takes 8N+1 frames (9, 17, 25, ... 49, ...)",
-                where=f"--resolution {text}",
-                fix=f"--resolution {low}x{height}x{width} or {low + 8}x{height}x{width}",
-            )
-        for name, size in (("height", height), ("width", width)):
-            if size < PIXEL_STEP or size % PIXEL_STEP:
-                raise SettingError(
-                    f"{name} {size} is not a multiple of {PIXEL_STEP}",
-                    where=f"--resolution {text}",
-                    fix=f"--resolution {frames}x{_near16(height)}x{_near16(width)}",
-                )
-        return cls(frames, height, width)
-
-    @property
-    def latent_frames(self) -> int:
-        """F' = (F-1)/4+1; odd for every legal F."""
-        return (self.frames - 1) // VAE_TEMPORAL + 1
-
-    @property
-    def latent_height(self) -> int:
-        return self.height // VAE_SPATIAL
-
-    @property
-    def latent_width(self) -> int:
-        return self.width // VAE_SPATIAL
+        resolution = cls(*(int(part) for part in match.groups()))
+        faults = [family.misfit(resolution) for family in FAMILIES]
+        if all(faults):
+            assert faults[0]
+            raise faults[0]
+        return resolution
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
-def _near16(size: int) -> int:
-    return max(PIXEL_STEP, round(size / PIXEL_STEP) * PIXEL_STEP)
+class LatentShape(NamedTuple):
+    """Of a clip's latent, (C, F', h, w)."""
+
+    channels: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def still(self) -> LatentShape:
+        """Of one frame's."""
+        return self._replace(frames=1)
 
 
 @dataclass(frozen=True)
@@ -97,6 +75,7 @@ class Family:
 
     Numbers are from the published configs; ``scaling_factor`` multiplies an
     unscaled latent, ``snr_shift`` is the ``s`` of ``abar/(s+(1-s)*abar)``.
+    What follows from them for a clip of a given size is computed below.
     """
 
     name: str
@@ -106,9 +85,13 @@ class Family:
     layers: int
     heads: int
     head_dim: int
+    latent_channels: int
+    temporal: int  # frames per latent frame, after the first
+    spatial: int  # pixels per latent, height and width
+    patch: int  # latents per token, height and width
     patch_t: int | None  # latent frames per token; None for 1.0
     positions: Positions
-    ofs: bool  # 1.5-I2V feeds an "ofs" embedding (2.0)
+    ofs: float | None  # what 1.5-I2V was trained with in its "ofs" embedding, and its pipeline passes
     text_tokens: int
     native: Resolution
     max_frames: int
@@ -117,7 +100,67 @@ class Family:
     invert_image_scale: bool  # image latents are divided by the scaling factor
     snr_shift: float
     precision: Literal["fp16", "bf16"]
-    latent_channels: int = 16
+
+    @property
+    def frame_step(self) -> int:
+        """A clip has a multiple of so many frames, and one: latent frames after the first come in twos."""
+        return 2 * self.temporal
+
+    @property
+    def pixel_step(self) -> int:
+        """Height and width are multiples of this: whole tokens."""
+        return self.spatial * self.patch
+
+    def latent_frames(self, frames: int) -> int:
+        """F' = (F-1)/4+1; odd for every legal F."""
+        return (frames - 1) // self.temporal + 1
+
+    def latent(self, resolution: Resolution) -> LatentShape:
+        """The shape of a clip's latent."""
+        height, width = resolution.height // self.spatial, resolution.width // self.spatial
+        return LatentShape(self.latent_channels, self.latent_frames(resolution.frames), height, width)
+
+    def tokens(self, resolution: Resolution) -> int:
+        """Tokens of the transformer for one clip, its caption included."""
+        _, frames, height, width = self.latent(resolution)
+        return -(-frames // (self.patch_t or 1)) * (height // self.patch) * (width // self.patch) + self.text_tokens
+
+    def frames_fault(self, frames: int) -> str | None:
+        """What is wrong with a number of frames."""
+        step = self.frame_step
+        if frames > step and frames % step == 1:
+            return None
+        few = ", ".join(str(step * count + 1) for count in (1, 2, 3))
+        return f"{frames} frames: CogVideoX takes {step}N+1 frames ({few}, ... {6 * step + 1}, ...)"
+
+    def frames_near(self, frames: int) -> tuple[int, int]:
+        """Two numbers of frames that it takes, below and above one that it does not."""
+        low = max(1, (frames - 1) // self.frame_step) * self.frame_step + 1
+        return low, low + self.frame_step
+
+    def misfit(self, resolution: Resolution) -> SettingError | None:
+        """Why the VAE and the patches cannot take a size, and the nearest that they can."""
+        frames, height, width = resolution.frames, resolution.height, resolution.width
+        step, where = self.pixel_step, f"--resolution {resolution}"
+        if width % step and not self.frames_fault(width) and not (frames % step or height % step):
+            return SettingError(
+                f"{resolution} has the frames at the end; they come first",
+                where=where,
+                fix=f"--resolution {width}x{frames}x{height}, if {frames} is the height",
+            )
+        if fault := self.frames_fault(frames):
+            low, high = self.frames_near(frames)
+            fix = f"--resolution {low}x{height}x{width} or {high}x{height}x{width}"
+            return SettingError(fault, where=where, fix=fix)
+        for name, size in (("height", height), ("width", width)):
+            if size < step or size % step:
+                near = [max(step, round(size / step) * step) for size in (height, width)]
+                return SettingError(
+                    f"{name} {size} is not a multiple of {step}",
+                    where=where,
+                    fix=f"--resolution {frames}x{near[0]}x{near[1]}",
+                )
+        return None
 
     @property
     def in_channels(self) -> int:
@@ -130,10 +173,11 @@ class Family:
         return self.positions == "sincos"
 
 
-_V1: dict[str, Any] = {
-    "patch_t": None, "ofs": False, "text_tokens": 226, "native": Resolution(49, 480, 720), "max_frames": 49, "fps": 8,
+_LATENTS: dict[str, Any] = {"latent_channels": 16, "temporal": 4, "spatial": 8, "patch": 2}
+_V1: dict[str, Any] = _LATENTS | {
+    "patch_t": None, "ofs": None, "text_tokens": 226, "native": Resolution(49, 480, 720), "max_frames": 49, "fps": 8,
 }  # fmt: skip
-_V15: dict[str, Any] = {
+_V15: dict[str, Any] = _LATENTS | {
     "patch_t": 2, "text_tokens": 224, "native": Resolution(81, 768, 1360), "max_frames": 161, "fps": 16,
 }  # fmt: skip
 _5B: dict[str, Any] = {
@@ -156,11 +200,11 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="1.5-5b", hub_id="THUDM/CogVideoX1.5-5B", builtin="tiny-1.5", task="t2v", positions="rope-slice",
-        ofs=False, invert_image_scale=False, **_5B, **_V15,
+        ofs=None, invert_image_scale=False, **_5B, **_V15,
     ),
     Family(
         name="1.5-5b-i2v", hub_id="THUDM/CogVideoX1.5-5B-I2V", builtin="tiny-1.5-i2v", task="i2v",
-        positions="rope-slice", ofs=True, invert_image_scale=True, **_5B, **_V15,
+        positions="rope-slice", ofs=2.0, invert_image_scale=True, **_5B, **_V15,
     ),
 )  # fmt: skip
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
@@ -182,15 +226,21 @@ def family_of(transformer_config: Mapping[str, Any], *, where: str) -> Family:
         positions = "rope-slice"
     else:
         positions = "rope+learned" if get("use_learned_positional_embeddings") else "rope"
-    task: Task = "i2v" if get("in_channels") == 2 * (get("out_channels") or 16) else "t2v"
+    out_channels = get("out_channels") or FAMILIES[0].latent_channels
+    task: Task = "i2v" if get("in_channels") == 2 * out_channels else "t2v"
     for family in FAMILIES:
         if (family.positions, family.task, family.patch_t) != (positions, task, get("patch_size_t")):
             continue
-        facts = {"in_channels": family.in_channels, "max_text_seq_length": family.text_tokens}
+        facts = {
+            "in_channels": family.in_channels,
+            "max_text_seq_length": family.text_tokens,
+            "patch_size": family.patch,
+        }
         for key, value in facts.items():
-            if get(key) != value:
+            has = get(key, family.patch if key == "patch_size" else None)  # by default diffusers' own
+            if has != value:
                 raise ModelError(
-                    f"a {family.name} transformer with {key} {get(key)}; the family has {value}",
+                    f"a {family.name} transformer with {key} {has}; the family has {value}",
                     where=where,
                     fix="use an unmodified CogVideoX transformer config",
                 )
@@ -215,6 +265,8 @@ def check_resolution(
     Raises:
         SettingError: with the sizes that are possible.
     """
+    if misfit := family.misfit(resolution):
+        raise misfit
     if family.positions == "rope+learned" and resolution != native:
         raise SettingError(
             f"{family.name} was trained with positions fixed at {native}; it cannot take {resolution}",
@@ -228,8 +280,10 @@ def check_resolution(
             fix=f"--resolution {family.max_frames}x{resolution.height}x{resolution.width}",
         )
     if family.positions == "rope-slice":
-        most_h = transformer_config["sample_height"] * VAE_SPATIAL // PIXEL_STEP * PIXEL_STEP
-        most_w = transformer_config["sample_width"] * VAE_SPATIAL // PIXEL_STEP * PIXEL_STEP
+        most_h, most_w = (
+            transformer_config[name] * family.spatial // family.pixel_step * family.pixel_step
+            for name in ("sample_height", "sample_width")
+        )
         if resolution.height > most_h or resolution.width > most_w:
             fits = Resolution(resolution.frames, min(resolution.height, most_h), min(resolution.width, most_w))
             raise SettingError(

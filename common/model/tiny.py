@@ -37,7 +37,7 @@ _SLICE_SAMPLE = (96, 170)
 VAE_CONFIG: dict[str, Any] = {
     "block_out_channels": (16, 32, 32, 32),
     "layers_per_block": 1,
-    "latent_channels": 16,
+    "latent_channels": FAMILIES[0].latent_channels,  # of all families
     "norm_num_groups": 8,
     "sample_height": 480,  # tile sizes derive from these; small ones break shapes
     "sample_width": 720,
@@ -137,13 +137,14 @@ def _write(family: Family, folder: Path, trained: dict[str, bytes], transformer_
         scaling_factor=family.scaling_factor, invert_scale_latents=family.invert_image_scale, **VAE_CONFIG
     )
     text_encoder = T5EncoderModel(T5Config(**_T5))
-    height, width = _SLICE_SAMPLE if family.patch_t else (NATIVE.latent_height, NATIVE.latent_width)
+    height, width = _SLICE_SAMPLE if family.patch_t else family.latent(NATIVE)[2:]
     transformer = diffusers.CogVideoXTransformer3DModel(
         in_channels=family.in_channels,
         out_channels=family.latent_channels,
         sample_height=height,
         sample_width=width,
         sample_frames=NATIVE.frames,
+        patch_size=family.patch,
         patch_size_t=family.patch_t,
         patch_bias=family.patch_t is None,
         ofs_embed_dim=_TEXT_DIM if family.ofs else None,

@@ -84,7 +84,11 @@ class Contract:
         sizes = self.settings.get("resolution")
         if not isinstance(sizes, list) or not sizes or not all(isinstance(size, str) for size in sizes):
             raise ValueError("settings: no resolution")
-        return [Resolution.parse(size) for size in sizes]
+        buckets = [Resolution.parse(size) for size in sizes]
+        for misfit in map(self.family_row.misfit, buckets):
+            if misfit:
+                raise misfit
+        return buckets
 
     @property
     def family_row(self) -> Family:

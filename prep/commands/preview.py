@@ -106,6 +106,7 @@ def make_preview(settings: PreviewSettings) -> Preview:
         raise ShardError(
             "nothing has been encoded there", where=str(out), fix="`cogprep encode`, or name another folder"
         )
+    settings.check_frames((contract.family_row,))
     cut = Cut.of(contract)
     origin = read_origin(out)
     roots = Path(origin.data_root) if origin else Path()
@@ -172,6 +173,7 @@ class Decoder:
                 where=f"weights {vae.weights_sha256[:12]} here, {theirs.weights_sha256[:12]} in the contract",
                 fix=f"give the checkpoint that `cogprep encode` used: --model {quoted(contract.model)}",
             )
+        self._family = checkpoint.family
         self._dtype = dtype_of(default_precision(checkpoint.family, self._device))
         self._vae = checkpoint.load_vae(self._dtype).to(self._device)
 
@@ -191,7 +193,7 @@ class Decoder:
         """
         import torch
 
-        latent_frames = min(latent_CFHW.shape[1], (count - 1) // 4 + 1)
+        latent_frames = min(latent_CFHW.shape[1], self._family.latent_frames(count))
         part = latent_CFHW[None, :, :latent_frames].to(self._device, self._dtype)
         with torch.inference_mode():
             pixels_CFHW = self._vae.decode(part).sample[0].float()

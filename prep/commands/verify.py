@@ -184,13 +184,11 @@ def _check_tensors(payload: bytes, bucket: str, contract: Contract) -> Iterator[
 
 def expected_shapes(bucket: str, contract: Contract) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a sample."""
-    resolution = Resolution.parse(bucket)
-    channels = contract.family_row.latent_channels
-    plane = (resolution.latent_height, resolution.latent_width)
-    shapes: dict[str, tuple[int, ...]] = {LATENT_MEAN: (channels, resolution.latent_frames, *plane)}
+    latent = contract.family_row.latent(Resolution.parse(bucket))
+    shapes: dict[str, tuple[int, ...]] = {LATENT_MEAN: latent}
     if contract.task == "i2v":
-        shapes[IMAGE_MEAN] = (contract.image_variants, channels, 1, *plane)
-        shapes[IMAGE_CLEAN_MEAN] = (channels, 1, *plane)
+        shapes[IMAGE_MEAN] = (contract.image_variants, *latent.still)
+        shapes[IMAGE_CLEAN_MEAN] = latent.still
     if contract.posterior == "moments":
         shapes |= {name.replace("mean", "std"): shape for name, shape in shapes.items()}
     shapes[TEXT] = (contract.text_tokens, contract.text_dim)

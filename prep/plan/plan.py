@@ -206,6 +206,6 @@ def tensor_bytes(
         text_dim: width of T5's hidden state.
     """
     parts = 2 if posterior == "moments" else 1
-    frame = family.latent_channels * bucket.latent_height * bucket.latent_width
+    channels, frames, height, width = family.latent(bucket)
     images = image_variants + 1 if family.task == "i2v" else 0
-    return item_bytes * (parts * frame * (bucket.latent_frames + images) + family.text_tokens * text_dim)
+    return item_bytes * (parts * channels * height * width * (frames + images) + family.text_tokens * text_dim)

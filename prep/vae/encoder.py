@@ -133,7 +133,7 @@ class LatentEncoder:
 
         Args:
             key: of the sample; seeds whatever is drawn.
-            frames_FHWC: uint8 RGB, F = 8N+1.
+            frames_FHWC: uint8 RGB, as many frames as the family takes.
             image_HWC: uint8 RGB of the same size, or None for T2V.
 
         Returns:

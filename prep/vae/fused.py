@@ -124,7 +124,7 @@ class FusedEncoder(nn.Module):
             conv_cache: what the call for the chunk before gave, or None for a clip's first.
 
         Returns:
-            Mean and log-variance (1, 2 * 16, T', H/8, W/8), and the cache for the next chunk.
+            Mean and log-variance (1, 2 C, T', H/8, W/8), and the cache for the next chunk.
         """
         assert sample_1CTHW.shape[0] == 1, "one clip at a time: a norm's sums are over all that is given"
         old, new = conv_cache or {}, Cache()

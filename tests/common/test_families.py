@@ -45,7 +45,7 @@ def test_the_built_in_form_has_the_structure_of_its_family(family):
 
 def test_shapes_of_a_resolution():
     resolution = Resolution.parse("49x480x720")
-    assert (resolution.latent_frames, resolution.latent_height, resolution.latent_width) == (13, 60, 90)
+    assert BY_NAME["5b"].latent(resolution) == (16, 13, 60, 90)
     assert str(resolution) == "49x480x720"
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from cogcommon.errors import DiskError
-from cogcommon.model.families import Resolution
+from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import read_record
 from cogprep.commands.verify import check_shard
@@ -54,7 +54,7 @@ CLIPS = {"fresh": ["a", "b", "c", "d", "e"], "changed": ["a", "x", "e", "y", "z"
 
 class DrawnLatents:
     def start(self, key: str, _frames: Any, _image: Any) -> Pending:
-        shape = (16, BUCKET.latent_frames, BUCKET.latent_height, BUCKET.latent_width)
+        shape = BY_NAME["5b"].latent(BUCKET)
         generator = generator_of(0, key, "test")
         tensors = {name: torch.randn(shape, generator=generator) for name in ("latent_mean", "latent_std")}
         return Pending(None, False, 0.0, lambda: Latents(tensors, False))

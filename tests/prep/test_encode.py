@@ -17,7 +17,7 @@ from PIL import Image
 
 from cogcommon.errors import DataRootError, SettingError
 from cogcommon.model.checkpoint import open_checkpoint
-from cogcommon.model.families import Resolution
+from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import SampleRow, read_record, split_extent
 from cogprep.commands.encode import run as run_command
@@ -62,7 +62,7 @@ def test_clips_become_shards_that_webdataset_reads(run_encode, root, tmp_path):
     resolution = Resolution.parse(SIZE)
     for sample in samples:
         tensors = safetensors.torch.load(sample["safetensors"])
-        shape = (16, resolution.latent_frames, resolution.latent_height, resolution.latent_width)
+        shape = BY_NAME["5b"].latent(resolution)
         assert tensors["latent_mean"].shape == tensors["latent_std"].shape == shape
         assert tensors["text"].shape == (226, 64)
         assert all(tensor.isfinite().all() for tensor in tensors.values())

@@ -5,7 +5,7 @@ import torch
 
 from cogcommon.errors import ShardError
 from cogcommon.model.checkpoint import open_checkpoint
-from cogcommon.model.families import Resolution
+from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.data.batches import Collator, prefetch, read_sample
 from cogtrain.data.sample_rng import SampleRNG
 from cogtrain.data.sampler import Slot
@@ -100,4 +100,5 @@ def test_buckets_keep_their_shapes(tmp_path, make_shards):
     for index in range(4):
         bucket = shards.buckets[shards.bucket_of[index]]
         batch = Collator(objective, 0)([read_sample(shards, index)], [Slot(index, 0, 0)])
-        assert batch.latent_BFCHW.shape == (1, bucket.latent_frames, 16, bucket.latent_height, bucket.latent_width)
+        latent = BY_NAME["5b"].latent(bucket)
+        assert batch.latent_BFCHW.shape == (1, latent.frames, latent.channels, latent.height, latent.width)

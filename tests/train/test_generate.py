@@ -148,7 +148,7 @@ def test_each_video_is_placed_by_its_size_and_the_base_video_as_the_tuned_one_wa
             told.append("layers")
 
     resolution = BY_NAME[family].native
-    step = step_bytes(random_checkpoint(family).transformer_config, resolution, guidance, 2)
+    step = step_bytes(random_checkpoint(family), resolution, guidance, 2)
     # As if the parts were not on this device at first, and for the second video were, where there was room.
     for device, used in [("cuda", 0.0), ("meta", 20.3)][: 2 if way.startswith("to") else 1]:
         monkeypatch.setattr(pipeline, "free_gpu_memory", lambda device, used=used: int((gib - used) * 2**30))

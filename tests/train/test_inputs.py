@@ -22,9 +22,10 @@ SIZES = [(form, size) for form in FORMS for size in [NATIVE, *(OTHERS if form !=
 def random_batch(checkpoint, size=NATIVE, batch=2, dtype=torch.float64, timesteps=(3, 700), seed=0):
     generator = torch.Generator().manual_seed(seed)
     objective = Objective.of(checkpoint)
-    shape = (batch, size.latent_frames, 16, size.latent_height, size.latent_width)
-    padded = (batch, objective.padded_frames(size.latent_frames), *shape[2:])
     family = checkpoint.family
+    channels, frames, *plane = family.latent(size)
+    shape = (batch, frames, channels, *plane)
+    padded = (batch, objective.padded_frames(frames), channels, *plane)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -54,7 +55,7 @@ def test_inputs_are_what_the_pipeline_feeds(form, size, monkeypatch):
     monkeypatch.setattr(pipeline.transformer, "forward", lambda **named: fed.update(named) or forward(**named))
     generator = torch.Generator().manual_seed(1)
     text = torch.randn(1, checkpoint.family.text_tokens, 64, generator=generator)
-    image_latent = torch.randn(1, 16, 1, size.latent_height, size.latent_width, generator=generator)
+    image_latent = torch.randn(1, *checkpoint.family.latent(size).still, generator=generator)
     options = {}
     if i2v:
         # A known latent for the image, unscaled as the VAE gives it.
@@ -68,7 +69,7 @@ def test_inputs_are_what_the_pipeline_feeds(form, size, monkeypatch):
     noisy = fed["hidden_states"][:, :, :16]
     image = image_latent.transpose(1, 2) if i2v else None
     ours = objective.model_inputs(noisy, image, text, fed["timestep"], torch.float32)
-    assert noisy.shape[1] == objective.padded_frames(size.latent_frames)
+    assert noisy.shape[1] == objective.padded_frames(checkpoint.family.latent(size).frames)
     torch.testing.assert_close(ours["hidden_states"], fed["hidden_states"], rtol=1e-6, atol=0)
     assert torch.equal(ours["encoder_hidden_states"], fed["encoder_hidden_states"])
     for name in ("ofs",):
@@ -99,12 +100,12 @@ def test_latents_are_padded_at_the_front_and_the_pipeline_drops_what_was_added(f
 def own_rope(checkpoint, size):
     """Rotary tables written down once more, in numpy and fp64, from the papers' formula."""
     config = checkpoint.transformer_config
-    rows, columns = size.latent_height // 2, size.latent_width // 2
+    _, frames, height, width = checkpoint.family.latent(size)
+    rows, columns = height // 2, width // 2
     if config["patch_size_t"]:
-        frames = (size.latent_frames + 1) // 2
+        frames = (frames + 1) // 2
         axis_h, axis_w = np.arange(rows), np.arange(columns)
     else:
-        frames = size.latent_frames
         base_h, base_w = config["sample_height"] // 2, config["sample_width"] // 2
         # Fit the grid into the base one, keeping its shape, in the middle.
         if rows / columns > base_h / base_w:

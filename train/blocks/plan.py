@@ -11,7 +11,6 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
-from cogcommon.model.families import PATCH, Resolution
 from cogcommon.words import counted
 
 from .checkpointing import ACTIVATIONS, ALL_UNCOMPILED, Checkpointing
@@ -76,7 +75,7 @@ class Load:
     def of(
         cls,
         config: Mapping[str, Any],
-        bucket: Resolution,
+        tokens: int,
         *,
         batch: int,
         size: int,
@@ -86,9 +85,10 @@ class Load:
         can_swap: bool = True,
         accumulate: int | None = None,
     ) -> Load:
-        """The load of a transformer's ``config.json`` on one bucket.
+        """The load of a transformer's ``config.json`` on samples of one bucket.
 
         Args:
+            tokens: of a sample (`Family.tokens`).
             batch: samples of one forward pass.
             size: bytes of a number as computed.
             trained: bytes of what is trained: masters, gradients, optimizer states.
@@ -98,9 +98,6 @@ class Load:
             accumulate: accumulation steps, where all weights are trained and may live on the host.
         """
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        patch_t = config.get("patch_size_t") or 1
-        grid = (bucket.latent_height // PATCH) * (bucket.latent_width // PATCH)
-        tokens = -(-bucket.latent_frames // patch_t) * grid + config["max_text_seq_length"]
         # Attention 4, feed-forward 8; two modulations of 6 outputs each; what is left is small.
         block = (12 * width**2 + 12 * width * config["time_embed_dim"]) * size
         rest = (config["text_embed_dim"] * width + 2 * width * config["time_embed_dim"]) * size

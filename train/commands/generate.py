@@ -59,7 +59,7 @@ def run(settings: GenerateSettings) -> None:
 
     quiet_libraries()
     dtype = dtype_of(precision)
-    step = step_bytes(checkpoint.transformer_config, request.resolution, request.guidance, dtype.itemsize)
+    step = step_bytes(checkpoint, request.resolution, request.guidance, dtype.itemsize)
     pipeline = load_pipeline(tuned, dtype)
     move_pipeline(pipeline, device, request.resolution, step)
     started = time.monotonic()

@@ -64,8 +64,7 @@ def read_sample(shards: ShardSet, index: int, stop: Stop | None = None) -> Store
     info, raw = split_extent(memoryview(shards.read(extent, stop)), dataclasses.asdict(extent))
     tensors = _tensors(raw)
     resolution = extent.bucket
-    wanted = (resolution.latent_frames, resolution.latent_height, resolution.latent_width)
-    if tuple(tensors[LATENT_MEAN].shape[1:]) != wanted:
+    if tuple(tensors[LATENT_MEAN].shape) != shards.contract.family_row.latent(resolution):
         raise ShardError(
             f"sample {extent.key} has latents {tuple(tensors[LATENT_MEAN].shape)}, its bucket is {resolution}",
             where=shown,

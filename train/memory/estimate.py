@@ -171,7 +171,9 @@ def _size(run: Trains) -> int:
 
 def _load(run: Trains, bucket: Resolution, *, batch: int) -> Load:
     """The untrained model on a bucket."""
-    return Load.of(run.checkpoint.transformer_config, bucket, batch=batch, size=_size(run), trained=0)
+    return Load.of(
+        run.checkpoint.transformer_config, run.checkpoint.family.tokens(bucket), batch=batch, size=_size(run), trained=0
+    )
 
 
 def _loading(run: Trains, strategy: Strategy) -> int:
@@ -206,7 +208,7 @@ def load_of(run: Trains, *, strategy: Strategy | None = None, batch: int | None 
     loads = [
         Load.of(
             config,
-            bucket,
+            run.checkpoint.family.tokens(bucket),
             batch=batch or run.settings.batch_size,
             size=_size(run),
             trained=int(trained_weights(run) * held),

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.families import PATCH
+from cogcommon.model.families import Family
 
 from .diffusion import Schedule, squared_error
 
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 
     from .batch import Batch
 
-OFS = 2.0  # the value 1.5-I2V was trained with, and the pipeline passes
-
 
 @dataclass(frozen=True)
 class Objective:
     """From a batch to the loss of each sample.
 
     Args:
+        family: of the checkpoint.
         schedule: of the checkpoint.
         config: the transformer's ``config.json``.
         scaling_factor: multiplies an unscaled video latent.
@@ -37,6 +36,7 @@ class Objective:
         min_snr_gamma: weight the loss by min(SNR, gamma)/(SNR+1); None leaves it.
     """
 
+    family: Family
     schedule: Schedule
     config: Mapping[str, Any]
     scaling_factor: float
@@ -47,6 +47,7 @@ class Objective:
     def of(cls, checkpoint: Checkpoint, min_snr_gamma: float | None = None) -> Objective:
         factor = checkpoint.vae_config["scaling_factor"]
         return cls(
+            family=checkpoint.family,
             schedule=Schedule.from_config(checkpoint.scheduler_config),
             config=checkpoint.transformer_config,
             scaling_factor=factor,
@@ -110,8 +111,8 @@ class Objective:
             image[:, :1] = image_BFCHW * self.image_scale
             hidden = torch.cat([noisy_BFCHW, image], dim=2)
         ofs = None
-        if self.config.get("ofs_embed_dim") is not None:
-            ofs = torch.full((1,), OFS, device=hidden.device, dtype=dtype)
+        if self.family.ofs is not None:
+            ofs = torch.full((1,), self.family.ofs, device=hidden.device, dtype=dtype)
         return {
             "hidden_states": hidden.to(dtype),
             "encoder_hidden_states": text_BLD.to(dtype),
@@ -131,13 +132,13 @@ class Objective:
         """
         if not self.config["use_rotary_positional_embeddings"]:
             return None
-        config = self.config
+        config, patch = self.config, self.family.patch
         patch_t = config.get("patch_size_t")
         return _rope(
             config["attention_head_dim"],
             -(-frames // (patch_t or 1)),
-            (height // PATCH, width // PATCH),
-            (config["sample_height"] // PATCH, config["sample_width"] // PATCH),
+            (height // patch, width // patch),
+            (config["sample_height"] // patch, config["sample_width"] // patch),
             patch_t is not None,
             device,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,15 +116,16 @@ def move_pipeline(pipeline: DiffusionPipeline, device: torch.device, resolution:
         pipeline.vae.enable_tiling(*tile_within(free - resident))
 
 
-def step_bytes(transformer_config: Mapping[str, Any], resolution: Resolution, guidance: float, item: int) -> int:
+def step_bytes(checkpoint: Checkpoint, resolution: Resolution, guidance: float, item: int) -> int:
     """Bytes that a sampling step works on, beside the weights.
 
     Args:
         guidance: above 1 the pipelines draw with and without the prompt at once.
         item: bytes of a number as computed.
     """
-    batch = 2 if guidance > 1 else 1
-    return FORWARD * Load.of(transformer_config, resolution, batch=batch, size=item, trained=0).activation
+    tokens = checkpoint.family.tokens(resolution)
+    load = Load.of(checkpoint.transformer_config, tokens, batch=2 if guidance > 1 else 1, size=item, trained=0)
+    return FORWARD * load.activation
 
 
 def generate_video(pipeline: DiffusionPipeline, request: Request, advance: Callable[[], None]) -> Frames:
@@ -148,7 +149,7 @@ def generate_video(pipeline: DiffusionPipeline, request: Request, advance: Calla
         num_inference_steps=request.steps,
         guidance_scale=request.guidance,
         use_dynamic_cfg=request.dynamic_guidance,
-        max_sequence_length=request.text_tokens,  # 226 by default, which is wrong for 1.5
+        max_sequence_length=request.text_tokens,  # the pipeline's default is 1.0's
         generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
         output_type="np",
         callback_on_step_end=after_step,

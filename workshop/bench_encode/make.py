@@ -28,13 +28,15 @@ def make_checkpoint(folder: Path, shape: Shape, text_layers: int) -> None:
 
     from cogcommon.model.checkpoint import open_checkpoint
     from cogcommon.model.device import pick_device, quiet_libraries
+    from cogcommon.model.families import Resolution
 
     device = pick_device()
     quiet_libraries()
     tiny = open_checkpoint("tiny")
     shutil.copytree(tiny.root, folder, ignore=shutil.ignore_patterns("vae", "text_encoder"))
     config_file = folder / "transformer" / "config.json"
-    positions = {"sample_frames": shape.frames, "sample_height": shape.height // 8, "sample_width": shape.width // 8}
+    _, _, height, width = tiny.family.latent(Resolution.parse(shape.resolution))
+    positions = {"sample_frames": shape.frames, "sample_height": height, "sample_width": width}
     config_file.write_text(json.dumps(json.loads(config_file.read_text()) | positions))
     torch.manual_seed(0)
     layers = min(text_layers, shape.t5["num_layers"])

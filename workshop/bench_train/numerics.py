@@ -84,12 +84,13 @@ def _batch(checkpoint: RandomCheckpoint, objective: Objective, bucket: Resolutio
         return torch.randn(shape, generator=generator)
 
     config = checkpoint.transformer_config
-    grid = (16, bucket.latent_height, bucket.latent_width)
+    channels, frames, *plane = checkpoint.family.latent(bucket)
+    grid = (channels, *plane)
     return Batch(
         keys=("sample",),
         shards=("none",),
-        latent_BFCHW=normal(1, bucket.latent_frames, *grid),
-        noise_BFCHW=normal(1, objective.padded_frames(bucket.latent_frames), *grid),
+        latent_BFCHW=normal(1, frames, *grid),
+        noise_BFCHW=normal(1, objective.padded_frames(frames), *grid),
         timestep_B=torch.tensor([500]),
         text_BLD=normal(1, config["max_text_seq_length"], config["text_embed_dim"]),
         image_BFCHW=normal(1, 1, *grid) if checkpoint.family.task == "i2v" else None,

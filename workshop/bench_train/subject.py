@@ -93,7 +93,7 @@ def random_checkpoint(family_name: str, shape: Mapping[str, Any] | None = None) 
     """
     family = BY_NAME[family_name]
     form = open_checkpoint(RANDOM + family.builtin)
-    native = family.native
+    native, latent = family.native, family.latent(family.native)
     config = dict(form.transformer_config) | {
         "num_layers": family.layers,
         "num_attention_heads": family.heads,
@@ -101,8 +101,8 @@ def random_checkpoint(family_name: str, shape: Mapping[str, Any] | None = None) 
         "time_embed_dim": 512,
         "text_embed_dim": _TEXT_DIM,
         "sample_frames": native.frames,
-        "sample_height": native.latent_height,
-        "sample_width": native.latent_width,
+        "sample_height": latent.height,
+        "sample_width": latent.width,
     }
     known = {field.name: getattr(form, field.name) for field in dataclasses.fields(form)}
     # As if from the hub: its VAE is never opened.
@@ -142,8 +142,8 @@ def random_shards(checkpoint: Checkpoint, bucket: Resolution, samples: int = 8) 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    still = (16, 1, bucket.latent_height, bucket.latent_width)
-    latent = (16, bucket.latent_frames, *still[2:])
+    latent = family.latent(bucket)
+    still = latent.still
     text = (checkpoint.transformer_config["max_text_seq_length"], checkpoint.transformer_config["text_embed_dim"])
     rows, data = [], b""
     for number in range(samples):

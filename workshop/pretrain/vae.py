@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cogcommon.media.video import Frames
+from cogcommon.model.families import FAMILIES
 from cogcommon.model.tiny import NATIVE, VAE_CONFIG
 
 from .clips import SIZE, WILD, draw_all, mixed_clip, named_clip, to_tensor, unseen_clips, wild_clip
@@ -64,12 +65,13 @@ def inputs_at(pool_NFHWC: torch.Tensor, step: int, progress: float, *, batch: in
     chosen = torch.randint(len(pool_NFHWC), (batch * times_as_many,), generator=generator, device=pool_NFHWC.device)
     first = step % (NATIVE.frames - frames + 1)
     clip_BCFHW = pool_NFHWC[chosen, first : first + frames].permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
-    latent_size = (len(chosen), VAE_CONFIG["latent_channels"], (frames - 1) // 4 + 1, *_LATENT)
+    latent_size = (len(chosen), VAE_CONFIG["latent_channels"], _FAMILY.latent_frames(frames), *_LATENT)
     noise = torch.randn(latent_size, generator=generator, device=pool_NFHWC.device)
     return clip_BCFHW.contiguous(), noise
 
 
-_LATENT = (NATIVE.latent_height, NATIVE.latent_width)
+_FAMILY = FAMILIES[0]  # all of them share the VAE
+_LATENT = _FAMILY.latent(NATIVE)[2:]
 
 
 def train_vae(

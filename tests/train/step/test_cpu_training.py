@@ -31,6 +31,7 @@ from workshop.bench_train.subject import random_checkpoint
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-6}
 STEPS = 3
 GIB = 2**30
+FULL_TOKENS = BY_NAME["5b"].tokens(BY_NAME["5b"].native)
 LARGEST = 0.05  # below every norm here, so that clipping counts
 
 
@@ -289,7 +290,7 @@ def test_5b_fits_a_24_gb_card_where_the_host_has_room():
     numbers = 5_570_000_000
 
     def plan(accumulate=1, memory="low", free=22, host=110):
-        load = Load.of(config, BY_NAME["5b"].native, batch=1, size=2, trained=16 * numbers, frozen=False,
+        load = Load.of(config, FULL_TOKENS, batch=1, size=2, trained=16 * numbers, frozen=False,
                        accumulate=accumulate)  # fmt: skip
         return choose_plan(memory, load, free=free * GIB, host_free=host * GIB, compiled=True), load
 
@@ -310,7 +311,7 @@ def test_5b_fits_a_24_gb_card_where_the_host_has_room():
 def test_no_more_blocks_than_need_be_are_trained_in_host_memory():
     config = random_checkpoint("5b").transformer_config
     trained = 16 * 5_570_000_000
-    load = Load.of(config, BY_NAME["5b"].native, batch=1, size=2, trained=trained, arriving=trained // 4, frozen=False,
+    load = Load.of(config, FULL_TOKENS, batch=1, size=2, trained=trained, arriving=trained // 4, frozen=False,
                    accumulate=1)  # fmt: skip
     plans = {
         free: choose_plan("auto", load, free=free * GIB, host_free=200 * GIB, compiled=True)
@@ -334,7 +335,7 @@ def test_predicted_host_bytes_are_those_that_are_there():
     numbers = sum(w.master.numel() for w in weights)
     assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 20 * numbers
     config = dict(open_checkpoint("random-tiny").transformer_config) | {"num_layers": LAYERS}
-    load = Load.of(config, NATIVE, batch=1, size=4, trained=0, frozen=False, accumulate=2)
+    load = Load.of(config, BY_NAME["5b"].tokens(NATIVE), batch=1, size=4, trained=0, frozen=False, accumulate=2)
     assert LAYERS * load.cpu_trained.host == pytest.approx(
         20 * numbers, rel=0.1
     )  # norms and biases count for more in a small one

@@ -16,7 +16,7 @@ LORA = {"2b": 59_000_000, "5b": 132_100_000, "1.5-5b": 132_100_000}  # weights t
 def load_of(family, trained=None, **options):
     config = random_checkpoint(family).transformer_config
     bytes_ = LORA[family] * 16 if trained is None else trained
-    return Load.of(config, BY_NAME[family].native, batch=1, size=2, trained=bytes_, **options)
+    return Load.of(config, BY_NAME[family].tokens(BY_NAME[family].native), batch=1, size=2, trained=bytes_, **options)
 
 
 def plan_for(memory, family, gib, host=200, compiled=True, **options):
