@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,7 @@ def write_random_shards(
     posterior: str = "moments",
     image_variants: int = 2,
     captions: tuple[str, ...] = (),
+    more: Mapping[str, tuple[int, ...]] | None = None,
     seed: int = 0,
 ) -> list[Path]:
     """Commit shards of random latents with the real writer, as an encode with a built-in form would.
@@ -86,6 +87,7 @@ def write_random_shards(
         posterior: "moments" or "sample".
         image_variants: pre-noised image latents (I2V).
         captions: used in turn; "caption N" when empty.
+        more: shapes of further tensors, by name.
         seed: of all random tensors.
 
     Returns:
@@ -128,6 +130,7 @@ def write_random_shards(
                     stds = {name.replace("_mean", "_std"): t for name, t in tensors.items() if name != "text"}
                     tensors |= {name: torch.rand(t.shape, generator=generator) * 0.1 for name, t in stds.items()}
                 caption = captions[(line - 1) % len(captions)] if captions else f"caption {line}"
+                tensors |= {name: normal(*shape) for name, shape in (more or {}).items()}
                 writer.add(_row(contract, line, caption, resolution), tensors)
             writer.commit()
             tars.append(folder / tar_name(number))

@@ -100,6 +100,7 @@ class Family:
     invert_image_scale: bool  # image latents are divided by the scaling factor
     snr_shift: float
     precision: Literal["fp16", "bf16"]
+    conditions: tuple[str, ...] = ()  # what is given beside the caption, by name; I2V: the first frame
 
     @property
     def frame_step(self) -> int:
@@ -164,8 +165,8 @@ class Family:
 
     @property
     def in_channels(self) -> int:
-        """Channels of the transformer's input: I2V adds the image latent."""
-        return self.latent_channels * (2 if self.task == "i2v" else 1)
+        """Channels of the transformer's input: each condition adds a latent's."""
+        return self.latent_channels * (1 + len(self.conditions))
 
     @property
     def ddim(self) -> bool:
@@ -196,7 +197,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="5b-i2v", hub_id="THUDM/CogVideoX-5b-I2V", builtin="tiny-i2v", task="i2v", positions="rope+learned",
-        invert_image_scale=False, **_5B, **_V1,
+        invert_image_scale=False, conditions=("image",), **_5B, **_V1,
     ),
     Family(
         name="1.5-5b", hub_id="THUDM/CogVideoX1.5-5B", builtin="tiny-1.5", task="t2v", positions="rope-slice",
@@ -204,7 +205,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="1.5-5b-i2v", hub_id="THUDM/CogVideoX1.5-5B-I2V", builtin="tiny-1.5-i2v", task="i2v",
-        positions="rope-slice", ofs=2.0, invert_image_scale=True, **_5B, **_V15,
+        positions="rope-slice", ofs=2.0, invert_image_scale=True, conditions=("image",), **_5B, **_V15,
     ),
 )  # fmt: skip
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}

@@ -30,10 +30,13 @@ from .contract import Contract
 LATENT_MEAN = "latent_mean"  # (C, F', h, w), unscaled posterior mean; or the sample itself
 LATENT_STD = "latent_std"  # (C, F', h, w), posterior standard deviation; absent with --posterior sample
 TEXT = "text"  # (L, D), last hidden state of T5
-IMAGE_MEAN = "image_mean"  # (K, C, 1, h, w), K pre-noised first frames (I2V)
-IMAGE_STD = "image_std"
-IMAGE_CLEAN_MEAN = "image_clean_mean"  # (C, 1, h, w), the first frame as it is (I2V)
-IMAGE_CLEAN_STD = "image_clean_std"
+# A condition is one tensor under its name, used as it is; or NAME_mean, K variants of which training draws one, with
+# NAME_std where moments are stored, and NAME_clean_mean, which validation takes.
+IMAGE = "image"  # I2V's first frame
+IMAGE_MEAN = f"{IMAGE}_mean"  # (K, C, 1, h, w), K pre-noised first frames
+IMAGE_STD = f"{IMAGE}_std"
+IMAGE_CLEAN_MEAN = f"{IMAGE}_clean_mean"  # (C, 1, h, w), the first frame as it is
+IMAGE_CLEAN_STD = f"{IMAGE}_clean_std"
 
 _Bytes = TypeVar("_Bytes", bytes, memoryview)
 

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cogtrain.data.batches import Collator, prefetch, read_sample
 from cogtrain.data.sample_rng import SampleRNG
 from cogtrain.data.sampler import Slot
 from cogtrain.data.shards import open_shards
+from cogtrain.model.conditions import CONDITIONS
 from cogtrain.model.objective import Objective
 
 
@@ -33,7 +35,7 @@ def test_a_batch_is_the_samples_and_their_draws(tmp_path, make_shards, form):
         assert batch.timestep_B[row] == rng.timestep(1000)
         assert torch.equal(batch.text_BLD[row], sample.text)
     assert batch.noise_BFCHW.shape[1] == (6 if form == "tiny-1.5-i2v" else 5)
-    assert (batch.image_BFCHW is None) == (form == "tiny")
+    assert set(batch.conditions) == (set() if form == "tiny" else {"image"})
 
 
 def test_an_image_variant_is_drawn_by_epoch_and_the_clean_one_is_for_validation(tmp_path, make_shards):
@@ -41,12 +43,12 @@ def test_an_image_variant_is_drawn_by_epoch_and_the_clean_one_is_for_validation(
     sample = read_sample(shards, 0)
     seen = set()
     for epoch in range(30):
-        image = Collator(objective, 0)([sample], [Slot(0, epoch, 0)]).image_BFCHW[0, 0]
-        (match,) = [k for k in range(3) if torch.equal(image, sample.image_mean[k, :, 0])]
+        image = Collator(objective, 0)([sample], [Slot(0, epoch, 0)]).conditions["image"][0, 0]
+        (match,) = [k for k in range(3) if torch.equal(image, sample.conditions["image_mean"][k, :, 0])]
         seen.add(match)
     assert seen == {0, 1, 2}
     held_out = Collator(objective, 0, held_out=True)([sample], [Slot(0, 0, 0)])
-    assert torch.equal(held_out.image_BFCHW[0, 0], sample.image_clean_mean[:, 0])
+    assert torch.equal(held_out.conditions["image"][0, 0], sample.conditions["image_clean_mean"][:, 0])
     assert torch.equal(held_out.latent_BFCHW[0].transpose(0, 1), sample.latent_mean)
 
 
@@ -102,3 +104,30 @@ def test_buckets_keep_their_shapes(tmp_path, make_shards):
         batch = Collator(objective, 0)([read_sample(shards, index)], [Slot(index, 0, 0)])
         latent = BY_NAME["5b"].latent(bucket)
         assert batch.latent_BFCHW.shape == (1, latent.frames, latent.channels, latent.height, latent.width)
+
+
+def test_a_second_condition_travels_from_a_shard_to_the_transformer(tmp_path, make_shards, monkeypatch):
+    """A mask, as a row of the table: no file but the table's knows of it."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    monkeypatch.setitem(CONDITIONS, "mask", lambda objective, noisy, mask: mask.expand_as(noisy))
+    latent = BY_NAME["5b"].latent(Resolution(17, 64, 96))
+    shards, plain = opened(tmp_path, make_shards, samples=2, more={"mask": latent._replace(channels=1)})
+    family = replace(BY_NAME["5b"], conditions=("mask",))
+    objective = replace(plain, family=family)
+    samples, slots = [read_sample(shards, index) for index in (0, 1)], [Slot(0, 0, 0), Slot(1, 0, 1)]
+    batch = Collator(objective, 0)(samples, slots)
+    assert set(batch.conditions) == {"mask"} and Collator(plain, 0)(samples, slots).conditions == {}
+    for row, sample in enumerate(samples):
+        assert torch.equal(batch.conditions["mask"][row], sample.conditions["mask"].transpose(0, 1))
+    assert not torch.equal(batch.conditions["mask"][0], batch.conditions["mask"][1])
+
+    torch.manual_seed(0)
+    config = dict(open_checkpoint("tiny").transformer_config) | {"in_channels": family.in_channels}
+    transformer = CogVideoXTransformer3DModel.from_config(config).eval()
+    with torch.no_grad():
+        seen, blank = (
+            objective.losses(transformer, replace(batch, conditions=conditions), torch.float32)
+            for conditions in (batch.conditions, batch.blank().conditions)
+        )
+    assert seen.isfinite().all() and (seen - blank).abs().min() > 1e-4

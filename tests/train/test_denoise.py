@@ -35,22 +35,21 @@ def test_the_video_is_the_pipelines(name):
     text, empty = torch.randn(2, 1, tokens, width, generator=draw)
     noise = torch.randn(1, objective.padded_frames(5), 16, 8, 12, generator=draw)
     mine, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-    image, options = None, {}
+    conditions, options = {}, {}
     if i2v:
         picture = torch.rand(1, 3, 64, 96, generator=draw)
         options["image"] = picture
         with torch.no_grad():
             encoded = pipeline.vae.encode((picture * 2 - 1)[:, :, None]).latent_dist.sample(mine)
-        image = encoded.transpose(1, 2)  # the pipeline draws it from the same generator, first
+        conditions["image"] = encoded.transpose(1, 2)  # the pipeline draws it from the same generator, first
     expected = pipeline(
         prompt_embeds=text, negative_prompt_embeds=empty, latents=noise, num_frames=17, height=64, width=96,
         num_inference_steps=4, guidance_scale=6.0, use_dynamic_cfg=not checkpoint.family.ddim, generator=theirs,
         max_sequence_length=tokens, output_type="np", **options,
     ).frames[0]  # fmt: skip
 
-    latent = denoise(
-        pipeline.transformer, objective, checkpoint, Conditions(noise, text, empty, image), mine, torch.float32, steps=4
-    )
+    given = Conditions(noise, text, empty, conditions)
+    latent = denoise(pipeline.transformer, objective, checkpoint, given, mine, torch.float32, steps=4)
     video = decode_latents(load_decoder(checkpoint, torch.float32), latent, 5)
     assert video.shape == (17, 64, 96, 3)
     assert np.abs(video.astype(int) - (expected * 255).round()).max() <= 1
@@ -64,7 +63,7 @@ def test_guidance_and_the_caption_matter():
     noise = torch.randn(1, 5, 16, 8, 12, generator=draw)
 
     def drawn(text, guidance):
-        conditions = Conditions(noise, text, empty, None)
+        conditions = Conditions(noise, text, empty, {})
         generator = torch.Generator().manual_seed(1)
         return denoise(
             transformer, objective, checkpoint, conditions, generator, torch.float32, steps=2, guidance=guidance

@@ -37,7 +37,7 @@ def random_batch(checkpoint, size=NATIVE, batch=2, dtype=torch.float64, timestep
         noise_BFCHW=normal(*padded),
         timestep_B=torch.tensor(timesteps[:batch]),
         text_BLD=normal(batch, family.text_tokens, 64),
-        image_BFCHW=normal(batch, 1, *shape[2:]) if family.task == "i2v" else None,
+        conditions={"image": normal(batch, 1, *shape[2:])} if family.task == "i2v" else {},
     )
 
 
@@ -67,8 +67,8 @@ def test_inputs_are_what_the_pipeline_feeds(form, size, monkeypatch):
     )  # fmt: skip
     objective = Objective.of(checkpoint)
     noisy = fed["hidden_states"][:, :, :16]
-    image = image_latent.transpose(1, 2) if i2v else None
-    ours = objective.model_inputs(noisy, image, text, fed["timestep"], torch.float32)
+    conditions = {"image": image_latent.transpose(1, 2)} if i2v else {}
+    ours = objective.model_inputs(noisy, conditions, text, fed["timestep"], torch.float32)
     assert noisy.shape[1] == objective.padded_frames(checkpoint.family.latent(size).frames)
     torch.testing.assert_close(ours["hidden_states"], fed["hidden_states"], rtol=1e-6, atol=0)
     assert torch.equal(ours["encoder_hidden_states"], fed["encoder_hidden_states"])
@@ -150,7 +150,7 @@ def own_loss(checkpoint, transformer, batch, size):
         noisy = math.sqrt(a) * x0 + math.sqrt(1 - a) * batch.noise_BFCHW[index]
         fed = noisy
         if family.task == "i2v":
-            image = batch.image_BFCHW[index, 0]
+            image = batch.conditions["image"][index, 0]
             image = image / family.scaling_factor if family.invert_image_scale else image * family.scaling_factor
             stills = [image] + [torch.zeros_like(image)] * (len(frames) - 1)
             fed = torch.cat([noisy, torch.stack(stills)], dim=1)

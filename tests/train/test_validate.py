@@ -53,9 +53,7 @@ def stated_loss(held_out, lora_file=None):
         noise = SampleRNG(0, 0, stored.key).normal(tuple(x0.shape[1:]), "noise")[None]
         for t in TIMESTEPS:
             a, s = float(abar[t].sqrt()), float((1 - abar[t]).sqrt())
-            inputs = objective.model_inputs(
-                a * x0 + s * noise, None, stored.text[None], torch.tensor([t]), torch.float32
-            )
+            inputs = objective.model_inputs(a * x0 + s * noise, {}, stored.text[None], torch.tensor([t]), torch.float32)
             with torch.no_grad():
                 predicted = transformer(**inputs, return_dict=False)[0]
             losses.append(float((predicted - (a * noise - s * x0)).square().mean()))
@@ -142,9 +140,9 @@ def test_videos_start_from_the_stored_image(tmp_path, make_shards, train_here, m
     held_out = open_shards(given["validate_shards"])
     for index in range(2):
         stored = read_sample(held_out, index)
-        _, text, _, image = seen[index]
+        _, text, _, conditions = seen[index]
         assert torch.equal(text[0], stored.text)
-        assert torch.equal(image[0], stored.image_clean_mean.transpose(0, 1))
+        assert torch.equal(conditions["image"][0], stored.conditions["image_clean_mean"].transpose(0, 1))
         with av.open(str(run / f"validation/step-000001/{index}.mp4")) as container:
             assert sum(1 for _ in container.decode(video=0)) == 17
 

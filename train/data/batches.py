@@ -6,21 +6,13 @@ import dataclasses
 import json
 import math
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import ShardError
-from cogcommon.shards.records import (
-    IMAGE_CLEAN_MEAN,
-    IMAGE_MEAN,
-    IMAGE_STD,
-    LATENT_MEAN,
-    LATENT_STD,
-    TEXT,
-    split_extent,
-)
+from cogcommon.shards.records import LATENT_MEAN, LATENT_STD, TEXT, split_extent
 
 from ..model.batch import Batch
 from ..model.objective import Objective
@@ -47,9 +39,7 @@ class StoredSample:
     latent_mean: torch.Tensor
     latent_std: torch.Tensor | None
     text: torch.Tensor  # (L, D)
-    image_mean: torch.Tensor | None  # (K, C, 1, h, w), noised variants
-    image_std: torch.Tensor | None
-    image_clean_mean: torch.Tensor | None  # (C, 1, h, w)
+    conditions: Mapping[str, torch.Tensor]  # all that lies beside these, by its name in the shard
 
 
 def read_sample(shards: ShardSet, index: int, stop: Stop | None = None) -> StoredSample:
@@ -74,12 +64,10 @@ def read_sample(shards: ShardSet, index: int, stop: Stop | None = None) -> Store
         key=extent.key,
         shard=shown,
         caption=info["caption"],
-        latent_mean=tensors[LATENT_MEAN],
-        latent_std=tensors.get(LATENT_STD),
-        text=tensors[TEXT],
-        image_mean=tensors.get(IMAGE_MEAN),
-        image_std=tensors.get(IMAGE_STD),
-        image_clean_mean=tensors.get(IMAGE_CLEAN_MEAN),
+        latent_mean=tensors.pop(LATENT_MEAN),
+        latent_std=tensors.pop(LATENT_STD, None),
+        text=tensors.pop(TEXT),
+        conditions=tensors,
     )
 
 
@@ -132,7 +120,8 @@ class Collator:
         """
         import torch
 
-        latents, noises, texts, images, drawn = [], [], [], [], []
+        latents, noises, texts, drawn = [], [], [], []
+        conditions: dict[str, list[torch.Tensor]] = {name: [] for name in self.objective.family.conditions}
         for sample, slot in zip(samples, slots, strict=True):
             rng = SampleRNG(self.seed, slot.epoch, sample.key)
             latent = self._posterior(rng, sample.latent_mean, sample.latent_std, "posterior").transpose(0, 1)
@@ -143,8 +132,8 @@ class Collator:
             if self.empty_text is not None and rng.uniform("caption") < self.caption_dropout:
                 text = self.empty_text
             texts.append(text)
-            if sample.image_mean is not None:
-                images.append(self._image(rng, sample).transpose(0, 1))
+            for name, each in conditions.items():
+                each.append(self._condition(rng, sample.conditions, name).transpose(0, 1))
             place = None if self.stratify is None else slot.slot
             drawn.append(rng.timestep(len(self.objective.schedule), place, self.stratify or 1))
         return Batch(
@@ -154,7 +143,7 @@ class Collator:
             noise_BFCHW=torch.stack(noises),
             timestep_B=torch.tensor(drawn if timesteps is None else list(timesteps)),
             text_BLD=torch.stack(texts),
-            image_BFCHW=torch.stack(images) if images else None,
+            conditions={name: torch.stack(each) for name, each in conditions.items()},
         )
 
     def _posterior(
@@ -164,15 +153,15 @@ class Collator:
             return mean.float()
         return mean.float() + std.float() * rng.normal(tuple(mean.shape), purpose)
 
-    def _image(self, rng: SampleRNG, sample: StoredSample) -> torch.Tensor:
-        """An image latent (C, 1, h, w): a noised variant for training, the clean one held out."""
+    def _condition(self, rng: SampleRNG, stored: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        """A condition (C, F, h, w): as it is stored; or one of its variants for training, the clean one held out."""
+        if name in stored:
+            return stored[name].float()
         if self.held_out:
-            assert sample.image_clean_mean is not None
-            return sample.image_clean_mean.float()
-        assert sample.image_mean is not None
-        variant = rng.choice(len(sample.image_mean), "image variant")
-        std = None if sample.image_std is None else sample.image_std[variant]
-        return self._posterior(rng, sample.image_mean[variant], std, "image posterior")
+            return stored[f"{name}_clean_mean"].float()
+        means, stds = stored[f"{name}_mean"], stored.get(f"{name}_std")
+        variant = rng.choice(len(means), f"{name} variant")
+        return self._posterior(rng, means[variant], None if stds is None else stds[variant], f"{name} posterior")
 
 
 def prefetch(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-Purpose = Literal["posterior", "noise", "timestep", "image variant", "image posterior", "caption", "order", "dropout"]
+Purpose = str  # "posterior", "noise", "timestep", "caption", "order", "dropout"; of a condition "image variant", ...
 
 
 def seed_of(seed: int, epoch: int, key: str, purpose: Purpose) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ class Batch:
     noise_BFCHW: torch.Tensor  # F+
     timestep_B: torch.Tensor  # int64
     text_BLD: torch.Tensor  # as stored
-    image_BFCHW: torch.Tensor | None  # one frame; None for T2V
+    conditions: Mapping[str, torch.Tensor]  # the family's, by name; I2V's image is (B, 1, C, h, w)
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -51,5 +51,5 @@ class Batch:
             noise_BFCHW=change(self.noise_BFCHW),
             timestep_B=change(self.timestep_B),
             text_BLD=change(self.text_BLD),
-            image_BFCHW=None if self.image_BFCHW is None else change(self.image_BFCHW),
+            conditions={name: change(tensor) for name, tensor in self.conditions.items()},
         )

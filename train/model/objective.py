@@ -1,4 +1,4 @@
-"""The transformer's inputs and the loss: the one place that asks T2V or I2V, and 1.0 or 1.5.
+"""The transformer's inputs and the loss: the one place that asks 1.0 or 1.5.
 
 The inputs are exactly those that diffusers' pipelines pass at inference; a model
 trained on anything else learns to undo the difference.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Family
 
+from .conditions import CONDITIONS
 from .diffusion import Schedule, squared_error
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Objective:
         assert batch.noise_BFCHW.shape == x0.shape, (batch.noise_BFCHW.shape, x0.shape)
         noisy = self.schedule.add_noise(x0, batch.noise_BFCHW, batch.timestep_B)
         target = self.schedule.velocity(x0, batch.noise_BFCHW, batch.timestep_B)
-        inputs = self.model_inputs(noisy, batch.image_BFCHW, batch.text_BLD, batch.timestep_B, dtype)
+        inputs = self.model_inputs(noisy, batch.conditions, batch.text_BLD, batch.timestep_B, dtype)
         losses_B = squared_error(transformer(**inputs, return_dict=False)[0], target)
         if self.min_snr_gamma is not None:
             losses_B = losses_B * self.schedule.min_snr_weight(batch.timestep_B, self.min_snr_gamma).to(losses_B.dtype)
@@ -90,7 +91,7 @@ class Objective:
     def model_inputs(
         self,
         noisy_BFCHW: torch.Tensor,
-        image_BFCHW: torch.Tensor | None,
+        conditions: Mapping[str, torch.Tensor],
         text_BLD: torch.Tensor,
         timestep_B: torch.Tensor,
         dtype: torch.dtype,
@@ -99,17 +100,12 @@ class Objective:
 
         Args:
             noisy_BFCHW: scaled, padded, noised latents.
-            image_BFCHW: unscaled image latent of one frame; None for T2V.
+            conditions: the family's, by name, unscaled; each adds its channels (`conditions.CONDITIONS`).
         """
         import torch
 
-        hidden = noisy_BFCHW
-        if self.config["in_channels"] != self.config["out_channels"]:  # I2V
-            assert image_BFCHW is not None
-            # In frame 0, after the padding; zeros elsewhere.
-            image = torch.zeros_like(noisy_BFCHW)
-            image[:, :1] = image_BFCHW * self.image_scale
-            hidden = torch.cat([noisy_BFCHW, image], dim=2)
+        added = [CONDITIONS[name](self, noisy_BFCHW, conditions[name]) for name in self.family.conditions]
+        hidden = torch.cat([noisy_BFCHW, *added], dim=2) if added else noisy_BFCHW
         ofs = None
         if self.family.ofs is not None:
             ofs = torch.full((1,), self.family.ofs, device=hidden.device, dtype=dtype)

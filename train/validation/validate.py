@@ -222,7 +222,7 @@ class Validation:
         batch = Collator(self.objective, _SEED, held_out=True)([stored], [Slot(0, 0, 0)]).to(device)
         # Encode writes no empty caption beside held-out shards.
         empty = safetensors.torch.load(self.run.shards.empty_caption())["text"]
-        conditions = Conditions(batch.noise_BFCHW, batch.text_BLD, empty[None].to(device), batch.image_BFCHW)
+        conditions = Conditions(batch.noise_BFCHW, batch.text_BLD, empty[None].to(device), batch.conditions)
         generator = torch.Generator().manual_seed(_SEED)
         with self.runtime.accelerator.autocast():
             latent = denoise(

@@ -8,7 +8,7 @@ time, so that guidance costs no memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +48,12 @@ def scheduler_of(checkpoint: Checkpoint) -> Any:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a video is drawn from. Latents fp32, the image unscaled and of one frame (None for T2V)."""
+    """What a video is drawn from. Latents fp32."""
 
     noise_BFCHW: torch.Tensor  # F padded for the temporal patch
     text_BLD: torch.Tensor
     empty_BLD: torch.Tensor  # text embedding of the empty caption
-    image_BFCHW: torch.Tensor | None
+    named: Mapping[str, torch.Tensor]  # as of a `Batch`
 
 
 def denoise(
@@ -83,7 +83,7 @@ def denoise(
     scheduler.set_timesteps(steps, device=latent_BFCHW.device)
 
     def predict(latent_BFCHW: torch.Tensor, text_BLD: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        inputs = objective.model_inputs(latent_BFCHW, conditions.image_BFCHW, text_BLD, t[None], dtype)
+        inputs = objective.model_inputs(latent_BFCHW, conditions.named, text_BLD, t[None], dtype)
         return transformer(**inputs, return_dict=False)[0].float()
 
     clean = None  # what DPM made of the step before

@@ -93,7 +93,7 @@ def _batch(checkpoint: RandomCheckpoint, objective: Objective, bucket: Resolutio
         noise_BFCHW=normal(1, objective.padded_frames(frames), *grid),
         timestep_B=torch.tensor([500]),
         text_BLD=normal(1, config["max_text_seq_length"], config["text_embed_dim"]),
-        image_BFCHW=normal(1, 1, *grid) if checkpoint.family.task == "i2v" else None,
+        conditions={name: normal(1, 1, *grid) for name in checkpoint.family.conditions},
     ).to(device)
 
 

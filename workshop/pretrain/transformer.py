@@ -16,6 +16,7 @@ from cogcommon.media.video import Frames
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Family
 from cogcommon.model.tiny import NATIVE
+from cogcommon.shards.records import IMAGE
 from cogtrain.model.batch import Batch
 from cogtrain.model.diffusion import Schedule
 from cogtrain.model.objective import Objective
@@ -109,7 +110,7 @@ def batch_at(world: World, objective: Objective, step: int, *, size: int, seed: 
         noise_BFCHW=torch.randn(size, frames, *latent_BFCHW.shape[2:], **draws),
         timestep_B=(stretch * len(objective.schedule)).long(),
         text_BLD=text_BLD,
-        image_BFCHW=None if world.image_NCFHW is None else world.image_NCFHW[chosen].transpose(1, 2),
+        conditions={} if world.image_NCFHW is None else {IMAGE: world.image_NCFHW[chosen].transpose(1, 2)},
     )
 
 
@@ -148,13 +149,12 @@ def train_transformer(
     def inputs_at(step: int, _: float) -> Inputs:
         batch = batch_at(world, objective, step, size=batch_size, seed=seed)
         given = (batch.latent_BFCHW, batch.noise_BFCHW, batch.timestep_B, batch.text_BLD)
-        return given if batch.image_BFCHW is None else (*given, batch.image_BFCHW)
+        return (*given, *batch.conditions.values())
 
     def losses_of(*inputs: torch.Tensor) -> Losses:
         latent, noise, timestep, text, *image = inputs
-        batch = Batch(
-            ("",) * batch_size, ("",) * batch_size, latent, noise, timestep, text, image[0] if image else None
-        )
+        conditions = dict(zip(checkpoint.family.conditions, image, strict=True))
+        batch = Batch(("",) * batch_size, ("",) * batch_size, latent, noise, timestep, text, conditions)
         with torch.autocast(device.type, torch.bfloat16):
             return {"loss": objective.losses(transformer, batch, torch.float32).mean()}
 

@@ -117,11 +117,7 @@ def test_one_noise_for_all_samples_is_noticed(monkeypatch, shared):
         normal = SampleRNG.normal
         monkeypatch.setattr(SampleRNG, "normal", lambda self, *args: normal(dataclasses.replace(self, key=""), *args))
     latent, text = torch.zeros(16, 5, 8, 12), torch.zeros(4, 8)
-    samples = [
-        StoredSample(key, "", "", latent, latent_std=None, text=text, image_mean=None, image_std=None,
-                     image_clean_mean=None)
-        for key in "abcd"
-    ]  # fmt: skip
+    samples = [StoredSample(key, "", "", latent, latent_std=None, text=text, conditions={}) for key in "abcd"]
     collate = Collator(Objective.of(open_checkpoint("random-tiny")), seed=0)
     first, second = (collate(samples, [Slot(n, epoch, n) for n in range(4)]).noise_BFCHW for epoch in (0, 1))
     noise_NX = torch.cat([first, second]).flatten(1)

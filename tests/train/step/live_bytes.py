@@ -77,7 +77,7 @@ def inputs_of(checkpoint):
 
     text = normal(1, config["max_text_seq_length"], config["text_embed_dim"])
     noisy = normal(1, objective.padded_frames(5), 16, 8, 12)
-    return objective.model_inputs(noisy, None, text, torch.tensor([300]), torch.bfloat16)
+    return objective.model_inputs(noisy, {}, text, torch.tensor([300]), torch.bfloat16)
 
 
 def measure(way, file):
