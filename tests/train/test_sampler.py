@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cogtrain.data.sampler import WINDOW, Sampler, rank_slots
+from cogtrain.data.sampler import WINDOW, Sampler, group_slots
 
 
 def sampler(samples=100, per_shard=7, buckets=1, batch=4, seed=3):
@@ -56,7 +56,7 @@ def test_ranks_share_a_global_batch_whatever_their_number(world, size, accumulat
         place
         for micro in range(accumulate)
         for rank in range(world)
-        for place in rank_slots(batch, 5, micro=micro, rank=rank, world=world, size=size)
+        for place in group_slots(batch, 5, micro=micro, group=rank, groups=world, size=size)
     ]
     assert [place.sample for place in places] == list(batch)
     assert [place.slot for place in places] == list(range(8)) and {place.epoch for place in places} == {5}

@@ -2,7 +2,8 @@
 
 Usage: torchrun ... worker.py CASES.json OUT. A case is {"name", "method", "settings"} and perhaps {"spoil": i},
 which makes sample i NaN, {"nan_gradient": steps}, {"compiler": name}, a backend of torch.compile, {"full": pattern},
-files for which the disk is full (full_disk.c), or {"other": {"folder", "settings"}}, the working folder of rank 1 and
+files for which the disk is full (full_disk.c), {"groups": n}, so many data-parallel groups, or {"other": {"folder",
+"settings"}}, the working folder of rank 1 and
 settings of its own; rank r writes OUT/<name>-<r>.json with
 the samples it took, what was drawn for them, the live optimizer's values, and, where {"refused": true} or its gradients
 are NaN, the error and the seconds until it came.
@@ -31,10 +32,12 @@ import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
 from cogtrain.data import batches  # noqa: E402
+from cogtrain.distributed.groups import DataGroups  # noqa: E402
 from cogtrain.distributed.peers import meet  # noqa: E402
 from cogtrain.distributed.signals import StopRequest  # noqa: E402
 from cogtrain.distributed.strategy import Runtime  # noqa: E402
 from cogtrain.model.objective import Objective  # noqa: E402
+from cogtrain.runs import run as run_module  # noqa: E402
 from cogtrain.runs.run import open_run  # noqa: E402
 from cogtrain.settings import LoraSettings, SftSettings  # noqa: E402
 from cogtrain.trainer.trainer import train  # noqa: E402
@@ -97,6 +100,8 @@ def main(cases, out):
         nan_gradient_at(case.get("nan_gradient"))
         if "full" in case:
             ctypes.CDLL(None).full_disk(case["full"].encode(), ctypes.c_long(1))
+        if "groups" in case:
+            run_module.data_groups = functools.partial(DataGroups, count=case["groups"])
         if "compiler" in case:
             torch.compile = functools.partial(torch.compile, backend=case["compiler"])
         began = time.monotonic()

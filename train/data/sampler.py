@@ -30,7 +30,7 @@ class Sampler:
     Args:
         shard_of: shard of each sample (N).
         bucket_of: bucket of each sample (N); a batch never mixes buckets.
-        global_batch: samples in one optimizer step, over all ranks and accumulation.
+        global_batch: samples in one optimizer step, over all groups and accumulation.
         seed: of the run.
     """
 
@@ -97,13 +97,15 @@ class Slot:
     slot: int  # place in the global batch
 
 
-def rank_slots(batch: Sequence[int] | Ints, epoch: int, *, micro: int, rank: int, world: int, size: int) -> list[Slot]:
-    """A rank's part of one accumulation step of a global batch.
+def group_slots(
+    batch: Sequence[int] | Ints, epoch: int, *, micro: int, group: int, groups: int, size: int
+) -> list[Slot]:
+    """A data-parallel group's part of one accumulation step of a global batch.
 
     Args:
-        batch: sample indices of the global batch; world * size * accumulation long.
+        batch: sample indices of the global batch; groups * size * accumulation long.
         micro: which accumulation step.
-        size: samples a rank and accumulation step.
+        size: samples a group and accumulation step.
     """
-    start = (micro * world + rank) * size
+    start = (micro * groups + group) * size
     return [Slot(int(batch[slot]), epoch, slot) for slot in range(start, start + size)]

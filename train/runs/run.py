@@ -20,6 +20,7 @@ from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.sampler import Sampler
 from ..data.shards import ShardSet, open_shards
 from ..distributed import zero
+from ..distributed.groups import DataGroups, data_groups
 from ..distributed.optimizer import check_optimizer
 from ..distributed.peers import ALONE, Peers
 from ..distributed.zero_config import Strategy, choose_strategy, deepspeed_config
@@ -52,7 +53,7 @@ class Run:
     steps: int
     strategy: Strategy
     precision: Precision
-    world: int
+    world: int  # processes
     resume: SavedCheckpoint | None
     notes: tuple[str, ...]  # what the user should know, one sentence each
 
@@ -63,6 +64,10 @@ class Run:
     @property
     def held_out_buckets(self) -> tuple[Resolution, ...]:
         return tuple(self.held_out.buckets) if self.held_out else ()
+
+    @property
+    def groups(self) -> DataGroups:
+        return data_groups(self.world)
 
     @property
     def global_batch(self) -> int:
@@ -141,7 +146,8 @@ def open_run(
     checkpoint.check_weights("transformer")
     if settings.validate_videos:
         checkpoint.check_weights("vae")
-    sampler = _sampler(settings, shards, world, notes)
+    groups = data_groups(world)
+    sampler = _sampler(settings, shards, groups, notes)
     steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * sampler.steps_per_epoch
     if resume is not None and resume.state.step > steps:
         notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
@@ -165,7 +171,7 @@ def open_run(
         notes=tuple(notes),
     )
     if run.resume is not None:
-        check_same(run.resume, run.resume_facts(), world, settings.batch_size)
+        check_same(run.resume, run.resume_facts(), groups.count, settings.batch_size)
         changed = _changed(run.resume, settings)
         if changed:
             notes.append("changed since the checkpoint: " + ", ".join(changed))
@@ -227,13 +233,14 @@ def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
         zero.check_nvme(settings.nvme)
 
 
-def _sampler(settings: TrainSettings, shards: ShardSet, world: int, notes: list[str]) -> Sampler:
-    size = world * settings.batch_size * settings.accumulate
+def _sampler(settings: TrainSettings, shards: ShardSet, groups: DataGroups, notes: list[str]) -> Sampler:
+    count = groups.count
+    size = count * settings.batch_size * settings.accumulate
     sampler = Sampler(shards.shard_of, shards.bucket_of, size, settings.seed)
-    parts = f"{world} process{'es' * (world > 1)} x batch size {settings.batch_size} x accumulate {settings.accumulate}"
-    if world > len(shards):
+    parts = f"{count} process{'es' * (count > 1)} x batch size {settings.batch_size} x accumulate {settings.accumulate}"
+    if count > len(shards):
         raise ShardError(
-            f"{world} processes and only {len(shards)} samples to train on",
+            f"{count} processes and only {len(shards)} samples to train on",
             where="--nproc, --shards",
             fix=f"--nproc {len(shards)} or fewer",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 from ..data.batches import Collator, prefetch
-from ..data.sampler import Slot, rank_slots
+from ..data.sampler import Slot, group_slots
 from ..distributed.strategy import Runtime
 from ..model.batch import Batch
 from ..model.objective import Objective
@@ -28,9 +28,10 @@ def _places(run: Run, runtime: Runtime, done: int) -> Iterator[list[Slot]]:
         epoch, place = divmod(step, run.sampler.steps_per_epoch)
         batch = run.sampler.epoch(epoch)[place]
         for micro in range(run.settings.accumulate):
-            yield rank_slots(
-                batch, epoch, micro=micro, rank=runtime.rank, world=runtime.world, size=run.settings.batch_size
-            )
+            yield group_slots(
+                batch, epoch, micro=micro, group=run.groups.of(runtime.rank), groups=run.groups.count,
+                size=run.settings.batch_size,
+            )  # fmt: skip
 
 
 def _collator(run: Run, objective: Objective) -> Collator:

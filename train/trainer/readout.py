@@ -69,7 +69,7 @@ class Readout:
             RunError: a loss is not finite, and ``--on-nonfinite`` says stop; or the model's weights are ruined.
         """
         losses_B = losses_of(batch)
-        gathered: torch.Tensor = self._runtime.accelerator.gather(losses_B.detach())
+        gathered = self._run.groups.once(self._runtime.accelerator.gather(losses_B.detach()))
         bad = [] if self._deferred else self._not_finite(gathered.tolist(), step, micro)
         if not bad:
             return losses_B.mean(), gathered

@@ -134,7 +134,7 @@ class Trainer:
 
         run, runtime, settings = self.run, self.runtime, self.run.settings
         clock = StepClock(runtime.device)
-        torch.manual_seed(seed_of(settings.seed, step, str(runtime.rank), "dropout"))
+        torch.manual_seed(seed_of(settings.seed, step, str(run.groups.of(runtime.rank)), "dropout"))
         rate = learning_rate(step, run.steps, settings)
         runtime.set_rate(self.optimizer, rate)
         losses: list[torch.Tensor] = []

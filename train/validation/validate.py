@@ -157,13 +157,14 @@ class Validation:
         import torch
 
         collate = Collator(self.objective, _SEED, held_out=True)
-        rounds = -(-len(self.held_out) // self.runtime.world)
+        groups = self.run.groups
+        rounds = -(-len(self.held_out) // groups.count)
         rows = []
         with self._evaluating(model) as plain:
             for number in range(rounds):
                 self._go_on()
-                index = number * self.runtime.world + self.runtime.rank
-                # A rank that has none left repeats the first: under ZeRO-3 all ranks run every forward pass.
+                index = number * groups.count + groups.of(self.runtime.rank)
+                # A group that has none left repeats the first: under ZeRO-3 all ranks run every forward pass.
                 stored = self._read(index if index < len(self.held_out) else 0)
                 row = []
                 for timestep in TIMESTEPS:
@@ -171,8 +172,8 @@ class Validation:
                     with self.runtime.accelerator.autocast():
                         row.append(self.objective.losses(plain, batch, self.runtime.dtype)[0])
                 rows.append(torch.stack(row))
-        losses_RT = self.runtime.accelerator.gather(torch.stack(rows)).double().cpu()  # rank by rank
-        by_sample = losses_RT.view(self.runtime.world, rounds, -1).transpose(0, 1).reshape(-1, len(TIMESTEPS))
+        losses_RT = groups.once(self.runtime.accelerator.gather(torch.stack(rows))).double().cpu()  # group by group
+        by_sample = losses_RT.view(groups.count, rounds, -1).transpose(0, 1).reshape(-1, len(TIMESTEPS))
         by_sample = by_sample[: len(self.held_out)]
         for index in (~by_sample.isfinite().all(1)).nonzero().flatten().tolist():
             extent = self.held_out.extent(index)
@@ -184,18 +185,20 @@ class Validation:
         return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
 
     def draw(self, model: torch.nn.Module, step: int) -> None:
-        """Write ``validation/step-N/i.mp4`` for the first held-out samples, each on one rank, side by side."""
+        """Write ``validation/step-N/i.mp4`` for the first held-out samples, each by one group, side by side."""
+        groups, rank = self.run.groups, self.runtime.rank
         folder = self.folder / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         with self._evaluating(model) as live, self._whole(live) as transformer:
             decoder = load_decoder(self.run.checkpoint, self.runtime.dtype)
-            for start in range(0, self.videos, self.runtime.world):  # a round; all meet before the next one
-                index = start + self.runtime.rank
+            for start in range(0, self.videos, groups.count):  # a round; all meet before the next one
+                index = start + groups.of(rank)
                 stored = self._read(min(index, self.videos - 1))
                 with suppress(_Asked):  # all leave together, below
                     if index < self.videos:
                         frames = self._video(transformer, decoder, stored)
-                        write_mp4(folder / f"{index}.mp4", frames, self.run.checkpoint.family.fps)
+                        if groups.leads(rank):
+                            write_mp4(folder / f"{index}.mp4", frames, self.run.checkpoint.family.fps)
                 self._go_on()
         if self.runtime.main:
             captions = [read_sample(self.held_out, index).caption for index in range(self.videos)]
@@ -244,7 +247,8 @@ class Validation:
             return
         read = self.runtime.full_weight()
         trained = [(name, parameter) for name, parameter in live.named_parameters() if parameter.requires_grad]
-        if self.runtime.rank >= self.videos:  # nothing to draw here, but the others need this rank's parts
+        group = self.run.groups.of(self.runtime.rank)
+        if group >= self.videos:  # nothing to draw here, but the others need this rank's parts
             for _, parameter in trained:
                 read(parameter)
             yield None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.model.device import dtype_of
 from cogtrain.data.batches import Collator, prefetch
-from cogtrain.data.sampler import rank_slots
+from cogtrain.data.sampler import group_slots
 from cogtrain.distributed import zero
 from cogtrain.distributed.strategy import single_process_environment
 from cogtrain.distributed.zero_config import STAGE
@@ -47,7 +47,7 @@ def reference(run: Run, row: BenchRow, pinned: bool = True) -> Mapping[str, Any]
     rank, world = accelerator.process_index, run.world
     places = (divmod(step, run.sampler.steps_per_epoch) for step in range(row.steps))
     slots = (
-        rank_slots(run.sampler.epoch(epoch)[place], epoch, micro=0, rank=rank, world=world, size=1)
+        group_slots(run.sampler.epoch(epoch)[place], epoch, micro=0, group=rank, groups=world, size=1)
         for epoch, place in places
     )
     batches = prefetch(run.shards, slots, Collator(objective, run.settings.seed), ahead=2, pin=device.type == "cuda")
