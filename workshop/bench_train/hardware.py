@@ -121,18 +121,47 @@ def _shown(row: GuideRow) -> str:
 def _cell(row: GuideRow, way: Way) -> str:
     """Memory, and seconds where they were measured, on as many GPUs as the row is about."""
     needs = _estimate(row, way)
-    memory = REFERENCE if way == "reference" else way
+    if run := _measured_as(row, way, needs):
+        if run.faster_since:
+            return f"**{run.peak_gib:.1f} GB**, {seconds(_run_of(row, way), needs, H200):.1f} s"
+        return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
+    if way == "reference":
+        return ""
+    return f"{needs.peak / _GIB:.1f} GB, {seconds(_run_of(row, way), needs, H200):.1f} s"
+
+
+def _measured_as(row: GuideRow, way: Way, needs: Estimate) -> Measured | None:
+    """The newest run that was measured of a row, on as many GPUs, with the block plan that is meant here."""
+    memory = {"reference": REFERENCE, "file": "auto"}.get(way, way)
     wanted = (row.family, row.method, needs.strategy, memory, row.settings.precision, row.processes or 1)
     for run in measured():
         same = (run.family, run.method, run.strategy, run.memory, run.precision, run.gpus) == wanted
         same = same and run.rank == getattr(row.settings, "rank", None) and run.resolution == _native(row.family)
-        if same and (way != "auto" or run.block_plan == needs.plan.fields()):  # a larger card is given another plan
-            if run.faster_since:
-                return f"**{run.peak_gib:.1f} GB**, {seconds(_run_of(row, way), needs, H200):.1f} s"
-            return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
-    if way == "reference":
-        return ""
-    return f"{needs.peak / _GIB:.1f} GB, {seconds(_run_of(row, way), needs, H200):.1f} s"
+        # On a larger card --memory auto means another plan.
+        if same and (memory != "auto" or run.block_plan == needs.plan.fields()):
+            return run
+    return None
+
+
+def takes(row: GuideRow) -> str:
+    """What a row takes as its file is: memory and seconds, and what says so."""
+    needs = _estimate(row, "file")
+    if run := _measured_as(row, "file", needs):
+        where = f"{run.gpus} {run.gpu}{'s' * (run.gpus > 1)}"
+        return f"Takes {run.peak_gib:.1f} GB of each GPU and {run.s_per_step:.2f} s a step: measured on {where}."
+    host = round(needs.host * (row.processes or 1) / _GIB)
+    took = seconds(_run_of(row, "file"), needs, H200)
+    took_s = f", {took:.1f} s a step at an H200's speed" if took else ""
+    of_host = f" and {host} GB of host memory{' in all' * ((row.processes or 1) > 1)}" if host else ""
+    return (
+        f"Takes {needs.peak / _GIB:.1f} GB of each GPU of {_COMPUTED_FOR} GB{of_host}{took_s}: "
+        "computed, as by cogtrain plan."
+    )
+
+
+def config_files() -> dict[str, str]:
+    """The files of ``configs/``, by their path from the repository's root."""
+    return {row.file: row.toml(takes(row)) for row in guide_rows().values()}
 
 
 def _estimate(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Estimate:
