@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..files.regular_file import Unreadable, check_regular
 
@@ -16,10 +16,13 @@ class BadImage(Exception):
     """The picture cannot be used; the message says why, without its name."""
 
 
-def read_upright(path: Path) -> Image:
+def read_upright(source: Path | BinaryIO) -> Image:
     """A picture as a viewer shows it: turned by its EXIF orientation, 8-bit RGB, alpha laid over black.
 
     16-bit and 32-bit whole numbers and floats are scaled to 8 bits.
+
+    Args:
+        source: a file, or one that is open already, of which its opener takes care.
 
     Raises:
         BadImage: it cannot be read, is larger than 178 megapixels, or does not say what white is.
@@ -27,10 +30,11 @@ def read_upright(path: Path) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        check_regular(path)
+        if isinstance(source, Path):
+            check_regular(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a size from half the limit on, of odd metadata
-            with Image.open(path) as opened:
+            with Image.open(source) as opened:
                 opened.load()
                 return _over_black(_in_8_bits(ImageOps.exif_transpose(opened), opened.format or ""))
     except BadImage:

@@ -11,6 +11,7 @@ import numpy as np
 from cogcommon.model.families import Resolution
 
 from ..source.clip import BadClip, ClipFacts, ClipFault, Hashed
+from ..source.source_file import ClipSource
 from ..video.colour import Pixels
 from ..video.cut import Cut, Picked, Placement, best_bucket, pick_frames, placement_of
 from ..video.media import Video
@@ -67,7 +68,7 @@ def probe_clip(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: 
     damage inside a picture, which only decoding finds.
     """
     try:
-        with Video(path) as video:
+        with ClipSource(path, hashing=True) as source, Video(source) as video:
             facts, bucket, _ = _choose(video, buckets, cut, family_fps)
             return Probed(Hashed(facts.size, facts.mtime_ns, facts.sha256), bucket)
     except BadClip as bad:
@@ -77,7 +78,7 @@ def probe_clip(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: 
 def look(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Look | ClipFault:
     """Probe a clip, choose its bucket, pick its frames by their real times, look for black bars."""
     try:
-        with Video(path) as video:
+        with ClipSource(path, hashing=True) as source, Video(source) as video:
             facts, bucket, picked = _choose(video, buckets, cut, family_fps)
             placement = placement_of(facts.width, facts.height, bucket, cut, "")
             picture = inside_bars(video.glimpses(_GLIMPSES), facts.width, facts.height)

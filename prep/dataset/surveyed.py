@@ -6,15 +6,14 @@ replaced, cut off from its disk or still being copied while a run is on must not
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from cogcommon.model.families import Resolution
 
 from ..source.clip import BadClip, ClipFault, Hashed
-from ..source.source_file import hash_clip, hash_file, unchanged
+from ..source.source_file import unchanged
 from ..video.cut import Cut
-from ..video.decode import Clip, decode_clip
+from ..video.decode import Clip, Sources, decode
 
 _CHANGED = ClipFault("the file changed or went out of reach while the run was on", passing=True)
 
@@ -29,21 +28,20 @@ def decode_as_surveyed(
     key: str,
     image: Path | None = None,
 ) -> Clip | ClipFault:
-    """As `decode.decode_clip`; a passing fault where the files are not those of the survey.
+    """As `decode.decode`; a passing fault where the files are not those of the survey.
 
     Args:
         clip: the file as the survey found it.
         image_sha256: of the image, likewise; not used without one.
     """
-    result = decode_clip(path, resolution, cut, family_fps, key, image)
-    if isinstance(result, ClipFault) and result.passing:
-        return result
-    same = _holds(path, clip.sha256, hash_clip) if isinstance(result, ClipFault) else unchanged(path, clip)
-    return result if same and (image is None or _holds(image, image_sha256, hash_file)) else _CHANGED
-
-
-def _holds(path: Path, sha256: bytes, hash_of: Callable[[Path], bytes]) -> bool:
     try:
-        return hash_of(path) == sha256
-    except (OSError, ValueError, BadClip):
-        return False
+        with Sources(path, image) as sources:
+            result = decode(sources, resolution, cut, family_fps, key)
+            if isinstance(result, ClipFault) and result.passing:
+                return result
+            same = unchanged(path, clip)
+            if isinstance(result, ClipFault):  # read anew, not remembered: the disk may be out of reach
+                same = sources.clip.identity == clip.sha256
+            return result if same and (sources.image is None or sources.image.sha256 == image_sha256) else _CHANGED
+    except (BadClip, OSError):  # it is not there any more, or cannot be read
+        return _CHANGED

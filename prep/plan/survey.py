@@ -19,7 +19,7 @@ from ..dataset.lists import DataSet, Sample
 from ..dataset.probe import Probed, probe_clip
 from ..processes.pool import Pool
 from ..source.clip import BadClip, ClipFault, Hashed
-from ..source.source_file import hash_file, hash_whole, refuse_special, unchanged
+from ..source.source_file import hash_file, hash_whole, unchanged
 from ..video.cut import Cut
 from .folder import Committed, Split
 from .holdout import Holdout, choose_holdout
@@ -193,7 +193,6 @@ def hash_images(samples: Sequence[Sample], root: Path, pool: Pool) -> dict[str, 
 def hash_image(path: Path) -> bytes | ClipFault:
     """The content hash of a picture, whatever is in it."""
     try:
-        refuse_special(path)
         return hash_file(path)
     except BadClip as bad:
         return ClipFault(f"image: {bad}")

@@ -8,10 +8,10 @@ from pathlib import Path
 from cogcommon.model.families import Resolution
 
 from ..source.clip import BadClip, ClipFault
-from ..source.source_file import hash_clip
+from ..source.part import locate
 from ..video.colour import Pixels
 from ..video.cut import Cut
-from ..video.decode import decode_clip
+from ..video.decode import Sources, decode
 from ..video.media import Video
 
 _WHOLE_SIZE = 640  # pixels of the long side of the whole frame
@@ -38,19 +38,20 @@ def view_source(
         key: of the sample; it seeds the random crop.
     """
     try:
-        if hash_clip(path) != sha256:
-            return ClipFault("the source has changed since it was encoded")
-        clip = decode_clip(path, resolution, cut, family_fps, key)
-        if isinstance(clip, ClipFault):
-            return clip
-        with Video(path) as video:
-            width, height = video.display_size
-            scale = min(1.0, _WHOLE_SIZE / max(width, height))
-            size = max(1, round(width * scale)), max(1, round(height * scale))
-            whole_HWC = next(video.frames(clip.indices[:1], *size))
+        if not locate(path).file.exists():
+            return ClipFault("the source is gone")
+        with Sources(path, None) as sources:
+            if sources.clip.identity != sha256:
+                return ClipFault("the source has changed since it was encoded")
+            clip = decode(sources, resolution, cut, family_fps, key)
+            if isinstance(clip, ClipFault):
+                return clip
+            with Video(sources.clip) as video:
+                width, height = video.display_size
+                scale = min(1.0, _WHOLE_SIZE / max(width, height))
+                size = max(1, round(width * scale)), max(1, round(height * scale))
+                whole_HWC = next(video.frames(clip.indices[:1], *size))
         return SourceView(whole_HWC, width, height, clip.crop_box, clip.frames_FHWC[:count])
-    except FileNotFoundError:
-        return ClipFault("the source is gone")
     except OSError as error:
         return ClipFault(f"the source cannot be read: {error.strerror}")
     except BadClip as bad:

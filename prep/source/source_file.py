@@ -1,10 +1,16 @@
-"""Checks and hashes a file of the lists before a decoder opens it."""
+"""Opens a file of the lists, and reads its bytes as few times as can be: on a network disk they are what one waits for.
+
+A small file is read into memory once, where it is hashed, demuxed and decoded as often as need be. A large one is
+read through the system's cache, and hashed while the demuxer goes through it, where that is wanted.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 from cogcommon.files.regular_file import Missing, Unreadable, check_regular
 
@@ -13,40 +19,161 @@ from .heartbeat import beat
 from .near import near
 from .part import locate
 
+IN_MEMORY = 64 << 20  # bytes of a file that is held whole; a decode process holds a clip and its first frame
+_BLOCK = 1 << 20
+
+
+class Source:
+    """A file of the lists, opened once. Use as a context manager.
+
+    Args:
+        path: checked as by `refuse_special`.
+        hashing: whether its hash will be wanted: a large file's is then taken as it is read.
+
+    Raises:
+        BadClip: it cannot be opened. Where it is read, an OSError.
+    """
+
+    def __init__(self, path: Path, *, hashing: bool = False) -> None:
+        self.path = path
+        self.info = refuse_special(path)
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise BadClip(f"cannot be read: {error.strerror}") from error
+        self._content: memoryview | None = None
+        self._hashing = hashing
+        self._digest = hashlib.sha256()
+        self._hashed = 0  # bytes from the start
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._file.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes, as it was opened; what is appended later is not seen."""
+        return self.info.st_size
+
+    @property
+    def sha256(self) -> bytes:
+        """Of the content; of the very bytes that `read` gave, where the file is held in memory."""
+        while (start := self._hashed) < self.size and (block := self.read(start, _BLOCK)):
+            self._hash(start, block)
+        return self._digest.digest()
+
+    def read(self, start: int, size: int) -> memoryview:
+        """At most ``size`` bytes from ``start``; fewer only at the end."""
+        size = max(0, min(size, self.size - start))
+        if self.size <= IN_MEMORY:
+            if self._content is None:
+                self._content = memoryview(self._read_whole())
+            return self._content[start : start + size]
+        if self._hashing and 0 < start - self._hashed <= _BLOCK:  # a gap, whose bytes the hash needs anyway
+            self._hash(self._hashed, self._read_file(self._hashed, start - self._hashed))
+        data = self._read_file(start, size)
+        if self._hashing:
+            self._hash(start, data)
+        return data
+
+    def stream(self) -> Stream:
+        """The content as a file object of its own place, named as FFmpeg wants it."""
+        return Stream(self)
+
+    def _hash(self, start: int, data: memoryview) -> None:
+        """Take what lies at ``start`` into the hash, so far as it goes on where the hash has come to."""
+        if start <= self._hashed < start + len(data):
+            self._digest.update(data[self._hashed - start :])
+            self._hashed = start + len(data)
+
+    def _read_whole(self) -> memoryview:
+        content = memoryview(bytearray(self.size))
+        at = 0
+        while at < self.size and (count := self._file.readinto(content[at : at + _BLOCK])):
+            at += count
+            beat()
+        return content[:at]
+
+    def _read_file(self, start: int, size: int) -> memoryview:
+        parts = []
+        while size and (part := os.pread(self._file.fileno(), size, start)):
+            parts.append(part)
+            start, size = start + len(part), size - len(part)
+            beat()
+        return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+
+
+class ClipSource(Source):
+    """What a line of videos.txt names, opened: a file, or one of which only a part is meant. As `Source`.
+
+    Raises:
+        BadClip: also where its fragment says no part.
+    """
+
+    def __init__(self, path: Path, *, hashing: bool = False) -> None:
+        self.place = locate(path)
+        super().__init__(self.place.file, hashing=hashing)
+
+    def __enter__(self) -> ClipSource:
+        return self
+
+    @property
+    def identity(self) -> bytes:
+        """The content hash of what is named: of a whole file its own, of a part see `Place.identity`."""
+        return self.place.identity(self.sha256)
+
+
+class Stream(io.RawIOBase):
+    """See `Source.stream`."""
+
+    def __init__(self, source: Source) -> None:
+        self.name = f"file:{source.path}"  # by its ending FFmpeg tells some formats
+        self._source = source
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._source.size}[whence]
+        if start + offset < 0:
+            raise ValueError("a place before the start of a file")
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read(self._at, len(buffer))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
 
 def hash_file(path: Path) -> bytes:
     """sha256 of a file's content.
 
     Raises:
+        BadClip: as `refuse_special`.
         OSError: it cannot be read.
     """
-    digest = hashlib.sha256()
-    block = memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
-            beat()
-    return digest.digest()
+    with Source(path) as source:
+        return source.sha256
 
 
 def hash_whole(path: Path) -> Hashed | ClipFault:
     """A clip's content hash, without a decoder; a fault if it cannot be read."""
     try:
-        info = refuse_special(locate(path).file)
-        return Hashed(info.st_size, info.st_mtime_ns, hash_clip(path))
+        with ClipSource(path) as source:
+            return Hashed(source.size, source.info.st_mtime_ns, source.identity)
     except (BadClip, OSError) as error:
         return ClipFault(str(error), passing=True)
-
-
-def hash_clip(path: Path) -> bytes:
-    """The content hash of a clip, whole or a part: what a line of videos.txt names.
-
-    Raises:
-        OSError: it cannot be read.
-        BadClip: its fragment says no part.
-    """
-    place = locate(path)
-    return place.identity(hash_file(place.file))
 
 
 def unchanged(path: Path, before: Hashed) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import cast
 
 import av
@@ -15,6 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from ..source.clip import BadClip
+from ..source.source_file import Source
 
 _NO_VIDEO = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg "plays" text files as video
 _PICTURES = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails  # a song's cover is no clip
@@ -45,25 +45,24 @@ _KNOWN = (
 )
 
 
-def open_video(path: Path) -> tuple[InputContainer, VideoStream]:
+def open_video(source: Source) -> tuple[InputContainer, VideoStream]:
     """The file and its video stream: of several the one marked default, else the largest, as players take it.
 
     Raises:
         BadClip: it cannot be opened, has no video, or would read further files.
     """
-    _refuse_known(path)
+    _refuse_known(source)
     options = {
         "protocol_whitelist": "file",  # a playlist called clip.mp4 must not reach the network,
         "format_whitelist": _formats(),  # nor other files
     }
     try:
-        # "file:" keeps a colon in a name from meaning a protocol;
-        # a title that is not UTF-8 is no reason to refuse a clip.
-        container = av.open(f"file:{path}", options=options, metadata_errors="ignore")
+        # A title that is not UTF-8 is no reason to refuse a clip.
+        container = av.open(source.stream(), "r", options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadClip(_cut_in_a_box(path) or f"not a video, or damaged: {words_of(error)}") from error
+        raise BadClip(_cut_in_a_box(source) or f"not a video, or damaged: {words_of(error)}") from error
     try:
-        stream = _choose(container, path)
+        stream = _choose(container, source)
     except BadClip:
         container.close()
         raise
@@ -112,10 +111,10 @@ def words_of(error: Exception) -> str:
     """What FFmpeg says, without its number and the path."""
     if isinstance(error, av.error.FFmpegError):
         return str(error.strerror or type(error).__name__)
-    return str(error)
+    return getattr(error, "strerror", None) or str(error)
 
 
-def _choose(container: InputContainer, path: Path) -> VideoStream:
+def _choose(container: InputContainer, source: Source) -> VideoStream:
     streams = video_streams(container)
     usable = [stream for stream in streams if stream.codec_context is not None]
     if usable:
@@ -123,7 +122,7 @@ def _choose(container: InputContainer, path: Path) -> VideoStream:
             usable,
             key=lambda stream: (bool(stream.disposition & av.stream.Disposition.default), stream.width * stream.height),
         )
-    if cut := _cut_in_a_box(path):
+    if cut := _cut_in_a_box(source):
         raise BadClip(cut)
     if streams:
         raise BadClip("its codec cannot be decoded here; to convert it, where that is known: ffmpeg -i CLIP OUT.mp4")
@@ -135,10 +134,9 @@ def _formats() -> str:
     return ",".join(sorted(av.formats_available - _READ_OTHERS))
 
 
-def _refuse_known(path: Path) -> None:
+def _refuse_known(source: Source) -> None:
     try:
-        with path.open("rb") as file:
-            start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+        start = bytes(source.read(0, 1024)).removeprefix(b"\xef\xbb\xbf").lstrip()
     except OSError as error:
         raise BadClip(f"cannot be read: {error.strerror}") from error
     for pattern, reason in _KNOWN:
@@ -146,14 +144,17 @@ def _refuse_known(path: Path) -> None:
             raise BadClip(reason)
 
 
-def _cut_in_a_box(path: Path) -> str | None:
+def _cut_in_a_box(source: Source) -> str | None:
     """Why an mp4 or mov has no readable index: the file ends before its last box does, or has no moov box."""
     names = []
     try:
-        for name, end, size in _boxes(path):
+        for name, end in _boxes(source):
             names.append(name)
-            if end > size:
-                return f"damaged or cut short: its '{name}' box should end at byte {end:,}, the file ends at {size:,}"
+            if end > source.size:
+                return (
+                    f"damaged or cut short: its '{name}' box should end at byte {end:,}, "
+                    f"the file ends at {source.size:,}"
+                )
     except OSError:
         return None
     if names and not {"moov", "moof", "meta"} & set(names):
@@ -161,23 +162,20 @@ def _cut_in_a_box(path: Path) -> str | None:
     return None
 
 
-def _boxes(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name and end of every box at the top level of an ISO file (ISO/IEC 14496-12, 4.2), and the file's size."""
-    size = path.stat().st_size
+def _boxes(source: Source) -> Iterator[tuple[str, int]]:
+    """Name and end of every box at the top level of an ISO file (ISO/IEC 14496-12, 4.2)."""
     start = 0
-    with path.open("rb") as file:
-        while start + 8 <= size:
-            file.seek(start)
-            head = file.read(16)
-            name = head[4:8]
-            if name not in _FIRST_BOXES if start == 0 else not re.fullmatch(rb"[A-Za-z0-9 ]{4}", name):
-                return
-            length = int.from_bytes(head[:4], "big")
-            if length == 1:
-                length = int.from_bytes(head[8:16], "big")
-            elif length == 0:  # to the end of the file
-                length = size - start
-            if length < 8:
-                return
-            yield name.decode(), start + length, size
-            start += length
+    while start + 8 <= source.size:
+        head = bytes(source.read(start, 16))
+        name = head[4:8]
+        if name not in _FIRST_BOXES if start == 0 else not re.fullmatch(rb"[A-Za-z0-9 ]{4}", name):
+            return
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        elif length == 0:  # to the end of the file
+            length = source.size - start
+        if length < 8:
+            return
+        yield name.decode(), start + length
+        start += length

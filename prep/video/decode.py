@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from cogcommon.media.image import BadImage, read_upright
 from cogcommon.model.families import Resolution
 
 from ..source.clip import BadClip, ClipFault
-from ..source.source_file import refuse_special
+from ..source.source_file import ClipSource, Source
 from .colour import Pixels
 from .cut import Cut, Placement, pick_frames, placement_of
 from .media import Video
@@ -33,15 +35,41 @@ class Clip:
 def decode_clip(
     path: Path, resolution: Resolution, cut: Cut, family_fps: float, key: str, image: Path | None = None
 ) -> Clip | ClipFault:
+    """As `decode`, of files."""
+    try:
+        with Sources(path, image) as sources:
+            return decode(sources, resolution, cut, family_fps, key)
+    except BadClip as bad:
+        return ClipFault(str(bad))
+
+
+class Sources(ExitStack):
+    """A clip and the sample's own first frame (I2V), opened. Use as a context manager.
+
+    Raises:
+        BadClip: one of them cannot be opened.
+    """
+
+    def __init__(self, clip: Path, image: Path | None) -> None:
+        super().__init__()
+        self.clip = self.enter_context(ClipSource(clip))
+        try:
+            self.image = None if image is None else self.enter_context(_open_image(image))
+        except BadClip:
+            self.close()
+            raise
+
+
+def decode(sources: Sources, resolution: Resolution, cut: Cut, family_fps: float, key: str) -> Clip | ClipFault:
     """Decode a clip for one bucket.
 
     Args:
+        sources: without an image the caller takes the clip's first frame.
         family_fps: the rate the model was trained at (`cut.pick_frames`).
         key: the sample's key; it seeds the random crop.
-        image: the sample's own first frame (I2V); without one the caller takes the clip's.
     """
     try:
-        with Video(path) as video:
+        with Video(sources.clip) as video:
             picked = pick_frames(video.times_s, resolution.frames, cut, family_fps, video.last_s)
             if isinstance(picked, ClipFault):
                 return picked
@@ -53,7 +81,7 @@ def decode_clip(
                 repeats = picked.indices.count(picked.indices[slot])
                 clip_FHWC[slot + 1 : slot + repeats] = clip_FHWC[slot]
                 slot += repeats
-            image_HWC = None if image is None else read_image(image, resolution, cut, key)
+            image_HWC = None if sources.image is None else _cut_image(sources.image, resolution, cut, key)
             return Clip(
                 clip_FHWC, picked.indices, picked.effective_fps, placement.box, video.colour.decision, image_HWC
             )
@@ -64,7 +92,8 @@ def decode_clip(
 def image_size(path: Path) -> tuple[int, int] | ClipFault:
     """Upright width and height of a picture, which is read as `read_image` will read it."""
     try:
-        return _read_upright(path).size
+        with _open_image(path) as image:
+            return _read_upright(image).size
     except BadClip as bad:
         return ClipFault(str(bad))
 
@@ -75,7 +104,12 @@ def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels
     Raises:
         BadClip: it cannot be read.
     """
-    upright = _read_upright(path)
+    with _open_image(path) as image:
+        return _cut_image(image, resolution, cut, key)
+
+
+def _cut_image(image: Source, resolution: Resolution, cut: Cut, key: str) -> Pixels:
+    upright = _read_upright(image)
     placement = placement_of(upright.width, upright.height, resolution, cut, key)
     scaled = upright.resize((placement.width, placement.height), Image.Resampling.BICUBIC)
     image_HWC = np.zeros((resolution.height, resolution.width, 3), np.uint8)
@@ -83,11 +117,17 @@ def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels
     return image_HWC
 
 
-def _read_upright(path: Path) -> Image.Image:
+def _open_image(path: Path) -> Source:
     try:
-        refuse_special(path)
-        return read_upright(path)
-    except (BadClip, BadImage) as bad:
+        return Source(path, hashing=True)
+    except BadClip as bad:
+        raise BadClip(f"image: {bad}") from None
+
+
+def _read_upright(image: Source) -> Image.Image:
+    try:
+        return read_upright(io.BufferedReader(image.stream()))
+    except BadImage as bad:
         raise BadClip(f"image: {bad}") from None
 
 

@@ -6,11 +6,9 @@ Each decode process remembers the last few files, as they were: a file that has 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
-from ..source.source_file import hash_file
+from ..source.source_file import Source
 from .times import FrameTimes
 
 T = TypeVar("T")
@@ -20,7 +18,7 @@ _times: dict[tuple[int | str, ...], FrameTimes] = {}
 _hashes: dict[tuple[int | str, ...], bytes] = {}
 
 
-def times(file: Path, read: Callable[[], FrameTimes]) -> FrameTimes:
+def times(source: Source, read: Callable[[], FrameTimes]) -> FrameTimes:
     """When the pictures of a whole file are shown.
 
     Args:
@@ -29,17 +27,17 @@ def times(file: Path, read: Callable[[], FrameTimes]) -> FrameTimes:
     Raises:
         BadClip: the file is damaged.
     """
-    return _remembered(_times, file, read)
+    return _remembered(_times, source, read)
 
 
-def sha256(file: Path) -> bytes:
+def sha256(source: Source) -> bytes:
     """The hash of a whole file. Raises OSError."""
-    return _remembered(_hashes, file, partial(hash_file, file))
+    return _remembered(_hashes, source, lambda: source.sha256)
 
 
-def _remembered(known: dict[tuple[int | str, ...], T], file: Path, read: Callable[[], T]) -> T:
-    info = file.stat()
-    state = str(file), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+def _remembered(known: dict[tuple[int | str, ...], T], source: Source, read: Callable[[], T]) -> T:
+    info = source.info
+    state = str(source.path), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
     if state not in known:
         found = read()  # a fault is not remembered: a disk may have been out of reach
         while len(known) >= _FILES:

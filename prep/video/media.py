@@ -1,6 +1,6 @@
 """Reading video: the pictures of a clip, each in its place and as a player shows it.
 
-A file that cannot be trusted becomes a `clip.Fault`; nothing here raises for a bad clip
+A file that cannot be trusted becomes a `clip.ClipFault`; nothing here raises for a bad clip
 but `BadClip`, which `look` and `decode_frames` turn into that value.
 
 `container` opens the file, `times` finds out when each picture is shown, `picture` makes it RGB.
@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from types import TracebackType
 
@@ -26,8 +25,7 @@ from av.video.reformatter import VideoReformatter
 
 from ..source.clip import BadClip, ClipFacts
 from ..source.heartbeat import beat
-from ..source.part import locate
-from ..source.source_file import hash_file, refuse_special
+from ..source.source_file import ClipSource
 from . import in_parts
 from .colour import Colour, Pixels, Tags, Turn, colour_of, to_rgb, turn_of
 from .container import decode_frames, open_video, video_streams, words_of
@@ -35,23 +33,21 @@ from .times import FrameTimes, Key, read_times, usual_rate
 
 
 class Video:
-    """One open video stream, or a part of it, which is then all that there is. Use as a context manager.
+    """The video of a source, opened, or the part of it that is meant, which is then all that there is.
 
-    Args:
-        path: of a file, or of a part of one (`source.part`): ``a.mp4#t=12.5,18``.
+    Use as a context manager, inside the source's.
 
     Raises:
         BadClip: from any method, when the file cannot be used; the message says why.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._place = locate(path)
-        self.file, part = self._place.file, self._place.part
-        self._stat = refuse_special(self.file)
-        self._container, self._stream = open_video(self.file)
+    def __init__(self, source: ClipSource) -> None:
+        self._source = source
+        self._part = part = source.place.part
+        self._container, self._stream = open_video(source)
         self._container_tags = Tags.of(self._stream.codec_context)  # before a frame is decoded and says more
         try:
-            self._times = self._times_of_file() if part is None else in_parts.times(self.file, self._times_of_file)
+            self._times = self._times_of_file() if part is None else in_parts.times(source, self._times_of_file)
             whole_s = self._times.times_s
             self._used = range(len(whole_s)) if part is None else part.of(whole_s, self._usual_interval(whole_s))
         except BaseException:
@@ -123,14 +119,14 @@ class Video:
         return (height, width) if self.turn.transpose else (width, height)
 
     def facts(self) -> ClipFacts:
-        """See `ClipFacts`. Reads the file once more for its hash."""
+        """See `ClipFacts`."""
         width, height = self.display_size
         intervals = [after - before for before, after in pairwise(self.times_s)]
         usual = self.interval_s
         odd = sum(abs(interval - usual) > max(0.25 * usual, 0.002) for interval in intervals)
         duration = self.times_s[-1] - self.times_s[0] + self.last_s
         try:
-            digest = hash_file(self.file) if self._place.part is None else in_parts.sha256(self.file)
+            digest = self._source.sha256 if self._part is None else in_parts.sha256(self._source)
         except OSError as error:
             raise BadClip(f"cannot be read: {error.strerror}") from error
         return ClipFacts(
@@ -145,9 +141,9 @@ class Video:
             sar=self.sar,
             colour=self.colour.decision,
             videos=len(video_streams(self._container)),
-            size=self._stat.st_size,
-            mtime_ns=self._stat.st_mtime_ns,
-            sha256=self._place.identity(digest),
+            size=self._source.size,
+            mtime_ns=self._source.info.st_mtime_ns,
+            sha256=self._source.place.identity(digest),
         )
 
     def glimpses(self, count: int, size: int = 320) -> list[Pixels]:
@@ -159,7 +155,7 @@ class Video:
         across, down = (height, width) if self.turn.transpose else (width, height)
         found = {0: self.first_frame}
         self._stream.codec_context.skip_frame = "NONKEY"
-        with suppress(av.error.FFmpegError):  # not every format can be wound; the first frame is there
+        with suppress(av.error.FFmpegError, OSError):  # not every format can be wound; the first frame is there
             for place in range(1, count):
                 index = len(self._used) * place // count
                 at = self._times.stamps[self._used[index]] if self._times.stamps else 0
@@ -215,7 +211,7 @@ class Video:
 
     def _is_of_part(self, frame: VideoFrame) -> bool:
         """Whether a key frame that a jump has found lies in the part."""
-        if self._place.part is None:
+        if self._part is None:
             return True
         return self._times.by == "pts" and self._times.index_of(frame, 0) in self._used
 
@@ -257,12 +253,12 @@ class Video:
                 if index is not None:
                     yield index, frame
                     expected = index + 1
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, OSError) as error:
             raise BadClip(f"damaged: frame {expected} cannot be decoded ({words_of(error)})") from error
 
     def _read(self, key: Key | None) -> Iterator[VideoFrame]:
         """Decoded frames as they come, from a key frame on or from the beginning."""
-        container, stream = open_video(self.file)  # anew: not every format can be wound back
+        container, stream = open_video(self._source)  # anew: not every format can be wound back
         try:
             if key is not None:
                 container.seek(key.decoded, stream=stream)

@@ -134,7 +134,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
                 shown.append((packet.pts, packet.dts, packet.duration or 0))
                 if packet.is_keyframe and packet.pts is not None:
                     keys.append(Key(packet.pts, packet.pts if packet.dts is None else packet.dts))
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise BadClip(f"damaged or cut short after {packets} frames: {words_of(error)}") from error
     if "matroska" not in container.format.name and packets < promised:
         raise BadClip(f"cut short: {packets} of {promised} frames are in the file")

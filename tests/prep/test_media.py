@@ -20,6 +20,7 @@ from cogcommon.model.families import Resolution
 from cogprep.dataset import probe
 from cogprep.processes.pool import Pool
 from cogprep.source.clip import ClipFacts, ClipFault
+from cogprep.source.source_file import ClipSource
 from cogprep.video.cut import Cut
 from cogprep.video.decode import Clip, decode_clip
 from cogprep.video.media import Video
@@ -57,7 +58,7 @@ def decode(path: Path, cut: Cut | None = None, resolution: Resolution = SIZE) ->
 
 
 def facts_of(path: Path) -> ClipFacts:
-    with Video(path) as video:
+    with ClipSource(path) as file, Video(file) as video:
         return video.facts()
 
 
@@ -719,7 +720,7 @@ def test_frames_are_bit_equal_on_a_second_run(tmp_path):
 def test_only_what_is_needed_is_decoded(tmp_path):
     """Damage behind the last used frame does no harm."""
     source = write(tmp_path / "a.mp4", cards(), options={"crf": "6", "g": "10", "bf": "0"})
-    with Video(source) as video:
+    with ClipSource(source) as file, Video(file) as video:
         assert len(video.times_s) == FRAMES
     data = bytearray(source.read_bytes())
     data[-60:-20] = bytes(40)

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import av
 import numpy as np
@@ -19,10 +18,11 @@ from cogprep.commands.validate import validate
 from cogprep.commands.verify import verify
 from cogprep.settings import ValidateSettings
 from cogprep.show.source_view import SourceView, view_source
+from cogprep.source import source_file
 from cogprep.source.clip import BadClip, ClipFault
 from cogprep.source.part import Part, locate, read_part
-from cogprep.source.source_file import hash_clip
-from cogprep.video import in_parts, media
+from cogprep.source.source_file import ClipSource, Source
+from cogprep.video import media
 from cogprep.video.cut import Cut
 from cogprep.video.decode import Clip, decode_clip
 from cogprep.video.media import Video
@@ -83,10 +83,15 @@ def test_a_file_of_that_very_name_wins(tmp_path):
     assert locate(tmp_path / "#t=3").part is None
 
 
+def identity(path: Path) -> bytes:
+    with ClipSource(path) as source:
+        return source.identity
+
+
 def test_two_ways_to_write_a_part_are_one_clip_and_two_parts_are_two(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"x")
     hashes = [
-        hash_clip(tmp_path / f"a.mp4{end}") for end in ("", "#t=0", "#t=5,9", "#t=npt:0:05,9.000", "#t=5,9.5", "#t=5")
+        identity(tmp_path / f"a.mp4{end}") for end in ("", "#t=0", "#t=5,9", "#t=npt:0:05,9.000", "#t=5,9.5", "#t=5")
     ]
     assert hashes[0] == hashes[1]
     assert hashes[2] == hashes[3]
@@ -97,7 +102,7 @@ def test_two_ways_to_write_a_part_are_one_clip_and_two_parts_are_two(tmp_path):
 
 
 def shown(path: Path) -> list[np.ndarray]:
-    with Video(path) as video:
+    with ClipSource(path) as source, Video(source) as video:
         return list(video.frames(range(len(video.times_s)), 72, 48))
 
 
@@ -139,7 +144,7 @@ def test_a_jump_gives_the_pictures_that_decoding_from_the_start_gives(tmp_path, 
     if kind.pop("times", None):
         kind["times"] = list(np.cumsum(np.random.default_rng(1).integers(20, 90, COUNT)) / 1000)
     path = write(tmp_path / name, pictures, **kind)
-    with Video(path) as video:
+    with ClipSource(path) as source, Video(source) as video:
         times = [time - video.times_s[0] for time in video.times_s]
     whole = shown(path)
     assert len(whole) == COUNT
@@ -228,23 +233,21 @@ def test_a_part_outside_its_clip_says_how_long_the_clip_is(tmp_path, pictures):
     assert isinstance(missing, ClipFault) and missing.reason.startswith("the file is missing")
 
 
-def test_a_film_of_many_parts_is_read_once_until_it_changes(tmp_path, pictures, monkeypatch):
-    read: list[str] = []
-
-    def noting(module: ModuleType, name: str) -> None:
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given: (read.append(name), real(*given))[1])
-
-    noting(media, "read_times")
-    noting(in_parts, "hash_file")
+@pytest.mark.parametrize("limit", [64 << 20, 0], ids=["in memory", "too large for memory"])
+def test_a_film_of_many_parts_is_gone_through_once_until_it_changes(tmp_path, pictures, monkeypatch, limit):
+    done: list[str] = []
+    read_times, sha256 = media.read_times, Source.sha256.fget
+    monkeypatch.setattr(source_file, "IN_MEMORY", limit)
+    monkeypatch.setattr(media, "read_times", lambda *given: (done.append("times"), read_times(*given))[1])
+    monkeypatch.setattr(Source, "sha256", property(lambda source: (done.append("hash"), sha256(source))[1]))
     path = write(tmp_path / "film.mp4", pictures)
     for second in range(4):
-        with Video(Path(f"{path}#t={second},{second + 1}")) as video:
+        with ClipSource(Path(f"{path}#t={second},{second + 1}")) as source, Video(source) as video:
             assert video.facts().frames == FPS
-    assert sorted(read) == ["hash_file", "read_times"]
+    assert sorted(done) == ["hash", "times"]
     write(path, pictures[:48])
-    with pytest.raises(BadClip, match=r"which is 2.000 s long"):
-        Video(Path(f"{path}#t=3,4"))
+    with ClipSource(Path(f"{path}#t=3,4")) as source, pytest.raises(BadClip, match=r"which is 2.000 s long"):
+        Video(source)
 
 
 # ---- through the commands
@@ -266,7 +269,7 @@ def test_parts_are_samples_of_their_own(root, run_encode, draw_clip, lay_lists, 
     assert [rows[line].source for line in range(1, 6)] == lines
     assert rows[3].key == f"{rows[1].key}_1"
     assert len({rows[line].source_sha256 for line in (1, 2, 4, 5)}) == 4
-    assert rows[5].source_sha256 == hash_clip(root / "0.mp4")
+    assert rows[5].source_sha256 == identity(root / "0.mp4")
     again = verify(tmp_path / "out", reencode=2).differences
     assert [(one.source, one.largest) for one in again] == [(lines[0], 0), (lines[2], 0)]
     for line in (1, 2):

@@ -12,6 +12,7 @@ import pytest
 
 from cogcommon.model.families import Resolution
 from cogprep.source.clip import ClipFault
+from cogprep.source.source_file import ClipSource
 from cogprep.video.cut import Cut
 from cogprep.video.decode import Clip, decode_clip
 from cogprep.video.media import Video
@@ -147,7 +148,7 @@ def test_the_last_picture_stays_as_long_as_its_packet_says(tmp_path):
     path = mux(tmp_path / "a.mp4", "mpeg4", dict(enumerate(coded(cards()[:10], "mpeg4", **MPEG4))), last=20)
     clip = decode(path)
     assert shown(clip) == [0, 3, 6, 9, 9, 9, 9, 9, 9] and clip.effective_fps == pytest.approx(8)
-    with Video(path) as video:
+    with ClipSource(path) as source, Video(source) as video:
         assert video.facts().duration_s == pytest.approx(29 / FPS)
     assert "too short" in decode(mux(tmp_path / "b.mp4", "mpeg4", dict(enumerate(coded(cards()[:8], "mpeg4"))))).reason
     options = {"codec": "gif", "pix_fmt": "rgb8", "tag": None, "fps": 25, "movflags": ""}
@@ -187,5 +188,5 @@ def test_the_times_are_those_of_the_decoder(tmp_path):
         path = write(tmp_path / f"a.{suffix}", cards(), options={"crf": "6", "bf": "3"})
         with av.open(str(path)) as container:
             times = [frame.time for frame in container.decode(video=0)]
-        with Video(path) as video:
+        with ClipSource(path) as file, Video(file) as video:
             assert video.times_s == pytest.approx(times, abs=1e-6), suffix
