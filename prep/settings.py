@@ -99,7 +99,7 @@ class PlanSettings:
         None, "number type of the VAE and T5", shown="the family's on a GPU, fp32 on a CPU", section="Encode"
     )
     seed: int = setting(42, "seed of every random choice", section="Encode")
-    workers: int | None = setting(None, "processes that decode clips", shown="by cores", section="Work")
+    workers: int | None = setting(None, "processes that decode clips", shown="by cores and free memory", section="Work")
     clip_timeout: float = setting(
         TIMEOUT_S,
         "seconds that a clip's decoder may take without getting any further, before it is stopped",

@@ -26,17 +26,24 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import reduction
 from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
 from cogcommon.errors import CogError
+from cogcommon.files.memory import free_host_memory
 
 from ..source.clip import ClipFault
 from ..source.heartbeat import TIMEOUT_S
+from ..source.source_file import IN_MEMORY
 from .child import BEAT, serve
 
 R = TypeVar("R")
+
+# What a decode process takes, at most: its clip and the sample's own first frame, each held whole, and 365 MB more
+# for 4K (17x480x720 of 3840x2160 H.264; 130 MB for 49x480x720 of 640x360).
+WORKER_BYTES = 2 * IN_MEMORY + 384 * 2**20
 
 _START_S = 180.0  # a child that has not imported its modules by then never will
 _TRIES = 2  # of a task whose child died, hung, or ran out of memory
@@ -44,11 +51,11 @@ _STARTS = 4  # children in a row that died while they started, none of them runn
 _PAUSE_S = 1.0  # before the next start after one that failed
 
 
+@cache
 def default_workers() -> int:
-    """One decode worker per core that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """One decode worker per core that this process may use, and no more than its free memory holds. Counted once."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, free_host_memory() // WORKER_BYTES))
 
 
 @dataclass(eq=False)

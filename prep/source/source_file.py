@@ -21,6 +21,7 @@ from .part import locate
 
 IN_MEMORY = 64 << 20  # bytes of a file that is held whole; a decode process holds a clip and its first frame
 _BLOCK = 1 << 20
+_GAP = 1 << 20  # bytes that a demuxer steps over, and the hash reads at once; beyond lies an index
 
 
 class Source:
@@ -71,7 +72,7 @@ class Source:
             if self._content is None:
                 self._content = memoryview(self._read_whole())
             return self._content[start : start + size]
-        if self._hashing and 0 < start - self._hashed <= _BLOCK:  # a gap, whose bytes the hash needs anyway
+        if self._hashing and 0 < start - self._hashed <= _GAP:
             self._hash(self._hashed, self._read_file(self._hashed, start - self._hashed))
         data = self._read_file(start, size)
         if self._hashing:
