@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -12,14 +13,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+class ProfileWarning(UserWarning):
+    """A picture's colour profile is not applied; the message names the picture and says why."""
+
+
 class BadImage(Exception):
     """The picture cannot be used; the message says why, without its name."""
 
 
 def read_upright(source: Path | BinaryIO) -> Image:
-    """A picture as a viewer shows it: turned by its EXIF orientation, 8-bit RGB, alpha laid over black.
+    """A picture as a viewer shows it: turned by its EXIF orientation, 8-bit sRGB, alpha laid over black.
 
-    16-bit and 32-bit whole numbers and floats are scaled to 8 bits.
+    16-bit and 32-bit whole numbers and floats are scaled to 8 bits. Colours of an embedded ICC profile become those
+    of sRGB, relative to white (ICC.1:2022, 6.2); a profile that cannot be applied is a `ProfileWarning`.
 
     Args:
         source: a file, or one that is open already, of which its opener takes care.
@@ -36,7 +42,14 @@ def read_upright(source: Path | BinaryIO) -> Image:
             warnings.simplefilter("ignore")  # of a size from half the limit on, of odd metadata
             with Image.open(source) as opened:
                 opened.load()
-                return _over_black(_in_8_bits(ImageOps.exif_transpose(opened), opened.format or ""))
+                upright = _in_8_bits(ImageOps.exif_transpose(opened), opened.format or "")
+                upright, fault = _in_srgb(upright, opened.info.get("icc_profile"))
+                finished = _over_black(upright)
+        if fault:
+            name = str(getattr(source, "name", "") if not isinstance(source, Path) else source).removeprefix("file:")
+            said = f"{name}: its colour profile cannot be applied ({fault}); its colours are taken for sRGB"
+            warnings.warn(said, ProfileWarning, stacklevel=2)
+        return finished
     except BadImage:
         raise
     except Unreadable as error:
@@ -58,6 +71,35 @@ def scale_to_cover(image: Image, width: int, height: int) -> Image:
     left, top = (across - width) // 2, (down - height) // 2
     scaled = image.resize((across, down), pillow.Resampling.BICUBIC)
     return scaled.crop((left, top, left + width, top + height))
+
+
+def _in_srgb(image: Image, profile: bytes | None) -> tuple[Image, str]:
+    """A picture of a colour profile in sRGB, its alpha as it was; as it is with the reason, where that cannot be."""
+    from PIL import ImageCms
+
+    if not profile:
+        return image, ""
+    straight = image
+    if image.mode in ("P", "PA") or "transparency" in image.info:  # what is transparent is told by a raw colour
+        straight = image.convert("LA" if image.mode in ("1", "L") else "RGBA")
+    alpha = straight.getchannel("A") if straight.mode in ("LA", "RGBA") else None
+    try:
+        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        coloured = theirs.profile.xcolor_space.strip() == "RGB"
+        colours = straight.convert({"1": "L", "LA": "L", "RGBA": "RGB"}.get(straight.mode, straight.mode))
+        srgb = ImageCms.profileToProfile(
+            colours.convert("RGB") if coloured and colours.mode == "L" else colours,
+            theirs,
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+        )
+    except (OSError, ImageCms.PyCMSError) as error:
+        return image, str(error)
+    assert srgb is not None  # it would be None in place
+    if alpha is not None:
+        srgb.putalpha(alpha)
+    return srgb, ""
 
 
 def _over_black(image: Image) -> Image:

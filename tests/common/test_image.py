@@ -8,9 +8,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from cogcommon.media.image import BadImage, read_upright, scale_to_cover
+from cogcommon.media.image import BadImage, ProfileWarning, read_upright, scale_to_cover
 
 RAMP = np.linspace(0, 1, 64)[None].repeat(32, 0)  # black to white
 
@@ -137,3 +137,56 @@ def test_scaling_to_cover_keeps_the_shape_and_the_middle():
     assert covered.shape == (64, 96)
     assert abs(np.ptp(rows) - np.ptp(columns)) <= 1
     assert (rows.mean(), columns.mean()) == pytest.approx((31.5, 47.5), abs=1)
+
+
+def swapped_profile() -> bytes:
+    """An RGB profile whose red is sRGB's green, and the other way round: its tags for the two change places."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    places = {}
+    for entry in range(int.from_bytes(profile[128:132], "big")):
+        at = 132 + 12 * entry  # ICC.1:2022, 7.3: signature, offset, size
+        places[bytes(profile[at : at + 4])] = at
+    red, green = places[b"rXYZ"], places[b"gXYZ"]
+    profile[red + 4 : red + 12], profile[green + 4 : green + 12] = (
+        profile[green + 4 : green + 12], profile[red + 4 : red + 12],
+    )  # fmt: skip
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_the_colours_of_a_profile_become_those_of_srgb(suffix, tmp_path):
+    path, stored = tmp_path / f"a.{suffix}", np.zeros((16, 16, 3), np.uint8)
+    stored[..., 0] = 200
+    options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
+    Image.fromarray(stored).save(path, icc_profile=swapped_profile(), **options)
+    shown = np.asarray(read_upright(path)).astype(int)
+    assert np.abs(shown - (0, 200, 0)).max() <= 2
+
+
+def test_alpha_and_a_profile_go_together(tmp_path):
+    stored = np.zeros((8, 8, 4), np.uint8)
+    stored[...] = 200, 0, 0, 102
+    Image.fromarray(stored).save(tmp_path / "a.png", icc_profile=swapped_profile())
+    assert np.abs(np.asarray(read_upright(tmp_path / "a.png")).astype(int) - (0, 80, 0)).max() <= 1
+    clear = Image.fromarray(np.full((8, 8, 3), (200, 0, 0), np.uint8))
+    clear.save(tmp_path / "b.png", icc_profile=swapped_profile(), transparency=(200, 0, 0))
+    assert not np.asarray(read_upright(tmp_path / "b.png")).any()
+
+
+def test_a_profile_of_srgb_changes_nothing(tmp_path):
+    stored = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(stored).save(tmp_path / "a.png", icc_profile=profile)
+    assert (np.asarray(read_upright(tmp_path / "a.png")) == stored).all()
+    Image.fromarray(stored[..., 0]).save(tmp_path / "gray.png", icc_profile=profile)
+    assert (np.asarray(read_upright(tmp_path / "gray.png")) == stored[..., :1]).all()
+
+
+@pytest.mark.parametrize("profile", [b"junk" * 50, swapped_profile()[:200]])
+def test_a_broken_profile_is_a_warning(profile, tmp_path):
+    path, stored = tmp_path / "a.png", np.full((8, 8, 3), 90, np.uint8)
+    Image.fromarray(stored).save(path, icc_profile=profile)
+    with pytest.warns(ProfileWarning, match="a.png: its colour profile cannot be applied .* taken for sRGB"):
+        assert (np.asarray(read_upright(path)) == stored).all()
+    with path.open("rb") as file, pytest.warns(ProfileWarning, match="a.png: its colour profile"):
+        read_upright(file)
