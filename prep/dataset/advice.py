@@ -232,9 +232,11 @@ def _turned(looked: Sequence[Looked]) -> Advice | None:
         said = [f"turned by {facts.rotation} degrees"] if facts.rotation else []
         if facts.sar != 1:
             said.append(f"pixels {facts.sar:.3g} times as wide as high")
+        if facts.cropped:
+            said.append("cropped, as its container says")
         if said:
             lines.append((one.sample.line, f"{', '.join(said)}: used as {facts.width}x{facts.height}"))
-    return _of("turned or stretched", "used as a player shows them", "", lines)
+    return _of("turned, stretched or cropped", "used as a player shows them", "", lines)
 
 
 def cut_captions(samples: Sequence[Sample], tokenizer: object, limit: int) -> list[CaptionCut]:

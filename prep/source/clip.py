@@ -34,7 +34,7 @@ class BadClip(Exception):
 class ClipFacts:
     """What a file says of itself without being decoded (but for its first frame).
 
-    ``width`` and ``height`` are those a player shows: upright, with square pixels.
+    ``width`` and ``height`` are those a player shows: cropped, upright, with square pixels.
     Times are seconds, ``sha256`` is of the file's whole content.
     """
 
@@ -52,3 +52,4 @@ class ClipFacts:
     mtime_ns: int
     sha256: bytes
     videos: int = 1  # video streams in the file; one of them is used
+    cropped: bool = False  # the container has a player cut off a part of the stored picture

@@ -15,6 +15,7 @@ from av.video.stream import VideoStream
 
 from ..source.clip import BadClip
 from ..source.source_file import Source
+from .aperture import Aperture
 
 _NO_VIDEO = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg "plays" text files as video
 _PICTURES = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails  # a song's cover is no clip
@@ -83,7 +84,7 @@ def video_streams(container: InputContainer) -> list[VideoStream]:
 
 
 def decode_frames(container: InputContainer, stream: VideoStream, skip: int | None = None) -> Iterator[VideoFrame]:
-    """The frames from where the container stands.
+    """The frames from where the container stands, cut to what is shown of them.
 
     Args:
         skip: leave out packets of pictures that are shown before this time, in units of the stream.
@@ -91,9 +92,10 @@ def decode_frames(container: InputContainer, stream: VideoStream, skip: int | No
     A WebM's transparency lies beside its pictures, where only libvpx looks for it; without it the colours
     that are hidden there would be shown.
     """
+    aperture = Aperture(container, stream)
     reader = _WITH_ALPHA.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
     if reader is None and skip is None:
-        yield from container.decode(stream)
+        yield from map(aperture.cut, container.decode(stream))
         return
     decoder = None if reader is None else cast(VideoCodecContext, av.CodecContext.create(reader, "r"))
     if decoder is not None:
@@ -101,10 +103,8 @@ def decode_frames(container: InputContainer, stream: VideoStream, skip: int | No
     for packet in container.demux(stream):
         if skip is not None and packet.pts is not None and packet.pts < skip:
             continue
-        if decoder is None:
-            yield from packet.decode()
-        else:
-            yield from decoder.decode(packet if packet.size else None)
+        frames = packet.decode() if decoder is None else decoder.decode(packet if packet.size else None)
+        yield from map(aperture.cut, frames)
 
 
 def words_of(error: Exception) -> str:

@@ -27,6 +27,7 @@ from ..source.clip import BadClip, ClipFacts
 from ..source.heartbeat import beat
 from ..source.source_file import ClipSource
 from . import in_parts
+from .aperture import edges_of
 from .colour import Colour, Pixels, Tags, Turn, colour_of, to_rgb, turn_of
 from .container import decode_frames, open_video, video_streams, words_of
 from .times import FrameTimes, Key, read_times, usual_rate
@@ -141,6 +142,7 @@ class Video:
             sar=self.sar,
             colour=self.colour.decision,
             videos=len(video_streams(self._container)),
+            cropped=edges_of(self._container, self._stream) is not None,
             size=self._source.size,
             mtime_ns=self._source.info.st_mtime_ns,
             sha256=self._source.place.identity(digest),

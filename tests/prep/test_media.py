@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import struct
 import sys
 from fractions import Fraction
 from itertools import islice
@@ -733,3 +734,67 @@ def test_writing_the_corpus_leaves_the_scheduling_alone(tmp_path):
     before = os.sched_getscheduler(0)
     write(tmp_path / "a.mkv", cards(), codec="libsvtav1", options={"crf": "10", "preset": "10"})
     assert os.sched_getscheduler(0) == before == os.SCHED_OTHER
+
+
+def boxed(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """White around each: 32 pixels left, 16 right, 8 above, 24 below."""
+    return [np.pad(picture, ((8, 24), (32, 16), (0, 0)), constant_values=255) for picture in pictures]
+
+
+def with_clap(path: Path, width: int, height: int, across: int, down: int) -> Path:
+    """An mp4 whose index is at its end, with a clean aperture (ISO/IEC 14496-12, 12.1.4) put into it."""
+    data = bytearray(path.read_bytes())
+    moov = data.index(b"moov")
+    entry = data.index(b"avc1", data.index(b"stsd", moov)) - 4
+    box = struct.pack(">I4s8i", 40, b"clap", width, 1, height, 1, across, 1, down, 1)
+    end = entry + int.from_bytes(data[entry : entry + 4], "big")
+    data[end:end] = box
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1"):
+        at = data.index(name, moov, end) - 4
+        data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + len(box)).to_bytes(4, "big")
+    path.write_bytes(bytes(data))
+    return path
+
+
+def with_pixel_crop(path: Path, **edges: int) -> Path:
+    """A Matroska file with PixelCrop elements (RFC 9559, 5.1.4.1.28) in place of what it says of colour."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"\x55\xb0")
+    length = 3 + (data[start + 2] & 0x7F)
+    ids = {"left": b"\x54\xcc", "right": b"\x54\xdd", "top": b"\x54\xbb", "bottom": b"\x54\xaa"}
+    elements = b"".join(ids[side] + bytes([0x81, pixels]) for side, pixels in edges.items())
+    filler = length - len(elements) - 2
+    assert filler >= 0
+    data[start : start + length] = elements + bytes([0xEC, 0x80 | filler]) + bytes(filler)
+    path.write_bytes(bytes(data))
+    return path
+
+
+CROPPED = {
+    "clap in mp4": lambda d: with_clap(write(d / "a.mp4", boxed(cards()), movflags=""), WIDTH, HEIGHT, 8, -8),
+    "clap, 10 bits": lambda d: with_clap(
+        write(d / "a.mp4", boxed(cards()), movflags="", pix_fmt="yuv420p10le"), WIDTH, HEIGHT, 8, -8
+    ),
+    "PixelCrop in mkv": lambda d: with_pixel_crop(
+        write(d / "a.mkv", boxed(cards()), matrix=BT601, tag=BT601, trc=1), left=32, right=16, top=8, bottom=24
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CROPPED)
+def test_what_a_container_crops_is_not_there(kind, tmp_path):
+    path = CROPPED[kind](tmp_path)
+    facts = facts_of(path)
+    assert (facts.width, facts.height, facts.cropped, facts.frames) == (WIDTH, HEIGHT, True, FRAMES)
+    clip = decode(path)
+    assert isinstance(clip, Clip), clip
+    for index, picture in zip(clip.indices, clip.frames_FHWC, strict=True):
+        assert_shows(picture, index)
+    seen = probe.look(path, [SIZE], Cut(), 8)
+    assert isinstance(seen, probe.Look)
+    assert (seen.facts, seen.picture) == (facts, None)
+
+
+def test_a_crop_of_everything_is_refused(tmp_path):
+    path = with_pixel_crop(write(tmp_path / "a.mkv", cards(), trc=1), left=100, right=100)
+    assert isinstance(decode(path), ClipFault)

@@ -99,13 +99,13 @@ def test_advice_names_the_lines_it_is_about(verdict):
         "long captions": [4],
         "duplicates": [2],
         "enlarged": [8],
-        "turned or stretched": [5],
+        "turned, stretched or cropped": [5],
     }
     details = {advice.kind: [detail for _, detail in advice.lines] for advice in verdict.advice}
     assert details["speed"] == ["33.1 fps, 4.1x slow motion"]  # 16 intervals over 29 of a 60th
     assert details["black bars"] == ["crop=144:68:0:14"]
     assert details["duplicates"] == ["as line 1, videos/good.mp4"]
-    assert details["turned or stretched"] == ["turned by 270 degrees: used as 144x96"]
+    assert details["turned, stretched or cropped"] == ["turned by 270 degrees: used as 144x96"]
     tokens, cut = details["long captions"][0].split(": ")
     assert int(tokens.split()[0]) > 226
     kept, lost = cut.strip(".").split(" | ")
