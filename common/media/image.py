@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_BRIGHTEST_WHITE = (
+    """python -c "from PIL import Image; """
+    """Image.open('IMAGE').point(lambda v: v * FACTOR).convert('L').save('OUT.png')\""""
+)
+
+
 class ProfileWarning(UserWarning):
     """A picture's colour profile is not applied; the message names the picture and says why."""
 
@@ -125,7 +131,10 @@ def _in_8_bits(image: Image, format_: str) -> Image:
     if image.mode == "F":
         white = 1.0
         if brightest > white:
-            raise BadImage(f"its floats go up to {brightest:.4g}, where 1 is white; save it with 8 or 16 bits")
+            raise BadImage(
+                f"its floats go up to {brightest:.4g}, where 1 is white; save it with 8 or 16 bits; to make its "
+                f"brightest white: {_BRIGHTEST_WHITE.replace('FACTOR', f'{255 / brightest:.6g}')}"
+            )
     elif image.mode != "I" or format_ in ("PNG", "PPM"):  # older Pillows read 16 bits as mode I
         white = 65535.0
     else:  # 32 bits, of which nearly all writers use fewer: white is the top of as many as the brightest needs

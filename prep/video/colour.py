@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +55,12 @@ _TO_SDR = (
 _DOLBY_TO_SDR = (
     "ffmpeg -i CLIP -vf libplacebo=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv:format=yuv420p OUT"
 )
+_FROM_FLOATS = (
+    "to clip them there: ffmpeg -i CLIP -pix_fmt yuv420p OUT; to map linear light to a screen's: "
+    "ffmpeg -i CLIP -vf tonemap=hable,zscale=tin=linear:pin=bt709:t=bt709:m=bt709:p=bt709:r=tv,format=yuv420p OUT"
+)
+_FLOATS = re.compile(r"f(16|32)(le|be)$")  # names of pixel formats
+_WHITE = 1 + 1 / 510  # what still rounds to it in 8 bits
 _TO_709 = "ffmpeg -i CLIP -vf zscale=m=bt709:r=tv,format=yuv420p OUT"
 
 # A gray picture of limited range, made full; swscale takes every gray for full.
@@ -120,10 +127,11 @@ def colour_of(frame: VideoFrame, container: Tags) -> Colour:
         container: what the container says; it fills what the bitstream leaves open, as in a player.
 
     Raises:
-        BadClip: HDR, which needs tone mapping that we do not do, or a matrix that cannot be undone.
+        BadClip: HDR or floats above white, which need tone mapping that we do not do; a matrix that cannot be undone.
     """
     tags = _tags_of(frame, container)
     _refuse_hdr(frame, tags)
+    _refuse_above_white(frame)
     full = tags.range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
     gray = frame.format.name.startswith(("gray", "ya8", "ya16"))
     if gray and not tags.range:
@@ -179,6 +187,20 @@ def _refuse_hdr(frame: VideoFrame, tags: Tags) -> None:
         )
     if tags.matrix in _OTHER_MATRICES and not _is_rgb(frame):
         raise BadClip(f"its colours are coded as {_OTHER_MATRICES[tags.matrix]}; to convert it: {_TO_709}")
+
+
+def _refuse_above_white(frame: VideoFrame) -> None:
+    """Refuse floats that swscale would clip without a word: above 1, which is white, or not a number."""
+    kind = _FLOATS.search(frame.format.name)
+    if kind is None:
+        return
+    sample = np.dtype(f"{'>' if kind[2] == 'be' else '<'}f{int(kind[1]) // 8}")
+    wide = frame.width * (1 if frame.format.is_planar else len(frame.format.components))
+    planes: Any = frame.planes[:3]  # a fourth is alpha; as buffers their type stubs do not know them
+    for plane in planes:
+        rows = np.frombuffer(plane, sample).reshape(-1, plane.line_size // sample.itemsize)[: frame.height, :wide]
+        if not (top := float(rows.max())) <= _WHITE:
+            raise BadClip(f"its floats go up to {top:.4g}, where 1 is white; {_FROM_FLOATS}")
 
 
 def turn_of(frame: VideoFrame) -> Turn:

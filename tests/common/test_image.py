@@ -51,6 +51,15 @@ def test_floats_without_a_known_white_are_refused(levels, tmp_path):
         read_upright(path)
 
 
+def test_the_command_for_floats_above_white_works(tmp_path):
+    path = saved(tmp_path / "a.tif", (RAMP * 3).astype(np.float32))
+    with pytest.raises(BadImage) as refused:
+        read_upright(path)
+    code = str(refused.value).split('python -c "')[1].removesuffix('"')
+    exec(code.replace("'IMAGE'", repr(str(path))).replace("'OUT.png'", repr(str(tmp_path / "b.png"))))
+    assert np.abs(np.asarray(read_upright(tmp_path / "b.png"))[..., 0] - RAMP * 255).max() <= 1
+
+
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "16 bits"])
 def test_alpha_is_laid_over_black(kind, tmp_path):
     """The hidden colour is white; what is seen is a gray of 90 on the right."""

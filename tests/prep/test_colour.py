@@ -260,3 +260,29 @@ def test_a_wrong_tag_would_be_seen(tmp_path):
     for wrong in (Told(6, LIMITED, 1, 1), Told(1, FULL, 1, 1)):
         clip = decode(write(tmp_path / "a.mkv", "libx264", "yuv420p", true=BT709, container=wrong))
         assert np.abs(clip.frames_FHWC[4, HEIGHT // 2, 12::24].astype(int) - PATCHES).max() > 10
+
+
+@pytest.mark.parametrize("top", [1.0, 4.0, float("nan")])
+def test_floats_above_white_are_refused(top, tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("ffv1", 8, options={"strict": "experimental", "level": "4"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "gbrpf32le"
+        ramp = np.linspace(0, 1, 96, dtype=np.float32)
+        ramp[-1] = top
+        for _ in range(9):
+            frame = av.VideoFrame(96, 64, "gbrpf32le")
+            for plane in frame.planes:
+                rows = np.zeros((64, plane.line_size // 4), np.float32)
+                rows[:, :96] = ramp
+                plane.update(rows.tobytes())
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    clip = decode(path)
+    if top == 1:
+        assert isinstance(clip, Clip), clip
+        row = clip.frames_FHWC[0, 5, :, 0]
+        assert np.abs(row - np.linspace(0, 255, len(row))).max() <= 3
+    else:
+        assert isinstance(clip, ClipFault)
+        assert f"go up to {top:g}, where 1 is white; to clip them there: ffmpeg" in clip.reason
