@@ -79,6 +79,27 @@ def test_every_stage_reads_a_file_once(clip, held, monkeypatch):
 
 
 @pytest.mark.skipif(not IO.exists(), reason="the system does not count read calls")
+@pytest.mark.parametrize("held", [True, False], ids=["in memory", "too large for memory"])
+def test_a_part_reads_its_file_once_and_of_a_large_one_its_own_pictures(clip, held, monkeypatch):
+    if not held:
+        monkeypatch.setattr(source_file, "IN_MEMORY", 0)
+        monkeypatch.setattr(source_file, "_GAP", 1 << 17)
+    size = clip.stat().st_size
+    part = Path(f"{clip}#t=0,0.25")
+    short = Resolution(1, 64, 96)
+    probe_clip(part, [short], Cut(), 8)  # goes through the whole file, which is remembered
+    read, found = bytes_read(lambda: probe_clip(part, [short], Cut(), 8))
+    assert isinstance(found, Probed)
+    assert read <= size + 4096 if held else read < size / 2
+    read, decoded = bytes_read(lambda: decode_as_surveyed(found.clip, b"", part, short, Cut(), 8, "key"))
+    assert isinstance(decoded, Clip)
+    assert read <= size + 4096 if held else read < size / 2
+    read, view = bytes_read(lambda: view_source(part, found.clip.sha256, short, Cut(), 8, "key", 1))
+    assert isinstance(view, SourceView)
+    assert read <= (1 if held else 2) * size + 4096
+
+
+@pytest.mark.skipif(not IO.exists(), reason="the system does not count read calls")
 def test_a_first_frame_is_read_once(clip, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (400, 600, 3), np.uint8)).save(path)
