@@ -190,7 +190,7 @@ def test_files_that_change_while_the_run_is_on_get_no_verdict(encoded, settings_
             super().encode(shards)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cogprep.encode.part.Engine", Changing)
+        patch.setattr("cogprep.encode.part.EncodeEngine", Changing)
         report = encode(settings_of(encoded, out=out))
     assert (report.encoded, report.postponed, report.rejected) == (1, 4, 0)
     assert {sample.reason for sample in report.postponed_samples} == {
