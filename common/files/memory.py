@@ -7,6 +7,8 @@ it (https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _SELF = Path("/proc/self")
+_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # of malloc.h; bytes. Once set, it no longer grows by itself
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,48 @@ _V2 = _Names(
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Left:
+    """Bytes that may still be taken, and what says so."""
+
+    bytes: int
+    where: str
+
+
 def free_host_memory(process: Path = _SELF) -> int:
     """Bytes of host memory that can be taken without swapping or being killed; all processes share them.
 
     Args:
         process: its folder under ``/proc``.
     """
+    return host_memory_left(process).bytes
+
+
+def host_memory_left(process: Path = _SELF) -> Left:
+    """The same, with the tightest limit: this machine's own, or a control group's, named by its folder."""
     import psutil
 
-    return max(0, min([int(psutil.virtual_memory().available), *_left_by_groups(process)]))
+    machine = Left(int(psutil.virtual_memory().available), "the memory of this machine")
+    tightest = min([machine, *_left_by_groups(process)], key=lambda left: left.bytes)
+    return Left(max(0, tightest.bytes), tightest.where)
+
+
+def held_here() -> int:
+    """Bytes of host memory that this process holds and shares with no other."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
+
+
+def give_back_what_is_freed() -> None:
+    """Have the C library take large pieces from the system each time, and return them when they are freed.
+
+    It keeps them otherwise, up to 32 MB each and in every thread's own store: a loader of samples of 9 MB held 219 MB
+    instead of 43, and what a step takes could not be said beforehand. Does nothing where that library is not glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def free_gpu_memory(device: torch.device) -> int:
@@ -59,14 +95,15 @@ def free_gpu_memory(device: torch.device) -> int:
     return max(0, min(free, int(total * share) - torch.cuda.memory_reserved(device)))
 
 
-def _left_by_groups(process: Path) -> Iterator[int]:
+def _left_by_groups(process: Path) -> Iterator[Left]:
     """What each control group of a process, its own and those above it, leaves of its limit."""
     for folder, names in _groups(process):
         limits = [limit for file in names.limits if (limit := _number(folder / file)) is not None]
         used = _number(folder / names.used)
         if limits and used is not None:
             stat = _table(folder / "memory.stat")
-            yield min(limits) - used + sum(stat.get(name, 0) for name in names.reclaimable)
+            free = min(limits) - used + sum(stat.get(name, 0) for name in names.reclaimable)
+            yield Left(free, f"the memory limit of this container or job: {folder}")
 
 
 def _groups(process: Path) -> Iterator[tuple[Path, _Names]]:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cogcommon.files.memory import free_host_memory
+from cogcommon.files.memory import free_host_memory, host_memory_left
 
 GIB = 2**30
 HOST = 512 * GIB
@@ -63,6 +63,7 @@ def test_without_a_limit_the_system_says_what_is_free(machine, tmp_path):
     v2(top / "user" / "session", "max", 3 * GIB)
     v2(top / "user", "max", 9 * GIB)
     assert free_host_memory(tmp_path / "proc") == HOST
+    assert host_memory_left(tmp_path / "proc").where == "the memory of this machine"
     assert free_host_memory(tmp_path / "no proc here") == HOST
 
 
@@ -70,7 +71,9 @@ def test_a_limit_less_what_is_used_and_file_cache_is_not(machine, tmp_path):
     top = machine(v2="/pod/box")
     v2(top / "pod", "max", 200 * GIB)
     v2(top / "pod" / "box", 64 * GIB, 20 * GIB, cache=12 * GIB)
-    assert free_host_memory(tmp_path / "proc") == (64 - 20 + 12) * GIB
+    left = host_memory_left(tmp_path / "proc")
+    assert left.bytes == free_host_memory(tmp_path / "proc") == (64 - 20 + 12) * GIB
+    assert left.where == f"the memory limit of this container or job: {top}/pod/box"
 
 
 def test_the_tightest_of_nested_limits_holds_with_what_all_below_it_use(machine, tmp_path):
@@ -133,7 +136,7 @@ def real_group():
 def test_a_real_group_is_seen_from_inside(real_group):
     script = (
         f"import os; open({str(real_group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-        "from cogcommon.files.memory import free_host_memory\n"
+        "from cogcommon.files.memory import free_host_memory, host_memory_left\n"
         "before = free_host_memory(); held = bytearray(os.urandom(1 << 20)) * 1024; print(before, free_host_memory())\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
@@ -141,3 +144,26 @@ def test_a_real_group_is_seen_from_inside(real_group):
     before, after = map(int, done.stdout.split())
     assert 2.8 * GIB < before <= 3 * GIB < free_host_memory()
     assert before - after == pytest.approx(GIB, rel=0.05)
+
+
+def test_what_threads_have_freed_is_given_back():
+    """Pieces as a loader's, of some megabytes, made in threads: the C library would keep them in each."""
+    script = (
+        "import sys, threading, torch\n"
+        "from cogcommon.files.memory import give_back_what_is_freed, held_here\n"
+        "if sys.argv[1] == 'give back': give_back_what_is_freed()\n"
+        "before, kept = held_here(), []\n"
+        "def work():\n"
+        "    for _ in range(4):\n"
+        "        pieces = [torch.zeros(1 << 20) for _ in range(8)]\n"
+        "        kept.append(torch.zeros(1000)); del pieces\n"
+        "threads = [threading.Thread(target=work) for _ in range(4)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+        "print(held_here() - before)\n"
+    )
+    kept = [
+        int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("give back", "as it is")
+    ]
+    print(f"held after 4 threads have made and freed 32 MiB each: {kept[0] >> 20} MiB, and else {kept[1] >> 20}")
+    assert kept[0] < 8 << 20, kept
