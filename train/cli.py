@@ -20,6 +20,7 @@ def train(settings: TrainSettings) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ending_at_once():
+        from cogcommon.files.memory import give_back_what_is_freed
         from cogcommon.model.device import pick_device, quiet_libraries
 
         from .distributed.leaving import PeerFailed
@@ -27,6 +28,7 @@ def train(settings: TrainSettings) -> None:
         from .memory.ready import check_ready
         from .runs.run import open_run
 
+        give_back_what_is_freed()
         if not join_environment() and (processes := wanted_processes(settings)) > 1:
             check_ready(open_run(settings, pick_device(), processes), processes)  # refuse it before they start
             sys.exit(relaunch(processes))

@@ -204,7 +204,8 @@ class ForecastSettings:
     model: str | None = setting(None, "another checkpoint of the same family", shown="the one the shards were made for")
     method: Literal["lora", "sft", "both"] = setting("both", "what to train")
     gpu: str | None = setting(
-        None, "a card by name, as 4090, a100-80 or l4; or its memory: 24GB as it is sold, 22GiB as it is free",
+        None, "a card by name, as 4090, a100-80 or l4; or its memory: 24GB as it is sold, 22GiB as it is free; "
+        "none: to train on CPUs",
         shown="this machine's",
     )  # fmt: skip
     gpus: int | None = setting(None, "GPUs, one process each", shown="this machine's, at least 1")

@@ -260,3 +260,17 @@ def test_what_cannot_be_planned_is_refused(settings, where, monkeypatch):
     with pytest.raises(SettingError) as caught:
         plan.run(settings)
     assert caught.value.where == where and caught.value.fix
+
+
+def test_a_run_on_cpus_is_planned_with_all_that_it_holds(tmp_path, make_shards, capsys):
+    make_shards(tmp_path / "out", samples=2)
+    settings = ForecastSettings(shards=[str(tmp_path / "out")], gpu="none", host="8GB", json=True)
+    totals = []
+    for batch in (1, 2):
+        plan.run(dataclasses.replace(settings, batch_size=batch))
+        lines = json.loads(capsys.readouterr().out)
+        assert all(line["peak_gib"] == 0 and line["fits"] and line["precision"] == "fp32" for line in lines)
+        totals.append(lines[0]["host_total_gib"])
+    assert 0.3 < totals[0] < totals[1] < 0.6  # Python and its libraries are the most of it
+    plan.run(dataclasses.replace(settings, json=False))
+    assert "1 process on CPUs, with 7.4 GiB of host memory free" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cogcommon.errors import CogError, DiskError, RunError, SettingError
+from cogcommon.files.memory import Left
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.shards.records import read_record, write_record
 from cogtrain.blocks import trial
@@ -120,14 +121,35 @@ def test_what_this_machine_lacks_is_said_before_a_weight_is_read(open_here, monk
         check_ready(open_here(compile="on"), 1, CPU)
 
 
-def test_host_memory_that_is_not_enough_to_load_is_said_once_and_for_all_processes(open_here, monkeypatch):
+@pytest.fixture
+def host_of(monkeypatch):
+    """host_of(bytes): what a control group has left of its limit."""
+
+    def make(size):
+        monkeypatch.setattr(ready, "host_memory_left", lambda: Left(int(size), "the memory limit of box"))
+        monkeypatch.setattr(ready, "held_here", lambda: 0)
+
+    return make
+
+
+def test_host_memory_that_is_not_enough_is_said_once_and_for_all_processes(open_here, host_of):
     run = open_here()
-    takes = estimate(run).loading
-    monkeypatch.setattr(ready, "free_host_memory", lambda: int(2.5 * takes))
+    takes = estimate(run, gpu=False, memory="low").host_at_most(1)
+    host_of(2.5 * takes)
     check_ready(run, 2)
     with pytest.raises(RunError, match="for each of 3 processes") as caught:
         check_ready(run, 3)
-    assert "--nproc with fewer" in caught.value.fix and "container" in caught.value.where
+    assert "--nproc with fewer" in caught.value.fix and caught.value.where == "the memory limit of box"
+    assert "of host memory" in caught.value.what and "are there" in caught.value.what
+
+
+def test_a_batch_that_the_host_has_no_memory_for_is_refused_with_one_that_it_has(open_here, host_of):
+    small, large = (estimate(open_here(batch_size=batch), gpu=False).host_at_most(1) for batch in (1, 2))
+    host_of((small + large) / 2)
+    with pytest.raises(RunError) as caught:
+        check_ready(open_here(batch_size=2, memory="fast"), 1)
+    assert "--batch-size 1" in caught.value.fix
+    check_ready(open_here(batch_size=1, memory="fast"), 1)
 
 
 def test_a_tar_that_is_gone_is_said(open_here, tmp_path):

@@ -20,7 +20,6 @@ Memory = Literal["fast", "auto", "low"]
 _GIB = 2**30
 # Of free memory, what a plan may fill: fragments, the CUDA libraries' workspaces and validation take the rest.
 USABLE = 0.88
-_HOST_USABLE = 0.8  # of host memory; what is locked cannot be swapped, and the batches in the making need some
 # Activations on the GPU, beside what is kept, as one block's attention goes backward; that is when most is. Compiled:
 # fitted to LoRAs of 5B, 1.5 and 2B (H200, torch 2.11). Plain is an estimate: what such a block keeps (17), gradients.
 _WORK_COMPILED, _WORK_PLAIN = 12.3, 26.0
@@ -32,6 +31,11 @@ _WORK_ATTENTION_AGAIN = 6.0
 _OFFLOADED_BESIDE = 8.2  # activations in flight to or from the host, beside one block's; fitted to the same runs
 _CPU_TRAINED_IN_FLIGHT = 2  # of each of two blocks: its weights, its gradients
 _AS_FAST = 1.1  # times the seconds of the fastest: no reason to move more memory
+# On CPUs, where nothing is compiled and activations are as computed (torch 2.11, every tensor that lives counted): what
+# a block keeps of which nothing is recomputed, by whether its weights are trained, too; what one that goes backward
+# takes beside it; and latents, which the loss holds.
+_ALONE, _ALONE_FULL, _ALONE_WORK, _ALONE_LATENTS = 15.0, 24.0, 7.0, 5
+_SLOTS = 2  # blocks of which streaming holds a second copy
 _CHUNKS = 4  # of the feed-forward layer, where memory counts: its middle is four activations wide
 
 
@@ -57,7 +61,9 @@ class Load:
     are what is not trained, of one block and outside the blocks; ``trained`` is masters,
     gradients and optimizer states, and of it ``arriving`` what is there only once all blocks have gone backward:
     gradients, where there are as many as weights. ``can_swap``: frozen weights may live on the host.
-    ``cpu_trained`` is set where all weights are trained, and may be in host memory.
+    ``cpu_trained`` is set where all weights are trained, and may be in host memory. ``frozen``: adapters are trained
+    beside the blocks' own weights, and ``adapters`` is what a block keeps between the two matrices of each;
+    ``latents`` are a batch's, in fp32.
     """
 
     layers: int
@@ -70,6 +76,9 @@ class Load:
     arriving: int = 0
     can_swap: bool = True
     cpu_trained: CpuTrained | None = None
+    frozen: bool = True
+    adapters: int = 0
+    latents: int = 0
 
     @classmethod
     def of(
@@ -84,6 +93,8 @@ class Load:
         frozen: bool = True,
         can_swap: bool = True,
         accumulate: int | None = None,
+        rank: int = 0,
+        latents: int = 0,
     ) -> Load:
         """The load of a transformer's ``config.json`` on samples of one bucket.
 
@@ -96,6 +107,8 @@ class Load:
             frozen: the checkpoint's own weights are, and what is trained lies beside them.
             can_swap: frozen weights may live on the host.
             accumulate: accumulation steps, where all weights are trained and may live on the host.
+            rank: of a block's adapters, in sum.
+            latents: numbers of a sample's latents, padded.
         """
         width = config["num_attention_heads"] * config["attention_head_dim"]
         # Attention 4, feed-forward 8; two modulations of 6 outputs each; what is left is small.
@@ -122,6 +135,9 @@ class Load:
             products=24 * batch * tokens * width**2,
             can_swap=frozen and can_swap,
             cpu_trained=cpu_trained,
+            frozen=frozen,
+            adapters=4 * batch * tokens * rank,
+            latents=4 * batch * latents,
         )
 
 
@@ -209,6 +225,28 @@ class BlockPlan:
         kept = sum(ACTIVATIONS[policy] for policy in self.checkpointing) * load.activation
         return kept if self.offload_activations else 0.0
 
+    def resting(self, load: Load) -> int:
+        """Predicted bytes of host memory between two steps, where there is no GPU."""
+        weights = load.rest + load.trained + load.layers * load.block
+        if self.swap_blocks:
+            weights += min(load.layers, _SLOTS) * load.block
+        if self.train_on_cpu:
+            assert load.cpu_trained
+            masters = load.cpu_trained.states // 4
+            weights += self.train_on_cpu * (load.cpu_trained.host + masters - load.cpu_trained.states)
+            weights += min(self.train_on_cpu, _SLOTS) * load.cpu_trained.block
+        return weights
+
+    def alone(self, load: Load) -> int:
+        """Predicted bytes of host memory at the worst moment of a step, where there is no GPU."""
+        whole = (_ALONE if load.frozen else _ALONE_FULL) * load.activation + load.adapters
+        each = [whole if policy == "all" else ACTIVATIONS[policy] * load.activation for policy in self.checkpointing]
+        work = _ALONE_WORK * load.activation + _ALONE_LATENTS * load.latents
+        work += whole if set(self.checkpointing) != {"all"} else 0  # which is computed again
+        weights = self.resting(load)
+        arriving = 0 if self.train_on_cpu else load.arriving
+        return int(max(weights - arriving + sum(each) + work, weights + min(sum(each), each[0]) + work))
+
     def __str__(self) -> str:
         words: dict[Checkpointing, str] = {
             "all": "nothing is recomputed",
@@ -231,21 +269,20 @@ class BlockPlan:
 
 
 def choose_plan(
-    memory: Memory, load: Load, *, free: int, host_free: int, compiled: bool, gpu: bool = True,
+    memory: Memory, load: Load, *, free: int, fits_host: Callable[[BlockPlan], bool], compiled: bool, gpu: bool = True,
     cost: Callable[[BlockPlan], float] | None = None,
 ) -> BlockPlan:  # fmt: skip
     """The fastest plan of its kind that fits; the smallest one where none does.
 
     Args:
         free: bytes of GPU memory that this process may use.
-        host_free: bytes of host memory that nobody else needs, those of the frozen weights among them.
+        fits_host: whether the host has the memory that a plan takes there (`HostNeeds.fits`).
         gpu: on a CPU there is one memory: what is kept has to fit there and, but for ``low``, nothing moves.
         cost: seconds of a step; without it copies count as hidden behind the computation. ``low`` moves what it can,
             whatever it costs.
     """
     if not gpu:
-        # There the block that is computed, and what is trained, need their part of the same memory.
-        all_fits = BlockPlan(_each("all", load.layers)).peak(load) <= _HOST_USABLE * host_free
+        all_fits = fits_host(BlockPlan(_each("all", load.layers), compiled=compiled))
         policy: Checkpointing = "all" if memory == "fast" or (memory == "auto" and all_fits) else "inputs"
         low = memory == "low"
         return BlockPlan(
@@ -255,8 +292,11 @@ def choose_plan(
             train_on_cpu=load.layers if low and load.cpu_trained else 0,
             compiled=compiled,
         )
-    plans = [plan for plan in ladder(memory, load, compiled) if plan.host(load) <= _HOST_USABLE * host_free]
+    known = list(ladder(memory, load, compiled))
+    plans = [plan for plan in known if fits_host(plan)]
     fitting = [plan for plan in plans if fits(plan, load, free)]
+    if not plans:  # what takes the least of the host
+        return min(known, key=lambda plan: (not fits(plan, load, free), plan.host(load)))
     if not fitting:
         return min(plans, key=lambda plan: plan.peak(load))
     if cost is None or memory == "low":

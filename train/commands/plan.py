@@ -31,6 +31,8 @@ from ..settings import ForecastSettings, LoraSettings, Memory, SftSettings, Trai
 from ..store.store import without_secrets
 
 if TYPE_CHECKING:
+    import torch
+
     from cogcommon.model.checkpoint import Checkpoint
     from cogcommon.model.families import Resolution
 
@@ -100,13 +102,10 @@ def run(settings: ForecastSettings) -> None:
 
 def forecasts(settings: ForecastSettings, machine: Machine) -> list[TrainForecast]:
     """Every strategy and memory setting for shards, in the order in which they are advised; LoRA first."""
-    import torch
-
     from cogcommon.model.device import quiet_libraries
 
     quiet_libraries()
-    device = torch.device("cuda")  # as on a machine that has one
-    runs = [open_run(train, device, machine.gpus) for train in _wanted(settings)]
+    runs = [open_run(train, _device(machine), machine.gpus) for train in _wanted(settings)]
     return [line for run in runs for line in lines_of(run, machine)]
 
 
@@ -118,20 +117,25 @@ def forecasts_for(
     Raises:
         SettingError: the model cannot take a size, or the settings do not go together.
     """
-    import torch
-
     lines = []
     for bucket in buckets:
         checkpoint.check_resolution(bucket)
     for train in _wanted(settings):
         method = method_of(train)
-        strategy = choose_strategy(train, full=method.full, gpus=machine.gpus)
+        strategy = choose_strategy(train, full=method.full, gpus=0 if machine.cpu else machine.gpus)
         check_optimizer(train, strategy)
-        precision = train.precision or default_precision(checkpoint.family, torch.device("cuda"))
+        precision = train.precision or default_precision(checkpoint.family, _device(machine))
         lines += lines_of(
             Intent(train, method, checkpoint, tuple(buckets), strategy, precision, machine.gpus), machine
         )  # fmt: skip
     return lines
+
+
+def _device(machine: Machine) -> torch.device:
+    """As on a machine that has one."""
+    import torch
+
+    return torch.device("cpu" if machine.cpu else "cuda")
 
 
 def _wanted(settings: ForecastSettings) -> list[TrainSettings]:
@@ -150,7 +154,7 @@ def _wanted(settings: ForecastSettings) -> list[TrainSettings]:
 
 def lines_of(run: Trains, machine: Machine) -> list[TrainForecast]:
     """A run under every strategy and memory setting."""
-    found = choices(run, machine.gpu, machine.host_each, machine.speed)
+    found = choices(run, machine.gpu, machine.host, machine.together, machine.speed, gpu=not machine.cpu)
     return [_line(run, needs, machine) for needs in found]
 
 

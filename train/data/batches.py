@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import ShardError
 from cogcommon.shards.records import LATENT_MEAN, LATENT_STD, TEXT, split_extent
@@ -25,7 +25,12 @@ from .shards import ShardSet
 if TYPE_CHECKING:
     import torch
 
+    from cogcommon.model.checkpoint import Checkpoint
+    from cogcommon.model.families import Family, LatentShape, Resolution
+
+_VARIANTS = 4  # noised images of a stored sample, unless the encode was told otherwise
 _FETCHED = 64  # batches on the way to the cache: two minutes of training, which hide as long a stall
+AHEAD = 4  # batches in the making
 _READERS = 4  # threads; reading, hashing and drawing all release the GIL
 
 
@@ -172,7 +177,7 @@ def prefetch(
     An error of a batch is raised when its turn comes, not when it is read.
 
     Args:
-        ahead: batches in the making; each costs about 15 MB at 49x480x720.
+        ahead: batches in the making; `bytes_ahead` says what they cost.
         pin: in page-locked memory, for an asynchronous copy to the GPU.
     """
     stop = Stop()
@@ -197,6 +202,30 @@ def prefetch(
         stop.set()
         for readers in (pool, fetchers):
             readers.close()
+
+
+def bytes_ahead(checkpoint: Checkpoint, bucket: Resolution, *, batch: int, pin: bool) -> int:
+    """Host memory of the batches that `prefetch` holds ready, of the one in use and of those in the making, at most.
+
+    Args:
+        batch: samples of each.
+        pin: as for `prefetch`; torch rounds what it locks up to a power of two.
+    """
+    family, config = checkpoint.family, checkpoint.transformer_config
+    shape = family.latent(bucket)
+    latent, text = 4 * math.prod(shape), 4 * config["max_text_seq_length"] * config["text_embed_dim"]
+    image = 4 * math.prod(shape.still) if family.conditions else 0
+    stored = 2 * latent + text + (2 * _VARIANTS + 1) * image  # mean and deviation; in fp32, as the widest are stored
+    tensors = [batch * size for size in (latent, 4 * math.prod(padded_latent(family, bucket)), text, image) if size]
+    made, held = sum(tensors), sum(1 << (size - 1).bit_length() if pin else size for size in tensors)
+    making = _READERS if pin else 1  # on CPUs a step takes longer than a batch, and the others are ready
+    return (AHEAD + 1) * held + making * (batch * stored + made)
+
+
+def padded_latent(family: Family, bucket: Resolution) -> LatentShape:
+    """The shape of a clip's latent with the frames that 1.5 puts before it, so that they make whole tokens."""
+    shape, patch_t = family.latent(bucket), family.patch_t or 1
+    return shape._replace(frames=-(-shape.frames // patch_t) * patch_t)
 
 
 def _fetched_ahead(

@@ -1,4 +1,4 @@
 """Whether a run fits, and how long it takes: memory, disk and seconds by arithmetic, beside what was measured.
 
-Imports blocks, distributed, model, offload, runs, settings.
+Imports blocks, data, distributed, model, offload, runs, settings.
 """

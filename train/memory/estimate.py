@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,9 +11,11 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..blocks.plan import USABLE, BlockPlan, Load, Memory, choose_plan
+from ..data.batches import bytes_ahead, padded_latent
 from ..distributed.zero_config import STAGE, Strategy, can_spread, deepspeed_config
-from ..settings import Optimizer
+from ..settings import LoraSettings, Optimizer
 from .cost import Speed, plan_seconds
+from .host import HostNeeds, itself, offloaded_bytes
 
 if TYPE_CHECKING:
     from cogcommon.model.checkpoint import Checkpoint
@@ -58,15 +61,12 @@ class Intent:
     held_out_buckets: tuple[Resolution, ...] = ()
 
 
-PROCESS = 4 << 30  # bytes of host memory of a process itself: Python, torch, CUDA and the samples
 # Bytes that an optimizer holds for a weight. AdamW: two moments. In 8 bits: two, with a scale in fp32 for each 256 of
 # them. Prodigy: two moments, the sum of gradients and the weight as it was (none for LoRA's B, which began at zero).
 STATES: Mapping[Optimizer, float] = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "prodigy": 16.0}
 _MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
 _STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 _SUB_GROUP = 10**9  # weights that ZeRO-3 steps at once (sub_group_size)
-# Bytes of a weight in each piece of host memory that DeepSpeed locks.
-_LOCKED: Mapping[str, tuple[int, ...]] = {"zero2-offload": (4, 4, 2), "zero3-offload": (2, 4, 2)}
 _LIVE = 10**9  # weights that ZeRO-3 holds whole at most (stage3_max_live_parameters, where the passes turn round)
 
 
@@ -78,15 +78,13 @@ class Estimate:
     memory: Memory
     plan: BlockPlan
     load: Load
-    offloaded: int = 0  # bytes of host memory that DeepSpeed takes, or the masters trained there, for each process
+    needs: HostNeeds
     apart: int = 0  # the most GPU memory that is taken outside the forward and the backward pass of training
-    loading: int = 0  # bytes of host memory for the checkpoint's weights before they are moved, for each process
-    ending: int = 0  # bytes of host memory beside what training holds, for the export, by one process
 
     @property
     def peak(self) -> int:
         """Of GPU memory, for each process."""
-        return max(self.plan.peak(self.load), self.apart)
+        return max(self.plan.peak(self.load), self.apart) if self.needs.gpu else 0
 
     def fits(self, card: int) -> bool:
         """Whether it leaves of a GPU's bytes what else is needed there."""
@@ -100,59 +98,94 @@ class Estimate:
     @property
     def host(self) -> int:
         """Of host memory while it trains, for each process, but for what a process takes itself."""
-        return self.locked + self.offloaded
+        return self.needs.training(self.plan)
 
     def host_at_most(self, processes: int) -> int:
         """Of host memory at its worst moment, by all processes on one host: loading, training or exporting."""
-        training = processes * self.host
-        return processes * PROCESS + max(processes * self.loading, training + self.ending)
+        return self.needs.at_most(self.plan, processes)
 
 
 def estimate(
-    run: Trains, *, card: int = sys.maxsize, host: int = sys.maxsize, speed: Speed | None = None,
+    run: Trains, *, card: int = sys.maxsize, host: int | None = None, processes: int = 1, speed: Speed | None = None,
     strategy: Strategy | None = None, memory: Memory | None = None, batch: int | None = None, compiled: bool = True,
+    gpu: bool = True,
 ) -> Estimate:  # fmt: skip
     """What a run needs in its largest bucket.
 
     Args:
         card: bytes of the GPU's memory.
-        host: bytes of host memory for each process, before anything is loaded.
+        host: bytes of the host's memory, before anything is loaded; None: as much as it takes.
+        processes: of the run, on that host.
         speed: of the GPU and its link; without it, copies count as hidden behind the computation.
         strategy, memory, batch: other than the run's own.
+        gpu: it trains on GPUs.
     """
     strategy, memory = strategy or run.strategy, memory or run.settings.memory
-    load = load_of(run, strategy=strategy, batch=batch or run.settings.batch_size)
-    weights, full = trained_weights(run), run.method.full
-    loading, theirs = _loading(run, strategy), int(offloaded_bytes(weights / run.world, strategy))
-    left = host
-    if host < sys.maxsize:  # as `install` will find it: the weights are loaded, and frozen ones give up their copy
-        left = max(0, host - PROCESS - theirs - loading + min(loading, load.layers * load.block))
+    needs = host_needs(run, gpu=gpu, strategy=strategy, batch=batch)
+    load, full = needs.load, run.method.full
     cost = partial(plan_seconds, load, speed=speed, full=full, fp16=run.precision == "fp16") if speed else None
-    plan = choose_plan(memory, load, free=card, host_free=left, compiled=compiled, cost=cost)
-    apart = bytes_apart(weights, strategy, run.world, run.settings.optimizer, size=_size(run))
-    validating = max((plan.evaluating(load, _load(run, bucket, batch=1)) for bucket in run.held_out_buckets), default=0)
-    return Estimate(
-        strategy, memory, plan, load,
-        offloaded=4 * weights * plan.train_on_cpu // load.layers + theirs,
-        apart=max(int(apart), validating),
-        loading=loading,
-        ending=_ending(run, plan, strategy),
+
+    def fits_host(plan: BlockPlan) -> bool:
+        return host is None or needs.fits(plan, host, processes)
+
+    plan = choose_plan(
+        memory, load, free=card, fits_host=fits_host, compiled=compiled and gpu, gpu=gpu, cost=cost
     )  # fmt: skip
+    validating = max((plan.evaluating(load, _load(run, bucket, batch=1)) for bucket in run.held_out_buckets), default=0)
+    return Estimate(strategy, memory, plan, load, needs, apart=max(_apart(run, strategy), validating))
 
 
-def choices(run: Trains, card: int, host: int = sys.maxsize, speed: Speed | None = None) -> list[Estimate]:
+def host_needs(
+    run: Trains, *, gpu: bool, strategy: Strategy | None = None, batch: int | None = None
+) -> HostNeeds:  # fmt: skip
+    """What a run takes of host memory under any plan.
+
+    Args:
+        gpu: it trains on GPUs.
+        strategy, batch: other than the run's own.
+    """
+    strategy, batch = strategy or run.strategy, batch or run.settings.batch_size
+    load = load_of(run, strategy=strategy, batch=batch)
+    weights, size, loading = trained_weights(run), _size(run), _loading(run, strategy)
+    full, ddp = run.method.full, strategy == "ddp"
+    # What was trained is there as it is written, and again as it is loaded back (`Method.export`).
+    exported = 2 * size * weights if full else loading + 8 * weights
+    return HostNeeds(
+        load=load,
+        gpu=gpu,
+        full=full,
+        itself=itself(gpu=gpu, strategy=strategy),
+        batches=max(bytes_ahead(run.checkpoint, bucket, batch=batch, pin=gpu) for bucket in run.buckets),
+        loading=loading,
+        offloaded=int(offloaded_bytes(weights / run.world, strategy)),
+        masters=4 * weights // load.layers if full else 0,
+        apart=0 if gpu else _apart(run, strategy),
+        exported=exported,
+        released=(4 * weights if full else loading) if ddp else 0,
+    )
+
+
+def _apart(run: Trains, strategy: Strategy) -> int:
+    return int(bytes_apart(trained_weights(run), strategy, run.world, run.settings.optimizer, size=_size(run)))
+
+
+def choices(
+    run: Trains, card: int, host: int | None = None, processes: int = 1, speed: Speed | None = None, *, gpu: bool = True
+) -> list[Estimate]:  # fmt: skip
     """Every strategy and memory setting that a run may have, in the order in which they are advised.
 
     Strategies from fast to small, first the default of --memory; what comes to the same is left out.
 
     Args:
-        card, host, speed: as in `estimate`.
+        card, host, processes, speed, gpu: as in `estimate`.
     """
     found: list[Estimate] = []
     for strategy, memory in product(_STRATEGIES, _MEMORIES):
         if not _possible(run, strategy):
             continue
-        needs = estimate(run, card=card, host=host, speed=speed, strategy=strategy, memory=memory)
+        needs = estimate(
+            run, card=card, host=host, processes=processes, speed=speed, strategy=strategy, memory=memory, gpu=gpu
+        )  # fmt: skip
         if not any((needs.strategy, needs.plan) == (other.strategy, other.plan) for other in found):
             found.append(needs)
     return found
@@ -183,23 +216,6 @@ def _loading(run: Trains, strategy: Strategy) -> int:
     return whole * 4 // _size(run) if run.method.full and strategy == "ddp" else whole
 
 
-def _ending(run: Trains, plan: BlockPlan, strategy: Strategy) -> int:
-    """Host memory for the export beside what training holds, by rank 0 (`Method.export`).
-
-    What was trained is there as it is written, and again as it is loaded back; what was on the GPU makes room for that.
-    """
-    weights, size = trained_weights(run), _size(run)
-    if run.method.full:
-        released = (
-            4 * weights * (len(plan.checkpointing) - plan.train_on_cpu) // len(plan.checkpointing)
-            if strategy == "ddp"
-            else 0
-        )
-        return 2 * size * weights + released
-    base = _loading(run, strategy)
-    return base + 8 * weights + (base if strategy == "ddp" and not plan.swap_blocks else 0)
-
-
 def load_of(run: Trains, *, strategy: Strategy | None = None, batch: int | None = None) -> Load:
     """The load of a run in its largest bucket."""
     strategy = strategy or run.strategy
@@ -216,6 +232,8 @@ def load_of(run: Trains, *, strategy: Strategy | None = None, batch: int | None 
             frozen=not run.method.full,
             can_swap=strategy == "ddp",
             accumulate=run.settings.accumulate if can_train_on_cpu(run, strategy) else None,
+            rank=settings.rank * len(settings.target_modules) if isinstance(settings, LoraSettings) else 0,
+            latents=math.prod(padded_latent(run.checkpoint.family, bucket)),
         )
         for bucket in run.buckets
     ]
@@ -254,12 +272,6 @@ def _arrive(run: Trains, strategy: Strategy) -> bool:
     return run.method.full and strategy == "ddp" and run.world == 1 and run.settings.accumulate == 1
 
 
-def state_bytes(optimizer: Optimizer, strategy: Strategy) -> float:
-    """`STATES`; at most. torchao keeps 32 bits of a piece whose length is no multiple of 256, and under ZeRO a
-    process's part is one piece of any length (bitsandbytes keeps 8)."""
-    return max(STATES[optimizer], 0 if strategy == "ddp" else STATES["adamw"])
-
-
 def bytes_a_weight(
     strategy: Strategy, world: int, optimizer: Optimizer = "adamw", *, ema: bool = False, size: int = 2
 ) -> float:
@@ -273,7 +285,7 @@ def bytes_a_weight(
     Args:
         size: bytes of a number as computed.
     """
-    states = state_bytes(optimizer, strategy)
+    states = STATES[optimizer]
     if strategy == "ddp":
         return 8 + states + 4 * ema
     if strategy.endswith("-offload"):
@@ -293,35 +305,13 @@ def bytes_apart(
     came, made one piece and in fp32 (2 + 2 + 4 bytes in half precision); under stage 3 that is done for a billion
     weights at a time. (DeepSpeed 0.19, runtime/zero; test_live_bytes counts it.)
     """
-    part, states = weights / world, state_bytes(optimizer, strategy)
+    part, states = weights / world, STATES[optimizer]
     step: dict[Strategy, float] = {"zero3": (2 * size + 4 + states) * part + (size + 4) * min(_SUB_GROUP, part)}
     step |= dict.fromkeys(("zero1", "zero2"), size * weights + (2 * size + 8 + states) * part)
     start: float = {0: 0, 1: 2, 2: 2, 3: 1}[STAGE[strategy]] * size * weights
     if strategy == "zero3":
         start += size * part
     return max(start, step.get(strategy, 0.0))
-
-
-def host_bytes_a_weight(strategy: Strategy) -> int:
-    """Host memory of a weight that DeepSpeed offloads, for the process whose part it is in.
-
-    An fp32 master, its gradient and two moments, and a copy in half precision; under stage 3 gradients as they
-    came, too.
-    """
-    return {"zero2-offload": 18, "zero3-offload": 20}.get(strategy, 0)
-
-
-def offloaded_bytes(weights: float, strategy: Strategy) -> float:
-    """Host memory that DeepSpeed takes for a process's part of the trained weights.
-
-    Some of it is in one page-locked piece each, for which torch takes the next power of two: under stage 2 all but the
-    moments (122 GiB for 5B, where 93 would do), under stage 3 copies and gradients.
-    """
-    if not weights or strategy not in _LOCKED:
-        return host_bytes_a_weight(strategy) * weights
-    locked = _LOCKED[strategy]
-    pieces = sum(1 << int(size * weights - 1).bit_length() for size in locked)
-    return (host_bytes_a_weight(strategy) - sum(locked)) * weights + pieces
 
 
 def trained_weights(run: Trains) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from ..blocks.plan import BlockPlan, Load, choose_plan, fits, gib
 from ..blocks.trial import compiler_fault, no_compiler
 from ..distributed import zero
 from .cost import plan_seconds
-from .estimate import load_of, offloaded_bytes, trained_weights
+from .estimate import host_needs
 from .room import Room
 
 if TYPE_CHECKING:
@@ -39,20 +38,25 @@ def install(
         RunError: neither the GPU nor the host has the memory to train all weights.
     """
     gpu = runtime.device.type == "cuda"
-    load = load_of(run)
     free = room.gpu
-    host_free = _host_free(run, load, room, sum(parameter.nbytes for parameter in transformer.parameters()))
+    needs = host_needs(run, gpu=gpu)
+    load = needs.load
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
     known = None
     if room.speed is not None:
         known = partial(
             plan_seconds, load, speed=room.speed, full=run.method.full, fp16=run.precision == "fp16"
         )  # fmt: skip
-    plan = choose_plan(memory, load, free=free, host_free=host_free, compiled=compiled, gpu=gpu, cost=known)
+
+    def fits_host(plan: BlockPlan) -> bool:
+        return needs.fits(plan, room.host, room.together)
+
+    plan = choose_plan(memory, load, free=free, fits_host=fits_host, compiled=compiled, gpu=gpu, cost=known)
     if gpu:
+        host_free = needs.left(room.host, room.together)
         if load.cpu_trained and plan.train_on_cpu < load.layers and not fits(plan, load, free):
             raise no_room(plan, load, free=free, host_free=host_free)
-        wanted = choose_plan(memory, load, free=free, host_free=sys.maxsize, compiled=compiled, cost=known)
+        wanted = choose_plan(memory, load, free=free, fits_host=lambda plan: True, compiled=compiled, cost=known)
         for note in notes(plan, wanted, load, free=free, host_free=host_free):
             log.say(note)
     if not runtime.whole:
@@ -65,6 +69,9 @@ def install(
             f"memory {run.settings.memory}: {plan}, attention by {names[engine.kernel]}; "
             f"about {gib(plan.peak(load))} of {gib(free)} free{link}"
         )
+    else:
+        takes = needs.at_most(plan, room.together)
+        log.say(f"memory {memory}: {plan}; about {gib(takes)} of {gib(room.host)} of host memory")
     return engine
 
 
@@ -98,17 +105,6 @@ def no_room(plan: BlockPlan, load: Load, *, free: int, host_free: int) -> RunErr
         where="full fine-tuning by one process",
         fix="a host with more memory, or --strategy zero2 on more GPUs",
     )
-
-
-def _host_free(run: Run, load: Load, room: Room, loaded: int) -> int:
-    """Bytes of host memory for this process: what there is, less what DeepSpeed will take and the weights, but for the
-    copy of them that it will give up.
-
-    Args:
-        loaded: bytes of the weights.
-    """
-    offloaded = offloaded_bytes(trained_weights(run) / run.world, run.strategy)
-    return max(0, int(room.host - loaded + min(loaded, load.layers * load.block) - offloaded))
 
 
 def _compiles(run: Run, runtime: Runtime, log: RunLog) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import SettingError
-from cogcommon.files.memory import free_host_memory
+from cogcommon.files.memory import free_host_memory, held_here
 from cogcommon.model.device import has_bf16
 from cogcommon.words import counted
 
@@ -33,7 +32,7 @@ class Machine:
 
     name: str  # of a card
     gpu: int  # memory of each
-    gpus: int
+    gpus: int  # or processes, where there are none
     host: int | None = None  # free memory of each host; None: as much as it takes
     speed: Speed | None = None  # None: not known
     computed_on: str | None = None  # whose seconds those are
@@ -46,11 +45,14 @@ class Machine:
         return min(self.gpus, _GPUS_OF_A_HOST)
 
     @property
-    def host_each(self) -> int:
-        """Host memory for each process."""
-        return sys.maxsize if self.host is None else self.host // self.together
+    def cpu(self) -> bool:
+        """It trains on CPUs."""
+        return self.gpu == 0
 
     def described(self) -> str:
+        if self.cpu:
+            free = "" if self.host is None else f", with {self.host / _GIB:.1f} GiB of host memory free"
+            return f"for {counted(self.gpus, 'process', 'processes')} on CPUs{free}"
         gpu = f"for {'each of ' if self.gpus > 1 else ''}{counted(self.gpus, 'GPU')}, {self.name}, "
         host = "a host with as much memory as it takes" if self.host is None else f"{self.host / _GIB:.0f} GiB of host"
         link = f"; copies at {self.speed.link / 1e9:.0f} GB/s are assumed" if self.speed else ""
@@ -68,7 +70,9 @@ def machine_for(settings: ForecastSettings) -> Machine:
     here = torch.cuda.device_count()
     if settings.gpu is None and not here:
         raise SettingError(
-            "there is no GPU here to plan for", where="--gpu", fix="name one, or say its memory: --gpu 4090, --gpu 24GB"
+            "there is no GPU here to plan for",
+            where="--gpu",
+            fix="name one, or say its memory: --gpu 4090, --gpu 24GB; --gpu none for CPUs",
         )
     if settings.check and (not here or settings.gpu or settings.host or (settings.gpus or 1) > here):
         raise SettingError(
@@ -76,6 +80,9 @@ def machine_for(settings: ForecastSettings) -> Machine:
         )
     if settings.gpus is not None and settings.gpus < 1:
         raise SettingError(f"{settings.gpus} GPUs", where="--gpus", fix="--gpus 1 or more")
+    if (settings.gpu or "").strip().lower() == "none":
+        there = host_memory(settings.host) if settings.host else _here()
+        return Machine("no GPU", 0, settings.gpus or 1, there)
     gpus = settings.gpus or max(1, here)
     if settings.gpu is not None:
         card = card_named(settings.gpu)
@@ -84,11 +91,16 @@ def machine_for(settings: ForecastSettings) -> Machine:
     name, total = gpu_here() or "", torch.cuda.get_device_properties(0).total_memory
     return Machine(
         name, total, gpus,
-        host_memory(settings.host) if settings.host else free_host_memory(),
+        host_memory(settings.host) if settings.host else _here(),
         *_speed(name, card_like(name, total)),
         kernel="flash4" if flash4_is_there() else "cudnn",
         bf16=has_bf16(torch.device("cuda")),
     )  # fmt: skip
+
+
+def _here() -> int:
+    """What a run finds of this host's memory once this process has ended."""
+    return free_host_memory() + held_here()
 
 
 def host_memory(text: str) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
-from cogcommon.files.memory import free_host_memory
+from cogcommon.files.memory import free_gpu_memory, held_here, host_memory_left
+from cogcommon.model.device import visible_gpus
 
-from ..blocks.plan import gib
+from ..blocks.plan import Memory, gib
 from ..distributed.optimizer import check_optimizer_installed
 from ..runs.run import Run
 from .estimate import estimate
@@ -26,8 +28,8 @@ def check_ready(run: Run, processes: int, device: torch.device | None = None) ->
     Raises:
         CogError: a package, a compiler or memory is missing.
     """
-    check_optimizer_installed(run.settings.optimizer)
-    check_host_memory(run, processes)
+    check_optimizer_installed(run.settings.optimizer, run.strategy)
+    check_host_memory(run, processes, device)
     if run.strategy.endswith("-offload"):
         from ..distributed.zero import check_deepspeed_cpu_adam
 
@@ -38,21 +40,40 @@ def check_ready(run: Run, processes: int, device: torch.device | None = None) ->
         check_compiler(device)
 
 
-def check_host_memory(run: Run, processes: int) -> None:
-    """Refuse what the host has no memory for, whatever is planned: processes would be killed without a word.
+def check_host_memory(run: Run, processes: int, device: torch.device | None = None) -> None:
+    """Refuse what the host has no memory for under any plan: processes would be killed without a word.
+
+    Args:
+        processes: of the run, on this machine.
+        device: that this process trains on; None: it does not train, and must leave the GPUs alone.
 
     Raises:
-        RunError: with what it takes.
+        RunError: with what it takes, what is there, and what to type.
     """
-    free = free_host_memory()
-    needs = estimate(run, host=free // processes)
-    part, what = max((needs.loading, "to load the model"), (needs.offloaded, "for what DeepSpeed offloads"))
-    if processes * part > free:
-        each = f", {gib(part)} for each of {processes} processes" if processes > 1 else ""
-        raise RunError(
-            f"{gib(processes * part)} of host memory are needed {what}{each}, and {gib(free)} are free",
-            where="the memory of this host, or of the container or job that this process runs in",
-            fix=("--nproc with fewer processes, " if processes > 1 else "")
-            + ("another --strategy, " if needs.offloaded >= needs.loading else "")
-            + "or a host, or a limit, with more; `cogtrain plan` says what each way to train takes",
-        )
+    left, asked = host_memory_left(), run.settings.batch_size
+    # What a process is already is counted as the run's; one that only starts the others stays beside them.
+    there = left.bytes + (processes * held_here() if device is not None else 0)
+    gpu = visible_gpus() > 0
+    card = free_gpu_memory(device) if device is not None and device.type == "cuda" else sys.maxsize
+
+    def takes(batch: int = asked, memory: Memory = run.settings.memory) -> int:
+        needs = estimate(
+            run, card=card, host=there, processes=processes, batch=batch, memory=memory, gpu=gpu
+        )  # fmt: skip
+        return needs.host_at_most(processes)
+
+    needed = takes()
+    if needed <= there:
+        return
+    ways = ["--memory low"] if takes(memory="low") <= there else []
+    if smaller := next((batch for batch in range(asked - 1, 0, -1) if takes(batch) <= there), 0):
+        ways.append(f"--batch-size {smaller}")
+    ways += ["--nproc with fewer processes"] * (processes > 1)
+    ways += ["another --strategy"] * run.strategy.endswith("-offload")
+    each = f", {gib(needed / processes)} for each of {processes} processes" if processes > 1 else ""
+    raise RunError(
+        f"this run takes {gib(needed)} of host memory{each}, and {gib(there)} are there",
+        where=left.where,
+        fix=", ".join([*ways, "or a host, or a limit, with more"]).removeprefix("or ")
+        + "; `cogtrain plan` says what each way to train takes",
+    )

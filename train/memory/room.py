@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cogcommon.files.memory import free_gpu_memory, free_host_memory
+from cogcommon.files.memory import free_gpu_memory, free_host_memory, held_here
 
 from ..distributed.peers import Peers
 from .cost import Speed
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes for each process of a run: of its host's memory, and of its GPU's (0 on a CPU); and how fast that is."""
+    """What each process of a run finds: bytes of its host's memory, which ``together`` processes share, and of its
+    GPU's (0 on a CPU); and how fast that is."""
 
     host: int
     gpu: int
+    together: int = 1
     speed: Speed | None = None  # of the GPU and its link; None on a CPU
 
 
@@ -35,21 +37,21 @@ def common_room(peers: Peers, device: torch.device, dtype: torch.dtype) -> Room:
     """
     gpu = device.type == "cuda"
     free = free_gpu_memory(device) if gpu else 0
-    least = smallest(peers.all_gather((peers.node.machine, free_host_memory(), free)))
+    host = free_host_memory() + peers.here * held_here()  # what they are already is counted as theirs
+    least = smallest(peers.all_gather((peers.node.machine, host, free)))
     speeds = peers.all_gather(timed_speed(device, dtype)) if gpu else []
     return replace(least, speed=slowest(speeds)) if speeds else least
 
 
 def smallest(measured: list[tuple[str, int, int]]) -> Room:
-    """The least share of all processes; those of one machine share its memory.
+    """The least GPU memory, and the host on which a process has the least; those of one machine share its memory.
 
     Args:
         measured: of each process its machine, and the free bytes of the host and of the GPU.
     """
     processes = Counter(machine for machine, _, _ in measured)
-    return Room(
-        host=min(host // processes[machine] for machine, host, _ in measured), gpu=min(gpu for _, _, gpu in measured)
-    )
+    _, host, together = min((host // processes[machine], host, processes[machine]) for machine, host, _ in measured)
+    return Room(host=host, gpu=min(gpu for _, _, gpu in measured), together=together)
 
 
 def slowest(speeds: list[Speed]) -> Speed:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 
-from ..data.batches import Collator, prefetch
+from ..data.batches import AHEAD, Collator, prefetch
 from ..data.sampler import Slot, group_slots
 from ..distributed.strategy import Runtime
 from ..model.batch import Batch
 from ..model.objective import Objective
 from ..runs.run import Run
 
-_AHEAD = 4  # batches in the making
-
 
 def feed(run: Run, runtime: Runtime, objective: Objective, done: int) -> Generator[Batch]:
     """This rank's micro-batches after step ``done``, made ahead of their turn; close it."""
     return prefetch(
         run.shards, _places(run, runtime, done), _collator(run, objective),
-        ahead=_AHEAD, pin=runtime.device.type == "cuda",
+        ahead=AHEAD, pin=runtime.device.type == "cuda",
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from importlib import metadata
 from typing import Any
 
 from cogcommon.files.memory import free_host_memory
-from cogtrain.memory.estimate import host_bytes_a_weight, offloaded_bytes, trained_weights
+from cogtrain.memory.estimate import trained_weights
+from cogtrain.memory.host import host_bytes_a_weight, offloaded_bytes
 from cogtrain.memory.measured import gpu_here
 from cogtrain.runs.log import peak_gib
 from cogtrain.runs.run import Run

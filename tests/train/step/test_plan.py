@@ -20,7 +20,13 @@ def load_of(family, trained=None, **options):
 
 
 def plan_for(memory, family, gib, host=200, compiled=True, **options):
-    return choose_plan(memory, load_of(family, **options), free=int(gib * GIB), host_free=host * GIB, compiled=compiled)
+    load = load_of(family, **options)
+    return choose_plan(memory, load, free=int(gib * GIB), fits_host=room(load, host), compiled=compiled)
+
+
+def room(load, gib):
+    """Of a host that has so much to lock, of which a plan may take 0.8."""
+    return lambda plan: plan.host(load) <= 0.8 * gib * GIB
 
 
 def test_load_of_5b_is_what_it_weighs():
@@ -117,13 +123,17 @@ def test_when_nothing_fits_the_smallest_is_tried():
 def test_a_cpu_has_one_memory(host_gib, auto):
     load = load_of("2b")
     plans = {
-        memory: choose_plan(memory, load, free=0, host_free=host_gib * GIB, compiled=False, gpu=False)
+        memory: choose_plan(
+            memory, load, free=0, fits_host=lambda plan: plan.alone(load) <= host_gib * GIB, compiled=False, gpu=False
+        )
         for memory in ("fast", "auto", "low")
     }
     assert {memory: set(plan.checkpointing) for memory, plan in plans.items()} == {
         "fast": {"all"}, "auto": {auto}, "low": {"inputs"},
     }  # fmt: skip
     assert plans["low"].offload_activations and plans["low"].swap_blocks and not plans["auto"].offload_activations
+    kept = plans["fast"].alone(load) - plans["low"].alone(load)
+    assert kept > 10 * load.layers * load.activation  # of which the one that is computed again is little
 
 
 def test_a_plan_says_what_it_does():

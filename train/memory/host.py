@@ -1,0 +1,109 @@
+"""Host memory that each process of a run takes, moment by moment, under any plan: the one place that adds it up.
+
+It loads the weights, trains, and exports; beside that it is itself, and its loader holds batches. On a GPU what is
+trained there is not counted; on CPUs all of the step is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..blocks.plan import BlockPlan, Load
+from ..distributed.zero_config import Strategy
+
+# A process itself. On CPUs: Python, torch, diffusers and what they import, all that no other process shares. On a GPU
+# CUDA's libraries and context, too: runs of measured.jsonl held 2.3 to 3.5 GiB each that no plan explains.
+ITSELF, ITSELF_GPU = 400 << 20, 7 << 29
+_DEEPSPEED = 80 << 20  # what it imports
+# Bytes of a weight in each piece of host memory that DeepSpeed locks.
+_LOCKED: Mapping[str, tuple[int, ...]] = {"zero2-offload": (4, 4, 2), "zero3-offload": (2, 4, 2)}
+_LOCKABLE = 0.8  # of what is left; what is locked cannot be swapped
+
+
+@dataclass(frozen=True)
+class HostNeeds:
+    """Bytes of host memory for each process of a run, but for the export's, which one process of a host takes.
+
+    ``itself`` is the process, ``batches`` its loader's, ``loading`` the checkpoint's weights before they are moved,
+    ``offloaded`` what DeepSpeed takes; ``masters`` are those of one block, where all weights are trained and may be in
+    host memory; ``apart`` is what DeepSpeed takes on CPUs before and after the passes. ``exported`` are the copies that
+    the export makes, ``released`` what comes back from the GPU to make room for them there.
+    """
+
+    load: Load
+    gpu: bool
+    full: bool  # all weights are trained
+    itself: int
+    batches: int
+    loading: int
+    offloaded: int = 0
+    masters: int = 0
+    apart: int = 0
+    exported: int = 0
+    released: int = 0
+
+    def training(self, plan: BlockPlan) -> int:
+        """While it trains, beside itself and its batches."""
+        masters = self.masters * plan.train_on_cpu
+        return self.offloaded + (plan.host(self.load) + masters if self.gpu else max(self.apart, plan.alone(self.load)))
+
+    def ending(self, plan: BlockPlan) -> int:
+        """By the process that exports, beside itself and all that `resting` counts."""
+        here = plan.train_on_cpu / self.load.layers if self.full else float(plan.swap_blocks)
+        return self.exported + (int(self.released * (1 - here)) if self.gpu else 0)
+
+    def resting(self, plan: BlockPlan) -> int:
+        """What training holds between two steps."""
+        return self.training(plan) if self.gpu else self.offloaded + plan.resting(self.load)
+
+    def at_most(self, plan: BlockPlan, processes: int) -> int:
+        """At the worst moment, by all processes of a host: loading, training or exporting."""
+        training, resting = self.training(plan), self.resting(plan)
+        worst = max(
+            processes * self.loading, processes * training, processes * resting + self.ending(plan)
+        )  # fmt: skip
+        return processes * (self.itself + self.batches) + worst
+
+    def fits(self, plan: BlockPlan, host: int, processes: int) -> bool:
+        """Whether a host's free bytes, taken before anything is loaded, do for its processes under a plan."""
+        lockable = not self.gpu or plan.host(self.load) <= _LOCKABLE * self.left(host, processes)
+        return lockable and self.at_most(plan, processes) <= host
+
+    def left(self, host: int, processes: int) -> int:
+        """Of a host's free bytes, what each process finds as a plan is installed.
+
+        The weights are there then; those that are streamed give up their copy block by block.
+        """
+        copied = min(self.loading, self.load.layers * self.load.block)
+        beside = self.itself + self.batches + self.offloaded + self.loading - copied
+        return max(0, host // processes - beside)
+
+
+def itself(*, gpu: bool, strategy: Strategy) -> int:
+    """What a process takes before it has loaded anything."""
+    if gpu:
+        return ITSELF_GPU
+    return ITSELF + (0 if strategy == "ddp" else _DEEPSPEED)
+
+
+def host_bytes_a_weight(strategy: Strategy) -> int:
+    """Host memory of a weight that DeepSpeed offloads, for the process whose part it is in.
+
+    An fp32 master, its gradient and two moments, and a copy in half precision; under stage 3 gradients as they
+    came, too.
+    """
+    return {"zero2-offload": 18, "zero3-offload": 20}.get(strategy, 0)
+
+
+def offloaded_bytes(weights: float, strategy: Strategy) -> float:
+    """Host memory that DeepSpeed takes for a process's part of the trained weights.
+
+    Some of it is in one page-locked piece each, for which torch takes the next power of two: under stage 2 all but the
+    moments (122 GiB for 5B, where 93 would do), under stage 3 copies and gradients.
+    """
+    if not weights or strategy not in _LOCKED:
+        return host_bytes_a_weight(strategy) * weights
+    locked = _LOCKED[strategy]
+    pieces = sum(1 << int(size * weights - 1).bit_length() for size in locked)
+    return (host_bytes_a_weight(strategy) - sum(locked)) * weights + pieces
