@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -70,8 +71,22 @@ def test_a_missing_package_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
     for optimizer, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
         with pytest.raises(SettingError, match="not installed") as caught:
-            check_optimizer_installed(optimizer)
+            check_optimizer_installed(optimizer, "ddp")
         assert f"pip install {package}" in caught.value.fix
+
+
+def test_torchao_is_refused_where_its_8_bits_save_nothing(monkeypatch):
+    """A stand for the package, which is large: what is asked is where its class says that it comes from."""
+    there = types.ModuleType("torchao.optim")
+    there.AdamW8bit = type("AdamW8bit", (), {"__module__": "torchao.optim.adam"})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.optim", there)
+    check_optimizer_installed("adamw8bit", "ddp")
+    with pytest.raises(SettingError, match="save no memory under zero2") as caught:
+        check_optimizer_installed("adamw8bit", "zero2")
+    assert caught.value.fix.startswith("pip install bitsandbytes")
 
 
 def test_only_adamw_steps_in_host_memory():

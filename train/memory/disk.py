@@ -12,7 +12,7 @@ from cogcommon.words import in_bytes
 
 from ..distributed.zero_config import STAGE, Strategy
 from ..runs.checkpoint import list_checkpoints
-from .estimate import Trains, state_bytes, trained_weights
+from .estimate import STATES, Trains, trained_weights
 
 if TYPE_CHECKING:
     from ..runs.run import Run
@@ -53,7 +53,7 @@ def writes(run: Trains, strategy: Strategy | None = None) -> Writes:
     """
     strategy, settings = strategy or run.strategy, run.settings
     weights, size = trained_weights(run), 4 if run.precision == "fp32" else 2
-    states = state_bytes(settings.optimizer, strategy)
+    states = STATES[settings.optimizer]
     if settings.optimizer == "prodigy" and not run.method.full:
         states -= 2  # half of the adapters began at zero, which it need not remember
     # The fp32 weights and what the optimizer keeps of them; stages 1 and 2 write what they compute with, too.

@@ -9,7 +9,6 @@ import gc
 import json
 import os
 import sys
-import weakref
 from pathlib import Path
 
 from cogcommon.model.device import pick_device, quiet_libraries
@@ -19,8 +18,7 @@ quiet_libraries()
 
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+from live import Live  # noqa: E402
 
 from cogtrain.distributed.optimizer import make_optimizer  # noqa: E402
 from cogtrain.distributed.strategy import start  # noqa: E402
@@ -34,37 +32,6 @@ from workshop.bench_train.subject import random_checkpoint  # noqa: E402
 # Large weights beside few tokens and small buckets; weights that ZeRO-3 would leave everywhere are not few here.
 SHAPE = SMALL | {"num_attention_heads": 8, "attention_head_dim": 32}
 ZERO = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000, "stage3_param_persistence_threshold": 0}
-
-
-class Live(TorchDispatchMode):
-    """Bytes of all storages that live, and the most there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self._sizes = {}
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        out = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                self.count(tensor)
-        return out
-
-    def count(self, tensor):
-        if is_traceable_wrapper_subclass(tensor):  # a quantised one has no memory but that of its parts
-            for name in tensor.__tensor_flatten__()[0]:
-                self.count(getattr(tensor, name))
-            return
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._gone, storage._cdata)
-
-    def _gone(self, storage):
-        self.now -= self._sizes.pop(storage)
 
 
 def inputs_of(checkpoint):
