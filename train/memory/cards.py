@@ -75,7 +75,7 @@ CARDS: tuple[Card, ...] = (
     Card("RTX 5070 Ti", 16, 15.4, 87.9, _PCIE5),
     Card("RTX 5080", 16, 15.4, 112.6, _PCIE5),
     Card("RTX 5090", 32, 31.3, 209.5, _PCIE5),
-    Card("TITAN RTX", 24, 23.6, 65.2, _PCIE3, bf16=False),
+    Card("TITAN RTX", 24, 23.6, 130.5, _PCIE3, bf16=False),
     Card("T4", 16, 14.5, 65.0, _PCIE3, bf16=False),
     Card("V100", 16, 15.7, 125.0, _PCIE3, bf16=False),
     Card("V100 32GB", 32, 31.7, 125.0, _PCIE3, bf16=False),
