@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cogcommon.errors import ShardError
 from cogcommon.shards.records import LATENT_MEAN, LATENT_STD, TEXT, split_extent

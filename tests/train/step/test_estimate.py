@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from live import Live
+from torch.utils._pytree import tree_leaves
 
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.blocks.engine import BlockEngine
 from cogtrain.blocks.plan import BlockPlan, Load, choose_plan
-from cogtrain.data.batches import AHEAD, Collator, bytes_ahead, read_sample
+from cogtrain.data.batches import AHEAD, Collator, bytes_ahead, padded_latent, read_sample
 from cogtrain.data.sampler import Slot
 from cogtrain.distributed.optimizer import make_optimizer
 from cogtrain.memory.estimate import bytes_a_weight, estimate, host_needs, load_of, trained_weights
@@ -161,10 +163,11 @@ def test_on_cpus_a_step_holds_what_is_computed(form, keep, settings):
     plan = BlockPlan((keep,) * config["num_layers"])
     BlockEngine(transformer, plan, torch.device("cpu"), torch.float32)
     objective, live = Objective.of(checkpoint), Live()
-    frames = (1, MANY.latent_frames, 16, MANY.latent_height, MANY.latent_width)
-    noise = (1, objective.padded_frames(MANY.latent_frames), *frames[2:])
+    channels, count, *picture = checkpoint.family.latent(MANY)
+    frames = (1, count, channels, *picture)
+    noise = (1, objective.padded_frames(count), *frames[2:])
     text = (1, config["max_text_seq_length"], config["text_embed_dim"])
-    batch = Batch(("a",), ("s",), *map(torch.randn, (frames, noise)), torch.tensor([300]), torch.randn(text), None)
+    batch = Batch(("a",), ("s",), *map(torch.randn, (frames, noise)), torch.tensor([300]), torch.randn(text), {})
     for tensor in [*transformer.parameters(), *transformer.buffers(), *vars(batch).values()]:
         if isinstance(tensor, torch.Tensor):
             live.count(tensor)
@@ -172,8 +175,9 @@ def test_on_cpus_a_step_holds_what_is_computed(form, keep, settings):
     with live:
         objective.losses(transformer, batch, torch.float32).mean().backward()
     load = Load.of(
-        config, MANY, batch=1, size=4, trained=0, frozen=trains,
+        config, checkpoint.family.tokens(MANY), batch=1, size=4, trained=0, frozen=trains,
         rank=settings.rank * len(settings.target_modules) if trains else 0,
+        latents=math.prod(padded_latent(checkpoint.family, MANY)),
     )  # fmt: skip
     grads = sum(4 * parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     computed = plan.alone(load) - plan.resting(load)
@@ -188,9 +192,11 @@ def test_batches_ahead_are_what_the_loader_holds(run_of):
         run = run_of(LoraSettings(), form)
         samples = [read_sample(run.shards, index) for index in range(3)]
         batch = Collator(Objective.of(run.checkpoint), 0)(samples, [Slot(index, 0, index) for index in range(3)])
-        made = sum(tensor.nbytes for tensor in vars(batch).values() if isinstance(tensor, torch.Tensor))
-        stored = sum(t.nbytes for sample in samples for t in vars(sample).values() if isinstance(t, torch.Tensor))
-        computed = bytes_ahead(run.checkpoint.transformer_config, run.buckets[0], batch=3, pin=False)
+        made, stored = (
+            sum(leaf.nbytes for leaf in tree_leaves([vars(part) for part in parts]) if isinstance(leaf, torch.Tensor))
+            for parts in ([batch], samples)
+        )
+        computed = bytes_ahead(run.checkpoint, run.buckets[0], batch=3, pin=False)
         assert computed == pytest.approx((AHEAD + 1) * made + stored + made, rel=0.1)
 
 
