@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from .holdout import Holdout
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+_ABOUT_TO_WRITE_S = 5.0  # between another worker's contract and its empty caption
 
 _SCANNED = ["key", "status", "reason", "source", "source_size", "source_mtime_ns", "source_sha256"]
 
@@ -160,21 +162,32 @@ def check_contract(out: Path, ours: Contract) -> Contract | None:
 def commit_contract(out: Path, ours: Contract, empty_caption: bytes) -> Contract:
     """Write contract and empty caption, unless another worker was first: then theirs count.
 
+    The contract comes first, so that a folder never holds an empty caption that nothing speaks for: one that a killed
+    run of another model had left would be taken for ours.
+
     Raises:
         SettingError: theirs differs from ours.
+        ShardError: the empty caption that lies there is not the contract's, or ours would not be.
     """
     path = out / EMPTY_CAPTION_FILE
-    commit_bytes(path, empty_caption, exclusive=True)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(empty_caption).hexdigest()
     ours = dataclasses.replace(ours, empty_caption_sha256=digest)
     commit_bytes(out / CONTRACT_FILE, ours.to_json().encode(), exclusive=True)
     theirs = check_contract(out, ours)
     assert theirs is not None
-    if theirs.empty_caption_sha256 != digest:
+    if theirs.empty_caption_sha256 == digest:
+        commit_bytes(path, empty_caption, exclusive=True)
+    else:  # on another GPU a caption's last bits differ; the one who wrote the contract is about to write its own
+        deadline = time.monotonic() + _ABOUT_TO_WRITE_S
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != theirs.empty_caption_sha256:
+        there = path.exists()
         raise ShardError(
-            f"{EMPTY_CAPTION_FILE} is not the one that the contract names",
+            f"{EMPTY_CAPTION_FILE} is not the one that the contract names" if there else f"no {EMPTY_CAPTION_FILE}",
             where=str(path),
-            fix=f"`{command_line('rm', path)}`, and run the same command again on the device that made these shards",
+            fix=(f"`{command_line('rm', path)}`, and " if there else "")
+            + "run the same command again on the device that made these shards",
         )
     return theirs
 

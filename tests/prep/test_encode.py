@@ -15,12 +15,13 @@ import webdataset
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from cogcommon.errors import DataRootError, SettingError
+from cogcommon.errors import DataRootError, SettingError, ShardError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import SampleRow, read_record, split_extent
 from cogprep.commands.encode import run as run_command
+from cogprep.plan.folder import commit_contract, read_contract
 from cogprep.settings import EncodeSettings
 from cogprep.vae.encoder import generator_of
 from cogprep.video.decode import decode_clip
@@ -254,3 +255,19 @@ def test_bad_lists_stop_everything(run_encode, root, tmp_path):
     with pytest.raises(DataRootError, match="2 faults"):
         run_encode()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_caption_that_no_contract_speaks_for_is_not_taken(encoded_once, tmp_path, monkeypatch):
+    """As a run of another model leaves one, or a person; and as another GPU's is, whose writer was killed."""
+    monkeypatch.setattr("cogprep.plan.folder._ABOUT_TO_WRITE_S", 0.1)
+    contract, path = read_contract(encoded_once / "out"), tmp_path / "empty_caption.safetensors"
+    ours = (encoded_once / "out" / path.name).read_bytes()
+    path.write_bytes(b"another model's")
+    with pytest.raises(ShardError, match="is not the one that the contract names") as caught:
+        commit_contract(tmp_path, contract, ours)
+    assert path.read_bytes() == b"another model's" and str(path) in str(caught.value)
+    path.unlink()
+    with pytest.raises(ShardError, match=r"no empty_caption\.safetensors"):
+        commit_contract(tmp_path, contract, b"of another GPU")
+    assert not path.exists()
+    assert commit_contract(tmp_path, contract, ours) == contract and path.read_bytes() == ours
