@@ -14,7 +14,7 @@ from ..blocks.checkpointing import Checkpointing
 from ..blocks.plan import BlockPlan, Load
 
 # What an H200 gives here, from profiles of a LoRA step on 5B (torch 2.11, cuDNN 9.19, FlashAttention 4).
-ATTENTION: Mapping[Kernel, float] = {"cudnn": 405e12, "flash4": 490e12}  # FLOP/s; head dimension 64, bf16
+ATTENTION: Mapping[Kernel, float] = {"cudnn": 405e12, "flash4": 500e12}  # FLOP/s; head dimension 64, bf16
 PRODUCTS = 785e12
 _MEMORY = 4.3e12  # bytes/s, read and written
 # Norms, rotations, adapters: how often a block reads or writes an activation, without and with recomputing.
