@@ -146,6 +146,7 @@ def test_a_real_group_is_seen_from_inside(real_group):
     assert before - after == pytest.approx(GIB, rel=0.05)
 
 
+@pytest.mark.full  # two imports of torch
 def test_what_threads_have_freed_is_given_back():
     """Pieces as a loader's, of some megabytes, made in threads: the C library would keep them in each."""
     script = (

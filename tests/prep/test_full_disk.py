@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cogprep.commands.index import index
 
 DRIVER = Path(__file__).with_name("full_disk_driver.py")
 
 
+@pytest.mark.full
 def test_index_at_every_write_and_verify_after_all(full_disk, encoded, tmp_path):
     lost, whole = encoded / "out", tmp_path / "whole"
     for name in ("000000.parquet", "000002.parquet", "contract.json"):

@@ -108,8 +108,9 @@ def generate_in(tmp_path, monkeypatch) -> Callable:
         return Request(settings.prompt, None, resolution, settings.steps, settings.guidance, settings.seed, 226, True)
 
     replaced = {
-        "find": lambda *_: tuned, "_request": request, "load_pipeline": lambda *_: None, "place": lambda *_: None,
-        "draw": lambda *_: frames, "to_base": lambda *_: None, "step_bytes": lambda *_: 0,
+        "find_tuned": lambda *_: tuned, "_request": request, "load_pipeline": lambda *_: None,
+        "move_pipeline": lambda *_: None,
+        "generate_video": lambda *_: frames, "to_base": lambda *_: None, "step_bytes": lambda *_: 0,
     }  # fmt: skip
     for name, function in replaced.items():
         monkeypatch.setattr(generate, name, function)

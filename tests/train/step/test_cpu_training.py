@@ -292,7 +292,8 @@ def test_5b_fits_a_24_gb_card_where_the_host_has_room():
     def plan(accumulate=1, memory="low", free=22, host=110):
         load = Load.of(config, FULL_TOKENS, batch=1, size=2, trained=16 * numbers, frozen=False,
                        accumulate=accumulate)  # fmt: skip
-        return choose_plan(memory, load, free=free * GIB, host_free=host * GIB, compiled=True), load
+        fits = lambda plan: plan.host(load) <= 0.8 * host * GIB  # noqa: E731
+        return choose_plan(memory, load, free=free * GIB, fits_host=fits, compiled=True), load
 
     chosen, load = plan()
     assert chosen.train_on_cpu == 42 and chosen.offload_activations and not chosen.swap_blocks
@@ -314,7 +315,9 @@ def test_no_more_blocks_than_need_be_are_trained_in_host_memory():
     load = Load.of(config, FULL_TOKENS, batch=1, size=2, trained=trained, arriving=trained // 4, frozen=False,
                    accumulate=1)  # fmt: skip
     plans = {
-        free: choose_plan("auto", load, free=free * GIB, host_free=200 * GIB, compiled=True)
+        free: choose_plan(
+            "auto", load, free=free * GIB, fits_host=lambda plan: plan.host(load) <= 160 * GIB, compiled=True
+        )
         for free in (140, 79, 60, 40, 22, 4)
     }
     counts = [plan.train_on_cpu for plan in plans.values()]
