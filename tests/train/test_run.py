@@ -77,7 +77,7 @@ def test_the_settings_of_a_run_mean_the_same_in_every_working_folder(tmp_path, m
     monkeypatch.chdir(elsewhere)
     config = start / "run" / "config.toml"
     again = open_run(resolve(LoraSettings, {}, config), torch.device("cpu"), 1)
-    assert again.facts() == run.facts() and again.settings.out == start / "run"
+    assert again.resume_facts() == run.resume_facts() and again.settings.out == start / "run"
     assert again.settings.deepspeed == start / "own.json" and again.checkpoint.root == start / "model"
     assert shlex.split(config.read_text().splitlines()[0]) == ["#", "cogtrain", "lora", "--config", str(config)]
 
