@@ -1,5 +1,6 @@
 """Validation takes no more memory than training. Random weights of the true shape measure it honestly."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ from cogtrain.runs.folder import read_metrics
 def peaks(folder, strategy, size, memory="auto"):
     """GiB held at most by a training step, and by the validation after it, in a process of its own."""
     worker = Path(__file__).with_name("peaks.py")
+    root = str(worker.parents[2])  # the workshop is not installed: it is found on the path
     done = subprocess.run(
         [sys.executable, str(worker), strategy, memory, size, str(folder / "run")],
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": root},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert (folder / "run/validation/step-000002/0.mp4").exists()

@@ -31,8 +31,9 @@ def test_a_batch_feeds_the_projects_own_loss(form):
     dropped = (batch.text_BLD == world.empty_text_LD).flatten(1).all(1)
     assert 0 < dropped.sum() < 20
     assert sorted(batch.timestep_B // 25) == list(range(40))  # one from each fortieth
+    tensors = {name: value[:2] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     few = dataclasses.replace(
-        batch, **{name: value[:2] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        batch, **tensors, conditions={name: value[:2] for name, value in batch.conditions.items()}
     )
     with torch.no_grad():
         losses_B = objective.losses(checkpoint.load_transformer(torch.float32), few, torch.float32)
