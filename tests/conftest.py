@@ -73,6 +73,7 @@ def write_random_shards(
     posterior: str = "moments",
     image_variants: int = 2,
     captions: tuple[str, ...] = (),
+    captions_each: int = 1,
     more: Mapping[str, tuple[int, ...]] | None = None,
     seed: int = 0,
 ) -> list[Path]:
@@ -87,6 +88,7 @@ def write_random_shards(
         posterior: "moments" or "sample".
         image_variants: pre-noised image latents (I2V).
         captions: used in turn; "caption N" when empty.
+        captions_each: so many samples in a row are captions of one clip.
         more: shapes of further tensors, by name.
         seed: of all random tensors.
 
@@ -131,7 +133,11 @@ def write_random_shards(
                     tensors |= {name: torch.rand(t.shape, generator=generator) * 0.1 for name, t in stds.items()}
                 caption = captions[(line - 1) % len(captions)] if captions else f"caption {line}"
                 tensors |= {name: normal(*shape) for name, shape in (more or {}).items()}
-                writer.add(_row(contract, line, caption, resolution), tensors)
+                clip = f"{contract.fingerprint} clip {(line - 1) // captions_each}".encode()
+                row = _row(contract, line, caption, resolution)
+                if captions_each > 1:
+                    row = dataclasses.replace(row, source_sha256=hashlib.sha256(clip).digest())
+                writer.add(row, tensors)
             writer.commit()
             tars.append(folder / tar_name(number))
     return tars

@@ -17,6 +17,7 @@ Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "z
 Memory = Literal["auto", "fast", "low"]
 AdapterName = Literal["lora", "rslora"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
+Captions = Literal["all", "one"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")  # attention only: 59.0 M weights at rank 128 (2B), 132.1 M (5B)
@@ -40,6 +41,9 @@ class TrainSettings:
         section=_DATA,
     )  # fmt: skip
     cache_size: str = setting("200GB", "the most that --cache keeps", section=_DATA)
+    captions: Captions = setting(
+        "all", "of a clip with several captions, train all in each epoch, or one, another one each epoch", section=_DATA
+    )
     caption_dropout: float = setting(0.0, "share of samples trained with an empty caption", section=_DATA)
     config: Path | None = setting(None, "TOML file of settings; what is given here as an option wins", section=_RUN)
     out: Path | None = setting(None, "folder of the run", shown="runs/<family>-<method>-<time>", section=_RUN)

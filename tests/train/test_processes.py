@@ -12,10 +12,10 @@ def rates(run):
 
 
 def test_one_two_and_four_processes_are_the_same_run(tmp_path, make_shards, run_ranks, losses):
-    make_shards(tmp_path / "out", samples=10, posterior="moments")
+    make_shards(tmp_path / "out", samples=20, captions_each=2, posterior="moments")
     common = {
         "shards": [str(tmp_path / "out")], "rank": 4, "epochs": 2, "lr": 1e-2, "lr_schedule": "cosine", "seed": 3,
-        "timesteps": "stratified", "caption_dropout": 0.3, "warmup": 1,
+        "timesteps": "stratified", "caption_dropout": 0.3, "warmup": 1, "captions": "one",
     }  # fmt: skip
     shapes = {1: (4, 1), 2: (1, 2), 4: (1, 1)}  # world: batch size, accumulation; always 4 samples a step
     found = {}

@@ -26,7 +26,7 @@ from ..memory.measured import Measured, measured
 from ..memory.seconds import seconds
 from ..model.method import method_of
 from ..runs.folder import METRICS_FILE, read_metrics
-from ..runs.run import open_run
+from ..runs.run import Run, open_run
 from ..settings import ForecastSettings, LoraSettings, Memory, SftSettings, TrainSettings
 from ..store.store import without_secrets
 
@@ -73,7 +73,8 @@ def run(settings: ForecastSettings) -> None:
     from cogcommon.cli.terminal import Console
 
     machine = machine_for(settings)
-    found = forecasts(settings, machine)
+    runs = _open_runs(settings, machine)
+    found = [line for run in runs for line in lines_of(run, machine)]
     advised = {
         method: next((line for line in found if line.method == method and line.fits), None)
         for method in dict.fromkeys(line.method for line in found)
@@ -82,6 +83,7 @@ def run(settings: ForecastSettings) -> None:
         print(without_secrets(json_text([dataclasses.asdict(line) for line in found])))
     else:
         console = Console(soft_wrap=True)
+        console.print(f"{runs[0].shards.described} of {', '.join(map(str, runs[0].buckets))}\n")
         console.print(_table(found))
         console.print(machine.described() + "; all is computed but what is called measured\n")
         if not machine.bf16 and any(line.precision == "bf16" for line in found):
@@ -102,11 +104,14 @@ def run(settings: ForecastSettings) -> None:
 
 def forecasts(settings: ForecastSettings, machine: Machine) -> list[TrainForecast]:
     """Every strategy and memory setting for shards, in the order in which they are advised; LoRA first."""
+    return [line for run in _open_runs(settings, machine) for line in lines_of(run, machine)]
+
+
+def _open_runs(settings: ForecastSettings, machine: Machine) -> list[Run]:
     from cogcommon.model.device import quiet_libraries
 
     quiet_libraries()
-    runs = [open_run(train, _device(machine), machine.gpus) for train in _wanted(settings)]
-    return [line for run in runs for line in lines_of(run, machine)]
+    return [open_run(train, _device(machine), machine.gpus) for train in _wanted(settings)]
 
 
 def forecasts_for(

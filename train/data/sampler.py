@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
+from .caption_draw import CaptionDraw, Ints
 from .sample_rng import seed_of
-
-Ints = npt.NDArray[np.int64]
 
 # Samples are mixed within this many shards at a time. Remote reads stay among a
 # few files (16 shards of 1 GB), and the shards themselves change order each epoch.
@@ -32,12 +30,19 @@ class Sampler:
         bucket_of: bucket of each sample (N); a batch never mixes buckets.
         global_batch: samples in one optimizer step, over all groups and accumulation.
         seed: of the run.
+        draw: takes one sample of each clip an epoch; None: all samples. A clip has one bucket.
     """
 
     shard_of: Ints
     bucket_of: Ints
     global_batch: int
     seed: int
+    draw: CaptionDraw | None = None
+
+    @cached_property
+    def samples(self) -> int:
+        """That an epoch has to train, before those are left out that fill no batch."""
+        return int(self._bucket_counts.sum())
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -50,12 +55,17 @@ class Sampler:
 
     def too_small_buckets(self) -> list[int]:
         """Buckets with fewer samples than a global batch: they are never trained."""
-        values, counts = np.unique(self.bucket_of, return_counts=True)
-        return [int(value) for value, count in zip(values, counts, strict=True) if count < self.global_batch]
+        counts = self._bucket_counts
+        return [int(bucket) for bucket in np.flatnonzero((counts > 0) & (counts < self.global_batch))]
 
     @cached_property
     def _bucket_counts(self) -> Ints:
-        return np.unique(self.bucket_of, return_counts=True)[1]
+        """Samples of each bucket in an epoch."""
+        return np.bincount(self.bucket_of[self._taken(0)])
+
+    def _taken(self, epoch: int) -> Ints:
+        """The samples of an epoch, in no order."""
+        return self.draw(epoch) if self.draw else np.arange(len(self.shard_of))
 
     def epoch(self, epoch: int) -> Ints:
         """Sample indices of an epoch's batches: (steps_per_epoch, global_batch)."""
@@ -71,14 +81,16 @@ class Sampler:
 
     def _shuffled(self, epoch: int) -> Ints:
         rng = np.random.Generator(np.random.PCG64(seed_of(self.seed, epoch, "", "order")))
-        shards = np.unique(self.shard_of)
+        taken = self._taken(epoch)
+        shard_of = self.shard_of[taken]
+        shards = np.unique(shard_of)
         place = np.empty(int(shards[-1]) + 1, np.int64)
         place[shards] = rng.permutation(len(shards))
-        window_of = place[self.shard_of] // WINDOW
-        stream = np.lexsort((rng.random(len(self.shard_of)), window_of))
+        window_of = place[shard_of] // WINDOW
+        stream = taken[np.lexsort((rng.random(len(taken)), window_of))]
         batches: list[Ints] = []
         ends: list[Ints] = []
-        for bucket in np.unique(self.bucket_of):
+        for bucket in np.flatnonzero(self._bucket_counts):
             at = np.flatnonzero(self.bucket_of[stream] == bucket)
             whole = len(at) // self.global_batch * self.global_batch
             places = at[:whole].reshape(-1, self.global_batch)

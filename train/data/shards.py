@@ -12,6 +12,7 @@ import io
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +23,12 @@ from cogcommon.errors import CogError, ShardError, StoreError
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import ShardHeader, extent_intact, read_table
+from cogcommon.words import counted
 
 from ..store.cache import Cache
 from ..store.readers import Readers
 from ..store.store import TRAINING, ReadPart, Stop, StoredFile, WholeFilesOnly
-from .sampler import Ints
+from .caption_draw import CaptionDraw, Ints, words_of
 from .shard_words import Found, expand
 
 _COLUMNS = [
@@ -106,6 +108,41 @@ class ShardSet:
         """Index into ``buckets`` of each sample."""
         names = pa.array([str(bucket) for bucket in self.buckets])
         return pc.index_in(self.table["bucket"], names).to_numpy().astype(np.int64)
+
+    @cached_property
+    def clip_of(self) -> Ints:
+        """Number of each sample's clip, from 0: samples of the same content and bucket are captions of one clip.
+
+        A record that `cogprep index` rebuilt does not know the content; there each sample is a clip of its own.
+        """
+        key = self.table["key"].cast(pa.binary())
+        content = pc.if_else(self._of_no_clip, key, self.table["source_sha256"])
+        clips = pc.binary_join_element_wise(content, self.table["bucket"].cast(pa.binary()), pa.scalar(b" "))
+        return clips.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+
+    @property
+    def of_no_clip(self) -> int:
+        """Samples whose record does not say of which clip they are."""
+        return int(pc.sum(self._of_no_clip).as_py())
+
+    @property
+    def _of_no_clip(self) -> pa.ChunkedArray:
+        return pc.equal(self.table["source_sha256"], pa.scalar(b"", pa.binary()))
+
+    @property
+    def clips(self) -> int:
+        """How many different clips the samples are of."""
+        return int(self.clip_of.max()) + 1
+
+    @property
+    def described(self) -> str:
+        """How many samples, of how many clips, where they are not as many."""
+        samples = counted(len(self), "sample")
+        return samples if self.clips == len(self) else f"{samples} (captions of {counted(self.clips, 'clip')})"
+
+    def caption_draw(self, seed: int) -> CaptionDraw:
+        """What takes one caption of each clip an epoch."""
+        return CaptionDraw(self.clip_of, words_of(self.table["key"].to_pylist()), seed)
 
     def extent(self, index: int) -> SampleExtent:
         row = self.table.slice(index, 1).to_pylist()[0]

@@ -15,6 +15,7 @@ from cogcommon.files.ownership import Made
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16
 from cogcommon.model.families import Resolution
+from cogcommon.words import counted
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.sampler import Sampler
@@ -81,6 +82,7 @@ class Run:
             _REVISION: self.checkpoint.fingerprint,
             "shards": self.shards.fingerprint,
             "global batch": self.global_batch,
+            "--captions": self.settings.captions,
             "--seed": self.settings.seed,
             "--strategy": self.strategy,
             "--precision": self.precision,
@@ -236,27 +238,35 @@ def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
 def _sampler(settings: TrainSettings, shards: ShardSet, groups: DataGroups, notes: list[str]) -> Sampler:
     count = groups.count
     size = count * settings.batch_size * settings.accumulate
-    sampler = Sampler(shards.shard_of, shards.bucket_of, size, settings.seed)
+    one = settings.captions == "one"
+    draw = shards.caption_draw(settings.seed) if one else None
+    sampler = Sampler(shards.shard_of, shards.bucket_of, size, settings.seed, draw)
+    samples, noun = sampler.samples, "clip" if one else "sample"
     parts = f"{count} process{'es' * (count > 1)} x batch size {settings.batch_size} x accumulate {settings.accumulate}"
-    if count > len(shards):
+    if count > samples:
         raise ShardError(
-            f"{count} processes and only {len(shards)} samples to train on",
+            f"{count} processes and only {counted(samples, noun)} to train on",
             where="--nproc, --shards",
-            fix=f"--nproc {len(shards)} or fewer",
+            fix=f"--nproc {samples} or fewer",
         )
     if sampler.steps_per_epoch == 0:
         raise ShardError(
-            f"a step takes {size} samples ({parts}), and no resolution has as many ({len(shards)} in all)",
+            f"a step takes {size} {noun}s ({parts}), and no resolution has as many ({samples} in all)",
             where="--batch-size, --accumulate, --shards",
             fix="a smaller --batch-size or --accumulate",
         )
     for index in sampler.too_small_buckets():
         notes.append(
             f"{int((shards.bucket_of == index).sum())} samples of {shards.buckets[index]} are never trained: "
-            f"a step takes {size} of one resolution"
+            f"a step takes {size} {noun}s of one resolution"
         )
     if sampler.left_over:
-        notes.append(f"each epoch leaves out {sampler.left_over} of {len(shards)} samples, different ones each time")
+        notes.append(f"each epoch leaves out {sampler.left_over} of {counted(samples, noun)}, different ones each time")
+    if one and shards.of_no_clip:
+        rebuilt = f"{counted(shards.of_no_clip, 'sample')} in records that `cogprep index` rebuilt"
+        notes.append(f"--captions one takes {rebuilt} for clips of their own")
+    if one and samples == len(shards):
+        notes.append("--captions one changes nothing: no clip of these shards has several captions")
     return sampler
 
 

@@ -32,9 +32,11 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
     )
     buckets = ", ".join(str(bucket) for bucket in run.shards.buckets)
     log.say(
-        f"{counted(len(run.shards), 'sample')} of {buckets} in {counted(len(run.shards.shards), 'shard')}; "
+        f"{run.shards.described} of {buckets} in {counted(len(run.shards.shards), 'shard')}; "
         f"global batch {run.global_batch:,}, {counted(run.steps, 'step')}, {run.sampler.steps_per_epoch:,} per epoch"
     )
+    if run.sampler.draw:
+        log.say(f"each epoch trains one caption of each of {counted(run.sampler.samples, 'clip')} (--captions one)")
     for note in run.notes:
         log.say(f"note: {note}")
     if run.resume is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
 
-from ..data.sampler import Ints
+from ..data.caption_draw import Ints
 from ..distributed.leaving import PeerFailed
 
 if TYPE_CHECKING:
