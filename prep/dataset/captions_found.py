@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cogcommon.files.ownership import LISTS
 
-from .found import CLIPS, Found
+from .found import CLIPS, Found, split_name
 from .metadata import in_a_line, read_metadata, text_of
 
 _LISTS = frozenset({*LISTS, "images.txt"})
@@ -59,7 +59,7 @@ def _take_texts(captions: Captions, found: Found, clips: Sequence[str]) -> None:
     """Captions from the .txt files beside the clips."""
     beside = defaultdict(list)
     for clip in dict.fromkeys(clips):
-        text = clip[: clip.rindex(".")] + ".txt"
+        text = f"{split_name(clip)[0]}.txt"
         if text in found.texts and text not in _LISTS:
             beside[text].append(clip)
     for text, theirs in beside.items():
@@ -81,7 +81,7 @@ def _take_table(captions: Captions, found: Found, name: str, places: Places) -> 
         clip = places.find(row.clip, folder)
         if clip is not None:
             rows[clip] = tuple(dict.fromkeys((*rows.get(clip, ()), *row.captions)))
-        elif ntpath.splitext(row.clip)[1].lower() in CLIPS:  # a table may name pictures, too
+        elif split_name(row.clip)[1] in CLIPS:  # a table may name pictures, too
             captions.absent.setdefault(name, []).append(row.clip)
     for clip, several in rows.items():
         if several:

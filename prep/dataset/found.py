@@ -44,14 +44,14 @@ class Found:
         """The picture of a clip's name: beside it, or at its place in images/ (``videos/b/7.mp4``: images/b/7.png)."""
         if not self.pictures:
             return None
-        stem = _split(clip)[0]
+        stem, _ = split_name(clip)
         likely = (place + kind for place in (stem, f"images/{stem.partition('/')[2] or stem}") for kind in self._kinds)
         return next((picture for picture in likely if picture in self.pictures), None)
 
     @cached_property
     def _kinds(self) -> list[str]:
         """How the pictures' names end: in any capitals, but a .png before a .jpg."""
-        there = {name[name.rindex(".") :] for name in self.pictures}
+        there = {name[len(split_name(name)[0]) :] for name in self.pictures}
         return sorted(there, key=lambda kind: (PICTURES.index(kind.lower()), kind))
 
 
@@ -106,8 +106,8 @@ def _leads_to(through: Callable[[str], bool], itself: Callable[[], bool], entry:
 
 def _sort(found: Found, entry: os.DirEntry[str], name: str, names: set[str]) -> None:
     """Put a file where it belongs."""
-    stem, kind = _split(entry.name)
-    if kind in _UNFINISHED and _split(stem)[1] in CLIPS:
+    stem, kind = split_name(entry.name)
+    if kind in _UNFINISHED and split_name(stem)[1] in CLIPS:
         found.left_out["half-downloaded"].append(name)
     elif kind in CLIPS:
         why = next(_why_not(entry, name, names), None)
@@ -123,10 +123,14 @@ def _sort(found: Found, entry: os.DirEntry[str], name: str, names: set[str]) -> 
         found.metadata.append(name)
 
 
-def _split(name: str) -> tuple[str, str]:
-    """A file's name without its kind, and the kind, ``.mp4``."""
-    stem, dot, kind = name.rpartition(".")
-    return (stem, f".{kind}".lower()) if dot else (name, "")
+def split_name(name: str) -> tuple[str, str]:
+    """A name, folders and all, without its kind, and the kind in small letters: ``b.c/A`` and ``.mp4``.
+
+    Of a name without a dot, whatever the dots of its folders, the kind is empty.
+    """
+    folder, slash, last = name.rpartition("/")
+    stem, dot, kind = last.rpartition(".")
+    return (f"{folder}{slash}{stem}", f".{kind}".lower()) if dot else (name, "")
 
 
 def _why_not(entry: os.DirEntry[str], name: str, names: set[str]) -> Iterator[str]:

@@ -111,6 +111,16 @@ def test_clips_of_one_stem_are_told_apart(tmp_path):
     assert "metadata.csv has another caption for 1 clip, which was not used: b/a.mov" in said(told)
 
 
+def test_lines_of_clips_whose_names_have_no_kind(tmp_path):
+    """A camera, or somebody, left the ending away; a dot of the folder is none."""
+    lay(tmp_path, "2024.06/a", "b", "2024.06/a.png", "b.png", videos_txt="2024.06/a\nb\n")
+    (tmp_path / "2024.06" / "a.txt").write_text("a cat")
+    (tmp_path / "2024.txt").write_text("of no clip")
+    told = init(tmp_path)
+    assert (tmp_path / "prompts.txt").read_text() == "a cat\n\n" and told.blank == [2]
+    assert (tmp_path / "images.txt").read_text() == "2024.06/a.png\nb.png\n"
+
+
 def test_of_two_tables_the_first_is_believed_and_both_are_told(tmp_path):
     lay(tmp_path, "a.mp4", "b.mp4", metadata_csv="file_name,text\na.mp4,one\n")
     told = init(
