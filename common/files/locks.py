@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -86,19 +87,7 @@ def remove_unless_held(path: Path) -> bool:
     Raises:
         NoLocks: the file system keeps no locks.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return True
-    except OSError:  # a link, or not ours to write
-        return False
-    with os.fdopen(descriptor, "r+b") as stream:
-        try:
-            lock(stream, path)
-        except Busy:
-            return False
-        path.unlink(missing_ok=True)
-    return True
+    return not _is_held(path, lambda: path.unlink(missing_ok=True))
 
 
 def locked_elsewhere(path: Path) -> bool:
@@ -106,6 +95,15 @@ def locked_elsewhere(path: Path) -> bool:
 
     Raises:
         NoLocks: the file system keeps no locks.
+    """
+    return _is_held(path, lambda: None)
+
+
+def _is_held(path: Path, otherwise: Callable[[], None]) -> bool:
+    """Whether a live process holds a file, or may hold it: a link, and what we may not write, cannot be locked.
+
+    Args:
+        otherwise: called under the file's lock, where nobody holds it. A file that is not there is held by nobody.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -118,4 +116,5 @@ def locked_elsewhere(path: Path) -> bool:
             lock(stream, path)
         except Busy:
             return True
+        otherwise()
     return False

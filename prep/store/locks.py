@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -78,28 +78,37 @@ def at_work(out: Path) -> Iterator[None]:
         DiskError: the folder cannot be written.
     """
     mark = temporary_beside(out / _MARK)
+    with shard_disk_errors(out):
+        stream = _put(mark)
     try:
-        with shard_disk_errors(out):
-            stream = _put(mark)
         with stream:
             with shard_disk_errors(out):
-                for left in out.glob(f".{_MARK}.*.tmp"):
-                    if left != mark and TEMPORARY.fullmatch(left.name):
+                for left in _marks(out):
+                    if left != mark:
                         locks.remove_unless_held(left)
                 while locks.locked_elsewhere(guard_of(out / _REMOVAL)):
                     time.sleep(0.01)
             yield
     finally:
-        with suppress(NotADirectoryError):  # a file lies where the folder should be; the error above says so
-            mark.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
 
 
 def _put(mark: Path) -> IO[bytes]:
     # Whoever looks whether we live holds it for a moment, and before it lies there clean-cache may remove the folder.
     while True:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(locks.Busy, FileNotFoundError):
+        try:
             return locks.open_locked(mark)
+        except (locks.Busy, FileNotFoundError):
+            continue
+        except locks.NoLocks:
+            mark.unlink(missing_ok=True)
+            raise
+
+
+def _marks(out: Path) -> list[Path]:
+    """The files by which runs that live in a folder, or lived there, are known."""
+    return [path for path in out.glob(f".{_MARK}.*.tmp") if TEMPORARY.fullmatch(path.name)]
 
 
 @contextmanager
@@ -112,9 +121,7 @@ def removing(out: Path) -> Iterator[bool]:
         Whether a run lives there already.
     """
     with alone_with(out / _REMOVAL):
-        yield any(
-            locks.locked_elsewhere(mark) for mark in out.glob(f".{_MARK}.*.tmp") if TEMPORARY.fullmatch(mark.name)
-        )
+        yield any(map(locks.locked_elsewhere, _marks(out)))
 
 
 def is_lock_of_removing(path: Path) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
+import os
 import tarfile
 from pathlib import Path
 
@@ -13,11 +15,11 @@ import torch
 import webdataset
 
 from cogcommon.errors import CogError, DiskError, ShardError
-from cogcommon.files.locks import locked_elsewhere
+from cogcommon.files.locks import NoLocks, locked_elsewhere
 from cogcommon.shards.contract import CONTRACT_FILE, Contract
 from cogcommon.shards.records import SampleRow, ShardRecord, extent_intact, read_record, split_extent
 from cogprep.store import shards
-from cogprep.store.locks import ShardBusy
+from cogprep.store.locks import ShardBusy, at_work
 from cogprep.store.shards import ShardDone, ShardWriter, committed_shards, drop_samples, recover_folder
 
 
@@ -169,6 +171,16 @@ def test_a_lock_on_a_file_that_was_renamed_meanwhile_is_not_enough(three: Path, 
     with pytest.raises(ShardDone):
         ShardWriter(three, 5, contract, ())
     assert_whole(three, read_record(three / "000005.parquet"))
+
+
+def test_a_file_system_without_locks_is_refused_by_name_and_nothing_is_left(tmp_path: Path, monkeypatch) -> None:
+    def no_locks(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(NoLocks, match="keeps no locks"), at_work(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_rejected_samples_are_rows_and_a_shard_may_hold_nothing_else(three: Path) -> None:
