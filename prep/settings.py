@@ -15,6 +15,7 @@ from cogcommon.model.families import FAMILIES, Family, Resolution, Task
 from cogcommon.words import bytes_of, counted
 
 from .dataset.lists import DataSet, read_lists
+from .published import published_geometry
 from .source.heartbeat import TIMEOUT_S
 from .video.cut import Crop, Cut, Fit, FrameMode, Short
 
@@ -192,14 +193,18 @@ class PlanSettings:
             id_token=self.id_token,
         )
 
-    def open_model(self) -> Checkpoint:
+    def open_model(self, *, geometry: bool = False) -> Checkpoint:
         """Open the checkpoint, checked against task and resolutions. No weights are read.
+
+        Args:
+            geometry: only sizes and number types will be asked for; a published model then needs no network.
 
         Raises:
             ModelError: there is no such model.
             SettingError: the model is of the other task, or cannot take a size.
         """
-        checkpoint = open_checkpoint(self.model or DEFAULT_MODEL[self.task or "t2v"])
+        name = self.model or DEFAULT_MODEL[self.task or "t2v"]
+        checkpoint = (published_geometry(name) if geometry else None) or open_checkpoint(name)
         family = checkpoint.family
         if self.task and self.task != family.task:
             raise SettingError(
@@ -247,6 +252,12 @@ class EncodeSettings(PlanSettings):
 class ValidateSettings(PlanSettings):
     """Every option of `cogprep validate`: the plan's, so that what is looked at is what is encoded."""
 
+    gpu: str | None = setting(
+        None,
+        "the card whose time is foretold, as 4090, l4 or a100-80",
+        shown="this machine's, else an H200",
+        section="Work",
+    )
     json: bool = setting(False, "print everything as JSON", section="Work")
 
 

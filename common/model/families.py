@@ -54,6 +54,11 @@ class Resolution:
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
 
+    @property
+    def turned(self) -> Resolution:
+        """With height and width changed for each other."""
+        return Resolution(self.frames, self.width, self.height)
+
 
 class LatentShape(NamedTuple):
     """Of a clip's latent, (C, F', h, w)."""
@@ -100,6 +105,8 @@ class Family:
     invert_image_scale: bool  # image latents are divided by the scaling factor
     snr_shift: float
     precision: Literal["fp16", "bf16"]
+    sample: tuple[int, int]  # latents, height and width, at which the published checkpoint's positions end
+    text_dim: int = 4096  # of T5-XXL
     conditions: tuple[str, ...] = ()  # what is given beside the caption, by name; I2V: the first frame
 
     @property
@@ -177,9 +184,11 @@ class Family:
 _LATENTS: dict[str, Any] = {"latent_channels": 16, "temporal": 4, "spatial": 8, "patch": 2}
 _V1: dict[str, Any] = _LATENTS | {
     "patch_t": None, "ofs": None, "text_tokens": 226, "native": Resolution(49, 480, 720), "max_frames": 49, "fps": 8,
+    "sample": (60, 90),
 }  # fmt: skip
 _V15: dict[str, Any] = _LATENTS | {
     "patch_t": 2, "text_tokens": 224, "native": Resolution(81, 768, 1360), "max_frames": 161, "fps": 16,
+    "sample": (300, 300),  # the larger one: public configs disagree, and some have 96 x 170
 }  # fmt: skip
 _5B: dict[str, Any] = {
     "layers": 42, "heads": 48, "head_dim": 64, "scaling_factor": 0.7, "snr_shift": 1.0, "precision": "bf16",
@@ -287,8 +296,11 @@ def check_resolution(
         )
         if resolution.height > most_h or resolution.width > most_w:
             fits = Resolution(resolution.frames, min(resolution.height, most_h), min(resolution.width, most_w))
+            fix = f"--resolution {fits}"
+            if resolution.width <= most_h and resolution.height <= most_w:
+                fix += f"; or --resolution {resolution.turned}, if height and width changed places"
             raise SettingError(
                 f"{resolution.height}x{resolution.width}: this checkpoint's positions end at {most_h}x{most_w}",
                 where=f"--resolution {resolution}",
-                fix=f"--resolution {fits}",
+                fix=fix,
             )

@@ -12,28 +12,26 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 from cogcommon.cli.terminal import Console
-from cogcommon.errors import DataRootError
+from cogcommon.errors import DataRootError, ModelError
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import DTYPES, item_bytes, quiet_libraries
 from cogcommon.model.families import BUILTIN_NAMES, Resolution
 from cogcommon.words import counted
 
 from ..dataset.advice import Looked, advise, cut_captions
+from ..dataset.guesses import Guess, guess_folders, guess_turned
 from ..dataset.lists import DataSet, check_root
 from ..dataset.probe import Look, look
 from ..plan.plan import tensor_bytes
 from ..processes.pool import Pool, default_workers
+from ..published import published_geometry
 from ..settings import ValidateSettings
 from ..show.progress import Progress
 from ..source.clip import ClipFault
+from ..vae.seconds import VaeSpeed, vae_speed
 from ..video.decode import image_size
 from .foretell import EncodeForecast, foretell
 from .verdict import BucketPlan, Finding, Verdict, show
-
-# The VAE on one H200, bf16, whole frames, as diffusers has it; time goes with the pixels (measured
-# 4.97 times the arithmetic at 81x768x1360, which has 5.00 times the pixels).
-_H200_CLIP_S = 0.96
-_H200_CLIP = Resolution(49, 480, 720)
 
 
 def run(settings: ValidateSettings) -> None:
@@ -49,7 +47,10 @@ def run(settings: ValidateSettings) -> None:
         raise DataRootError(
             f"{counted(count, 'fault')}; the first: {first.what}",
             where=f"{settings.root}: {first.place} {first.entry}".rstrip(),
-            fix="mend what is listed above; `cogprep encode` leaves bad clips out, but lists must pair up",
+            fix=next(
+                (guess.fix for guess in verdict.guesses),
+                "mend what is listed above; `cogprep encode` leaves bad clips out, but lists must pair up",
+            ),
         )
 
 
@@ -58,13 +59,14 @@ def validate(settings: ValidateSettings) -> Verdict:
 
     Raises:
         DataRootError: the data root is no folder, or has no lists.
-        SettingError: a size that the model cannot take, or a holdout of every clip.
+        SettingError: a size that the model cannot take, a holdout of every clip, or a card that we do not know.
         ModelError: the model cannot be had.
     """
     begun = time.perf_counter()
     check_root(settings.root, settings.prompts, settings.videos)  # before a model is looked for on the hub
-    checkpoint = settings.open_model()
+    checkpoint = settings.open_model(geometry=True)
     family = checkpoint.family
+    speed = None if checkpoint.name in BUILTIN_NAMES else vae_speed(settings.gpu)
     data = settings.read_lists(family.task)
     looks, images = look_at_all(settings, data, family.fps)
     faults = find_faults(settings, data, looks, images)
@@ -75,7 +77,8 @@ def validate(settings: ValidateSettings) -> Verdict:
         and not isinstance(image := images.get(sample.image), ClipFault)
     ]
     quiet_libraries()
-    cuts = cut_captions([one.sample for one in looked], checkpoint.load_tokenizer(), family.text_tokens)
+    tokenizer, notes = _tokenizer(checkpoint)
+    cuts = cut_captions([one.sample for one in looked], tokenizer, family.text_tokens)
     forecast = foretell(settings, checkpoint, data, looks, [one.look.facts.sha256 for one in looked])
     faults += find_refusals(settings, forecast)
     held = forecast.holdout
@@ -89,15 +92,17 @@ def validate(settings: ValidateSettings) -> Verdict:
         usable=len(looked),
         validation=sum(one.look.facts.sha256 in held for one in looked),
         faults=faults,
+        guesses=list(find_guesses(settings, checkpoint, data, looks, images)),
         advice=advise(looked, cuts, family, settings.cut) if looked else (),
-        plan=plan_buckets(settings, checkpoint, looked, held) if looked else (),
+        plan=plan_buckets(settings, checkpoint, looked, held, speed) if looked else (),
+        gpu=speed.card if speed else None,
         encode={
             "new": forecast.new,
             "reused": forecast.reused,
             "kept": forecast.kept,
             "dropped": forecast.dropped,
         },
-        notes=[*_notes(settings, checkpoint, data, looked), *_notes_on_the_folder(settings, forecast)],
+        notes=[*_notes(settings, checkpoint, data, looked, speed), *notes, *_notes_on_the_folder(settings, forecast)],
         seconds=time.perf_counter() - begun,
     )
 
@@ -137,6 +142,21 @@ def find_faults(
     return found
 
 
+def find_guesses(
+    settings: ValidateSettings,
+    checkpoint: Checkpoint,
+    data: DataSet,
+    looks: Mapping[str, Look | ClipFault],
+    images: Mapping[str, tuple[int, int] | ClipFault],
+) -> Iterator[Guess]:
+    """What was probably meant, where many lines or the size are wrong in one way."""
+    results: Mapping[str, Mapping[str, object]] = {settings.videos: looks, settings.images or "images.txt": images}
+    for (name, found), column in zip(results.items(), ("clips", "images"), strict=True):
+        bad = [entry for entry, result in found.items() if isinstance(result, ClipFault)]
+        yield from guess_folders(data.root, name, data.columns.get(column, ()), bad)
+    yield from guess_turned(checkpoint, settings.buckets, looks.values())
+
+
 def find_refusals(settings: ValidateSettings, forecast: EncodeForecast) -> list[Finding]:
     """What `encode` would object to because of what the output folder holds."""
     found = [
@@ -149,7 +169,11 @@ def find_refusals(settings: ValidateSettings, forecast: EncodeForecast) -> list[
 
 
 def plan_buckets(
-    settings: ValidateSettings, checkpoint: Checkpoint, looked: Sequence[Looked], held: Collection[bytes]
+    settings: ValidateSettings,
+    checkpoint: Checkpoint,
+    looked: Sequence[Looked],
+    held: Collection[bytes],
+    speed: VaeSpeed | None = None,
 ) -> list[BucketPlan]:
     """What each bucket would hold after a first encode."""
     rows = []
@@ -177,36 +201,53 @@ def plan_buckets(
                 loss=(sum(losses) / max(1, len(losses)), max(losses, default=0.0)),
                 shards=-(-validation // chunk) + -(-(len(inside) - validation) // chunk),
                 bytes=size * len(inside),
-                gpu_s=gpu_seconds(settings, checkpoint, bucket, len(inside)),
+                gpu_s=len(inside) * clip_seconds(settings, checkpoint, bucket, speed) if speed else None,
             )
         )
     return rows
 
 
-def gpu_seconds(settings: ValidateSettings, checkpoint: Checkpoint, bucket: Resolution, clips: int) -> float | None:
-    """Seconds of the VAE on an H200, I2V's extra first frames included; none for a built-in model."""
-    if checkpoint.name in BUILTIN_NAMES:
-        return None
+def clip_seconds(settings: ValidateSettings, checkpoint: Checkpoint, bucket: Resolution, speed: VaeSpeed) -> float:
+    """Seconds of the VAE for one clip, I2V's extra first frames included."""
     frames = bucket.frames + (settings.image_variants + 1 if checkpoint.family.task == "i2v" else 0)
-    pixels = frames * bucket.height * bucket.width
-    return clips * _H200_CLIP_S * pixels / (_H200_CLIP.frames * _H200_CLIP.height * _H200_CLIP.width)
+    return speed.seconds(frames, bucket.height, bucket.width, tiled=settings.tiling == "on")
 
 
-def _notes(settings: ValidateSettings, checkpoint: Checkpoint, data: DataSet, looked: Sequence[Looked]) -> list[str]:
+def _tokenizer(checkpoint: Checkpoint) -> tuple[object | None, list[str]]:
+    """The tokenizer of the model, and a note where it cannot be had."""
+    try:
+        return checkpoint.load_tokenizer(), []
+    except ModelError:
+        if published_geometry(checkpoint.name) is None:
+            raise
+        return None, [f"The tokenizer of {checkpoint.name} is not here, so the lengths of captions are guessed."]
+
+
+def _notes(
+    settings: ValidateSettings,
+    checkpoint: Checkpoint,
+    data: DataSet,
+    looked: Sequence[Looked],
+    speed: VaeSpeed | None,
+) -> list[str]:
     notes = []
     if data.faults:
         notes.append("the lists do not pair up, so captions were not checked and there is no plan")
     if data.images_unused:
         name = settings.images or "images.txt"
         notes.append(f"{name} is not used: {checkpoint.name} is a text-to-video model")
+    if published_geometry(checkpoint.name) and checkpoint.family.positions == "rope-slice":
+        native = checkpoint.native
+        far = [size for size in settings.buckets if size.height > native.height or size.width > native.width]
+        if far:
+            notes.append(
+                f"whether the checkpoint's positions reach to {far[0]} stands in its config, which encode reads"
+            )
     if looked:
         precision = settings.precision or checkpoint.family.precision
         said = f"Sizes are for {precision}" + (", the family's on a GPU" if settings.precision is None else "")
-        if checkpoint.name not in BUILTIN_NAMES:
-            said += (
-                f"; GPU time is an estimate: the VAE on one H200, {_H200_CLIP_S} s a clip of {_H200_CLIP}, "
-                "scaled by pixels"
-            )
+        if speed is not None:
+            said += f"; GPU time is {speed}"
         notes.append(
             said + ". Damage in the middle of a clip shows only when encode decodes it; that clip is then left out."
         )

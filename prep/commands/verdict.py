@@ -17,6 +17,7 @@ from cogcommon.model.families import Resolution
 from cogcommon.words import counted, in_bytes, in_words
 
 from ..dataset.advice import Advice
+from ..dataset.guesses import Guess
 
 _SHOWN = 20  # faults that the page lists; --json has them all
 _SHOWN_LINES = 3  # examples of one kind of advice
@@ -47,7 +48,7 @@ class BucketPlan:
     loss: tuple[float, float]  # cut away, mean and most
     shards: int
     bytes: int
-    gpu_s: float | None  # of the VAE on one H200; None for a built-in model
+    gpu_s: float | None  # of the VAE on one card, the verdict's; None for a built-in model
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ class Verdict:
     usable: int
     validation: int  # samples held out
     faults: Sequence[Finding]
+    guesses: Sequence[Guess]
     advice: Sequence[Advice]
     plan: Sequence[BucketPlan]  # of a first encode; empty when the lists cannot be paired
+    gpu: str | None  # the card of the plan's seconds; None for a built-in model
     encode: Mapping[str, int]  # samples that encode would make, reuse, keep and drop, in the folder as it is
     notes: Sequence[str]
     seconds: float
@@ -88,6 +91,9 @@ def show(verdict: Verdict, console: Console) -> None:
         _show_faults(verdict, console)
     else:
         console.print("\nno faults", style="bold green")
+    for guess in verdict.guesses:
+        console.print(styled("\n", ("probably", "bold yellow"), f": {guess.what}"))
+        console.print(styled("  ", ("-> ", "dim"), guess.fix), soft_wrap=True)  # a command stays in one piece
     if verdict.advice:
         _show_advice(verdict, console)
     if verdict.plan:

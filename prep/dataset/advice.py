@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class CaptionCut:
     tokens: int
     kept: str  # the end of what is read
     lost: str  # the beginning of what is not
+    guessed: bool = False  # counted without the tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +113,12 @@ def _bars(looked: Sequence[Looked]) -> Advice | None:
 
 
 def _captions(cuts: Sequence[CaptionCut], family: Family) -> Advice | None:
+    about = "about " if any(cut.guessed for cut in cuts) else ""
     return _of(
         "long captions",
         f"the model reads {family.text_tokens} tokens; the rest of these is lost",
         "put what matters first, or shorten them",
-        [(cut.line, f"{cut.tokens} tokens: ...{cut.kept} | {cut.lost}...") for cut in cuts],
+        [(cut.line, f"{about}{cut.tokens} tokens: ...{cut.kept} | {cut.lost}...") for cut in cuts],
     )
 
 
@@ -146,6 +149,15 @@ def _twice(looked: Sequence[Looked]) -> Advice | None:
 
 
 def _same_caption(looked: Sequence[Looked]) -> Advice | None:
+    clips = {one.look.facts.sha256 for one in looked}
+    plain = {re.sub(r"[\W\d_]+", " ", one.sample.caption.casefold()).strip() for one in looked}
+    if len(clips) > 1 and len(plain) == 1:
+        return Advice(
+            "captions all alike",
+            f"{len(clips)} different clips, and nothing but numbers or signs tells their captions apart: "
+            f"{looked[0].sample.caption[:60]}",
+            "say what each clip shows; what they have in common is then learned with the word that all captions have",
+        )
     counts = Counter(caption for caption, _ in {(one.sample.caption, one.look.facts.sha256) for one in looked})
     lines = [(one.sample.line, "") for one in looked if counts[one.sample.caption] > 1]
     return _of("same captions", "different clips with one caption", "say what differs between them", lines)
@@ -239,18 +251,30 @@ def _turned(looked: Sequence[Looked]) -> Advice | None:
     return _of("turned, stretched or cropped", "used as a player shows them", "", lines)
 
 
-def cut_captions(samples: Sequence[Sample], tokenizer: object, limit: int) -> list[CaptionCut]:
+def cut_captions(samples: Sequence[Sample], tokenizer: object | None, limit: int) -> list[CaptionCut]:
     """The captions that are longer than ``limit`` tokens, end token included, and where each is cut.
 
     Args:
-        tokenizer: the checkpoint's own T5 tokenizer.
+        tokenizer: the checkpoint's own T5 tokenizer; None guesses (`_guessed_ends`).
     """
     cuts = []
     for sample in samples:
-        coded = tokenizer(sample.caption, return_offsets_mapping=True, verbose=False)  # type: ignore[operator]
-        tokens = len(coded["input_ids"])
-        if tokens > limit:
-            end = coded["offset_mapping"][limit - 2][1]  # the end token takes the last place
-            kept, lost = sample.caption[:end].rstrip(), sample.caption[end:].lstrip()
-            cuts.append(CaptionCut(sample.line, tokens, kept[-20:], lost[:20]))
+        caption = sample.caption
+        if tokenizer is None:
+            ends = _guessed_ends(caption)
+        else:
+            coded = tokenizer(caption, return_offsets_mapping=True, verbose=False)  # type: ignore[operator]
+            ends = [end for _, end in coded["offset_mapping"]]
+        if len(ends) > limit:
+            end = ends[limit - 2]  # the end token takes the last place
+            kept, lost = caption[:end].rstrip(), caption[end:].lstrip()
+            cuts.append(CaptionCut(sample.line, len(ends), kept[-20:], lost[:20], tokenizer is None))
     return cuts
+
+
+def _guessed_ends(caption: str) -> list[int]:
+    """Where each token of a caption ends, by a rule of thumb: one for a mark, and one for every 6 letters of a word."""
+    ends = []
+    for word in re.finditer(r"\w+|[^\w\s]", caption):
+        ends += [min(word.start() + 6 * piece, word.end()) for piece in range(1, 1 + -(-len(word[0]) // 6))]
+    return [*ends, len(caption)]

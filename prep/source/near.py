@@ -54,6 +54,16 @@ def _near(path: Path) -> str:
     return "; ".join(told)
 
 
+def folder_before(root: Path, entry: str) -> str | None:
+    """The folder below the root in which a missing file lies under its whole name: ``videos``; None: in none."""
+    entry = entry.removeprefix("./")
+    try:
+        found = _find(root, entry.split("/"), outer=False)
+    except (OSError, ValueError):
+        return None
+    return found.removesuffix(f"/{entry}") if found and found.endswith(f"/{entry}") else None
+
+
 def _how(found: str, entry: str) -> str:
     """Where two names look alike, how they differ."""
     entry = entry.removeprefix("./")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cogcommon.errors import DataRootError
-from cogcommon.model.families import Resolution
+from cogcommon.errors import DataRootError, SettingError
+from cogcommon.model.families import FAMILIES, Resolution
 from cogcommon.shards.records import read_record
 from cogprep.cli import app
-from cogprep.commands.validate import validate
+from cogprep.commands.validate import look_at_all, run, validate
 from cogprep.commands.verdict import show
-from cogprep.dataset.probe import inside_bars
+from cogprep.dataset.guesses import guess_folders, guess_turned
+from cogprep.dataset.probe import Look, inside_bars
+from cogprep.plan.plan import tensor_bytes
 from cogprep.settings import EncodeSettings, ValidateSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -259,15 +262,84 @@ def test_large_numbers_still_fit_into_80_columns(verdict):
     assert max(map(len, page.splitlines())) <= 80
 
 
-def test_gpu_time_is_given_for_real_models_only(settings):
-    from cogcommon.model.checkpoint import open_checkpoint
-    from cogprep.commands.validate import gpu_seconds
+def test_gpu_time_is_that_of_the_card_and_the_encoder_that_will_run():
+    from cogprep.commands.validate import clip_seconds
+    from cogprep.vae.seconds import vae_speed
 
-    tiny = open_checkpoint("tiny")
-    assert gpu_seconds(settings, tiny, Resolution(49, 480, 720), 10) is None
-    real = replace(tiny, name="THUDM/CogVideoX-5b")
-    assert gpu_seconds(settings, real, Resolution(49, 480, 720), 10) == pytest.approx(9.6)
-    assert gpu_seconds(settings, real, Resolution(81, 768, 1360), 1) == pytest.approx(0.96 * 741 / 149, rel=0.01)
+    def seconds(model, size, card):
+        settings = ValidateSettings(data_root=Path(), resolution=[size], model=model, out=Path("out"), gpu=card)
+        return clip_seconds(settings, settings.open_model(geometry=True), settings.buckets[0], vae_speed(card))
+
+    assert seconds("THUDM/CogVideoX-5b", "49x480x720", None) == pytest.approx(0.28)  # as measured
+    assert seconds("THUDM/CogVideoX1.5-5B", "81x768x1360", "h200") == pytest.approx(0.28 * 741 / 149, rel=0.01)
+    assert seconds("THUDM/CogVideoX-5b-I2V", "49x480x720", "H200") == pytest.approx(0.28 * 54 / 49)
+    assert seconds("THUDM/CogVideoX-5b", "49x480x720", "4090") == pytest.approx(0.28 * 989.4 / 165.2)
+    assert "one RTX 4090: 1.7 s a clip" in str(vae_speed("4090")) and "measured on an H200" in str(vae_speed("4090"))
+    for unknown in ("24GB", "RTX 9999"):
+        with pytest.raises(SettingError):
+            vae_speed(unknown)
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Nothing can be connected to, and the hub's cache is empty."""
+    import socket
+
+    from huggingface_hub import constants
+
+    def refuse(*_args, **_options):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_the_published_models_need_no_network(settings, root, no_network):
+    (root / "two.txt").write_text("videos/good.mp4\nvideos/long.mp4\n")
+    (root / "long.txt").write_text(f"{'the quick brown fox jumps over the lazy dog, ' * 40}\na card\n")
+    for family in FAMILIES:
+        opened = replace(settings, resolution=[str(family.native)], model=family.hub_id).open_model(geometry=True)
+        assert (opened.family, opened.native) == (family, family.native)
+    for family in FAMILIES[1], FAMILIES[-1]:
+        chosen = {"videos": "two.txt", "prompts": "long.txt", "model": family.hub_id, "precision": None}
+        verdict = validate(replace(settings, resolution=[str(family.native)], short="repeat", **chosen))
+        assert (verdict.family, verdict.faults, verdict.usable) == (family.name, [], 2)
+        assert (verdict.gpu, verdict.precision) == ("H200", family.precision)
+        tensors = tensor_bytes(
+            family, family.native, item_bytes=2, posterior="moments", image_variants=4, text_dim=4096
+        )
+        assert verdict.plan[0].bytes == 2 * tensors and verdict.plan[0].gpu_s > 0.5
+        (cut,) = (one for one in verdict.advice if one.kind == "long captions")
+        assert [line for line, _ in cut.lines] == [1] and cut.lines[0][1].startswith("about 4")
+        assert any("lengths of captions are guessed" in note for note in verdict.notes)
+
+
+def test_what_was_probably_meant_is_said(settings, root, capsys):
+    (root / "bare.txt").write_text("good.mp4\nfast.mp4\nlong.mp4#t=0.5,2\n")
+    (root / "alike.txt").write_text("A card, number 1.\na card - number 2\nA card number 3\n")
+    chosen = replace(settings, videos="bare.txt", prompts="alike.txt")
+    with pytest.raises(DataRootError, match="3 faults") as caught:
+        run(chosen)
+    assert "all 3 paths of bare.txt lack videos/" in capsys.readouterr().out
+    command = caught.value.fix
+    assert command.startswith("sed ")
+    subprocess.run(command, shell=True, check=True)
+    verdict = validate(replace(chosen, resolution=["17x96x64"]))
+    assert verdict.faults == []
+    (guess,) = verdict.guesses
+    assert guess.fix == "--resolution 17x64x96" and guess.what.startswith("3 clips of 3 are wider than high")
+    told = {one.kind: one.what for one in verdict.advice}
+    assert "same captions" not in told and "A card, number 1." in told["captions all alike"]
+    lying = [found for found in look_at_all(chosen, chosen.read_lists("t2v"), 8)[0].values() if isinstance(found, Look)]
+    sizes = [Resolution(17, 64, 96), Resolution(17, 96, 64)]
+    checkpoint = chosen.open_model()
+    assert len(lying) == 3 and [*guess_turned(checkpoint, sizes[1:], lying)] == verdict.guesses
+    assert not [*guess_turned(checkpoint, sizes[:1], lying), *guess_turned(checkpoint, sizes, lying)]
+    entries = ["videos/good.mp4", "fast.mp4", "none.mp4"]
+    assert not [*guess_folders(root, "some.txt", entries, entries[1:])]  # one of them is nowhere
+    (guess,) = guess_folders(root, "some.txt", entries[:2], entries[1:2])
+    assert guess.what.startswith("1 path of some.txt lacks videos/") and "in front of these lines" in guess.fix
 
 
 def dark_with_bright(height=90, width=160, left=0, top=0):

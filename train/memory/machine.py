@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import SettingError
 from cogcommon.files.memory import free_host_memory, held_here
+from cogcommon.model.cards import Card, card_like, card_named
 from cogcommon.model.device import has_bf16
 from cogcommon.words import counted
 
 from ..blocks.attention import Kernel
 from ..blocks.trial import flash4_is_there
-from .cards import Card, card_like, card_named
 from .cost import Speed
 from .measured import gpu_here
 from .seconds import published_speed, speed_of

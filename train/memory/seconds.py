@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cogcommon.model.cards import card_like
+
 from ..blocks.attention import Kernel
 from ..distributed.zero_config import STAGE
-from .cards import card_like
 from .cost import ATTENTION, Speed, plan_seconds
 from .estimate import Estimate, Trains, trained_weights
 
 if TYPE_CHECKING:
-    from .cards import Card
+    from cogcommon.model.cards import Card
 
 # DeepSpeed on two H200s, from one run of 2B and one of 5B for each stage: the same for every model, and for a weight
 # (gradients exchanged, weights gathered, the update).

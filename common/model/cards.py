@@ -21,7 +21,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from cogcommon.errors import SettingError
+from ..errors import SettingError
 
 _GIB = 2**30
 

@@ -3,7 +3,7 @@
 import pytest
 
 from cogcommon.errors import SettingError
-from cogtrain.memory.cards import CARDS, card_like, card_named
+from cogcommon.model.cards import CARDS, card_like, card_named
 
 GIB = 2**30
 

@@ -1,0 +1,84 @@
+"""What was probably meant where many lines, or the size itself, are wrong in one way; and what to type then."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogcommon.cli.names import quoted
+from cogcommon.errors import SettingError
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.families import Resolution
+from cogcommon.words import counted
+
+from ..source.clip import ClipFault
+from ..source.near import folder_before
+from ..source.part import file_named
+from .probe import Look
+
+_MOST = 0.9  # of the clips, for something to be said of all
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What is probably wrong, and what to type."""
+
+    what: str
+    fix: str
+
+
+def guess_folders(root: Path, name: str, entries: Sequence[str], bad: Collection[str]) -> Iterator[Guess]:
+    """A list whose missing files all lie in one folder that its lines do not name.
+
+    Args:
+        name: of the list.
+        bad: the entries that cannot be used.
+    """
+    missing = {entry for entry in bad if entry and not _is_file(root, entry)}
+    folder = folder_before(root, file_named(min(missing))) if missing else None
+    if folder is None or not all(_is_file(root / folder, entry) for entry in missing):
+        return
+    lines = sum(entry in missing for entry in entries)
+    said, fix = counted(lines, "path"), f"write {folder}/ in front of these lines of {name}"
+    if lines == len(entries):
+        path, new = (quoted(root / each) for each in (name, f"{name}.new"))
+        said = f"all {said}" if lines > 1 else said
+        fix = f"sed {quoted(f's|^|{folder}/|')} {path} > {new} && mv {new} {path}"
+    yield Guess(f"{said} of {name} {'lack' if lines > 1 else 'lacks'} {folder}/, where the files are", fix)
+
+
+def guess_turned(
+    checkpoint: Checkpoint, buckets: Sequence[Resolution], looks: Collection[Look | ClipFault]
+) -> Iterator[Guess]:
+    """Height and width changed for each other: the clips lie, and all sizes stand; or the other way round."""
+    leans = [_lean(look.facts.width, look.facts.height) for look in looks if isinstance(look, Look)]
+    of_sizes = {_lean(size.width, size.height) for size in buckets}
+    lean = max(set(leans), key=leans.count, default=0)
+    if lean == 0 or of_sizes != {-lean} or leans.count(lean) < _MOST * len(leans):
+        return
+    turned = [size.turned for size in buckets]
+    try:
+        for size in turned:
+            checkpoint.check_resolution(size)
+    except SettingError:
+        return
+    clips, sizes = ("wider than high", "higher than wide")[::lean]
+    are, said = "is" if len(leans) == 1 else "are", ", ".join(map(str, buckets))
+    yield Guess(
+        f"{counted(leans.count(lean), 'clip')} of {len(leans):,} {are} {clips}, and {said} "
+        f"{'is' if len(buckets) == 1 else 'are'} {sizes} (frames x height x width)",
+        f"--resolution {' '.join(map(str, turned))}",
+    )
+
+
+def _lean(width: int, height: int) -> int:
+    """1: wider than high; -1: higher than wide."""
+    return (width > height) - (width < height)
+
+
+def _is_file(folder: Path, entry: str) -> bool:
+    try:
+        return (folder / entry).is_file() or (folder / file_named(entry)).is_file()
+    except (OSError, ValueError):
+        return False
