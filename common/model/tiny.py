@@ -60,7 +60,7 @@ _TRANSFORMER: dict[str, Any] = {
 }
 # As small as can be: a LoRA step at 49x480x720 takes 2.5 s on two cores.
 _RANDOM_TRANSFORMER = _TRANSFORMER | {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
-_SCHEDULER: dict[str, Any] = {
+SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -159,7 +159,7 @@ def _write(family: Family, folder: Path, trained: dict[str, bytes], transformer_
         if name in trained:
             model.load_state_dict(safetensors.torch.load(trained[name]))
     scheduler_class = diffusers.CogVideoXDDIMScheduler if family.ddim else diffusers.CogVideoXDPMScheduler
-    scheduler = scheduler_class(snr_shift_scale=family.snr_shift, **_SCHEDULER)
+    scheduler = scheduler_class(snr_shift_scale=family.snr_shift, **SCHEDULER)
     pipeline_class = diffusers.CogVideoXImageToVideoPipeline if family.task == "i2v" else diffusers.CogVideoXPipeline
     pipeline = pipeline_class(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler

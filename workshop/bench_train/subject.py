@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cogcommon import __version__
 from cogcommon.model.checkpoint import Checkpoint, WeightsIdentity, open_checkpoint
 from cogcommon.model.families import BY_NAME, RANDOM, Family, Resolution
+from cogcommon.model.published import published
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import ShardHeader
 from cogtrain.data.sampler import Sampler
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 _DRAWN = (1 << 24) + 7  # random numbers; what is longer repeats them
 _SPARE = 1 << 24  # numbers that weights of one fan-in have between the first and the last place to begin at
-_TEXT_DIM = 4096  # T5-XXL
 
 
 @dataclass(frozen=True)
@@ -91,22 +91,11 @@ def random_checkpoint(family_name: str, shape: Mapping[str, Any] | None = None) 
     Args:
         shape: entries of the transformer's config that differ from the published ones.
     """
-    family = BY_NAME[family_name]
-    form = open_checkpoint(RANDOM + family.builtin)
-    native, latent = family.native, family.latent(family.native)
-    config = dict(form.transformer_config) | {
-        "num_layers": family.layers,
-        "num_attention_heads": family.heads,
-        "attention_head_dim": family.head_dim,
-        "time_embed_dim": 512,
-        "text_embed_dim": _TEXT_DIM,
-        "sample_frames": native.frames,
-        "sample_height": latent.height,
-        "sample_width": latent.width,
-    }
+    form = open_checkpoint(RANDOM + BY_NAME[family_name].builtin)
+    config = dict(published(form.family).transformer_config)
     known = {field.name: getattr(form, field.name) for field in dataclasses.fields(form)}
     # As if from the hub: its VAE is never opened.
-    known |= {"name": f"random {family.name}", "on_hub": True, "revision": "none"}
+    known |= {"name": f"random {family_name}", "on_hub": True, "revision": "none"}
     return RandomCheckpoint(**known | {"transformer_config": config | dict(shape or {})})
 
 
