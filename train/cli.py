@@ -83,8 +83,11 @@ add_command(
 )  # fmt: skip
 add_command(
     app, "plan", ForecastSettings, plan,
-    "Say what fits on your GPU, and print the command to run. Loads no weights.",
-    ("cogtrain plan --shards out/*.tar --gpu 24GB --gpus 2",),
+    "Say what fits on your GPU, how long it takes, and the command to run. Needs no weights, shards or network.",
+    (
+        "cogtrain plan --model THUDM/CogVideoX-5b --resolution 49x480x720 --gpu 4090",
+        "cogtrain plan --shards out/*.tar --gpu 24GB --gpus 2",
+    ),
 )  # fmt: skip
 add_command(
     app, "generate", GenerateSettings, generate,

@@ -204,8 +204,15 @@ class SftSettings(TrainSettings):
 class ForecastSettings:
     """Settings of ``cogtrain plan``."""
 
-    shards: list[str] = setting([], "the training shards: tars, globs, brace ranges or URLs", shown="required")
-    model: str | None = setting(None, "another checkpoint of the same family", shown="the one the shards were made for")
+    shards: list[str] = setting(
+        [], "the training shards: tars, globs, brace ranges or URLs", shown="none: plan for --model and --resolution"
+    )
+    model: str | None = setting(
+        None, "without shards: the checkpoint, by hub id (no network is asked), folder or form; with them: another "
+        "checkpoint of the same family", shown="THUDM/CogVideoX-5b; the one the shards were made for",
+    )  # fmt: skip
+    resolution: str | None = setting(None, "without shards: FxHxW of the clips", shown="the model's own")
+    steps: int = setting(500, "steps of which the time is told")
     method: Literal["lora", "sft", "both"] = setting("both", "what to train")
     gpu: str | None = setting(
         None, "a card by name, as 4090, a100-80 or l4; or its memory: 24GB as it is sold, 22GiB as it is free; "
@@ -220,6 +227,7 @@ class ForecastSettings:
     batch_size: int = setting(1, "samples per process and accumulation step")
     optimizer: Optimizer = setting("adamw", "as for training")
     ema: float = setting(0.0, "as for training")
+    all: bool = setting(False, "show every strategy and memory setting, not only the best few")
     check: bool = setting(False, "run two steps of the advised command here, and compare the peak")
     json: bool = setting(False, "print the result as JSON")
 

@@ -4,20 +4,21 @@ import dataclasses
 import itertools
 import json
 import shlex
+import socket
 
 import pytest
 import torch
 
 from cogcommon.errors import SettingError
 from cogcommon.model.families import BY_NAME
-from cogtrain.commands import plan
+from cogcommon.model.published import published
+from cogtrain.commands import forecast, plan
 from cogtrain.memory.cost import Speed
 from cogtrain.memory.machine import Machine, machine_for
 from cogtrain.memory.measured import REFERENCE, measured
 from cogtrain.memory.seconds import H200
 from cogtrain.settings import ForecastSettings
 from workshop.bench_train.hardware import computed_for
-from workshop.bench_train.subject import random_checkpoint
 
 GIB = 2**30
 
@@ -29,9 +30,9 @@ def plan_of():
     def forecasts(gib, gpus=1, *, host=None, speed=H200, on="H200", family="5b", **settings):
         host = None if host is None else int(host * GIB)
         machine = Machine("a card", int(gib * GIB), gpus, host, speed, on)
-        return plan.forecasts_for(
-            ForecastSettings(**settings), random_checkpoint(family), [BY_NAME[family].native], machine
-        )
+        family = BY_NAME[family]
+        runs = forecast.intents(ForecastSettings(**settings), published(family), [family.native], machine)
+        return [line for run in runs for line in forecast.lines_of(run, machine)]
 
     return forecasts
 
@@ -72,7 +73,7 @@ def test_full_fine_tuning_of_5b_in_host_memory_fits_half_of_a_small_card(plan_of
 def test_seconds_stand_only_where_they_were_measured(plan_of, monkeypatch):
     oldest = measured()[-1]
     assert (oldest.family, oldest.method, oldest.rank, oldest.memory) == ("5b", "lora", 128, "auto")
-    monkeypatch.setattr(plan, "measured", lambda: (oldest,))
+    monkeypatch.setattr(forecast, "measured", lambda: (oldest,))
     (line,) = [line for line in plan_of(80) if line.s_per_step]
     assert (line.method, line.memory, line.measured_on) == ("lora", "auto", oldest.gpu)
     assert (line.s_per_step, line.measured_gib) == (oldest.s_per_step, oldest.peak_gib)
@@ -80,7 +81,7 @@ def test_seconds_stand_only_where_they_were_measured(plan_of, monkeypatch):
 
 
 def test_seconds_that_no_longer_hold_are_not_told(plan_of, monkeypatch):
-    monkeypatch.setattr(plan, "measured", lambda: (dataclasses.replace(measured()[-1], faster_since=True),))
+    monkeypatch.setattr(forecast, "measured", lambda: (dataclasses.replace(measured()[-1], faster_since=True),))
     assert not any(line.s_per_step for line in plan_of(80))
 
 
@@ -208,7 +209,7 @@ def test_the_optimizer_that_is_chosen_counts(plan_of, optimizer, bytes_less):
     )
     assert usual.peak_gib - chosen.peak_gib == pytest.approx(bytes_less * 132_120_576 / GIB, abs=0.03)
     assert f"--optimizer {optimizer}" in chosen.command
-    assert ("--lr 1 " in chosen.command) is (optimizer == "prodigy")
+    assert ("--lr 1" in chosen.command) is (optimizer == "prodigy")
 
 
 def test_a_moving_average_counts_and_is_ddps(plan_of):
@@ -223,7 +224,7 @@ def test_a_moving_average_counts_and_is_ddps(plan_of):
 def test_what_a_shell_made_of_a_glob_is_a_glob_again(tmp_path, make_shards):
     make_shards(tmp_path / "out", samples=4)
     tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
-    line = plan.forecasts(ForecastSettings(shards=tars, method="lora"), Machine("a card", 24 * GIB, 1))[0]
+    line = forecast.forecasts(ForecastSettings(shards=tars, method="lora"), Machine("a card", 24 * GIB, 1))[0]
     assert len(tars) > 1 and str(tmp_path / "out" / "*.tar") in shlex.split(line.command)
 
 
@@ -232,18 +233,42 @@ def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
     settings = ForecastSettings(shards=[str(tmp_path / "my out")], gpu="24GB", rank=4, method="lora")
     plan.run(settings)
     said = capsys.readouterr().out
-    assert "  writes up to " in said and "--keep 3, and one in the making" in said
-    assert "all is computed" in said and "s/step" not in said and "fits" in said
+    assert "  writes up to " in said and "LoRA: fits" in said and "s a step" not in said
     plan.run(dataclasses.replace(settings, json=True))
-    lines = [plan.TrainForecast(**line) for line in json.loads(capsys.readouterr().out)]
+    lines = [forecast.TrainForecast(**line) for line in json.loads(capsys.readouterr().out)]
     assert lines[0].command in said and "--rank 4" in lines[0].command and lines[0].fits
     plan.check(lines[:1])  # the whole command, in a process of its own
     assert "checked: lora ddp auto: peak" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_the_first_answer_needs_no_shards_no_network_and_80_columns(gpus, monkeypatch, capsys):
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asked the network"))
+    settings = ForecastSettings(model="THUDM/CogVideoX-5b", resolution="49x480x720", gpu="4090", gpus=gpus, steps=300)
+    plan.run(settings)
+    first, _, _, answer, time, *said = capsys.readouterr().out.splitlines()
+    assert first.startswith("THUDM/CogVideoX-5b at 49x480x720") and answer.startswith("LoRA: fits, in 1")
+    assert "for 300 steps, by the card's published speed" in time and "cogtrain lora" in " ".join(said)
+    lines = [line for line in said if line.startswith(("lora", "sft "))]
+    assert 3 <= len(lines) <= 5 and all(line.rstrip().endswith("fits") for line in lines)
+    plan.run(dataclasses.replace(settings, all=True))
+    every = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("lora", "sft ")) for line in every) > 5
+    assert max(map(len, [first, answer, time, *said, *every])) <= 80
+
+
+def test_where_nothing_fits_the_smallest_is_shown_and_what_it_lacks(capsys):
+    plan.run(ForecastSettings(gpu="4090", host="32GB", method="sft"))
+    said = capsys.readouterr().out
+    assert "Full fine-tuning: nothing fits; the GPU would do with 103 GiB of host memory" in said
+    assert "host too small" in said
+
+
 @pytest.mark.parametrize(
     ("settings", "where"),
     [
+        (ForecastSettings(gpu="4090", resolution="50x480x720"), "--resolution 50x480x720"),
+        (ForecastSettings(gpu="4090", resolution="49x480x720", shards=["out"]), "--shards, --resolution"),
         (ForecastSettings(gpu="much"), "--gpu"),
         (ForecastSettings(gpu="0GB"), "--gpu"),
         (ForecastSettings(), "--gpu"),
@@ -273,4 +298,4 @@ def test_a_run_on_cpus_is_planned_with_all_that_it_holds(tmp_path, make_shards, 
         totals.append(lines[0]["host_total_gib"])
     assert 0.3 < totals[0] < totals[1] < 0.6  # Python and its libraries are the most of it
     plan.run(dataclasses.replace(settings, json=False))
-    assert "1 process on CPUs, with 7.4 GiB of host memory free" in capsys.readouterr().out
+    assert "on 1 process of CPUs\n7.4 GiB of host memory free" in capsys.readouterr().out

@@ -49,14 +49,15 @@ class Machine:
         """It trains on CPUs."""
         return self.gpu == 0
 
-    def described(self) -> str:
+    def described(self) -> list[str]:
+        """What it is, and what of it is assumed; lines that fit a terminal of 80 columns."""
+        host = "as much host memory as it takes; --host 64GB names yours"
+        if self.host is not None:
+            host = f"{self.host / _GIB:.1f} GiB of host memory free"
         if self.cpu:
-            free = "" if self.host is None else f", with {self.host / _GIB:.1f} GiB of host memory free"
-            return f"for {counted(self.gpus, 'process', 'processes')} on CPUs{free}"
-        gpu = f"for {'each of ' if self.gpus > 1 else ''}{counted(self.gpus, 'GPU')}, {self.name}, "
-        host = "a host with as much memory as it takes" if self.host is None else f"{self.host / _GIB:.0f} GiB of host"
-        link = f"; copies at {self.speed.link / 1e9:.0f} GB/s are assumed" if self.speed else ""
-        return f"{gpu}of {self.gpu / _GIB:.1f} GiB, and {host}{' memory free' if self.host is not None else ''}{link}"
+            return [f"on {counted(self.gpus, 'process', 'processes')} of CPUs", host]
+        link = f"; copies at {self.speed.link / 1e9:.0f} GB/s" if self.speed else ""
+        return [f"on {counted(self.gpus, 'GPU')}: {self.name}, {self.gpu / _GIB:.1f} GiB each", host + link]
 
 
 def machine_for(settings: ForecastSettings) -> Machine:

@@ -1,0 +1,220 @@
+"""What each strategy and memory setting takes of a machine, and the command that trains so: ``plan``'s lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cogcommon.cli.names import command_line
+from cogcommon.errors import SettingError
+from cogcommon.model.device import Precision, default_precision
+from cogcommon.model.families import BY_NAME, Resolution
+from cogcommon.model.published import known_checkpoint
+
+from ..distributed.optimizer import check_optimizer
+from ..distributed.zero_config import Strategy, choose_strategy
+from ..memory.disk import writes
+from ..memory.estimate import Estimate, Intent, Trains, choices
+from ..memory.machine import Machine
+from ..memory.measured import Measured, measured
+from ..memory.seconds import seconds
+from ..model.method import method_of
+from ..runs.run import Run, open_run
+from ..settings import ForecastSettings, LoraSettings, Memory, SftSettings, TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from cogcommon.model.checkpoint import Checkpoint
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class TrainForecast:
+    """One line of the table. Memory in GiB; computed, but for what is called measured."""
+
+    method: str
+    strategy: Strategy
+    memory: Memory
+    precision: Precision
+    peak_gib: float  # of the GPU, for each process
+    host_gib: float  # of the host while it trains, for each process
+    host_total_gib: float  # of the host at its worst moment, by all processes on it: loading, training or exporting
+    fits: bool  # GPU and host
+    lacks: Literal["", "GPU memory", "host memory", "GPU and host memory"]
+    computed_s: float | None  # a step, on ``computed_on``; None where there is nothing to compute it from
+    computed_on: str | None
+    s_per_step: float | None  # measured by us, where it was, on ``measured_on``
+    measured_gib: float | None  # the peak there
+    measured_on: str | None
+    checkpoint_gb: float  # on the disk, in powers of 1000 as disks are sold; each
+    export_gb: float  # on the disk: the trained weights
+    disk_gb: float  # on the disk at the fullest moment: the export, ``keep`` checkpoints and one in the making
+    keep: int  # --keep
+    command: str
+
+
+def forecasts(settings: ForecastSettings, machine: Machine) -> list[TrainForecast]:
+    """Every strategy and memory setting, in the order in which they are advised; LoRA first."""
+    return [line for run in wanted_runs(settings, machine) for line in lines_of(run, machine)]
+
+
+def wanted_runs(settings: ForecastSettings, machine: Machine) -> Sequence[Run | Intent]:
+    """What is to be planned, for each method: runs over shards; without shards, a model and a size.
+
+    Raises:
+        CogError: the shards cannot be trained on, or the model cannot take the size.
+    """
+    from cogcommon.model.device import quiet_libraries
+
+    quiet_libraries()
+    if not settings.shards:
+        checkpoint = known_checkpoint(settings.model or BY_NAME["5b"].hub_id)
+        size = Resolution.parse(settings.resolution) if settings.resolution else checkpoint.native
+        return intents(settings, checkpoint, [size], machine)
+    if settings.resolution:
+        raise SettingError("shards have their resolution", where="--shards, --resolution", fix="leave out one of them")
+    return [open_run(train, _device(machine), machine.gpus) for train in _wanted(settings)]
+
+
+def intents(
+    settings: ForecastSettings, checkpoint: Checkpoint, buckets: Sequence[Resolution], machine: Machine
+) -> list[Intent]:
+    """Runs of a model at sizes of which there need be no shards.
+
+    Raises:
+        SettingError: the model cannot take a size, or the settings do not go together.
+    """
+    for bucket in buckets:
+        checkpoint.check_resolution(bucket)
+    found = []
+    for train in _wanted(settings):
+        method = method_of(train)
+        strategy = choose_strategy(train, full=method.full, gpus=0 if machine.cpu else machine.gpus)
+        check_optimizer(train, strategy)
+        precision = train.precision or default_precision(checkpoint.family, _device(machine))
+        found.append(Intent(train, method, checkpoint, tuple(buckets), strategy, precision, machine.gpus))
+    return found
+
+
+def _device(machine: Machine) -> torch.device:
+    """As on a machine that has one."""
+    import torch
+
+    return torch.device("cpu" if machine.cpu else "cuda")
+
+
+def _wanted(settings: ForecastSettings) -> list[TrainSettings]:
+    """Settings of the runs to compare."""
+    common: dict[str, Any] = {
+        "shards": settings.shards, "model": settings.model, "batch_size": settings.batch_size, "resume": "never",
+        "optimizer": settings.optimizer, "ema": settings.ema,
+    }  # fmt: skip
+    if settings.optimizer == "prodigy":
+        common["lr"] = 1.0
+    if settings.optimizer == "prodigy" or settings.ema:
+        common["strategy"] = "ddp"
+    wanted = {"lora": LoraSettings(rank=settings.rank, **common), "sft": SftSettings(**common)}
+    return [train for method, train in wanted.items() if settings.method in (method, "both")]
+
+
+def lines_of(run: Trains, machine: Machine) -> list[TrainForecast]:
+    """A run under every strategy and memory setting."""
+    found = choices(run, machine.gpu, machine.host, machine.together, machine.speed, gpu=not machine.cpu)
+    return [_line(run, needs, machine) for needs in found]
+
+
+def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
+    same = _measured(run, needs, machine)
+    takes = seconds(run, needs, machine.speed, machine.kernel) if machine.speed else None
+    total = needs.host_at_most(machine.together)
+    disk = writes(run, needs.strategy)
+    lacks = [
+        name
+        for name, enough in (
+            ("GPU", needs.fits(machine.gpu)),
+            ("host", machine.host is None or total <= machine.host),
+        )
+        if not enough
+    ]
+    return TrainForecast(
+        method=run.method.name,
+        strategy=needs.strategy,
+        memory=needs.memory,
+        precision=run.precision,
+        peak_gib=round(needs.peak / _GIB, 2),
+        host_gib=round(needs.host / _GIB, 2),
+        host_total_gib=round(total / _GIB, 2),
+        fits=not lacks,
+        lacks=" and ".join(lacks) + " memory" if lacks else "",  # type: ignore[arg-type]
+        computed_s=None if takes is None else round(takes * run.settings.accumulate, 3),
+        computed_on=machine.computed_on,
+        s_per_step=same.s_per_step if same else None,
+        measured_gib=same.peak_gib if same else None,
+        measured_on=same.gpu if same else None,
+        checkpoint_gb=round(disk.checkpoint / 1e9, 6),
+        export_gb=round(disk.export / 1e9, 6),
+        disk_gb=round(disk.total / 1e9, 6),
+        keep=disk.keep,
+        command=command_line(*_words(run, needs)),
+    )
+
+
+def _words(run: Trains, needs: Estimate) -> list[str]:
+    """The command, as typed; what is so by default is left out."""
+    settings = run.settings
+    words = ["cogtrain", run.method.name, "--shards", *(_as_glob(settings.shards) or ["out/*.tar"])]
+    if run.method.full or needs.strategy != "ddp":
+        words += ["--strategy", needs.strategy]
+    if needs.memory != "auto":
+        words += ["--memory", needs.memory]
+    words += ["--nproc", str(run.world)]
+    if settings.model and settings.shards:
+        words += ["--model", settings.model]
+    if settings.batch_size != 1:
+        words += ["--batch-size", str(settings.batch_size)]
+    if settings.optimizer != "adamw":
+        words += ["--optimizer", settings.optimizer]
+    if settings.optimizer == "prodigy":
+        words += ["--lr", "1"]
+    if settings.ema:
+        words += ["--ema", f"{settings.ema:g}"]
+    if isinstance(settings, LoraSettings) and settings.rank != LoraSettings().rank:
+        words += ["--rank", str(settings.rank)]
+    return words
+
+
+def _as_glob(shards: Sequence[str]) -> list[str]:
+    """``out/*.tar`` again, where a shell has made many words of it."""
+    folders = {Path(shard).parent for shard in shards}
+    if len(shards) > 1 and len(folders) == 1 and not any("://" in shard for shard in shards):
+        (folder,) = folders
+        if sorted(folder.glob("*.tar")) == sorted(map(Path, shards)):
+            return [str(folder / "*.tar")]
+    return list(shards)
+
+
+def _measured(run: Trains, needs: Estimate, machine: Machine) -> Measured | None:
+    """The newest run of the same thing; None where nobody has measured it."""
+    settings = run.settings
+    if run.checkpoint.transformer_config["num_layers"] != run.checkpoint.family.layers:
+        return None  # a built-in model: of the family's form, not of its size
+    if settings.optimizer != "adamw" or settings.ema:
+        return None
+    (resolution,) = run.buckets if len(run.buckets) == 1 else (None,)
+    same = {
+        "family": run.checkpoint.family.name,
+        "method": run.method.name,
+        "rank": getattr(settings, "rank", None),
+        "resolution": str(resolution),
+        "batch_size": settings.batch_size,
+        "gpus": machine.gpus,
+        "strategy": needs.strategy,
+        "block_plan": needs.plan.fields(),
+        "attention": machine.kernel,
+    }
+    runs = (run for run in measured() if all(getattr(run, name) == value for name, value in same.items()))
+    return next((run for run in runs if not run.faster_since), None)
