@@ -16,6 +16,7 @@ from .settings import (
     InitSettings,
     InspectSettings,
     PreviewSettings,
+    SplitSettings,
     ValidateSettings,
     VerifySettings,
 )
@@ -36,6 +37,13 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
         "init",
         "Write the lists of a data root from the clips and captions in it. A list that is there is never touched.",
         ("cogprep init ds",),
+    ),
+    (
+        "split",
+        SplitSettings,
+        "split",
+        "Write the lists of a data root whose clips are parts of long footage. Nothing is copied or encoded.",
+        ("cogprep split film.mp4 --out ds", "cogprep split films/ --out ds --every 6"),
     ),
     (
         "validate",

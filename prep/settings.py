@@ -279,6 +279,52 @@ class InitSettings:
 
 
 @dataclass(frozen=True)
+class SplitSettings:
+    """Every option of `cogprep split`."""
+
+    film: Path | None = setting(None, "a long video, or a folder of them", shown="required", positional=True)
+    out: Path | None = setting(None, "folder for the lists of its parts, and the sheets of the cuts", shown="required")
+    scenes: bool = setting(False, "cut where the scene changes, which is what is done without --every, too")
+    every: float | None = setting(None, "cut every so many seconds instead, wherever scenes change")
+    shortest: float = setting(2.0, "seconds that a part must last")
+    longest: float = setting(10.0, "seconds that a part may last; a longer scene is divided into equal parts")
+    workers: int | None = setting(None, "processes that decode", shown="by cores and free memory")
+    json: bool = setting(False, "print what was found and written as JSON")
+
+    def __post_init__(self) -> None:
+        if self.film is None:
+            raise SettingError("no video", where="FILM", fix="cogprep split film.mp4 --out ds")
+        if self.out is None:
+            raise SettingError("no folder for the lists", where="--out", fix="--out ds, a folder of its own")
+        if self.scenes and self.every is not None:
+            raise SettingError("scenes, or pieces of one length?", where="--scenes, --every", fix="give one of the two")
+        for name in ("every", "shortest", "longest"):
+            value = getattr(self, name)
+            if value is not None and not 0.1 <= value < float("inf"):
+                raise SettingError(f"{value:g} s is too short", where=f"--{name}", fix=f"--{name} 0.1 or more")
+        most, flag = (self.longest, "--longest") if self.every is None else (self.every, "--every")
+        if most < self.shortest:
+            raise SettingError(
+                f"{flag} {most:g} is shorter than --shortest {self.shortest:g}: nothing would be left",
+                where=f"{flag}, --shortest",
+                fix=f"{flag} {most:g} --shortest {most:g}",
+            )
+        if self.workers is not None and self.workers < 1:
+            raise SettingError(f"{self.workers} is too small", where="--workers", fix="--workers 1 or more")
+
+    @property
+    def source(self) -> Path:
+        assert self.film is not None  # __post_init__
+        return self.film
+
+    @property
+    def root(self) -> Path:
+        """The new data root."""
+        assert self.out is not None  # __post_init__
+        return self.out
+
+
+@dataclass(frozen=True)
 class CleanSettings:
     """Every option of `cogprep clean-cache`."""
 

@@ -14,19 +14,15 @@ from pathlib import Path
 from cogcommon.cli.names import command_line, json_text
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError
-from cogcommon.files.atomic import commit_bytes
-from cogcommon.files.failures import disk_errors
-from cogcommon.files.ownership import RECORD_FILE
-from cogcommon.shards.contract import CONTRACT_FILE
 from cogcommon.words import counted
 
 from ..dataset.captions_found import Captions, find_captions
 from ..dataset.found import CLIPS, Found, find
 from ..dataset.lists import ListFault, check_root, read_list
+from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, write_list
 from ..settings import InitSettings
 from ..source.part import file_named
 
-PROMPTS, VIDEOS, IMAGES = "prompts.txt", "videos.txt", "images.txt"
 _SHOWN = 4  # names that one line shows
 
 
@@ -62,13 +58,13 @@ def init(root: Path) -> Told:
         DataRootError: there are no clips; a table of captions is damaged; a list is there without the clips' to go by.
     """
     check_root(root)
-    _refuse_output(root)
+    refuse_output(root)
     kept = [name for name in (VIDEOS, PROMPTS, IMAGES) if os.path.lexists(root / name)]
     if kept and VIDEOS not in kept:
         raise DataRootError(
             f"{kept[0]} is there, but no {VIDEOS}: which clip does its first line belong to?",
             where=str(root),
-            fix=f"write {VIDEOS} beside it; or, for new lists: {_mv(root, kept)}",
+            fix=f"write {VIDEOS} beside it; or, for new lists: {_anew(root, kept)}",
         )
     try:
         found = find(root)
@@ -85,10 +81,10 @@ def init(root: Path) -> Told:
         else [(clip, caption) for clip in found.clips for caption in captions.of.get(clip, ("",))]
     )
     images = {clip: image for clip, _ in lines if (image := found.image_of(clip))}
-    lists = {VIDEOS: [_entry(clip) for clip, _ in lines], PROMPTS: [caption for _, caption in lines]}
+    lists = {VIDEOS: [entry_of(clip) for clip, _ in lines], PROMPTS: [caption for _, caption in lines]}
     if all(clip in images for clip, _ in lines):
-        lists[IMAGES] = [_entry(images[clip]) for clip, _ in lines]
-    written = [name for name, entries in lists.items() if name not in kept and _write(root / name, entries)]
+        lists[IMAGES] = [entry_of(images[clip]) for clip, _ in lines]
+    written = [name for name, entries in lists.items() if name not in kept and write_list(root / name, entries)]
     clips = {clip for clip, _ in lines}
     return Told(
         data_root=str(root),
@@ -102,16 +98,6 @@ def init(root: Path) -> Told:
         unlisted=sorted(set(found.clips) - {files.get(clip, clip) for clip in clips}),
         notes=list(_notes(found, captions, len(images), len(clips), kept)),
     )
-
-
-def _refuse_output(root: Path) -> None:
-    for name in (RECORD_FILE, CONTRACT_FILE):
-        if os.path.lexists(root / name):
-            raise DataRootError(
-                "this folder was made by cogprep or cogtrain; it is no folder of clips",
-                where=str(root / name),
-                fix="name the folder that your clips are in",
-            )
 
 
 def _no_clips(found: Found) -> DataRootError:
@@ -138,7 +124,7 @@ def _listed(root: Path) -> list[str]:
         raise DataRootError(
             "the list of clips that is there cannot be used",
             where="\n       ".join([str(root), *map(str, faults)]),
-            fix=f"mend it; or, for new lists: {_mv(root, [VIDEOS])}",
+            fix=f"mend it; or, for new lists: {_anew(root, [VIDEOS])}",
         )
     return [entry.removeprefix("./") for entry in entries]
 
@@ -158,21 +144,8 @@ def _pair(listed: Sequence[str], files: Mapping[str, str], captions: Captions) -
         before[clip] += 1
 
 
-def _mv(root: Path, names: Sequence[str]) -> str:
-    """A command that moves lists out of the way, and begins anew."""
-    moves = [command_line("mv", "-n", root / name, root / f"{name}.old") for name in names]
-    return f"`{' && '.join([*moves, command_line('cogprep', 'init', root)])}`"
-
-
-def _entry(name: str) -> str:
-    """A name as a line of a list, which ends where no white space is."""
-    return name if name == name.strip() else f"./{name}"
-
-
-def _write(path: Path, entries: Sequence[str]) -> bool:
-    """Write a list unless there is one; whether it was written."""
-    with disk_errors(path):
-        return commit_bytes(path, "".join(f"{entry}\n" for entry in entries).encode(), exclusive=True)
+def _anew(root: Path, names: Sequence[str]) -> str:
+    return set_aside(root, names, "cogprep", "init", root)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -209,7 +182,7 @@ def _show(told: Told, console: Console) -> None:
     if told.unlisted:
         root = Path(told.data_root)
         console.print(
-            f"in no line of {VIDEOS}: {_some(told.unlisted)}; for new lists: {_mv(root, told.kept)}", style="yellow"
+            f"in no line of {VIDEOS}: {_some(told.unlisted)}; for new lists: {_anew(root, told.kept)}", style="yellow"
         )
     console.print(f"written: {', '.join(told.written)}" if told.written else "nothing to write")
     console.print("")

@@ -143,9 +143,10 @@ def _why_not(entry: os.DirEntry[str], name: str, names: set[str]) -> Iterator[st
         yield "links that point nowhere" if entry.is_symlink() else "not regular files"
     elif not Path(entry.path).stat().st_size:
         yield "empty (0 bytes)"
-    if not _fits_a_line(name):
+    if not fits_a_line(name):
         yield "names that a list cannot hold (not UTF-8, or with a line break): rename them"
 
 
-def _fits_a_line(name: str) -> bool:
+def fits_a_line(name: str) -> bool:
+    """Whether a list can hold a name."""
     return not any(mark in "\r\n" or "\ud800" <= mark <= "\udfff" for mark in name)

@@ -63,10 +63,10 @@ class Progress:
                 f"{self._what}: {counted(self._done, self._noun)} in {in_words(time.monotonic() - self._started)}"
             )
 
-    def advance(self, note: str = "") -> None:
-        """One more piece is done; ``note`` says what the work is waiting for, if anything."""
+    def advance(self, note: str = "", *, by: int = 1) -> None:
+        """One more piece is done, or several; ``note`` says what the work is waiting for, if anything."""
         interrupt.check()
-        self._done += 1
+        self._done += by
         self._note = note or self._note
         now = time.monotonic()
         if self._bars is not None:

@@ -244,3 +244,19 @@ def to_rgb(scaler: VideoReformatter, frame: VideoFrame, width: int, height: int,
         opacity = rgb[..., 3:].astype(np.uint16)
         return ((rgb[..., :3] * opacity + 127) // 255).astype(np.uint8)
     return rgb
+
+
+def sketch(scaler: VideoReformatter, frame: VideoFrame, width: int, height: int, colour: Colour) -> Pixels:
+    """A small RGB picture quickly: of all the pixels that one of its covers, four are looked at."""
+    small = scaler.reformat(
+        frame,
+        width=width,
+        height=height,
+        format="rgb24",
+        src_colorspace=colour.matrix,
+        src_color_range=colour.range,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=Interpolation.FAST_BILINEAR,
+        threads=1,
+    )
+    return small.to_ndarray().astype(np.uint8, copy=False)
