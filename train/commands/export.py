@@ -24,7 +24,7 @@ from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
 
 from ..distributed.strategy import read_weights
 from ..model import lora, sft
-from ..model.compare import difference, limit, output_on_noise
+from ..model.compare import check_answer, output_on_noise
 from ..model.method import Exported, method_of
 from ..report.card import Kind, write_card
 from ..runs import checkpoint as checkpoints
@@ -209,14 +209,7 @@ def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: P
 
     loaded = PeftModel.from_pretrained(model.load_transformer(dtype), str(out)).get_base_model()
     wrong = lora.acting_otherwise(loaded, state)  # exact, where the forward pass of half precision is a gross check
-    found = difference(expected, output_on_noise(loaded))
-    if wrong or not found <= limit(dtype):
-        raise RunError(
-            f"PEFT does not load what was trained: {len(wrong)} weights act otherwise, "
-            f"the forward pass is {found:.1e} off, {limit(dtype):.0e} allowed",
-            where=str(out),
-        )
-    return Exported(out, found)
+    return Exported(out, check_answer(loaded, wrong, expected, dtype, what="PEFT folder", where=out))
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cogcommon.errors import RunError
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
@@ -59,3 +64,33 @@ def limit(dtype: torch.dtype) -> float:
     import torch
 
     return 1e-5 if dtype == torch.float32 else 0.1
+
+
+def check_answer(
+    loaded: CogVideoXTransformer3DModel, wrong: Sequence[str], expected: torch.Tensor, dtype: torch.dtype,
+    *, what: str, where: Path,
+) -> float:  # fmt: skip
+    """Hold what was loaded back against what was trained: its weights, and one forward pass.
+
+    Args:
+        wrong: names of weights that are others than those that were trained; compared exactly.
+        expected: `output_on_noise` of the live model.
+        dtype: the type that both were computed in.
+        what: was loaded, for the message.
+        where: it lies.
+
+    Returns:
+        The `difference` of the forward pass: about 1e-7 in fp32.
+
+    Raises:
+        RunError: it is not what was trained.
+    """
+    found = difference(expected, output_on_noise(loaded))
+    if wrong or not found <= limit(dtype):
+        raise RunError(
+            f"the exported {what} does not answer as the trained model does: {len(wrong)} weights act otherwise, "
+            f"the forward pass is {found:.1e} off, {limit(dtype):.0e} allowed",
+            where=str(where),
+            fix="do not use it; the checkpoints of the run still hold the weights: `cogtrain export --run RUN`",
+        )
+    return found

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogcommon.errors import ModelError, RunError, SettingError
+from cogcommon.errors import ModelError, SettingError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.model.checkpoint import Checkpoint
 
 from ..settings import TARGET_MODULES, AdapterName
 from .adapters import ADAPTERS
-from .compare import difference, limit, output_on_noise
+from .compare import check_answer
 from .finite import refuse_to_write
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def check(
         expected: `output_on_noise` of the live model, taken with its base in ``dtype`` on ``device``.
 
     Returns:
-        The largest difference of the forward pass, relative to the largest value: about 1e-7 in fp32.
+        As `check_answer`.
 
     Raises:
         RunError: the file does not give the model that was trained.
@@ -294,15 +294,7 @@ def check(
     transformer = checkpoint.load_transformer(dtype).to(device)
     load(file, checkpoint, transformer)
     wrong = acting_otherwise(transformer, state)
-    found = difference(expected, output_on_noise(transformer.to(device)))
-    if wrong or not found <= limit(dtype):
-        raise RunError(
-            f"the exported LoRA does not answer as the trained model does: {len(wrong)} weights act otherwise, "
-            f"the forward pass is {found:.1e} off, {limit(dtype):.0e} allowed",
-            where=str(file),
-            fix="do not use this file; the checkpoints of the run still hold the weights: `cogtrain export --run RUN`",
-        )
-    return found
+    return check_answer(transformer.to(device), wrong, expected, dtype, what="LoRA", where=file)
 
 
 def acting_otherwise(transformer: CogVideoXTransformer3DModel, state: Mapping[str, torch.Tensor]) -> list[str]:

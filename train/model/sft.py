@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogcommon.errors import ModelError, RunError
+from cogcommon.errors import ModelError
 from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.ownership import replace_folder
 from cogcommon.files.typed import parse_object
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.weights import load_part
 
-from .compare import difference, limit, output_on_noise
+from .compare import check_answer
 from .finite import refuse_to_write
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def check(
         expected: `output_on_noise` of the live model.
 
     Returns:
-        The largest difference of the forward pass, relative to the largest value.
+        As `check_answer`.
 
     Raises:
         RunError: the folder does not give the model that was trained.
@@ -131,12 +131,4 @@ def check(
     transformer = load(folder, checkpoint, dtype)
     weights = dict(transformer.named_parameters())
     wrong = [name for name, weight in state.items() if not torch.equal(weights[name], weight)]
-    found = difference(expected, output_on_noise(transformer.to(device)))
-    if wrong or not found <= limit(dtype):
-        raise RunError(
-            f"the exported transformer does not answer as the trained model does: {len(wrong)} weights differ, "
-            f"the forward pass is {found:.1e} off, {limit(dtype):.0e} allowed",
-            where=str(folder),
-            fix="do not use it; the checkpoints of the run still hold the weights: `cogtrain export --run RUN`",
-        )
-    return found
+    return check_answer(transformer.to(device), wrong, expected, dtype, what="transformer", where=folder)
