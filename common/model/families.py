@@ -128,10 +128,23 @@ class Family:
         height, width = resolution.height // self.spatial, resolution.width // self.spatial
         return LatentShape(self.latent_channels, self.latent_frames(resolution.frames), height, width)
 
+    def padded_frames(self, latent_frames: int) -> int:
+        """Latent frames that the transformer sees: 1.5 puts some before a clip's, so that they make whole tokens."""
+        return self.token_frames(latent_frames) * (self.patch_t or 1)
+
+    def padded_latent(self, resolution: Resolution) -> LatentShape:
+        """The shape of a clip's latent as the transformer sees it."""
+        latent = self.latent(resolution)
+        return latent._replace(frames=self.padded_frames(latent.frames))
+
+    def token_frames(self, latent_frames: int) -> int:
+        """Tokens of the transformer in time."""
+        return -(-latent_frames // (self.patch_t or 1))
+
     def tokens(self, resolution: Resolution) -> int:
         """Tokens of the transformer for one clip, its caption included."""
         _, frames, height, width = self.latent(resolution)
-        return -(-frames // (self.patch_t or 1)) * (height // self.patch) * (width // self.patch) + self.text_tokens
+        return self.token_frames(frames) * (height // self.patch) * (width // self.patch) + self.text_tokens
 
     def frames_fault(self, frames: int) -> str | None:
         """What is wrong with a number of frames."""

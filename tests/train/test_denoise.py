@@ -33,7 +33,7 @@ def test_the_video_is_the_pipelines(name):
     tokens, width = checkpoint.family.text_tokens, checkpoint.transformer_config["text_embed_dim"]
     draw = torch.Generator().manual_seed(0)
     text, empty = torch.randn(2, 1, tokens, width, generator=draw)
-    noise = torch.randn(1, objective.padded_frames(5), 16, 8, 12, generator=draw)
+    noise = torch.randn(1, objective.family.padded_frames(5), 16, 8, 12, generator=draw)
     mine, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     conditions, options = {}, {}
     if i2v:

@@ -21,11 +21,10 @@ SIZES = [(form, size) for form in FORMS for size in [NATIVE, *(OTHERS if form !=
 
 def random_batch(checkpoint, size=NATIVE, batch=2, dtype=torch.float64, timesteps=(3, 700), seed=0):
     generator = torch.Generator().manual_seed(seed)
-    objective = Objective.of(checkpoint)
     family = checkpoint.family
     channels, frames, *plane = family.latent(size)
     shape = (batch, frames, channels, *plane)
-    padded = (batch, objective.padded_frames(frames), channels, *plane)
+    padded = (batch, family.padded_frames(frames), channels, *plane)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -69,7 +68,7 @@ def test_inputs_are_what_the_pipeline_feeds(form, size, monkeypatch):
     noisy = fed["hidden_states"][:, :, :16]
     conditions = {"image": image_latent.transpose(1, 2)} if i2v else {}
     ours = objective.model_inputs(noisy, conditions, text, fed["timestep"], torch.float32)
-    assert noisy.shape[1] == objective.padded_frames(checkpoint.family.latent(size).frames)
+    assert noisy.shape[1] == objective.family.padded_frames(checkpoint.family.latent(size).frames)
     torch.testing.assert_close(ours["hidden_states"], fed["hidden_states"], rtol=1e-6, atol=0)
     assert torch.equal(ours["encoder_hidden_states"], fed["encoder_hidden_states"])
     for name in ("ofs",):

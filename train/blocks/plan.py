@@ -80,6 +80,16 @@ class Load:
     adapters: int = 0
     latents: int = 0
 
+    @property
+    def blocks(self) -> int:
+        """Of all blocks, what is not trained."""
+        return self.layers * self.block
+
+    @property
+    def whole(self) -> int:
+        """Of the model, what is not trained."""
+        return self.blocks + self.rest
+
     @classmethod
     def of(
         cls,
@@ -218,7 +228,7 @@ class BlockPlan:
     def host(self, load: Load) -> int:
         """Bytes of host memory, most of them page-locked; beside the masters of what is trained there."""
         cpu_trained = self.train_on_cpu * load.cpu_trained.host if load.cpu_trained else 0
-        return int(self.offloaded(load) + cpu_trained + (load.layers * load.block if self.swap_blocks else 0))
+        return int(self.offloaded(load) + cpu_trained + (load.blocks if self.swap_blocks else 0))
 
     def offloaded(self, load: Load) -> float:
         """Bytes of the activations that wait in host memory for the backward pass."""
@@ -227,7 +237,7 @@ class BlockPlan:
 
     def resting(self, load: Load) -> int:
         """Predicted bytes of host memory between two steps, where there is no GPU."""
-        weights = load.rest + load.trained + load.layers * load.block
+        weights = load.whole + load.trained
         if self.swap_blocks:
             weights += min(load.layers, _SLOTS) * load.block
         if self.train_on_cpu:

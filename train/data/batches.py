@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from cogcommon.model.checkpoint import Checkpoint
-    from cogcommon.model.families import Family, LatentShape, Resolution
+    from cogcommon.model.families import Resolution
 
 _VARIANTS = 4  # noised images of a stored sample, unless the encode was told otherwise
 _FETCHED = 64  # batches on the way to the cache: two minutes of training, which hide as long a stall
@@ -132,7 +132,7 @@ class Collator:
             latent = self._posterior(rng, sample.latent_mean, sample.latent_std, "posterior").transpose(0, 1)
             latents.append(latent)
             frames, *rest = latent.shape
-            noises.append(rng.normal((self.objective.padded_frames(frames), *rest), "noise"))
+            noises.append(rng.normal((self.objective.family.padded_frames(frames), *rest), "noise"))
             text = sample.text
             if self.empty_text is not None and rng.uniform("caption") < self.caption_dropout:
                 text = self.empty_text
@@ -216,16 +216,10 @@ def bytes_ahead(checkpoint: Checkpoint, bucket: Resolution, *, batch: int, pin: 
     latent, text = 4 * math.prod(shape), 4 * config["max_text_seq_length"] * config["text_embed_dim"]
     image = 4 * math.prod(shape.still) if family.conditions else 0
     stored = 2 * latent + text + (2 * _VARIANTS + 1) * image  # mean and deviation; in fp32, as the widest are stored
-    tensors = [batch * size for size in (latent, 4 * math.prod(padded_latent(family, bucket)), text, image) if size]
+    tensors = [batch * size for size in (latent, 4 * math.prod(family.padded_latent(bucket)), text, image) if size]
     made, held = sum(tensors), sum(1 << (size - 1).bit_length() if pin else size for size in tensors)
     making = _READERS if pin else 1  # on CPUs a step takes longer than a batch, and the others are ready
     return (AHEAD + 1) * held + making * (batch * stored + made)
-
-
-def padded_latent(family: Family, bucket: Resolution) -> LatentShape:
-    """The shape of a clip's latent with the frames that 1.5 puts before it, so that they make whole tokens."""
-    shape, patch_t = family.latent(bucket), family.patch_t or 1
-    return shape._replace(frames=-(-shape.frames // patch_t) * patch_t)
 
 
 def _fetched_ahead(

@@ -6,12 +6,17 @@ a plan that moves less is the faster one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ..blocks.attention import Kernel
 from ..blocks.checkpointing import Checkpointing
 from ..blocks.plan import BlockPlan, Load
+
+if TYPE_CHECKING:
+    from .estimate import Trains
 
 # What an H200 gives here, from profiles of a LoRA step on 5B (torch 2.11, cuDNN 9.19, FlashAttention 4).
 ATTENTION: Mapping[Kernel, float] = {"cudnn": 405e12, "flash4": 500e12}  # FLOP/s; head dimension 64, bf16
@@ -42,14 +47,12 @@ class Speed:
     published: bool = False  # by what its maker says; not measured
 
 
-def plan_seconds(
-    load: Load, plan: BlockPlan, speed: Speed, kernel: Kernel = "cudnn", *, full: bool, fp16: bool = False
-) -> float:
-    """Seconds of one accumulation step, blocks compiled, without what DeepSpeed does.
+def plan_cost(run: Trains, load: Load, speed: Speed, kernel: Kernel = "cudnn") -> Callable[[BlockPlan], float]:
+    """What a plan costs a run: seconds of one accumulation step, blocks compiled, without what DeepSpeed does."""
+    return partial(_seconds, load, speed, kernel, full=run.method.full, fp16=run.precision == "fp16")
 
-    Args:
-        full: all weights are trained.
-    """
+
+def _seconds(load: Load, speed: Speed, kernel: Kernel, plan: BlockPlan, *, full: bool, fp16: bool) -> float:
     forward, backward = _computed(load, plan, kernel, full=full)
     there, back = _copied(load, plan)
     total = max(forward * speed.relative, max(there) / speed.link)
@@ -79,7 +82,7 @@ def _computed(load: Load, plan: BlockPlan, kernel: Kernel, *, full: bool) -> tup
 def _copied(load: Load, plan: BlockPlan) -> tuple[tuple[float, float], tuple[float, float]]:
     """Bytes that leave for the host and that come from it, in the forward and in the backward pass."""
     kept = plan.offloaded(load)
-    weights, gradients = load.layers * load.block if plan.swap_blocks else 0, 0
+    weights, gradients = load.blocks if plan.swap_blocks else 0, 0
     if plan.train_on_cpu:
         assert load.cpu_trained
         weights = gradients = plan.train_on_cpu * load.cpu_trained.block

@@ -6,15 +6,14 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..blocks.plan import USABLE, BlockPlan, Load, Memory, choose_plan
-from ..data.batches import bytes_ahead, padded_latent
+from ..data.batches import bytes_ahead
 from ..distributed.zero_config import STAGE, Strategy, can_spread, deepspeed_config
 from ..settings import LoraSettings, Optimizer
-from .cost import Speed, plan_seconds
+from .cost import Speed, plan_cost
 from .host import HostNeeds, itself, offloaded_bytes
 
 if TYPE_CHECKING:
@@ -91,11 +90,6 @@ class Estimate:
         return self.peak <= USABLE * card
 
     @property
-    def locked(self) -> int:
-        """Of host memory, page-locked by us, for each process."""
-        return self.plan.host(self.load)
-
-    @property
     def host(self) -> int:
         """Of host memory while it trains, for each process, but for what a process takes itself."""
         return self.needs.training(self.plan)
@@ -122,8 +116,8 @@ def estimate(
     """
     strategy, memory = strategy or run.strategy, memory or run.settings.memory
     needs = host_needs(run, gpu=gpu, strategy=strategy, batch=batch)
-    load, full = needs.load, run.method.full
-    cost = partial(plan_seconds, load, speed=speed, full=full, fp16=run.precision == "fp16") if speed else None
+    load = needs.load
+    cost = plan_cost(run, load, speed) if speed else None
 
     def fits_host(plan: BlockPlan) -> bool:
         return host is None or needs.fits(plan, host, processes)
@@ -211,8 +205,7 @@ def _load(run: Trains, bucket: Resolution, *, batch: int) -> Load:
 
 def _loading(run: Trains, strategy: Strategy) -> int:
     """Host memory of the checkpoint's weights as `Method.weight_dtype` has them loaded, for each process."""
-    base = _load(run, run.buckets[0], batch=1)
-    whole = base.layers * base.block + base.rest
+    whole = _load(run, run.buckets[0], batch=1).whole
     return whole * 4 // _size(run) if run.method.full and strategy == "ddp" else whole
 
 
@@ -233,20 +226,20 @@ def load_of(run: Trains, *, strategy: Strategy | None = None, batch: int | None 
             can_swap=strategy == "ddp",
             accumulate=run.settings.accumulate if can_train_on_cpu(run, strategy) else None,
             rank=settings.rank * len(settings.target_modules) if isinstance(settings, LoraSettings) else 0,
-            latents=math.prod(padded_latent(run.checkpoint.family, bucket)),
+            latents=math.prod(run.checkpoint.family.padded_latent(bucket)),
         )
         for bucket in run.buckets
     ]
     load = max(loads, key=lambda load: load.activation)
     if STAGE[strategy] < 3:
         return load
-    size, whole = _size(run), _load(run, run.buckets[0], batch=1)
+    size, base = _size(run), _load(run, run.buckets[0], batch=1)
     zero = _zero(run, strategy)
-    live = min(int(zero["stage3_max_live_parameters"]) * size, whole.layers * whole.block + whole.rest)
+    live = min(int(zero["stage3_max_live_parameters"]) * size, base.whole)
     here = 0 if strategy == "zero3-offload" else 1 / run.world
     # Gradients on their way: a block's as they come, a bucket, its copy in parts, and this process's part of the sum.
     trained, bucket = trained_weights(run), int(zero["reduce_bucket_size"])
-    exchanged = trained / whole.layers + bucket + min(trained, bucket) * (1 + 1 / run.world)
+    exchanged = trained / base.layers + bucket + min(trained, bucket) * (1 + 1 / run.world)
     return replace(load, block=int(load.block * here), rest=int(load.rest * here) + live + int(exchanged * size))
 
 

@@ -75,7 +75,7 @@ class HostNeeds:
 
         The weights are there then; those that are streamed give up their copy block by block.
         """
-        copied = min(self.loading, self.load.layers * self.load.block)
+        copied = min(self.loading, self.load.blocks)
         beside = self.itself + self.batches + self.offloaded + self.loading - copied
         return max(0, host // processes - beside)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
@@ -12,7 +11,7 @@ from ..blocks.engine import BlockEngine
 from ..blocks.plan import BlockPlan, Load, choose_plan, fits, gib
 from ..blocks.trial import compiler_fault, no_compiler
 from ..distributed import zero
-from .cost import plan_seconds
+from .cost import plan_cost
 from .estimate import host_needs
 from .room import Room
 
@@ -42,21 +41,17 @@ def install(
     needs = host_needs(run, gpu=gpu)
     load = needs.load
     memory, compiled = run.settings.memory, _compiles(run, runtime, log)
-    known = None
-    if room.speed is not None:
-        known = partial(
-            plan_seconds, load, speed=room.speed, full=run.method.full, fp16=run.precision == "fp16"
-        )  # fmt: skip
+    cost = plan_cost(run, load, room.speed) if room.speed else None
 
     def fits_host(plan: BlockPlan) -> bool:
         return needs.fits(plan, room.host, room.together)
 
-    plan = choose_plan(memory, load, free=free, fits_host=fits_host, compiled=compiled, gpu=gpu, cost=known)
+    plan = choose_plan(memory, load, free=free, fits_host=fits_host, compiled=compiled, gpu=gpu, cost=cost)
     if gpu:
         host_free = needs.left(room.host, room.together)
         if load.cpu_trained and plan.train_on_cpu < load.layers and not fits(plan, load, free):
             raise no_room(plan, load, free=free, host_free=host_free)
-        wanted = choose_plan(memory, load, free=free, fits_host=lambda plan: True, compiled=compiled, cost=known)
+        wanted = choose_plan(memory, load, free=free, fits_host=lambda plan: True, compiled=compiled, cost=cost)
         for note in notes(plan, wanted, load, free=free, host_free=host_free):
             log.say(note)
     if not runtime.whole:

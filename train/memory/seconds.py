@@ -10,7 +10,7 @@ from cogcommon.model.cards import card_like
 
 from ..blocks.attention import Kernel
 from ..distributed.zero_config import STAGE
-from .cost import ATTENTION, Speed, plan_seconds
+from .cost import ATTENTION, Speed, plan_cost
 from .estimate import Estimate, Trains, trained_weights
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ def seconds(run: Trains, needs: Estimate, speed: Speed, kernel: Kernel = "cudnn"
     if kernel not in ATTENTION or not plan.compiled or (stage and speed.published):
         return None
     if stage == 0:
-        return plan_seconds(load, plan, speed, kernel, full=run.method.full, fp16=run.precision == "fp16")
+        return plan_cost(run, load, speed, kernel)(plan)
     weights = trained_weights(run)
     each, a_weight = _ZERO_3 if stage == 3 else _ZERO
     theirs = each + a_weight * weights
     if needs.strategy.endswith("-offload"):
         theirs += _OFFLOADED * weights / run.world
     # Its update is in that.
-    return theirs + plan_seconds(replace(load, trained=0), plan, speed, kernel, full=run.method.full)
+    return theirs + plan_cost(run, replace(load, trained=0), speed, kernel)(plan)

@@ -56,11 +56,6 @@ class Objective:
             min_snr_gamma=min_snr_gamma,
         )
 
-    def padded_frames(self, latent_frames: int) -> int:
-        """Latent frames the transformer sees: 1.5 takes a multiple of its temporal patch."""
-        patch_t = self.config.get("patch_size_t") or 1
-        return -(-latent_frames // patch_t) * patch_t
-
     def losses(self, transformer: torch.nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
         """Velocity loss of each sample (B), fp32.
 
@@ -85,7 +80,7 @@ class Objective:
         import torch
 
         scaled = latent_BFCHW * self.scaling_factor
-        missing = self.padded_frames(scaled.shape[1]) - scaled.shape[1]
+        missing = self.family.padded_frames(scaled.shape[1]) - scaled.shape[1]
         return torch.cat([scaled[:, :1]] * missing + [scaled], dim=1) if missing else scaled
 
     def model_inputs(
@@ -129,13 +124,12 @@ class Objective:
         if not self.config["use_rotary_positional_embeddings"]:
             return None
         config, patch = self.config, self.family.patch
-        patch_t = config.get("patch_size_t")
         return _rope(
             config["attention_head_dim"],
-            -(-frames // (patch_t or 1)),
+            self.family.token_frames(frames),
             (height // patch, width // patch),
             (config["sample_height"] // patch, config["sample_width"] // patch),
-            patch_t is not None,
+            self.family.patch_t is not None,
             device,
         )
 

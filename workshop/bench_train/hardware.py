@@ -34,8 +34,8 @@ def guide_table() -> str:
     for row in guide_rows().values():
         low = _estimate(row, "low")
         lines.append(
-            f"| {row.number} | {_shown(row)} | {row.processes or 1} | {row.guide_gb} GB | {_cell(row, 'reference')} "
-            f"| {_cell(row, 'auto')} | {_cell(row, 'low')} | {low.host * (row.processes or 1) / _GIB:.0f} GB "
+            f"| {row.number} | {_shown(row)} | {row.gpus} | {row.guide_gb} GB | {_cell(row, 'reference')} "
+            f"| {_cell(row, 'auto')} | {_cell(row, 'low')} | {low.host * row.gpus / _GIB:.0f} GB "
             f"| {_smallest(row)} |"
         )
     return "\n".join(lines)
@@ -133,7 +133,7 @@ def _cell(row: GuideRow, way: Way) -> str:
 def _measured_as(row: GuideRow, way: Way, needs: Estimate) -> Measured | None:
     """The newest run that was measured of a row, on as many GPUs, with the block plan that is meant here."""
     memory = {"reference": REFERENCE, "file": "auto"}.get(way, way)
-    wanted = (row.family, row.method, needs.strategy, memory, row.settings.precision, row.processes or 1)
+    wanted = (row.family, row.method, needs.strategy, memory, row.settings.precision, row.gpus)
     for run in measured():
         same = (run.family, run.method, run.strategy, run.memory, run.precision, run.gpus) == wanted
         same = same and run.rank == getattr(row.settings, "rank", None) and run.resolution == _native(row.family)
@@ -149,10 +149,10 @@ def takes(row: GuideRow) -> str:
     if run := _measured_as(row, "file", needs):
         where = f"{run.gpus} {run.gpu}{'s' * (run.gpus > 1)}"
         return f"Takes {run.peak_gib:.1f} GB of each GPU and {run.s_per_step:.2f} s a step: measured on {where}."
-    host = round(needs.host * (row.processes or 1) / _GIB)
+    host = round(needs.host * row.gpus / _GIB)
     took = seconds(_run_of(row, "file"), needs, H200)
     took_s = f", {took:.1f} s a step at an H200's speed" if took else ""
-    of_host = f" and {host} GB of host memory{' in all' * ((row.processes or 1) > 1)}" if host else ""
+    of_host = f" and {host} GB of host memory{' in all' * (row.gpus > 1)}" if host else ""
     return (
         f"Takes {needs.peak / _GIB:.1f} GB of each GPU of {_COMPUTED_FOR} GB{of_host}{took_s}: "
         "computed, as by cogtrain plan."
@@ -169,7 +169,7 @@ def _estimate(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Estimate:
 
 
 def _run_of(row: GuideRow, way: Way) -> Run:
-    return _run(row.family, row.settings_for(way), row.processes or 1)
+    return _run(row.family, row.settings_for(way), row.gpus)
 
 
 def _smallest(row: GuideRow) -> str:

@@ -90,7 +90,7 @@ def _batch(checkpoint: RandomCheckpoint, objective: Objective, bucket: Resolutio
         keys=("sample",),
         shards=("none",),
         latent_BFCHW=normal(1, frames, *grid),
-        noise_BFCHW=normal(1, objective.padded_frames(frames), *grid),
+        noise_BFCHW=normal(1, objective.family.padded_frames(frames), *grid),
         timestep_B=torch.tensor([500]),
         text_BLD=normal(1, config["max_text_seq_length"], config["text_embed_dim"]),
         conditions={name: normal(1, 1, *grid) for name in checkpoint.family.conditions},

@@ -73,6 +73,11 @@ class GuideRow:
         return self.given.get("nproc")
 
     @property
+    def gpus(self) -> int:
+        """GPUs on which it is shown: as many as it is about, else one."""
+        return self.processes or 1
+
+    @property
     def file(self) -> str:
         """Its file, from the repository's root."""
         gpus = f"-{self.processes}gpu" if self.processes else ""

@@ -98,7 +98,7 @@ def batch_at(world: World, objective: Objective, step: int, *, size: int, seed: 
     mean = world.latent_mean_NCFHW[chosen]
     latent = mean + world.latent_std_NCFHW[chosen] * torch.randn(mean.shape, **draws)
     latent_BFCHW = latent.transpose(1, 2)
-    frames = objective.padded_frames(latent_BFCHW.shape[1])
+    frames = objective.family.padded_frames(latent_BFCHW.shape[1])
     dropped_B = torch.rand(size, **draws) < CAPTION_DROPOUT
     text_BLD = torch.where(dropped_B[:, None, None], world.empty_text_LD, world.text_NLD[chosen // VARIANTS])
     # One timestep from each of as many equal stretches: the loss of a step jumps less.

@@ -53,7 +53,7 @@ def losses():
 class PaddedAtTheEnd(Objective):
     def clean(self, latent_BFCHW):
         scaled = latent_BFCHW * self.scaling_factor
-        missing = self.padded_frames(scaled.shape[1]) - scaled.shape[1]
+        missing = self.family.padded_frames(scaled.shape[1]) - scaled.shape[1]
         return torch.cat([scaled] + [scaled[:, -1:]] * missing, dim=1)
 
 

@@ -43,7 +43,7 @@ def inputs_of(checkpoint):
         return torch.randn(shape, generator=generator)
 
     text = normal(1, config["max_text_seq_length"], config["text_embed_dim"])
-    noisy = normal(1, objective.padded_frames(5), 16, 8, 12)
+    noisy = normal(1, objective.family.padded_frames(5), 16, 8, 12)
     return objective.model_inputs(noisy, {}, text, torch.tensor([300]), torch.bfloat16)
 
 

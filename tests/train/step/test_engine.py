@@ -48,7 +48,7 @@ def loss_of(checkpoint, transformer, dtype=torch.float32, batch=2, device=CPU):
 
     conditions = {name: normal(batch, 1, 16, 8, 12) for name in checkpoint.family.conditions}
     inputs = objective.model_inputs(
-        normal(batch, objective.padded_frames(5), 16, 8, 12),
+        normal(batch, objective.family.padded_frames(5), 16, 8, 12),
         conditions,
         normal(batch, config["max_text_seq_length"], config["text_embed_dim"]),
         torch.tensor([300, 700])[:batch].to(device),

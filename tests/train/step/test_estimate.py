@@ -13,7 +13,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.blocks.engine import BlockEngine
 from cogtrain.blocks.plan import BlockPlan, Load, choose_plan
-from cogtrain.data.batches import AHEAD, Collator, bytes_ahead, padded_latent, read_sample
+from cogtrain.data.batches import AHEAD, Collator, bytes_ahead, read_sample
 from cogtrain.data.sampler import Slot
 from cogtrain.distributed.optimizer import make_optimizer
 from cogtrain.memory.estimate import bytes_a_weight, estimate, host_needs, load_of, trained_weights
@@ -127,7 +127,7 @@ def test_each_plan_leaves_room_for_its_own_end(run_of):
         BlockPlan(inputs, offload_activations=True, swap_blocks=True),
         BlockPlan(inputs, offload_activations=True),
     )
-    weights = needs.load.layers * needs.load.block
+    weights = needs.load.blocks
     assert needs.ending(resident) - needs.ending(streamed) == needs.loading >= weights
     for plan in (streamed, resident):
         worst = needs.at_most(plan, 1)
@@ -165,7 +165,7 @@ def test_on_cpus_a_step_holds_what_is_computed(form, keep, settings):
     objective, live = Objective.of(checkpoint), Live()
     channels, count, *picture = checkpoint.family.latent(MANY)
     frames = (1, count, channels, *picture)
-    noise = (1, objective.padded_frames(count), *frames[2:])
+    noise = (1, objective.family.padded_frames(count), *frames[2:])
     text = (1, config["max_text_seq_length"], config["text_embed_dim"])
     batch = Batch(("a",), ("s",), *map(torch.randn, (frames, noise)), torch.tensor([300]), torch.randn(text), {})
     for tensor in [*transformer.parameters(), *transformer.buffers(), *vars(batch).values()]:
@@ -177,7 +177,7 @@ def test_on_cpus_a_step_holds_what_is_computed(form, keep, settings):
     load = Load.of(
         config, checkpoint.family.tokens(MANY), batch=1, size=4, trained=0, frozen=trains,
         rank=settings.rank * len(settings.target_modules) if trains else 0,
-        latents=math.prod(padded_latent(checkpoint.family, MANY)),
+        latents=math.prod(checkpoint.family.padded_latent(MANY)),
     )  # fmt: skip
     grads = sum(4 * parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
     computed = plan.alone(load) - plan.resting(load)
@@ -228,7 +228,7 @@ def test_out_of_memory_gives_the_peaks_that_were_planned_with(run_of):
 
     now, low = (estimate(run_of(LoraSettings(), "5b"), memory=memory) for memory in ("auto", "low"))
     assert f"--memory low: about {low.peak / GIB:.1f} GiB instead of {now.peak / GIB:.1f} GiB" in fix(LoraSettings())
-    assert f"and {low.locked / GIB:.1f} GiB of host memory" in fix(LoraSettings())
+    assert f"and {low.plan.host(low.load) / GIB:.1f} GiB of host memory" in fix(LoraSettings())
     assert "a smaller --resolution" in fix(LoraSettings(memory="low"))  # nothing of ours is left to turn
     assert "a smaller --resolution" in fix(SftSettings(strategy="ddp", memory="low"))
     assert fix(SftSettings(strategy="zero2-offload")).startswith("--strategy ddp --memory low: about ")

@@ -32,9 +32,9 @@ def room(load, gib):
 def test_load_of_5b_is_what_it_weighs():
     load = load_of("5b")
     assert load.activation == 17_776 * 3072 * 2
-    assert (load.layers * load.block + load.rest) / 2 == pytest.approx(5.57e9, rel=0.01)
+    assert load.whole / 2 == pytest.approx(5.57e9, rel=0.01)
     small, positions = load_of("2b"), 17_776 * 1920
-    assert (small.layers * small.block + small.rest) / 2 - positions == pytest.approx(1.69e9, rel=0.02)
+    assert small.whole / 2 - positions == pytest.approx(1.69e9, rel=0.02)
 
 
 @pytest.mark.parametrize(
