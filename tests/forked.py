@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ _SERVER.set_forkserver_preload(
         "cogprep.cli", "cogprep.encode.part", "cogprep.encode.models", "diffusers.models.autoencoders",
         "transformers.models.t5.modeling_t5", "transformers.models.t5.tokenization_t5", "cogtrain.cli",
         "cogtrain.memory.ready", "cogtrain.trainer.trainer", "diffusers.models.transformers.cogvideox_transformer_3d",
-        "peft", "accelerate", "torch.distributed.launcher.api",
+        "peft", "accelerate", "torch.distributed.launcher.api", "deepspeed", "cogtrain.distributed.zero_files",
     ]
 )  # fmt: skip
 
@@ -69,6 +70,38 @@ class Forked:
         said = [file.read() for file in self._said if not file.seek(0)]
         assert self._process.exitcode is not None
         return self._process.exitcode, said[0], said[1]
+
+
+class ForkedRanks:
+    """``python -m PROGRAM WORDS...``, begun as so many processes of one run, as torchrun would begin them."""
+
+    def __init__(self, world: int, words: Sequence[object], cwd: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        same = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        self._ranks = [
+            Forked(words, cwd, same | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)})
+            for rank in range(world)
+        ]
+
+    @property
+    def running(self) -> bool:
+        return all(rank.running for rank in self._ranks)
+
+    def kill(self) -> bool:
+        """End all of them at once; gives whether they were still running."""
+        running = self.running
+        for rank in self._ranks:
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(rank.pid, signal.SIGKILL)
+        for rank in self._ranks:
+            rank.kill()
+        return running
+
+    def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:
+        """Wait for their end; exit code, stdout, stderr of each."""
+        return [rank.end(timeout) for rank in self._ranks]
 
 
 def _run(words: list[str], cwd: str, environment: dict[str, str], *files: str) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,6 +20,9 @@ from cogtrain.distributed.strategy import read_weights
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.claim import claimed
 from cogtrain.settings import LoraSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import Forked, ForkedRanks
 
 STEPS = 6
 # In a learning rate that lets the losses depend on every step before.
@@ -44,11 +48,11 @@ def finish(process, expected=0):
     return out, err
 
 
-def wait_for_step(process, run, step):
+def wait_for_step(running, run, step):
     """Until the run has written a step, or has ended."""
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
+    while running() and time.monotonic() < deadline:
         if metrics.exists() and metrics.read_text().count("\n") >= step:
             return
         time.sleep(0.01)
@@ -56,8 +60,17 @@ def wait_for_step(process, run, step):
 
 def words_for(strategy, world, run):
     # Always two samples a step.
-    per = ["--nproc", 2, "--batch-size", 1] if world == 2 else ["--nproc", 1, "--batch-size", 2]
-    return ["lora", "--shards", "out/*.tar", "--strategy", strategy, *per, "--out", run, *OPTIONS]
+    return ["lora", "--shards", "out/*.tar", "--strategy", strategy, "--batch-size", 2 // world, "--out", run, *OPTIONS]
+
+
+def begin_ranks(strategy, world, run):
+    """The processes of a run, as a launcher would begin them."""
+    return ForkedRanks(world, ["cogtrain", *words_for(strategy, world, run.name)], run.parent)
+
+
+def finish_ranks(ranks):
+    found = ranks.end()
+    assert all(code == 0 for code, _, _ in found), found
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +82,12 @@ def place(tmp_path_factory):
 def undisturbed(place, make_shards):
     """undisturbed(strategy) -> losses of a run that nothing happened to, on two processes."""
     make_shards(place / "out", samples=8)
+    Forked(["cogtrain", "--version"]).end()  # from now on the server has imported what they need
     known = {}
 
     def run(strategy):
         if strategy not in known:
-            finish(begin(words_for(strategy, 2, f"{strategy}-undisturbed"), place))
+            finish_ranks(begin_ranks(strategy, 2, place / f"{strategy}-undisturbed"))
             known[strategy] = losses(place / f"{strategy}-undisturbed")
             assert sorted(known[strategy]) == list(range(1, STEPS + 1))
         return known[strategy]
@@ -92,18 +106,14 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, bef
     expected = undisturbed(strategy)
     run = place / f"{strategy}-{before}-{after}-{number}"
     rng = random.Random(number)
-    process = begin(words_for(strategy, before, run.name), place)
-    wait_for_step(process, run, rng.randint(1, STEPS - 1))
-    time.sleep(rng.random() * 0.2)  # in the middle of a step, of a checkpoint, between two
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        try:
-            member.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    process.communicate(timeout=60)
-    psutil.wait_procs(family, timeout=60)
-    finish(begin(words_for(strategy, after, run.name), place))
+    ranks = begin_ranks(strategy, before, run)
+    step = rng.randint(0, STEPS)
+    wait_for_step(lambda: ranks.running, run, step)
+    # In the middle of a step, of a checkpoint, between two; and of the export, which takes longer.
+    time.sleep(rng.random() * (2 if step == STEPS else 0.2))
+    killed = ranks.kill()
+    print(f"{'killed' if killed else 'it had ended'}; {sorted(path.name for path in run.iterdir())}")
+    finish_ranks(begin_ranks(strategy, after, run))
     assert losses(run) == pytest.approx(expected, rel=1e-5)
     assert {path.name for path in run.iterdir() if path.name.startswith(".")} == {".cogtune.json", ".lock"}
     assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
@@ -114,10 +124,10 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, bef
 def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, code, world):
     expected = undisturbed("ddp")
     run = place / f"stopped-{code}"
-    words = words_for("ddp", world, run.name)
+    words = [*words_for("ddp", world, run.name), "--nproc", world]
     words[words.index("--save-every") + 1] = 100  # nothing but the signal saves
     process = begin(words, place)
-    wait_for_step(process, run, 2)
+    wait_for_step(lambda: process.poll() is None, run, 2)
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children()]:
         member.send_signal(number)
     out, err = finish(process, code)
