@@ -8,7 +8,15 @@ import sys
 from cogcommon.cli.command import add_command, make_app, run_app
 from cogcommon.errors import CogError
 
-from .settings import ExportSettings, ForecastSettings, GenerateSettings, LoraSettings, SftSettings, TrainSettings
+from .settings import (
+    DoctorSettings,
+    ExportSettings,
+    ForecastSettings,
+    GenerateSettings,
+    LoraSettings,
+    SftSettings,
+    TrainSettings,
+)
 
 app = make_app("cogtrain", "Fine-tune CogVideoX on the shards that cogprep encode wrote.")
 
@@ -56,6 +64,12 @@ def plan(settings: ForecastSettings) -> None:
     run(settings)
 
 
+def doctor(settings: DoctorSettings) -> None:
+    from .commands.doctor import run
+
+    run(settings)
+
+
 def generate(settings: GenerateSettings) -> None:
     from .commands.generate import run
 
@@ -88,6 +102,11 @@ add_command(
         "cogtrain plan --model THUDM/CogVideoX-5b --resolution 49x480x720 --gpu 4090",
         "cogtrain plan --shards out/*.tar --gpu 24GB --gpus 2",
     ),
+)  # fmt: skip
+add_command(
+    app, "doctor", DoctorSettings, doctor,
+    "Say what of this machine matters, and what to do about it.",
+    ("cogtrain doctor",),
 )  # fmt: skip
 add_command(
     app, "generate", GenerateSettings, generate,

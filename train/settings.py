@@ -271,6 +271,13 @@ class GenerateSettings:
 
 
 @dataclass(frozen=True)
+class DoctorSettings:
+    """Settings of ``cogtrain doctor``."""
+
+    json: bool = setting(False, "print the result as JSON")
+
+
+@dataclass(frozen=True)
 class ExportSettings:
     """Settings of ``cogtrain export``."""
 

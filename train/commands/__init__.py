@@ -1,4 +1,4 @@
-"""`cogtrain plan` (its lines: `forecast`), `generate` and `export`. (`lora` and `sft` are `trainer.trainer`.)
+"""`cogtrain plan` (its lines: `forecast`), `doctor`, `generate` and `export`. (`lora` and `sft` are `trainer.trainer`.)
 
-Imports distributed, memory, model, report, runs, settings, store, trainer, validation.
+Imports blocks, distributed, memory, model, report, runs, settings, store, trainer, validation.
 """

@@ -1,0 +1,62 @@
+"""``cogtrain doctor``: it says what matters of a machine, and what to do about what is wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from cogtrain.commands import doctor
+from cogtrain.settings import DoctorSettings
+
+
+def about(findings, name):
+    return next(finding for finding in findings if finding.about == name)
+
+
+def test_it_says_what_is_here(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    doctor.run(DoctorSettings(json=True))
+    found = json.loads(capsys.readouterr().out)
+    assert {"python, torch", "GPU", "host memory", "C++ compiler", "disk", "models", "ffmpeg"} <= {
+        line["about"] for line in found
+    }
+    assert all(line["advice"] for line in found if line["verdict"] != "good")
+    doctor.run(DoctorSettings())
+    said = capsys.readouterr().out
+    assert all(line["found"] in said and line["advice"] in said for line in found)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "hidden", "verdict", "told"),
+    [
+        (None, None, None, "note", "--model tiny"),
+        (None, "/usr/bin/nvidia-smi", None, "bad", "build for CUDA"),
+        ("13.0", "/usr/bin/nvidia-smi", "", "bad", "unset CUDA_VISIBLE_DEVICES"),
+        ("13.0", None, None, "note", "--gpus all"),
+        ("13.0", "/usr/bin/nvidia-smi", None, "bad", "new enough for CUDA 13.0"),
+    ],
+)
+def test_why_there_is_no_gpu(monkeypatch, cuda, driver, hidden, verdict, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(shutil, "which", lambda name: driver if name == "nvidia-smi" else f"/usr/bin/{name}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    finding = about(doctor.findings(), "GPU")
+    assert finding.verdict == verdict and told in finding.advice
+
+
+def test_models_that_cannot_be_fetched_are_wrong_only_where_none_is_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert about(doctor.findings(), "models").verdict == "bad"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert about(doctor.findings(), "models").verdict == "good"
+
+
+def test_what_flash_attention_4_brings_is_what_was_measured():
+    gains = {name: (slow, fast) for name, slow, fast in doctor.flash4_gains()}
+    assert {"5b", "1.5-5b"} <= set(gains) and all(fast < slow for slow, fast in gains.values())

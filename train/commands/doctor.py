@@ -1,0 +1,228 @@
+"""``cogtrain doctor``: what of this machine matters for encoding and training, and what to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cogcommon.cli.names import json_text
+from cogcommon.files.failures import room_of
+from cogcommon.files.memory import host_memory_left
+from cogcommon.model.device import EMULATED, has_bf16
+from cogcommon.model.families import FAMILIES
+from cogcommon.words import counted, in_bytes
+
+from ..blocks.trial import compiler_fault, flash4_is_there
+from ..memory.cost import PRODUCTS
+from ..memory.link import timed_speed
+from ..memory.measured import REFERENCE, measured
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..settings import DoctorSettings
+
+_GIB = 2**30
+_SHARED = 1 * _GIB  # of /dev/shm, what NCCL and decode processes are content with; a container has 64 MB by default
+_FILES = 1024  # open files that a run over thousands of shards may need
+_DISK = 50e9  # bytes; a checkpoint of 5B, its shards and some room
+_HOST = 16 * _GIB  # what loading 5B takes, and a little more
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing of the machine."""
+
+    about: str
+    found: str
+    verdict: Literal["good", "note", "bad"] = (
+        "good"  # note: it works, and could do better; bad: something will not work
+    )
+    advice: str = ""  # what to do about it
+
+
+def run(settings: DoctorSettings) -> None:
+    """The command."""
+    found = list(findings())
+    if settings.json:
+        print(json_text([dataclasses.asdict(finding) for finding in found]))
+        return
+    from cogcommon.cli.terminal import Console, styled
+
+    console = Console(soft_wrap=True)
+    marks = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("bad", "red")}
+    for finding in found:
+        mark, style = marks[finding.verdict]
+        console.print(styled((f"{mark:5}", style), f"{finding.about:14} {finding.found}"))
+        if finding.advice:
+            console.print(f"{'':20} {finding.advice}")
+    bad = sum(finding.verdict == "bad" for finding in found)
+    console.print("\n" + (f"{counted(bad, 'thing')} to put right" if bad else "nothing to put right"))
+
+
+def findings() -> Iterator[Finding]:
+    """All that matters, in the order in which a run needs it."""
+    import torch
+
+    yield _torch()
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            yield from _gpu(torch.device("cuda", number))
+        yield _compiler(torch.device("cuda", 0))
+        yield from _attention(torch.device("cuda", 0))
+    else:
+        yield _no_gpu()
+    yield _host()
+    yield _cpp()
+    yield _disk()
+    yield from _limits()
+    yield _hub()
+    yield Finding("ffmpeg", "not needed: PyAV brings its own")
+
+
+def _torch() -> Finding:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
+    return Finding("python, torch", f"Python {platform.python_version()}, torch {torch.__version__}, {build}")
+
+
+def _no_gpu() -> Finding:
+    """Why torch sees no GPU, as far as can be told."""
+    import torch
+
+    small = "without one, only the built-in models (--model tiny) are of use"
+    if not torch.version.cuda and torch.version.hip is None:
+        driver = shutil.which("nvidia-smi") is not None
+        advice = "install torch's build for CUDA: pytorch.org/get-started names the command" if driver else small
+        return Finding("GPU", "none that torch can use: its build is for CPUs", "bad" if driver else "note", advice)
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return Finding("GPU", "hidden by CUDA_VISIBLE_DEVICES", "bad", "unset CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None:
+        return Finding("GPU", "none: there is no driver here", "note", f"in a container: --gpus all; {small}")
+    advice = f"run nvidia-smi: the driver must be new enough for CUDA {torch.version.cuda}, or torch older"
+    return Finding("GPU", "a driver is here, and torch cannot use it", "bad", advice)
+
+
+def _gpu(device: torch.device) -> Iterator[Finding]:
+    import torch
+
+    about = f"GPU {device.index}"
+    free, total = torch.cuda.mem_get_info(device)
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
+    found = f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+    if free < 0.9 * total:
+        yield Finding(about, found, "note", "something else holds its memory: nvidia-smi says what")
+    else:
+        yield Finding(about, found)
+    if not has_bf16(device):
+        yield Finding(f"{about}, bf16", "none in hardware", "note", EMULATED.format(name))
+    half = torch.bfloat16 if has_bf16(device) else torch.float16
+    speed = timed_speed(device, half)
+    rates = f"{PRODUCTS / speed.relative / 1e12:.0f} TFLOP/s in half precision; copies at {speed.link / 1e9:.0f} GB/s"
+    yield Finding(f"{about}, speed", rates)
+
+
+def _compiler(device: torch.device) -> Finding:
+    fault = compiler_fault(device)
+    if fault is None:
+        return Finding("torch.compile", "works")
+    advice = "install gcc (apt install gcc python3-dev) and Triton (it comes with torch on Linux)"
+    return Finding("torch.compile", f"does not work: {fault}", "note", f"steps take half as long again; {advice}")
+
+
+def _attention(device: torch.device) -> Iterator[Finding]:
+    """FlashAttention 4, where the GPU can have it: Hopper and Blackwell."""
+    import torch
+
+    if torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return
+    if flash4_is_there():
+        yield Finding("attention", "FlashAttention 4 is installed")
+        return
+    gains = ", ".join(f"{name} {slow:.2f} to {fast:.2f} s" for name, slow, fast in flash4_gains())
+    yield Finding(
+        "attention", "cuDNN's", "note", f"pip install 'cogtune[attention]' is faster; steps on an H200: {gains}"
+    )
+
+
+def flash4_gains() -> list[tuple[str, float, float]]:
+    """Measured LoRA steps with cuDNN's attention and with FlashAttention 4: family, seconds, seconds."""
+    best: dict[tuple[str, str], float] = {}
+    for line in measured():
+        if (line.method, line.gpus, line.memory) == ("lora", 1, "fast") and line.memory != REFERENCE:
+            key = (line.family, line.attention)
+            best[key] = min(line.s_per_step, best.get(key, line.s_per_step))
+    names = dict.fromkeys(family for family, _ in best)
+    return [
+        (name, best[name, "cudnn"], best[name, "flash4"])
+        for name in names
+        if (name, "cudnn") in best and (name, "flash4") in best
+    ]
+
+
+def _host() -> Finding:
+    left = host_memory_left()
+    found = f"{left.bytes / _GIB:.1f} GiB free ({left.where})"
+    if left.bytes < _HOST:
+        return Finding("host memory", found, "note", "loading a 5B takes 11 GiB; `cogtrain plan` says what a run takes")
+    return Finding("host memory", found)
+
+
+def _cpp() -> Finding:
+    """DeepSpeed compiles its optimizer for the host at first use; only the -offload strategies need it."""
+    missing = [name for name, there in (("g++", shutil.which("g++")), ("ninja", find_spec("ninja"))) if not there]
+    if missing:
+        advice = "apt install g++; pip install ninja"
+        return Finding("C++ compiler", f"no {' and no '.join(missing)}: no -offload strategy", "note", advice)
+    return Finding("C++ compiler", "g++ and ninja, for the -offload strategies")
+
+
+def _disk() -> Finding:
+    here = Path.cwd()
+    room = room_of(here)
+    if room is None:
+        return Finding("disk", f"{here}: it cannot be told how much is free")
+    found = f"{in_bytes(room)} free in {here}"
+    if room < _DISK:
+        advice = "--out names another disk; `cogprep validate` and `cogtrain plan` say what they write"
+        return Finding("disk", found, "note", advice)
+    return Finding("disk", found)
+
+
+def _limits() -> Iterator[Finding]:
+    if sys.platform == "linux" and Path("/dev/shm").is_dir():
+        room = shutil.disk_usage("/dev/shm").total
+        if room < _SHARED:
+            advice = "docker run --shm-size 8g, or --ipc host; several GPUs need it"
+            yield Finding("shared memory", f"{in_bytes(room)} in /dev/shm", "note", advice)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= files < _FILES:
+        yield Finding("open files", f"at most {files}", "note", "ulimit -n 4096")
+
+
+def _hub() -> Finding:
+    """Which published models are here already; nobody is asked."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        here = {repo.repo_id for repo in scan_cache_dir().repos}
+    except CacheNotFound:
+        here = set()
+    names = [family.hub_id.split("/")[1] for family in FAMILIES]
+    known = sorted(repo for repo in here if repo.split("/")[-1] in names)
+    found = f"{', '.join(known) or 'none of the five models'} in {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        verdict: Literal["good", "bad"] = "good" if known else "bad"
+        return Finding("models", f"{found}; HF_HUB_OFFLINE is set", verdict, "" if known else "unset HF_HUB_OFFLINE")
+    return Finding("models", found, advice="" if known else "they are fetched when first used, 13 to 22 GB each")
