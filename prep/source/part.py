@@ -88,7 +88,7 @@ def locate(path: Path) -> Place:
     if not (mark and name) or _is_there(path):
         return Place(path)
     part = read_part(text)
-    return Place(path.with_name(name), None if part == Part(0.0, math.inf) else part)
+    return Place(path.parent / name, None if part == Part(0.0, math.inf) else part)
 
 
 def file_named(entry: str) -> str:

@@ -81,6 +81,7 @@ def test_a_file_of_that_very_name_wins(tmp_path):
     (tmp_path / "clips#t=3").mkdir()
     assert locate(tmp_path / "clips#t=3" / "a.mp4").part is None
     assert locate(tmp_path / "#t=3").part is None
+    assert [locate(tmp_path / f"{folder}#t=3").file for folder in (".", "..")] == [tmp_path, tmp_path / ".."]
 
 
 def identity(path: Path) -> bytes:
