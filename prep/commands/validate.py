@@ -21,13 +21,15 @@ from cogcommon.words import counted
 from ..dataset.advice import Looked, advise, cut_captions
 from ..dataset.guesses import Guess, guess_folders, guess_turned
 from ..dataset.lists import DataSet, check_root
-from ..dataset.probe import Look, look
+from ..dataset.probe import Look, look_at
 from ..plan.plan import tensor_bytes
+from ..processes.by_file import run_by_file
 from ..processes.pool import Pool, default_workers
 from ..published import published_geometry
 from ..settings import ValidateSettings
 from ..show.progress import Progress
 from ..source.clip import ClipFault
+from ..source.part import file_named
 from ..vae.seconds import VaeSpeed, vae_speed
 from ..video.decode import image_size
 from .foretell import EncodeForecast, foretell
@@ -116,8 +118,8 @@ def look_at_all(
     looks: dict[str, Look | ClipFault] = {}
     workers = min(settings.workers or default_workers(), max(1, len(clips)))
     with Pool(workers, timeout_s=settings.clip_timeout) as pool, Progress("Checking", len(clips)) as bar:
-        one = partial(look, buckets=settings.buckets, cut=settings.cut, family_fps=family_fps)
-        for entry, found in zip(clips, pool.run(one, ((data.root / entry,) for entry in clips)), strict=True):
+        parts_of_one = partial(look_at, buckets=settings.buckets, cut=settings.cut, family_fps=family_fps)
+        for entry, found in run_by_file(pool, parts_of_one, data.root, sorted(clips, key=file_named)):
             looks[entry] = found
             bar.advance()
         sizes = pool.run(image_size, ((data.root / entry,) for entry in images))

@@ -1,10 +1,12 @@
-"""Examine one clip before it is encoded: can it be used, and which part of it would be? Runs in the pool."""
+"""Examine clips before they are encoded: can they be used, and which part of them would be? Runs in the pool."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from ..video.colour import Pixels
 from ..video.cut import Cut, Picked, Placement, best_bucket, pick_frames, placement_of
 from ..video.media import Video
 
+T = TypeVar("T")
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 _GLIMPSES = 3  # key frames that a clip is judged by
@@ -61,30 +64,57 @@ class Probed:
     bucket: Resolution
 
 
-def probe_clip(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Probed | ClipFault:
-    """Hash a clip and choose its bucket; a clip too short for its bucket is a fault, as in `look`.
+def probe_clips(
+    paths: Sequence[Path], buckets: Sequence[Resolution], cut: Cut, family_fps: float
+) -> list[Probed | ClipFault]:
+    """Hash clips and choose their buckets; one too short for its bucket is a fault, as in `look_at`.
 
     Reads every packet but decodes only one frame: this finds a file that ends early, but not
     damage inside a picture, which only decoding finds.
+
+    Args:
+        paths: parts of one file, one after the other, are read from one opening of it.
     """
-    try:
-        with ClipSource(path, hashing=True) as source, Video(source) as video:
-            facts, bucket, _ = _choose(video, buckets, cut, family_fps)
-            return Probed(Hashed(facts.size, facts.mtime_ns, facts.sha256), bucket)
-    except BadClip as bad:
-        return ClipFault(str(bad))
+
+    def probe(video: Video) -> Probed:
+        facts, bucket, _ = _choose(video, buckets, cut, family_fps)
+        return Probed(Hashed(facts.size, facts.mtime_ns, facts.sha256), bucket)
+
+    return list(_examine(paths, probe))
 
 
-def look(path: Path, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Look | ClipFault:
-    """Probe a clip, choose its bucket, pick its frames by their real times, look for black bars."""
-    try:
-        with ClipSource(path, hashing=True) as source, Video(source) as video:
-            facts, bucket, picked = _choose(video, buckets, cut, family_fps)
-            placement = placement_of(facts.width, facts.height, bucket, cut, "")
-            picture = inside_bars(video.glimpses(_GLIMPSES), facts.width, facts.height)
-            return Look(facts, bucket, picked, placement, picture)
-    except BadClip as bad:
-        return ClipFault(str(bad))
+def look_at(
+    paths: Sequence[Path], buckets: Sequence[Resolution], cut: Cut, family_fps: float
+) -> list[Look | ClipFault]:
+    """Probe clips, choose their buckets, pick their frames by their real times, look for black bars.
+
+    Args:
+        paths: as in `probe_clips`.
+    """
+
+    def look(video: Video) -> Look:
+        facts, bucket, picked = _choose(video, buckets, cut, family_fps)
+        placement = placement_of(facts.width, facts.height, bucket, cut, "")
+        picture = inside_bars(video.glimpses(_GLIMPSES), facts.width, facts.height)
+        return Look(facts, bucket, picked, placement, picture)
+
+    return list(_examine(paths, look))
+
+
+def _examine(paths: Sequence[Path], examine: Callable[[Video], T]) -> Iterator[T | ClipFault]:
+    """Open clips and examine each; the fault of one says nothing of another."""
+    with ExitStack() as opened:
+        source: ClipSource | None = None
+        for path in paths:
+            try:
+                if source is None or not source.turn_to(path):
+                    opened.close()
+                    source = None
+                    source = opened.enter_context(ClipSource(path, hashing=True))
+                with Video(source) as video:
+                    yield examine(video)
+            except BadClip as bad:
+                yield ClipFault(str(bad))
 
 
 def _choose(

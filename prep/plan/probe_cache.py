@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cogcommon import __version__
@@ -26,14 +28,24 @@ from cogcommon.files.ownership import is_folder
 from cogcommon.model.families import Resolution
 
 from ..dataset.probe import Probed
+from ..processes.by_file import TOGETHER, run_by_file
 from ..processes.pool import Pool
 from ..source.clip import BadClip, ClipFault, Hashed
-from ..source.part import locate
+from ..source.part import file_named, locate
 from ..store.proof import SURVEY, is_surveyed
 from .slice import Slice
 
-_GROUP = 64  # clips a file, at most about; 8 kB
+_GROUP = TOGETHER  # clips a file, at most about; 8 kB
 _MOST_GROUPS = 1 << 14  # of 600 clips for 10,000,000
+
+
+@dataclass
+class _Group:
+    """Clips that one file of the cache holds."""
+
+    path: Path | None
+    known: dict[str, Probed]
+    missing: set[str]  # still to be probed
 
 
 class SurveyCache:
@@ -56,7 +68,7 @@ class SurveyCache:
         self,
         wanted: Collection[str],
         sources: Collection[str],
-        look: Callable[[Path], Probed | ClipFault],
+        probe: Callable[[Sequence[Path]], list[Probed | ClipFault]],
         pool: Pool,
         advance: Callable[[], None],
     ) -> dict[str, Probed | ClipFault]:
@@ -65,27 +77,36 @@ class SurveyCache:
         Args:
             wanted: some of ``sources``.
             sources: every clip of the lists, as they name it.
-            look: probes one clip; runs in the pool.
+            probe: probes clips; runs in the pool.
             advance: called for each wanted clip.
         """
         results: dict[str, Probed | ClipFault] = {}
-        for group in self._groups(sources):
-            asked = [source for source in group if source in wanted]
-            if not asked:
-                continue
-            path = self._path(group)
-            known = _read(path)
-            missing = [source for source in asked if source not in known]
-            looks = pool.run(look, ((self._root / source,) for source in missing))
-            for source, found in zip(missing, looks, strict=True):
-                results[source] = found
-                advance()
-            for source in known.keys() & asked:
-                results[source] = known[source]
-                advance()
-            if missing:  # faults are not cached: an unmounted disk may be mounted again
-                probed = {source: found for source in missing if isinstance(found := results[source], Probed)}
-                _write(path, known | probed)
+        groups_of: dict[str, _Group] = {}  # by a clip that is being probed
+
+        def missing() -> Iterator[str]:
+            """Clips to probe, group by group, as the pool comes to them: another worker may have been faster."""
+            for sources_of_group in self._groups(sources):
+                asked = [source for source in sources_of_group if source in wanted]
+                if not asked:
+                    continue
+                path = self._path(sources_of_group)
+                group = _Group(path, _read(path), set(asked))
+                for source in group.known.keys() & group.missing:
+                    results[source] = group.known[source]
+                    advance()
+                group.missing -= group.known.keys()
+                groups_of.update(dict.fromkeys(group.missing, group))
+                yield from sorted(group.missing, key=file_named)
+
+        for source, found in run_by_file(pool, probe, self._root, missing()):
+            results[source] = found
+            group = groups_of.pop(source)
+            group.missing.discard(source)
+            if isinstance(found, Probed):  # faults are not cached: an unmounted disk may be mounted again
+                group.known[source] = found
+            if not group.missing:
+                _write(group.path, group.known)
+            advance()
         return results
 
     def _groups(self, sources: Collection[str]) -> list[list[str]]:
@@ -93,8 +114,11 @@ class SurveyCache:
         # By name, and a power of two: a line added to the lists changes one group, not all after it.
         count = min(_MOST_GROUPS, 1 << max(0, (len(sources) - 1) // _GROUP).bit_length())
         groups: list[list[str]] = [[] for _ in range(count)]
+        parts = Counter(map(file_named, sources))
         for source in sources:
-            digest = hashlib.sha256(os.fsencode(source)).digest()
+            file = file_named(source)
+            # The parts of a film together, to open it once; those of a very long one are shared out.
+            digest = hashlib.sha256(os.fsencode(file if parts[file] <= _GROUP else source)).digest()
             groups[int.from_bytes(digest[:8], "big") % count].append(source)
         begin, share = (self._part.index - 1) * count // self._part.count, -(-count // self._part.count)
         around = groups[begin:] + groups[:begin]

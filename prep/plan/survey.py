@@ -16,7 +16,7 @@ from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 
 from ..dataset.lists import DataSet, Sample
-from ..dataset.probe import Probed, probe_clip
+from ..dataset.probe import Probed, probe_clips
 from ..processes.pool import Pool
 from ..source.clip import BadClip, ClipFault, Hashed
 from ..source.source_file import hash_file, hash_whole, unchanged
@@ -84,13 +84,13 @@ def survey(
         if (hashed := committed.hashes.get(source)) and unchanged(root / source, hashed):
             known[source] = hashed
             advance()
-    look = partial(probe_clip, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
+    probe = partial(probe_clips, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
 
     def find(wanted: Collection[str]) -> dict[str, Probed | ClipFault]:
-        found = cache.find(wanted, sources, look, pool, advance)
+        found = cache.find(wanted, sources, probe, pool, advance)
         if len(buckets) == 1:
             return found | _hash_unjudged(found, root, buckets[0], pool)
-        return found | _look_alone(found, root, look, pool)
+        return found | _probe_alone(found, root, probe, pool)
 
     probed = find(sources.keys() - known.keys())
     images = hash_images(data.samples, root, pool)
@@ -172,12 +172,19 @@ def _hash_unjudged(
     }
 
 
-def _look_alone(
-    probed: Mapping[str, Probed | ClipFault], root: Path, look: Callable[[Path], Probed | ClipFault], pool: Pool
+def _probe_alone(
+    probed: Mapping[str, Probed | ClipFault],
+    root: Path,
+    probe: Callable[[Sequence[Path]], list[Probed | ClipFault]],
+    pool: Pool,
 ) -> dict[str, Probed | ClipFault]:
     """Clips whose decoder did not come to an end, one at a time: beside others it may have lacked memory."""
     unjudged = _unjudged(probed)[:_ALONE]
-    return dict(zip(unjudged, pool.run(look, ((root / source,) for source in unjudged), window=1), strict=True))
+    again = pool.run(probe, (([root / source],) for source in unjudged), window=1)
+    return {
+        source: found if isinstance(found, ClipFault) else found[0]
+        for source, found in zip(unjudged, again, strict=True)
+    }
 
 
 def _unjudged(probed: Mapping[str, Probed | ClipFault]) -> list[str]:

@@ -120,6 +120,17 @@ class ClipSource(Source):
     def __enter__(self) -> ClipSource:
         return self
 
+    def turn_to(self, path: Path) -> bool:
+        """Mean another part of the same file from now on; false, and nothing done, where the line names another file.
+
+        Raises:
+            BadClip: its fragment says no part.
+        """
+        place = locate(path)
+        if place.file == self.path:
+            self.place = place
+        return place.file == self.path
+
     @property
     def identity(self) -> bytes:
         """The content hash of what is named: of a whole file its own, of a part see `Place.identity`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +44,11 @@ def work_slowly(seconds):
     return "done"
 
 
-def disturbed(name, function, arguments):
-    """Run a function on a clip; beside the clip, a file CLIP.NAME-kill or CLIP.NAME-hang does that to the process.
+def disturb(name, path):
+    """Beside a clip, a file CLIP.NAME-kill or CLIP.NAME-hang does that to the process.
 
     A digit in such a file is how many times more it happens.
     """
-    path = next(argument for argument in arguments if isinstance(argument, Path))
     for what in ("kill", "hang"):
         order = path.with_name(f"{path.name}.{name}-{what}")
         if order.exists() and (left := int(order.read_text())) > 0:
@@ -58,15 +56,17 @@ def disturbed(name, function, arguments):
             if what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
-    return function(*arguments)
 
 
 def decode(*arguments):
-    return disturbed("decode", decode_as_surveyed, arguments)
+    disturb("decode", next(argument for argument in arguments if isinstance(argument, Path)))
+    return decode_as_surveyed(*arguments)
 
 
-def probe(*arguments, **named):
-    return disturbed("probe", partial(probing.probe_clip, **named), arguments)
+def probe(paths, **named):
+    for path in paths:
+        disturb("probe", path)
+    return probing.probe_clips(paths, **named)
 
 
 def find_fault(*arguments):

@@ -24,7 +24,7 @@ from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogprep.commands import clean_cache, index, init, inspection, validate, verify
 from cogprep.dataset.found import METADATA
 from cogprep.dataset.lists import read_lists
-from cogprep.dataset.probe import look
+from cogprep.dataset.probe import look_at
 from cogprep.processes.pool import Pool
 from cogprep.settings import (
     CleanSettings,
@@ -267,7 +267,7 @@ def try_clips(clips: list[Path], folder: Path, count: int, seed: int) -> Counter
         paths.append(folder / f"{number}{clip.suffix}")
         paths[-1].write_bytes(damaged(chance, clip.read_bytes()))
     with Pool(1) as pool:
-        looks = list(pool.run(look, ((path, [size], cut, 8.0) for path in paths)))
+        looks = [found[0] for found in pool.run(look_at, (([path], [size], cut, 8.0) for path in paths))]
         clips_ = list(pool.run(decode_clip, ((path, size, cut, 8.0, "key") for path in paths)))
     for found in (*looks, *clips_):
         assert not isinstance(found, ClipFault) or found.reason.strip()

@@ -473,14 +473,15 @@ def test_a_bad_clip_gives_its_reason(kind, tmp_path):
     fault = decode(path)
     assert isinstance(fault, ClipFault), kind
     assert re.search(reason, fault.reason), fault.reason
-    probe.probe_clip(path, [SIZE], Cut(), 8)  # may find it already; must not raise
+    probe.probe_clips([path], [SIZE], Cut(), 8)[0]  # may find it already; must not raise
     assert str(tmp_path) not in fault.reason  # whoever reports it names the file
 
 
 def test_a_file_that_may_not_be_read(tmp_path_factory):
     path = write(tmp_path_factory.mktemp("private") / "a.mp4", cards())
     path.chmod(0)
-    assert as_nobody(lambda: probe.probe_clip(path, [SIZE], Cut(), 8).reason) == "cannot be read: Permission denied"
+    reason = as_nobody(lambda: probe.probe_clips([path], [SIZE], Cut(), 8)[0].reason)
+    assert reason == "cannot be read: Permission denied"
 
 
 def as_nobody(ask) -> str:
@@ -553,7 +554,7 @@ def test_the_alpha_of_a_webm_is_seen(codec, tmp_path):
     assert "alpha over black" in clip.colour
     assert clip.frames_FHWC[:, :, 4:40].max() <= 12
     assert_shows(np.concatenate([card(24, 96, 64)[:, :48], clip.frames_FHWC[-1, :, 48:]], 1), 24)
-    assert len(probe.look(path, [SIZE], Cut(), 8).facts.colour) > 0
+    assert len(probe.look_at([path], [SIZE], Cut(), 8)[0].facts.colour) > 0
 
 
 # Saturated colours at 720p: the wrong matrix is off by more than 10 in one of them.
@@ -684,7 +685,7 @@ def damage_and_read(suffix: str, folder: Path, files: int) -> tuple[int, int]:
             data[place % len(data)] = rng.integers(256)
         path = folder / f"a.{suffix}"
         path.write_bytes(bytes(data[: rng.integers(1, len(data))] if seed % 5 == 0 else data))
-        looked, clip = probe.look(path, [SIZE], Cut(), 8), decode(path)
+        looked, clip = probe.look_at([path], [SIZE], Cut(), 8)[0], decode(path)
         assert isinstance(looked, ClipFault | probe.Look)
         faults += isinstance(clip, ClipFault)
     return faults, files - faults
@@ -790,7 +791,7 @@ def test_what_a_container_crops_is_not_there(kind, tmp_path):
     assert isinstance(clip, Clip), clip
     for index, picture in zip(clip.indices, clip.frames_FHWC, strict=True):
         assert_shows(picture, index)
-    seen = probe.look(path, [SIZE], Cut(), 8)
+    seen = probe.look_at([path], [SIZE], Cut(), 8)[0]
     assert isinstance(seen, probe.Look)
     assert (seen.facts, seen.picture) == (facts, None)
 

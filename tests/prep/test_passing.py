@@ -31,7 +31,7 @@ import pool_tasks
 @pytest.fixture(autouse=True)
 def _disturb(monkeypatch):
     monkeypatch.setattr(engine_module, "decode_as_surveyed", pool_tasks.decode)
-    monkeypatch.setattr(survey_module, "probe_clip", pool_tasks.probe)
+    monkeypatch.setattr(survey_module, "probe_clips", pool_tasks.probe)
 
 
 def files_of(out: Path) -> dict[str, str]:
@@ -94,6 +94,18 @@ def test_a_child_that_is_killed_once_costs_nothing(encoded, settings_of):
     report = encode(settings_of(encoded, out=encoded / "new", clip_timeout=2.0))
     assert (report.encoded, report.postponed, report.rejected) == (5, 0, 0)
     assert files_of(encoded / "new") == files_of(encoded / "out")
+
+
+def test_a_part_whose_probe_dies_costs_the_other_parts_of_its_film_nothing(encoded, settings_of, draw_clip, lay_lists):
+    """They are probed together, twice; then each alone, so that only the one to blame has no bucket."""
+    draw_clip(encoded / "ds" / "film.mp4", 9, frames=60)
+    parts = ["film.mp4#t=0,2", "film.mp4#t=2,4", "film.mp4#t=4"]
+    lay_lists(encoded / "ds", [f"part {n}" for n in range(3)], parts)
+    order = encoded / "ds" / f"{parts[1]}.probe-kill"
+    order.write_text("6")
+    report = encode(settings_of(encoded, out=encoded / "new", resolution=["9x64x96", "9x96x64"]))
+    assert (report.encoded, [one.source for one in report.postponed_samples]) == (2, parts[1:2])
+    assert order.read_text() == "0"  # together, alone, and once more alone, each time twice
 
 
 def test_of_several_buckets_a_clip_whose_probe_dies_twice_gets_its_place(encoded, settings_of, draw_clip):

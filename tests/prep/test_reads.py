@@ -16,7 +16,7 @@ from PIL import Image
 
 from cogcommon.media.video import write_mp4
 from cogcommon.model.families import Resolution
-from cogprep.dataset.probe import Look, Probed, look, probe_clip
+from cogprep.dataset.probe import Look, Probed, look_at, probe_clips
 from cogprep.dataset.surveyed import decode_as_surveyed
 from cogprep.plan.survey import hash_image
 from cogprep.processes import pool
@@ -62,10 +62,10 @@ def test_every_stage_reads_a_file_once(clip, held, monkeypatch):
         monkeypatch.setattr(source_file, "_GAP", 1 << 17)
     size = clip.stat().st_size
     most = (1 if held else 1.15) * size + 4096  # FFmpeg reads the first packets, and the index, of a large one again
-    read, found = bytes_read(lambda: probe_clip(clip, [SIZE], Cut(), 8))
+    read, found = bytes_read(lambda: probe_clips([clip], [SIZE], Cut(), 8)[0])
     assert isinstance(found, Probed)
     assert size <= read <= most
-    read, seen = bytes_read(lambda: look(clip, [SIZE], Cut(), 8))
+    read, seen = bytes_read(lambda: look_at([clip], [SIZE], Cut(), 8)[0])
     assert isinstance(seen, Look)
     assert size <= read <= most * (1 if held else 1.5), "of a large one, the key frames that are looked at too"
     cut = Cut(frames="even")
@@ -87,8 +87,8 @@ def test_a_part_reads_its_file_once_and_of_a_large_one_its_own_pictures(clip, he
     size = clip.stat().st_size
     part = Path(f"{clip}#t=0,0.25")
     short = Resolution(1, 64, 96)
-    probe_clip(part, [short], Cut(), 8)  # goes through the whole file, which is remembered
-    read, found = bytes_read(lambda: probe_clip(part, [short], Cut(), 8))
+    probe_clips([part], [short], Cut(), 8)  # goes through the whole file, which is remembered
+    read, found = bytes_read(lambda: probe_clips([part], [short], Cut(), 8)[0])
     assert isinstance(found, Probed)
     assert read <= size + 4096 if held else read < size / 2
     read, decoded = bytes_read(lambda: decode_as_surveyed(found.clip, b"", part, short, Cut(), 8, "key"))
@@ -100,10 +100,25 @@ def test_a_part_reads_its_file_once_and_of_a_large_one_its_own_pictures(clip, he
 
 
 @pytest.mark.skipif(not IO.exists(), reason="the system does not count read calls")
+@pytest.mark.parametrize("stage", [probe_clips, look_at])
+def test_parts_of_a_file_are_found_out_from_one_reading(clip, stage):
+    """One that cannot be used, and another file between them, take nothing from the others."""
+    parts = [Path(f"{clip}{part}") for part in ("#t=0,0.25", "#t=77", "#t=2,1", "#t=0.25,0.5", "#t=0.5")]
+    short = [Resolution(1, 64, 96)]
+    read, found = bytes_read(lambda: stage(parts, short, Cut(), 8))
+    assert [type(one) is ClipFault for one in found] == [False, True, True, False, False]
+    assert read <= clip.stat().st_size + 4096
+    gone = clip.with_name("gone.mp4")
+    mixed = stage([parts[0], gone, clip, *parts[3:]], short, Cut(), 8)
+    assert [*mixed[:1], *mixed[3:]] == [found[0], *found[3:]]
+    assert mixed[2] == stage([clip], short, Cut(), 8)[0] and "missing" in mixed[1].reason
+
+
+@pytest.mark.skipif(not IO.exists(), reason="the system does not count read calls")
 def test_a_first_frame_is_read_once(clip, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (400, 600, 3), np.uint8)).save(path)
-    size, surveyed = path.stat().st_size, probe_clip(clip, [SIZE], Cut(), 8).clip
+    size, surveyed = path.stat().st_size, probe_clips([clip], [SIZE], Cut(), 8)[0].clip
     digest = hashlib.sha256(path.read_bytes()).digest()
     for stage, result in ((hash_image, digest), (image_size, (600, 400))):
         read, found = bytes_read(lambda stage=stage: stage(path))
@@ -136,7 +151,7 @@ def test_the_hash_is_of_the_content_however_it_is_read(limit, tmp_path, monkeypa
 
 def test_a_read_error_is_no_verdict(clip, monkeypatch):
     """In the middle of a large file, as when a network disk goes away."""
-    surveyed = probe_clip(clip, [SIZE], Cut(), 8).clip
+    surveyed = probe_clips([clip], [SIZE], Cut(), 8)[0].clip
     monkeypatch.setattr(source_file, "IN_MEMORY", 0)
     reads = iter(())
 
@@ -147,7 +162,7 @@ def test_a_read_error_is_no_verdict(clip, monkeypatch):
 
     monkeypatch.setattr(source_file.os, "pread", read)
     reads = iter(range(10))
-    seen = look(clip, [SIZE], Cut(), 8)
+    seen = look_at([clip], [SIZE], Cut(), 8)[0]
     assert isinstance(seen, ClipFault) and "Input/output error" in seen.reason
     reads = iter(range(10))
     found = decode_as_surveyed(surveyed, b"", clip, SIZE, Cut(), 8, "key")

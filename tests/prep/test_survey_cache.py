@@ -34,7 +34,10 @@ class Place:
         for source in SOURCES:
             (self.root / source).write_bytes(source.encode())
 
-    def look(self, path: Path) -> Probed | ClipFault:
+    def probe(self, paths: list[Path]) -> list[Probed | ClipFault]:
+        return [*map(self._probe, paths)]
+
+    def _probe(self, path: Path) -> Probed | ClipFault:
         self.looked.append(path.name)
         if path.name == "7.mp4":
             return ClipFault("broken")
@@ -48,7 +51,7 @@ class Place:
         index, count = map(int, part.split("/"))
         self.looked, advanced = [], []
         findings = SurveyCache(self.out, self.root, depend_on, Slice(index, count, ""))
-        found = findings.find(set(wanted), SOURCES, self.look, InlinePool(), lambda: advanced.append(1))
+        found = findings.find(set(wanted), SOURCES, self.probe, InlinePool(), lambda: advanced.append(1))
         assert len(advanced) == len(found) == len(wanted)
         return found, self.looked
 
@@ -114,7 +117,7 @@ def test_the_second_worker_of_an_encode_opens_no_clip_for_the_plan(encoded, sett
     out = encoded / "new"
     encode(settings_of(encoded, out=out, worker="1/2"))
     assert list((out / SURVEY).iterdir())
-    monkeypatch.setattr(survey_module, "probe_clip", never)
+    monkeypatch.setattr(survey_module, "probe_clips", never)
     report = encode(settings_of(encoded, out=out, worker="2/2"))
     assert (report.rejected, report.unfinished) == (0, [])
     assert not (out / SURVEY).exists(), "all is committed; the records know the clips"
