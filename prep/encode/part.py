@@ -32,6 +32,7 @@ from cogcommon.shards.records import SampleRow
 from cogcommon.words import counted
 
 from ..dataset.advice import in_quotes
+from ..dataset.lists import DataSet
 from ..plan.folder import (
     SPLITS,
     Committed,
@@ -97,7 +98,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
         with clock("probe"):
             cache = SurveyCache(out, settings.root, f"{settings.buckets} {settings.cut} {checkpoint.family.fps}", part)
             committed = scan(out, retry_rejected=settings.retry_rejected)
-            found, plan = survey_and_plan(settings, contract, committed, pool, cache)
+            found, plan = survey_and_plan(settings, data, contract, committed, pool, cache)
         origin = Origin.of(settings, found.holdout)
         try:
             if not settings.replace:
@@ -146,16 +147,17 @@ def encode_slice(settings: EncodeSettings) -> Report:
 
 
 def survey_and_plan(
-    settings: PlanSettings, contract: Contract, committed: Committed, pool: Pool, cache: SurveyCache
+    settings: PlanSettings, data: DataSet, contract: Contract, committed: Committed, pool: Pool, cache: SurveyCache
 ) -> tuple[Survey, EncodePlan]:
     """Identify every sample of the data root and place it.
 
+    Args:
+        data: the lists, which can be trusted.
+
     Raises:
-        DataRootError: the lists cannot be trusted.
         SettingError: every clip would be held out.
         ShardError: a record is damaged.
     """
-    data = settings.read_lists(contract.task).trusted()
     with Progress("Checking", len({sample.source for sample in data.samples})) as bar:
         found = survey(
             data,
