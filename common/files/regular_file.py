@@ -1,9 +1,9 @@
-"""Checks a file that a person named before any decoder opens it."""
+"""Opens a file that a person named, before any decoder sees it."""
 
 from __future__ import annotations
 
-import os
 import stat
+from io import FileIO
 from pathlib import Path
 
 
@@ -15,8 +15,8 @@ class Missing(Unreadable):
     """There is nothing of that name."""
 
 
-def check_regular(path: Path) -> os.stat_result:
-    """Refuse what is not a regular, readable file: opening a pipe or a device could block for ever.
+def open_regular(path: Path) -> FileIO:
+    """Open a file to read it. What is not a regular file is refused: opening a pipe or a device could block for ever.
 
     Raises:
         Unreadable: missing, unreadable, empty, or no regular file.
@@ -29,8 +29,7 @@ def check_regular(path: Path) -> os.stat_result:
             raise Unreadable("not a regular file (a pipe, socket or device)")
         if info.st_size == 0:
             raise Unreadable("the file is empty (0 bytes)")
-        with path.open("rb"):
-            return info
+        return path.open("rb", buffering=0)
     except FileNotFoundError:
         if path.is_symlink():
             raise Unreadable("a link that points nowhere") from None

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..files.regular_file import Unreadable, check_regular
+from ..files.regular_file import Unreadable, open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,14 +27,32 @@ class BadImage(Exception):
     """The picture cannot be used; the message says why, without its name."""
 
 
-def read_upright(source: Path | BinaryIO) -> Image:
+def read_upright(path: Path) -> Image:
+    """As `show_upright`, of a file; a profile that cannot be applied is a `ProfileWarning`.
+
+    Raises:
+        BadImage: also where the file cannot be opened.
+    """
+    try:
+        file = open_regular(path)
+    except Unreadable as error:
+        raise BadImage(str(error)) from None
+    with io.BufferedReader(file) as opened:
+        picture, fault = show_upright(opened)
+    if fault:
+        said = f"{path}: its colour profile cannot be applied ({fault}); its colours are taken for sRGB"
+        warnings.warn(said, ProfileWarning, stacklevel=2)
+    return picture
+
+
+def show_upright(file: BinaryIO) -> tuple[Image, str]:
     """A picture as a viewer shows it: turned by its EXIF orientation, 8-bit sRGB, alpha laid over black.
 
     16-bit and 32-bit whole numbers and floats are scaled to 8 bits. Colours of an embedded ICC profile become those
-    of sRGB, relative to white (ICC.1:2022, 6.2); a profile that cannot be applied is a `ProfileWarning`.
+    of sRGB, relative to white (ICC.1:2022, 6.2).
 
-    Args:
-        source: a file, or one that is open already, of which its opener takes care.
+    Returns:
+        The picture, and why its profile could not be applied; empty if it was, or if there is none.
 
     Raises:
         BadImage: it cannot be read, is larger than 178 megapixels, or does not say what white is.
@@ -42,24 +60,15 @@ def read_upright(source: Path | BinaryIO) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        if isinstance(source, Path):
-            check_regular(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a size from half the limit on, of odd metadata
-            with Image.open(source) as opened:
+            with Image.open(file) as opened:
                 opened.load()
                 upright = _in_8_bits(ImageOps.exif_transpose(opened), opened.format or "")
                 upright, fault = _in_srgb(upright, opened.info.get("icc_profile"))
-                finished = _over_black(upright)
-        if fault:
-            name = str(getattr(source, "name", "") if not isinstance(source, Path) else source).removeprefix("file:")
-            said = f"{name}: its colour profile cannot be applied ({fault}); its colours are taken for sRGB"
-            warnings.warn(said, ProfileWarning, stacklevel=2)
-        return finished
+                return _over_black(upright), fault
     except BadImage:
         raise
-    except Unreadable as error:
-        raise BadImage(str(error)) from None
     except Image.DecompressionBombError:
         raise BadImage("it has more than 178 megapixels; scale it down") from None
     except UnidentifiedImageError:

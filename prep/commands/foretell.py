@@ -18,8 +18,7 @@ from ..encode.part import make_contract
 from ..plan.folder import Origin, check_contract, guard_other_data, read_contract, remembered_holdout, scan
 from ..plan.holdout import Holdout, choose_holdout, describe_moves
 from ..plan.plan import Rejected, make_plan, sample_bytes
-from ..plan.survey import hash_images, sort_samples
-from ..processes.pool import Pool
+from ..plan.survey import sort_samples
 from ..settings import ValidateSettings
 from ..source.clip import ClipFault, Hashed
 
@@ -43,12 +42,14 @@ def foretell(
     checkpoint: Checkpoint,
     data: DataSet,
     looks: Mapping[str, Look | ClipFault],
+    images: Mapping[str, bytes | ClipFault],
     usable: Sequence[bytes],
 ) -> EncodeForecast:
     """See the module. Reads the folder's records and no weights: they are taken to be the same.
 
     Args:
         looks: what was seen of each clip, by the name in the lists.
+        images: the content hash of each picture, likewise.
         usable: the content hash of the clip of every sample that can be used.
 
     Raises:
@@ -71,8 +72,6 @@ def foretell(
     except CogError as error:
         return EncodeForecast(first.clips, 0, refusal=_in_a_line(error))
     before = remembered_holdout(settings.out, committed)
-    with Pool(1, timeout_s=settings.clip_timeout) as pool:
-        images = hash_images(data.samples, data.root, pool)
     found = sort_samples(data.samples, clips, images, committed, contract, settings.holdout, before)
     settings.check_holdout(held=len(found.holdout.clips & found.clips), of=len(found.clips))
     buckets = {

@@ -31,7 +31,7 @@ from ..show.progress import Progress
 from ..source.clip import ClipFault
 from ..source.part import file_named
 from ..vae.seconds import VaeSpeed, vae_speed
-from ..video.decode import image_size
+from ..video.decode import Picture, look_at_picture
 from .foretell import EncodeForecast, foretell
 from .verdict import BucketPlan, Finding, Verdict, show
 
@@ -70,7 +70,7 @@ def validate(settings: ValidateSettings) -> Verdict:
     family = checkpoint.family
     speed = None if checkpoint.name in BUILTIN_NAMES else vae_speed(settings.gpu)
     data = settings.read_lists(family.task)
-    looks, images = look_at_all(settings, data, family.fps)
+    looks, images, hashes = look_at_all(settings, data, family.fps)
     faults = find_faults(settings, data, looks, images)
     looked = [
         Looked(sample, found, image)
@@ -81,7 +81,7 @@ def validate(settings: ValidateSettings) -> Verdict:
     quiet_libraries()
     tokenizer, notes = _tokenizer(checkpoint)
     cuts = cut_captions([one.sample for one in looked], tokenizer, family.text_tokens)
-    forecast = foretell(settings, checkpoint, data, looks, [one.look.facts.sha256 for one in looked])
+    forecast = foretell(settings, checkpoint, data, looks, hashes, [one.look.facts.sha256 for one in looked])
     faults += find_refusals(settings, forecast)
     held = forecast.holdout
     return Verdict(
@@ -111,8 +111,12 @@ def validate(settings: ValidateSettings) -> Verdict:
 
 def look_at_all(
     settings: ValidateSettings, data: DataSet, family_fps: float
-) -> tuple[Mapping[str, Look | ClipFault], Mapping[str, tuple[int, int] | ClipFault]]:
-    """Every distinct clip and image of the lists, by entry, also where the lists cannot be paired."""
+) -> tuple[Mapping[str, Look | ClipFault], Mapping[str, Picture | ClipFault], Mapping[str, bytes | ClipFault]]:
+    """Every distinct clip and image of the lists, by entry, also where the lists cannot be paired.
+
+    Returns:
+        What was seen of each clip, of each image, and the content hash of each image.
+    """
     clips = list(dict.fromkeys(filter(None, data.columns.get("clips", ()))))
     images = list(dict.fromkeys(filter(None, data.columns.get("images", ()))))
     looks: dict[str, Look | ClipFault] = {}
@@ -122,15 +126,19 @@ def look_at_all(
         for entry, found in run_by_file(pool, parts_of_one, data.root, sorted(clips, key=file_named)):
             looks[entry] = found
             bar.advance()
-        sizes = pool.run(image_size, ((data.root / entry,) for entry in images))
-        return looks, dict(zip(images, sizes, strict=True))
+        seen: dict[str, Picture | ClipFault] = {}
+        hashes: dict[str, bytes | ClipFault] = {}
+        pictures = pool.run(look_at_picture, ((data.root / entry,) for entry in images))
+        for entry, picture in zip(images, pictures, strict=True):
+            hashes[entry], seen[entry] = (picture, picture) if isinstance(picture, ClipFault) else picture
+        return looks, seen, hashes
 
 
 def find_faults(
     settings: ValidateSettings,
     data: DataSet,
     looks: Mapping[str, Look | ClipFault],
-    images: Mapping[str, tuple[int, int] | ClipFault],
+    images: Mapping[str, Picture | ClipFault],
 ) -> list[Finding]:
     """Faults of the lists, then of single clips and images, each where the list names it."""
     found = [Finding(fault.file, fault.line, "", fault.what) for fault in data.faults]
@@ -149,7 +157,7 @@ def find_guesses(
     checkpoint: Checkpoint,
     data: DataSet,
     looks: Mapping[str, Look | ClipFault],
-    images: Mapping[str, tuple[int, int] | ClipFault],
+    images: Mapping[str, Picture | ClipFault],
 ) -> Iterator[Guess]:
     """What was probably meant, where many lines or the size are wrong in one way."""
     results: Mapping[str, Mapping[str, object]] = {settings.videos: looks, settings.images or "images.txt": images}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cogcommon.model.families import Family
 
 from ..video.cut import Cut
+from ..video.decode import Picture
 from .lists import Sample
 from .probe import Look
 
@@ -47,7 +48,7 @@ class Looked:
 
     sample: Sample
     look: Look
-    image: tuple[int, int] | None = None  # width and height of its own first frame (I2V)
+    image: Picture | None = None  # its own first frame (I2V)
 
 
 def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Family, cut: Cut) -> list[Advice]:
@@ -62,6 +63,7 @@ def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Fam
         _same_caption(looked),
         _much_cut(looked),
         _other_shape(looked),
+        _profile(looked),
         _enlarged(looked),
         _interlaced(looked),
         _held(looked),
@@ -181,12 +183,25 @@ def _other_shape(looked: Sequence[Looked]) -> Advice | None:
     lines = []
     for one in looked:
         if one.image is not None:
-            width, height = one.image
+            width, height = one.image.width, one.image.height
             facts = one.look.facts
             if abs(width / height / (facts.width / facts.height) - 1) > _OTHER_SHAPE:
                 lines.append((one.sample.line, f"image {width}x{height}, clip {facts.width}x{facts.height}"))
     return _of(
         "image of another shape", "it is cropped differently from its clip", "use a frame of the clip itself", lines
+    )
+
+
+def _profile(looked: Sequence[Looked]) -> Advice | None:
+    return _of(
+        "colour profile of an image",
+        "it cannot be applied, and the colours are taken for sRGB",
+        "save the image anew, as sRGB",
+        [
+            (one.sample.line, f"{one.sample.image}: {fault}")
+            for one in looked
+            if one.image and (fault := one.image.profile_fault)
+        ],
     )
 
 

@@ -51,6 +51,7 @@ class Outcome:
     busy: list[tuple[Split, int]] = field(default_factory=list)  # shards that another process writes
     tiled: int = 0
     truncated: int = 0  # captions longer than the model's text
+    profiles_unused: int = 0  # first frames whose colour profile cannot be applied
     decode_wait_s: float = 0.0  # the VAE waited for clips
     vae_s: float = 0.0
     write_wait_s: float = 0.0  # the VAE waited for the disk
@@ -239,6 +240,7 @@ class EncodeEngine:
         )
         self._outcome.encoded += 1
         self._outcome.tiled += pending.tiled
+        self._outcome.profiles_unused += bool(clip.profile_fault)
         self._flight.append((pending, lambda: self._write(writer, row, pending)))
 
     def _land(self, thread: WriteThread, still: int) -> None:

@@ -110,6 +110,7 @@ def add_up(reports: Sequence[Report], part: Slice, total_s: float) -> Report:
         advice=slowest.advice,
         tiled=sum(report.tiled for report in reports),
         captions_truncated=sum(report.captions_truncated for report in reports),
+        profiles_unused=sum(report.profiles_unused for report in reports),
         worker=str(part),
         busy=sorted({name for report in reports for name in report.busy}),
         unfinished=sorted(unfinished),

@@ -68,6 +68,7 @@ class Report:
     advice: str
     tiled: int
     captions_truncated: int
+    profiles_unused: int  # first frames whose colours were taken for sRGB, since their profile cannot be applied
     worker: str
     busy: Sequence[str]  # shards that another process writes
     unfinished: Sequence[str]  # planned shards that have no record yet
@@ -152,6 +153,7 @@ def make_report(
         advice=advice_for(bound, settings.workers or default_workers(), default_workers(), device),
         tiled=outcome.tiled,
         captions_truncated=outcome.truncated,
+        profiles_unused=outcome.profiles_unused,
         worker=str(part),
         busy=[shard_label(split, number) for split, number in outcome.busy],
         unfinished=[shard_label(shard.split, shard.number) for shard in missing],
@@ -221,6 +223,11 @@ def show(report: Report, console: Console, report_path: Path) -> None:
         console.print(
             f"{counted(report.captions_truncated, 'caption')} cut at the length that the model reads; "
             "`cogprep validate` shows where",
+        )
+    if report.profiles_unused:
+        console.print(
+            f"{counted(report.profiles_unused, 'first frame')} of a colour profile that cannot be applied, taken for "
+            "sRGB; `cogprep validate` shows which",
         )
     if report.tiled:
         console.print(f"memory was short: the VAE ran in tiles for {counted(report.tiled, 'clip')}")

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cogcommon.files.regular_file import Missing, Unreadable, check_regular
+from cogcommon.files.regular_file import Missing, Unreadable, open_regular
 
 from .clip import BadClip, ClipFault, Hashed
 from .heartbeat import beat
@@ -28,7 +28,7 @@ class Source:
     """A file of the lists, opened once. Use as a context manager.
 
     Args:
-        path: checked as by `refuse_special`.
+        path: opened as by `open_named`.
         hashing: whether its hash will be wanted: a large file's is then taken as it is read.
 
     Raises:
@@ -37,11 +37,8 @@ class Source:
 
     def __init__(self, path: Path, *, hashing: bool = False) -> None:
         self.path = path
-        self.info = refuse_special(path)
-        try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise BadClip(f"cannot be read: {error.strerror}") from error
+        self._file = open_named(path)
+        self.info = os.fstat(self._file.fileno())
         self._content: memoryview | None = None
         self._hashing = hashing
         self._digest = hashlib.sha256()
@@ -172,7 +169,7 @@ def hash_file(path: Path) -> bytes:
     """sha256 of a file's content.
 
     Raises:
-        BadClip: as `refuse_special`.
+        BadClip: as `open_named`.
         OSError: it cannot be read.
     """
     with Source(path) as source:
@@ -197,14 +194,14 @@ def unchanged(path: Path, before: Hashed) -> bool:
     return (now.st_size, now.st_mtime_ns) == (before.size, before.mtime_ns)
 
 
-def refuse_special(path: Path) -> os.stat_result:
-    """See `check_regular`; of a missing file, what lies near it is named.
+def open_named(path: Path) -> io.FileIO:
+    """See `open_regular`; of a missing file, what lies near it is named.
 
     Raises:
         BadClip: missing, unreadable, empty, or no regular file.
     """
     try:
-        return check_regular(path)
+        return open_regular(path)
     except Missing as error:
         raise BadClip("; ".join(filter(None, [str(error), near(path)]))) from None
     except Unreadable as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from cogcommon.media.image import BadImage, read_upright
+from cogcommon.media.image import BadImage, show_upright
 from cogcommon.model.families import Resolution
 
 from ..source.clip import BadClip, ClipFault
@@ -30,6 +30,16 @@ class Clip:
     crop_box: tuple[int, int, int, int]  # left, top, right, bottom in the upright, square-pixel source
     colour: str
     image_HWC: Pixels | None = None  # the sample's own image (I2V), cut the same way
+    profile_fault: str = ""  # of that image, see `Picture`
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What is known of a sample's own image (I2V) once it was read as `decode` reads it."""
+
+    width: int  # upright
+    height: int
+    profile_fault: str  # why its colours are taken for sRGB, whatever its profile says; empty if they are not
 
 
 def decode_clip(
@@ -81,21 +91,29 @@ def decode(sources: Sources, resolution: Resolution, cut: Cut, family_fps: float
                 repeats = picked.indices.count(picked.indices[slot])
                 clip_FHWC[slot + 1 : slot + repeats] = clip_FHWC[slot]
                 slot += repeats
-            image_HWC = None if sources.image is None else _cut_image(sources.image, resolution, cut, key)
-            return Clip(
-                clip_FHWC, picked.indices, picked.effective_fps, placement.box, video.colour.decision, image_HWC
-            )
+            clip = Clip(clip_FHWC, picked.indices, picked.effective_fps, placement.box, video.colour.decision)
+            if sources.image is None:
+                return clip
+            image, fault = _show_upright(sources.image)
+            return replace(clip, image_HWC=_cut_image(image, resolution, cut, key), profile_fault=fault)
     except BadClip as bad:
         return ClipFault(str(bad))
 
 
-def image_size(path: Path) -> tuple[int, int] | ClipFault:
-    """Upright width and height of a picture, which is read as `read_image` will read it."""
+def look_at_picture(path: Path) -> tuple[bytes | ClipFault, Picture | ClipFault]:
+    """The content hash of a picture, whatever is in it, and what is in it."""
     try:
-        with _open_image(path) as image:
-            return _read_upright(image).size
+        with _open_image(path) as source:
+            try:
+                image, fault = _show_upright(source)
+                return source.sha256, Picture(image.width, image.height, fault)
+            except BadClip as bad:
+                return source.sha256, ClipFault(str(bad))
     except BadClip as bad:
-        return ClipFault(str(bad))
+        unread = ClipFault(str(bad))
+    except OSError as error:
+        unread = ClipFault(f"image: cannot be read: {error.strerror}")
+    return unread, unread
 
 
 def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels:
@@ -104,12 +122,11 @@ def read_image(path: Path, resolution: Resolution, cut: Cut, key: str) -> Pixels
     Raises:
         BadClip: it cannot be read.
     """
-    with _open_image(path) as image:
-        return _cut_image(image, resolution, cut, key)
+    with _open_image(path) as source:
+        return _cut_image(_show_upright(source)[0], resolution, cut, key)
 
 
-def _cut_image(image: Source, resolution: Resolution, cut: Cut, key: str) -> Pixels:
-    upright = _read_upright(image)
+def _cut_image(upright: Image.Image, resolution: Resolution, cut: Cut, key: str) -> Pixels:
     placement = placement_of(upright.width, upright.height, resolution, cut, key)
     scaled = upright.resize((placement.width, placement.height), Image.Resampling.BICUBIC)
     image_HWC = np.zeros((resolution.height, resolution.width, 3), np.uint8)
@@ -124,9 +141,10 @@ def _open_image(path: Path) -> Source:
         raise BadClip(f"image: {bad}") from None
 
 
-def _read_upright(image: Source) -> Image.Image:
+def _show_upright(source: Source) -> tuple[Image.Image, str]:
+    """See `image.show_upright`."""
     try:
-        return read_upright(io.BufferedReader(image.stream()))
+        return show_upright(io.BufferedReader(source.stream()))
     except BadImage as bad:
         raise BadClip(f"image: {bad}") from None
 

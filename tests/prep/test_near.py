@@ -9,7 +9,7 @@ import pytest
 
 from cogprep.dataset.advice import in_quotes
 from cogprep.source.clip import BadClip
-from cogprep.source.source_file import refuse_special
+from cogprep.source.source_file import open_named
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def root(tmp_path) -> Path:
 )
 def test_what_is_there_instead(root, entry, told):
     with pytest.raises(BadClip) as caught:
-        refuse_special(root / entry)
+        open_named(root / entry)
     assert str(caught.value) == told
 
 
@@ -65,13 +65,13 @@ def test_the_other_form_of_an_accent(tmp_path, form):
     if (tmp_path / unicodedata.normalize(form, "été.mp4")).exists():
         pytest.skip("this file system takes both forms for one name")
     with pytest.raises(BadClip, match="accents written in the other way"):
-        refuse_special(tmp_path / unicodedata.normalize(form, "été.mp4"))
+        open_named(tmp_path / unicodedata.normalize(form, "été.mp4"))
 
 
 def test_a_name_that_no_file_can_have_is_one_reason(tmp_path):
     for entry in ("x" * 300, "y/" * 3000 + "z", "a.mp4/b", "\0"):
         with pytest.raises(BadClip):
-            refuse_special(tmp_path / entry)
+            open_named(tmp_path / entry)
 
 
 def test_captions_in_quotes():

@@ -25,7 +25,7 @@ from cogprep.source import source_file
 from cogprep.source.clip import ClipFault
 from cogprep.source.source_file import Source
 from cogprep.video.cut import Cut
-from cogprep.video.decode import Clip, image_size
+from cogprep.video.decode import Clip, Picture, look_at_picture
 
 SIZE = Resolution(9, 64, 96)
 IO = Path("/proc/self/io")
@@ -120,7 +120,7 @@ def test_a_first_frame_is_read_once(clip, tmp_path):
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (400, 600, 3), np.uint8)).save(path)
     size, surveyed = path.stat().st_size, probe_clips([clip], [SIZE], Cut(), 8)[0].clip
     digest = hashlib.sha256(path.read_bytes()).digest()
-    for stage, result in ((hash_image, digest), (image_size, (600, 400))):
+    for stage, result in ((hash_image, digest), (look_at_picture, (digest, Picture(600, 400, "")))):
         read, found = bytes_read(lambda stage=stage: stage(path))
         assert found == result
         assert size <= read <= size + 4096

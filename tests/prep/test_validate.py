@@ -170,7 +170,7 @@ def test_images_are_looked_at_for_i2v(settings, root):
     from PIL import Image
 
     for name, size in {"right.png": (288, 192), "square.png": (96, 96)}.items():
-        Image.new("RGB", size, "red").save(root / name)
+        Image.new("RGB", size, "red").save(root / name, icc_profile=b"junk" if name == "square.png" else None)
     (root / "three.txt").write_text("videos/good.mp4\nvideos/fast.mp4\nvideos/long.mp4\n")
     (root / "captions.txt").write_text("one\ntwo\nthree\n")
     (root / "stills.txt").write_text("right.png\nsquare.png\nnone.png\n")
@@ -180,6 +180,8 @@ def test_images_are_looked_at_for_i2v(settings, root):
     assert [(f.file, f.line, f.what) for f in verdict.faults] == [("stills.txt", 3, "image: the file is missing")]
     shapes = next(advice for advice in verdict.advice if advice.kind == "image of another shape")
     assert shapes.lines == [(2, "image 96x96, clip 144x96")]
+    ((line, why),) = next(advice for advice in verdict.advice if advice.kind == "colour profile of an image").lines
+    assert line == 2 and why.startswith("square.png: ")
     assert verdict.usable == 2
 
 
