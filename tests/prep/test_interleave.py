@@ -27,4 +27,6 @@ def test_some_stops(encoded_once, tmp_path):
 
 @pytest.mark.full
 def test_every_stop(encoded_once, tmp_path):
-    assert interleaved(encoded_once, tmp_path, every=1)["runs"] >= 500
+    runs = interleaved(encoded_once, tmp_path, every=1)["runs"]
+    print(runs)
+    assert runs >= 500
