@@ -10,6 +10,7 @@ from cogcommon.cli.command import add_command, make_app, run_app
 
 from .processes import interrupt
 from .settings import (
+    CaptionSettings,
     CleanSettings,
     EncodeSettings,
     IndexSettings,
@@ -44,6 +45,13 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
         "split",
         "Write the lists of a data root whose clips are parts of long footage. Nothing is copied or encoded.",
         ("cogprep split film.mp4 --out ds", "cogprep split films/ --out ds --every 6"),
+    ),
+    (
+        "caption",
+        CaptionSettings,
+        "caption",
+        "Fill the blank lines of prompts.txt with what a vision-language model sees. Never touches a line with words.",
+        ("cogprep caption ds", 'cogprep caption ds --form short --prefix "sks"'),
     ),
     (
         "validate",

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from cogcommon.cli.settings import setting
-from cogcommon.errors import SettingError
+from cogcommon.errors import ModelError, SettingError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import Precision
 from cogcommon.model.families import FAMILIES, Family, Resolution, Task
+from cogcommon.model.published import known_checkpoint
 from cogcommon.words import bytes_of, counted
 
 from .dataset.lists import DataSet, read_lists
-from .published import published_geometry
 from .source.heartbeat import TIMEOUT_S
 from .video.cut import Crop, Cut, Fit, FrameMode, Short
 
@@ -27,6 +27,7 @@ _A_MODEL: dict[Task, str] = {"t2v": "a text-to-video model", "i2v": "an image-to
 Posterior = Literal["moments", "sample"]
 Tiling = Literal["off", "on", "auto"]
 Encoder = Literal["auto", "diffusers"]
+CaptionForm = Literal["long", "short"]
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,17 @@ class PlanSettings:
             SettingError: the model is of the other task, or cannot take a size.
         """
         name = self.model or DEFAULT_MODEL[self.task or "t2v"]
-        checkpoint = (published_geometry(name) if geometry else None) or open_checkpoint(name)
+        if not geometry:
+            return self._checked(open_checkpoint(name))
+        try:
+            return self._checked(known_checkpoint(name))
+        except SettingError as misfit:  # our table has the least of 1.5's sizes; its own config may know larger ones
+            try:
+                return self._checked(open_checkpoint(name))
+            except ModelError:
+                raise misfit from None
+
+    def _checked(self, checkpoint: Checkpoint) -> Checkpoint:
         family = checkpoint.family
         if self.task and self.task != family.task:
             raise SettingError(
@@ -322,6 +333,37 @@ class SplitSettings:
         """The new data root."""
         assert self.out is not None  # __post_init__
         return self.out
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """Every option of `cogprep caption`."""
+
+    ds: Path | None = setting(None, "folder with videos.txt and prompts.txt", shown="required", positional=True)
+    model: str = setting(
+        "Qwen/Qwen2.5-VL-3B-Instruct", "vision-language model: hub id or folder, of any kind that transformers loads"
+    )
+    form: CaptionForm = setting("long", "a paragraph, which CogVideoX was trained with, or a sentence")
+    instruction: str = setting("", "what to ask of the model instead", shown="by --form", prose=True)
+    prefix: str = setting("", "word to put in front of every caption", shown="none")
+    frames: int = setting(8, "frames of each clip that the model sees, spread over it")
+    target: str = setting(DEFAULT_MODEL["t2v"], "the CogVideoX that captions are for; its tokenizer says what fits")
+    prompts: str = setting("prompts.txt", "name of the list whose blank lines are filled")
+    videos: str = setting("videos.txt", "name of the list of clips and pictures")
+    workers: int = setting(2, "processes that decode clips")
+    json: bool = setting(False, "print what was done as JSON")
+
+    def __post_init__(self) -> None:
+        if self.ds is None:
+            raise SettingError("no folder", where="DS", fix="name the folder of your lists: cogprep caption ds")
+        for name in ("frames", "workers"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{getattr(self, name)} is too small", where=f"--{name}", fix=f"--{name} 1 or more")
+
+    @property
+    def root(self) -> Path:
+        assert self.ds is not None  # __post_init__
+        return self.ds
 
 
 @dataclass(frozen=True)

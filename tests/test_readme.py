@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from cogcommon.cli.settings import flag_of, shown_default
-from cogprep.settings import EncodeSettings
+from cogprep.settings import CaptionSettings, EncodeSettings
 from cogtrain.settings import LoraSettings
 from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
 
 ROOT = Path(__file__).parents[1]
 README, HARDWARE = ROOT / "README.md", ROOT / "configs/README.md"
-OPTIONS = {"cogprep encode": EncodeSettings, "cogtrain lora": LoraSettings}
+OPTIONS = {"cogprep encode": EncodeSettings, "cogprep caption": CaptionSettings, "cogtrain lora": LoraSettings}
 
 
 def table(cls) -> str:

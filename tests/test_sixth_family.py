@@ -36,7 +36,8 @@ def sixth(monkeypatch):
     monkeypatch.setitem(BY_NAME, SIXTH.name, SIXTH)
     monkeypatch.setattr(prep_settings, "FAMILIES", (*FAMILIES, SIXTH))
     checkpoint = replace(open_checkpoint("tiny"), name="sixth", family=SIXTH)
-    monkeypatch.setattr(prep_settings, "open_checkpoint", lambda name: checkpoint)
+    for opener in ("open_checkpoint", "known_checkpoint"):
+        monkeypatch.setattr(prep_settings, opener, lambda name: checkpoint)
     return checkpoint
 
 

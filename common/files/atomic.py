@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -21,6 +22,8 @@ TEMPORARY = re.compile(r"\..+\.([A-Za-z0-9-]{1,24}-[0-9a-f]{16}|guard)\.tmp", re
 
 # How file systems without hard links answer (exFAT, FAT, some FUSE drivers and network shares).
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
 def temporary_beside(path: Path) -> Path:
@@ -143,6 +146,23 @@ def alone_with(path: Path) -> Iterator[None]:
             yield
         finally:
             guard.unlink(missing_ok=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two files take each other's name in one step; False where the system or the file system cannot.
+
+    What was under a name is then still there, under the other: whoever would have overwritten it can look at it.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux
+    if rename is None:
+        return False
+    rename.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in _NO_LINKS or error == errno.EINVAL:
+        return False
+    raise OSError(error, os.strerror(error), str(other))
 
 
 @contextmanager

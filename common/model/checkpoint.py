@@ -18,6 +18,7 @@ from ..errors import ModelError
 from ..files.typed import parse_object
 from ..words import first_line
 from .families import BUILTIN_NAMES, FAMILIES, RANDOM, Family, Resolution, check_resolution, family_of
+from .hub import fetch
 from .tiny import NATIVE as BUILTIN_NATIVE
 from .tiny import builtin_folder
 from .weights import check_weights, load_part, weight_files
@@ -78,7 +79,7 @@ class Checkpoint:
     def folder(self, part: Part) -> Path:
         """The part's folder, fetched first if the checkpoint lives on the hub."""
         if self.on_hub:
-            _fetch(self.name, [f"{part}/*"], self.revision)
+            fetch(self.name, [f"{part}/*"], self.revision)
         return self.root / part
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
@@ -211,7 +212,7 @@ def _open(name: str, given: str | None) -> Checkpoint:
         root = Path(name).expanduser().resolve()
     elif (asked := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", name)) is not None:
         name = asked[1]
-        root = _fetch(name, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*"], asked[2] or given)
+        root = fetch(name, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*"], asked[2] or given)
         on_hub, revision = True, root.name
     else:
         raise ModelError(
@@ -261,41 +262,3 @@ def _read_json(path: Path, name: str) -> Mapping[str, Any]:
             where=str(path),
             fix="fetch it again; it needs transformer, vae, text_encoder, tokenizer and scheduler",
         ) from error
-
-
-def _fetch(name: str, patterns: list[str], revision: str | None) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=10))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(
-            f"the model {name}{at} is not here, and cannot be downloaded: {_why_not(error)}",
-            where=f"looked in {constants.HF_HUB_CACHE} and on the hub ({constants.ENDPOINT})",
-            fix=f"check the name and the network, or fetch it elsewhere with `hf download {name} --local-dir FOLDER` "
-            "and give --model FOLDER; --model tiny needs no download",
-        ) from error
-
-
-def _why_not(error: Exception) -> str:
-    """Why the hub gave nothing."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, GatedRepoError):
-        return "its terms must be accepted on the hub first, then `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
-        return "the hub no longer has this revision; --model NAME@main takes the newest"
-    if isinstance(error, RepositoryNotFoundError):
-        return "the hub has no such model, or shows it only to others"
-    if isinstance(error, LocalEntryNotFoundError | ConnectionError):
-        return "the hub cannot be reached"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no more is known'}"

@@ -105,8 +105,6 @@ class Family:
     invert_image_scale: bool  # image latents are divided by the scaling factor
     snr_shift: float
     precision: Literal["fp16", "bf16"]
-    sample: tuple[int, int]  # latents, height and width, at which the published checkpoint's positions end
-    text_dim: int = 4096  # of T5-XXL
     conditions: tuple[str, ...] = ()  # what is given beside the caption, by name; I2V: the first frame
 
     @property
@@ -197,11 +195,9 @@ class Family:
 _LATENTS: dict[str, Any] = {"latent_channels": 16, "temporal": 4, "spatial": 8, "patch": 2}
 _V1: dict[str, Any] = _LATENTS | {
     "patch_t": None, "ofs": None, "text_tokens": 226, "native": Resolution(49, 480, 720), "max_frames": 49, "fps": 8,
-    "sample": (60, 90),
 }  # fmt: skip
 _V15: dict[str, Any] = _LATENTS | {
     "patch_t": 2, "text_tokens": 224, "native": Resolution(81, 768, 1360), "max_frames": 161, "fps": 16,
-    "sample": (300, 300),  # the larger one: public configs disagree, and some have 96 x 170
 }  # fmt: skip
 _5B: dict[str, Any] = {
     "layers": 42, "heads": 48, "head_dim": 64, "scaling_factor": 0.7, "snr_shift": 1.0, "precision": "bf16",

@@ -190,7 +190,8 @@ def _show(told: Told, console: Console) -> None:
         lines = _some([f"{line:,}" for line in told.blank])
         console.print(
             f"next: write a caption into each blank line of {Path(told.data_root) / PROMPTS} "
-            f"({counted(len(told.blank), 'line')}: {lines}); line n belongs to line n of {VIDEOS}. Then:"
+            f"({counted(len(told.blank), 'line')}: {lines}); line n belongs to line n of {VIDEOS}. "
+            f"Or let a model write them, which takes a GPU: {command_line('cogprep', 'caption', told.data_root)}. Then:"
         )
     else:
         console.print("next:")

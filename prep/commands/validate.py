@@ -25,7 +25,6 @@ from ..dataset.probe import Look, look_at
 from ..plan.plan import tensor_bytes
 from ..processes.by_file import run_by_file
 from ..processes.pool import Pool, default_workers
-from ..published import published_geometry
 from ..settings import ValidateSettings
 from ..show.progress import Progress
 from ..source.clip import ClipFault
@@ -228,7 +227,7 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[object | None, list[str]]:
     try:
         return checkpoint.load_tokenizer(), []
     except ModelError:
-        if published_geometry(checkpoint.name) is None:
+        if checkpoint.revision or not checkpoint.on_hub:  # it is not our table's
             raise
         return None, [f"The tokenizer of {checkpoint.name} is not here, so the lengths of captions are guessed."]
 
@@ -246,13 +245,6 @@ def _notes(
     if data.images_unused:
         name = settings.images or "images.txt"
         notes.append(f"{name} is not used: {checkpoint.name} is a text-to-video model")
-    if published_geometry(checkpoint.name) and checkpoint.family.positions == "rope-slice":
-        native = checkpoint.native
-        far = [size for size in settings.buckets if size.height > native.height or size.width > native.width]
-        if far:
-            notes.append(
-                f"whether the checkpoint's positions reach to {far[0]} stands in its config, which encode reads"
-            )
     if looked:
         precision = settings.precision or checkpoint.family.precision
         said = f"Sizes are for {precision}" + (", the family's on a GPU" if settings.precision is None else "")

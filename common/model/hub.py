@@ -1,0 +1,58 @@
+"""Files of the Hugging Face hub, or one message that says why they cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import ModelError
+
+
+def fetch(
+    name: str, patterns: list[str], revision: str | None = None, *, instead: str = "--model tiny needs no download"
+) -> Path:
+    """A repository's files, in the hub's cache; what is not there yet is downloaded.
+
+    Args:
+        name: ``owner/name``.
+        patterns: of the files.
+        revision: None: the newest.
+        instead: what else can be done, for the message.
+
+    Raises:
+        ModelError: they cannot be had; says why, and where they were looked for.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=10))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"the model {name}{at} is not here, and cannot be downloaded: {_why_not(error)}",
+            where=f"looked in {constants.HF_HUB_CACHE} and on the hub ({constants.ENDPOINT})",
+            fix=f"check the name and the network, or fetch it elsewhere with `hf download {name} --local-dir FOLDER` "
+            f"and give --model FOLDER; {instead}",
+        ) from error
+
+
+def _why_not(error: Exception) -> str:
+    """Why the hub gave nothing."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "its terms must be accepted on the hub first, then `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "the hub no longer has this revision; --model NAME@main takes the newest"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such model, or shows it only to others"
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        return "the hub cannot be reached"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no more is known'}"
