@@ -86,6 +86,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
     device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
     precision = settings.precision or default_precision(checkpoint.family, device)
     with clock("weights"):
+        checkpoint.check_weights("text_encoder", "vae")  # before hours of reading clips, not after
         contract = make_contract(settings, checkpoint, DTYPES[precision])
 
     out = settings.out
@@ -118,8 +119,6 @@ def encode_slice(settings: EncodeSettings) -> Report:
         no_empty_caption = established and not (out / EMPTY_CAPTION_FILE).exists()
         work = list(rounds(shards, contract)) if shards or no_empty_caption else []
         dropped = 0 if work else _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
-        if work:
-            checkpoint.check_weights("text_encoder", "vae")  # before hours of T5, not after
         for round_ in work:
             with TextStore(out) as text:
                 contract = models.embed_captions(round_, text, contract)

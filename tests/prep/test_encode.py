@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,16 @@ import webdataset
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from cogcommon.errors import DataRootError, SettingError, ShardError
+from cogcommon.cli.names import tars_in
+from cogcommon.errors import DataRootError, ModelError, SettingError, ShardError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import SampleRow, read_record, split_extent
 from cogprep.commands.encode import run as run_command
+from cogprep.commands.validate import run as validate
 from cogprep.plan.folder import commit_contract, read_contract
-from cogprep.settings import EncodeSettings
+from cogprep.settings import EncodeSettings, ValidateSettings
 from cogprep.vae.encoder import generator_of
 from cogprep.video.decode import decode_clip
 
@@ -249,6 +253,36 @@ def test_i2v_images_go_through_their_clips_crop(run_encode, root, tmp_path, lay_
     (root / "0.png").write_bytes((root / "1.png").read_bytes())
     again = run_encode(model="tiny-i2v", resolution=["17x64x96"], image_variants=1)
     assert (again.encoded, again.reused, again.dropped) == (1, 4, 1)
+
+
+@pytest.mark.parametrize("part, file", [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
+def test_a_checkpoint_that_lacks_weights_is_refused_before_a_clip_is_read(part, file, run_encode, tmp_path):
+    shutil.copytree(open_checkpoint("random-tiny").root, tmp_path / "model")
+    path = tmp_path / "model" / part / f"{file}.safetensors"
+    weights = safetensors.torch.load_file(path)
+    first = next(iter(weights))
+    safetensors.torch.save_file({name: weights[name] for name in weights if name != first}, path)
+    with pytest.raises(ModelError, match=f"the {part} of .* lacks 1 weight of its .* the first {re.escape(first)}"):
+        run_encode(model=str(tmp_path / "model"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_brackets_are_shown_as_they_are(root, tmp_path, lay_lists, capsys):
+    (root / "[raw]" / "[").mkdir(parents=True)
+    (root / "0.mp4").rename(root / "[raw]" / "0.mp4")
+    (root / "[raw]" / "[/x].mp4").write_bytes(b"no clip")
+    lay_lists(root, ["a wave", "none"], ["[raw]/0.mp4", "[raw]/[/x].mp4"])
+    odd = tmp_path / "set [v2] & more"
+    odd.mkdir()
+    root.rename(odd / "ds")
+    chosen = {"data_root": odd / "ds", "out": odd / "out", "model": "tiny", "resolution": [SIZE], "workers": 1}
+    run_command(EncodeSettings(**chosen))
+    said = capsys.readouterr().out
+    assert "[raw]/[/x].mp4" in said and f"shards in {odd / 'out'}, details in" in said
+    assert f"next: cogtrain lora --shards {tars_in(odd / 'out')}" in said
+    with pytest.raises(DataRootError):
+        validate(ValidateSettings(**chosen))
+    assert "[raw]/[/x].mp4" in capsys.readouterr().out
 
 
 def test_bad_lists_stop_everything(run_encode, root, tmp_path):

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from cogcommon.errors import CogError, DiskError, RunError, SettingError
+from cogcommon.errors import CogError, DiskError, ModelError, RunError, SettingError
 from cogcommon.files.memory import Left
-from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.shards.records import read_record, write_record
 from cogtrain.blocks import trial
 from cogtrain.distributed.zero_config import choose_strategy, deepspeed_config
@@ -87,6 +89,17 @@ def test_refused_before_a_weight_is_read(open_here, monkeypatch, options, says, 
         open_here(**options)
     error = caught.value
     assert says in error.what and where in (error.where or "") and fix in (error.fix or ""), str(error)
+
+
+def test_a_transformer_that_lacks_a_weight(open_here, tmp_path):
+    shutil.copytree(open_checkpoint("tiny").root, tmp_path / "model")
+    path = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    first = next(iter(weights))
+    save_file({name: weights[name] for name in weights if name != first}, path)
+    for cls in (LoraSettings, SftSettings):
+        with pytest.raises(ModelError, match=f"the transformer of .* lacks 1 weight of its .* the first {first}"):
+            open_here(cls=cls, model=str(tmp_path / "model"))
 
 
 def test_shards_of_another_text_length(open_here, tmp_path):
