@@ -17,7 +17,7 @@ from cogcommon.words import bytes_of, counted
 
 from .dataset.lists import DataSet, read_lists
 from .source.heartbeat import TIMEOUT_S
-from .video.cut import Crop, Cut, Fit, FrameMode, Short
+from .video.cut import Crop, Cut, Fit, FrameMode, HdrMode, Short
 
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
 
@@ -80,6 +80,12 @@ class PlanSettings:
     )
     crop: Crop = setting(
         "center", "which part --fit crop keeps; random depends on --seed and the clip's content", section="Cut"
+    )
+
+    hdr: HdrMode = setting(
+        "tonemap",
+        "PQ and HLG: map their light to SDR's (BT.2390, reference white 203 cd/m2, BT.2020 to BT.709), or reject them",
+        section="Cut",
     )
 
     holdout: int | None = setting(
@@ -167,6 +173,7 @@ class PlanSettings:
             fit=self.fit,
             crop=self.crop,
             seed=self.seed,
+            hdr=self.hdr,
         )
 
     def check_holdout(self, held: int, of: int) -> None:

@@ -66,6 +66,7 @@ def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Fam
         _profile(looked),
         _enlarged(looked),
         _interlaced(looked),
+        _hdr(looked),
         _held(looked),
         _variable(looked, cut),
         _several(looked),
@@ -216,7 +217,22 @@ def _enlarged(looked: Sequence[Looked]) -> Advice | None:
 
 def _interlaced(looked: Sequence[Looked]) -> Advice | None:
     lines = [(one.sample.line, "") for one in looked if one.look.facts.interlaced]
-    return _of("interlaced", "moving edges are combed", "ffmpeg -i CLIP -vf bwdif OUT", lines)
+    return _of(
+        "interlaced",
+        "marked as made of two half pictures; if moving edges are combed, the model would learn that",
+        "ffmpeg -i CLIP -vf bwdif -crf 16 OUT.mp4 makes a whole picture of each half",
+        lines,
+    )
+
+
+def _hdr(looked: Sequence[Looked]) -> Advice | None:
+    lines = [(one.sample.line, one.look.facts.colour) for one in looked if one.look.facts.tone_mapped]
+    return _of(
+        "HDR",
+        "their light is mapped to that of SDR, white at 203 cd/m2 (BT.2390)",
+        "look at it with cogprep preview; --hdr reject leaves them out",
+        lines,
+    )
 
 
 def _held(looked: Sequence[Looked]) -> Advice | None:

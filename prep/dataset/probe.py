@@ -15,7 +15,7 @@ from cogcommon.model.families import Resolution
 from ..source.clip import BadClip, ClipFacts, ClipFault, Hashed
 from ..source.source_file import ClipSource
 from ..video.colour import Pixels
-from ..video.cut import Cut, Picked, Placement, best_bucket, pick_frames, placement_of
+from ..video.cut import Cut, HdrMode, Picked, Placement, best_bucket, pick_frames, placement_of
 from ..video.media import Video
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ def probe_clips(
         facts, bucket, _ = _choose(video, buckets, cut, family_fps)
         return Probed(Hashed(facts.size, facts.mtime_ns, facts.sha256), bucket)
 
-    return list(_examine(paths, probe))
+    return list(_examine(paths, cut.hdr, probe))
 
 
 def look_at(
@@ -98,10 +98,10 @@ def look_at(
         picture = inside_bars(video.glimpses(_GLIMPSES), facts.width, facts.height)
         return Look(facts, bucket, picked, placement, picture)
 
-    return list(_examine(paths, look))
+    return list(_examine(paths, cut.hdr, look))
 
 
-def _examine(paths: Sequence[Path], examine: Callable[[Video], T]) -> Iterator[T | ClipFault]:
+def _examine(paths: Sequence[Path], hdr: HdrMode, examine: Callable[[Video], T]) -> Iterator[T | ClipFault]:
     """Open clips and examine each; the fault of one says nothing of another."""
     with ExitStack() as opened:
         source: ClipSource | None = None
@@ -111,10 +111,10 @@ def _examine(paths: Sequence[Path], examine: Callable[[Video], T]) -> Iterator[T
                     opened.close()
                     source = None
                     source = opened.enter_context(ClipSource(path, hashing=True))
-                with Video(source) as video:
+                with Video(source, hdr) as video:
                     yield examine(video)
             except BadClip as bad:
-                yield ClipFault(str(bad))
+                yield bad.fault()
 
 
 def _choose(

@@ -41,7 +41,7 @@ def decode_as_surveyed(
                 return result
             same = unchanged(path, clip)
             if isinstance(result, ClipFault):  # read anew, not remembered: the disk may be out of reach
-                same = sources.clip.identity == clip.sha256
+                same = sources.clip.is_clip(clip.sha256)
             return result if same and (sources.image is None or sources.image.sha256 == image_sha256) else _CHANGED
     except (BadClip, OSError):  # it is not there any more, or cannot be read
         return _CHANGED

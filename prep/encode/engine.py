@@ -24,7 +24,7 @@ from ..plan.completion import Writer, open_writer
 from ..plan.folder import Split, split_folder
 from ..plan.plan import PlannedSample, PlannedShard, Rejected
 from ..processes.pool import Pool
-from ..source.clip import ClipFault
+from ..source.clip import TONED, ClipFault
 from ..store.locks import ShardBusy
 from ..store.shards import ShardDone, ShardWriter
 from ..vae.choice import Choice
@@ -50,6 +50,7 @@ class Outcome:
     postponed: list[Rejected] = field(default_factory=list)  # left out of the records; the next run tries again
     busy: list[tuple[Split, int]] = field(default_factory=list)  # shards that another process writes
     tiled: int = 0
+    tone_mapped: int = 0
     truncated: int = 0  # captions longer than the model's text
     profiles_unused: int = 0  # first frames whose colour profile cannot be applied
     decode_wait_s: float = 0.0  # the VAE waited for clips
@@ -241,6 +242,7 @@ class EncodeEngine:
         self._outcome.encoded += 1
         self._outcome.tiled += pending.tiled
         self._outcome.profiles_unused += bool(clip.profile_fault)
+        self._outcome.tone_mapped += TONED in clip.colour
         self._flight.append((pending, lambda: self._write(writer, row, pending)))
 
     def _land(self, thread: WriteThread, still: int) -> None:

@@ -109,6 +109,7 @@ def add_up(reports: Sequence[Report], part: Slice, total_s: float) -> Report:
         bound_by=slowest.bound_by,
         advice=slowest.advice,
         tiled=sum(report.tiled for report in reports),
+        tone_mapped=sum(report.tone_mapped for report in reports),
         captions_truncated=sum(report.captions_truncated for report in reports),
         profiles_unused=sum(report.profiles_unused for report in reports),
         worker=str(part),

@@ -24,6 +24,7 @@ from ..plan.slice import Slice
 from ..plan.survey import Survey
 from ..processes.pool import default_workers
 from ..settings import EncodeSettings
+from ..source.clip import TONED
 from ..store.locks import shard_disk_errors
 from ..store.proof import refuse_foreign
 from .engine import Outcome
@@ -67,6 +68,7 @@ class Report:
     bound_by: Bound
     advice: str
     tiled: int
+    tone_mapped: int  # HDR clips, made SDR
     captions_truncated: int
     profiles_unused: int  # first frames whose colours were taken for sRGB, since their profile cannot be applied
     worker: str
@@ -152,6 +154,7 @@ def make_report(
         bound_by=bound,
         advice=advice_for(bound, settings.workers or default_workers(), default_workers(), device),
         tiled=outcome.tiled,
+        tone_mapped=outcome.tone_mapped,
         captions_truncated=outcome.truncated,
         profiles_unused=outcome.profiles_unused,
         worker=str(part),
@@ -229,6 +232,8 @@ def show(report: Report, console: Console, report_path: Path) -> None:
             f"{counted(report.profiles_unused, 'first frame')} of a colour profile that cannot be applied, taken for "
             "sRGB; `cogprep validate` shows which",
         )
+    if report.tone_mapped:
+        console.print(f"{counted(report.tone_mapped, 'HDR clip')} {TONED}; `cogprep preview` shows how they look")
     if report.tiled:
         console.print(f"memory was short: the VAE ran in tiles for {counted(report.tiled, 'clip')}")
     if report.busy:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from cogcommon.words import counted
 
 from ..dataset.lists import DataSet, read_lists
 from ..settings import PlanSettings
-from ..source.clip import Hashed
+from ..source.clip import TONED, Hashed
 from ..store.proof import ORIGIN_FILE, refuse_foreign
 from ..store.shards import committed_shards
 from .holdout import Holdout
@@ -32,7 +32,7 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 _ABOUT_TO_WRITE_S = 5.0  # between another worker's contract and its empty caption
 
-_SCANNED = ["key", "status", "reason", "source", "source_size", "source_mtime_ns", "source_sha256"]
+_SCANNED = ["key", "status", "reason", "source", "source_size", "source_mtime_ns", "source_sha256", "colour"]
 
 
 def split_folder(out: Path, split: Split) -> Path:
@@ -72,6 +72,7 @@ class Committed:
     samples: Mapping[Split, Mapping[str, Placed]]
     hashes: Mapping[str, Hashed]  # by source, as the list names it
     waiting: Mapping[Split, Mapping[str, Waiting]] = field(default_factory=_no_waiting)
+    tone_mapped: Set[str] = frozenset()  # sources that are HDR
     out: Path | None = None  # the folder, for what is looked up only seldom
 
     def clips(self, split: Split) -> set[bytes]:
@@ -91,6 +92,7 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
     samples: dict[Split, dict[str, Placed]] = {split: {} for split in SPLITS}
     waiting: dict[Split, dict[str, Waiting]] = {split: {} for split in SPLITS}
     hashes: dict[str, Hashed] = {}
+    tone_mapped: set[str] = set()
     for split, number, path in records_in(out):
         header, table = read_table(path, _SCANNED)
         tar = path.with_suffix(".tar")
@@ -99,8 +101,10 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
         _check_size(tar, header.tar_size)
         columns = [table.column(name).to_pylist() for name in _SCANNED]
         lacking = {key for _, key in header.waiting}
-        for key, _status, reason, source, size, mtime_ns, sha256 in zip(*columns, strict=True):
+        for key, _status, reason, source, size, mtime_ns, sha256, colour in zip(*columns, strict=True):
             hashes[source] = Hashed(size, mtime_ns, sha256)
+            if TONED in colour:
+                tone_mapped.add(source)
             if reason and retry_rejected:
                 lacking.add(key)
             else:
@@ -110,7 +114,7 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
             for place, key in header.waiting:
                 order.insert(place, key)
             waiting[split] |= {key: Waiting(number, place) for place, key in enumerate(order) if key in lacking}
-    return Committed(samples, hashes, waiting, out)
+    return Committed(samples, hashes, waiting, tone_mapped, out)
 
 
 def _check_size(tar: Path, recorded: int) -> None:

@@ -74,6 +74,7 @@ class Rejected:
     sample: Sample
     reason: str
     passing: bool = False
+    refused: bool = False  # by a setting: what was encoded of it goes
 
 
 @dataclass(frozen=True)

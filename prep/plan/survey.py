@@ -81,6 +81,8 @@ def survey(
     sources = dict.fromkeys(sample.source for sample in data.samples)
     known: dict[str, Hashed] = {}
     for source in sources:
+        if source in committed.tone_mapped and cut.hdr == "reject":
+            continue  # looked at once more, which refuses it
         if (hashed := committed.hashes.get(source)) and unchanged(root / source, hashed):
             known[source] = hashed
             advance()
@@ -144,13 +146,14 @@ def sort_samples(
         found = clips[sample.source]
         image = images[sample.image] if sample.image else b""
         if isinstance(found, ClipFault):
-            unusable.append(Rejected(sample, found.reason, found.passing))
+            unusable.append(Rejected(sample, found.reason, found.passing, found.refused))
         elif isinstance(image, ClipFault):
             unusable.append(Rejected(sample, image.reason, image.passing))
         else:
             candidates.append(Candidate(sample, found.clip if isinstance(found, Probed) else found, image))
     keys = with_keys(candidates, contract)
-    kept = find_kept(committed, unusable, set(keys), {sample.source for sample in samples})
+    unread = [line for line in unusable if not line.refused]
+    kept = find_kept(committed, unread, set(keys), {sample.source for sample in samples})
     present = {one.clip.sha256 for one in candidates} | ({one.clip_sha256 for one in kept} - {b""})
     set_aside = choose_holdout(holdout, before, present, committed.clips("train"))
     splits: list[Split] = ["val" if one.clip.sha256 in set_aside.clips else "train" for one in candidates]

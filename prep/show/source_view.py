@@ -41,7 +41,7 @@ def view_source(
         if not locate(path).file.exists():
             return ClipFault("the source is gone")
         with Sources(path, None) as sources:
-            if sources.clip.identity != sha256:
+            if not sources.clip.is_clip(sha256):
                 return ClipFault("the source has changed since it was encoded")
             clip = decode(sources, resolution, cut, family_fps, key)
             if isinstance(clip, ClipFault):

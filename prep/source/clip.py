@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+
+TONED = "tone-mapped to SDR"  # in what is recorded of the colours of a clip that is HDR
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,7 @@ class ClipFault:
 
     reason: str
     passing: bool = False
+    refused: bool = False  # it could be read, but a setting is against it: what was encoded of it goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +33,24 @@ class Hashed:
 class BadClip(Exception):
     """Inside the reader only: unwinds to `look` or `decode_clip`, which return a `ClipFault`."""
 
+    def fault(self) -> ClipFault:
+        """As a value."""
+        return ClipFault(str(self))
+
+
+class Refused(BadClip):
+    """A clip that could be read, but that a setting is against."""
+
+    def fault(self) -> ClipFault:
+        return ClipFault(str(self), refused=True)
+
 
 @dataclass(frozen=True, slots=True)
 class ClipFacts:
     """What a file says of itself without being decoded (but for its first frame).
 
     ``width`` and ``height`` are those a player shows: cropped, upright, with square pixels.
-    Times are seconds, ``sha256`` is of the file's whole content.
+    Times are seconds, ``sha256`` is of the file's whole content; of a part see `Place.identity`, of HDR `toned`.
     """
 
     width: int
@@ -52,4 +67,10 @@ class ClipFacts:
     mtime_ns: int
     sha256: bytes
     videos: int = 1  # video streams in the file; one of them is used
+    tone_mapped: bool = False  # it is HDR, and is made SDR
     cropped: bool = False  # the container has a player cut off a part of the stored picture
+
+
+def toned(identity: bytes) -> bytes:
+    """The content hash of a clip that is tone-mapped, by the method that we have; another one would be another clip."""
+    return hashlib.sha256(b"BT.2390 to 203 cd/m2 " + identity).digest()

@@ -14,7 +14,7 @@ from typing import Any
 
 from cogcommon.files.regular_file import Missing, Unreadable, open_regular
 
-from .clip import BadClip, ClipFault, Hashed
+from .clip import BadClip, ClipFault, Hashed, toned
 from .heartbeat import beat
 from .near import near
 from .part import locate
@@ -132,6 +132,10 @@ class ClipSource(Source):
     def identity(self) -> bytes:
         """The content hash of what is named: of a whole file its own, of a part see `Place.identity`."""
         return self.place.identity(self.sha256)
+
+    def is_clip(self, sha256: bytes) -> bool:
+        """Whether this is the clip of a recorded content hash, tone-mapped or not."""
+        return sha256 in (self.identity, toned(self.identity))
 
 
 class Stream(io.RawIOBase):

@@ -11,7 +11,9 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from ..source.clip import BadClip
+from ..source.clip import BadClip, Refused
+from .cut import HdrMode
+from .hdr import Light, Transfer, light_of, to_sdr
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -40,7 +42,7 @@ _OTHER_MATRICES = {
     16: "YCgCo-Re",
     17: "YCgCo-Ro",
 }
-_HDR = {16: "PQ, SMPTE 2084", 18: "HLG, ARIB STD-B67"}
+_HDR: dict[int, Transfer] = {16: "PQ", 18: "HLG"}
 _NOT_FOR_SCREENS = {8: "linear light", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE 428, for digital cinema"}
 # Side data that only HDR has, for a file that has lost its transfer function.
 _HDR_SIDE_DATA = {
@@ -104,6 +106,7 @@ class Colour:
     range: ColorRange
     decision: str
     gray_limited: bool = False
+    light: Light | None = None  # of HDR
 
 
 @dataclass(frozen=True)
@@ -120,17 +123,20 @@ class Turn:
         return turned[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
 
 
-def colour_of(frame: VideoFrame, container: Tags) -> Colour:
-    """Matrix and range of a clip. Tags are trusted; without them the size decides.
+def colour_of(frame: VideoFrame, container: Tags, hdr: HdrMode = "tonemap") -> Colour:
+    """Matrix and range of a clip, and of HDR its light. Tags are trusted; without them the size decides.
 
     Args:
         container: what the container says; it fills what the bitstream leaves open, as in a player.
 
     Raises:
-        BadClip: HDR or floats above white, which need tone mapping that we do not do; a matrix that cannot be undone.
+        Refused: HDR, if that is to be rejected.
+        BadClip: HDR that cannot be tone-mapped, or floats above white; a matrix that cannot be undone.
     """
     tags = _tags_of(frame, container)
-    _refuse_hdr(frame, tags)
+    if tags.transfer in _HDR:
+        return _hdr_colour(frame, tags, _HDR[tags.transfer], hdr)
+    _refuse_unknown_light(frame, tags)
     _refuse_above_white(frame)
     full = tags.range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
     gray = frame.format.name.startswith(("gray", "ya8", "ya16"))
@@ -153,6 +159,25 @@ def colour_of(frame: VideoFrame, container: Tags) -> Colour:
     return Colour(Colorspace.ITU601, range_, f"bt601 {words} (untagged SD)")
 
 
+def _hdr_colour(frame: VideoFrame, tags: Tags, transfer: Transfer, hdr: HdrMode) -> Colour:
+    """Of PQ and HLG, which are BT.2020 where they do not say otherwise."""
+    if hdr == "reject":
+        raise Refused(f"HDR ({transfer}), which --hdr reject refuses; to make it SDR: {_TO_SDR}")
+    if frame.format.name.startswith(("gray", "ya")) or any(one.is_alpha for one in frame.format.components):
+        raise BadClip(f"HDR ({transfer}) in gray or with alpha; to make it SDR: {_TO_SDR}")
+    if tags.matrix in _OTHER_MATRICES and not _is_rgb(frame):
+        raise BadClip(
+            f"HDR ({transfer}), its colours coded as {_OTHER_MATRICES[tags.matrix]}; to make it SDR: {_TO_SDR}"
+        )
+    light = light_of(frame, transfer, tags.primaries)
+    if _is_rgb(frame):
+        return Colour(Colorspace.DEFAULT, ColorRange.JPEG, f"rgb full, {light}", light=light)
+    full = tags.range == ColorRange.JPEG
+    name, matrix = _MATRICES.get(tags.matrix, _MATRICES[9])
+    told = f"{name} {'full' if full else 'limited'}"
+    return Colour(matrix, ColorRange.JPEG if full else ColorRange.MPEG, f"{told}, {light}", light=light)
+
+
 def _is_rgb(frame: VideoFrame) -> bool:
     return frame.format.is_rgb or frame.format.has_palette
 
@@ -165,10 +190,8 @@ def _tags_of(frame: VideoFrame, container: Tags) -> Tags:
     return tags.filled_from(container)
 
 
-def _refuse_hdr(frame: VideoFrame, tags: Tags) -> None:
+def _refuse_unknown_light(frame: VideoFrame, tags: Tags) -> None:
     """Refuse what a plain conversion would show in wrong colours, saying how to convert it."""
-    if tags.transfer in _HDR:
-        raise BadClip(f"HDR ({_HDR[tags.transfer]}): it would come out flat and grey; to make it SDR: {_TO_SDR}")
     if tags.transfer in _UNSPECIFIED:
         if frame.side_data.get("DOVI_METADATA") is not None:
             raise BadClip(f"HDR (Dolby Vision): its colours would come out wrong; to make it SDR: {_DOLBY_TO_SDR}")
@@ -224,7 +247,12 @@ def turn_of(frame: VideoFrame) -> Turn:
 
 
 def to_rgb(scaler: VideoReformatter, frame: VideoFrame, width: int, height: int, colour: Colour) -> Pixels:
-    """Scale and convert in one pass: (height, width, 3) uint8 RGB, alpha laid over black as players do."""
+    """Scale and convert in one pass: (height, width, 3) uint8 RGB, alpha laid over black as players do.
+
+    HDR is scaled as it is stored, and then tone-mapped.
+    """
+    if colour.light is not None:
+        return _reformat(scaler, frame, width, height, colour, _SCALER)
     alpha = any(component.is_alpha for component in frame.format.components)
     scaled = scaler.reformat(
         frame,
@@ -248,15 +276,26 @@ def to_rgb(scaler: VideoReformatter, frame: VideoFrame, width: int, height: int,
 
 def sketch(scaler: VideoReformatter, frame: VideoFrame, width: int, height: int, colour: Colour) -> Pixels:
     """A small RGB picture quickly: of all the pixels that one of its covers, four are looked at."""
-    small = scaler.reformat(
+    return _reformat(scaler, frame, width, height, colour, Interpolation.FAST_BILINEAR)
+
+
+def _reformat(
+    scaler: VideoReformatter,
+    frame: VideoFrame,
+    width: int,
+    height: int,
+    colour: Colour,
+    interpolation: Interpolation,
+) -> Pixels:
+    scaled: Any = scaler.reformat(
         frame,
         width=width,
         height=height,
-        format="rgb24",
+        format="rgb24" if colour.light is None else "rgb48le",
         src_colorspace=colour.matrix,
         src_color_range=colour.range,
         dst_color_range=ColorRange.JPEG,
-        interpolation=Interpolation.FAST_BILINEAR,
+        interpolation=interpolation,
         threads=1,
-    )
-    return small.to_ndarray().astype(np.uint8, copy=False)
+    ).to_ndarray()
+    return scaled.astype(np.uint8, copy=False) if colour.light is None else to_sdr(scaled, colour.light)

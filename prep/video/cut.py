@@ -29,11 +29,12 @@ FrameMode = Literal["auto", "even", "fps", "head", "reference"]
 Short = Literal["reject", "repeat"]
 Fit = Literal["crop", "stretch", "pad"]
 Crop = Literal["center", "random", "top", "bottom"]
+HdrMode = Literal["tonemap", "reject"]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How clips are cut in time and space; part of what identifies a latent.
+    """How clips are cut in time and space, and whether HDR is taken; part of what identifies a latent.
 
     ``frames`` is one of
 
@@ -52,6 +53,7 @@ class Cut:
     fit: Fit = "crop"
     crop: Crop = "center"
     seed: int = 42  # of random crops
+    hdr: HdrMode = "tonemap"
 
     @property
     def by_number(self) -> bool:

@@ -50,7 +50,7 @@ def decode_clip(
         with Sources(path, image) as sources:
             return decode(sources, resolution, cut, family_fps, key)
     except BadClip as bad:
-        return ClipFault(str(bad))
+        return bad.fault()
 
 
 class Sources(ExitStack):
@@ -79,7 +79,7 @@ def decode(sources: Sources, resolution: Resolution, cut: Cut, family_fps: float
         key: the sample's key; it seeds the random crop.
     """
     try:
-        with Video(sources.clip) as video:
+        with Video(sources.clip, cut.hdr) as video:
             picked = pick_frames(video.times_s, resolution.frames, cut, family_fps, video.last_s)
             if isinstance(picked, ClipFault):
                 return picked
@@ -97,7 +97,7 @@ def decode(sources: Sources, resolution: Resolution, cut: Cut, family_fps: float
             image, fault = _show_upright(sources.image)
             return replace(clip, image_HWC=_cut_image(image, resolution, cut, key), profile_fault=fault)
     except BadClip as bad:
-        return ClipFault(str(bad))
+        return bad.fault()
 
 
 def look_at_picture(path: Path) -> tuple[bytes | ClipFault, Picture | ClipFault]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from statistics import median
@@ -23,13 +24,14 @@ import av
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from ..source.clip import BadClip, ClipFacts
+from ..source.clip import BadClip, ClipFacts, toned
 from ..source.heartbeat import beat
 from ..source.source_file import ClipSource
 from . import in_parts
 from .aperture import edges_of
 from .colour import Colour, Pixels, Tags, Turn, colour_of, sketch, to_rgb, turn_of
 from .container import decode_frames, open_video, video_streams, words_of
+from .cut import HdrMode
 from .times import FrameTimes, Key, read_times, usual_rate
 
 
@@ -42,8 +44,9 @@ class Video:
         BadClip: from any method, when the file cannot be used; the message says why.
     """
 
-    def __init__(self, source: ClipSource) -> None:
+    def __init__(self, source: ClipSource, hdr: HdrMode = "tonemap") -> None:
         self._source = source
+        self._hdr = hdr
         self._part = part = source.place.part
         self._rough = False
         self._container, self._stream = open_video(source)
@@ -108,7 +111,7 @@ class Video:
 
     @cached_property
     def colour(self) -> Colour:
-        return colour_of(self.first_frame, self._container_tags)
+        return colour_of(self.first_frame, self._container_tags, self._hdr)
 
     @cached_property
     def turn(self) -> Turn:
@@ -136,6 +139,7 @@ class Video:
             digest = self._source.sha256 if self._part is None else in_parts.sha256(self._source)
         except OSError as error:
             raise BadClip(f"cannot be read: {error.strerror}") from error
+        identity = self._source.place.identity(digest)
         return ClipFacts(
             width=width,
             height=height,
@@ -151,7 +155,8 @@ class Video:
             cropped=edges_of(self._container, self._stream) is not None,
             size=self._source.size,
             mtime_ns=self._source.info.st_mtime_ns,
-            sha256=self._source.place.identity(digest),
+            tone_mapped=self.colour.light is not None,
+            sha256=identity if self.colour.light is None else toned(identity),
         )
 
     def glimpses(self, count: int, size: int = 320) -> list[Pixels]:
@@ -206,7 +211,9 @@ class Video:
                 raise BadClip(f"the picture size changes at frame {index}, to {frame.width}x{frame.height}")
             if turn_of(frame) != self.turn:
                 raise BadClip(f"the picture is turned another way from frame {index} on")
-            colour = colour_of(frame, self._container_tags)  # each frame's own: joined streams may change it
+            colour = colour_of(frame, self._container_tags, self._hdr)  # each its own: joined streams may change it
+            if colour.light is not None and self.colour.light is not None:
+                colour = replace(colour, light=self.colour.light)  # but no flicker where some frames say more of it
             yield self.turn.apply(to_rgb(scaler, frame, across, down, colour))
             next_wanted = next(wanted, None)
             if next_wanted is None:

@@ -98,10 +98,17 @@ LOSSLESS = {
 
 
 def write(
-    path: Path, codec: str, format_: str, *, true: Told, bitstream: Told = NOTHING, container: Told = NOTHING
+    path: Path,
+    codec: str,
+    format_: str,
+    *,
+    true: Told,
+    bitstream: Told = NOTHING,
+    container: Told = NOTHING,
+    patches: np.ndarray = PATCHES,
 ) -> Path:
     """A clip of nine equal frames, its pixels of ``true`` colours, with tags in the bitstream and in the container."""
-    patches = PATCHES if "gray" not in format_ else PATCHES[:, :1].repeat(3, 1)
+    patches = patches if "gray" not in format_ else patches[:, :1].repeat(3, 1)
     picture = patches.repeat(WIDTH // 8, 0)[None].repeat(HEIGHT, 0)
     inner = path.with_name(f"inner{path.suffix}")
     with ordinary_scheduling(), av.open(str(inner), "w") as file:
@@ -201,15 +208,81 @@ HDR_WAYS = [
 ]
 
 
+# Light in cd/m2 of the display, BT.2020; of HLG at its nominal 1000
+LIGHTS = np.array(
+    [
+        (5, 5, 5), (26, 26, 26), (80, 80, 80), (203, 203, 203),
+        (1000, 1000, 1000), (120, 60, 20), (30, 300, 60), (40, 80, 700),
+    ],
+    np.float64,
+)  # fmt: skip
+
+
+def pq_of(nits: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084, equation 5.2."""
+    y = (nits / 10000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+def nits_of(pq: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084, equation 4.1."""
+    n = pq ** (1 / 78.84375)
+    return 10000 * (np.maximum(n - 0.8359375, 0) / (18.8515625 - 18.6875 * n)) ** (1 / 0.1593017578125)
+
+
+def hlg_of(nits: np.ndarray) -> np.ndarray:
+    """BT.2100: the inverse of the display's system gamma of 1.2, then the camera's OETF."""
+    display = nits / 1000
+    luma = display @ [0.2627, 0.6780, 0.0593]
+    scene = display * luma[:, None] ** (1 / 1.2 - 1)
+    bright = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), bright)
+
+
+def sdr_of(nits: np.ndarray, peak: float) -> np.ndarray:
+    """What to show of these lights: BT.2087's matrix, BT.2390's EETF to 203 cd/m2 of the strongest colour, BT.1886."""
+    to_709 = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
+    shown = []
+    for light in np.maximum(nits @ np.array(to_709).T, 0):
+        top, white = pq_of(np.array(peak)), pq_of(np.array(203.0))
+        e, m = pq_of(light.max()) / top, white / top
+        ks = 1.5 * m - 0.5
+        if e > ks:
+            t = (min(e, 1) - ks) / (1 - ks)
+            e = (2 * t**3 - 3 * t**2 + 1) * ks + (t**3 - 2 * t**2 + t) * (1 - ks) + (3 * t**2 - 2 * t**3) * m
+        shown.append(light / light.max() * nits_of(e * top) / 203)
+    return 255 * np.clip(shown, 0, 1) ** (1 / 2.4)
+
+
+def write_light(path: Path, codec: str, format_: str, transfer: int, *, primaries: int = 9, **where: Told) -> Path:
+    hdr = Told(9, LIMITED, transfer, primaries)
+    signal = 255 * (pq_of(LIGHTS) if transfer == PQ else hlg_of(LIGHTS))
+    return write(path, codec, format_, true=hdr, patches=signal, **dict.fromkeys(where, hdr))
+
+
+def off_from(clip: Clip | ClipFault, peak: float) -> float:
+    assert isinstance(clip, Clip), clip
+    return float(np.abs(clip.frames_FHWC[4, HEIGHT // 2, 12::24] - sdr_of(LIGHTS, peak)).max())
+
+
 @pytest.mark.parametrize("transfer", [PQ, HLG])
 @pytest.mark.parametrize(("container", "codec", "place"), HDR_WAYS, ids=["-".join(way) for way in HDR_WAYS])
-def test_hdr_is_refused_wherever_it_is_told(container, codec, place, transfer, tmp_path):
+def test_known_light_is_tone_mapped_wherever_hdr_is_told(container, codec, place, transfer, tmp_path):
     format_ = "yuv420p" if codec == "libvpx-vp9" else "yuv420p10le"
-    hdr = Told(9, LIMITED, transfer, 9)
-    fault = decode(write(tmp_path / f"a.{container}", codec, format_, true=hdr, **{place: hdr}))
-    assert isinstance(fault, ClipFault), fault
-    assert "HDR (PQ" in fault.reason if transfer == PQ else "HDR (HLG" in fault.reason
-    assert "ffmpeg -i CLIP -vf zscale" in fault.reason
+    path = write_light(tmp_path / f"a.{container}", codec, format_, transfer, **{place: NOTHING})
+    clip = decode(path)
+    assert off_from(clip, 1000) <= (CLOSE if "10" in format_ else 8)  # 8 bits of PQ are coarse
+    assert f"{'PQ' if transfer == PQ else 'HLG'} up to 1000 cd/m2 tone-mapped to SDR" in clip.colour
+    fault = decode_clip(path, SIZE, Cut(hdr="reject"), 8, "key")
+    assert isinstance(fault, ClipFault) and fault.refused, fault
+    assert "--hdr reject" in fault.reason and "ffmpeg -i CLIP -vf zscale" in fault.reason
+
+
+def test_the_peak_of_pq_is_that_of_its_mastering_display(tmp_path, monkeypatch):
+    display = "master-display=G(8500,39850)B(6550,2300)R(35400,14600)WP(15635,16450)L(40000000,1)"
+    monkeypatch.setitem(LOSSLESS, "libx265", {"x265-params": f"lossless=1:log-level=none:{display}"})
+    clip = decode(write_light(tmp_path / "a.mp4", "libx265", "yuv444p10le", PQ, bitstream=NOTHING))
+    assert "PQ up to 4000 cd/m2" in clip.colour and off_from(clip, 4000) <= CLOSE
 
 
 def test_hdr_is_told_by_its_mastering_display_alone(tmp_path, monkeypatch):

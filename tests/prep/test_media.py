@@ -35,9 +35,7 @@ from corpus import (
     FRAMES,
     FULL,
     HEIGHT,
-    HLG,
     LIMITED,
-    PQ,
     WIDTH,
     assert_shows,
     card,
@@ -380,10 +378,6 @@ BAD = {
     "zero frames": (zero_frames, "no frames|no video"),
     "one frame": (lambda d: write(d / "a.mp4", cards()[:1]), TOO_SHORT),
     "a picture": (picture, TOO_SHORT),
-    "HDR, PQ": (
-        lambda d: write(d / "a.mp4", cards(), pix_fmt="yuv420p10le", matrix=BT2020, tag=BT2020, trc=PQ), r"HDR \(PQ"),
-    "HDR, HLG": (
-        lambda d: write(d / "a.mp4", cards(), pix_fmt="yuv420p10le", matrix=BT2020, tag=BT2020, trc=HLG), r"HDR \(HLG"),
     "turned by 45 degrees": (lambda d: write(d / "a.mp4", cards(), rotate=45), "only quarter turns"),
     "a size that changes": (two_sizes, r"the picture size changes at frame \d+, to 96x64"),
     "missing": (lambda d: d / "a.mp4", "the file is missing"),
