@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _SELF = Path("/proc/self")
-_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # of malloc.h; bytes. Once set, it no longer grows by itself
+_M_MMAP_THRESHOLD = -3  # of malloc.h; once set, it no longer grows by itself
+LARGE = 1 << 20  # bytes of a piece that goes back to the system as it is freed, see `give_back_what_is_freed`
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ def give_back_what_is_freed() -> None:
     """Have the C library take large pieces from the system each time, and return them when they are freed.
 
     It keeps them otherwise, up to 32 MB each and in every thread's own store: a loader of samples of 9 MB held 219 MB
-    instead of 43, and what a step takes could not be said beforehand. Does nothing where that library is not glibc.
+    instead of 43, and what a step takes could not be said beforehand. Smaller pieces stay in each thread's store.
+    Does nothing where that library is not glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE)
 
 
 def free_gpu_memory(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import ShardError
+from cogcommon.files.memory import LARGE
 from cogcommon.shards.records import LATENT_MEAN, LATENT_STD, TEXT, split_extent
 
 from ..model.batch import Batch
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _VARIANTS = 4  # noised images of a stored sample, unless the encode was told otherwise
 _FETCHED = 64  # batches on the way to the cache: two minutes of training, which hide as long a stall
 AHEAD = 4  # batches in the making
-_READERS = 4  # threads; reading, hashing and drawing all release the GIL
+READERS = 4  # threads; reading, hashing and drawing all release the GIL
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def prefetch(
         batch = collate([read_sample(shards, slot.sample, stop) for slot in slots], slots)
         return batch.pin() if pin else batch
 
-    pool, fetchers = Readers(_READERS, "cogtrain-reader"), Readers(_READERS, "cogtrain-fetcher")
+    pool, fetchers = Readers(READERS, "cogtrain-reader"), Readers(READERS, "cogtrain-fetcher")
     waiting: deque[Future[Batch]] = deque()
     try:
         for slots, fetching in _fetched_ahead(shards, places, fetchers, stop):
@@ -215,11 +216,12 @@ def bytes_ahead(checkpoint: Checkpoint, bucket: Resolution, *, batch: int, pin: 
     shape = family.latent(bucket)
     latent, text = 4 * math.prod(shape), 4 * config["max_text_seq_length"] * config["text_embed_dim"]
     image = 4 * math.prod(shape.still) if family.conditions else 0
-    stored = 2 * latent + text + (2 * _VARIANTS + 1) * image  # mean and deviation; in fp32, as the widest are stored
-    tensors = [batch * size for size in (latent, 4 * math.prod(family.padded_latent(bucket)), text, image) if size]
-    made, held = sum(tensors), sum(1 << (size - 1).bit_length() if pin else size for size in tensors)
-    making = _READERS if pin else 1  # on CPUs a step takes longer than a batch, and the others are ready
-    return (AHEAD + 1) * held + making * (batch * stored + made)
+    stored = [latent, latent, text] + (2 * _VARIANTS + 1) * [image]  # mean and deviation; fp32, the widest of all
+    drawn = [size for size in (latent, 4 * math.prod(family.padded_latent(bucket)), text, image) if size]
+    held = sum(1 << (batch * size - 1).bit_length() if pin else batch * size for size in drawn)
+    # On CPUs a step takes longer than a batch: one thread makes the next, and the others keep what was small of theirs.
+    making = sum((READERS if pin or size < LARGE else 1) * size for size in (*stored, *drawn))
+    return (AHEAD + 1) * held + batch * making
 
 
 def _fetched_ahead(
