@@ -13,6 +13,8 @@ from cogtrain.memory.estimate import bytes_a_weight, bytes_apart
 from cogtrain.memory.host import host_bytes_a_weight
 
 WORLD = 2
+# The workshop is not installed: it is found on the path.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
 WAYS = [
     *(f"{strategy}:adamw" for strategy in ("ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload")),
     *("ddp:adamw:ema", "ddp:prodigy", "ddp:prodigy:ema"),
@@ -27,7 +29,7 @@ def test_what_is_held_under_each_strategy_and_optimizer_is_what_is_computed(tmp_
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), str(worker),
          ",".join(ways), str(tmp_path)],
-        capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=900, env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     for way in ways:
@@ -55,7 +57,7 @@ def test_our_blocks_under_zero3_hold_no_weights_between_the_passes(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
          str(tmp_path)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "held.json").read_text())
