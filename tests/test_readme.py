@@ -11,6 +11,7 @@ from cogcommon.cli.settings import flag_of, shown_default
 from cogprep.settings import CaptionSettings, EncodeSettings
 from cogtrain.settings import LoraSettings
 from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
+from workshop.bench_train.verdicts import verdict_table
 
 ROOT = Path(__file__).parents[1]
 README, HARDWARE = ROOT / "README.md", ROOT / "configs/README.md"
@@ -28,7 +29,7 @@ def table(cls) -> str:
 def tables_of(page: Path) -> dict[str, str]:
     """The tables of a page by the mark before each."""
     if page == HARDWARE:
-        return {"hardware table": guide_table(), "runs measured": measured_table()}
+        return {"hardware table": guide_table(), "what fits": verdict_table(), "runs measured": measured_table()}
     return {f"options of {name}": table(cls) for name, cls in OPTIONS.items()} | {"beside a plain loop": beside_table()}
 
 

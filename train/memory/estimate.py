@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,8 @@ from .cost import Speed, plan_cost
 from .host import HostNeeds, itself, offloaded_bytes
 
 if TYPE_CHECKING:
+    from diffusers import CogVideoXTransformer3DModel
+
     from cogcommon.model.checkpoint import Checkpoint
     from cogcommon.model.device import Precision
     from cogcommon.model.families import Resolution
@@ -311,7 +314,12 @@ def trained_weights(run: Trains) -> int:
     """How many weights a run trains, from its checkpoint's config."""
     from ..model.method import outline
 
-    return run.method.trained(outline(run.checkpoint.transformer_config))
+    return _counted(run.method, outline(run.checkpoint.transformer_config))
+
+
+@lru_cache(maxsize=8)
+def _counted(method: Method, transformer: CogVideoXTransformer3DModel) -> int:
+    return method.trained(transformer)
 
 
 assert set(_STRATEGIES) == set(STAGE)
