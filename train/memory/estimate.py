@@ -314,12 +314,13 @@ def trained_weights(run: Trains) -> int:
     """How many weights a run trains, from its checkpoint's config."""
     from ..model.method import outline
 
-    return _counted(run.method, outline(run.checkpoint.transformer_config))
+    method: Any = run.method  # mypy takes no protocol for hashable
+    return _counted(method, outline(run.checkpoint.transformer_config))
 
 
 @lru_cache(maxsize=8)
-def _counted(method: Any, transformer: CogVideoXTransformer3DModel) -> int:  # a Method; mypy takes none for hashable
-    return int(method.trained(transformer))
+def _counted(method: Method, transformer: CogVideoXTransformer3DModel) -> int:
+    return method.trained(transformer)
 
 
 assert set(_STRATEGIES) == set(STAGE)
