@@ -16,6 +16,7 @@ from .settings import (
     LoraSettings,
     SftSettings,
     TrainSettings,
+    WatchSettings,
 )
 
 app = make_app("cogtrain", "Fine-tune CogVideoX on the shards that cogprep encode wrote.")
@@ -70,6 +71,12 @@ def doctor(settings: DoctorSettings) -> None:
     run(settings)
 
 
+def watch(settings: WatchSettings) -> None:
+    from .commands.watch import run
+
+    run(settings)
+
+
 def generate(settings: GenerateSettings) -> None:
     from .commands.generate import run
 
@@ -107,6 +114,11 @@ add_command(
     app, "doctor", DoctorSettings, doctor,
     "Say what of this machine matters, and what to do about it.",
     ("cogtrain doctor",),
+)  # fmt: skip
+add_command(
+    app, "watch", WatchSettings, watch,
+    "Show the curves and videos of runs as they train, in a browser on this machine.",
+    ("cogtrain watch runs/mine", "cogtrain watch runs/mine runs/other"),
 )  # fmt: skip
 add_command(
     app, "generate", GenerateSettings, generate,

@@ -278,6 +278,14 @@ class DoctorSettings:
 
 
 @dataclass(frozen=True)
+class WatchSettings:
+    """Settings of ``cogtrain watch``."""
+
+    runs: list[Path] = setting([], "run folders", shown="required", positional=True)
+    port: int | None = setting(None, "port on this machine", shown="8420, or any other that is free")
+
+
+@dataclass(frozen=True)
 class ExportSettings:
     """Settings of ``cogtrain export``."""
 

@@ -120,6 +120,8 @@ def add_command(
     hints = get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     has_file = any(field.name == "config" for field in fields)
+    lists = [field for field in fields if get_origin(hints[field.name]) is list]
+    assert len(lists) == 1 or not any(field.metadata.get("positional") for field in lists)
 
     def command(**given: Any) -> None:
         run(resolve(cls, given, given.get("config")))

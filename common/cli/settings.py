@@ -40,13 +40,12 @@ def setting(
         shown: what help prints as the default, where the value alone would not say it.
         flag: the option's name if it is not the field's.
         section: heading under which ``--help`` lists it.
-        positional: a bare word on the command line (``cogprep inspect OUT``), not an option. Never a list:
-            the words after another list option would land in it without a sound.
+        positional: a bare word on the command line (``cogprep inspect OUT``), not an option. A list only where no
+            option is a list: the words after that one would land in it without a sound.
         instead_of: another setting that says the same in another way: given as an option, this one takes the place of
             that one's value in a file.
         prose: a text for the model, which may have line breaks.
     """
-    assert not (positional and isinstance(default, list))
     metadata = {
         "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
         "instead_of": instead_of, "prose": prose,

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,73 @@ def run_ranks() -> Callable:
         }
 
     return run
+
+
+def write_step(step, **changes):
+    """A line of metrics.jsonl."""
+    line = {
+        "step": step, "epoch": 0, "loss": 1 / step, "lr": 1e-4, "grad_norm": 1.0, "s_per_step": 2.0,
+        "samples_per_s": 2.0, "peak_gib": 3.25,
+    }  # fmt: skip
+    return json.dumps(line | changes) + "\n"
+
+
+@pytest.fixture
+def step_line() -> Callable:
+    """step_line(step, **changes) -> a line of metrics.jsonl."""
+    return write_step
+
+
+@pytest.fixture
+def make_recorded_run(tmp_path) -> Callable:
+    """make_recorded_run(name, **settings) -> the folder of a run that nobody makes: 38 of 40 steps, one video."""
+    from cogtrain.runs.folder import RunFacts
+
+    facts = RunFacts(
+        model="tiny", revision=None, family="5b", task="t2v", method="lora", contract_fingerprint="c" * 64,
+        shards_fingerprint="f" * 64, shards=2, samples={"17x64x96": 30}, held_out=4, steps=40, processes=2,
+        global_batch=4, strategy="zero2", precision="bf16", device="CPU", trainable=1234567, version="0.1.0",
+    )  # fmt: skip
+
+    def make(name, **settings):
+        folder = tmp_path / name
+        (folder / "validation/step-000020").mkdir(parents=True)
+        (folder / "validation/step-000020/0.mp4").write_bytes(bytes(range(100)))
+        (folder / "validation/captions.json").write_text(json.dumps(["a <cat>", "never drawn"]))
+        facts.write(folder)
+        settings = {"model": "tiny", "lr": 1e-4} | settings
+        (folder / "config.toml").write_text(
+            "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+        )
+        lines = [write_step(step) for step in range(1, 39)]
+        lines.insert(20, json.dumps({"step": 20, "val_loss": 0.15, "base_val_loss": 0.2}) + "\n")
+        (folder / "metrics.jsonl").write_text("".join(lines))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def recorded_run(make_recorded_run) -> Path:
+    return make_recorded_run("run")
+
+
+@pytest.fixture
+def served() -> Callable:
+    """with served(*runs) as port: ``cogtrain watch`` in a thread."""
+
+    @contextmanager
+    def serving(*runs):
+        server = serve(list(runs), 0)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    from cogtrain.commands.watch import serve
+
+    return serving

@@ -11,6 +11,7 @@ import pytest
 
 from cogtrain.distributed import signals
 from cogtrain.distributed.signals import SIGNALS, StopRequest
+from cogtrain.runs.folder import ask_to_stop, asked_to_stop, read_run
 from cogtrain.settings import LoraSettings
 
 
@@ -83,6 +84,21 @@ def test_a_signal_in_a_validation_cuts_it_short(tmp_path, make_shards, train_her
         train_here(settings)
     assert stopped.value.code == 138 and len(seen) == 8
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_run_that_is_asked_by_its_folder_saves_and_stops_and_goes_on(tmp_path, make_shards, train_here):
+    """What the button of `cogtrain watch` does."""
+    make_shards(tmp_path / "out", samples=2)
+    folder = tmp_path / "run"
+    settings = LoraSettings(shards=[str(tmp_path / "out")], rank=2, steps=4, out=folder)
+    with pytest.raises(signals.Stopped) as stopped:
+        train_here(settings, after_step=lambda step: ask_to_stop(folder) if step == 2 else None)
+    assert stopped.value.code == 128 + signal.SIGTERM and not asked_to_stop(folder)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    begun = read_run(folder).facts.begun
+    train_here(settings)
+    done = read_run(folder)
+    assert len(done.steps) == 4 and done.facts.begun == begun > 0
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

@@ -1,4 +1,6 @@
-"""`cogtrain plan` (its lines: `forecast`), `doctor`, `generate` and `export`. (`lora` and `sft` are `trainer.trainer`.)
+"""`cogtrain plan` (its lines: `forecast`), `doctor`, `watch`, `generate` and `export`.
+
+`lora` and `sft` are `trainer.trainer`.
 
 Imports blocks, distributed, memory, model, report, runs, settings, store, trainer, validation.
 """

@@ -24,6 +24,7 @@ from cogcommon.model.device import default_precision, dtype_of, pick_device, qui
 from cogcommon.model.families import Resolution
 
 from ..report.sheet import Column, contact_sheet, side_by_side
+from ..runs.folder import GENERATED
 from ..settings import GenerateSettings
 from ..validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
 from ..validation.tuned import Tuned, find_tuned
@@ -163,7 +164,7 @@ def default_folder(settings: GenerateSettings, asked: str) -> Path:
     prompt = unicodedata.normalize("NFC", settings.prompt).lower()
     words = re.sub(r"[\W_]+", "-", prompt).strip("-")[:40].rstrip("-")
     digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return (settings.run or Path()) / "generated" / f"{words or 'video'}-{settings.seed}-{digest}"
+    return (settings.run or Path()) / GENERATED / f"{words or 'video'}-{settings.seed}-{digest}"
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Line charts as inline SVG, drawn for a page without scripts."""
+"""Line charts: inline SVG for a page without scripts, with the points beside it, from which `report.js` draws anew."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 
+_SENT = 1000  # bins of a long run that the page gets; of each the first, the least and the greatest
 _BINS = 480  # more steps than this are drawn as a band from the least to the greatest of each bin
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 26, 12, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 26, 12, 44
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,47 @@ def smoothed(points: Points, share: float = 0.04) -> list[tuple[float, float]]:
         total, weight = keep * total + y, keep * weight + 1
         result.append((x, total / weight))
     return result[int(length / 4) :]
+
+
+def plot(name: str, lines: Sequence[Line], *, small: bool = False, tools: bool = False) -> str:
+    """A figure of a chart: its title, its lines' names, and what the script needs. A step is the unit of its axis.
+
+    Args:
+        name: the title; of several figures on a page, each has another.
+        tools: with a log scale, smoothing (where a line is smoothed), and a way back from a zoom.
+    """
+    lines = [line for line in lines if line.points]
+    size = {"width": 400, "height": 210, "steps_shown": 3} if small else {}
+    legend = "".join(f'<span class="{line.style}"><i></i>{escape(line.name)}</span>' for line in lines)
+    slider = '<label>smoothing <input type="range" class="smoothing" min="-4" max="4" step="0.5" value="0"></label>'
+    bar = (
+        '<div class="tools" hidden><label><input type="checkbox" class="log"> log scale</label>'
+        + (slider if any(line.style == "smooth" for line in lines) else "")
+        + '<button type="button" class="back" hidden>whole run</button></div>'
+    )
+    sent = [
+        {"name": line.name, "style": line.style, "marks": line.marks, "trimmed": line.trimmed, "points": _sent(line)}
+        for line in lines
+    ]
+    data = json.dumps(sent, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    key = escape(name.lower().replace(" ", "-"))
+    return (
+        f'<figure class="plot" id="plot-{key}"><figcaption>{escape(name)}</figcaption>'
+        f"{bar if tools else ''}{'' if small else f'<div class=legend>{legend}</div>'}{chart(lines, **size)}"
+        f'<script type="application/json">{data}</script></figure>'
+    )
+
+
+def _sent(line: Line) -> list[tuple[float, float]]:
+    """The points of a line with five digits; of a long one the extremes of each bin."""
+    points = line.points
+    if len(points) > 3 * _SENT:
+        size = -(-len(points) // _SENT)
+        bins = [points[start : start + size] for start in range(0, len(points), size)]
+        value = lambda point: point[1]  # noqa: E731
+        chosen = [sorted({part[0], min(part, key=value), max(part, key=value)}) for part in bins]
+        points = [point for part in chosen for point in part]
+    return [(x, float(f"{y:.5g}")) for x, y in points]
 
 
 def chart(lines: Sequence[Line], *, width: int = 940, height: int = 300, steps_shown: int = 8) -> str:
@@ -60,7 +103,8 @@ def chart(lines: Sequence[Line], *, width: int = 940, height: int = 300, steps_s
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in _ticks(left, right, steps_shown):
         if left <= tick <= right and tick == int(tick):
-            parts.append(f'<text x="{x_of(tick):.1f}" y="{height - 8}" text-anchor="middle">{int(tick):,}</text>')
+            parts.append(f'<text x="{x_of(tick):.1f}" y="{height - 25}" text-anchor="middle">{int(tick):,}</text>')
+    parts.append(f'<text x="{(_LEFT + width - _RIGHT) / 2:.0f}" y="{height - 6}" text-anchor="middle">step</text>')
     for line in lines:
         if len(line.points) > _BINS and line.style == "raw":
             top, bottom = _band(line.points)

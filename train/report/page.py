@@ -1,21 +1,31 @@
-"""Writes ``report.html`` of a run: one page without scripts or server; the videos lie beside it."""
+"""Writes ``report.html`` of a run: one page that needs nothing from elsewhere; the videos lie beside it.
+
+`cogtrain watch` serves the same page, which then renews itself.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from importlib import resources
 from pathlib import Path
+from statistics import median
 from typing import Any
+from urllib.parse import quote
 
 from cogcommon.cli.names import plain
 from cogcommon.files.atomic import commit_bytes
-from cogcommon.words import counted
+from cogcommon.files.ownership import Made
+from cogcommon.words import counted, in_words
 
-from ..runs.folder import REPORT_FILE, VALIDATION, RecordedRun, read_run, report_head
-from .chart import Line, chart, number, smoothed
+from ..runs.folder import CAPTIONS_FILE, CLIPS, GENERATED, REPORT_FILE, VALIDATION, RecordedRun, read_run, report_head
+from .chart import Line, number, plot, smoothed
+
+RUN_COLOURS = 6  # of `report.css`
 
 
 def write_report(folder: Path) -> Path:
@@ -29,25 +39,95 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def page(run: RecordedRun) -> str:
-    """The page of a run, as HTML."""
+def page(run: RecordedRun, *, live: int = 0, beside: str = "") -> str:
+    """The page of a run, as HTML.
+
+    Args:
+        live: seconds between the page's looks at what is new; 0: it is a file.
+        beside: HTML of the server, after the heading.
+    """
+    facts = run.facts
+    parts = {
+        "state": f"{_state(run)}{beside}",
+        "figures": _figures(run),
+        "curves": "".join(_curves(run)),
+        "videos": "".join(_videos(run, newest_first=bool(live))),
+        "tables": "".join(_tables(run)),
+    }
+    body = "".join(f'<section data-part="{name}">{part}</section>' for name, part in parts.items())
+    return (
+        f"{report_head(facts)}{asset('report.css')}</style><body{f' data-live={live}' if live else ''}>"
+        f"<h1>{facts.title} of {escape(facts.model)}</h1>{body}<script>{asset('report.js')}</script></body></html>\n"
+    )
+
+
+def comparison(runs: Sequence[tuple[str, RecordedRun]], *, live: int) -> str:
+    """The curves of several runs over one another, and where each stands.
+
+    Args:
+        runs: where a run's own page is, and the run.
+        live: see `page`.
+    """
+    losses, held_out, rows = [], [], []
+    for place, (href, run) in enumerate(runs):
+        name, style = run.folder.name or str(run.folder), f"run-{place % RUN_COLOURS}"
+        points = smoothed([(line.step, line.loss) for line in run.steps if line.loss is not None])
+        losses.append(Line(name, points, style, trimmed=True))
+        measured = [(line.step, line.val_loss) for line in run.validations if line.val_loss is not None]
+        held_out.append(Line(name, measured, style, marks=True))
+        rows.append(
+            f'<tr><td class="{style}"><i></i><a href="{escape(href)}">{escape(name)}</a><td>{_state(run)}'
+            f"<td><code>{escape(' '.join(_told_apart(run, runs)))}</code></tr>"
+        )
+    parts = {
+        "table": f'<table class="runs">{"".join(rows)}</table>',
+        "curves": plot("Loss, smoothed", losses, tools=True),
+    }
+    if any(line.points for line in held_out):
+        parts["held-out"] = plot("Held-out loss", held_out, tools=True)
+    body = "".join(f'<section data-part="{name}">{part}</section>' for name, part in parts.items())
+    title = f"{counted(len(runs), 'run')}"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{asset('report.css')}</style><body data-live={live}><h1>{title}</h1>{body}"
+        f"<script>{asset('report.js')}</script></body></html>\n"
+    )
+
+
+def _told_apart(run: RecordedRun, runs: Sequence[tuple[str, RecordedRun]]) -> Iterable[str]:
+    """The settings in which a run differs from another of them."""
+    for name, value in run.settings.items():
+        if name != "out" and any(other.settings.get(name) != value for _, other in runs):
+            yield f"{name}={_plain(value)}"
+
+
+def asset(name: str) -> str:
+    """A file of this package, as text."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _state(run: RecordedRun) -> str:
+    """How far it is, since when, and how long it will take."""
     facts = run.facts
     done = run.steps[-1].step if run.steps else 0
     state = "finished" if done >= facts.steps else f"{done:,} of {facts.steps:,} steps"
-    body = [
-        f"<h1>{facts.title} of {escape(facts.model)}</h1>",
+    times = []
+    if facts.begun:
+        times.append("begun " + time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.begun)))
+    if run.steps:
+        times.append(f"{in_words(sum(line.s_per_step + line.compile_s for line in run.steps))} of training")
+        if done < facts.steps:
+            times.append(f"about {in_words((facts.steps - done) * _middle(run))} left")
+    return (
         f'<p class="faint">{escape(str(run.folder))} · {state} · {facts.device} · {escape(facts.strategy)}, '
-        f"{facts.precision}, {counted(facts.processes, 'process', 'processes')}</p>",
-        _figures(run),
-        *_curves(run),
-        *_videos(run.folder),
-        *_tables(run),
-    ]
-    return f"{report_head(facts)}{_style()}</style><body>{''.join(body)}</body></html>\n"
+        f"{facts.precision}, {counted(facts.processes, 'process', 'processes')}</p>"
+        + (f'<p class="faint">{" · ".join(times)}</p>' if times else "")
+    )
 
 
-def _style() -> str:
-    return resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+def _middle(run: RecordedRun) -> float:
+    """Seconds a step, median. The first steps warm caches and compile kernels."""
+    return median(line.s_per_step for line in run.steps[min(3, len(run.steps) - 1) :])
 
 
 def _figures(run: RecordedRun) -> str:
@@ -61,9 +141,7 @@ def _figures(run: RecordedRun) -> str:
         if last.change is not None and last.base_val_loss is not None:
             shown.append((f"{last.change:+.1f} %", f"against the base model's {number(last.base_val_loss)}"))
     if run.steps:
-        # The first steps warm caches and compile kernels.
-        settled = sorted(line.s_per_step for line in run.steps[min(3, len(run.steps) - 1) :])
-        middle = settled[len(settled) // 2]
+        middle = _middle(run)
         shown.append((number(middle), "seconds a step, median"))
         shown.append((number(run.facts.global_batch / middle), "samples a second"))
         place = "of the GPU" if run.facts.device != "CPU" else "of a process"
@@ -86,8 +164,7 @@ def _curves(run: RecordedRun) -> Iterable[str]:
         if base is not None:
             lines.append(Line("base model, held out", [(0, base), (losses[-1][0], base)], "base"))
         lines.append(Line("held out", held_out, "held-out", marks=True))
-    legend = "".join(f'<span class="{line.style}"><i></i>{line.name}</span>' for line in lines)
-    yield f'<h2>Loss</h2><figure><div class="legend">{legend}</div>{chart(lines)}</figure>'
+    yield f"<h2>Curves</h2>{plot('Loss', lines, tools=True)}"
     if run.validations:
         yield (
             '<p class="faint">Held-out loss is taken on samples that are not trained, at fixed timesteps with fixed '
@@ -101,34 +178,67 @@ def _curves(run: RecordedRun) -> Iterable[str]:
     }
     yield '<div class="small">'
     for name, points in small.items():
-        drawn = chart(
-            [Line(name, points, "plain", trimmed=name != "Learning rate")], width=400, height=190, steps_shown=3
-        )
-        yield f"<figure><figcaption>{name}</figcaption>{drawn}</figure>"
+        yield plot(name, [Line(name, points, "plain", trimmed=name != "Learning rate")], small=True)
     yield "</div>"
 
 
-def _videos(folder: Path) -> Iterable[str]:
-    """A row a sample: base model first, then each validation."""
-    captions_file = folder / VALIDATION / "captions.json"
-    if not captions_file.exists():
-        return
-    captions = json.loads(captions_file.read_text(encoding="utf-8"))
-    rounds = sorted((path for path in (folder / VALIDATION).glob("step-*") if path.is_dir()), key=_step_of)
-    yield "<h2>Validation videos</h2>"
-    for index, caption in enumerate(captions):
-        found = [path for path in rounds if (path / f"{index}.mp4").exists()]
-        if not found:
-            continue
-        yield f'<blockquote>{escape(caption)}</blockquote><div class="row">'
-        for path in found:
-            label = "base model" if _step_of(path) == 0 else f"step {_step_of(path):,}"
-            source = f"{VALIDATION}/{path.name}/{index}.mp4"
-            yield (
-                f'<figure><video src="{source}" loop muted autoplay playsinline preload="metadata"></video>'
-                f"<figcaption>{label}</figcaption></figure>"
-            )
-        yield "</div>"
+def _videos(run: RecordedRun, *, newest_first: bool) -> Iterable[str]:
+    """A row a sample: the clip itself, the base model's video, then each validation's; then what was generated."""
+    folder = run.folder
+    captions_file = folder / VALIDATION / CAPTIONS_FILE
+    if captions_file.exists():
+        captions = json.loads(captions_file.read_text(encoding="utf-8"))
+        rounds = sorted((path for path in (folder / VALIDATION).glob("step-*") if path.is_dir()), key=_step_of)
+        rows = []
+        for index, caption in enumerate(captions):
+            found = [path for path in rounds if (path / f"{index}.mp4").exists()]
+            if found:
+                drawn = [(_label(path), path / f"{index}.mp4") for path in found]
+                if newest_first:
+                    drawn.reverse()
+                rows.append(_row(folder, caption, [*_itself(folder, index), *drawn]))
+        if rows:
+            yield "<h2>Held-out clips</h2>" + "".join(rows)
+    made = sorted((folder / GENERATED).glob("*/*.mp4"), key=lambda path: path.stat().st_mtime, reverse=True)
+    folders = list(dict.fromkeys(path.parent for path in made))
+    if folders:
+        yield "<h2>Generated</h2>"
+    for place in folders:
+        yield _row(folder, _prompt(place), [(path.stem, path) for path in sorted(place.glob("*.mp4"), reverse=True)])
+
+
+def _itself(folder: Path, index: int) -> Iterable[tuple[str, Path]]:
+    """The held-out clip as it is stored, and the first frame that was given."""
+    for label, name in (("the clip itself", f"{index}.mp4"), ("first frame", f"{index}.png")):
+        if (path := folder / VALIDATION / CLIPS / name).exists():
+            yield label, path
+
+
+def _prompt(folder: Path) -> str:
+    """Of a folder of generated videos."""
+    made = Made.read(folder)
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(made.request if made else "")["prompt"])
+    return folder.name
+
+
+def _label(path: Path) -> str:
+    return "base model" if _step_of(path) == 0 else f"step {_step_of(path):,}"
+
+
+def _row(folder: Path, caption: str, shown: Iterable[tuple[str, Path]]) -> str:
+    figures = []
+    for label, path in shown:
+        source = quote(path.relative_to(folder).as_posix())
+        tag = f'<img src="{source}" alt="{escape(label)}">'
+        if path.suffix == ".mp4":  # still until it is played: twenty that move at once show nothing
+            tag = f'<video src="{source}" controls loop muted playsinline preload="metadata"></video>'
+        figures.append(f"<figure>{tag}<figcaption>{escape(label)}</figcaption></figure>")
+    button = '<button type="button" class="together">play all</button>'
+    return (
+        f'<div class="sample"><blockquote>{escape(caption)} {button}</blockquote>'
+        f'<div class="row">{"".join(figures)}</div></div>'
+    )
 
 
 def _step_of(path: Path) -> int:

@@ -48,6 +48,7 @@ from .folder import (
     RunFacts,
     StepLine,
     ValidationLine,
+    forget_stop,
     report_head,
 )
 
@@ -83,9 +84,11 @@ def claimed(folder: Path) -> Iterator[Made]:
         raise RunError("another process trains in this folder", where=str(folder), fix="give another --out") from None
     with lock:
         try:
+            forget_stop(folder)  # whom it asked has ended
             yield made
         finally:
             with suppress(OSError):  # a full disk: the files stay open
+                forget_stop(folder)
                 (Made.read(folder) or made).close(*RUN_FILES)
 
 

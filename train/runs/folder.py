@@ -6,7 +6,8 @@
     facts.json       what the run worked on: shards, counts, processes (`RunFacts`)
     metrics.jsonl    one line a step; validation lines carry val_loss
     checkpoint-N/    to resume from
-    validation/      videos
+    validation/      videos: clips/ as they are stored, step-000000/ by the base model, step-N/
+    generated/       what `cogtrain generate` has drawn
     report.html, README.md (the model card), and the export
 """
 
@@ -24,6 +25,8 @@ from typing import Any, Literal
 from cogcommon.cli.settings import parse_toml
 from cogcommon.errors import RunError
 from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.locks import locked_elsewhere
+from cogcommon.files.ownership import is_file
 from cogcommon.files.typed import build, parse_object
 
 from ..model import lora
@@ -34,6 +37,10 @@ CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
 METRICS_FILE = "metrics.jsonl"
 VALIDATION = "validation"
+CAPTIONS_FILE = "captions.json"  # in it, of the samples that are drawn
+CLIPS = "clips"  # in it, those samples themselves
+GENERATED = "generated"  # `cogtrain generate`: a folder a request
+STOP_FILE = ".stop"  # asks the run to save and stop (`cogtrain watch`)
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 LOCK_FILE = ".lock"
@@ -68,6 +75,7 @@ class RunFacts:
     attention: str = ""  # by which kernel (`blocks.attention.Kernel`)
     block_plan: dict[str, Any] | None = None  # `BlockPlan.fields`
     adapter: AdapterName | None = None  # of a LoRA run
+    begun: float = 0.0  # when its first step was about to be made, in seconds since 1970; 0: not known
 
     @property
     def title(self) -> str:
@@ -122,6 +130,27 @@ class ValidationLine:
         if self.val_loss is None or not self.base_val_loss:
             return None
         return 100 * (self.val_loss / self.base_val_loss - 1)
+
+
+def ask_to_stop(run: Path) -> None:
+    """Ask the process that trains in a folder to save and stop after its step, wherever it runs.
+
+    Raises:
+        RunError: none does.
+    """
+    if not locked_elsewhere(run / LOCK_FILE):
+        raise RunError("no process trains in this folder", where=str(run))
+    commit_bytes(run / STOP_FILE, b"")
+
+
+def asked_to_stop(run: Path) -> bool:
+    return is_file(run / STOP_FILE)
+
+
+def forget_stop(run: Path) -> None:
+    """Take back what `ask_to_stop` has asked: it is an empty file."""
+    if asked_to_stop(run) and (run / STOP_FILE).stat().st_size == 0:
+        (run / STOP_FILE).unlink(missing_ok=True)
 
 
 def finite(value: float) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from ..blocks.attention import Kernel
 from ..blocks.plan import BlockPlan
 from ..distributed.strategy import Runtime
 from ..model.method import Exported
-from ..runs.folder import RunFacts
+from ..runs.folder import REPORT_FILE, RunFacts, read_run
 from ..runs.log import RunLog
 from ..runs.run import Run
 from ..store.store import FAULTS
@@ -44,7 +46,12 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
         log.say(f"continues {run.resume.folder} after step {done:,}")
         if done >= run.steps:
             log.say(f"nothing is left to train: all {done:,} steps are done; a larger --steps goes on")
-    log.say(f"writes {folder}")
+    log.say(f"writes {folder}; {folder / REPORT_FILE} has its curves and videos, live: {watch(folder)}")
+
+
+def watch(folder: Path) -> str:
+    """The command that shows a run as it trains."""
+    return command_line("cogtrain", "watch", folder)
 
 
 def ending(run: Run, log: RunLog, folder: Path, exported: Exported, unsaved: CogError | None) -> None:
@@ -61,6 +68,7 @@ def ending(run: Run, log: RunLog, folder: Path, exported: Exported, unsaved: Cog
     if faults := str(FAULTS):
         log.say(faults)
     log.say(f"wrote {exported.path}; {checked(exported)}")
+    log.say(f"look at {folder / REPORT_FILE}")
     image = " --image FIRST_FRAME.png" if run.checkpoint.family.task == "i2v" else ""
     log.say(f'next: {command_line("cogtrain", "generate", "--run", folder)} --prompt "..."{image}')
 
@@ -72,7 +80,20 @@ def checked(exported: Exported) -> str:
     return f"loaded back, the weights answer within {exported.difference:.0e} of the trained model"
 
 
-def run_facts(run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, attention: Kernel) -> RunFacts:
+def write_facts(
+    run: Run, folder: Path, runtime: Runtime, trainable: int, plan: BlockPlan, attention: Kernel
+) -> None:  # fmt: skip
+    """Write ``facts.json``; a run that is resumed has begun when it first did."""
+    begun = time.time()
+    if run.resume is not None:
+        with suppress(CogError):
+            begun = read_run(folder).facts.begun
+    _facts(run, runtime, trainable, plan, attention, begun).write(folder)
+
+
+def _facts(
+    run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, attention: Kernel, begun: float
+) -> RunFacts:  # fmt: skip
     import torch
 
     counts = np.bincount(run.shards.bucket_of, minlength=len(run.shards.buckets))
@@ -100,6 +121,7 @@ def run_facts(run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, atten
         attention=attention,
         block_plan=plan.fields(),
         adapter=run.method.adapter,
+        begun=begun,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -29,7 +30,7 @@ from ..report.page import write_report
 from ..runs import agreement
 from ..runs import checkpoint as checkpoints
 from ..runs.claim import claimed
-from ..runs.folder import CARD_FILE, CONFIG_FILE, read_run
+from ..runs.folder import CARD_FILE, CONFIG_FILE, asked_to_stop, read_run
 from ..runs.log import RunLog, cut_metrics
 from ..runs.run import Run, run_folder, settings_json, write_config
 from ..runs.tracker import open_tracker
@@ -112,7 +113,7 @@ class Trainer:
         trainable = announce.count_weights(self.trained)
         announce.beginning(run, log, folder, trainable)
         if runtime.main:
-            announce.run_facts(run, runtime, trainable, engine.plan, engine.kernel).write(folder)
+            announce.write_facts(run, folder, runtime, trainable, engine.plan, engine.kernel)
         # It measures the base model, so it comes before the resume.
         self.validation = Validation.begin(run, runtime, self.model, folder, log, stop)
         self.ema = EMA(self.trained, settings.ema) if settings.ema else None
@@ -163,9 +164,9 @@ class Trainer:
             Stopped: by a signal, once a checkpoint is there.
         """
         settings, last = self.run.settings, step == self.run.steps
-        signal = self._signal()
-        validates = self.validation and not signal and (last or step % settings.validate_every == 0)
-        saves = signal or last or step % settings.save_every == 0
+        stop = self._signal()
+        validates = self.validation and not stop and (last or step % settings.validate_every == 0)
+        saves = stop or last or step % settings.save_every == 0
         if validates or saves:
             self.readout.catch_up()
         if last:  # first of all, and in its smallest form
@@ -177,15 +178,15 @@ class Trainer:
                 line = self.validation.measure(self.model, step)
             if line:
                 self.log.validation(line)
-            signal = self._signal()
-        if saves or signal:
+            stop = self._signal()
+        if saves or stop:
             self.saver.checkpoint(step)
             if self.runtime.main:
                 write_report(self.folder)
-            signal = signal or self._signal()  # one that came meanwhile: this checkpoint will do
-        if signal and not last:
+            stop = stop or self._signal()  # one that came meanwhile: this checkpoint will do
+        if stop and not last:
             again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
-            raise Stopped(128 + signal, again)
+            raise Stopped(128 + stop, again)
 
     def finish(self) -> None:
         """Load back what the last step has exported, and say so."""
@@ -203,8 +204,9 @@ class Trainer:
         return self.objective.losses(self.model, batch, self.runtime.dtype)
 
     def _signal(self) -> int:
-        """The number of a signal that has asked any rank to stop; 0: none has."""
-        return self.runtime.all_reduce_max(self.stop.signal)
+        """The number of a signal that has asked any rank to stop; 0: none has. `ask_to_stop` counts as one."""
+        asked = signal.SIGTERM if self.runtime.main and asked_to_stop(self.folder) else 0
+        return self.runtime.all_reduce_max(self.stop.signal or asked)
 
 
 def _move_in(run: Run, folder: Path, done: int) -> list[str]:

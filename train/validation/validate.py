@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.media.video import Frames, write_mp4
 
@@ -27,7 +29,7 @@ from ..data.shards import ShardSet
 from ..distributed.signals import StopRequest
 from ..distributed.strategy import Runtime
 from ..model.objective import Objective
-from ..runs.folder import VALIDATION, ValidationLine, finite
+from ..runs.folder import CAPTIONS_FILE, CLIPS, VALIDATION, ValidationLine, finite
 from ..runs.log import RunLog, peak_gib, reset_peak
 from ..runs.run import Run
 from .videos import Conditions, decode_latents, denoise, load_decoder
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 TIMESTEPS = (125, 375, 625, 875)  # the middles of four equal parts
 _SEED = 0  # of the noise: the same in every run, so that runs can be compared
 _BASE_FILE = "base.json"
-CAPTIONS_FILE = "captions.json"
 
 
 class _Asked(Exception):
@@ -185,7 +186,10 @@ class Validation:
         return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
 
     def draw(self, model: torch.nn.Module, step: int) -> None:
-        """Write ``validation/step-N/i.mp4`` for the first held-out samples, each by one group, side by side."""
+        """Write ``validation/step-N/i.mp4`` for the first held-out samples, each by one group, side by side.
+
+        With the base model's (step 0) comes the clip itself, as it is stored, and its first frame for I2V.
+        """
         groups, rank = self.run.groups, self.runtime.rank
         folder = self.folder / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +200,8 @@ class Validation:
                 stored = self._read(min(index, self.videos - 1))
                 with suppress(_Asked):  # all leave together, below
                     if index < self.videos:
+                        if step == 0 and groups.leads(rank):
+                            self._show_clip(decoder, stored, index)
                         frames = self._video(transformer, decoder, stored)
                         if groups.leads(rank):
                             write_mp4(folder / f"{index}.mp4", frames, self.run.checkpoint.family.fps)
@@ -232,6 +238,17 @@ class Validation:
                 transformer, self.objective, self.run.checkpoint, conditions, generator, self.runtime.dtype, each=go_on
             )
         return decode_latents(decoder, latent, batch.latent_BFCHW.shape[1])
+
+    def _show_clip(self, decoder: AutoencoderKLCogVideoX, stored: StoredSample, index: int) -> None:
+        """Write what the videos are to be compared with."""
+        batch = Collator(self.objective, _SEED, held_out=True)([stored], [Slot(0, 0, 0)]).to(self.runtime.device)
+        clip_FHWC = decode_latents(decoder, batch.latent_BFCHW, batch.latent_BFCHW.shape[1])
+        folder = self.folder / CLIPS
+        folder.mkdir(parents=True, exist_ok=True)
+        write_mp4(folder / f"{index}.mp4", clip_FHWC, self.run.checkpoint.family.fps)
+        for image_BFCHW in batch.conditions.values():  # unscaled
+            image_FHWC = decode_latents(decoder, image_BFCHW * decoder.config.scaling_factor, 1)
+            Image.fromarray(image_FHWC[0]).save(folder / f"{index}.png")
 
     @contextmanager
     def _whole(self, live: Any) -> Iterator[Any]:

@@ -1,0 +1,142 @@
+"""The report in a real browser, as a person uses it: hover, zoom, log scale, playing, a phone, a page that renews."""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from cogcommon.files.locks import open_locked
+from cogcommon.media.video import write_mp4
+from cogtrain.report.page import write_report
+from cogtrain.runs.folder import LOCK_FILE, asked_to_stop
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs Chromium (apt install chromium-driver)",
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for word in (
+        "--headless=new",
+        "--no-sandbox",
+        "--window-size=1280,1600",
+        "--autoplay-policy=no-user-gesture-required",
+    ):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield found
+    found.quit()
+
+
+def until(true, seconds=15):
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
+
+
+def js(browser, text, *arguments):
+    return browser.execute_script(text, *arguments)
+
+
+LABELS = "return [...document.querySelectorAll('#plot-loss svg text')].map(text => text.textContent)"
+
+
+def points_shown(browser):
+    return js(
+        browser, "return document.querySelector('#plot-loss polyline.raw').getAttribute('points').split(' ').length"
+    )
+
+
+def test_a_page_answers(browser, recorded_run):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    browser.get(f"file://{write_report(recorded_run)}")
+    svg = browser.find_element(By.CSS_SELECTOR, "#plot-loss svg")
+    until(lambda: "drawn" in svg.get_attribute("class"))
+    ActionChains(browser).move_to_element(svg).perform()
+    tip = browser.find_element(By.CSS_SELECTOR, "#plot-loss .tip")
+    assert tip.is_displayed() and "each step: 0.0" in tip.text and "held out: 0.15" in tip.text
+    everything = points_shown(browser)
+    ActionChains(browser).move_to_element(svg).click_and_hold().move_by_offset(200, 0).release().perform()
+    assert 2 < points_shown(browser) < everything / 2
+    browser.find_element(By.CSS_SELECTOR, "#plot-loss .back").click()
+    assert points_shown(browser) == everything
+    linear = js(browser, LABELS)
+    browser.find_element(By.CSS_SELECTOR, "#plot-loss .log").click()
+    assert js(browser, LABELS) != linear
+    before = js(browser, "return document.querySelector('#plot-loss polyline.smooth').getAttribute('points')")
+    js(browser, "const s = document.querySelector('.smoothing'); s.value = 2; s.dispatchEvent(new Event('input'))")
+    assert js(browser, "return document.querySelector('#plot-loss polyline.smooth').getAttribute('points')") != before
+
+
+def test_videos_are_still_until_they_are_played_and_then_all_at_once(browser, recorded_run, served):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    frames = (np.arange(9)[:, None, None, None] * 20 + np.zeros((9, 64, 96, 3))).astype(np.uint8)
+    for name in ("clips/0.mp4", "step-000000/0.mp4", "step-000020/0.mp4"):
+        (recorded_run / "validation" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_mp4(recorded_run / "validation" / name, frames, 8)
+    with served(recorded_run) as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        labels = [caption.text for caption in browser.find_elements(By.CSS_SELECTOR, ".row figcaption")]
+        assert labels == ["the clip itself", "step 20", "base model"]  # live: the newest first
+        videos = "return [...document.querySelectorAll('video')]"
+        until(lambda: js(browser, f"{videos}.every(v => v.readyState >= 2)"))
+        assert js(browser, f"{videos}.every(v => v.paused && !v.controls)")
+        ActionChains(browser).move_to_element(browser.find_element(By.CSS_SELECTOR, "video")).perform()
+        assert js(browser, f"{videos}.map(v => v.controls)") == [True, False, False]
+        browser.find_element(By.CSS_SELECTOR, ".together").click()
+        until(lambda: js(browser, f"{videos}.every(v => !v.paused && v.currentTime > 0)"))
+
+
+def test_a_live_page_renews_itself_and_keeps_what_is_looked_at(browser, recorded_run, served, step_line):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    with served(recorded_run) as port, open_locked(recorded_run / LOCK_FILE):
+        browser.get(f"http://127.0.0.1:{port}/")
+        svg = browser.find_element(By.CSS_SELECTOR, "#plot-loss svg")
+        until(lambda: "drawn" in svg.get_attribute("class"))
+        ActionChains(browser).move_to_element(svg).click_and_hold().move_by_offset(150, 0).release().perform()
+        zoomed = js(browser, LABELS)
+        state = browser.find_element(By.CSS_SELECTOR, "[data-part=state]")
+        assert "38 of 40 steps" in state.text and "left" in state.text
+        with (recorded_run / "metrics.jsonl").open("a") as stream:
+            stream.write(step_line(39))
+        until(lambda: "39 of 40 steps" in state.text)
+        assert js(browser, LABELS) == zoomed
+        browser.find_element(By.CSS_SELECTOR, ".stop").click()
+        until(lambda: "asked to save and stop" in state.text)
+        assert asked_to_stop(recorded_run)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_page_fits_a_phone_in_light_and_dark(browser, recorded_run, width, dark):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    try:
+        browser.get(f"file://{write_report(recorded_run)}")
+        assert js(browser, "return document.scrollingElement.scrollWidth") <= width
+        red = int(js(browser, "return getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
+        assert (red < 60) is dark
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert [
+        line for line in browser.get_log("browser") if line["level"] == "SEVERE" and "favicon" not in line["message"]
+    ] == []
