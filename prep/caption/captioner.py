@@ -47,7 +47,7 @@ class Captioner:
         _check_sees(name, folder)
         self._processor = _processor(name, folder)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        self._dtype = self._dtype_for(name, folder, size)
+        self._dtype = self._dtype_for(size)
         self._check_room(size, torch.finfo(self._dtype).bits // 8)
         with self._room():
             try:
@@ -111,13 +111,20 @@ class Captioner:
             return_tensors="pt",
         )  # fmt: skip
 
-    def _dtype_for(self, name: str, folder: Path, size: int) -> torch.dtype:
-        """Half precision on a GPU; on a CPU fp32, where it fits: it is what most CPUs are quickest in."""
+    def _dtype_for(self, size: int) -> torch.dtype:
+        """Half precision on a GPU, and on a CPU that computes in it or has no room for fp32.
+
+        A sixth of the default model's layers on one core with AVX512_BF16, 613 tokens: bf16 8.0 s and 0.05 s a word,
+        fp32 38 s and 0.43 s.
+
+        Args:
+            size: of the files, bytes.
+        """
         import torch
 
         if self.device.type == "cuda":
             return torch.bfloat16 if has_bf16(self.device) else torch.float16
-        return torch.float32 if 2.5 * size < free_host_memory() else torch.bfloat16
+        return torch.bfloat16 if _cpu_has_bf16() or 2.5 * size > free_host_memory() else torch.float32
 
     def _check_room(self, size: int, item_bytes: int) -> None:
         """Refuse weights that do not fit, before minutes go into reading them.
@@ -153,6 +160,14 @@ class Captioner:
 _LIKELIEST: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies matrices of bf16 in hardware (AMX or AVX512_BF16); False where torch cannot say."""
+    import torch
+
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
 def _folder_of(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -186,7 +201,7 @@ def _processor(name: str, folder: Path) -> Any:
             fix = "pip install torchvision, of the version that goes with your torch (or this project's extra: caption)"
             raise _unusable(name, folder, "takes videos, for which transformers needs torchvision", fix) from error
         raise _unusable(name, folder, f"cannot be used: {first_line(error)}", "install what it asks for") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # the last of a torchvision that misfits
         raise _unusable(name, folder, f"has no whole processor: {first_line(error)}", "fetch it again") from error
     if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
         raise _unusable(name, folder, "takes no instructions about pictures: it has no chat template", _OTHER)

@@ -61,7 +61,7 @@ def spread(times_s: tuple[float, ...], last_s: float, count: int) -> tuple[list[
 
 def _see_picture(path: Path, size: int) -> Seen:
     image = read_upright(path)
-    return Seen(np.asarray(image.resize(_within(*image.size, size)))[None], 1.0, still=True)
+    return Seen(np.array(image.resize(_within(*image.size, size)))[None], 1.0, still=True)
 
 
 def _within(width: int, height: int, size: int) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from functools import partial
 
 from cogcommon.cli.names import command_line, json_text
 from cogcommon.cli.terminal import Console
-from cogcommon.errors import DataRootError
-from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.errors import DataRootError, ModelError
+from cogcommon.model.published import known_checkpoint
 from cogcommon.words import counted, in_words
 
 from ..caption.blank_lines import Blank, CaptionList, shared_out
@@ -125,8 +125,12 @@ def _look(
 
 def _shortener(settings: CaptionSettings) -> Callable[[Captioner, Seen, Blank], str]:
     """What makes a caption: the model's answer, tidied, with the prefix, within what the family reads."""
-    target = open_checkpoint(settings.target)
-    tokenizer = target.load_tokenizer()
+    try:
+        target = known_checkpoint(settings.target)
+        tokenizer = target.load_tokenizer()
+    except ModelError as error:
+        fix = (error.fix or "").replace("--model", "--target")
+        raise ModelError(error.what, where=f"--target; {error.where}", fix=fix) from error
     prefix = " ".join(settings.prefix.split())
 
     def tokens(text: str) -> int:
@@ -155,6 +159,6 @@ def _show(settings: CaptionSettings, done: Captioned, console: Console) -> None:
         console.print(f"{counted(done.taken, 'line')} had been written meanwhile, and stayed as they are")
     if done.left:
         console.print(f"{counted(done.left, 'line')} blank still; the same command tries again")
-    else:
+    elif done.written:
         console.print("read them, and mend what is wrong: the model learns the words that you use. Then:")
         console.print(f"  {command_line('cogprep', 'validate', '--data-root', settings.root)} --resolution 49x480x720")

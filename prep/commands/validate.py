@@ -19,7 +19,7 @@ from cogcommon.model.families import BUILTIN_NAMES, Resolution
 from cogcommon.words import counted
 
 from ..dataset.advice import Looked, advise, cut_captions
-from ..dataset.guesses import Guess, guess_folders, guess_turned
+from ..dataset.guesses import Guess, guess_folders, guess_turned, guess_uncaptioned
 from ..dataset.lists import DataSet, check_root
 from ..dataset.probe import Look, look_at
 from ..plan.plan import tensor_bytes
@@ -163,6 +163,8 @@ def find_guesses(
     for (name, found), column in zip(results.items(), ("clips", "images"), strict=True):
         bad = [entry for entry, result in found.items() if isinstance(result, ClipFault)]
         yield from guess_folders(data.root, name, data.columns.get(column, ()), bad)
+    names = settings.prompts, settings.videos
+    yield from guess_uncaptioned(data.root, names, data.columns.get("captions", ()), len(data.columns.get("clips", ())))
     yield from guess_turned(checkpoint, settings.buckets, looks.values())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogcommon.cli.names import quoted
+from cogcommon.cli.names import command_line, quoted
 from cogcommon.errors import SettingError
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Resolution
@@ -46,6 +46,23 @@ def guess_folders(root: Path, name: str, entries: Sequence[str], bad: Collection
         said = f"all {said}" if lines > 1 else said
         fix = f"sed {quoted(f's|^|{folder}/|')} {path} > {new} && mv {new} {path}"
     yield Guess(f"{said} of {name} {'lack' if lines > 1 else 'lacks'} {folder}/, where the files are", fix)
+
+
+def guess_uncaptioned(root: Path, names: tuple[str, str], captions: Sequence[str], clips: int) -> Iterator[Guess]:
+    """Captions that are not written yet.
+
+    Args:
+        names: of the lists of captions and of clips.
+    """
+    blank = sum(not caption for caption in captions)
+    if blank and len(captions) == clips:
+        flags = zip(("--prompts", "--videos"), names, ("prompts.txt", "videos.txt"), strict=True)
+        more = [word for flag, name, usual in flags if name != usual for word in (flag, name)]
+        yield Guess(
+            f"{counted(blank, 'clip')} {'has' if blank == 1 else 'have'} no caption yet",
+            f"write one into each blank line of {names[0]}, or let a model do it: "
+            + command_line("cogprep", "caption", root, *more),
+        )
 
 
 def guess_turned(

@@ -288,6 +288,10 @@ def test_a_model_that_cannot_be_used_is_told_in_one_message(tmp_path, llava, mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "hf download Qwen/Qwen2.5-VL-3B-Instruct" in refused("Qwen/Qwen2.5-VL-3B-Instruct", "is not here").fix
+    many(tmp_path, 1)
+    with pytest.raises(ModelError, match="THUDM/CogVideoX-2b is not here") as caught:
+        command.caption(CaptionSettings(ds=tmp_path, model=str(llava), target="THUDM/CogVideoX-2b"))
+    assert "--target tiny" in caught.value.fix and "--model" not in caught.value.fix
 
 
 def test_a_model_that_takes_videos_gets_one(tmp_path, root):

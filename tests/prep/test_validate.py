@@ -20,7 +20,7 @@ from cogcommon.shards.records import read_record
 from cogprep.cli import app
 from cogprep.commands.validate import look_at_all, run, validate
 from cogprep.commands.verdict import show
-from cogprep.dataset.guesses import guess_folders, guess_turned
+from cogprep.dataset.guesses import guess_folders, guess_turned, guess_uncaptioned
 from cogprep.dataset.probe import Look, inside_bars
 from cogprep.plan.plan import tensor_bytes
 from cogprep.settings import EncodeSettings, ValidateSettings
@@ -340,6 +340,8 @@ def test_what_was_probably_meant_is_said(settings, root, capsys):
     assert not [*guess_turned(checkpoint, sizes[:1], lying), *guess_turned(checkpoint, sizes, lying)]
     entries = ["videos/good.mp4", "fast.mp4", "none.mp4"]
     assert not [*guess_folders(root, "some.txt", entries, entries[1:])]  # one of them is nowhere
+    (guess,) = guess_uncaptioned(root, ("prompts.txt", "some.txt"), ["", "written", ""], 3)
+    assert guess.what == "2 clips have no caption yet" and guess.fix.endswith(f"caption {root} --videos some.txt")
     (guess,) = guess_folders(root, "some.txt", entries[:2], entries[1:2])
     assert guess.what.startswith("1 path of some.txt lacks videos/") and "in front of these lines" in guess.fix
 
