@@ -16,6 +16,7 @@ from cogcommon.files.failures import machines_fault
 from cogcommon.files.ownership import take_output
 from cogprep.commands import clean_cache, preview
 from cogprep.commands.index import index
+from cogprep.commands.init import init
 from cogprep.commands.verify import verify
 from cogprep.encode.report import Report
 from cogprep.plan.folder import check_contract, commit_contract, read_contract, read_origin
@@ -86,6 +87,7 @@ def commands(encode_into: Callable[[Path], None], monkeypatch) -> dict[str, Call
         "clean-cache --all": lambda out: clean_cache.run(CleanSettings(out=out, yes=True, all=True)),
         "index": index,
         "verify": verify,
+        "init": init,
         "preview": lambda out: preview.run(PreviewSettings(out=out, json=True)),
         "preview --to": lambda out: preview.run(PreviewSettings(out=out / "none", to=out, json=True)),
     }
