@@ -247,6 +247,10 @@ def _show(told: SplitTold, settings: SplitSettings, console: Console) -> None:
     more = f" and {len(sheets) - _SHOWN:,} more" if len(sheets) > _SHOWN else ""
     console.print(f"look at the cuts: {shown}{more}")
     console.print("")
-    console.print(f"next: write a caption into each line of {Path(told.out) / PROMPTS}. Then:")
+    caption = command_line("cogprep", "caption", told.out)
+    console.print(
+        f"next: write a caption into each line of {Path(told.out) / PROMPTS}, or let a model write them, which takes a "
+        f"GPU: {caption}. Then:"
+    )
     validate = command_line("cogprep", "validate", "--data-root", told.out, "--resolution", "49x480x720")
     console.print(f"  {validate}", style="bold")

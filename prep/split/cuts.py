@@ -24,7 +24,9 @@ REACH_S = 3.0  # so far before and after a picture lies all that decides about i
 _AROUND_S = 0.4  # a cut stands out from so much on both sides,
 _AROUND = 6  # and from so many pictures at least
 _OTHERS = 2  # of these so many may change as much: more cuts, or a flash
-CUT = 8.0  # mean difference of two pictures; film grain makes 2, a jump in a drawn film up to 8
+_CUT = 8.0  # mean difference of two pictures; film grain makes 2, a jump in a drawn film up to 8
+_DIM, _DIMMEST = 60.0, 0.3  # in pictures darker than this all differences are smaller, down to this share
+LEAST_CUT = _DIMMEST * _CUT  # a smaller change is no cut in any light
 _STANDS_OUT = 2.0  # times the change of the pictures around it
 _FLASH = 4  # pictures that a flash lasts, or a cut that blends the shots, at most
 
@@ -63,12 +65,13 @@ def find_cuts(cells_NhwC: Cells, fps: float) -> Cuts:
     """
     gray_NP = cells_NhwC.mean(axis=3, dtype=np.float32).reshape(len(cells_NhwC), -1)
     change = np.concatenate([np.zeros(1, np.float32), differences(cells_NhwC[1:], cells_NhwC[:-1])])
-    begins, between = _hard(cells_NhwC, change, max(_AROUND, round(_AROUND_S * fps)))
-    for first, stop in _dissolves(cells_NhwC, gray_NP, fps):
+    dim = np.clip(gray_NP.mean(axis=1) / _DIM, _DIMMEST, 1)
+    begins, between = _hard(cells_NhwC, change / dim, max(_AROUND, round(_AROUND_S * fps)))
+    for first, stop in _dissolves(cells_NhwC, gray_NP, dim, fps):
         if not begins[first : stop + 1].any():
             between[first:stop] = True
             begins[stop] = True
-    return Cuts(begins, between, _blank(gray_NP, fps), _still(gray_NP, fps))
+    return Cuts(begins, between, _blank(gray_NP, fps), _still(gray_NP, dim, fps))
 
 
 def differences(some_hwC: Cells, others_hwC: Cells) -> Levels:
@@ -78,22 +81,28 @@ def differences(some_hwC: Cells, others_hwC: Cells) -> Levels:
 
 
 def _hard(cells_NhwC: Cells, change: Levels, around: int) -> tuple[Flags, Flags]:
-    """Pictures that are unlike the one before, which those around are not; and those in which two shots blend."""
+    """Pictures that are unlike the one before, which those around are not; and those in which two shots blend.
+
+    Args:
+        change: from the picture before, as if it were light.
+        around: so many pictures before and after are compared.
+    """
     windows = sliding_window_view(np.pad(change, around), 2 * around + 1)
     others = np.sort(np.delete(windows, around, axis=1), axis=1)
-    cuts: Flags = (change >= CUT) & (change >= _STANDS_OUT * others[:, -1 - _OTHERS])
+    cuts: Flags = (change >= _CUT) & (change >= _STANDS_OUT * others[:, -1 - _OTHERS])
     between = np.zeros(len(change), bool)
     for first, second in pairwise(np.flatnonzero(cuts)):
         if second - first <= _FLASH:
             back = differences(cells_NhwC[second], cells_NhwC[first - 1])
-            if back < 0.5 * min(change[first], change[second]):
+            jumps = differences(cells_NhwC[[first, second]], cells_NhwC[[first - 1, second - 1]])
+            if back < 0.5 * jumps.min():
                 cuts[[first, second]] = False  # the same shot goes on after a flash
             else:
                 between[first:second] = True
     return cuts, between
 
 
-def _dissolves(cells_NhwC: Cells, gray_NP: Levels, fps: float) -> Iterator[tuple[int, int]]:
+def _dissolves(cells_NhwC: Cells, gray_NP: Levels, dim: Levels, fps: float) -> Iterator[tuple[int, int]]:
     """From the first to past the last picture of each dissolve."""
     count = len(gray_NP)
     contrast = gray_NP.var(axis=1)
@@ -107,7 +116,7 @@ def _dissolves(cells_NhwC: Cells, gray_NP: Levels, fps: float) -> Iterator[tuple
         off = np.abs(gray_NP[middle] - mean_NP).mean(axis=1)
         gray_apart = np.abs(gray_NP[after] - gray_NP[before]).mean(axis=1)
         faded = contrast[middle] < _FADED * (contrast[before] + contrast[after]) / 2
-        found = np.where((unlike >= _UNLIKE) & (off < _BLEND * gray_apart) & faded, unlike, 0)
+        found = np.where((unlike >= _UNLIKE * dim[middle]) & (off < _BLEND * gray_apart) & faded, unlike, 0)
         wider = found > 1.1 * best[middle]  # of two that end in the same pictures the shorter one
         best[middle][wider], half_of[middle][wider] = found[wider], half
     while (peak := int(best.argmax())) and best[peak]:
@@ -132,12 +141,12 @@ def _blank(gray_NP: Levels, fps: float) -> Flags:
     return found
 
 
-def _still(gray_NP: Levels, fps: float) -> Flags:
+def _still(gray_NP: Levels, dim: Levels, fps: float) -> Flags:
     """Pictures from which no cell of the picture a while before differs, or none of that a while after."""
     step = max(1, round(_STILL_S * fps))
     still = np.zeros(len(gray_NP), bool)
     if step < len(gray_NP):
-        quiet = np.abs(gray_NP[step:] - gray_NP[:-step]).max(axis=1) <= _STILL
+        quiet = np.abs(gray_NP[step:] - gray_NP[:-step]).max(axis=1) <= _STILL * dim[step:]
         still[step:] |= quiet
         still[:-step] |= quiet
     return still

@@ -16,13 +16,13 @@ from ..source.part import Part
 from ..source.source_file import ClipSource
 from ..video.colour import Pixels
 from ..video.media import Video
-from .cuts import CUT, REACH_S, Cells, Cuts, differences, find_cuts
+from .cuts import LEAST_CUT, REACH_S, Cells, Cuts, differences, find_cuts
 
 _SIDE = 192  # pixels of a sketch's long side, and of a picture on the sheet
 _CELL = 4  # pixels of a sketch that make a cell
 _EVERY_S = 0.5  # a picture is kept for the sheet
 _QUALITY = 80
-_JUMP = 1.5  # times the change before, that of a picture which may begin a shot
+_JUMP = 2.0  # times the change before, that of a picture which may begin a shot
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def look_at(path: Path, film: Film, pictures: range) -> Stretch | ClipFault:
             for index, sketch_HWC in enumerate(video.sketches(_SIDE), begin):
                 cells.append(_cells(sketch_HWC))
                 change = float(differences(cells[-1], cells[-2])) if len(cells) > 1 else 0.0
-                if change >= CUT and change > _JUMP * last_change:  # perhaps a cut: both sides of it are kept
+                if change >= LEAST_CUT and change > _JUMP * last_change:  # perhaps a cut: both sides of it are kept
                     kept |= {index - 1: _jpeg(last_HWC), index: _jpeg(sketch_HWC)}
                 elif film.times_s[index] >= next_s:
                     kept[index] = _jpeg(sketch_HWC)

@@ -60,6 +60,13 @@ def test_hard_cuts_are_found_to_the_picture_and_no_others(speed):
     assert not found.between.any() and not found.blank.any()
 
 
+def test_cuts_of_dark_scenes_are_found_and_what_moves_there_is_not_still():
+    lengths = [40, 60, 30, 50]
+    found = find_cuts(film_of(*(shot(seed, count) * 0.2 for seed, count in enumerate(lengths))), FPS)
+    assert places(found.begins) == [40, 100, 130]
+    assert not found.still.any() and not found.blank.any()
+
+
 def test_dissolves_are_found_and_their_pictures_left_out():
     lengths = [6, 10, 12, 15, 20, 25, 30, 40] * 3
     shots = [shot(seed, 120, speed=0.3) for seed in range(len(lengths) + 1)]
@@ -74,8 +81,9 @@ def test_dissolves_are_found_and_their_pictures_left_out():
 
 
 def test_a_cut_through_blended_pictures_leaves_them_out():
-    found = find_cuts(film_of(*dissolve(shot(1, 60), shot(2, 60), 2)), FPS)
-    assert (places(found.between), places(found.begins)[-1]) == ([58, 59], 60)
+    for light in (1, 0.25):
+        found = find_cuts(film_of(*(light * shots for shots in dissolve(shot(1, 60), shot(2, 60), 2))), FPS)
+        assert (places(found.between), places(found.begins)[-1]) == ([58, 59], 60)
 
 
 @pytest.mark.parametrize("end", [0, 255])
