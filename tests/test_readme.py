@@ -1,4 +1,4 @@
-"""The tables of README and configs/README.md, and the files of configs/, are what they are made of: `make readme`."""
+"""The tables of the four pages, and the files of configs/, are what they are made of: `make readme`."""
 
 import dataclasses
 import re
@@ -11,11 +11,12 @@ from cogcommon.cli.settings import flag_of, shown_default
 from cogprep.settings import CaptionSettings, EncodeSettings
 from cogtrain.settings import LoraSettings
 from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
-from workshop.bench_train.verdicts import verdict_table
+from workshop.bench_train.verdicts import card_table, verdict_table
 
 ROOT = Path(__file__).parents[1]
-README, HARDWARE = ROOT / "README.md", ROOT / "configs/README.md"
-OPTIONS = {"cogprep encode": EncodeSettings, "cogprep caption": CaptionSettings, "cogtrain lora": LoraSettings}
+README, PREP, TRAIN, HARDWARE = PAGES = tuple(
+    ROOT / name for name in ("README.md", "prep/README.md", "train/README.md", "configs/README.md")
+)
 
 
 def table(cls) -> str:
@@ -28,9 +29,17 @@ def table(cls) -> str:
 
 def tables_of(page: Path) -> dict[str, str]:
     """The tables of a page by the mark before each."""
-    if page == HARDWARE:
-        return {"hardware table": guide_table(), "what fits": verdict_table(), "runs measured": measured_table()}
-    return {f"options of {name}": table(cls) for name, cls in OPTIONS.items()} | {"beside a plain loop": beside_table()}
+    return {
+        README: lambda: {"which card": card_table()},
+        PREP: lambda: {
+            "options of cogprep encode": table(EncodeSettings), "options of cogprep caption": table(CaptionSettings),
+        },
+        TRAIN: lambda: {"options of cogtrain lora": table(LoraSettings)},
+        HARDWARE: lambda: {
+            "hardware table": guide_table(), "beside a plain loop": beside_table(), "what fits": verdict_table(),
+            "runs measured": measured_table(),
+        },
+    }[page]()  # fmt: skip
 
 
 def with_tables(page: Path) -> str:
@@ -42,7 +51,7 @@ def with_tables(page: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("page", [README, HARDWARE], ids=["README", "configs/README"])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_pages_tables_are_what_they_are_made_of(page):
     assert with_tables(page) == page.read_text(encoding="utf-8"), "run `make readme`"
 
@@ -56,7 +65,7 @@ def test_the_files_of_the_sixteen_rows_are_what_they_are_made_of():
     "line",
     [
         line
-        for page in (README, HARDWARE)
+        for page in PAGES
         for line in re.findall(r"^cog(?:prep|train) [^#\n]*", page.read_text(encoding="utf-8"), re.M)
     ],
 )
@@ -67,6 +76,18 @@ def test_every_command_line_of_the_readme_parses(line):
     assert command in known, line
     given = {word.split("=")[0] for word in words if word.startswith("--")}
     assert given <= known[command], line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_between_the_pages_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_first_page_stays_short():
+    """Without its tables and code: what a person reads before they type."""
+    text = re.sub(r"```.*?```|^\|.*$", "", README.read_text(encoding="utf-8"), flags=re.S | re.M)
+    assert len(text.split()) < 1000
 
 
 def command_options(program: str) -> dict[str, set[str]]:
@@ -83,5 +104,5 @@ def command_options(program: str) -> dict[str, set[str]]:
 if __name__ == "__main__" and "--write" in sys.argv:
     for file, text in config_files().items():
         (ROOT / file).write_text(text, encoding="utf-8")
-    for page in (README, HARDWARE):
+    for page in PAGES:
         page.write_text(with_tables(page), encoding="utf-8")

@@ -1,17 +1,20 @@
-"""What fits on which card and host: `cogtrain plan`'s answers for one GPU, as a table of configs/README.md."""
+"""What fits on which card and host: `cogtrain plan`'s answers for one GPU, as tables of the pages."""
 
 from __future__ import annotations
 
 from itertools import product
 
-from cogcommon.model.families import BY_NAME
+from cogcommon.model.cards import card_named
+from cogcommon.model.families import BY_NAME, Family
 from cogcommon.model.published import published
+from cogcommon.words import in_words
 from cogtrain.commands.forecast import intents, lines_of
 from cogtrain.commands.plan import advised, best_few
-from cogtrain.memory.machine import machine_for
+from cogtrain.memory.machine import Machine, machine_for
 from cogtrain.settings import ForecastSettings
 
 _CARDS, _HOSTS = (12, 16, 24, 48, 80), (32, 64, 128)  # GB
+_NAMED, _THEIR_HOST = ("4060", "4070", "4080", "4090", "l40s", "h100"), 64  # of the first page's table
 _METHODS, _FAMILIES = {"lora": "LoRA", "sft": "all weights"}, ("2b", "5b", "1.5-5b")
 
 
@@ -24,6 +27,26 @@ def verdict_table() -> str:
         cells = [_verdict(card, host, method, family) for method, family in wanted]
         lines.append(f"| {card} GB | {host} GB | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def card_table() -> str:
+    """For a card of each size what a LoRA of each model takes, and the time of 500 steps, as Markdown."""
+    native = [f"{family.upper()} at {BY_NAME[family].native}" for family in _FAMILIES]
+    lines = [f"| GPU | {' | '.join(native)} |", "|---|" + "---|" * len(native)]
+    for name in _NAMED:
+        machine = machine_for(ForecastSettings(gpu=name, host=f"{_THEIR_HOST}GB"))
+        cells = [_takes(machine, BY_NAME[family]) for family in _FAMILIES]
+        lines.append(f"| {card_named(name).sold} GB ({machine.name}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _takes(machine: Machine, family: Family) -> str:
+    (run,) = intents(ForecastSettings(method="lora"), published(family), [family.native], machine)
+    line = advised(lines_of(run, machine), "lora")
+    if line is None:
+        return "needs more host memory"
+    assert line.computed_s
+    return f"{line.peak_gib:.0f} + {line.host_total_gib:.0f} GB, {in_words(500 * line.computed_s)}"
 
 
 def _verdict(card: int, host: int, method: str, family_name: str) -> str:
