@@ -107,10 +107,8 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, bef
     run = place / f"{strategy}-{before}-{after}-{number}"
     rng = random.Random(number)
     ranks = begin_ranks(strategy, before, run)
-    step = rng.randint(0, STEPS)
-    wait_for_step(lambda: ranks.running, run, step)
-    # In the middle of a step, of a checkpoint, between two; and of the export, which takes longer.
-    time.sleep(rng.random() * (2 if step == STEPS else 0.2))
+    wait_for_step(lambda: ranks.running, run, rng.randint(0, STEPS))
+    time.sleep(rng.random() * 0.2)  # in the middle of a step, of a checkpoint, between two, of the export
     killed = ranks.kill()
     print(f"{'killed' if killed else 'it had ended'}; {sorted(path.name for path in run.iterdir())}")
     finish_ranks(begin_ranks(strategy, after, run))
