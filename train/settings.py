@@ -290,10 +290,10 @@ class ExportSettings:
     """Settings of ``cogtrain export``."""
 
     run: Path | None = setting(None, "run folder, or a checkpoint-N in it", shown="required")
-    to: Literal["diffusers", "peft", "merged"] = setting(
+    to: Literal["diffusers", "comfyui", "peft", "merged"] = setting(
         "diffusers",
-        "diffusers: the LoRA file, or the transformer folder of sft; peft: a PEFT adapter folder; "
-        "merged: a transformer folder with the LoRA merged in",
+        "diffusers: the LoRA file, or the transformer folder of sft; comfyui: a LoRA file with the names of ComfyUI's "
+        "own CogVideoX; peft: a PEFT adapter folder; merged: a transformer folder with the LoRA merged in",
     )
     model: str | None = setting(None, "base checkpoint, if it is elsewhere now", shown="as trained")
     precision: Precision | None = setting(None, "number type of merged weights", shown="the run's")

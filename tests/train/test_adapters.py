@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 
 from cogcommon.errors import RunError, SettingError
 from cogcommon.model.checkpoint import open_checkpoint
@@ -16,6 +17,7 @@ from cogtrain.data.shards import open_shards
 from cogtrain.model import lora
 from cogtrain.model.adapters import ADAPTERS
 from cogtrain.model.compare import difference, output_on_noise
+from cogtrain.model.lora_file import read_facts
 from cogtrain.model.method import method_of, outline
 from cogtrain.model.objective import Objective
 from cogtrain.settings import AdapterName, ExportSettings, LoraSettings
@@ -91,7 +93,7 @@ def test_a_resumed_run_keeps_its_adapter(run, losses):
     whole, resumed = run("whole", steps=3), run("run", steps=3)
     assert losses(whole) == losses(resumed)
     assert losses(whole) != losses(run("plain", steps=3, adapter="lora"))
-    ours, theirs = (lora.load_file(folder / lora.FILE) for folder in (whole, resumed))
+    ours, theirs = (load_file(folder / lora.FILE) for folder in (whole, resumed))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     with pytest.raises(RunError, match="another --adapter: rslora then, lora now"):
@@ -117,7 +119,7 @@ def test_every_form_of_its_export_answers_as_the_run(run, capsys):
     fresh = open_checkpoint("tiny").load_transformer(torch.float32)
     assert difference(output_on_noise(fresh), expected) > 1e-3
 
-    fresh.load_lora_adapter(lora.load_file(folder / lora.FILE), prefix="transformer")
+    fresh.load_lora_adapter(load_file(folder / lora.FILE), prefix="transformer")
     assert difference(expected, output_on_noise(fresh)) < 1e-5
     for source in (folder, folder / "checkpoint-3"):  # from the file, and from the settings
         export.run(ExportSettings(run=source, to="peft", json=True, out=folder.parent / "peft" / source.name))
@@ -130,7 +132,7 @@ def test_every_form_of_its_export_answers_as_the_run(run, capsys):
 
 def test_the_run_tells_its_adapter(run):
     folder = run("run", steps=3)
-    assert lora.read_facts(folder / lora.FILE)["adapter"] == "rslora"
+    assert read_facts(folder / lora.FILE)["adapter"] == "rslora"
     assert 'adapter = "rslora"' in (folder / "config.toml").read_text()
     assert "# rsLoRA of tiny" in (folder / "README.md").read_text()
     assert "<h1>rsLoRA of tiny</h1>" in (folder / "report.html").read_text()

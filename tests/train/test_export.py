@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from cogcommon.errors import CogError, RunError
 from cogcommon.model.checkpoint import open_checkpoint
@@ -47,7 +48,21 @@ LOADERS = {
     "diffusers": through_pipeline,
     "peft": lambda folder: PeftModel.from_pretrained(fresh(), folder).get_base_model(),
     "merged": lambda folder: CogVideoXTransformer3DModel.from_pretrained(folder / "transformer"),
+    "comfyui": lambda folder: merged_as_comfyui_does(folder / "run-2-comfyui.safetensors"),
 }
+
+
+def merged_as_comfyui_does(file):
+    """By the rule of ComfyUI's loader for the four layers of each block that a run trains without --target-modules."""
+    transformer, tensors = fresh(), load_file(file)
+    names = {"q": "to_q", "k": "to_k", "v": "to_v", "attn_out": "to_out.0"}
+    with torch.no_grad():
+        for number, block in enumerate(transformer.transformer_blocks):
+            for theirs, ours in names.items():
+                a, b = (tensors.pop(f"diffusion_model.blocks.{number}.{theirs}.lora_{side}.weight") for side in "AB")
+                block.attn1.get_submodule(ours).weight += b @ a
+    assert not tensors
+    return transformer
 
 
 def test_every_form_of_a_lora_answers_as_the_run(lora_run, capsys):
@@ -95,8 +110,8 @@ def test_an_earlier_checkpoint_gives_its_own_weights(lora_run, capsys):
     for checkpoint in (first, second):
         export.run(ExportSettings(run=checkpoint))
     assert "step 1" in capsys.readouterr().out
-    last = lora.load_file(lora_run / lora.FILE)
-    of_first, of_second = (lora.load_file(c / "exported/diffusers" / lora.FILE) for c in (first, second))
+    last = load_file(lora_run / lora.FILE)
+    of_first, of_second = (load_file(c / "exported/diffusers" / lora.FILE) for c in (first, second))
     assert all(torch.equal(last[name], of_second[name]) for name in last)
     assert any(not torch.equal(last[name], of_first[name]) for name in last)
     assert "| steps | 1 of 2 |" in (first / "exported/diffusers/README.md").read_text()
@@ -120,8 +135,9 @@ def test_full_fine_tuning(tmp_path, make_shards, train_here):
         written = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "written/transformer")
         trained = dict(load(run / "transformer", open_checkpoint("tiny"), torch.float32).named_parameters())
         assert all(torch.equal(p, trained[name].bfloat16().float()) for name, p in written.float().named_parameters())
-    with pytest.raises(CogError, match="no adapter"):
-        export.run(ExportSettings(run=run, to="peft"))
+    for form in ("peft", "comfyui"):
+        with pytest.raises(CogError, match="no adapter"):
+            export.run(ExportSettings(run=run, to=form))
 
 
 def test_what_cannot_be_exported_is_said_in_words(tmp_path, lora_run):
@@ -148,6 +164,6 @@ def test_from_a_zero3_checkpoint(tmp_path, make_shards):
     )  # fmt: skip
     run = tmp_path / "run"
     export.run(ExportSettings(run=run / "checkpoint-1"))
-    mine, theirs = lora.load_file(run / lora.FILE), lora.load_file(run / "checkpoint-1/exported/diffusers" / lora.FILE)
+    mine, theirs = load_file(run / lora.FILE), load_file(run / "checkpoint-1/exported/diffusers" / lora.FILE)
     assert any(tensor.abs().max() > 0 for name, tensor in mine.items() if "lora_B" in name)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cogtrain.distributed.strategy import read_weights
 from cogtrain.model import lora
@@ -98,7 +99,7 @@ def test_steps_a_checkpoint_a_resume_and_an_export(tmp_path, shards, run_ranks, 
         assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"], row
         assert seen[f"{number}-6"][0]["samples"] != seen[f"{number}-3"][0]["samples"], row  # it went on
         if method == "lora":
-            state = lora.load_file(run / lora.FILE)
+            state = load_file(run / lora.FILE)
             assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in state.values()), row
         else:
             assert (run / "transformer/config.json").is_file(), row

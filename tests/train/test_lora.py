@@ -12,6 +12,7 @@ from cogcommon.model.device import pick_device
 from cogcommon.model.families import BUILTIN_NAMES
 from cogtrain.model import lora
 from cogtrain.model.compare import difference, output_on_noise
+from cogtrain.model.lora_file import read_facts
 
 CPU = pick_device()
 RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly
@@ -60,10 +61,10 @@ def test_the_file_is_fp32_without_alpha_keys_even_from_a_half_precision_base(tmp
     assert {t.dtype for t in state.values()} == {torch.float32}
     assert len(state) == 2 * 4 * 2  # A and B, four projections, two layers
     assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in state)
-    assert lora.read_facts(tmp_path / lora.FILE) == {"base_model": "tiny"}
+    assert read_facts(tmp_path / lora.FILE) == {"base_model": "tiny"}
     for others, read in ((["tiny"], {}), ({"family": ["5b"], "rank": 4, "alpha": "2"}, {"alpha": "2"})):
         save_file(state, tmp_path / "other.safetensors", metadata={"cogtune": json.dumps(others)})
-        assert lora.read_facts(tmp_path / "other.safetensors") == read
+        assert read_facts(tmp_path / "other.safetensors") == read
     found = lora.check(
         tmp_path / lora.FILE,
         checkpoint,

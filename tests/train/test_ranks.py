@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cogcommon.cli.settings import resolve
 from cogcommon.model.checkpoint import open_checkpoint
@@ -65,7 +66,7 @@ def test_every_strategy_method_and_family_trains_resumes_and_exports(
         assert size_of(run / "checkpoint-2") == pytest.approx(foretold.checkpoint, rel=0.02, abs=80_000), run.name
         assert size_of(weights) == pytest.approx(foretold.export, rel=0.04, abs=30_000), run.name
         if method == "lora":
-            state = lora.load_file(run / lora.FILE)
+            state = load_file(run / lora.FILE)
             assert all(tensor.numel() and tensor.abs().max() > 0 for tensor in state.values())
         else:
             tuned = CogVideoXTransformer3DModel.from_pretrained(run / "transformer")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from cogcommon.errors import RunError, SettingError
 from cogcommon.files.atomic import temporary_beside
@@ -188,7 +189,7 @@ def test_a_moving_average_is_resumed_and_exported(here, tmp_path):
     here(steps=2, ema=0.9)
     parts = here(steps=4, ema=0.9)
     assert losses(whole) == losses(plain)  # it watches, and changes nothing
-    files = [lora.load_file(run / lora.FILE) for run in (plain, whole, parts)]
+    files = [load_file(run / lora.FILE) for run in (plain, whole, parts)]
     assert all((files[1][name] == files[2][name]).all() for name in files[1])
     assert any((files[0][name] != files[1][name]).any() for name in files[0])
 
@@ -221,12 +222,13 @@ def test_a_finished_run_is_not_trained_further(here):
 
 def test_fewer_steps_than_were_made_are_not_what_the_weights_are_labelled_with(here):
     from cogtrain.model import lora
+    from cogtrain.model.lora_file import read_facts
     from cogtrain.runs.folder import read_run
 
     here(steps=3)
     run = here(steps=2)
     assert read_run(run).facts.steps == 3 and "| steps | 3 of 3 |" in (run / "README.md").read_text()
-    assert lora.read_facts(run / lora.FILE)["steps"] == "3"
+    assert read_facts(run / lora.FILE)["steps"] == "3"
 
 
 def test_epochs_given_as_an_option_take_the_place_of_a_runs_steps(here):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cogcommon.cli.settings import resolve
 from cogcommon.errors import ModelError
@@ -46,7 +47,7 @@ def test_two_steps_from_several_words(tmp_path, make_shards):
     (run,) = (tmp_path / "runs").iterdir()
     assert [line["step"] for line in metrics(run)] == [1, 2]
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in metrics(run))
-    state = lora.load_file(run / lora.FILE)
+    state = load_file(run / lora.FILE)
     assert len(state) == 2 * 4 * 4  # A and B, four blocks, four layers each
     assert any(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)
     assert done.stdout.splitlines()[-1].startswith("next: cogtrain generate --run runs/")

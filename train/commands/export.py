@@ -25,6 +25,7 @@ from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
 from ..distributed.strategy import read_weights
 from ..model import lora, sft
 from ..model.compare import check_answer, output_on_noise
+from ..model.lora_file import FILE, PEFT_CONFIG, PEFT_FILE, read_facts
 from ..model.method import Exported, method_of
 from ..report.card import Kind, write_card
 from ..runs import checkpoint as checkpoints
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_FILES = (lora.FILE, PEFT_FILE, PEFT_CONFIG)
+_FILES = (FILE, PEFT_FILE, PEFT_CONFIG)
 _EXPORT = "an export"  # what made the files of a folder
 
 
@@ -54,10 +54,10 @@ def run(settings: ExportSettings) -> None:
         )
     is_checkpoint = (folder / checkpoints.STATE_FILE).is_file()
     run = read_run(folder.absolute().parent if is_checkpoint else folder)
-    if settings.to == "peft" and run.facts.method == "sft":
+    if settings.to in ("peft", "comfyui") and run.facts.method == "sft":
         raise SettingError(
             "full fine-tuning has no adapter: all weights have changed",
-            where=f"--to peft, {run.folder}",
+            where=f"--to {settings.to}, {run.folder}",
             fix="--to diffusers",
         )
     out = settings.out or folder / "exported" / settings.to
@@ -86,14 +86,15 @@ def run(settings: ExportSettings) -> None:
     kind: Kind
     with disk_errors(out):
         made = take_output(out, _EXPORT, "--out", asked)
-        made.open(*_FILES)
+        files = _files(settings.to, run, step)
+        made.open(*files)
         if run.facts.method == "sft" or settings.to == "merged":
             kind, exported = "transformer", _as_transformer(transformer, model, out, stored)
         elif settings.to == "peft":
             kind, exported = "peft", _as_peft(transformer, model, out, compute)
         else:
-            kind, exported = "lora", _as_lora(transformer, model, out, compute, run, step)
-        made.close(*_FILES)
+            kind, exported = "lora", _as_lora(transformer, model, out / files[0], compute, run, step)
+        made.close(*files)
         card = write_card(out, run, kind, step)
     if settings.json:
         print(json_text({"path": str(exported.path), "kind": kind, "step": step, "difference": exported.difference}))
@@ -105,18 +106,26 @@ def run(settings: ExportSettings) -> None:
         console.print(f"{out / CARD_FILE} was changed by somebody, and stays as it is")
 
 
+def _files(to: str, run: RecordedRun, step: int) -> tuple[str, ...]:
+    """What an export writes beside its card. ComfyUI lists the files of all runs together, so each has its own name."""
+    if to == "comfyui":
+        # kijai's wrapper and others cut a name at its first dot, so there is none.
+        return (f"{run.folder.absolute().name.replace('.', '-')}-{step}-comfyui.safetensors",)
+    return _FILES
+
+
 def _adopt(out: Path, run: RecordedRun, step: int, asked: str) -> None:
     """Write the record of an export that is older than records: of a LoRA file that says it is of this run."""
-    file = out / lora.FILE
+    file = out / FILE
     if os.path.lexists(out / RECORD_FILE) or not is_file(file):
         return
     try:
-        facts = lora.read_facts(file)
+        facts = read_facts(file)
     except ModelError:
         return
     if facts.get("shards") == run.facts.shards_fingerprint and facts.get("base_model") == run.facts.model:
         request = asked if facts.get("steps") == str(step) else ""
-        record_of(out, _EXPORT, lambda name: name == lora.FILE, request).write()
+        record_of(out, _EXPORT, lambda name: name == FILE, request).write()
 
 
 def _trained(
@@ -129,8 +138,8 @@ def _trained(
     if not is_checkpoint and full and (folder / sft.FOLDER).is_dir():
         return sft.load(folder / sft.FOLDER, model, dtype)
     transformer = model.load_transformer(dtype)
-    if not is_checkpoint and not full and (folder / lora.FILE).is_file():
-        lora.load(folder / lora.FILE, model, transformer)
+    if not is_checkpoint and not full and (folder / FILE).is_file():
+        lora.load(folder / FILE, model, transformer)
         return transformer
     if not is_checkpoint:
         latest = checkpoints.list_checkpoints(folder)
@@ -155,11 +164,12 @@ def _trained(
 def _as_lora(
     transformer: CogVideoXTransformer3DModel,
     model: Checkpoint,
-    out: Path,
+    file: Path,
     dtype: torch.dtype,
     run: RecordedRun,
     step: int,
 ) -> Exported:
+    """A LoRA file, with the names of diffusers or, under another name than diffusers looks for, of ComfyUI."""
     import torch
 
     facts = {
@@ -172,7 +182,7 @@ def _as_lora(
     }
     expected = output_on_noise(transformer)
     state = lora.state_dict(transformer)
-    file = lora.save(state, out, facts)
+    lora.save(state if file.name == FILE else lora.for_comfyui(state), file.parent, facts, file.name)
     return Exported(file, lora.check(file, model, state, expected, torch.device("cpu"), dtype))
 
 

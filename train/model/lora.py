@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogcommon.errors import ModelError, SettingError
+from cogcommon.errors import SettingError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.model.checkpoint import Checkpoint
 
@@ -24,16 +24,16 @@ from ..settings import TARGET_MODULES, AdapterName
 from .adapters import ADAPTERS
 from .compare import check_answer
 from .finite import refuse_to_write
+from .lora_file import FACTS, read_lora
+from .lora_file import FILE as FILE
+from .lora_names import comfyui_name
 
 if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
-
 _ADAPTER = "default"
 _PREFIX = "transformer."
-_FACTS = "cogtune"  # entry of the file's own metadata; other loaders pass over it
 
 
 def attach(
@@ -153,11 +153,11 @@ def state_dict(
     return state
 
 
-def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, str]) -> Path:
-    """Write ``pytorch_lora_weights.safetensors``, whole or not at all.
+def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, str], name: str = FILE) -> Path:
+    """Write a LoRA file, whole or not at all.
 
     Args:
-        state: from `state_dict`.
+        state: from `state_dict`, or `for_comfyui` of it.
         facts: what the reader should know (``base_model``, ``family``, ``adapter``,
             ``rank``, ``alpha``, ...); kept in the file's metadata under a name of ours.
 
@@ -166,91 +166,31 @@ def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, st
     """
     from safetensors.torch import save as to_bytes
 
-    path = folder / FILE
-    metadata = {"format": "pt", _FACTS: json.dumps(dict(facts), sort_keys=True)}
+    path = folder / name
+    metadata = {"format": "pt", FACTS: json.dumps(dict(facts), sort_keys=True)}
     folder.mkdir(parents=True, exist_ok=True)
     commit_bytes(path, to_bytes(dict(state), metadata=metadata))
     return path
 
 
-def read_facts(file: Path) -> dict[str, str]:
-    """What `save` wrote beside the weights; of a file of another tool, what reads like it, or nothing.
-
-    Raises:
-        ModelError: no safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            facts = json.loads((opened.metadata() or {}).get(_FACTS, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"not a LoRA file: {error}", where=str(file), fix=f"give a {FILE}") from error
-    if not isinstance(facts, dict):
-        return {}
-    return {name: value for name, value in facts.items() if isinstance(value, str)}
-
-
-def load_file(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA file.
-
-    Raises:
-        ModelError: no safetensors file, or no LoRA in diffusers' keys.
-    """
-    from safetensors.torch import load_file as load
-
-    read_facts(file)
-    state = load(file)
-    if not state or not all(name.startswith(_PREFIX) and ".lora_" in name for name in state):
-        odd = next((name for name in state if not name.startswith(_PREFIX) or ".lora_" not in name), "no tensor")
-        raise ModelError(
-            f"not a LoRA of a CogVideoX transformer in diffusers' keys ({odd})",
-            where=str(file),
-            fix=f"give the {FILE} of a run",
-        )
-    return state
-
-
-def check_fits(file: Path, checkpoint: Checkpoint, transformer: torch.nn.Module) -> None:
-    """Refuse a LoRA that was made for another transformer.
-
-    Raises:
-        ModelError: names the first layer that is missing or of another shape, or
-            the family for which the file says it was trained.
-    """
-    trained_for = read_facts(file).get("family", checkpoint.family.name)
-    modules = dict(transformer.named_modules())
-    fault = None
-    if trained_for != checkpoint.family.name:
-        fault = f"it was trained for {trained_for}"
-    for name, tensor in load_file(file).items():
-        layer = name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0]
-        if fault or not name.endswith(("lora_A.weight", "lora_B.weight")):
-            continue
-        weight = getattr(modules.get(layer), "weight", None)
-        side = 1 if ".lora_A." in name else 0  # A meets the layer's input, B its output
-        if weight is None:
-            fault = f"the model has no layer {layer}"
-        elif weight.shape[side] != tensor.shape[side]:
-            fault = f"{layer} is {weight.shape[side]} wide in the model and {tensor.shape[side]} in the file"
-    if fault:
-        raise ModelError(
-            f"this LoRA is not for {checkpoint.name} ({checkpoint.family.name}): {fault}",
-            where=str(file),
-            fix="give the --model that it was trained on",
-        )
+def for_comfyui(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A `state_dict` with the names of ComfyUI's own CogVideoX: ``diffusion_model.blocks.0.q.lora_A.weight``."""
+    named = {}
+    for name, tensor in state.items():
+        layer, side = name.removeprefix(_PREFIX).rsplit(".lora_", 1)
+        named[f"{comfyui_name(layer)}.lora_{side}"] = tensor
+    return named
 
 
 def load(file: Path, checkpoint: Checkpoint, transformer: CogVideoXTransformer3DModel) -> None:
-    """Put a LoRA file onto a plain transformer, as diffusers' pipelines do; adapters in fp32.
+    """Put a LoRA file, of whatever tool, onto a plain transformer, as diffusers' pipelines do; adapters in fp32.
 
     Raises:
         ModelError: not a LoRA file, or one for another model.
     """
     import torch
 
-    check_fits(file, checkpoint, transformer)
-    state = load_file(file)
+    state = read_lora(file, checkpoint, transformer).state
     transformer.load_lora_adapter(dict(state), prefix="transformer", adapter_name=_ADAPTER)
     with torch.no_grad():
         for name, layer in _layers(transformer):

@@ -34,6 +34,7 @@ from cogcommon.files.ownership import (
 from cogcommon.files.typed import build, parse_object
 
 from ..model import lora, sft
+from ..model.lora_file import read_facts
 from ..settings import LoraSettings, SftSettings
 from .checkpoint import folder_name, list_checkpoints, read_state
 from .folder import (
@@ -177,7 +178,7 @@ def _is_runs(path: Path, facts: RunFacts) -> bool:
             page = path.read_text(encoding="utf-8")
             return page.startswith(report_head(facts)) and page.endswith("</body></html>\n")
         if path.name == lora.FILE:
-            return lora.read_facts(path).get("shards") == facts.shards_fingerprint
+            return read_facts(path).get("shards") == facts.shards_fingerprint
         return path.name == FACTS_FILE
     except (OSError, ValueError, CogError):
         return False

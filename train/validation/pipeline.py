@@ -14,7 +14,8 @@ from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Resolution
 
 from ..blocks.plan import FORWARD, Load
-from ..model import lora, sft
+from ..model import sft
+from ..model.lora_file import read_lora
 from .tuned import Tuned
 from .videos import DECODE_BYTES_PER_PIXEL, scheduler_of, tile_within
 
@@ -50,11 +51,10 @@ def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
         transformer = sft.load(tuned.transformer_folder, checkpoint, dtype)
     else:
         transformer = checkpoint.load_transformer(dtype)
-    if tuned.lora_file:
-        lora.check_fits(tuned.lora_file, checkpoint, transformer)
+    found = read_lora(tuned.lora_file, checkpoint, transformer) if tuned.lora_file else None
     pipeline = pipeline_of(checkpoint, transformer, dtype)
-    if tuned.lora_file:
-        pipeline.load_lora_weights(tuned.lora_file.parent, weight_name=tuned.lora_file.name)
+    if found:
+        pipeline.load_lora_weights(dict(found.state))
     return pipeline
 
 

@@ -10,6 +10,7 @@ from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.families import Resolution
 
 from ..model import lora, sft
+from ..model.lora_file import read_facts
 from ..runs.folder import FACTS_FILE, read_run, read_settings
 
 
@@ -60,7 +61,7 @@ def find_tuned(run: Path | None, lora_file: Path | None, transformer: Path | Non
         lora_file = lora_file / lora.FILE if lora_file.is_dir() else lora_file
         if not lora_file.is_file():
             raise RunError("no such file", where=str(lora_file), fix=f"--lora RUN/{lora.FILE}")
-        facts = lora.read_facts(lora_file)
+        facts = read_facts(lora_file)
         model, revision = model or facts.get("base_model"), None if model else facts.get("revision")
     elif transformer and not (transformer / "config.json").is_file():
         raise RunError("not a transformer folder", where=str(transformer), fix="--transformer RUN/transformer")
