@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cogtrain.cli import app
-from cogtrain.distributed.zero_config import STAGE, choose_strategy, deepspeed_config
+from cogtrain.distributed.strategies import STRATEGIES
+from cogtrain.distributed.zero_config import choose_strategy, deepspeed_config
 from cogtrain.runs import run
 from cogtrain.runs.folder import read_metrics
 from cogtrain.settings import LoraSettings, SftSettings
@@ -103,4 +104,4 @@ def test_a_template_changes_nothing_and_names_its_strategy(template):
 
 
 def test_there_is_a_template_for_every_strategy():
-    assert {template.stem for template in TEMPLATES} == set(STAGE) - {"ddp"}
+    assert {template.stem for template in TEMPLATES} == set(STRATEGIES) - {"ddp"}

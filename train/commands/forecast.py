@@ -14,7 +14,8 @@ from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.model.published import known_checkpoint
 
 from ..distributed.optimizer import check_optimizer
-from ..distributed.zero_config import Strategy, choose_strategy
+from ..distributed.strategies import Strategy
+from ..distributed.zero_config import choose_strategy
 from ..memory.disk import writes
 from ..memory.estimate import Estimate, Intent, Trains, choices
 from ..memory.machine import Machine

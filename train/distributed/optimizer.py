@@ -11,7 +11,8 @@ from cogcommon.errors import SettingError
 
 from ..settings import Optimizer, TrainSettings
 from . import zero
-from .zero_config import Strategy, can_spread
+from .strategies import STRATEGIES, Strategy
+from .zero_config import can_spread
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ def check_optimizer(settings: TrainSettings, strategy: Strategy) -> None:
     if not can_spread(name, strategy):
         why = (
             f"--optimizer {name} does not step in host memory"
-            if strategy.endswith("-offload")
+            if STRATEGIES[strategy].offloads
             else f"Prodigy finds one rate from all weights; under {strategy} each process has a part of them"
         )
         fix = "--strategy ddp" if name == "prodigy" else "a strategy without -offload"

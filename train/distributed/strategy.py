@@ -23,7 +23,8 @@ from cogcommon.files.memory import free_gpu_memory
 from ..settings import TrainSettings
 from . import zero
 from .peers import Peers, meet
-from .zero_config import STAGE, Strategy, deepspeed_config
+from .strategies import STRATEGIES, Strategy
+from .zero_config import deepspeed_config
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ class Runtime:
     @property
     def whole(self) -> bool:
         """Every process holds all weights."""
-        return STAGE[self.strategy] < 3
+        return STRATEGIES[self.strategy].whole
 
     @property
     def sharded(self) -> bool:

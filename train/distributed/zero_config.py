@@ -10,15 +10,13 @@ import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cogcommon.errors import SettingError
 from cogcommon.files.typed import parse_object
 
 from ..settings import Optimizer, TrainSettings
-
-Strategy = Literal["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
-STAGE: Mapping[str, int] = {"ddp": 0, "zero1": 1, "zero2": 2, "zero2-offload": 2, "zero3": 3, "zero3-offload": 3}
+from .strategies import STRATEGIES, Strategy
 
 
 def can_spread(optimizer: Optimizer, strategy: Strategy) -> bool:
@@ -29,7 +27,7 @@ def can_spread(optimizer: Optimizer, strategy: Strategy) -> bool:
     """
     if strategy == "ddp":
         return True
-    return optimizer == "adamw" if strategy.endswith("-offload") else optimizer != "prodigy"
+    return optimizer == "adamw" if STRATEGIES[strategy].offloads else optimizer != "prodigy"
 
 
 def choose_strategy(settings: TrainSettings, *, full: bool, gpus: int) -> Strategy:
@@ -47,7 +45,7 @@ def choose_strategy(settings: TrainSettings, *, full: bool, gpus: int) -> Strate
             zero.get(part, {}).get("device", "none") != "none" for part in ("offload_optimizer", "offload_param")
         )
         named = f"zero{zero.get('stage', 0)}" + ("-offload" if offload else "")
-        if named not in STAGE or named == "ddp":
+        if named not in STRATEGIES or named == "ddp":
             raise SettingError(
                 f"no strategy is {named}; the file must say one of stages 1 to 3, offload with 2 or 3",
                 where=f"{settings.deepspeed}: zero_optimization",
@@ -63,23 +61,23 @@ def deepspeed_config(settings: TrainSettings, strategy: Strategy, precision: str
     Raises:
         SettingError: the file contradicts a setting; both are named.
     """
+    spread = STRATEGIES[strategy]
     zero: dict[str, Any] = {
-        "stage": STAGE[strategy],
+        "stage": spread.stage,
         "contiguous_gradients": True,
         "overlap_comm": True,
         # 5e8 elements is DeepSpeed's default; 5e7 takes 100 MB instead of 1 GB in bf16. Stage 3 lets the host be only
         # two buckets ahead of the GPU, which are two weights of 5B if they are small.
-        "reduce_bucket_size": 200_000_000 if STAGE[strategy] == 3 else 50_000_000,
+        "reduce_bucket_size": 50_000_000 if spread.whole else 200_000_000,
     }
-    if strategy == "zero3":
+    if not spread.whole:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    if strategy.endswith("-offload"):
+    if spread.offloads:
         place = {"device": "cpu", "pin_memory": True}
         if settings.nvme is not None:
             place = {"device": "nvme", "nvme_path": str(settings.nvme), "pin_memory": True}
         zero["offload_optimizer"] = dict(place)
-        if strategy == "zero3-offload":
-            zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if spread.offloads_weights:
             zero["offload_param"] = dict(place)
             if settings.nvme is not None:
                 # A block's eight large weights are read at once (`zero.gather_by_block`), and more of the next. The

@@ -10,7 +10,7 @@ from cogcommon.errors import DiskError
 from cogcommon.files.failures import room_of
 from cogcommon.words import in_bytes
 
-from ..distributed.zero_config import STAGE, Strategy
+from ..distributed.strategies import STRATEGIES, Strategy
 from ..runs.checkpoint import list_checkpoints
 from .estimate import STATES, Trains, trained_weights
 
@@ -57,7 +57,7 @@ def writes(run: Trains, strategy: Strategy | None = None) -> Writes:
     if settings.optimizer == "prodigy" and not run.method.full:
         states -= 2  # half of the adapters began at zero, which it need not remember
     # The fp32 weights and what the optimizer keeps of them; stages 1 and 2 write what they compute with, too.
-    each = 4 + states + 4 * (settings.ema > 0) + (size if STAGE[strategy] in (1, 2) else 0)
+    each = 4 + states + 4 * (settings.ema > 0) + (size if STRATEGIES[strategy].stage in (1, 2) else 0)
     return Writes(int(each * weights), weights * (size if run.method.full else 4), settings.keep)
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..blocks.plan import USABLE, BlockPlan, Load, Memory, choose_plan
 from ..data.batches import bytes_ahead
-from ..distributed.zero_config import STAGE, Strategy, can_spread, deepspeed_config
+from ..distributed.strategies import STRATEGIES, Strategy
+from ..distributed.zero_config import can_spread, deepspeed_config
 from ..settings import LoraSettings, Optimizer
 from .cost import Speed, plan_cost
 from .host import HostNeeds, itself, offloaded_bytes
@@ -67,7 +68,6 @@ class Intent:
 # them. Prodigy: two moments, the sum of gradients and the weight as it was (none for LoRA's B, which began at zero).
 STATES: Mapping[Optimizer, float] = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "prodigy": 16.0}
 _MEMORIES: tuple[Memory, ...] = ("auto", "fast", "low")
-_STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 _SUB_GROUP = 10**9  # weights that ZeRO-3 steps at once (sub_group_size)
 _LIVE = 10**9  # weights that ZeRO-3 holds whole at most (stage3_max_live_parameters, where the passes turn round)
 
@@ -177,7 +177,7 @@ def choices(
         card, host, processes, speed, gpu: as in `estimate`.
     """
     found: list[Estimate] = []
-    for strategy, memory in product(_STRATEGIES, _MEMORIES):
+    for strategy, memory in product(STRATEGIES, _MEMORIES):
         if not _possible(run, strategy):
             continue
         needs = estimate(
@@ -189,7 +189,8 @@ def choices(
 
 
 def _possible(run: Trains, strategy: Strategy) -> bool:
-    if run.world == 1 and strategy in ("zero1", "zero2", "zero3"):
+    spread = STRATEGIES[strategy]
+    if run.world == 1 and spread.stage and not spread.offloads:
         return False  # nothing to spread over
     return strategy == "ddp" or (not run.settings.ema and can_spread(run.settings.optimizer, strategy))
 
@@ -234,12 +235,12 @@ def load_of(run: Trains, *, strategy: Strategy | None = None, batch: int | None 
         for bucket in run.buckets
     ]
     load = max(loads, key=lambda load: load.activation)
-    if STAGE[strategy] < 3:
+    if STRATEGIES[strategy].whole:
         return load
     size, base = _size(run), _load(run, run.buckets[0], batch=1)
     zero = _zero(run, strategy)
     live = min(int(zero["stage3_max_live_parameters"]) * size, base.whole)
-    here = 0 if strategy == "zero3-offload" else 1 / run.world
+    here = 0 if STRATEGIES[strategy].offloads_weights else 1 / run.world
     # Gradients on their way: a block's as they come, a bucket, its copy in parts, and this process's part of the sum.
     trained, bucket = trained_weights(run), int(zero["reduce_bucket_size"])
     exchanged = trained / base.layers + bucket + min(trained, bucket) * (1 + 1 / run.world)
@@ -281,12 +282,12 @@ def bytes_a_weight(
     Args:
         size: bytes of a number as computed.
     """
-    states = STATES[optimizer]
-    if strategy == "ddp":
+    states, spread = STATES[optimizer], STRATEGIES[strategy]
+    if not spread.stage:
         return 8 + states + 4 * ema
-    if strategy.endswith("-offload"):
-        return size if STAGE[strategy] == 2 else 0
-    if strategy == "zero3":
+    if spread.offloads:
+        return size if spread.whole else 0
+    if not spread.whole:
         return (2 * size + 4 + states) / world
     return size + (size + 4 + states) / world
 
@@ -301,13 +302,15 @@ def bytes_apart(
     came, made one piece and in fp32 (2 + 2 + 4 bytes in half precision); under stage 3 that is done for a billion
     weights at a time. (DeepSpeed 0.19, runtime/zero; test_live_bytes counts it.)
     """
-    part, states = weights / world, STATES[optimizer]
-    step: dict[Strategy, float] = {"zero3": (2 * size + 4 + states) * part + (size + 4) * min(_SUB_GROUP, part)}
-    step |= dict.fromkeys(("zero1", "zero2"), size * weights + (2 * size + 8 + states) * part)
-    start: float = {0: 0, 1: 2, 2: 2, 3: 1}[STAGE[strategy]] * size * weights
-    if strategy == "zero3":
-        start += size * part
-    return max(start, step.get(strategy, 0.0))
+    part, states, spread = weights / world, STATES[optimizer], STRATEGIES[strategy]
+    if not spread.stage:
+        return 0
+    start: float = (2 if spread.whole else 1) * size * weights
+    if spread.offloads:
+        return start
+    if spread.whole:
+        return max(start, size * weights + (2 * size + 8 + states) * part)
+    return max(start + size * part, (2 * size + 4 + states) * part + (size + 4) * min(_SUB_GROUP, part))
 
 
 def trained_weights(run: Trains) -> int:
@@ -321,6 +324,3 @@ def trained_weights(run: Trains) -> int:
 @lru_cache(maxsize=8)
 def _counted(method: Method, transformer: CogVideoXTransformer3DModel) -> int:
     return method.trained(transformer)
-
-
-assert set(_STRATEGIES) == set(STAGE)

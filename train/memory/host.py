@@ -6,18 +6,15 @@ trained there is not counted; on CPUs all of the step is here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..blocks.plan import BlockPlan, Load
-from ..distributed.zero_config import Strategy
+from ..distributed.strategies import STRATEGIES, Strategy
 
 # A process itself. On CPUs: Python, torch, diffusers and what they import, all that no other process shares. On a GPU
 # CUDA's libraries and context, too: runs of measured.jsonl held 2.3 to 3.5 GiB each that no plan explains.
 ITSELF, ITSELF_GPU = 400 << 20, 7 << 29
 _DEEPSPEED = 80 << 20  # what it imports
-# Bytes of a weight in each piece of host memory that DeepSpeed locks.
-_LOCKED: Mapping[str, tuple[int, ...]] = {"zero2-offload": (4, 4, 2), "zero3-offload": (2, 4, 2)}
 _LOCKABLE = 0.8  # of what is left; what is locked cannot be swapped
 
 
@@ -87,23 +84,14 @@ def itself(*, gpu: bool, strategy: Strategy) -> int:
     return ITSELF + (0 if strategy == "ddp" else _DEEPSPEED)
 
 
-def host_bytes_a_weight(strategy: Strategy) -> int:
-    """Host memory of a weight that DeepSpeed offloads, for the process whose part it is in.
-
-    An fp32 master, its gradient and two moments, and a copy in half precision; under stage 3 gradients as they
-    came, too.
-    """
-    return {"zero2-offload": 18, "zero3-offload": 20}.get(strategy, 0)
-
-
 def offloaded_bytes(weights: float, strategy: Strategy) -> float:
     """Host memory that DeepSpeed takes for a process's part of the trained weights.
 
     Some of it is in one page-locked piece each, for which torch takes the next power of two: under stage 2 all but the
     moments (122 GiB for 5B, where 93 would do), under stage 3 copies and gradients.
     """
-    if not weights or strategy not in _LOCKED:
-        return host_bytes_a_weight(strategy) * weights
-    locked = _LOCKED[strategy]
-    pieces = sum(1 << int(size * weights - 1).bit_length() for size in locked)
-    return (host_bytes_a_weight(strategy) - sum(locked)) * weights + pieces
+    spread = STRATEGIES[strategy]
+    if not weights or not spread.offloads:
+        return 0
+    pieces = sum(1 << int(size * weights - 1).bit_length() for size in spread.locked)
+    return (spread.host_bytes - sum(spread.locked)) * weights + pieces

@@ -10,6 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..distributed.strategies import Strategy
+
 FILE = "measured.jsonl"
 REFERENCE = "reference"  # as ``memory``: not ours, the plain loop of ``workshop.bench_train.plain`` beside it
 
@@ -26,7 +28,7 @@ class Measured:
     resolution: str
     batch_size: int
     precision: str
-    strategy: str
+    strategy: Strategy
     memory: str  # as --memory, or REFERENCE
     plan: str  # how the blocks were run, in words, for people
     attention: str  # by which kernel (`blocks.attention.Kernel`)

@@ -11,6 +11,7 @@ from cogcommon.model.device import visible_gpus
 
 from ..blocks.plan import Memory, gib
 from ..distributed.optimizer import check_optimizer_installed
+from ..distributed.strategies import STRATEGIES
 from ..runs.run import Run
 from .estimate import estimate
 
@@ -30,7 +31,7 @@ def check_ready(run: Run, processes: int, device: torch.device | None = None) ->
     """
     check_optimizer_installed(run.settings.optimizer, run.strategy)
     check_host_memory(run, processes, device)
-    if run.strategy.endswith("-offload"):
+    if STRATEGIES[run.strategy].offloads:
         from ..distributed.zero import check_deepspeed_cpu_adam
 
         check_deepspeed_cpu_adam()
@@ -69,7 +70,7 @@ def check_host_memory(run: Run, processes: int, device: torch.device | None = No
     if smaller := next((batch for batch in range(asked - 1, 0, -1) if takes(batch) <= there), 0):
         ways.append(f"--batch-size {smaller}")
     ways += ["--nproc with fewer processes"] * (processes > 1)
-    ways += ["another --strategy"] * run.strategy.endswith("-offload")
+    ways += ["another --strategy"] * STRATEGIES[run.strategy].offloads
     each = f", {gib(needed / processes)} for each of {processes} processes" if processes > 1 else ""
     raise RunError(
         f"this run takes {gib(needed)} of host memory{each}, and {gib(there)} are there",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cogcommon.model.cards import card_like
 
 from ..blocks.attention import Kernel
-from ..distributed.zero_config import STAGE
+from ..distributed.strategies import STRATEGIES
 from .cost import ATTENTION, Speed, plan_cost
 from .estimate import Estimate, Trains, trained_weights
 
@@ -49,7 +49,7 @@ def seconds(run: Trains, needs: Estimate, speed: Speed, kernel: Kernel = "cudnn"
     never measured exchange with each other under ZeRO. Stage 1 is computed as stage 2, and what stage 2 offloads as
     what stage 3 does; neither was measured.
     """
-    stage, load, plan = STAGE[needs.strategy], needs.load, needs.plan
+    stage, load, plan = STRATEGIES[needs.strategy].stage, needs.load, needs.plan
     if kernel not in ATTENTION or not plan.compiled or (stage and speed.published):
         return None
     if stage == 0:
@@ -57,7 +57,7 @@ def seconds(run: Trains, needs: Estimate, speed: Speed, kernel: Kernel = "cudnn"
     weights = trained_weights(run)
     each, a_weight = _ZERO_3 if stage == 3 else _ZERO
     theirs = each + a_weight * weights
-    if needs.strategy.endswith("-offload"):
+    if STRATEGIES[needs.strategy].offloads:
         theirs += _OFFLOADED * weights / run.world
     # Its update is in that.
     return theirs + plan_cost(run, replace(load, trained=0), speed, kernel)(plan)

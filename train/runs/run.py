@@ -24,7 +24,8 @@ from ..distributed import zero
 from ..distributed.groups import DataGroups, data_groups
 from ..distributed.optimizer import check_optimizer
 from ..distributed.peers import ALONE, Peers
-from ..distributed.zero_config import Strategy, choose_strategy, deepspeed_config
+from ..distributed.strategies import STRATEGIES, Strategy
+from ..distributed.zero_config import choose_strategy, deepspeed_config
 from ..model.method import Method, method_of
 from ..settings import TrainSettings
 from ..store.cache import Cache
@@ -219,13 +220,13 @@ def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
             where="--ema, --strategy",
             fix="--strategy ddp, or leave --ema out",
         )
-    if settings.nvme is not None and not strategy.endswith("-offload"):
+    if settings.nvme is not None and not STRATEGIES[strategy].offloads:
         raise SettingError(
             f"--nvme is where an -offload strategy puts things; {strategy} offloads nothing",
             where="--nvme, --strategy",
             fix="--strategy zero3-offload",
         )
-    if settings.nvme is not None and strategy != "zero3-offload":
+    if settings.nvme is not None and not STRATEGIES[strategy].offloads_weights:
         raise SettingError(
             f"{strategy} offloads to host memory only",
             where="--nvme, --strategy",

@@ -18,6 +18,7 @@ from ..data.sample_rng import seed_of
 from ..distributed.optimizer import clip_gradients, finish_update, learning_rate, make_optimizer
 from ..distributed.peers import Peers, meet
 from ..distributed.signals import Stopped, StopRequest
+from ..distributed.strategies import STRATEGIES
 from ..distributed.strategy import Runtime, start
 from ..memory.disk import check_room
 from ..memory.install import install
@@ -224,7 +225,7 @@ def _load_model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list
     transformer.train()
     engine = install(transformer, run, runtime, log, room)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    offload_optimizer = run.strategy.endswith("-offload")
+    offload_optimizer = STRATEGIES[run.strategy].offloads
     optimizer = make_optimizer(
         trained, run.settings, runtime.device, offload_optimizer=offload_optimizer, cpu_training=engine.cpu_training
     )

@@ -10,6 +10,7 @@ from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.blocks.plan import BlockPlan
 from cogtrain.data.shards import ShardSet
+from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.memory.estimate import Estimate, estimate
 from cogtrain.memory.measured import REFERENCE, Measured, measured
 from cogtrain.memory.seconds import H200, seconds, speed_of
@@ -63,7 +64,7 @@ def beside_table() -> str:
 
 
 def _took(run: Measured) -> str:
-    how = ", offloaded" if run.strategy.endswith("-offload") else ""
+    how = ", offloaded" if STRATEGIES[run.strategy].offloads else ""
     how += ", FlashAttention 4" if run.attention == "flash4" else ""
     took = "" if run.faster_since else f"{run.s_per_step:.2f} s, "
     return f"{took}{run.peak_gib:.1f} GB{how}"

@@ -7,8 +7,9 @@ from importlib import metadata
 from typing import Any
 
 from cogcommon.files.memory import free_host_memory
+from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.memory.estimate import trained_weights
-from cogtrain.memory.host import host_bytes_a_weight, offloaded_bytes
+from cogtrain.memory.host import offloaded_bytes
 from cogtrain.memory.measured import gpu_here
 from cogtrain.runs.log import peak_gib
 from cogtrain.runs.run import Run
@@ -56,10 +57,10 @@ def lacking(run: Run, pinned: bool = True) -> str | None:
     Args:
         pinned: it is to be page-locked.
     """
-    if not run.strategy.endswith("-offload"):
+    if not STRATEGIES[run.strategy].offloads:
         return None
     part = trained_weights(run) / run.world
-    each = offloaded_bytes(part, run.strategy) if pinned else host_bytes_a_weight(run.strategy) * part
+    each = offloaded_bytes(part, run.strategy) if pinned else STRATEGIES[run.strategy].host_bytes * part
     needed, there = run.world * (each + _OURSELVES), free_host_memory()
     return f"{needed / _GIB:.0f} GiB of host memory needed, {there / _GIB:.0f} there" if needed > there else None
 

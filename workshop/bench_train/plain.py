@@ -12,8 +12,8 @@ from cogcommon.model.device import dtype_of
 from cogtrain.data.batches import Collator, prefetch
 from cogtrain.data.sampler import group_slots
 from cogtrain.distributed import zero
+from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.distributed.strategy import single_process_environment
-from cogtrain.distributed.zero_config import STAGE
 from cogtrain.model.objective import Objective
 from cogtrain.runs.log import peak_gib
 from cogtrain.runs.run import Run
@@ -108,11 +108,12 @@ def _accelerator(run: Run, pinned: bool) -> Accelerator:
 
 def _deepspeed(run: Run, pinned: bool) -> dict[str, Any]:
     """Its own defaults, but for what the public code sets, too."""
-    stage: dict[str, Any] = {"stage": STAGE[run.strategy], "overlap_comm": True, "contiguous_gradients": True}
+    spread = STRATEGIES[run.strategy]
+    stage: dict[str, Any] = {"stage": spread.stage, "overlap_comm": True, "contiguous_gradients": True}
     place = {"device": "cpu", "pin_memory": pinned}
-    if run.strategy.endswith("-offload"):
+    if spread.offloads:
         stage["offload_optimizer"] = place
-    if run.strategy == "zero3-offload":
+    if spread.offloads_weights:
         stage["offload_param"] = place
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -131,7 +132,7 @@ def _optimizer(trained: Sequence[torch.nn.Parameter], run: Run) -> torch.optim.O
     import torch
 
     options: dict[str, Any] = {"lr": run.settings.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 1e-4}
-    offload_optimizer = run.strategy.endswith("-offload")
+    offload_optimizer = STRATEGIES[run.strategy].offloads
     return zero.deepspeed_cpu_adam(trained, **options) if offload_optimizer else torch.optim.AdamW(trained, **options)
 
 

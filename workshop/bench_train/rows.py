@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cogcommon.model.families import BY_NAME, Resolution
+from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.settings import LoraSettings, TrainSettings
 
 from .reference_guide import guide_rows
@@ -67,7 +68,7 @@ class BenchRow:
         """Whether the host computes, too, and would be slowed by whatever is prepared there."""
         settings = self.settings
         small = settings.memory == "low" or self.within_gib is not None
-        return settings.strategy.endswith("-offload") or (self.rank is None and small)
+        return (settings.strategy != "auto" and STRATEGIES[settings.strategy].offloads) or (self.rank is None and small)
 
     @property
     def command(self) -> str:

@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 from live import Live  # noqa: E402
 
 from cogtrain.distributed.optimizer import make_optimizer  # noqa: E402
+from cogtrain.distributed.strategies import STRATEGIES  # noqa: E402
 from cogtrain.distributed.strategy import start  # noqa: E402
 from cogtrain.model.ema import EMA  # noqa: E402
 from cogtrain.model.method import Sft  # noqa: E402
@@ -65,7 +66,7 @@ def measure(way, file):
     with live:
         parameters = list(transformer.parameters())
         # As on a GPU, where the update is fused and needs nothing of its own.
-        offload_optimizer = strategy.endswith("-offload")
+        offload_optimizer = STRATEGIES[strategy].offloads
         optimizer = make_optimizer(parameters, settings, torch.device("cuda"), offload_optimizer=offload_optimizer)
         model, optimizer = runtime.prepare(transformer.train(), optimizer, saved_by=None)
         average = EMA(parameters, 0.9) if ema else None

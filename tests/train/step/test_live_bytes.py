@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.memory.estimate import bytes_a_weight, bytes_apart
-from cogtrain.memory.host import host_bytes_a_weight
 
 WORLD = 2
 # The workshop is not installed: it is found on the path.
@@ -38,14 +38,14 @@ def test_what_is_held_under_each_strategy_and_optimizer_is_what_is_computed(tmp_
         weights = found["weights"]
         # On a CPU what is offloaded lies beside what is not.
         held = bytes_a_weight(strategy, WORLD, optimizer, ema=bool(ema))
-        held += host_bytes_a_weight(strategy) / WORLD
+        held += STRATEGIES[strategy].host_bytes / WORLD
         live = found["held"] / weights
         print(f"{way:<22} computed {held:6.2f}  live {live:6.2f} bytes a weight")
         # Beside it there are two buffers of the largest weight, a twelfth of all here, and a bucket.
         assert live == pytest.approx(held, abs=0.4), way
         if strategy != "ddp":
             assert live > held, way
-        if not strategy.endswith("-offload") and strategy != "ddp":
+        if not STRATEGIES[strategy].offloads and strategy != "ddp":
             step = bytes_apart(weights, strategy, WORLD, optimizer) / weights
             assert found["step"] / weights == pytest.approx(step, abs=0.2), way
 
