@@ -1,7 +1,7 @@
-"""Commands in real processes of their own, of which none spends its first seven seconds on importing torch.
+"""Commands and scripts in real processes of their own, of which none spends its first seconds on importing torch.
 
 They are forked from a server that has imported what the commands import. All else is as from a shell: arguments,
-output, exit code, signals, a process group of its own.
+output, exit code, signals, a process group of its own. ``cogtrain ... --nproc 2`` forks its processes, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Forked:
         self, words: Sequence[object], cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> None:
         """Args:
-        words: the program, ``cogprep`` or ``cogtrain``, and its command line.
+        words: the program, ``cogprep`` or ``cogtrain``, or a script (``a.py``), and its command line.
         environment: added to that of the server.
         """
         self._said = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115, closed by `end`
@@ -66,14 +66,16 @@ class Forked:
     def end(self, timeout: float = 300) -> tuple[int, str, str]:
         """Wait for its end; exit code, stdout, stderr."""
         self._process.join(timeout)
-        assert not self.running, f"it runs for {timeout} s already"
+        if self.running:
+            self.kill()
+            raise AssertionError(f"it ran for {timeout} s")
         said = [file.read() for file in self._said if not file.seek(0)]
         assert self._process.exitcode is not None
         return self._process.exitcode, said[0], said[1]
 
 
 class ForkedRanks:
-    """``python -m PROGRAM WORDS...``, begun as so many processes of one run, as torchrun would begin them."""
+    """`Forked` as so many processes of one run, as torchrun would begin them."""
 
     def __init__(self, world: int, words: Sequence[object], cwd: Path) -> None:
         with socket.socket() as free:
@@ -101,7 +103,23 @@ class ForkedRanks:
 
     def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:
         """Wait for their end; exit code, stdout, stderr of each."""
-        return [rank.end(timeout) for rank in self._ranks]
+        try:
+            return [rank.end(timeout) for rank in self._ranks]
+        finally:
+            self.kill()
+
+
+def _fork_ranks() -> None:
+    """Let `cogtrain.distributed.launch.relaunch` fork the processes of its run, as this one was."""
+    import torch.distributed.launcher.api as launcher
+
+    launch = launcher.elastic_launch
+
+    def elastic_launch(config: launcher.LaunchConfig, python: str) -> Callable[..., object]:
+        config.start_method = "fork"
+        return lambda _m, *words: launch(config, _start)([*words])
+
+    launcher.elastic_launch = elastic_launch  # type: ignore[misc, assignment]
 
 
 def _run(words: list[str], cwd: str, environment: dict[str, str], *files: str) -> None:
@@ -110,5 +128,14 @@ def _run(words: list[str], cwd: str, environment: dict[str, str], *files: str) -
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(cwd)
     os.environ.update(environment)
+    if words[0] == "cogtrain":
+        _fork_ranks()
+    _start(words)
+
+
+def _start(words: list[str]) -> None:
     sys.argv = words
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    if words[0].endswith(".py"):
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)

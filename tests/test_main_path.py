@@ -12,6 +12,9 @@ import torch
 from cogcommon.model.checkpoint import open_checkpoint
 from workshop.draw import write_data_set
 
+sys.path.insert(0, str(Path(__file__).parent))
+from forked import Forked
+
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     programs = str(Path(sys.executable).parent)
@@ -57,8 +60,9 @@ def test_training_never_sees_a_held_out_sample(folder, run_folder):
     assert all(line["val_loss"] > 0 and line["base_val_loss"] > 0 for line in lines if "val_loss" in line)
     assert sum("val_loss" in line for line in lines) == 2
     # A training set that holds only the held-out clip has nothing left to train on.
-    refused = shell("cogtrain lora --shards out/val/*.tar --steps 1 --validate-shards out/val/*.tar", folder)
-    assert refused.returncode == 2 and "none is left to train on" in refused.stderr
+    words = "cogtrain lora --shards out/val/*.tar --steps 1 --validate-shards out/val/*.tar"
+    code, _, err = Forked(words.split(), folder).end()
+    assert code == 2 and "none is left to train on" in err
 
 
 def test_the_exported_file_loads_into_the_pipeline_and_changes_its_answer(run_folder):
@@ -82,8 +86,8 @@ def test_a_second_encode_reuses_and_clean_cache_spares_the_data(folder):
     before = {path: path.stat().st_mtime_ns for path in (folder / "ds").rglob("*")}
     tars = {path.name: path.read_bytes() for path in (folder / "out").glob("*.tar")}
     encode = "cogprep encode --data-root ds/ --resolution 17x64x96 --model tiny --shard-samples 2 --holdout 1"
-    again = shell(encode, folder)
-    assert again.returncode == 0, again.stderr
+    code, _, err = Forked(encode.split(), folder).end()
+    assert code == 0, err
     report = json.loads((folder / "out" / "report.json").read_text())
     assert (report["encoded"], report["reused"]) == (0, 5)
     assert {path.name: path.read_bytes() for path in (folder / "out").glob("*.tar")} == tars
@@ -92,6 +96,6 @@ def test_a_second_encode_reuses_and_clean_cache_spares_the_data(folder):
     assert len(list((folder / "out").glob("*.tar"))) == 2
     asked = shell("cogprep clean-cache --all < /dev/null", folder)
     assert asked.returncode == 2, "no terminal and no --yes"
-    assert shell("cogprep clean-cache --all --yes", folder).returncode == 0
+    assert Forked(["cogprep", "clean-cache", "--all", "--yes"], folder).end()[0] == 0
     assert not list((folder / "out").glob("**/*.tar"))
     assert {path: path.stat().st_mtime_ns for path in (folder / "ds").rglob("*")} == before

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,26 +34,25 @@ def tars(out: Path) -> dict[str, str]:
 def test_a_fault_at_every_write_fsync_and_rename(mode, scenario, encoded, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
-    command = [sys.executable, str(DRIVER), str(work), mode, scenario, str(encoded / "out" / "contract.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    code, out, err = Forked([DRIVER, work, mode, scenario, encoded / "out" / "contract.json"]).end()
+    assert code == 0, err[-2000:]
+    result = json.loads(out.splitlines()[-1])
     assert result["wrong"] == []
     assert {"write", "fsync", "replace"} <= set(result["steps"]) and len(result["steps"]) > 20
     if scenario == "changed":
         assert "unlink" in result["steps"]
 
 
-def command_line(folder: Path, *more: str) -> list[str]:
+def command_line(folder: Path, *more: str, program: object = "cogprep") -> list[object]:
     return [
-        sys.executable, "-m", "cogprep", "encode", "--data-root", str(folder / "ds"), "--out", str(folder / "new"),
+        program, "encode", "--data-root", str(folder / "ds"), "--out", str(folder / "new"),
         "--resolution", "9x64x96", "--model", "tiny", "--shard-samples", "2", "--workers", "1", *more,
     ]  # fmt: skip
 
 
 def start(folder: Path, *more: str) -> Forked:
     """`cogprep encode` in a process group of its own, so that its decode children can be killed with it."""
-    return Forked(command_line(folder, *more)[2:])
+    return Forked(command_line(folder, *more))
 
 
 def finish(folder: Path, *more: str) -> dict:
@@ -115,21 +113,22 @@ def test_two_hundred_random_kills(encoded):
 
 def test_interrupted_it_says_how_to_go_on(encoded):
     out = encoded / "new"
-    process = subprocess.Popen(command_line(encoded), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None and not out.exists():  # the models are still to be loaded: it cannot be done by then
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    process = start(encoded)
+    while process.running and not out.exists():  # the models are still to be loaded: it cannot be done by then
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    code, _, said = process.end()
     # Python 3.11 ends by the signal itself, which a shell shows as 130 too, if it came during an exec().
-    assert process.returncode in (130, -signal.SIGINT)
-    assert b"run the same command again" in said and b"Traceback" not in said
+    assert code in (130, -signal.SIGINT)
+    assert "run the same command again" in said and "Traceback" not in said
     finish(encoded)
     assert tars(out) == tars(encoded / "out")
 
 
-def test_an_interrupt_that_a_library_drops_still_stops_the_work(encoded):
+def test_an_interrupt_that_a_library_drops_still_stops_the_work(encoded, tmp_path):
     """It comes while the VAE is loaded, inside a bare ``except:``."""
-    dropping = (
+    dropping = tmp_path / "dropping.py"
+    dropping.write_text(
         "import os, signal, cogprep.encode.models as models\n"
         "load = models.LatentEncoder\n"
         "def interrupted(*arguments, **options):\n"
@@ -138,11 +137,10 @@ def test_an_interrupt_that_a_library_drops_still_stops_the_work(encoded):
         "    return load(*arguments, **options)\n"
         "models.LatentEncoder = interrupted\n"
         "from cogprep.cli import main\n"
-        "main()\n"
+        "if __name__ == '__main__': main()\n"
     )
-    words = [sys.executable, "-c", dropping, *command_line(encoded)[3:]]
-    done = subprocess.run(words, capture_output=True, timeout=120)
-    assert done.returncode in (130, -signal.SIGINT) and b"run the same command again" in done.stderr
+    code, _, said = Forked(command_line(encoded, program=dropping)).end()
+    assert code in (130, -signal.SIGINT) and "run the same command again" in said
     finish(encoded)
     assert tars(encoded / "new") == tars(encoded / "out")
 
@@ -197,13 +195,16 @@ def test_a_slice_that_nobody_took_is_named_and_a_twin_does_no_harm(encoded, sett
     assert verify(out).problems == []
 
 
-def test_a_full_disk_is_one_message_and_what_was_committed_stays(encoded):
-    def at_most_400_kb() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-
-    command = [*command_line(encoded)[:-4], "--shard-samples", "5", "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=at_most_400_kb)
-    assert done.returncode == 2 and "larger than files may be" in done.stderr and "Traceback" not in done.stderr
+def test_a_full_disk_is_one_message_and_what_was_committed_stays(encoded, tmp_path):
+    limited = tmp_path / "limited.py"
+    limited.write_text(
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
+        "from cogprep.cli import main\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    code, _, said = Forked(command_line(encoded, "--shard-samples", "5", program=limited)).end()
+    assert code == 2 and "larger than files may be" in said and "Traceback" not in said
     assert not list((encoded / "new").glob("*.tar"))
     before = samples_on_disk(encoded / "new")
     assert before >= 2

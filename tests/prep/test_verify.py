@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,9 @@ from cogprep.commands.inspection import inspect
 from cogprep.commands.verify import check_shard, run, verify
 from cogprep.settings import VerifySettings
 from cogprep.store.shards import ShardWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import Forked
 
 
 @pytest.fixture
@@ -162,9 +164,7 @@ def test_inspect_counts(encoded):
 def test_the_commands_from_a_shell(encoded):
     shutil.rmtree(encoded / "ds")  # none of them needs it
     for command in ("inspect", "verify", "index"):
-        done = subprocess.run(
-            [sys.executable, "-m", "cogprep", command, str(encoded / "out"), "--json"], capture_output=True, text=True
-        )
-        assert done.returncode == 0 and json.loads(done.stdout)
-    done = subprocess.run([sys.executable, "-m", "cogprep", "verify", "/nowhere"], capture_output=True, text=True)
-    assert done.returncode == 2 and "no shards here" in done.stderr and "Traceback" not in done.stderr
+        code, out, _ = Forked(["cogprep", command, encoded / "out", "--json"]).end()
+        assert code == 0 and json.loads(out)
+    code, _, err = Forked(["cogprep", "verify", "/nowhere"]).end()
+    assert code == 2 and "no shards here" in err and "Traceback" not in err

@@ -1,7 +1,6 @@
 """A transformer with adapters that matter, as training would leave it."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -15,6 +14,9 @@ import torch
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import pick_device
 from cogtrain.model import lora
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import ForkedRanks
 
 pick_device()
 RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly
@@ -67,18 +69,24 @@ def losses() -> Callable:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable:
-    """run_ranks(world, cases, folder, environment) -> {case name: [what each rank saw]}; see worker.py."""
+    """run_ranks(world, cases, folder) -> {case name: [what each rank saw]}; see worker.py.
 
-    def run(world, cases, folder, environment=os.environ, timeout=600):
+    With an ``environment``, in processes that torchrun starts in it; without, in forked ones, which is sooner.
+    """
+
+    def run(world, cases, folder, environment=None, timeout=600):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "cases.json").write_text(json.dumps(cases, default=str))
-        worker = Path(__file__).with_name("worker.py")
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
-             str(worker), str(folder / "cases.json"), str(folder)],
-            capture_output=True, text=True, timeout=timeout, env={**environment, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        words = [str(Path(__file__).with_name("worker.py")), str(folder / "cases.json"), str(folder)]
+        if environment is None:
+            ended = ForkedRanks(world, words, folder).end(timeout)
+            assert all(code == 0 for code, *_ in ended), "\n".join(out[-4000:] + err[-8000:] for _, out, err in ended)
+        else:
+            done = subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *words],
+                capture_output=True, text=True, timeout=timeout, env={**environment, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
         return {
             case["name"]: [json.loads((folder / f"{case['name']}-{rank}.json").read_text()) for rank in range(world)]
             for case in cases

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -87,7 +88,7 @@ def test_steps_a_checkpoint_a_resume_and_an_export(tmp_path, shards, run_ranks, 
                     "settings": settings | {"steps": steps, "save_every": 3, "validate_every": 3},
                 }
             )
-    seen = run_ranks(1, cases, tmp_path / "ranks")
+    seen = run_ranks(1, cases, tmp_path / "ranks", os.environ)
     for number, (strategy, method, form, more) in enumerate(rows):
         run, row = tmp_path / str(number), (strategy, method, form, more)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -130,7 +131,7 @@ def test_a_nan_gradient_is_in_no_checkpoint(tmp_path, shards, run_ranks):
             settings |= ({"rank": 4} if method == "lora" else {}) | more
             case = {"name": f"{number}-{name}-{len(spoilt)}", "method": method, "nan_gradient": spoilt}
             cases.append(case | {"settings": settings})
-    seen = run_ranks(1, cases, tmp_path / "ranks")
+    seen = run_ranks(1, cases, tmp_path / "ranks", os.environ)
     for number, row in enumerate(NAN):
         spoilt, resumed = (seen[f"{number}-run-{count}"][0] for count in (1, 0))
         runs = [tmp_path / f"{number}-{name}" for name in ("whole", "run")]

@@ -1,9 +1,8 @@
 """A checkpoint whose files ask for more than numbers: nothing of it is run, whoever reads it."""
 
-import os
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,9 @@ import torch
 from cogcommon.errors import RunError
 from cogtrain.distributed import zero
 from cogtrain.distributed.strategy import read_weights
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import Forked
 
 
 class Payload:
@@ -24,12 +26,8 @@ class Payload:
 
 
 def cogtrain(folder, *words):
-    return subprocess.run(
-        [sys.executable, "-m", "cogtrain", "lora", "--shards", "out", "--out", "run", "--rank", "2", "--strategy",
-         "zero2", *words],
-        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, timeout=300,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    same = ["--shards", "out", "--out", "run", "--rank", "2", "--strategy", "zero2"]
+    return Forked(["cogtrain", "lora", *same, *words], folder, {"DS_ACCELERATOR": "cpu"}).end()
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +35,8 @@ def place(tmp_path_factory, make_shards):
     """One step by one process, which takes two samples."""
     folder = tmp_path_factory.mktemp("hostile")
     make_shards(folder / "out", samples=4)
-    done = cogtrain(folder, "--steps", "1", "--nproc", "1", "--accumulate", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, _, err = cogtrain(folder, "--steps", "1", "--nproc", "1", "--accumulate", "2")
+    assert code == 0, err[-3000:]
     return folder
 
 
@@ -69,10 +67,10 @@ def hostile(place, tmp_path, request):
 )
 def test_resume(hostile, words):
     folder, proof = hostile
-    done = cogtrain(folder, "--steps", "2", *words)
+    code, out, err = cogtrain(folder, "--steps", "2", *words)
     assert not proof.exists()
-    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "asks for more than numbers" in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert code == 2, out[-2000:] + err[-3000:]
+    assert "asks for more than numbers" in err and "Traceback" not in err, err[-3000:]
 
 
 def test_conversion_and_export(hostile, tmp_path):

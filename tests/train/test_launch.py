@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +14,9 @@ import pytest
 from cogcommon.errors import SettingError
 from cogtrain.distributed import launch
 from cogtrain.settings import LoraSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import Forked, ForkedRanks
 
 LORA = ["lora", "--shards", "out", "--steps", "1", "--rank", "2", "--out", "run"]
 
@@ -29,13 +33,6 @@ if subprocess.run([*NAMELESS, "true"], capture_output=True, check=False).returnc
     NAMELESS = []
 
 
-def begin(words, cwd, within=(), **environment):
-    return subprocess.Popen(
-        [*within, sys.executable, *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
-
-
 def check(folder, processes):
     facts = json.loads((folder / "run" / "facts.json").read_text())
     assert facts["processes"] == facts["global_batch"] == processes
@@ -44,25 +41,26 @@ def check(folder, processes):
 def test_srun(folder):
     """Two tasks of one step, as srun's environment tells them."""
     tasks = [
-        begin(
-            ["-m", "cogtrain", *LORA], folder, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_STEP_ID="0",
-            SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NODELIST="localhost", SLURM_JOB_ID=str(os.getpid()),
+        Forked(
+            ["cogtrain", *LORA], folder, {
+                "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid()),
+            },
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    outputs = [task.communicate(timeout=300) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert "next: cogtrain generate" in outputs[0][0] and outputs[1][0] == ""
+    (first, said, _), (second, nothing, _) = ended = [task.end() for task in tasks]
+    assert (first, second) == (0, 0), ended
+    assert "next: cogtrain generate" in said and nothing == ""
     check(folder, 2)
 
 
 # Two processes on a CPU need MPI with --cpu; --multi_gpu starts them through torch, and we find no GPU.
-@pytest.mark.parametrize(("kind", "processes"), [("--cpu", 1), ("--multi_gpu", 2)])
+@pytest.mark.parametrize(("kind", "processes"), [pytest.param("--cpu", 1, marks=pytest.mark.full), ("--multi_gpu", 2)])
 def test_accelerate_launch(folder, kind, processes):
-    launcher = ["-m", "accelerate.commands.launch", kind, "--num_processes", str(processes), "-m", "cogtrain"]
-    process = begin([*launcher, *LORA], folder)
-    out = process.communicate(timeout=300)
-    assert process.returncode == 0, out
+    launcher = ["accelerate.commands.launch", kind, "--num_processes", str(processes), "-m", "cogtrain"]
+    code, *said = Forked([*launcher, *LORA], folder).end()
+    assert code == 0, said
     check(folder, processes)
 
 
@@ -129,11 +127,9 @@ def test_more_processes_than_gpus(monkeypatch):
 
 def test_an_error_is_said_once_by_all_processes_together(folder):
     """Even one that each finds on its own command line, before they have met."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cogtrain", *LORA]
-    process = begin([*words, "--rank", "0"], folder)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert err.count("error: 0 is too small") == 1
+    ended = ForkedRanks(2, ["cogtrain", *LORA, "--rank", "0"], folder).end()
+    assert all(code != 0 for code, *_ in ended)
+    assert "".join(err for *_, err in ended).count("error: 0 is too small") == 1
 
 
 def test_a_damaged_sample_on_one_process_stops_all_with_its_name(folder):
@@ -141,25 +137,25 @@ def test_a_damaged_sample_on_one_process_stops_all_with_its_name(folder):
     with tar.open("r+b") as stream:
         stream.seek(5000)
         stream.write(b"XXXXXXXX")
-    process = begin(
-        ["-m", "cogtrain", *LORA[:-4], "--rank", "2", "--out", "run", "--nproc", "2", "--steps", "2"], folder, NAMELESS
-    )
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 2, (out, err)
+    words = [*NAMELESS, sys.executable, "-m", "cogtrain", *LORA, "--nproc", "2", "--steps", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+    err = done.stderr
+    assert done.returncode == 2, (done.stdout, err)
     assert err.count("error: a damaged shard") == 1 and tar.name in err and "Traceback" not in err
 
 
 def test_a_dead_process_ends_the_run_and_says_so(folder):
     words = ["lora", "--shards", "out", "--steps", "500", "--rank", "2", "--out", "run", "--nproc", "2"]
-    process = begin(["-m", "cogtrain", *words], folder)
+    process = Forked(["cogtrain", *words], folder)
     metrics = folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not metrics.exists() and time.monotonic() < deadline:
+    while process.running and not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     children = psutil.Process(process.pid).children()
     assert len(children) == 2
     children[1].send_signal(signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2, (out, err)
+    code, out, err = process.end()
+    assert code == 2, (out, err)
     assert err.count("error:") == 1 and "Traceback" not in err
     assert "was killed by signal 9" in err and "continues from its last checkpoint" in err

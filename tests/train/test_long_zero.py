@@ -1,13 +1,12 @@
 """120 steps under each ZeRO stage beside DDP: the same losses. Prodigy, which would not give them, is refused there."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from forked import ForkedRanks
+from forked import Forked, ForkedRanks
 
 STEPS = 120
 
@@ -38,8 +37,8 @@ def test_adamw_gives_ddps_losses_under_every_stage(tmp_path, make_shards, losses
 def test_prodigy_under_zero_is_refused_once_by_the_command(tmp_path, make_shards):
     make_shards(tmp_path / "out", samples=2)
     words = [*words_for(tmp_path, "zero2", "--optimizer", "prodigy", "--lr", "1"), "--nproc", "2"]
-    done = subprocess.run([sys.executable, "-m", "cogtrain", *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    said = " ".join((done.stdout + done.stderr).split())
+    code, out, err = Forked(["cogtrain", *words]).end()
+    assert code == 2 and "Traceback" not in err
+    said = " ".join((out + err).split())
     assert said.count("Prodigy finds one rate from all weights") == 1 and "--strategy ddp" in said
     assert not (tmp_path / "zero2").exists()

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,9 @@ import pytest
 
 from cogtrain.distributed import peers
 from cogtrain.distributed.peers import Node
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import Forked
 
 
 @pytest.mark.parametrize(
@@ -27,25 +29,19 @@ def test_all_leave_when_one_does(how, victim, says):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = Path(__file__).with_name("leaving.py")
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    bare = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     began = time.monotonic()
-    both = [
-        subprocess.Popen(
-            [sys.executable, script, "leave", how, str(victim)], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,            env=bare | meeting | {"RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120) for process in both]
+    words = [script, "leave", how, victim]
+    both = [Forked(words, environment=meeting | {"RANK": str(rank)}) for rank in range(2)]
+    ended = [process.end(120) for process in both]
     assert time.monotonic() - began < 100
     codes = [2, 2]
     codes[victim] = -signal.SIGKILL if how == "dies" else 2
-    assert [process.returncode for process in both] == codes, said
-    errors = "".join(err for _, err in said)
+    assert [code for code, *_ in ended] == codes, ended
+    errors = "".join(err for *_, err in ended)
     assert errors.count("error:") == 1 and says in errors and "Traceback" not in errors
     # As a bare PyTorchJob starts them, with no word of what is on the same host.
-    assert [out for out, _ in said] == ["rank 0, 2 here\n", "rank 1, 2 here\n"]
+    assert [out for _, out, _ in ended] == ["rank 0, 2 here\n", "rank 1, 2 here\n"]
 
 
 def test_a_process_has_a_gpu_of_its_own_among_those_that_it_sees(monkeypatch):

@@ -1,11 +1,9 @@
 """Killed, stopped, moved to another number of processes: the run goes on as if nothing had been."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,16 +34,9 @@ def losses(run):
     return {line["step"]: line["loss"] for line in lines}
 
 
-def begin(words, cwd):
-    return subprocess.Popen(
-        [sys.executable, "-m", "cogtrain", *map(str, words)],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 def finish(process, expected=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == expected, (process.returncode, out, err)
+    code, out, err = process.end()
+    assert code == expected, (code, out, err)
     return out, err
 
 
@@ -125,8 +116,8 @@ def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, co
     run = place / f"stopped-{code}"
     words = [*words_for("ddp", world, run.name), "--nproc", world]
     words[words.index("--save-every") + 1] = 100  # nothing but the signal saves
-    process = begin(words, place)
-    wait_for_step(lambda: process.poll() is None, run, 2)
+    process = Forked(["cogtrain", *words], place)
+    wait_for_step(lambda: process.running, run, 2)
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children()]:
         member.send_signal(number)
     out, err = finish(process, code)
@@ -134,7 +125,7 @@ def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, co
     assert len(checkpoints.list_checkpoints(run)) == 1
     command = out.strip().splitlines()[-1].removeprefix("stopped; to resume: ").split()
     assert command[0] == "cogtrain"
-    finish(begin(command[1:], place))
+    finish(Forked(command, place))
     assert losses(run) == pytest.approx(expected, rel=1e-5)
 
 

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,21 +18,14 @@ from cogtrain.runs.claim import claimed
 from cogtrain.runs.run import open_run, write_config
 from cogtrain.settings import LoraSettings
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import Forked
 
-def cogtrain(*words, cwd, ok=True, **environment):
-    import os
 
-    done = subprocess.run(
-        [sys.executable, "-m", "cogtrain", *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
-        timeout=300,
-    )
-    if ok:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+def cogtrain(*words, cwd):
+    code, out, err = Forked(["cogtrain", *words], cwd, {"COLUMNS": "200"}).end()
+    assert code == 0, out + err
+    return out
 
 
 def metrics(run):
@@ -43,14 +35,14 @@ def metrics(run):
 def test_two_steps_from_several_words(tmp_path, make_shards):
     tars = make_shards(tmp_path / "out")
     assert len(tars) == 3
-    done = cogtrain("lora", "--shards", *tars, "--steps", 2, "--rank", 4, cwd=tmp_path)
+    out = cogtrain("lora", "--shards", *tars, "--steps", 2, "--rank", 4, cwd=tmp_path)
     (run,) = (tmp_path / "runs").iterdir()
     assert [line["step"] for line in metrics(run)] == [1, 2]
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in metrics(run))
     state = load_file(run / lora.FILE)
     assert len(state) == 2 * 4 * 4  # A and B, four blocks, four layers each
     assert any(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)
-    assert done.stdout.splitlines()[-1].startswith("next: cogtrain generate --run runs/")
+    assert out.splitlines()[-1].startswith("next: cogtrain generate --run runs/")
 
 
 def test_full_fine_tuning(tmp_path, make_shards):

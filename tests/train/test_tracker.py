@@ -1,8 +1,8 @@
 """Trackers: plain values, and nobody imports them unasked."""
 
-import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,6 +11,9 @@ from cogcommon.errors import SettingError
 from cogtrain.runs import tracker
 from cogtrain.runs.folder import read_metrics
 from cogtrain.settings import LoraSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import Forked
 
 
 def test_tensorboard_gets_the_numbers_of_the_metrics_and_the_settings(tmp_path, make_shards, train_here):
@@ -33,14 +36,15 @@ def test_tensorboard_gets_the_numbers_of_the_metrics_and_the_settings(tmp_path, 
 
 def test_neither_is_imported_unasked(tmp_path, make_shards):
     make_shards(tmp_path / "out", samples=1)
-    code = (
+    script = tmp_path / "script.py"
+    script.write_text(
         "import sys\n"
         "from cogtrain.cli import app\n"
         "app(['lora', '--shards', 'out', '--steps', '1', '--rank', '4', '--out', 'run'], standalone_mode=False)\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('wandb', 'tensorboard', 'tensorboardX')])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    code, out, err = Forked([script], tmp_path).end()
+    assert code == 0 and out.splitlines()[-1] == "[]", out + err
 
 
 def test_one_that_is_not_installed_is_named(monkeypatch):

@@ -1,7 +1,5 @@
-"""Fine-tuning learns: the whole chain, as a user would type it, judged by what the tuned model draws."""
+"""Fine-tuning learns: the whole chain of commands, judged by what the tuned model draws."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,9 @@ import pytest
 from cogcommon.model.checkpoint import open_checkpoint
 from workshop.draw import write_data_set
 from workshop.pretrain.concept import examine_run, motion_for, tell
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from forked import Forked
 
 NEW, KNOWN = 28, 72  # clips
 LORA = "lora --rank 64 --lr 2e-3"
@@ -27,7 +28,6 @@ def taught(folder, form, method, *, new=NEW, known=KNOWN, steps=360, seed=42):
     write_data_set(folder / "new", new, seed=0, new=motion_for(open_checkpoint(form).family))
     if known:
         write_data_set(folder / "known", known, seed=0)
-    programs = Path(sys.executable).parent
     encode = f"cogprep encode --resolution 17x64x96 --model {form}"
     for command in (
         f"{encode} --data-root new --holdout 4 --out shards/new",
@@ -36,11 +36,8 @@ def taught(folder, form, method, *, new=NEW, known=KNOWN, steps=360, seed=42):
         f"--steps {steps} --batch-size 4 --lr-schedule cosine --ema 0.98 --timesteps stratified --seed {seed} "
         "--out run",
     ):
-        done = subprocess.run(
-            ["bash", "-c", f"{programs}/{command}"], cwd=folder, capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        code, _, said = Forked(command.split(), folder).end(1200)
+        assert code == 0, said
     return folder / "run"
 
 
