@@ -1,4 +1,4 @@
-"""The tables of the four pages, and the files of configs/, are what they are made of: `make readme`."""
+"""The tables of the pages, and the files of configs/, are what they are made of: `make readme`."""
 
 import dataclasses
 import re
@@ -14,9 +14,11 @@ from workshop.bench_train.hardware import beside_table, config_files, guide_tabl
 from workshop.bench_train.verdicts import card_table, verdict_table
 
 ROOT = Path(__file__).parents[1]
-README, PREP, TRAIN, HARDWARE = PAGES = tuple(
+README, PREP, TRAIN, HARDWARE = (
     ROOT / name for name in ("README.md", "prep/README.md", "train/README.md", "configs/README.md")
 )
+TRANSLATED = (ROOT / "README.zh.md", ROOT / "README.ja.md")
+PAGES = (README, *TRANSLATED, PREP, TRAIN, HARDWARE)
 
 
 def table(cls) -> str:
@@ -29,6 +31,8 @@ def table(cls) -> str:
 
 def tables_of(page: Path) -> dict[str, str]:
     """The tables of a page by the mark before each."""
+    if page in TRANSLATED:
+        page = README
     return {
         README: lambda: {"which card": card_table()},
         PREP: lambda: {
@@ -88,6 +92,17 @@ def test_the_first_page_stays_short():
     """Without its tables and code: what a person reads before they type."""
     text = re.sub(r"```.*?```|^\|.*$", "", README.read_text(encoding="utf-8"), flags=re.S | re.M)
     assert len(text.split()) < 1000
+
+
+@pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)
+def test_a_translation_has_the_parts_and_commands_of_the_first_page(page):
+    def commands(path):
+        return re.findall(r"^(?:cog(?:prep|train) |make |source )[^#\n]*?(?=\s*(?:#|$))", path.read_text("utf-8"), re.M)
+
+    def parts(path):
+        return len(re.findall(r"^## ", path.read_text("utf-8"), re.M))
+
+    assert commands(page) == commands(README) and parts(page) == parts(README)
 
 
 def command_options(program: str) -> dict[str, set[str]]:
