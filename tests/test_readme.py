@@ -9,7 +9,7 @@ import pytest
 
 from cogcommon.cli.settings import flag_of, shown_default
 from cogprep.settings import CaptionSettings, EncodeSettings
-from cogtrain.settings import LoraSettings
+from cogtrain.settings import ExportSettings, GenerateSettings, LoraSettings
 from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
 from workshop.bench_train.verdicts import card_table, verdict_table
 
@@ -38,7 +38,10 @@ def tables_of(page: Path) -> dict[str, str]:
         PREP: lambda: {
             "options of cogprep encode": table(EncodeSettings), "options of cogprep caption": table(CaptionSettings),
         },
-        TRAIN: lambda: {"options of cogtrain lora": table(LoraSettings)},
+        TRAIN: lambda: {
+            f"options of cogtrain {name}": table(cls)
+            for name, cls in (("lora", LoraSettings), ("generate", GenerateSettings), ("export", ExportSettings))
+        },
         HARDWARE: lambda: {
             "hardware table": guide_table(), "beside a plain loop": beside_table(), "what fits": verdict_table(),
             "runs measured": measured_table(),

@@ -240,18 +240,25 @@ class GenerateSettings:
     """Settings of ``cogtrain generate``."""
 
     run: Path | None = setting(None, "run folder to take weights and model from", section=_WEIGHTS)
-    lora: Path | None = setting(None, "LoRA file, instead of a run", section=_WEIGHTS)
+    strength: float = setting(1.0, "how strongly the run's LoRA acts; 1: as trained", section=_WEIGHTS)
+    lora: list[str] = setting(
+        [], "LoRA files, instead of a run, each with its strength or as trained: mine.safetensors=0.8; names of "
+        "diffusers, PEFT, kohya or ComfyUI", section=_WEIGHTS,
+    )  # fmt: skip
     transformer: Path | None = setting(None, "diffusers transformer folder, instead of a run", section=_WEIGHTS)
     model: str | None = setting(
         None, "base checkpoint: a built-in form, a folder, or a hub id", shown="as trained", section=_WEIGHTS
     )
-    prompt: str = setting(
-        "",
-        "what the video shows; with the --id-token, if the clips were encoded with one",
+    prompt: list[str] = setting(
+        [],
+        "what the video shows; with the --id-token, if the clips were encoded with one; give it again for more videos",
         shown="required",
         section=_VIDEO,
         prose=True,
+        one_word=True,
     )
+    prompts: Path | None = setting(None, "text file with a prompt in each line", section=_VIDEO)
+    negative_prompt: str = setting("", "what the video should not show", shown="none", section=_VIDEO, prose=True)
     image: Path | None = setting(None, "first frame (image-to-video only), cut to the video's shape", section=_VIDEO)
     resolution: str | None = setting(
         None, "FxHxW of the video", shown="the run's, else the model's own", section=_VIDEO
@@ -265,7 +272,7 @@ class GenerateSettings:
         None, "number type the model computes in", shown="the family's on a GPU, fp32 on a CPU"
     )
     out: Path | None = setting(
-        None, "folder for the videos", shown="RUN/generated/<prompt>-<seed>-<hash of all settings>"
+        None, "folder for the videos", shown="RUN/generated/PROMPT-SEED-HASH, the hash of all settings"
     )
     json: bool = setting(False, "print the result as JSON")
 

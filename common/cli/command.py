@@ -48,13 +48,15 @@ class _ListCommand(_BareHelp, TyperCommand):
     option stay errors.
     """
 
+    one_word: frozenset[str] = frozenset()  # list options that take one word each time they are given
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         lists = {
             name
             for parameter in self.params
             if getattr(parameter, "multiple", False)
             for name in parameter.opts
-            if name.startswith("--")
+            if name.startswith("--") and name not in self.one_word
         }
         spread: list[str] = []
         current: str | None = None  # the list option whose words we are among
@@ -156,7 +158,9 @@ def add_command(
     lines = [f"[bold]{_escaped(example)}[/]" for example in examples]
     epilog = "\n\n".join(["For example:", *lines]) if lines else None
     first, _, _ = help.partition("\n")
-    app.command(name, cls=_ListCommand, help=help, short_help=first, epilog=epilog)(command)
+    one_word = frozenset(flag_of(field) for field in fields if field.metadata.get("one_word"))
+    kind = type("_Command", (_ListCommand,), {"one_word": one_word})
+    app.command(name, cls=kind, help=help, short_help=first, epilog=epilog)(command)
 
 
 def _help_text(field: dataclasses.Field[Any]) -> str:

@@ -31,6 +31,7 @@ def setting(
     positional: bool = False,
     instead_of: str | None = None,
     prose: bool = False,
+    one_word: bool = False,
 ) -> Any:
     """Declare a setting.
 
@@ -45,10 +46,12 @@ def setting(
         instead_of: another setting that says the same in another way: given as an option, this one takes the place of
             that one's value in a file.
         prose: a text for the model, which may have line breaks.
+        one_word: of a list: the option takes one value each time it is given, not all words that follow: those of a
+            sentence without quotes would each become a value.
     """
     metadata = {
         "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
-        "instead_of": instead_of, "prose": prose,
+        "instead_of": instead_of, "prose": prose, "one_word": one_word,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)

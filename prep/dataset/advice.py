@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cogcommon.model.families import Family
+from cogcommon.model.tokens import cut_at, cut_text
 
 from ..video.cut import Cut
 from ..video.decode import Picture
@@ -291,15 +292,10 @@ def cut_captions(samples: Sequence[Sample], tokenizer: object | None, limit: int
     cuts = []
     for sample in samples:
         caption = sample.caption
-        if tokenizer is None:
-            ends = _guessed_ends(caption)
-        else:
-            coded = tokenizer(caption, return_offsets_mapping=True, verbose=False)  # type: ignore[operator]
-            ends = [end for _, end in coded["offset_mapping"]]
-        if len(ends) > limit:
-            end = ends[limit - 2]  # the end token takes the last place
-            kept, lost = caption[:end].rstrip(), caption[end:].lstrip()
-            cuts.append(CaptionCut(sample.line, len(ends), kept[-20:], lost[:20], tokenizer is None))
+        guessed = tokenizer is None
+        found = cut_at(_guessed_ends(caption), caption, limit) if guessed else cut_text(caption, tokenizer, limit)
+        if found:
+            cuts.append(CaptionCut(sample.line, found.tokens, found.kept[-20:], found.lost[:20], guessed))
     return cuts
 
 

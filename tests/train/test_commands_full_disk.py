@@ -53,7 +53,7 @@ def test_export(run, tmp_path, capsys, to, size):
 @pytest.mark.parametrize("size", [1500, *(pytest.param(size, marks=pytest.mark.full) for size in (100, 4000, 8000))])
 def test_generate(run, tmp_path, capsys, size):
     settings = GenerateSettings(
-        run=run, prompt="a ball", steps=1, resolution="9x64x96", base=False, out=tmp_path / "out", json=True
+        run=run, prompt=["a ball"], steps=1, resolution="9x64x96", base=False, out=tmp_path / "out", json=True
     )
     refused(generate.run, settings, size)
     left = {path.name for path in (tmp_path / "out").iterdir()}

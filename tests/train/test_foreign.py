@@ -29,6 +29,7 @@ from cogtrain.runs.folder import RunFacts, StepLine
 from cogtrain.runs.log import RunLog, cut_metrics
 from cogtrain.settings import GenerateSettings
 from cogtrain.validation.pipeline import Request
+from cogtrain.validation.tuned import AppliedLora
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from foreign_trees import Tree
@@ -99,16 +100,18 @@ def generate_in(tmp_path, monkeypatch) -> Callable:
         checkpoint=SimpleNamespace(
             family=family, name="tiny", native=Resolution(17, 64, 96), transformer_config={}
         ),
-        lora_file=tmp_path / "lora.safetensors", transformer_folder=None, resolution=Resolution(17, 64, 96),
+        loras=(AppliedLora(tmp_path / "lora.safetensors"),), transformer_folder=None,
+        resolution=Resolution(17, 64, 96),
     )  # fmt: skip
-    tuned.lora_file.write_bytes(b"weights")
+    tuned.loras[0].file.write_bytes(b"weights")
 
-    def request(settings, _tuned) -> Request:
+    def requests(settings, _tuned) -> list[Request]:
         resolution = Resolution.parse(settings.resolution or "17x64x96")
-        return Request(settings.prompt, None, resolution, settings.steps, settings.guidance, settings.seed, 226, True)
+        rest = settings.steps, settings.guidance, settings.seed, 226, True
+        return [Request(prompt, None, resolution, *rest) for prompt in settings.prompt]
 
     replaced = {
-        "find_tuned": lambda *_: tuned, "_request": request, "load_pipeline": lambda *_: None,
+        "find_tuned": lambda *_: tuned, "_requests": requests, "load_pipeline": lambda *_: None,
         "move_pipeline": lambda *_: None,
         "generate_video": lambda *_: frames, "to_base": lambda *_: None, "step_bytes": lambda *_: 0,
     }  # fmt: skip
@@ -116,7 +119,7 @@ def generate_in(tmp_path, monkeypatch) -> Callable:
         monkeypatch.setattr(generate, name, function)
 
     def run(folder: Path | None, **settings) -> None:
-        generate.run(GenerateSettings(**{"prompt": "a cat", "out": folder, "json": True} | settings))
+        generate.run(GenerateSettings(**{"prompt": ["a cat"], "out": folder, "json": True} | settings))
 
     return run
 
@@ -217,9 +220,10 @@ def test_a_checkpoint_that_goes_leaves_what_somebody_put_into_it(tmp_path):
 def test_each_request_has_a_folder_of_its_own(generate_in, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     asked = [
-        {"prompt": "一只猫在跑"}, {"prompt": "一只狗在睡觉"}, {"prompt": "собака бежит"}, {"prompt": "кошка спит"},
-        {"prompt": "a photo of a red dog running on a beach at sunset"}, {"prompt": "!"}, {"prompt": "?"},
-        {"prompt": "a photo of a red dog running on a beach, asleep"}, {"steps": 10}, {"guidance": 3.0},
+        {"prompt": ["一只猫在跑"]}, {"prompt": ["一只狗在睡觉"]}, {"prompt": ["собака бежит"]},
+        {"prompt": ["кошка спит"]},
+        {"prompt": ["a photo of a red dog running on a beach at sunset"]}, {"prompt": ["!"]}, {"prompt": ["?"]},
+        {"prompt": ["a photo of a red dog running on a beach, asleep"]}, {"steps": 10}, {"guidance": 3.0},
         {"resolution": "9x64x96"}, {"seed": 7}, {"fps": 4.0}, {"base": False}, {},
     ]  # fmt: skip
     for settings in asked:
@@ -236,7 +240,7 @@ def test_a_folder_with_another_video_is_not_written_over(generate_in, tmp_path, 
     generate_in(out)
     before = (out / "tuned.mp4").read_bytes()
     with pytest.raises(SettingError, match="another prompt"):
-        generate_in(out, prompt="a dog")
+        generate_in(out, prompt=["a dog"])
     generate_in(out)
     assert (out / "tuned.mp4").read_bytes() == before
     (out / "base.mp4").write_bytes(b"mine")

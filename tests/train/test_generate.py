@@ -10,12 +10,14 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cogcommon.cli.command import add_command
 from cogcommon.errors import CogError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, Resolution
+from cogcommon.model.tokens import cut_text
 from cogtrain.commands import generate
 from cogtrain.model import lora
 from cogtrain.report.sheet import Column, contact_sheet, side_by_side
@@ -85,7 +87,7 @@ def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run):
     """Against the plain diffusers pipeline, called as its documentation says."""
     from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 
-    tuned = find_tuned(make_run(), None, None, None)
+    tuned = find_tuned(make_run(), [], None, None)
     request = Request("a ball", None, Resolution(17, 64, 96), 3, 6.0, 7, 226, True)
     pipeline = load_pipeline(tuned, torch.float32)
     steps = []
@@ -105,9 +107,67 @@ def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run):
         return (video * 255).round().astype(np.uint8)
 
     assert np.array_equal(base, expected())
-    plain.load_lora_weights(tuned.lora_file.parent)
+    plain.load_lora_weights(tuned.loras[0].file.parent)
     assert np.array_equal(with_lora, expected())
     assert not np.array_equal(with_lora, base)
+
+
+def test_several_loras_each_with_its_strength_as_diffusers_weighs_them(tmp_path, live_model):
+    """Against diffusers' own `set_adapters`; one of the files is kohya's, and one's name holds a =."""
+    _, first = live_model("tiny", seed=1)
+    _, second = live_model("tiny", seed=2, rank=2)
+    states = [lora.state_dict(transformer) for transformer in (first, second)]
+    a = lora.save(states[0], tmp_path, {"family": "5b", "base_model": "tiny"}, "lr=0.1.safetensors")
+    b = tmp_path / "theirs.safetensors"
+    sides = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    kohya = {}
+    for name, tensor in states[1].items():
+        layer, side = name.removeprefix("transformer.").rsplit(".", 2)[:2]
+        kohya[f"lora_unet_{layer.replace('.', '_')}.{sides[side]}.weight"] = tensor
+    save_file(kohya, b)
+
+    tuned = find_tuned(None, [f"{a}=0.8", f"{b}=0.5"], None, None)
+    assert [one.strength for one in tuned.loras] == [0.8, 0.5]
+    assert find_tuned(None, [str(a)], None, None).loras[0].strength == 1
+    assert tuned.checkpoint.name == "tiny"
+    told = []
+    request = Request("a ball", None, Resolution(9, 64, 96), 2, 6.0, 7, 226, True, "blurred")
+    drawn = generate_video(load_pipeline(tuned, torch.float32, told.append), request, lambda: None)
+    assert [line for line in told if "kohya names, no alpha, so it acts with scale 1" in line] == told != []
+
+    plain = pipeline.pipeline_of(tuned.checkpoint, tuned.checkpoint.load_transformer(torch.float32), torch.float32)
+    for name, state in zip("ab", states, strict=True):
+        plain.load_lora_weights(state, adapter_name=name)
+    plain.set_adapters(["a", "b"], [0.8, 0.5])
+    assert np.array_equal(drawn, generate_video(plain, request, lambda: None))
+    plain.set_adapters(["a", "b"], [0.8, 1.0])
+    assert not np.array_equal(drawn, generate_video(plain, request, lambda: None))
+
+
+def test_several_prompts_load_the_models_once(make_run, tmp_path, monkeypatch):
+    run = make_run()
+    loaded = []
+    monkeypatch.setattr(generate, "load_pipeline", lambda *words: loaded.append(1) or load_pipeline(*words))
+    (tmp_path / "prompts.txt").write_text("a green box\n\na red ball\n", encoding="utf-8-sig")
+    long = "word " * 120 + "and the end"
+    small = ["--steps", "1", "--resolution", "9x64x96", "--guidance", "3", "--negative-prompt", "blur"]
+    words = ["--run", run, "--strength", "0.5", "--prompt", "a red ball", "--prompt", long]
+    result = command(*words, "--prompts", tmp_path / "prompts.txt", *small, "--out", tmp_path / "out", "--json")
+    assert result.exception is None, result.exception
+    assert len(loaded) == 1
+    videos = json.loads(result.stdout)["videos"]
+    assert [video["prompt"] for video in videos] == ["a red ball", long, "a green box"]
+    names = {"tuned.mp4", "base.mp4", "side-by-side.mp4", "contact-sheet.png"}
+    for video in videos:
+        assert {Path(file).name for file in video["files"].values()} == names
+        assert all(Path(file).parents[1] == tmp_path / "out" for file in video["files"].values())
+    cut = cut_text(long, open_checkpoint("tiny").load_tokenizer(), 226)
+    assert f"has {cut.tokens} tokens, and 5b reads 226" in result.stderr
+    assert (cut.kept + cut.lost).replace(" ", "") == long.replace(" ", "")
+    assert f'this is lost: "{cut.lost}"' in result.stderr
+    assert "0.5" in json.loads((Path(videos[0]["files"]["tuned"]).parent / ".cogtune.json").read_text())["request"]
+    # A sentence without its quotes is no list of prompts.
+    assert command("--run", run, "--prompt", "a", "red", "ball").exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -184,6 +244,11 @@ def test_what_does_not_go_together_is_said_in_words(tmp_path, make_run, picture)
     run, i2v = make_run("tiny"), make_run("tiny-1.5-i2v")
     file = run / lora.FILE
     assert "no tuned weights were named" in fault(*SMALL)
+    assert "how strongly" in fault("--lora", file, "--strength", "0.5", *SMALL)
+    assert "is no strength" in fault("--lora", f"{file}=much", *SMALL)
+    assert "no such file" in fault("--lora", f"{tmp_path}/none.safetensors=0.5", *SMALL)
+    assert "acts through guidance" in fault("--run", run, *SMALL, "--negative-prompt", "blur", "--guidance", "1")
+    assert "cannot be read" in fault("--run", run, "--prompts", tmp_path / "none.txt")
     assert "named twice" in fault("--run", run, "--lora", file, *SMALL)
     assert "none was given" in fault("--run", i2v, *SMALL)
     assert "takes no image" in fault("--run", run, *SMALL, "--image", picture)
@@ -206,8 +271,8 @@ def test_the_image_is_cut_and_not_stretched(make_run, picture):
     wide = Image.new("RGB", (400, 100), "black")
     ImageDraw.Draw(wide).ellipse((160, 10, 240, 90), fill="white")
     wide.save(picture)
-    settings = GenerateSettings(run=make_run("tiny-i2v"), prompt="x", image=picture)
-    request = generate._request(settings, find_tuned(settings.run, None, None, None))
+    settings = GenerateSettings(run=make_run("tiny-i2v"), prompt=["x"], image=picture)
+    (request,) = generate._requests(settings, find_tuned(settings.run, [], None, None))
     white = np.asarray(request.image)[..., 0] > 127
     assert request.image.size == (96, 64)
     assert abs(np.ptp(white.any(0).nonzero()[0]) - np.ptp(white.any(1).nonzero()[0])) <= 1
@@ -223,8 +288,8 @@ def test_the_image_is_the_one_that_encode_trains_on(make_run, tmp_path, size):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "cutout.png", exif=exif)
-    settings = GenerateSettings(run=make_run("tiny-i2v"), prompt="x", image=tmp_path / "cutout.png")
-    request = generate._request(settings, find_tuned(settings.run, None, None, None))
+    settings = GenerateSettings(run=make_run("tiny-i2v"), prompt=["x"], image=tmp_path / "cutout.png")
+    (request,) = generate._requests(settings, find_tuned(settings.run, [], None, None))
     encoded = read_image(settings.image, request.resolution, Cut(), "key")
     assert np.array_equal(np.asarray(request.image), encoded)
 

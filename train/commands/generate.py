@@ -1,4 +1,4 @@
-"""`cogtrain generate`: a video from the tuned model, and the same seed from the base model beside it."""
+"""`cogtrain generate`: videos from the tuned model, and of the same seed from the base model beside them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from cogcommon.files.atomic import scratch_file
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.ownership import Made, check_own_folder, state_of, take_output
 from cogcommon.media.image import BadImage, read_upright, scale_to_cover
-from cogcommon.media.video import write_mp4
+from cogcommon.media.video import Frames, write_mp4
+from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.model.families import Resolution
+from cogcommon.model.tokens import cut_text
 
 from ..report.sheet import Column, contact_sheet, side_by_side
 from ..runs.folder import GENERATED
@@ -38,75 +40,142 @@ def run(settings: GenerateSettings) -> None:
     Raises:
         SettingError, ModelError, RunError: the options do not go together, or weights are missing.
     """
-    tuned = find_tuned(settings.run, settings.lora, settings.transformer, settings.model)
+    tuned = find_tuned(settings.run, settings.lora, settings.transformer, settings.model, settings.strength)
     checkpoint = tuned.checkpoint
-    request = _request(settings, tuned)
+    requests = _requests(settings, tuned)
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
-    asked = request_text(settings, tuned, request, fps, precision)
-    folder = settings.out or default_folder(settings, asked)
-    before = check_own_folder(folder, _VIDEOS, "--out")
-    if before and before.request != asked:
-        raise SettingError(
-            "this folder holds a video of another prompt, or of other settings or weights",
-            where=f"--out {folder}",
-            fix="--out with another folder, or leave it out: every prompt gets a folder of its own",
-        )
-    names = ["tuned.mp4", "contact-sheet.png", *(["base.mp4", "side-by-side.mp4"] if settings.base else [])]
-    if before:
-        before.refuse_foreign(*names)
+    answers = [
+        _Answer(request, request_text(settings, tuned, request, fps, precision), fps, settings, len(requests) > 1)
+        for request in requests
+    ]
+    for answer in answers:
+        answer.check_folder()
     console = Console(stderr=settings.json)
+    first = requests[0]
+    for note in _cut_texts(requests, checkpoint):
+        console.print(f"note: {note}", soft_wrap=True)
 
     quiet_libraries()
     dtype = dtype_of(precision)
-    step = step_bytes(checkpoint, request.resolution, request.guidance, dtype.itemsize)
-    pipeline = load_pipeline(tuned, dtype)
-    move_pipeline(pipeline, device, request.resolution, step)
+    step = step_bytes(checkpoint, first.resolution, first.guidance, dtype.itemsize)
+    pipeline = load_pipeline(tuned, dtype, lambda text: console.print(text, soft_wrap=True))
     started = time.monotonic()
-    with _progress(console, "tuned", settings.steps) as advance:
-        columns = [Column("tuned", generate_video(pipeline, request, advance))]
-    if settings.base:
-        to_base(pipeline, tuned, dtype)
-        move_pipeline(pipeline, device, request.resolution, step)
-        with _progress(console, "base", settings.steps) as advance:
-            columns.append(Column("base", generate_video(pipeline, request, advance)))
-    seconds = time.monotonic() - started
+    for label in ["tuned", *(["base"] if settings.base else [])]:
+        if label == "base":
+            to_base(pipeline, tuned, dtype)
+        move_pipeline(pipeline, device, first.resolution, step)
+        for number, answer in enumerate(answers, 1):
+            of = f" {number}/{len(answers)}" if len(answers) > 1 else ""
+            with _progress(console, label + of, settings.steps) as advance:
+                answer.add(Column(label, generate_video(pipeline, answer.request, advance)))
+    seconds = round(time.monotonic() - started, 1)
 
-    weights = tuned.lora_file or tuned.transformer_folder
     facts = (
-        f"{weights} on {checkpoint.name}  ·  {request.resolution}  ·  {settings.steps} steps  ·  "
+        f"{tuned} on {checkpoint.name}  ·  {first.resolution}  ·  {settings.steps} steps  ·  "
         f"guidance {settings.guidance:g}  ·  seed {settings.seed}  ·  {precision}"
     )
-    with disk_errors(folder):
-        made = take_output(folder, _VIDEOS, "--out", asked)
-        files = _write(made, columns, fps)
-        sheet = io.BytesIO()
-        contact_sheet(request.prompt, facts, columns, fps).save(sheet, "PNG")
-        files["contact sheet"] = made.commit_bytes("contact-sheet.png", sheet.getvalue())
+    for answer in answers:
+        answer.finish(facts)
     if settings.json:
-        print(json_text({"files": {name: str(file) for name, file in files.items()}, "seconds": round(seconds, 1)}))
+        told = [{"prompt": a.request.prompt, "files": {n: str(file) for n, file in a.files.items()}} for a in answers]
+        print(json_text({"files": told[0]["files"], "seconds": seconds} if len(told) == 1 else
+                        {"videos": told, "seconds": seconds}))  # fmt: skip
         return
-    for name, file in files.items():
-        console.print(f"{name:<14} {file}", soft_wrap=True)
+    for answer in answers:
+        if len(answers) > 1:
+            console.print(answer.request.prompt, soft_wrap=True)
+        for name, file in answer.files.items():
+            console.print(f"{name:<14} {file}", soft_wrap=True)
 
 
-def _write(made: Made, columns: list[Column], fps: float) -> dict[str, Path]:
-    """The videos, each whole or not at all."""
-    videos = {column.label: column.frames_FHWC for column in columns}
-    if len(columns) > 1:
-        videos["side by side"] = side_by_side(columns)
-    files = {}
-    for label, frames_FHWC in videos.items():
+class _Answer:
+    """What is drawn for one prompt, and its folder: --out, or one of its own in there if there are several prompts."""
+
+    def __init__(self, request: Request, asked: str, fps: float, settings: GenerateSettings, several: bool) -> None:
+        self.request, self.asked, self.fps = request, asked, fps
+        own = default_folder(settings, request.prompt, asked)
+        self.folder = (settings.out / own.name if several else settings.out) if settings.out else own
+        self.names = ["tuned.mp4", "contact-sheet.png", *(["base.mp4", "side-by-side.mp4"] if settings.base else [])]
+        self.columns: list[Column] = []
+        self.files: dict[str, Path] = {}
+
+    def check_folder(self) -> None:
+        """Refuse a folder of somebody's, or of another request, before a model is loaded.
+
+        Raises:
+            SettingError: it is one.
+        """
+        before = check_own_folder(self.folder, _VIDEOS, "--out")
+        if before and before.request != self.asked:
+            raise SettingError(
+                "this folder holds a video of another prompt, or of other settings or weights",
+                where=f"--out {self.folder}",
+                fix="--out with another folder, or leave it out: every prompt gets a folder of its own",
+            )
+        if before:
+            before.refuse_foreign(*self.names)
+
+    def add(self, column: Column) -> None:
+        """Write a video as soon as it is there, whole or not at all."""
+        self.columns.append(column)
+        with disk_errors(self.folder):
+            self._write(take_output(self.folder, _VIDEOS, "--out", self.asked), column.label, column.frames_FHWC)
+
+    def finish(self, facts: str) -> None:
+        """Write what shows the videos beside each other."""
+        with disk_errors(self.folder):
+            made = take_output(self.folder, _VIDEOS, "--out", self.asked)
+            if len(self.columns) > 1:
+                self._write(made, "side by side", side_by_side(self.columns))
+            sheet = io.BytesIO()
+            contact_sheet(self.request.prompt, facts, self.columns, self.fps).save(sheet, "PNG")
+            self.files["contact sheet"] = made.commit_bytes("contact-sheet.png", sheet.getvalue())
+
+    def _write(self, made: Made, label: str, frames_FHWC: Frames) -> None:
         with scratch_file(made.folder) as scratch:
-            write_mp4(scratch, frames_FHWC, fps)
-            files[label] = made.commit(scratch, f"{label.replace(' ', '-')}.mp4")
-    return files
+            write_mp4(scratch, frames_FHWC, self.fps)
+            self.files[label] = made.commit(scratch, f"{label.replace(' ', '-')}.mp4")
 
 
-def _request(settings: GenerateSettings, tuned: Tuned) -> Request:
-    if not settings.prompt.strip():
-        raise SettingError("there is no prompt", where="--prompt", fix='--prompt "what the video shows"')
+def _prompts(settings: GenerateSettings) -> list[str]:
+    """The prompts of --prompt and of the lines of --prompts, each once."""
+    prompts = list(settings.prompt)
+    if settings.prompts:
+        try:
+            prompts += settings.prompts.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingError(
+                f"the prompts cannot be read: {getattr(error, 'strerror', None) or 'they are not UTF-8'}",
+                where=f"--prompts {settings.prompts}",
+                fix="a text file (UTF-8) with a prompt in each line",
+            ) from error
+    found = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
+    if not found:
+        raise SettingError(
+            "there is no prompt", where="--prompt", fix='--prompt "what the video shows", or --prompts FILE'
+        )
+    return found
+
+
+def _cut_texts(requests: list[Request], checkpoint: Checkpoint) -> Iterator[str]:
+    """What to know of prompts that are longer than the model reads."""
+    limit = requests[0].text_tokens
+    texts = [(f'"{request.prompt[:30]}..."', request.prompt) for request in requests]
+    texts.append(("the negative prompt", requests[0].negative_prompt))
+    long = [(name, text) for name, text in texts if 2 * len(text) >= limit]  # no token is less than half a letter
+    tokenizer = checkpoint.load_tokenizer() if long else None
+    for name, text in long:
+        if cut := cut_text(text, tokenizer, limit):
+            yield (
+                f"{name} has {cut.tokens} tokens, and {checkpoint.family.name} reads {limit}: "
+                f'it ends at "...{cut.kept[-30:]}"; this is lost: "{cut.lost}"'
+            )
+
+
+def _requests(settings: GenerateSettings, tuned: Tuned) -> list[Request]:
+    prompts = _prompts(settings)
     if settings.steps < 1:
         raise SettingError(f"{settings.steps} sampling steps are too few", where="--steps", fix="--steps 50")
     checkpoint = tuned.checkpoint
@@ -133,36 +202,49 @@ def _request(settings: GenerateSettings, tuned: Tuned) -> Request:
             ) from None
         # Scaled to cover and cut, as the encoder does; the pipeline alone would stretch it.
         image = scale_to_cover(upright, resolution.width, resolution.height)
-    return Request(
-        prompt=settings.prompt,
-        image=image,
-        resolution=resolution,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        seed=settings.seed,
-        text_tokens=int(checkpoint.transformer_config["max_text_seq_length"]),
-        dynamic_guidance=not family.ddim,
-    )
+    if settings.negative_prompt and settings.guidance <= 1:
+        raise SettingError(
+            "a negative prompt acts through guidance, and there is none",
+            where=f"--negative-prompt, --guidance {settings.guidance:g}",
+            fix="--guidance above 1",
+        )
+    return [
+        Request(
+            prompt=prompt,
+            image=image,
+            resolution=resolution,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            seed=settings.seed,
+            text_tokens=int(checkpoint.transformer_config["max_text_seq_length"]),
+            dynamic_guidance=not family.ddim,
+            negative_prompt=settings.negative_prompt,
+        )
+        for prompt in prompts
+    ]
 
 
 def request_text(settings: GenerateSettings, tuned: Tuned, request: Request, fps: float, precision: str) -> str:
     """All that a video depends on, weights and image by their content."""
-    weights = tuned.lora_file or tuned.transformer_folder
-    assert weights
-    files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
+    folder = tuned.transformer_folder
+    files = sorted(folder.glob("*.safetensors")) if folder else [one.file for one in tuned.loras]
+    strengths = [one.strength for one in tuned.loras]
     image = None if settings.image is None else state_of(settings.image)
     asked = {
         "prompt": request.prompt, "image": image, "resolution": str(request.resolution), "steps": request.steps,
         "guidance": request.guidance, "seed": request.seed, "fps": fps, "precision": precision, "base": settings.base,
         "model": tuned.checkpoint.name, "weights": [state_of(file) for file in files],
+        # Newer than some folders, which stay those of their requests.
+        **({"negative": request.negative_prompt} if request.negative_prompt else {}),
+        **({"strengths": strengths} if any(strength != 1 for strength in strengths) else {}),
     }  # fmt: skip
     return json.dumps(asked, ensure_ascii=False)
 
 
-def default_folder(settings: GenerateSettings, asked: str) -> Path:
+def default_folder(settings: GenerateSettings, prompt: str, asked: str) -> Path:
     """A folder of its own for each request, named after the prompt in whatever letters."""
-    prompt = unicodedata.normalize("NFC", settings.prompt).lower()
-    words = re.sub(r"[\W_]+", "-", prompt).strip("-")[:40].rstrip("-")
+    letters = unicodedata.normalize("NFC", prompt).lower()
+    words = re.sub(r"[\W_]+", "-", letters).strip("-")[:40].rstrip("-")
     digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return (settings.run or Path()) / GENERATED / f"{words or 'video'}-{settings.seed}-{digest}"
 

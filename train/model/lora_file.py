@@ -33,6 +33,8 @@ FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a f
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FACTS = "cogtune"  # entry of our files' own metadata; other loaders pass over it
 
+FOLDED = "folded in"  # where alpha stands in our files
+
 _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:lora_(?P<side>A|B|down|up)(?:\.\w+)?|lora(?:_linear_layer)?\.(?P<other>down|up))\.weight"
 )
@@ -225,7 +227,7 @@ def _scales(
         }
         return "in its tensors", scales
     if FACTS in metadata:
-        return "folded in", dict.fromkeys(ranks, 1.0)
+        return FOLDED, dict.fromkeys(ranks, 1.0)
     try:
         where, config = _config(form, metadata, file)
         scales = {layer: _scale(config, layer, rank) for layer, rank in ranks.items()} if config else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from cogcommon.model.families import Resolution
 
 from ..blocks.plan import FORWARD, Load
 from ..model import sft
-from ..model.lora_file import read_lora
+from ..model.lora_file import FOLDED, read_lora
 from .tuned import Tuned
 from .videos import DECODE_BYTES_PER_PIXEL, scheduler_of, tile_within
 
@@ -37,10 +38,16 @@ class Request:
     seed: int
     text_tokens: int
     dynamic_guidance: bool
+    negative_prompt: str = ""
 
 
-def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
+def load_pipeline(
+    tuned: Tuned, dtype: torch.dtype, say: Callable[[str], None] = lambda text: None
+) -> DiffusionPipeline:
     """The diffusers pipeline of the checkpoint, with the tuned weights in it, on the CPU.
+
+    Args:
+        say: is told how each LoRA file of another tool was understood.
 
     Raises:
         ModelError: the weights are of another model.
@@ -51,10 +58,16 @@ def load_pipeline(tuned: Tuned, dtype: torch.dtype) -> DiffusionPipeline:
         transformer = sft.load(tuned.transformer_folder, checkpoint, dtype)
     else:
         transformer = checkpoint.load_transformer(dtype)
-    found = read_lora(tuned.lora_file, checkpoint, transformer) if tuned.lora_file else None
+    found = [read_lora(one.file, checkpoint, transformer) for one in tuned.loras]
     pipeline = pipeline_of(checkpoint, transformer, dtype)
+    for number, file in enumerate(found):
+        if file.alpha != FOLDED:
+            say(str(file))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the LoRA before it
+            pipeline.load_lora_weights(dict(file.state), adapter_name=f"lora-{number}")
     if found:
-        pipeline.load_lora_weights(dict(found.state))
+        pipeline.set_adapters([f"lora-{n}" for n in range(len(found))], [one.strength for one in tuned.loras])
     return pipeline
 
 
@@ -77,7 +90,7 @@ def pipeline_of(checkpoint: Checkpoint, transformer: CogVideoXTransformer3DModel
 def to_base(pipeline: DiffusionPipeline, tuned: Tuned, dtype: torch.dtype) -> None:
     """Put the untouched weights back: adapters off, or the checkpoint's own transformer."""
     pipeline.remove_all_hooks()  # of offloading; `move_pipeline` sets them again
-    if tuned.lora_file:
+    if tuned.loras:
         pipeline.unload_lora_weights()
     else:
         pipeline.transformer = None  # first let the tuned one go
@@ -143,6 +156,7 @@ def generate_video(pipeline: DiffusionPipeline, request: Request, advance: Calla
     options: dict[str, Any] = {"image": request.image} if request.image is not None else {}
     result = pipeline(
         prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
         num_frames=request.resolution.frames,
         height=request.resolution.height,
         width=request.resolution.width,

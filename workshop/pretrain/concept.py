@@ -59,7 +59,7 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
     Raises:
         RunError, ModelError: no weights there, or not of a model that can be had.
     """
-    tuned = find_tuned(run, None, None, None)
+    tuned = find_tuned(run, [], None, None)
     pipeline = load_pipeline(tuned, torch.float32)
     new, known = every_scene(0, [motion_for(tuned.checkpoint.family)])[-clips:], split_scenes()[1][-clips:]
 
