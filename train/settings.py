@@ -180,6 +180,10 @@ class LoraSettings(TrainSettings):
     alpha: float | None = setting(
         None, "strength of the adapters, as --adapter scales it", shown="rank/2; 8 for rslora", section=_LORA
     )
+    init_lora: Path | None = setting(
+        None, "LoRA file to begin with, of any rank, alpha and tool (names of diffusers, PEFT, kohya or ComfyUI)",
+        section=_LORA,
+    )  # fmt: skip
     target_modules: list[str] = setting([*TARGET_MODULES], "linear layers that get an adapter", section=_LORA)
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", section=_LORA)
 
@@ -189,6 +193,12 @@ class LoraSettings(TrainSettings):
             raise SettingError(f"{self.rank} is too small", where="--rank", fix="--rank 1 or more")
         if self.alpha is not None and not self.alpha > 0:
             raise SettingError(f"{self.alpha} is too small", where="--alpha", fix="a number above 0")
+        if self.init_lora and self.nvme:
+            raise SettingError(
+                "adapters that begin with a file cannot be moved to a disk",
+                where="--init-lora, --nvme",
+                fix="leave one of them out",
+            )
         if not 0 <= self.lora_dropout < 1:
             raise SettingError(f"{self.lora_dropout} is not a share", where="--lora-dropout", fix="from 0 to below 1")
 

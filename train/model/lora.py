@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-_ADAPTER = "default"
+ADAPTER = "default"
 _PREFIX = "transformer."
 
 
@@ -67,14 +67,14 @@ def attach(
     transformer.requires_grad_(False)
     plain = ADAPTERS[adapter].plain_alpha(alpha, rank)
     transformer.add_adapter(
-        LoraConfig(r=rank, lora_alpha=plain, lora_dropout=dropout, target_modules=list(target_modules)), _ADAPTER
+        LoraConfig(r=rank, lora_alpha=plain, lora_dropout=dropout, target_modules=list(target_modules)), ADAPTER
     )
     with torch.no_grad():
-        for name, layer in _layers(transformer):
+        for name, layer in adapted(transformer):
             # peft makes them in the base's type; bf16 weights would lose updates smaller than 2^-9 of themselves.
-            layer.lora_A[_ADAPTER].float()
-            layer.lora_B[_ADAPTER].float()
-            weight = layer.lora_A[_ADAPTER].weight
+            layer.lora_A[ADAPTER].float()
+            layer.lora_B[ADAPTER].float()
+            weight = layer.lora_A[ADAPTER].weight
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             bound = 1 / math.sqrt(weight.shape[1])  # as torch.nn.Linear starts
@@ -115,7 +115,8 @@ def _linear(transformer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {name: module for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
-def _layers(transformer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+def adapted(transformer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers that have an adapter, by name."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in transformer.named_modules():
@@ -140,13 +141,13 @@ def state_dict(
     import torch
 
     state: dict[str, torch.Tensor] = {}
-    for name, layer in _layers(transformer):
+    for name, layer in adapted(transformer):
         for side in ("lora_A", "lora_B"):
-            parameter = getattr(layer, side)[_ADAPTER].weight
+            parameter = getattr(layer, side)[ADAPTER].weight
             weight = (read(parameter) if read else parameter.detach()).to("cpu", torch.float32, copy=True)
             assert weight.ndim == 2 and weight.numel(), "a part of a weight: it must be gathered"
             if side == "lora_B":
-                weight *= layer.scaling[_ADAPTER]
+                weight *= layer.scaling[ADAPTER]
             state[f"{_PREFIX}{name}.{side}.weight"] = weight.contiguous()
     assert state, "no adapters attached"
     refuse_to_write(state.values(), "the adapters' weights are")
@@ -191,11 +192,11 @@ def load(file: Path, checkpoint: Checkpoint, transformer: CogVideoXTransformer3D
     import torch
 
     state = read_lora(file, checkpoint, transformer).state
-    transformer.load_lora_adapter(dict(state), prefix="transformer", adapter_name=_ADAPTER)
+    transformer.load_lora_adapter(dict(state), prefix="transformer", adapter_name=ADAPTER)
     with torch.no_grad():
-        for name, layer in _layers(transformer):
+        for name, layer in adapted(transformer):
             # diffusers has just rounded them to the base's type.
-            for side, linear in (("lora_A", layer.lora_A[_ADAPTER]), ("lora_B", layer.lora_B[_ADAPTER])):
+            for side, linear in (("lora_A", layer.lora_A[ADAPTER]), ("lora_B", layer.lora_B[ADAPTER])):
                 linear.float().weight.copy_(state[f"{_PREFIX}{name}.{side}.weight"])
 
 
@@ -204,10 +205,10 @@ def merge(transformer: CogVideoXTransformer3DModel) -> None:
     import torch
 
     with torch.no_grad():
-        for _, layer in _layers(transformer):
+        for _, layer in adapted(transformer):
             weight = layer.get_base_layer().weight
-            delta = layer.lora_B[_ADAPTER].weight.float() @ layer.lora_A[_ADAPTER].weight.float()
-            weight.copy_(weight.float() + layer.scaling[_ADAPTER] * delta)
+            delta = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
+            weight.copy_(weight.float() + layer.scaling[ADAPTER] * delta)
     transformer.unload_lora()
 
 

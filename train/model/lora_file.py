@@ -12,6 +12,7 @@ A file of ours has it folded in. A file that has it nowhere acts with scale 1, a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -89,6 +90,15 @@ def lora_in(path: Path) -> Path:
             f"this folder holds {len(files) or 'no'} .safetensors files", where=str(path), fix="name the LoRA file"
         )
     return files[0]
+
+
+def digest_of(file: Path) -> str:
+    """A hash of what decides what a LoRA file adds: its bytes, and a config beside it."""
+    digest = hashlib.sha256(file.read_bytes())
+    beside = file.with_name(PEFT_CONFIG)
+    if beside.is_file():
+        digest.update(beside.read_bytes())
+    return digest.hexdigest()
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -21,6 +22,8 @@ from ..settings import TARGET_MODULES, AdapterName, LoraSettings, TrainSettings
 from . import lora, sft
 from .adapters import ADAPTERS
 from .compare import output_on_noise
+from .init_lora import begin_with, check_init, without
+from .lora_file import LoraFile, digest_of, lora_in, read_lora
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +49,24 @@ class Method(Protocol):
         """
         ...
 
+    def check_start(self, checkpoint: Checkpoint) -> None:
+        """Refuse what a new run cannot begin with; one that is resumed needs it no longer.
+
+        Raises:
+            CogError: the file of --init-lora is missing, or does not fit.
+        """
+        ...
+
     def apply(self, transformer: CogVideoXTransformer3DModel) -> None:
         """Choose the weights to train."""
+        ...
+
+    def start(self, transformer: CogVideoXTransformer3DModel, checkpoint: Checkpoint) -> str:
+        """Set the weights of a new run to what they begin with, after `apply`; what was done, in words, if anything."""
+        ...
+
+    def as_base(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """Inside the ``with`` a model of which nothing has been trained yet is the base model."""
         ...
 
     def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
@@ -123,6 +142,31 @@ class Lora:
         if tuple(self.settings.target_modules) != TARGET_MODULES:  # which every family has
             lora.check_targets(outline(checkpoint.transformer_config), self.settings.target_modules)
 
+    def check_start(self, checkpoint: Checkpoint) -> None:
+        if self.settings.init_lora:
+            plain = outline(checkpoint.transformer_config)
+            check_init(self._init(checkpoint, plain), plain, self.settings.target_modules)
+
+    def _init(self, checkpoint: Checkpoint, transformer: torch.nn.Module) -> LoraFile:
+        assert self.settings.init_lora
+        return read_lora(lora_in(self.settings.init_lora), checkpoint, transformer)
+
+    def start(self, transformer: CogVideoXTransformer3DModel, checkpoint: Checkpoint) -> str:
+        if not self.settings.init_lora:
+            return ""
+        return begin_with(self._init(checkpoint, outline(checkpoint.transformer_config)), transformer)
+
+    @cached_property
+    def _begun(self) -> dict[str, Any]:
+        """Which file it began with; nothing where that has been moved: the weights are in the checkpoints."""
+        init = self.settings.init_lora
+        if init and not init.exists():
+            return {}
+        return {"--init-lora": digest_of(lora_in(init)) if init else None}
+
+    def as_base(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        return without(model) if self.settings.init_lora else nullcontext()
+
     def apply(self, transformer: CogVideoXTransformer3DModel) -> None:
         settings = self.settings
         lora.attach(
@@ -135,7 +179,7 @@ class Lora:
         return sum(self.settings.rank * (layer.in_features + layer.out_features) for layer in layers)
 
     def resume_facts(self) -> dict[str, Any]:
-        return {
+        return self._begun | {
             "--adapter": self.settings.adapter,
             "--rank": self.settings.rank,
             "--alpha": self.alpha,
@@ -177,8 +221,17 @@ class Sft:
     def check(self, checkpoint: Checkpoint) -> None:
         pass
 
+    def check_start(self, checkpoint: Checkpoint) -> None:
+        pass
+
     def apply(self, transformer: CogVideoXTransformer3DModel) -> None:
         transformer.requires_grad_(True)
+
+    def start(self, transformer: CogVideoXTransformer3DModel, checkpoint: Checkpoint) -> str:
+        return ""
+
+    def as_base(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
         return sum(parameter.numel() for parameter in transformer.parameters())

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "deepspeed", "safetensors")  # what computes, moves and saves
 # Where something lies on a host is that host's own affair; what lies there is compared by its content.
-_PLACES = {"cache", "config", "deepspeed", "model", "nvme", "out", "resume", "shards", "validate_shards"}
+_PLACES = {"cache", "config", "deepspeed", "init_lora", "model", "nvme", "out", "resume", "shards", "validate_shards"}
 _TOKEN = ".ranks-{}.tmp"  # in the run folder; one that a killed run left is cleared with what is half-written
 # Seconds until what rank 0 has written must be seen: a network file system's client may hold an older state of a
 # folder; processes of one machine share what it holds.
@@ -79,6 +79,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "--strategy": run.strategy,
         "--precision": run.precision,
         "DeepSpeed's settings": hashlib.sha256(json.dumps(file, sort_keys=True, default=str).encode()).hexdigest(),
+        "--init-lora": run.method.resume_facts().get("--init-lora"),
         **{run.settings.option(name): value for name, value in settings.items() if name not in _PLACES},
     }
 

@@ -154,7 +154,11 @@ def read_state(folder: Path) -> RunState:
     return build(RunState, values)
 
 
-_BEFORE = {"--adapter": "lora", "--captions": "all"}  # facts of checkpoints that are older than these facts
+_BEFORE = {
+    "--adapter": "lora",
+    "--captions": "all",
+    "--init-lora": None,
+}  # facts of checkpoints that are older than these facts
 
 
 def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, batch_size: int) -> None:

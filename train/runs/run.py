@@ -122,6 +122,8 @@ def open_run(
     checkpoint = _base_model(settings, shards, resume)
     check_model(shards.contract, checkpoint, shards.shards[0].shown)
     method.check(checkpoint)
+    if resume is None:
+        method.check_start(checkpoint)
     _check_buckets(shards, checkpoint)
     if settings.validate_videos and not settings.validate_shards:
         raise SettingError(
@@ -286,7 +288,7 @@ def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "shards",
          "validate_shards", "save_every", "keep", "validate_every", "validate_videos", "tracker", "model",
          "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
-         "cache_size"}  # fmt: skip
+         "cache_size", "init_lora"}  # fmt: skip
 
 
 def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:

@@ -222,6 +222,8 @@ def _load_model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list
     room = common_room(runtime.peers, runtime.device, runtime.dtype)
     transformer = run.checkpoint.load_transformer(run.method.weight_dtype(runtime.dtype, runtime.sharded))
     run.method.apply(transformer)
+    if run.resume is None and (begun := run.method.start(transformer, run.checkpoint)):
+        log.say(begun)
     transformer.train()
     engine = install(transformer, run, runtime, log, room)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]

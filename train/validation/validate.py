@@ -73,8 +73,8 @@ class Validation:
         """Measure the base model, unless this run has done so before; None without held-out samples.
 
         Call it when nothing has been trained or resumed yet: LoRA's B is zero
-        and full fine-tuning's weights are the checkpoint's, so ``model`` is the
-        base model. Every rank calls it.
+        (`Method.as_base`) and full fine-tuning's weights are the checkpoint's, so
+        ``model`` is the base model. Every rank calls it.
 
         Raises:
             ShardError: a held-out sample is damaged.
@@ -92,7 +92,8 @@ class Validation:
                     f"validation videos: {run.strategy} gathers the weights once, into host memory of each process "
                     "that draws; if that is too much, --validate-videos 0"
                 )
-            known, peak = validation._take(model, 0)
+            with run.method.as_base(model):
+                known, peak = validation._take(model, 0)
             if runtime.device.type == "cuda":
                 log.say(f"validation held at most {peak:.1f} GiB of the GPU")
             validation._remember(known)

@@ -102,7 +102,7 @@ def test_an_adapter_that_a_loader_doubles_is_refused_at_the_export(tmp_path, mon
 
     def load_doubled(self, *args, **options):
         load(self, *args, **options)
-        for _, layer in lora._layers(self):
+        for _, layer in lora.adapted(self):
             layer.scaling["default"] *= 2
 
     if doubled:
