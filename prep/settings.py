@@ -39,7 +39,9 @@ class PlanSettings:
     )
     prompts: str = setting("prompts.txt", "name of the list of captions, one per line", section="Data")
     videos: str = setting(
-        "videos.txt", "name of the list of clips, one path per line, or a part: a.mp4#t=12.5,18", section="Data"
+        "videos.txt",
+        "name of the list of clips and pictures, one path per line, or a part: a.mp4#t=12.5,18",
+        section="Data",
     )
     images: str | None = setting(
         None,
@@ -60,7 +62,8 @@ class PlanSettings:
 
     resolution: list[str] = setting(
         [],
-        "frames x height x width; several make buckets, and each clip goes to the one whose shape fits it best",
+        "frames x height x width; several make buckets, and each clip goes to the one whose shape fits it best; "
+        "pictures go to those of one frame, as 1x480x720",
         shown="required",
         section="Cut",
     )
@@ -409,9 +412,10 @@ class PreviewSettings:
             SettingError: with two numbers near it.
         """
         faults = [family.frames_fault(self.frames) for family in families]
-        if all(faults):
+        if self.frames == 1 or all(faults):
             low, high = families[0].frames_near(self.frames)
-            raise SettingError(str(faults[0]), where=f"--frames {self.frames}", fix=f"--frames {low} or {high}")
+            fault = faults[0] or "1 frame: the first three of a clip's latent are decoded together"
+            raise SettingError(fault, where=f"--frames {self.frames}", fix=f"--frames {low} or {high}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -12,6 +13,8 @@ from ..files.regular_file import Unreadable, open_regular
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # how the names of pictures end
 
 _BRIGHTEST_WHITE = (
     """python -c "from PIL import Image; """
@@ -25,6 +28,22 @@ class ProfileWarning(UserWarning):
 
 class BadImage(Exception):
     """The picture cannot be used; the message says why, without its name."""
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture, by its name; an animation may be called so, too (`is_animation`)."""
+    return path.suffix.lower() in PICTURES
+
+
+def is_animation(file: BinaryIO) -> bool:
+    """Whether a PNG or WebP is a row of pictures to be shown one after the other; false of what cannot be read."""
+    from PIL import Image
+
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(file, formats=("PNG", "WEBP")) as opened:
+            return bool(getattr(opened, "is_animated", False))
+    return False
 
 
 def read_upright(path: Path) -> Image:

@@ -145,11 +145,17 @@ class Family:
         return self.token_frames(frames) * (height // self.patch) * (width // self.patch) + self.text_tokens
 
     def frames_fault(self, frames: int) -> str | None:
-        """What is wrong with a number of frames."""
+        """What is wrong with a number of frames. One frame is a picture, which a text-to-video model learns from, too.
+
+        Its latent has one frame, which 1.5 puts before itself once more (`padded_frames`).
+        """
         step = self.frame_step
-        if frames > step and frames % step == 1:
+        if frames % step == 1 and (frames > step or self.task == "t2v"):
             return None
         few = ", ".join(str(step * count + 1) for count in (1, 2, 3))
+        if frames == 1:
+            what = f"1 frame is a picture, and {self.name} makes a video of one"
+            return f"{what}: it learns from clips of {step}N+1 frames ({few}, ...); text-to-video models take pictures"
         return f"{frames} frames: CogVideoX takes {step}N+1 frames ({few}, ... {6 * step + 1}, ...)"
 
     def frames_near(self, frames: int) -> tuple[int, int]:

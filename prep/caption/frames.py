@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cogcommon.media.image import BadImage, read_upright
+from cogcommon.media.image import BadImage, is_picture, read_upright
 
-from ..dataset.found import PICTURES
 from ..source.clip import BadClip, ClipFault
 from ..source.source_file import ClipSource
 from ..video.colour import Pixels
@@ -35,7 +34,7 @@ def see(path: Path, count: int, size: int) -> Seen | ClipFault:
         size: pixels of the long side, at most.
     """
     try:
-        if path.suffix.lower() in PICTURES:
+        if is_picture(path):
             return _see_picture(path, size)
         with ClipSource(path) as source, Video(source) as video:
             indices, fps = spread(video.times_s, video.last_s, count)

@@ -14,6 +14,7 @@ from pathlib import Path
 from cogcommon.cli.names import command_line, json_text
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError
+from cogcommon.media.image import is_picture
 from cogcommon.words import counted
 
 from ..dataset.captions_found import Captions, find_captions
@@ -32,7 +33,8 @@ class Told:
 
     data_root: str
     clips: int  # different ones
-    lines: int  # of the lists; more than the clips where some have several captions
+    pictures: int  # that are lines of their own: clips of one frame
+    lines: int  # of the lists; more than clips and pictures where some have several captions
     captions: Mapping[str, int]  # clips by where their captions are from
     blank: Sequence[int]  # lines of prompts.txt that are to be filled in
     images: int  # clips that have a picture of their name
@@ -71,24 +73,27 @@ def init(root: Path) -> Told:
     except OSError as error:
         raise DataRootError(f"the folder cannot be read: {error.strerror}", where=str(root)) from error
     listed = _listed(root) if kept else []
-    if not (listed or found.clips):
+    entries = listed or [*found.clips, *_pictures(found)]
+    if not entries:
         raise _no_clips(found)
     files = _files_of(listed, found.clips)
-    captions = find_captions(found, list(files.values()) or found.clips)
+    captions = find_captions(found, list(files.values()) or entries)
     lines = (
         list(_pair(listed, files, captions))
         if listed
-        else [(clip, caption) for clip in found.clips for caption in captions.of.get(clip, ("",))]
+        else [(clip, caption) for clip in entries for caption in captions.of.get(clip, ("",))]
     )
-    images = {clip: image for clip, _ in lines if (image := found.image_of(clip))}
+    pictures = {clip for clip, _ in lines if is_picture(Path(clip))}
+    images = {clip: image for clip, _ in lines if clip not in pictures and (image := found.image_of(clip))}
     lists = {VIDEOS: [entry_of(clip) for clip, _ in lines], PROMPTS: [caption for _, caption in lines]}
     if all(clip in images for clip, _ in lines):
         lists[IMAGES] = [entry_of(images[clip]) for clip, _ in lines]
     written = [name for name, entries in lists.items() if name not in kept and write_list(root / name, entries)]
-    clips = {clip for clip, _ in lines}
+    clips = {clip for clip, _ in lines} - pictures
     return Told(
         data_root=str(root),
         clips=len(clips),
+        pictures=len(pictures),
         lines=len(lines),
         captions=dict(captions.counts),
         blank=[line for line, (_, caption) in enumerate(lines, 1) if not caption] if PROMPTS in written else [],
@@ -100,12 +105,17 @@ def init(root: Path) -> Told:
     )
 
 
+def _pictures(found: Found) -> list[str]:
+    """Pictures that are lines of their own; none where all clips have a picture, since their pairs are no T2V data."""
+    paired = found.clips and all(map(found.image_of, found.clips))
+    return [] if paired else found.alone
+
+
 def _no_clips(found: Found) -> DataRootError:
     left_out = "; ".join(f"{why}: {_some(names)}" for why, names in found.left_out.items())
-    pictures = f"{counted(len(found.pictures), 'picture')}" if found.pictures else ""
-    seen = "\n       ".join(filter(None, [str(found.root), pictures, left_out and f"left out: {left_out}"]))
+    seen = "\n       ".join(filter(None, [str(found.root), left_out and f"left out: {left_out}"]))
     return DataRootError(
-        "there are no clips in this folder",
+        "there are no clips or pictures in this folder",
         where=seen,
         fix="name the folder that holds them; clips are files that end in " + ", ".join(sorted(CLIPS)),
     )
@@ -165,13 +175,21 @@ def _notes(found: Found, captions: Captions, images: int, clips: int, kept: Sequ
         yield f"{table} has another caption for {counted(len(names), 'clip')}, which was not used: {_some(names)}"
     if captions.shared:
         yield f"beside more than one clip of their name, and used for each: {_some(captions.shared)}"
+    if found.alone and VIDEOS not in kept:
+        said = f"{counted(len(found.alone), 'picture')} of no clip's name: {_some(found.alone)}"
+        if _pictures(found):
+            yield f"{said}; each is a line, a clip of one frame, which text-to-video models learn from"
+        else:
+            yield f"in no line, since {IMAGES} pairs each clip with a picture: {said}"
     if 0 < images < clips and IMAGES not in kept:
         yield f"no {IMAGES}: only {images} of {counted(clips, 'clip')} have a picture of their name, and all must"
 
 
 def _show(told: Told, console: Console) -> None:
-    more = f" in {counted(told.lines, 'line')}" if told.lines != told.clips else ""
-    console.print(f"{told.data_root}: {counted(told.clips, 'clip')}{more}", style="bold")
+    more = f" in {counted(told.lines, 'line')}" if told.lines != told.clips + told.pictures else ""
+    counts = {"clip": told.clips, "picture": told.pictures}
+    there = " and ".join(counted(count, noun) for noun, count in counts.items() if count)
+    console.print(f"{told.data_root}: {there}{more}", style="bold")
     if told.captions:
         said = ", ".join(f"{count:,} from {source}" for source, count in told.captions.items())
         console.print(f"captions: {said}")
@@ -195,5 +213,6 @@ def _show(told: Told, console: Console) -> None:
         )
     else:
         console.print("next:")
-    validate = command_line("cogprep", "validate", "--data-root", told.data_root, "--resolution", "49x480x720")
+    sizes = [size for size, count in (("49x480x720", told.clips), ("1x480x720", told.pictures)) if count]
+    validate = command_line("cogprep", "validate", "--data-root", told.data_root, "--resolution", *sizes)
     console.print(f"  {validate}", style="bold")

@@ -13,6 +13,7 @@ from rich.table import Table
 from cogcommon.cli.names import json_text
 from cogcommon.cli.terminal import Console, styled
 from cogcommon.errors import ShardError
+from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import CONTRACT_FILE, Contract
 from cogcommon.shards.records import read_table
 from cogcommon.words import counted, in_bytes
@@ -174,7 +175,8 @@ def show(contents: Contents, console: Console) -> None:
         room = max(27, console.width - 53)
         for row in contents.rows:
             caption = row.caption if len(row.caption) <= room else row.caption[: room - 1] + "…"
-            table.add_row(row.shard, row.source, row.bucket, f"{row.effective_fps:.2f}", caption)
+            fps = "" if Resolution.parse(row.bucket).frames == 1 else f"{row.effective_fps:.2f}"
+            table.add_row(row.shard, row.source, row.bucket, fps, caption)
         console.print(table)
 
 

@@ -155,7 +155,7 @@ def _show_plan(verdict: Verdict, console: Console) -> None:
             str(row.resolution),
             str(row.clips),
             _range(row.source_frames, ".0f") if row.clips else "",
-            _range(row.fps, ".3g") if row.clips else "",
+            _range(row.fps, ".3g") if row.clips and row.resolution.frames > 1 else "",
             f"{row.loss[0]:.0%}" if row.clips else "",
             str(row.shards),
             in_bytes(row.bytes) if row.clips else "",

@@ -195,15 +195,13 @@ def _other_shape(looked: Sequence[Looked]) -> Advice | None:
 
 
 def _profile(looked: Sequence[Looked]) -> Advice | None:
+    faults = {one.sample.line: (one.sample.source, one.look.facts.profile_fault) for one in looked}
+    faults |= {one.sample.line: (one.sample.image, one.image.profile_fault) for one in looked if one.image}
     return _of(
         "colour profile of an image",
         "it cannot be applied, and the colours are taken for sRGB",
         "save the image anew, as sRGB",
-        [
-            (one.sample.line, f"{one.sample.image}: {fault}")
-            for one in looked
-            if one.image and (fault := one.image.profile_fault)
-        ],
+        [(line, f"{name}: {fault}") for line, (name, fault) in faults.items() if fault],
     )
 
 

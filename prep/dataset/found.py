@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from cogcommon.files.ownership import RECORD_FILE
+from cogcommon.media.image import PICTURES
 from cogcommon.shards.contract import CONTRACT_FILE
 
 CLIPS = frozenset(
@@ -22,7 +23,6 @@ CLIPS = frozenset(
         ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv", ".y4m",
     }
 )  # fmt: skip
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # the first of them is taken
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json", "captions.json")  # likewise
 
 _UNFINISHED = (".part", ".crdownload", ".download", ".aria2", ".ytdl", ".tmp")  # beside a download, or at its end
@@ -36,9 +36,17 @@ class Found:
     root: Path
     clips: list[str] = field(default_factory=list)
     pictures: set[str] = field(default_factory=set)
+    fit_pictures: list[str] = field(default_factory=list)  # of them, what would not be left out if they were clips
     texts: set[str] = field(default_factory=set)
     metadata: list[str] = field(default_factory=list)  # the outermost folders' first
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by the reason
+
+    @cached_property
+    def alone(self) -> list[str]:
+        """The pictures that a list can name and that are of no clip's name, in the order of the names."""
+        images = filter(None, map(self.image_of, self.clips))
+        taken = {split_name(name)[0] for name in (*self.clips, *images)}
+        return sorted(name for name in self.fit_pictures if split_name(name)[0] not in taken)
 
     def image_of(self, clip: str) -> str | None:
         """The picture of a clip's name: beside it, or at its place in images/ (``videos/b/7.mp4``: images/b/7.png)."""
@@ -117,6 +125,8 @@ def _sort(found: Found, entry: os.DirEntry[str], name: str, names: set[str]) -> 
             found.left_out[why].append(name)
     elif kind in PICTURES:
         found.pictures.add(name)
+        if not any(_why_not(entry, name, names)):
+            found.fit_pictures.append(name)
     elif kind == ".txt":
         found.texts.add(name)
     elif entry.name in METADATA:

@@ -15,8 +15,9 @@ from cogcommon.model.families import Resolution
 from ..source.clip import BadClip, ClipFacts, ClipFault, Hashed
 from ..source.source_file import ClipSource
 from ..video.colour import Pixels
-from ..video.cut import Cut, HdrMode, Picked, Placement, best_bucket, pick_frames, placement_of
+from ..video.cut import Cut, HdrMode, Picked, Placement, best_bucket, buckets_for, pick_frames, placement_of
 from ..video.media import Video
+from ..video.still import Still, open_clip
 
 T = TypeVar("T")
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -76,7 +77,7 @@ def probe_clips(
         paths: parts of one file, one after the other, are read from one opening of it.
     """
 
-    def probe(video: Video) -> Probed:
+    def probe(video: Video | Still) -> Probed:
         facts, bucket, _ = _choose(video, buckets, cut, family_fps)
         return Probed(Hashed(facts.size, facts.mtime_ns, facts.sha256), bucket)
 
@@ -92,7 +93,7 @@ def look_at(
         paths: as in `probe_clips`.
     """
 
-    def look(video: Video) -> Look:
+    def look(video: Video | Still) -> Look:
         facts, bucket, picked = _choose(video, buckets, cut, family_fps)
         placement = placement_of(facts.width, facts.height, bucket, cut, "")
         picture = inside_bars(video.glimpses(_GLIMPSES), facts.width, facts.height)
@@ -101,7 +102,7 @@ def look_at(
     return list(_examine(paths, cut.hdr, look))
 
 
-def _examine(paths: Sequence[Path], hdr: HdrMode, examine: Callable[[Video], T]) -> Iterator[T | ClipFault]:
+def _examine(paths: Sequence[Path], hdr: HdrMode, examine: Callable[[Video | Still], T]) -> Iterator[T | ClipFault]:
     """Open clips and examine each; the fault of one says nothing of another."""
     with ExitStack() as opened:
         source: ClipSource | None = None
@@ -111,17 +112,17 @@ def _examine(paths: Sequence[Path], hdr: HdrMode, examine: Callable[[Video], T])
                     opened.close()
                     source = None
                     source = opened.enter_context(ClipSource(path, hashing=True))
-                with Video(source, hdr) as video:
+                with open_clip(source, hdr) as video:
                     yield examine(video)
             except BadClip as bad:
                 yield bad.fault()
 
 
 def _choose(
-    video: Video, buckets: Sequence[Resolution], cut: Cut, family_fps: float
+    video: Video | Still, buckets: Sequence[Resolution], cut: Cut, family_fps: float
 ) -> tuple[ClipFacts, Resolution, Picked]:
     facts = video.facts()
-    bucket = best_bucket(facts, buckets, cut, family_fps)
+    bucket = best_bucket(facts, buckets_for(buckets, picture=facts.picture), cut, family_fps)
     picked = pick_frames(video.times_s, bucket.frames, cut, family_fps, video.last_s)
     if isinstance(picked, ClipFault):
         raise BadClip(picked.reason)

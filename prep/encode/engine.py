@@ -52,7 +52,8 @@ class Outcome:
     tiled: int = 0
     tone_mapped: int = 0
     truncated: int = 0  # captions longer than the model's text
-    profiles_unused: int = 0  # first frames whose colour profile cannot be applied
+    pictures: int = 0  # of those encoded, clips of one frame
+    profiles_unused: int = 0  # pictures and first frames whose colour profile cannot be applied
     decode_wait_s: float = 0.0  # the VAE waited for clips
     vae_s: float = 0.0
     write_wait_s: float = 0.0  # the VAE waited for the disk
@@ -240,6 +241,7 @@ class EncodeEngine:
             tiled=pending.tiled,
         )
         self._outcome.encoded += 1
+        self._outcome.pictures += step.planned.bucket.frames == 1
         self._outcome.tiled += pending.tiled
         self._outcome.profiles_unused += bool(clip.profile_fault)
         self._outcome.tone_mapped += TONED in clip.colour

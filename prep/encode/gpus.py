@@ -96,6 +96,7 @@ def add_up(reports: Sequence[Report], part: Slice, total_s: float) -> Report:
     return replace(
         first,
         encoded=sum(report.encoded for report in reports),
+        pictures=sum(report.pictures for report in reports),
         recovered=sum(report.recovered for report in reports),
         dropped=sum(report.dropped for report in reports),
         rejected=len(rejections),

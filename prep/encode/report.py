@@ -54,6 +54,7 @@ class Report:
     """Counts are samples; ``seconds`` is by stage. What is not of this worker's slice is not counted."""
 
     encoded: int
+    pictures: int  # of those encoded, clips of one frame
     recovered: int
     reused: int
     rejected: int
@@ -70,7 +71,9 @@ class Report:
     tiled: int
     tone_mapped: int  # HDR clips, made SDR
     captions_truncated: int
-    profiles_unused: int  # first frames whose colours were taken for sRGB, since their profile cannot be applied
+    profiles_unused: (
+        int  # pictures and first frames whose colours were taken for sRGB, since their profile cannot be applied
+    )
     worker: str
     busy: Sequence[str]  # shards that another process writes
     unfinished: Sequence[str]  # planned shards that have no record yet
@@ -140,6 +143,7 @@ def make_report(
     reused = plan.reused + outcome.elsewhere
     return Report(
         encoded=outcome.encoded,
+        pictures=outcome.pictures,
         recovered=outcome.recovered,
         reused=reused,
         rejected=len(rejected),
@@ -209,7 +213,8 @@ def show(report: Report, console: Console, report_path: Path) -> None:
         f"{counted(report.kept, 'sample')} kept as encoded before: in the lists, but not to be read now",
         report.kept_samples, console, report_path,
     )  # fmt: skip
-    parts = [f"encoded {report.encoded}"]
+    pictures = f" ({counted(report.pictures, 'picture')} among them)" if report.pictures else ""
+    parts = [f"encoded {report.encoded}{pictures}"]
     for name, count in {
         "recovered": report.recovered, "reused": report.reused, "kept": report.kept, "rejected": report.rejected,
         "left for the next run": report.postponed, "dropped": report.dropped,
@@ -229,7 +234,7 @@ def show(report: Report, console: Console, report_path: Path) -> None:
         )
     if report.profiles_unused:
         console.print(
-            f"{counted(report.profiles_unused, 'first frame')} of a colour profile that cannot be applied, taken for "
+            f"{counted(report.profiles_unused, 'picture')} of a colour profile that cannot be applied, taken for "
             "sRGB; `cogprep validate` shows which",
         )
     if report.tone_mapped:

@@ -69,7 +69,10 @@ def sample_facts(shown: PreviewSample) -> list[tuple[str, str]]:
         ("clip", f"{row.source} (line {row.source_line})"),
         ("shard", shown.shard),
         ("bucket", row.bucket),
-        ("frames", f"{row.frames[0]} to {row.frames[-1]}, {row.effective_fps:.3g} fps"),
+        (
+            "frames",
+            f"{row.frames[0]} to {row.frames[-1]}, {row.effective_fps:.3g} fps" if row.frames[1:] else "a picture",
+        ),
     ]
     if isinstance(shown.source, SourceView):
         left, top, right, bottom = shown.source.box

@@ -12,7 +12,7 @@ from ..source.part import locate
 from ..video.colour import Pixels
 from ..video.cut import Cut
 from ..video.decode import Sources, decode
-from ..video.media import Video
+from ..video.still import open_clip
 
 _WHOLE_SIZE = 640  # pixels of the long side of the whole frame
 
@@ -46,7 +46,7 @@ def view_source(
             clip = decode(sources, resolution, cut, family_fps, key)
             if isinstance(clip, ClipFault):
                 return clip
-            with Video(sources.clip) as video:
+            with open_clip(sources.clip) as video:
                 width, height = video.display_size
                 scale = min(1.0, _WHOLE_SIZE / max(width, height))
                 size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -69,6 +69,8 @@ class ClipFacts:
     videos: int = 1  # video streams in the file; one of them is used
     tone_mapped: bool = False  # it is HDR, and is made SDR
     cropped: bool = False  # the container has a player cut off a part of the stored picture
+    picture: bool = False  # not a video: one frame, which takes no time
+    profile_fault: str = ""  # of a picture: why its colours are taken for sRGB, whatever its profile says
 
 
 def toned(identity: bytes) -> bytes:

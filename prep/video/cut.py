@@ -20,7 +20,7 @@ from cogcommon.files.typed import build
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import CONTRACT_FILE
 
-from ..source.clip import ClipFacts, ClipFault
+from ..source.clip import BadClip, ClipFacts, ClipFault
 
 if TYPE_CHECKING:
     from cogcommon.shards.contract import Contract
@@ -122,6 +122,8 @@ def pick_frames(
         family_fps: the rate the model was trained at.
         last_s: how long the last source frame stays.
     """
+    if count == 1:  # a picture: no time passes in it, whatever is to be skipped of clips
+        return Picked((0,), family_fps)
     candidates = range(bisect_left(times_s, times_s[0] + cut.start - 1e-6), len(times_s), cut.stride)
     if not candidates:
         return ClipFault(f"--start {cut.start:g} is past its end ({times_s[-1] - times_s[0]:.2f} s)")
@@ -252,6 +254,27 @@ def _shares(cut: Cut, key: str) -> tuple[float, float]:
         digest = hashlib.sha256(f"{cut.seed}/{key}".encode()).digest()
         return tuple(int.from_bytes(part, "big") / (2**64 - 1) for part in (digest[:8], digest[8:16]))  # type: ignore[return-value]
     return 0.5, {"center": 0.5, "top": 0.0, "bottom": 1.0}[cut.crop]
+
+
+def buckets_for(buckets: Sequence[Resolution], *, picture: bool) -> Sequence[Resolution]:
+    """Those that a picture, or a clip, may go to: pictures to those of one frame, clips to the others.
+
+    Raises:
+        BadClip: there is none; the message says which to add.
+    """
+    fitting = [bucket for bucket in buckets if (bucket.frames == 1) == picture]
+    if fitting:
+        return fitting
+    given, one = " ".join(map(str, buckets)), buckets[0]
+    if picture:
+        raise BadClip(
+            f"a picture is a clip of one frame, and no size is of one: --resolution {given} 1x{one.height}x{one.width} "
+            "(of a text-to-video model; the others learn from clips only)"
+        )
+    raise BadClip(
+        "a clip, and all sizes are of one frame, which are for pictures: "
+        f"--resolution 49x{one.height}x{one.width} {given}"
+    )
 
 
 def best_bucket(facts: ClipFacts, buckets: Sequence[Resolution], cut: Cut, family_fps: float) -> Resolution:

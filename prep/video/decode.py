@@ -16,8 +16,8 @@ from cogcommon.model.families import Resolution
 from ..source.clip import BadClip, ClipFault
 from ..source.source_file import ClipSource, Source
 from .colour import Pixels
-from .cut import Cut, Placement, pick_frames, placement_of
-from .media import Video
+from .cut import Cut, Placement, buckets_for, pick_frames, placement_of
+from .still import Still, open_clip
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Clip:
     crop_box: tuple[int, int, int, int]  # left, top, right, bottom in the upright, square-pixel source
     colour: str
     image_HWC: Pixels | None = None  # the sample's own image (I2V), cut the same way
-    profile_fault: str = ""  # of that image, see `Picture`
+    profile_fault: str = ""  # of that image, or of the clip that is a picture, see `Picture`
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Sources(ExitStack):
 
 
 def decode(sources: Sources, resolution: Resolution, cut: Cut, family_fps: float, key: str) -> Clip | ClipFault:
-    """Decode a clip for one bucket.
+    """Decode a clip for one bucket: as many of its frames as the bucket has, or the picture that it is.
 
     Args:
         sources: without an image the caller takes the clip's first frame.
@@ -79,7 +79,10 @@ def decode(sources: Sources, resolution: Resolution, cut: Cut, family_fps: float
         key: the sample's key; it seeds the random crop.
     """
     try:
-        with Video(sources.clip, cut.hdr) as video:
+        with open_clip(sources.clip, cut.hdr) as video:
+            buckets_for([resolution], picture=isinstance(video, Still))
+            if isinstance(video, Still):
+                return _decode_still(video, resolution, cut, family_fps, key)
             picked = pick_frames(video.times_s, resolution.frames, cut, family_fps, video.last_s)
             if isinstance(picked, ClipFault):
                 return picked
@@ -98,6 +101,12 @@ def decode(sources: Sources, resolution: Resolution, cut: Cut, family_fps: float
             return replace(clip, image_HWC=_cut_image(image, resolution, cut, key), profile_fault=fault)
     except BadClip as bad:
         return bad.fault()
+
+
+def _decode_still(still: Still, resolution: Resolution, cut: Cut, family_fps: float, key: str) -> Clip:
+    image_HWC = _cut_image(still.image, resolution, cut, key)
+    box = placement_of(*still.display_size, resolution, cut, key).box
+    return Clip(image_HWC[None], (0,), family_fps, box, still.colour, profile_fault=still.profile_fault)
 
 
 def look_at_picture(path: Path) -> tuple[bytes | ClipFault, Picture | ClipFault]:

@@ -55,7 +55,7 @@ def test_shapes_of_a_resolution():
         ("48x480x720", "41x480x720 or 49x480x720"),
         ("49x100x100", "height 100"),
         ("49x480x700", "49x480x704"),
-        ("1x480x720", "9x480x720"),
+        ("0x480x720", "9x480x720"),
         ("480x720", "frames x height x width"),
         ("49x0x720", "height 0"),
         ("49 480 720", "frames x height x width"),
@@ -73,6 +73,8 @@ def test_an_impossible_resolution_names_the_next_possible(text, told):
     [
         ("tiny-i2v", "17x64x112", "--resolution 17x64x96"),
         ("tiny-i2v", "9x64x96", "--resolution 17x64x96"),
+        ("tiny-i2v", "1x64x96", "text-to-video models take pictures"),
+        ("tiny-1.5-i2v", "1x64x96", "--resolution 9x64x96"),
         ("tiny", "57x64x96", "--resolution 49x64x96"),
         ("tiny-1.5", "17x784x96", "--resolution 17x768x96"),
         ("tiny-1.5", "169x64x96", "--resolution 161x64x96"),
@@ -82,6 +84,15 @@ def test_a_size_the_family_cannot_take_names_one_it_can(model, size, told):
     with pytest.raises(SettingError) as caught:
         open_checkpoint(model).check_resolution(Resolution.parse(size))
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["2b", "5b", "1.5-5b"])
+def test_a_picture_is_one_latent_frame_and_whole_tokens(name):
+    family, picture = BY_NAME[name], Resolution.parse("1x480x720")
+    open_checkpoint(family.builtin).check_resolution(picture)
+    patch = family.patch_t or 1
+    assert family.latent(picture) == (16, 1, 60, 90) and family.padded_latent(picture) == (16, patch, 60, 90)
+    assert family.tokens(picture) == 30 * 45 + family.text_tokens
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-2b", "tiny-1.5", "tiny-1.5-i2v"])

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import DataRootError
-from cogprep.commands.init import Told, init
+from cogprep.commands.init import Told, init, run
 from cogprep.commands.validate import validate
 from cogprep.dataset.lists import read_lists
-from cogprep.settings import ValidateSettings
+from cogprep.settings import InitSettings, ValidateSettings
 
 
 def lay(root: Path, *clips: str, **texts: str | bytes) -> Path:
@@ -203,12 +203,27 @@ def test_images_of_the_same_names_beside_the_clips_or_in_images(tmp_path):
     told = init(lay(tmp_path, "videos/x/1.mp4", "2.mp4", "images/x/1.JPG", "images/x/1.png", "2.webp", "3.png"))
     assert told.written == ["videos.txt", "prompts.txt", "images.txt"]
     assert (tmp_path / "images.txt").read_text() == "2.webp\nimages/x/1.png\n"
+    assert (
+        said(told) == "in no line, since images.txt pairs each clip with a picture: 1 picture of no clip's name: 3.png"
+    )
+    assert told.pictures == 0
 
 
 def test_no_list_of_images_that_lacks_some(tmp_path):
     told = init(lay(tmp_path, "1.mp4", "2.mp4", "2.png"))
     assert told.written == ["videos.txt", "prompts.txt"]
     assert said(told) == "no images.txt: only 1 of 2 clips have a picture of their name, and all must"
+
+
+def test_pictures_of_no_clips_name_are_lines_after_the_clips(tmp_path, capsys):
+    lay(tmp_path, "b.mp4", "b.png", "c.mp4", "2/d.JPG", "a.webp", "e.png.part", "._a.png", **{"2__d_txt": "a tree"})
+    run(InitSettings(ds=tmp_path))
+    assert pairs(tmp_path) == [("b.mp4", ""), ("c.mp4", ""), ("2/d.JPG", "a tree"), ("a.webp", "")]
+    shown = capsys.readouterr().out
+    assert "2 clips and 2 pictures\n" in shown and "2 pictures of no clip's name: 2/d.JPG, a.webp; each is" in shown
+    assert "--resolution 49x480x720 1x480x720" in shown
+    lay(tmp_path / "photos", "a.png")
+    assert (init(tmp_path / "photos").pictures, pairs(tmp_path / "photos")) == (1, [("a.png", "")])
 
 
 def test_a_list_that_is_there_is_never_touched(tmp_path):
@@ -230,8 +245,8 @@ def test_a_list_that_is_there_is_never_touched(tmp_path):
 
 def test_a_folder_without_clips_says_what_is_in_it(tmp_path):
     with pytest.raises(DataRootError, match="no clips") as caught:
-        init(lay(tmp_path, "a.png", "b.mp4.part"))
-    assert "1 picture\n       left out: half-downloaded: b.mp4.part" in str(caught.value)
+        init(lay(tmp_path, "b.mp4.part", ".a.png"))
+    assert "left out: half-downloaded: b.mp4.part" in str(caught.value)
     with pytest.raises(DataRootError, match="made by cogprep"):
         init(lay(tmp_path, "contract.json"))
 
@@ -274,6 +289,6 @@ def test_it_loads_no_torch_and_says_all_in_json(tmp_path):
     done = cogprep("init", tmp_path, "--json", python=("-X", "importtime"))
     assert not {"torch", "av", "pyarrow", "transformers"} & {line.split()[-1] for line in done.stderr.splitlines()}
     assert json.loads(done.stdout) == {
-        "data_root": str(tmp_path), "clips": 2, "lines": 2, "captions": {".txt files beside them": 1}, "blank": [2],
-        "images": 0, "written": ["videos.txt", "prompts.txt"], "kept": [], "unlisted": [], "notes": [],
+        "data_root": str(tmp_path), "clips": 2, "pictures": 0, "lines": 2, "captions": {".txt files beside them": 1},
+        "blank": [2], "images": 0, "written": ["videos.txt", "prompts.txt"], "kept": [], "unlisted": [], "notes": [],
     }  # fmt: skip

@@ -341,7 +341,7 @@ BAD = {
     "a list of clips to join": (concatenation, r"a list of other files \(ffconcat\).* ffmpeg -i CLIP -c copy"),
     "a playlist in XML": (
         lambda d: with_text(d, "a.mpd", '<?xml version="1.0"?>\n<MPD xmlns="urn:x"></MPD>'), r"a playlist \(DASH"),
-    "a row of pictures": (row_of_pictures, "not a video"),
+    "a row of pictures": (row_of_pictures, "not a picture"),
     "a Git LFS pointer": (
         lambda d: with_text(d, "a.mp4", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
     "an animated WebP": (animated_webp, "an animated WebP, .* python -c"),
