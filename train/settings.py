@@ -118,10 +118,18 @@ class TrainSettings:
     )
     save_every: int = setting(200, "steps between checkpoints", section=_SAVE)
     keep: int = setting(3, "checkpoints to keep", section=_SAVE)
+    keep_best: bool = setting(
+        False, "keep the checkpoint with the lowest held-out loss, too, and export that one's weights at the end",
+        section=_SAVE,
+    )  # fmt: skip
 
     validate_shards: list[str] = setting([], "held-out shards; their samples are never trained on", section=_VALIDATE)
     validate_every: int = setting(200, "steps between validations", section=_VALIDATE)
     validate_videos: int = setting(0, "videos to make at each validation", section=_VALIDATE)
+    patience: int = setting(
+        0, "end the run after so many validations in a row without a lower held-out loss; 0: train all steps",
+        section=_VALIDATE,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -132,7 +140,7 @@ class TrainSettings:
             )
         least = {
             "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "nproc": 1, "save_every": 1,
-            "keep": 1, "validate_every": 1, "validate_videos": 0, "lr": 0, "eps": 0, "weight_decay": 0,
+            "keep": 1, "validate_every": 1, "validate_videos": 0, "patience": 0, "lr": 0, "eps": 0, "weight_decay": 0,
             "max_grad_norm": 0, "min_snr_gamma": 0, "caption_dropout": 0, "beta1": 0, "beta2": 0, "ema": 0,
         }  # fmt: skip
         below = {"beta1": 1, "beta2": 1, "ema": 1}

@@ -22,11 +22,10 @@ from cogcommon.files.ownership import RECORD_FILE, check_own_folder, is_file, re
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
 
-from ..distributed.strategy import read_weights
 from ..model import lora, sft
 from ..model.compare import check_answer, output_on_noise
 from ..model.lora_file import FILE, PEFT_CONFIG, PEFT_FILE, read_facts
-from ..model.method import Exported, method_of
+from ..model.method import Exported, method_of, of_checkpoint
 from ..report.card import Kind, write_card
 from ..runs import checkpoint as checkpoints
 from ..runs.folder import CARD_FILE, CONFIG_FILE, RecordedRun, read_run
@@ -65,7 +64,7 @@ def run(settings: ExportSettings) -> None:
 
     pick_device()
     quiet_libraries()
-    step = checkpoints.find_checkpoint(folder).state.step if is_checkpoint else run.facts.steps
+    step = checkpoints.find_checkpoint(folder).state.step if is_checkpoint else run.exported
     model = open_checkpoint(
         settings.model or run.facts.model,
         None if settings.model else run.facts.revision,
@@ -132,13 +131,11 @@ def _trained(
     folder: Path, run: RecordedRun, model: Checkpoint, dtype: torch.dtype, is_checkpoint: bool
 ) -> CogVideoXTransformer3DModel:
     """The transformer as it was trained, adapters attached."""
-    import torch
-
     full = run.facts.method == "sft"
     if not is_checkpoint and full and (folder / sft.FOLDER).is_dir():
         return sft.load(folder / sft.FOLDER, model, dtype)
-    transformer = model.load_transformer(dtype)
     if not is_checkpoint and not full and (folder / FILE).is_file():
+        transformer = model.load_transformer(dtype)
         lora.load(folder / FILE, model, transformer)
         return transformer
     if not is_checkpoint:
@@ -150,15 +147,7 @@ def _trained(
         )
     config = run.folder / CONFIG_FILE
     method = method_of(resolve(SftSettings, {}, config) if full else resolve(LoraSettings, {}, config))
-    method.apply(transformer)
-    weights = read_weights(folder)
-    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-    if trained.keys() != weights.keys():
-        raise RunError("the checkpoint holds other weights than its run trains", where=str(folder))
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-    return transformer
+    return of_checkpoint(method, model, folder, dtype)
 
 
 def _as_lora(

@@ -200,7 +200,7 @@ def _range(header: str | None, size: int) -> tuple[int, int] | None:
 
 def _button(run: RecordedRun, token: str) -> str:
     """What ends a run that still trains."""
-    if run.steps and run.steps[-1].step >= run.facts.steps:
+    if run.facts.ended or (run.steps and run.steps[-1].step >= run.facts.steps):
         return ""
     if asked_to_stop(run.folder):
         return '<p class="asked">asked to save and stop</p>'

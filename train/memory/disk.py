@@ -27,20 +27,22 @@ class Writes:
     checkpoint: int  # each
     export: int
     keep: int  # checkpoints
+    best: bool = False  # one more of them, the best; its weights are exported in the place of the last ones
 
     @property
     def total(self) -> int:
-        """At the fullest moment: an old checkpoint goes when the new one is whole."""
-        return self.checkpoint * (self.keep + 1) + self.export + _PAGES
+        """At the fullest moment: an old checkpoint, or export, goes when the new one is whole."""
+        return self.checkpoint * (self.keep + self.best + 1) + self.least
 
     @property
     def least(self) -> int:
         """Without any checkpoint."""
-        return self.export + _PAGES
+        return self.export * (1 + self.best) + _PAGES
 
     def __str__(self) -> str:
+        kept = f"--keep {self.keep}" + " --keep-best" * self.best
         return (
-            f"a checkpoint is {in_bytes(self.checkpoint)}, and --keep {self.keep} has {self.keep + 1} there while it "
+            f"a checkpoint is {in_bytes(self.checkpoint)}, and {kept} has {self.keep + self.best + 1} there while it "
             f"writes one; the weights are {in_bytes(self.export)}; up to {in_bytes(self.total)} of disk"
         )
 
@@ -58,7 +60,7 @@ def writes(run: Trains, strategy: Strategy | None = None) -> Writes:
         states -= 2  # half of the adapters began at zero, which it need not remember
     # The fp32 weights and what the optimizer keeps of them; stages 1 and 2 write what they compute with, too.
     each = 4 + states + 4 * (settings.ema > 0) + (size if STRATEGIES[strategy].stage in (1, 2) else 0)
-    return Writes(int(each * weights), weights * (size if run.method.full else 4), settings.keep)
+    return Writes(int(each * weights), weights * (size if run.method.full else 4), settings.keep, settings.keep_best)
 
 
 def check_room(run: Run, folder: Path) -> list[str]:
@@ -89,7 +91,9 @@ def check_room(run: Run, folder: Path) -> list[str]:
     def at_most(every: int, keep: int) -> int:
         """Checkpoints that will be there at the same time, beside those that are there now."""
         to_come = -(-run.steps // every) - done // every if done < run.steps else 0
-        return max(1, min(there + to_come, keep + 1) - there) if to_come else 0
+        if to_come and needs.best:  # at most each validation is the best so far
+            to_come += run.steps // settings.validate_every - done // settings.validate_every
+        return max(1, min(there + to_come, keep + needs.best + 1) - there) if to_come else 0
 
     room = (free - needs.least) // max(1, needs.checkpoint)
     if at_most(settings.save_every, settings.keep) <= room:

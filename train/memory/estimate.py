@@ -147,6 +147,8 @@ def host_needs(
     full, ddp = run.method.full, strategy == "ddp"
     # What was trained is there as it is written, and again as it is loaded back (`Method.export`).
     exported = 2 * size * weights if full else loading + 8 * weights
+    if run.settings.keep_best:  # as the checkpoint holds it, and in a model of its own
+        exported += (4 + size) * weights if full else loading + 4 * weights
     return HostNeeds(
         load=load,
         gpu=gpu,

@@ -14,10 +14,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from cogcommon.errors import RunError
 from cogcommon.files.failures import disk_errors
 from cogcommon.model.checkpoint import Checkpoint
 
-from ..distributed.strategy import Runtime
+from ..distributed.strategy import Runtime, read_weights
 from ..settings import TARGET_MODULES, AdapterName, LoraSettings, TrainSettings
 from . import lora, sft
 from .adapters import ADAPTERS
@@ -277,6 +278,31 @@ def _written(
 
     peers.together(write if runtime.main else lambda: None)
     return Written(path, state, expected)
+
+
+def of_checkpoint(
+    method: Method, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype
+) -> CogVideoXTransformer3DModel:
+    """The transformer as a checkpoint of a run would be exported, on the CPU, with its adapters attached.
+
+    Args:
+        folder: the run's ``checkpoint-N``.
+
+    Raises:
+        RunError: it is damaged, or of another run.
+    """
+    import torch
+
+    weights = read_weights(folder)
+    transformer = checkpoint.load_transformer(dtype)
+    method.apply(transformer)
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    if trained.keys() != weights.keys():
+        raise RunError("the checkpoint holds other weights than its run trains", where=str(folder))
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    return transformer
 
 
 def method_of(settings: TrainSettings) -> Method:

@@ -11,8 +11,9 @@ from cogcommon.cli.names import plain
 from cogcommon.files.ownership import Made
 from cogcommon.model.device import DTYPES
 from cogcommon.model.families import BUILTIN_NAMES, RANDOM
+from cogcommon.words import counted
 
-from ..runs.folder import CARD_FILE, RecordedRun
+from ..runs.folder import CARD_FILE, RecordedRun, lowest
 from .chart import number, smoothed
 
 Kind = Literal["lora", "peft", "transformer"]
@@ -27,19 +28,20 @@ _USE: dict[Kind, str] = {
 }
 
 
-def write_card(folder: Path, run: RecordedRun, kind: Kind, step: int) -> Path | None:
+def write_card(folder: Path, run: RecordedRun, kind: Kind, step: int | None = None) -> Path | None:
     """Write the card beside the weights, unless somebody has written in it: then it stays, and None is returned.
 
     Args:
         folder: that holds the weights, and a record.
         kind: of weights.
-        step: at which the weights are.
+        step: at which the weights are; None: the one that the run has exported.
     """
     made = Made.read(folder)
     assert made, folder
     if os.path.lexists(folder / CARD_FILE) and not made.owns(CARD_FILE):
         return None
-    return made.commit_bytes(CARD_FILE, plain(card(run, kind, step, folder.name)).encode())
+    text = card(run, kind, run.exported if step is None else step, folder.name)
+    return made.commit_bytes(CARD_FILE, plain(text).encode())
 
 
 def card(run: RecordedRun, kind: Kind, step: int, folder: str) -> str:
@@ -111,4 +113,6 @@ def _losses(run: RecordedRun, step: int) -> dict[str, str]:
         last = validations[-1]
         tuned, base = ("not finite" if loss is None else number(loss) for loss in (last.val_loss, last.base_val_loss))
         rows["held-out loss"] = f"{tuned} at step {last.step:,}; the base model's is {base}"
+        if run.settings.get("keep_best") and lowest(run.validations) == last:
+            rows["held-out loss"] += f"; the lowest of {counted(len(run.validations), 'validation')}"
     return rows

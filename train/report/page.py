@@ -22,7 +22,17 @@ from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.ownership import Made
 from cogcommon.words import counted, in_words
 
-from ..runs.folder import CAPTIONS_FILE, CLIPS, GENERATED, REPORT_FILE, VALIDATION, RecordedRun, read_run, report_head
+from ..runs.folder import (
+    CAPTIONS_FILE,
+    CLIPS,
+    GENERATED,
+    REPORT_FILE,
+    VALIDATION,
+    RecordedRun,
+    lowest,
+    read_run,
+    report_head,
+)
 from .chart import Line, number, plot, smoothed
 
 RUN_COLOURS = 6  # of `report.css`
@@ -109,14 +119,16 @@ def asset(name: str) -> str:
 def _state(run: RecordedRun) -> str:
     """How far it is, since when, and how long it will take."""
     facts = run.facts
-    done = run.steps[-1].step if run.steps else 0
+    done, ended = run.steps[-1].step if run.steps else 0, facts.ended
     state = "finished" if done >= facts.steps else f"{done:,} of {facts.steps:,} steps"
+    if ended:
+        state = f"ended after {state}: {ended}"
     times = []
     if facts.begun:
         times.append("begun " + time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.begun)))
     if run.steps:
         times.append(f"{in_words(sum(line.s_per_step + line.compile_s for line in run.steps))} of training")
-        if done < facts.steps:
+        if done < facts.steps and not ended:
             times.append(f"about {in_words((facts.steps - done) * _middle(run))} left")
     return (
         f'<p class="faint">{escape(str(run.folder))} · {state} · {facts.device} · {escape(facts.strategy)}, '
@@ -140,6 +152,12 @@ def _figures(run: RecordedRun) -> str:
         shown.append(("not finite" if last.val_loss is None else number(last.val_loss), "held-out loss"))
         if last.change is not None and last.base_val_loss is not None:
             shown.append((f"{last.change:+.1f} %", f"against the base model's {number(last.base_val_loss)}"))
+        best = lowest(run.validations)
+        if best and best.val_loss is not None and best != last:
+            change = f", {best.change:+.1f} %" if best.change is not None else ""
+            shown.append((number(best.val_loss), f"lowest held-out loss, at step {best.step:,}{change}"))
+    if run.facts.exported:
+        shown.append((f"step {run.facts.exported:,}", "is what is exported"))
     if run.steps:
         middle = _middle(run)
         shown.append((number(middle), "seconds a step, median"))
@@ -164,6 +182,9 @@ def _curves(run: RecordedRun) -> Iterable[str]:
         if base is not None:
             lines.append(Line("base model, held out", [(0, base), (losses[-1][0], base)], "base"))
         lines.append(Line("held out", held_out, "held-out", marks=True))
+        best = lowest(run.validations)
+        if best and best.val_loss is not None and len(run.validations) > 1:
+            lines.append(Line(f"lowest, step {best.step:,}", [(best.step, best.val_loss)], "held-out best", marks=True))
     yield f"<h2>Curves</h2>{plot('Loss', lines, tools=True)}"
     if run.validations:
         yield (

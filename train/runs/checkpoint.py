@@ -75,14 +75,15 @@ def folder_name(step: int) -> str:
 def list_checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     named = [path for path in _named(run) if (path / STATE_FILE).exists()]
-    return sorted(named, key=_step_of)
+    return sorted(named, key=step_of)
 
 
 def _named(run: Path) -> list[Path]:
     return [path for path in run.glob("checkpoint-*") if re.fullmatch(r"[0-9]{1,18}", path.name[11:])]
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Of a checkpoint, by its name."""
     return int(path.name[11:])
 
 
@@ -109,7 +110,7 @@ def clear(run: Path, after: int) -> list[str]:
     for path in _named(run):
         if path not in whole:  # it was being removed when the run was killed
             remove_folder(path, A_CHECKPOINT)
-    abandoned = [path for path in whole if _step_of(path) > after]
+    abandoned = [path for path in whole if step_of(path) > after]
     for path in abandoned:
         if not remove_folder(path, A_CHECKPOINT, first=STATE_FILE):
             raise RunError(
@@ -210,12 +211,15 @@ def save(
     run: Path,
     keep: int,
     *,
+    best: int | None = None,
     needs: int = 0,
 ) -> Path:
     """Write a checkpoint; every rank calls it. The oldest go once the new one is whole.
 
     Args:
         shadow: this rank's part of the moving average of the weights.
+        keep: how many of the newest stay.
+        best: the step of one that stays, whatever its age.
         needs: bytes that it takes, about, for the message of a disk that is full.
 
     Raises:
@@ -253,7 +257,8 @@ def save(
     if runtime.main:
         others = [path for path in list_checkpoints(run) if path != final]
         for old in others[: max(0, len(others) - max(0, keep - 1))]:
-            remove_folder(old, A_CHECKPOINT, first=STATE_FILE)
+            if step_of(old) != best:
+                remove_folder(old, A_CHECKPOINT, first=STATE_FILE)
     return final
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -76,6 +76,8 @@ class RunFacts:
     block_plan: dict[str, Any] | None = None  # `BlockPlan.fields`
     adapter: AdapterName | None = None  # of a LoRA run
     begun: float = 0.0  # when its first step was about to be made, in seconds since 1970; 0: not known
+    exported: int = 0  # the step whose weights lie in the run's folder; 0: none yet, or not known
+    ended: str = ""  # why it has ended before its last step, if it has
 
     @property
     def title(self) -> str:
@@ -123,6 +125,7 @@ class ValidationLine:
     val_loss: float | None
     base_val_loss: float | None
     val_peak_gib: float = 0.0  # of memory held meanwhile
+    best_step: int | None = None  # the step that `--keep-best` keeps, as it was then
 
     @property
     def change(self) -> float | None:
@@ -130,6 +133,21 @@ class ValidationLine:
         if self.val_loss is None or not self.base_val_loss:
             return None
         return 100 * (self.val_loss / self.base_val_loss - 1)
+
+    def __str__(self) -> str:
+        tuned, base = (loss_text(loss) for loss in (self.val_loss, self.base_val_loss))
+        change = f" ({self.change:+.1f} %)" if self.change is not None else ""
+        return f"held-out loss {tuned}, base model {base}{change}"
+
+
+def loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def lowest(lines: Sequence[ValidationLine]) -> ValidationLine | None:
+    """The validation with the lowest loss; of equal ones the first. None where no loss is finite."""
+    finite_ones = [line for line in lines if line.val_loss is not None]
+    return min(finite_ones, key=lambda line: line.val_loss or 0.0, default=None)
 
 
 def ask_to_stop(run: Path) -> None:
@@ -167,6 +185,14 @@ class RecordedRun:
     facts: RunFacts
     steps: list[StepLine]
     validations: list[ValidationLine]
+
+    @property
+    def exported(self) -> int:
+        """The step whose weights lie in the run's folder, once it has ended."""
+        return self.facts.exported or self.facts.steps
+
+    def validation_at(self, step: int) -> ValidationLine | None:
+        return next((line for line in self.validations if line.step == step), None)
 
 
 def read_settings(run: Path) -> Mapping[str, Any]:

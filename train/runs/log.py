@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cogcommon.cli.terminal import Console
 from cogcommon.files.atomic import commit_bytes
 
-from .folder import METRICS_FILE, StepLine, ValidationLine
+from .folder import METRICS_FILE, StepLine, ValidationLine, loss_text
 from .tracker import Tracker
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class RunLog:
         if self.folder is None:
             return
         note = (
-            f"loss {_shown(metrics.loss)}  lr {metrics.lr:.2g}  {metrics.s_per_step:.2f} s/step  "
+            f"loss {loss_text(metrics.loss)}  lr {metrics.lr:.2g}  {metrics.s_per_step:.2f} s/step  "
             f"peak {metrics.peak_gib:.1f} GiB"
         )
         now = time.perf_counter()
@@ -131,11 +131,10 @@ class RunLog:
 
     def validation(self, line: ValidationLine) -> None:
         self.write(asdict(line))
-        change = f" ({line.change:+.1f} %)" if line.change is not None else ""
-        self.say(
-            f"step {line.step}/{self.steps}  held-out loss {_shown(line.val_loss)}, "
-            f"base model {_shown(line.base_val_loss)}{change}"
-        )
+        best = ""
+        if line.best_step is not None:
+            best = ", the best so far" if line.best_step == line.step else f"; the best is step {line.best_step}"
+        self.say(f"step {line.step}/{self.steps}  {line}{best}")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -151,7 +150,3 @@ def clock(seconds: float) -> str:
     """``1:02:03``"""
     whole = int(seconds)
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
-
-
-def _shown(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"

@@ -125,12 +125,7 @@ def open_run(
     if resume is None:
         method.check_start(checkpoint)
     _check_buckets(shards, checkpoint)
-    if settings.validate_videos and not settings.validate_shards:
-        raise SettingError(
-            "there are no held-out samples to make videos of",
-            where="--validate-videos",
-            fix="--validate-shards with some that `cogprep encode --holdout` set aside, or leave --validate-videos out",
-        )
+    _check_validation(settings)
     if settings.caption_dropout or settings.validate_videos:  # guidance needs it too
         shards.empty_caption()
     precision = settings.precision or default_precision(checkpoint.family, device)
@@ -207,6 +202,22 @@ def _check_buckets(shards: ShardSet, checkpoint: Checkpoint) -> None:
                 where=shards.shards[0].shown,
                 fix=f"other shards, or encode these clips again with {error.fix}",
             ) from error
+
+
+def _check_validation(settings: TrainSettings) -> None:
+    """Refuse what needs held-out samples, where there are none."""
+    asked = {
+        "--validate-videos": (settings.validate_videos, "make videos of"),
+        "--keep-best": (settings.keep_best, "find the best checkpoint by"),
+        "--patience": (settings.patience, "end the run by"),
+    }
+    for option, (given, purpose) in asked.items():
+        if given and not settings.validate_shards:
+            raise SettingError(
+                f"there are no held-out samples to {purpose}",
+                where=option,
+                fix=f"--validate-shards with some that `cogprep encode --holdout` set aside, or leave {option} out",
+            )
 
 
 def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
@@ -286,8 +297,8 @@ def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
 
 # They say where and how long, not what is trained.
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "shards",
-         "validate_shards", "save_every", "keep", "validate_every", "validate_videos", "tracker", "model",
-         "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
+         "validate_shards", "save_every", "keep", "keep_best", "patience", "validate_every", "validate_videos",
+         "tracker", "model", "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
          "cache_size", "init_lora"}  # fmt: skip
 
 

@@ -1,4 +1,5 @@
 """The trainer, and what it asks at each step: `trainer.py` first.
 
-Imports blocks, data, distributed, memory, model, report, runs, store, validation.
+Imports blocks, data, distributed, memory, model, report, runs, settings, store,
+validation.
 """

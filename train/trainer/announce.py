@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +19,12 @@ from ..blocks.attention import Kernel
 from ..blocks.plan import BlockPlan
 from ..distributed.strategy import Runtime
 from ..model.method import Exported
-from ..runs.folder import REPORT_FILE, RunFacts, read_run
+from ..runs.checkpoint import folder_name
+from ..runs.folder import REPORT_FILE, RunFacts, ValidationLine, loss_text, lowest, read_run
 from ..runs.log import RunLog
 from ..runs.run import Run
 from ..store.store import FAULTS
+from .best import Best
 
 if TYPE_CHECKING:
     import torch
@@ -54,23 +57,45 @@ def watch(folder: Path) -> str:
     return command_line("cogtrain", "watch", folder)
 
 
-def ending(run: Run, log: RunLog, folder: Path, exported: Exported, unsaved: CogError | None) -> None:
+def ending(
+    run: Run, log: RunLog, folder: Path, exported: Exported, best: Best, done: int, unsaved: CogError | None
+) -> None:
     """The last lines.
 
     Args:
+        done: the last step that was made.
         unsaved: why the last checkpoint was not written, if it was not.
     """
+    if best.enough and done < run.steps:
+        log.say(f"ended after step {done:,} of {run.steps:,}: {best.why()}; a larger --patience goes on")
     if unsaved:
         log.say(
-            f"note: there is no checkpoint of step {run.steps:,}: {unsaved.what}. The weights are whole; only a larger "
+            f"note: there is no checkpoint of step {done:,}: {unsaved.what}. The weights are whole; only a larger "
             "--steps would need it, and goes on from an older one"
         )
     if faults := str(FAULTS):
         log.say(faults)
-    log.say(f"wrote {exported.path}; {checked(exported)}")
+    chosen = f", step {best.line.step:,} of {done:,}: {best.line}" if best.line else ""
+    log.say(f"wrote {exported.path}{chosen}; {checked(exported)}")
+    if note := _advice(best, done, folder):
+        log.say(f"note: {note}")
     log.say(f"look at {folder / REPORT_FILE}")
     image = " --image FIRST_FRAME.png" if run.checkpoint.family.task == "i2v" else ""
     log.say(f'next: {command_line("cogtrain", "generate", "--run", folder)} --prompt "..."{image}')
+
+
+def _advice(best: Best, done: int, folder: Path) -> str:
+    """What the held-out losses say of what was exported."""
+    found = lowest(best.lines)
+    if found is None:
+        return ""
+    if found.change is not None and found.change >= 0:
+        return "no validation was better than the base model: fewer steps, a lower --lr, or more clips"
+    if best.line or found.step == done:
+        return ""
+    where = folder / folder_name(found.step)
+    do = f"; {command_line('cogtrain', 'export', '--run', where)} exports it" if found.step in best.kept else ""
+    return f"the held-out loss was lowest at step {found.step:,} ({loss_text(found.val_loss)}){do}; --keep-best does so"
 
 
 def checked(exported: Exported) -> str:
@@ -83,16 +108,27 @@ def checked(exported: Exported) -> str:
 def write_facts(
     run: Run, folder: Path, runtime: Runtime, trainable: int, plan: BlockPlan, attention: Kernel
 ) -> None:  # fmt: skip
-    """Write ``facts.json``; a run that is resumed has begun when it first did."""
-    begun = time.time()
+    """Write ``facts.json``; a run that is resumed has begun when it first did, and what it has exported is there."""
+    begun, exported = time.time(), 0
     if run.resume is not None:
         with suppress(CogError):
-            begun = read_run(folder).facts.begun
-    _facts(run, runtime, trainable, plan, attention, begun).write(folder)
+            before = read_run(folder).facts
+            begun, exported = before.begun, before.exported
+    _facts(run, runtime, trainable, plan, attention, begun, exported).write(folder)
+
+
+def write_end(folder: Path, exported: int, ended: str) -> None:
+    """Write into ``facts.json`` how a run has ended.
+
+    Args:
+        exported: the step whose weights were.
+        ended: why before its last step, if it has.
+    """
+    dataclasses.replace(read_run(folder).facts, exported=exported, ended=ended).write(folder)
 
 
 def _facts(
-    run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, attention: Kernel, begun: float
+    run: Run, runtime: Runtime, trainable: int, plan: BlockPlan, attention: Kernel, begun: float, exported: int
 ) -> RunFacts:  # fmt: skip
     import torch
 
@@ -122,12 +158,19 @@ def _facts(
         block_plan=plan.fields(),
         adapter=run.method.adapter,
         begun=begun,
+        exported=exported,
     )
 
 
-def weights_file_facts(run: Run, step: int) -> dict[str, str]:
-    """What an exported file says of where it comes from."""
+def weights_file_facts(run: Run, step: int, line: ValidationLine | None = None) -> dict[str, str]:
+    """What an exported file says of where it comes from.
+
+    Args:
+        line: the validation of that step, if that is why it is exported.
+    """
+    losses = {} if line is None else {"held_out_loss": line.val_loss, "base_held_out_loss": line.base_val_loss}
     return {
+        **{name: loss_text(loss) for name, loss in losses.items()},
         "base_model": run.checkpoint.name,
         "revision": run.checkpoint.revision or "",
         "family": run.checkpoint.family.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import CogError, DiskError
 
+from ..distributed.peers import ALONE
 from ..distributed.strategy import Runtime
 from ..memory.disk import writes
 from ..model.ema import EMA
-from ..model.method import Written
+from ..model.method import Exported, Written, of_checkpoint
 from ..runs import checkpoint as checkpoints
+from ..runs.folder import ValidationLine
 from ..runs.log import RunLog
 from ..runs.run import Run, settings_json
 from .announce import weights_file_facts
@@ -58,18 +61,61 @@ class Saver:
         """
         checkpoints.load(self.runtime, self.model, self.optimizer, self._shadow, checkpoint)
 
-    def export(self, step: int) -> Written:
+    def export(self, step: int, line: ValidationLine | None = None) -> Written:
         """Write the weights as they are exported.
+
+        Args:
+            line: the validation of that step, which the file then tells of.
 
         Raises:
             RunError: they are not finite.
             DiskError: the disk is full, or another fault of the file system; nothing of them is left.
         """
-        self.exported = self._write(self.folder, step)
+        self.exported = self._write(self.folder, step, line)
         return self.exported
 
-    def checkpoint(self, step: int) -> None:
+    def finish(self, step: int, best: ValidationLine | None) -> Exported | None:
+        """Export what is not yet, and load it back; every rank calls it, and rank 0 gets what was found.
+
+        Args:
+            step: the last that was made.
+            best: the validation of the step to export instead; None: export the last.
+        """
+        live = best is None or best.step == step
+        # Nothing was left to train; or only now is there a loss for the file to tell of.
+        if self.exported is None or (live and best and not self.run.method.full):
+            self.export(step, best if live else None)
+        if not self.runtime.main:
+            return None
+        if best and not live:
+            return self._export_kept(best)
+        assert self.exported
+        return self.run.method.verify(self.runtime, self.model, self.run.checkpoint, self.exported)
+
+    def _export_kept(self, line: ValidationLine) -> Exported:
+        """Write the weights of a checkpoint in the place of the last ones, and load them back; on rank 0 alone.
+
+        Whatever the strategy, they are read from the files, as `cogtrain export` reads them. The live model makes room.
+
+        Args:
+            line: the validation of that step.
+
+        Raises:
+            RunError, DiskError: as `export`, and `Method.verify`.
+        """
+        run, alone = self.run, dataclasses.replace(self.runtime, strategy="ddp", config=None, peers=ALONE)
+        self.runtime.release(self.runtime.plain(self.model))
+        kept = self.folder / checkpoints.folder_name(line.step)
+        model = of_checkpoint(run.method, run.checkpoint, kept, alone.dtype)
+        model.to(alone.room_for(model))
+        written = self._write(self.folder, line.step, line, model=model, runtime=alone)
+        return run.method.verify(alone, model, run.checkpoint, written)
+
+    def checkpoint(self, step: int, best: int | None = None) -> None:
         """Write a checkpoint; once the weights are exported, it is for a resume only.
+
+        Args:
+            best: the step of one that stays, whatever its age.
 
         Raises:
             CogError: there is no room for it, and training ends here; says where the weights are.
@@ -79,7 +125,7 @@ class Saver:
         try:
             saved = checkpoints.save(
                 runtime, self.model, self.optimizer, self._shadow, state, self.folder, run.settings.keep,
-                needs=writes(run).checkpoint,
+                best=best, needs=writes(run).checkpoint,
             )  # fmt: skip
         except checkpoints.NotSaved as failed:
             self.unsaved = failed.fault
@@ -104,10 +150,15 @@ class Saver:
             raise DiskError(fault.what, where=fault.where, fix=f"{fault.fix}{kept}") from fault
         raise fault
 
-    def _write(self, into: Path, step: int) -> Written:
+    def _write(
+        self, into: Path, step: int, line: ValidationLine | None = None, *, model: Any = None,
+        runtime: Runtime | None = None,
+    ) -> Written:  # fmt: skip
+        """Write the live model's weights, or another's."""
         run = self.run
         go_on = partial(checkpoints.how_to_go_on, self.folder, run.method.name)
-        with self.averaged():
+        with self.averaged() if model is None else nullcontext():
             return run.method.write(
-                self.runtime, self.model, run.checkpoint, into, weights_file_facts(run, step), go_on
+                runtime or self.runtime, self.model if model is None else model, run.checkpoint, into,
+                weights_file_facts(run, step, line), go_on,
             )  # fmt: skip

@@ -37,6 +37,7 @@ from ..runs.run import Run, run_folder, settings_json, write_config
 from ..runs.tracker import open_tracker
 from ..validation.validate import Validation
 from . import announce
+from .best import Best
 from .clock import StepClock
 from .failures import memory_errors
 from .feed import feed
@@ -70,7 +71,8 @@ def train(
     go_on = partial(checkpoints.how_to_go_on, folder, run.method.name)
     with disk_errors(folder, go_on=go_on), ExitStack() as closing, memory_errors(run):
         trainer = Trainer(run, folder, peers, stop, closing)
-        for step in range(trainer.done + 1, run.steps + 1):
+        while trainer.done < run.steps and not trainer.best.enough:
+            step = trainer.done + 1
             trainer.step(step)
             if after_step:
                 after_step(step)
@@ -83,7 +85,7 @@ class Trainer:
     """One process's part of a run.
 
     Attributes:
-        done: steps that were made before, by the run that this one resumes.
+        done: steps that were made, and those before, by the run that this one resumes.
     """
 
     def __init__(self, run: Run, folder: Path, peers: Peers, stop: StopRequest, closing: ExitStack) -> None:
@@ -117,6 +119,7 @@ class Trainer:
             announce.write_facts(run, folder, runtime, trainable, engine.plan, engine.kernel)
         # It measures the base model, so it comes before the resume.
         self.validation = Validation.begin(run, runtime, self.model, folder, log, stop)
+        self.best = Best.of(settings, folder, peers, self.validation)
         self.ema = EMA(self.trained, settings.ema) if settings.ema else None
         self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log)
         if run.resume:
@@ -164,6 +167,7 @@ class Trainer:
         Raises:
             Stopped: by a signal, once a checkpoint is there.
         """
+        self.done = step
         settings, last = self.run.settings, step == self.run.steps
         stop = self._signal()
         validates = self.validation and not stop and (last or step % settings.validate_every == 0)
@@ -171,17 +175,15 @@ class Trainer:
         if validates or saves:
             self.readout.catch_up()
         if last:  # first of all, and in its smallest form
-            self.readout.end()
-            finish_update(self.optimizer)
-            self.saver.export(step)
-        if self.validation and validates:
-            with self.saver.averaged():
-                line = self.validation.measure(self.model, step)
-            if line:
-                self.log.validation(line)
-            stop = self._signal()
+            self._export(step)
+        if validates:
+            self._validate(step)
+            stop, saves = self._signal(), saves or self.best.step == step
+            if self.best.enough and not last:
+                last = saves = True
+                self._export(step)
         if saves or stop:
-            self.saver.checkpoint(step)
+            self.saver.checkpoint(step, self.best.step)
             if self.runtime.main:
                 write_report(self.folder)
             stop = stop or self._signal()  # one that came meanwhile: this checkpoint will do
@@ -189,17 +191,28 @@ class Trainer:
             again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
             raise Stopped(128 + stop, again)
 
+    def _validate(self, step: int) -> None:
+        assert self.validation
+        with self.saver.averaged():
+            line = self.validation.measure(self.model, step)
+        if line:
+            self.log.validation(self.best.take(line))
+
+    def _export(self, step: int) -> None:
+        self.readout.end()
+        finish_update(self.optimizer)
+        self.saver.export(step)
+
     def finish(self) -> None:
-        """Load back what the last step has exported, and say so."""
-        run, runtime, folder, saver = self.run, self.runtime, self.folder, self.saver
-        exported = saver.exported or saver.export(run.steps)  # nothing was left to train
-        if runtime.main:
-            checked = run.method.verify(runtime, self.model, run.checkpoint, exported)
-            if not write_card(folder, read_run(folder), "transformer" if run.method.full else "lora", run.steps):
+        """Load back what is exported, of the last step or of the best, and say so."""
+        run, folder, best, done = self.run, self.folder, self.best, self.done
+        if checked := self.saver.finish(done, best.line):
+            announce.write_end(folder, best.step or done, best.why() if best.enough and done < run.steps else "")
+            if not write_card(folder, read_run(folder), "transformer" if run.method.full else "lora"):
                 self.log.say(f"{folder / CARD_FILE} was changed by somebody, and stays as it is")
             write_report(folder)
-            announce.ending(run, self.log, folder, checked, saver.unsaved)
-        runtime.barrier()  # rank 0 may yet fail
+            announce.ending(run, self.log, folder, checked, best, done, self.saver.unsaved)
+        self.runtime.barrier()  # rank 0 may yet fail
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         return self.objective.losses(self.model, batch, self.runtime.dtype)
