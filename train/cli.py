@@ -6,6 +6,7 @@ import os
 import sys
 
 from cogcommon.cli.command import add_command, make_app, run_app
+from cogcommon.cli.progress import paused
 from cogcommon.errors import CogError
 
 from .settings import (
@@ -40,7 +41,9 @@ def train(settings: TrainSettings) -> None:
         give_back_what_is_freed()
         if not join_environment() and (processes := wanted_processes(settings)) > 1:
             check_ready(open_run(settings, pick_device(), processes), processes)  # refuse it before they start
-            sys.exit(relaunch(processes))
+            with paused():  # rank 0 says what goes on
+                code = relaunch(processes)
+            sys.exit(code)
         try:
             peers = meet()
             with peers.leaving_together():

@@ -1,4 +1,5 @@
-"""The command line that both programs share: settings as dataclasses, help, errors, names printed harmlessly.
+"""The command line that both programs share: settings as dataclasses, help, errors, progress, names
+printed harmlessly.
 
-Imports errors, files.
+Imports errors, files, words.
 """

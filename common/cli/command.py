@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from .. import __version__
 from ..errors import CogError
 from ..files.failures import machines_fault
+from .progress import shown, stage
 from .settings import default_of, flag_of, resolve, shown_default
 
 S = TypeVar("S")
@@ -126,7 +127,8 @@ def add_command(
     assert len(lists) == 1 or not any(field.metadata.get("positional") for field in lists)
 
     def command(**given: Any) -> None:
-        run(resolve(cls, given, given.get("config")))
+        with stage("starting"):  # until a stage of the command's own: its libraries take seconds to import
+            run(resolve(cls, given, given.get("config")))
 
     parameters = []
     for field in fields:
@@ -207,7 +209,8 @@ def run_app(app: Callable[[], None]) -> None:
 
     print_in_any_encoding()
     try:
-        app()
+        with shown():
+            app()
         sys.stdout.flush()  # what fails only at the interpreter's end has no one to say it
     except CogError as error:
         _end(error)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..cli.progress import stage
 from ..errors import ModelError
 from ..files.typed import parse_object
 from ..words import first_line
@@ -159,9 +160,17 @@ def _weights_sha256(folder: Path) -> str:
         # The hub's cache stores a large file under its own sha256.
         blob = file.resolve().name if file.is_symlink() else ""
         if not re.fullmatch(r"[0-9a-f]{64}", blob):
-            with file.open("rb") as stream:
-                blob = hashlib.file_digest(stream, "sha256").hexdigest()
+            blob = _sha256(file)
         digest.update(f"{file.name} {blob}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
+    with file.open("rb") as stream, stage(f"hashing {file.parent.name}", file.stat().st_size, "byte") as bar:
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
+            bar.advance(by=size)
     return digest.hexdigest()
 
 

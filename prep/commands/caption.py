@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from cogcommon.cli.names import command_line, json_text
+from cogcommon.cli.progress import say, stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError, ModelError
 from cogcommon.model.published import known_checkpoint
@@ -23,7 +24,6 @@ from ..caption.frames import Seen, see
 from ..caption.words import fit, tidy
 from ..processes.pool import Pool
 from ..settings import CaptionForm, CaptionSettings
-from ..show.progress import Progress, say
 from ..source.clip import ClipFault
 
 # What is asked for, of the one or the other "video" or "picture"; and of the model's own tokens at most how many.
@@ -90,7 +90,7 @@ def caption(settings: CaptionSettings) -> Captioned:
         captioner = Captioner(settings.model)
         if captioner.device.type == "cpu":
             say(f"there is no GPU here: {settings.model} runs on the CPU, which takes minutes a clip")
-        with captions.working() as number, Progress("Captioning", len(blanks), "caption") as bar:
+        with captions.working() as number, stage("captioning", len(blanks), "clip") as bar:
             for blank, seen in _look(settings, captions, shared_out(blanks, number)):
                 if seen is None:
                     taken += 1

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogcommon.cli.names import json_text
+from cogcommon.cli.progress import paused, stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError
 from cogcommon.files.atomic import TEMPORARY
@@ -70,7 +71,8 @@ def run(settings: CleanSettings) -> None:
     if not settings.dry_run and is_output(out):
         for folder in _folders(out).values():
             finish_rewrites(folder)  # it may only lack its last renames
-    removals = list(find_removals(out, everything=settings.all, say=console.print))
+    with stage("comparing shards and data root"):
+        removals = list(find_removals(out, everything=settings.all, say=console.print))
     if settings.json:
         print(json_text([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals]))
     else:
@@ -89,10 +91,13 @@ def run(settings: CleanSettings) -> None:
             raise SettingError(
                 f"nothing was removed ({total})", where="there is no terminal to ask on", fix="add --yes"
             )
-        if input(f"remove {total}? [y/N] ").strip().lower() not in ("y", "yes"):
+        with paused():
+            answer = input(f"remove {total}? [y/N] ").strip().lower()
+        if answer not in ("y", "yes"):
             console.print("nothing was removed")
             return
-    in_use = carry_out(out, removals, everything=settings.all)
+    with stage("removing"):
+        in_use = carry_out(out, removals, everything=settings.all)
     left = f"; {in_use} in use or changed meanwhile, and left alone" if in_use else ""
     console.print(f"removed {total}{left}")
 

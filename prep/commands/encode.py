@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from cogcommon.cli.progress import say
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError
 from cogcommon.model.device import (
@@ -16,7 +17,6 @@ from ..encode.part import encode_slice
 from ..encode.report import Report, show
 from ..plan.slice import POD, choose_slice
 from ..settings import EncodeSettings
-from ..show.progress import say
 from ..store.proof import check_shards_output
 
 

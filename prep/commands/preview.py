@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cogcommon.cli.names import json_text, quoted
+from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ModelError, ShardError
 from cogcommon.files.ownership import check_own_folder, refuse_data_root, take_output
@@ -35,7 +36,6 @@ from ..processes.pool import Pool
 from ..settings import PreviewSettings
 from ..show.preview_page import Preview, PreviewSample, html_of
 from ..show.preview_sheet import draw_sheets
-from ..show.progress import Progress
 from ..show.source_view import view_source
 from ..source.clip import ClipFault
 from ..store.locks import shard_disk_errors
@@ -114,7 +114,7 @@ def make_preview(settings: PreviewSettings) -> Preview:
     if settings.samples is None and any(latents.frugal(Resolution.parse(row.bucket)) for *_, row in chosen):
         chosen = choose_samples(records, _FEW)
     shown = []
-    with Pool(1) as pool, Progress("Decoding", len(chosen), "sample") as bar:
+    with Pool(1) as pool, stage("decoding", len(chosen), "sample") as bar:
         sources = pool.run(
             view_source,
             (

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 from cogcommon.cli.names import command_line, json_text
+from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError
 from cogcommon.files.atomic import commit_bytes
@@ -24,7 +25,6 @@ from ..dataset.new_lists import PROMPTS, VIDEOS, entry_of, refuse_output, set_as
 from ..processes.pool import Pool, default_workers
 from ..settings import SplitSettings
 from ..show.cut_sheet import ShownPart, draw_cut_sheets
-from ..show.progress import Progress
 from ..source.clip import ClipFault
 from ..split.film import Film, Stretch, look_at, open_film
 from ..split.parts import SHORT, Chosen, Left, Lengths, choose
@@ -152,7 +152,7 @@ def _there_already(names: Sequence[str], settings: SplitSettings) -> DataRootErr
 def _look(pool: Pool, films: Sequence[Path]) -> Iterator[tuple[Path, Film | None, list[Stretch | range], list[str]]]:
     """Each film with what was seen of it, in their order, and why not more."""
     opened: list[Film | ClipFault] = []
-    with Progress("Reading times", len(films), "film") as progress:
+    with stage("reading times", len(films), "film") as progress:
         for film in pool.run(open_film, [(path,) for path in films]):
             opened.append(_too_long_to_wind(film) or film)
             progress.advance()
@@ -163,7 +163,7 @@ def _look(pool: Pool, films: Sequence[Path]) -> Iterator[tuple[Path, Film | None
         if isinstance(film, Film)
         for one in ranges
     ]
-    with Progress("Looking for cuts", sum(_minutes(film, one) for _, film, one in tasks), "minute") as progress:
+    with stage("looking for cuts", sum(_minutes(film, one) for _, film, one in tasks), "minute") as progress:
         results = pool.run(look_at, tasks)
         for path, film, ranges in zip(films, opened, stretches, strict=True):
             if isinstance(film, ClipFault):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
+from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError, ModelError
 from cogcommon.model.checkpoint import Checkpoint
@@ -26,7 +27,6 @@ from ..plan.plan import tensor_bytes
 from ..processes.by_file import run_by_file
 from ..processes.pool import Pool, default_workers
 from ..settings import ValidateSettings
-from ..show.progress import Progress
 from ..source.clip import ClipFault
 from ..source.part import file_named
 from ..vae.seconds import VaeSpeed, vae_speed
@@ -120,7 +120,7 @@ def look_at_all(
     images = list(dict.fromkeys(filter(None, data.columns.get("images", ()))))
     looks: dict[str, Look | ClipFault] = {}
     workers = min(settings.workers or default_workers(), max(1, len(clips)))
-    with Pool(workers, timeout_s=settings.clip_timeout) as pool, Progress("Checking", len(clips)) as bar:
+    with Pool(workers, timeout_s=settings.clip_timeout) as pool, stage("checking", len(clips), "clip") as bar:
         parts_of_one = partial(look_at, buckets=settings.buckets, cut=settings.cut, family_fps=family_fps)
         for entry, found in run_by_file(pool, parts_of_one, data.root, sorted(clips, key=file_named)):
             looks[entry] = found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogcommon.cli.names import command_line, json_text
+from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ShardError
 from cogcommon.model.families import Resolution
@@ -29,7 +30,6 @@ from cogcommon.words import counted, in_bytes
 from ..encode.reencode import Difference
 from ..plan.folder import SPLITS, read_contract, records_in, shard_label, split_folder
 from ..settings import VerifySettings
-from ..show.progress import Progress
 from ..store.shards import tars_without_record
 
 
@@ -104,7 +104,7 @@ def verify(out: Path, *, reencode: int = 0, workers: int = 1, model: str | None 
     records = list(records_in(out))
     samples = bytes_read = 0
     good: list[tuple[Path, ShardRecord]] = []
-    with Progress("Verifying", len(records), "shard") as bar:
+    with stage("verifying", len(records), "shard") as bar:
         for split, number, path in records:
             tar = path.with_suffix(".tar")
             label = shard_label(split, number)

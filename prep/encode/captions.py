@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from cogcommon.cli.progress import say
 from cogcommon.files.memory import free_gpu_memory
 from cogcommon.model.checkpoint import Checkpoint
 
-from ..show.progress import say
 from ..store.locks import shard_disk_errors
 
 if TYPE_CHECKING:

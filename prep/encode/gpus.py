@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from cogcommon.cli.names import plain
+from cogcommon.cli.progress import paused, shown
 from cogcommon.errors import CogError, RunError, SettingError
 
 from ..plan.slice import Slice
@@ -59,8 +60,9 @@ def encode_in_parts(settings: EncodeSettings, part: Slice, parts: int) -> Report
         child.start()
         children.append(child)
     try:
-        for child in children:
-            child.join()
+        with paused():  # the children say what they do
+            for child in children:
+                child.join()
     finally:
         for child in children:
             if child.is_alive():
@@ -147,7 +149,8 @@ def _child(settings: EncodeSettings, index: int) -> None:
     os.environ["LOCAL_RANK"] = str(index)
     sys.stderr = _Prefixed(sys.stderr, f"[gpu {index}] ")  # type: ignore[assignment]
     try:
-        encode_slice(settings).write(settings.out)
+        with shown():
+            encode_slice(settings).write(settings.out)
     except CogError as error:
         print(plain(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cogcommon.cli.progress import say, stage
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import Precision, dtype_of, quiet_libraries
 from cogcommon.shards.contract import Contract
@@ -14,10 +15,10 @@ from cogcommon.shards.records import TEXT
 from ..plan.folder import commit_contract
 from ..plan.plan import PlannedShard
 from ..settings import EncodeSettings
-from ..show.progress import Clock, Progress, say
 from ..store.locks import shard_disk_errors
 from ..vae.encoder import LatentEncoder
 from .captions import TextEncoder, TextStore
+from .clock import Clock
 
 if TYPE_CHECKING:
     import torch
@@ -52,12 +53,12 @@ class Models:
 
         quiet_libraries()
         captions = {planned.sample.caption: None for shard in shards for planned in shard.samples}
-        with self._clock("load"):
+        with self._clock("load"), stage("loading T5"):
             encoder = TextEncoder(self._checkpoint, self._device, self._dtype)
             empty_LD, _ = encoder.encode("")  # the first one also waits for the GPU's libraries
         with shard_disk_errors(self._settings.out):
             contract = commit_contract(self._settings.out, contract, safetensors.torch.save({TEXT: empty_LD}))
-        with self._clock("text"), Progress("Captions", len(captions), "caption") as bar:
+        with self._clock("text"), stage("embedding", len(captions), "caption") as bar:
             text.fill(captions, encoder, bar.advance)
         del encoder  # T5-XXL is 9.5 GB; the VAE comes next
         gc.collect()
@@ -69,7 +70,7 @@ class Models:
     def latents(self) -> LatentEncoder:
         if self._latents is None:
             settings = self._settings
-            with self._clock("load"):
+            with self._clock("load"), stage("loading the VAE"):
                 self._latents = LatentEncoder(
                     self._checkpoint.load_vae(self._dtype).to(self._device),
                     self._device,

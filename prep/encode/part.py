@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 
 from cogcommon import __version__
+from cogcommon.cli.progress import say, stage
 from cogcommon.errors import CogError
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import (
@@ -51,10 +52,10 @@ from ..plan.slice import choose_slice, local_rank
 from ..plan.survey import Survey, survey
 from ..processes.pool import Pool, default_workers
 from ..settings import EncodeSettings, PlanSettings
-from ..show.progress import Clock, Progress, say
 from ..store.locks import ShardBusy, at_work, lack_of_room, shard_disk_errors
 from ..store.shards import drop_samples, recover_folder
 from .captions import TextStore
+from .clock import Clock
 from .engine import EncodeEngine, Outcome
 from .models import Models
 from .report import Report, make_report
@@ -85,7 +86,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
         say(f"note: {counted(quoted, 'caption')} in quotes, which are trained as a part of them")
     device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
     precision = settings.precision or default_precision(checkpoint.family, device)
-    with clock("weights"):
+    with clock("weights"), stage("checking the weights"):
         checkpoint.check_weights("text_encoder", "vae")  # before hours of reading clips, not after
         contract = make_contract(settings, checkpoint, DTYPES[precision])
 
@@ -127,7 +128,7 @@ def encode_slice(settings: EncodeSettings) -> Report:
                 if round_ is work[0]:
                     dropped = _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
                 total = sum(len(shard.samples) for shard in round_)
-                with clock("encode"), Progress("Encoding", total) as bar:
+                with clock("encode"), stage("encoding", total, "clip") as bar:
                     EncodeEngine(
                         out=out,
                         root=settings.root,
@@ -157,7 +158,7 @@ def survey_and_plan(
         SettingError: every clip would be held out.
         ShardError: a record is damaged.
     """
-    with Progress("Checking", len({sample.source for sample in data.samples})) as bar:
+    with stage("checking", len({sample.source for sample in data.samples}), "clip") as bar:
         found = survey(
             data,
             committed,

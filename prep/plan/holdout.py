@@ -13,10 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogcommon.cli.progress import paused, say
 from cogcommon.errors import SettingError
 from cogcommon.words import counted
-
-from ..show.progress import say
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def ask_to_move(
     terminal = sys.stdin is not None and sys.stdin.isatty()
     if terminal:
         say(f"{what}. A clip that a model was trained on cannot judge that model.")
-        with suppress(EOFError):
+        with suppress(EOFError), paused():
             if input("move them? [y/N] ").strip().lower() in ("y", "yes"):
                 return
     raise SettingError(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from cogcommon.cli.progress import before_each
+
 _asked = False
 
 
@@ -17,6 +19,7 @@ def listen() -> None:
     """Remember SIGINT from now on. Where it is ignored, as in a shell's background job, it stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
+        before_each(check)
 
 
 def check() -> None:

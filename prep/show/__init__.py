@@ -1,4 +1,4 @@
-"""What a person sees: progress on a terminal, and the pages and sheets of a preview.
+"""What a person looks at: the pages and sheets of a preview, and of cuts.
 
-Imports processes, source, video.
+Imports source, video.
 """

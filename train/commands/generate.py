@@ -8,11 +8,11 @@ import json
 import re
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 from cogcommon.cli.names import json_text
+from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError
 from cogcommon.files.atomic import scratch_file
@@ -57,27 +57,31 @@ def run(settings: GenerateSettings) -> None:
     for note in _cut_texts(requests, checkpoint):
         console.print(f"note: {note}", soft_wrap=True)
 
-    quiet_libraries()
+    with stage("loading the libraries"):
+        quiet_libraries()
     dtype = dtype_of(precision)
     step = step_bytes(checkpoint, first.resolution, first.guidance, dtype.itemsize)
-    pipeline = load_pipeline(tuned, dtype, lambda text: console.print(text, soft_wrap=True))
+    with stage("loading the model"):
+        pipeline = load_pipeline(tuned, dtype, lambda text: console.print(text, soft_wrap=True))
     started = time.monotonic()
     for label in ["tuned", *(["base"] if settings.base else [])]:
-        if label == "base":
-            to_base(pipeline, tuned, dtype)
-        move_pipeline(pipeline, device, first.resolution, step)
+        with stage(f"preparing the {label} model"):
+            if label == "base":
+                to_base(pipeline, tuned, dtype)
+            move_pipeline(pipeline, device, first.resolution, step)
         for number, answer in enumerate(answers, 1):
             of = f" {number}/{len(answers)}" if len(answers) > 1 else ""
-            with _progress(console, label + of, settings.steps) as advance:
-                answer.add(Column(label, generate_video(pipeline, answer.request, advance)))
+            with stage(f"{label} video{of}", settings.steps, "step") as bar:
+                answer.add(Column(label, generate_video(pipeline, answer.request, bar.advance)))
     seconds = round(time.monotonic() - started, 1)
 
     facts = (
         f"{tuned} on {checkpoint.name}  ·  {first.resolution}  ·  {settings.steps} steps  ·  "
         f"guidance {settings.guidance:g}  ·  seed {settings.seed}  ·  {precision}"
     )
-    for answer in answers:
-        answer.finish(facts)
+    with stage("writing contact sheets"):
+        for answer in answers:
+            answer.finish(facts)
     if settings.json:
         told = [{"prompt": a.request.prompt, "files": {n: str(file) for n, file in a.files.items()}} for a in answers]
         print(json_text({"files": told[0]["files"], "seconds": seconds} if len(told) == 1 else
@@ -247,25 +251,3 @@ def default_folder(settings: GenerateSettings, prompt: str, asked: str) -> Path:
     words = re.sub(r"[\W_]+", "-", letters).strip("-")[:40].rstrip("-")
     digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return (settings.run or Path()) / GENERATED / f"{words or 'video'}-{settings.seed}-{digest}"
-
-
-@contextmanager
-def _progress(console: Console, label: str, steps: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal; elsewhere ten plain lines."""
-    if console.is_terminal:
-        from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
-
-        with Progress(*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn(),
-                      console=console) as bar:  # fmt: skip
-            task = bar.add_task(label, total=steps)
-            yield lambda: bar.advance(task)
-        return
-    done, started = 0, time.monotonic()
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if done % max(1, steps // 10) == 0 or done == steps:
-            console.print(f"{label}: step {done}/{steps}, {(time.monotonic() - started) / done:.2f} s/step")
-
-    yield advance

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cogcommon.cli.names import plain
+from cogcommon.cli.progress import stage
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.ownership import Made
 from cogcommon.words import counted, in_words
@@ -38,6 +39,7 @@ from .chart import Line, number, plot, smoothed
 RUN_COLOURS = 6  # of `report.css`
 
 
+@stage("writing the report")
 def write_report(folder: Path) -> Path:
     """Write the report of a run as it stands; also of one that still trains.
 

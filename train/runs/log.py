@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: metrics.jsonl, and a bar or plain lines."""
+"""What a run shows and writes while it trains: metrics.jsonl, and lines."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from cogcommon.cli.progress import Stage, said, stage
 from cogcommon.cli.terminal import Console
 from cogcommon.files.atomic import commit_bytes
 
@@ -61,7 +61,7 @@ def cut_metrics(folder: Path, step: int) -> None:
 
 
 class RunLog:
-    """Shows a run's steps, on a terminal as a bar, elsewhere as plain lines, and writes metrics.jsonl.
+    """Shows a run's steps, elsewhere than on a terminal as plain lines, too, and writes metrics.jsonl.
 
     Args:
         folder: of the run; None on ranks other than 0, which show and write nothing.
@@ -75,59 +75,43 @@ class RunLog:
         self.steps = steps
         self._tracker = tracker
         self.console = Console(soft_wrap=True)
-        self._done = done
-        self._at_start = done
-        self._started = time.perf_counter()
+        self._bar = Stage("training", steps, "step", done)
         self._last_line = -_LINE_EVERY
-        self._bar: Progress | None = None
-        if folder is not None and self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,  # what stays is the run's last lines: the losses, and what to type next
-            )
-            self._task = self._bar.add_task("", total=steps, completed=done, note="")
 
     def __enter__(self) -> RunLog:
-        self._started = time.perf_counter()
-        if self._bar is not None:
-            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
         if self._tracker is not None:
             self._tracker.finish()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Show how far the steps are, inside the ``with``."""
+        with stage("training", self.steps, "step", self._bar.done) as self._bar:
+            yield
 
     def say(self, text: str) -> None:
         """One line for the reader, above the bar."""
         if self.folder is not None:
+            said()
             self.console.print(text)
             self.console.file.flush()
 
     def step(self, metrics: StepLine) -> None:
-        self._done = metrics.step
         self.write(asdict(metrics))
-        if self.folder is None:
-            return
-        note = (
-            f"loss {loss_text(metrics.loss)}  lr {metrics.lr:.2g}  {metrics.s_per_step:.2f} s/step  "
-            f"peak {metrics.peak_gib:.1f} GiB"
-        )
+        loss, lr, pace = f"loss {loss_text(metrics.loss)}", f"lr {metrics.lr:.2g}", f"{metrics.s_per_step:.2f} s/step"
+        peak = f"peak {metrics.peak_gib:.1f} GiB"
+        self._bar.advance(loss, pace, lr, peak)  # the most important first
         now = time.perf_counter()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=metrics.step, note=note)
-        if metrics.step == self.steps or (self._bar is None and now - self._last_line >= _LINE_EVERY):
+        if metrics.step == self.steps or (
+            not self.console.is_terminal and now - self._last_line >= _LINE_EVERY
+        ):  # fmt: skip
             self._last_line = now
-            left = (now - self._started) / max(1, self._done - self._at_start) * (self.steps - self._done)
-            self.say(f"step {metrics.step}/{self.steps}  {note}  ETA {clock(left)}")
+            left = clock(self._bar.left or 0)
+            self.say(f"step {metrics.step}/{self.steps}  {loss}  {lr}  {pace}  {peak}  ETA {left}")
 
     def validation(self, line: ValidationLine) -> None:
         self.write(asdict(line))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogcommon.cli.progress import stage
 from cogcommon.errors import CogError, DiskError
 
 from ..distributed.peers import ALONE
@@ -53,6 +54,7 @@ class Saver:
         """Inside the ``with`` the model is what would be exported."""
         return self.ema.in_place() if self.ema else nullcontext()
 
+    @stage("reading the checkpoint")
     def resume(self, checkpoint: Path) -> None:
         """Read a checkpoint back.
 
@@ -90,7 +92,8 @@ class Saver:
         if best and not live:
             return self._export_kept(best)
         assert self.exported
-        return self.run.method.verify(self.runtime, self.model, self.run.checkpoint, self.exported)
+        with stage("proving the export"):
+            return self.run.method.verify(self.runtime, self.model, self.run.checkpoint, self.exported)
 
     def _export_kept(self, line: ValidationLine) -> Exported:
         """Write the weights of a checkpoint in the place of the last ones, and load them back; on rank 0 alone.
@@ -109,7 +112,8 @@ class Saver:
         model = of_checkpoint(run.method, run.checkpoint, kept, alone.dtype)
         model.to(alone.room_for(model))
         written = self._write(self.folder, line.step, line, model=model, runtime=alone)
-        return run.method.verify(alone, model, run.checkpoint, written)
+        with stage("proving the export"):
+            return run.method.verify(alone, model, run.checkpoint, written)
 
     def checkpoint(self, step: int, best: int | None = None) -> None:
         """Write a checkpoint; once the weights are exported, it is for a resume only.
@@ -123,10 +127,11 @@ class Saver:
         run, runtime = self.run, self.runtime
         state = checkpoints.RunState(step, runtime.world, run.resume_facts(), settings_json(run.settings))
         try:
-            saved = checkpoints.save(
-                runtime, self.model, self.optimizer, self._shadow, state, self.folder, run.settings.keep,
-                best=best, needs=writes(run).checkpoint,
-            )  # fmt: skip
+            with stage("saving a checkpoint"):
+                saved = checkpoints.save(
+                    runtime, self.model, self.optimizer, self._shadow, state, self.folder, run.settings.keep,
+                    best=best, needs=writes(run).checkpoint,
+                )  # fmt: skip
         except checkpoints.NotSaved as failed:
             self.unsaved = failed.fault
         else:
@@ -157,7 +162,8 @@ class Saver:
         """Write the live model's weights, or another's."""
         run = self.run
         go_on = partial(checkpoints.how_to_go_on, self.folder, run.method.name)
-        with self.averaged() if model is None else nullcontext():
+        averaged = self.averaged() if model is None else nullcontext()
+        with averaged, stage("exporting the weights"):
             return run.method.write(
                 runtime or self.runtime, self.model if model is None else model, run.checkpoint, into,
                 weights_file_facts(run, step, line), go_on,

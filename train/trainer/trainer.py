@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.names import command_line
+from cogcommon.cli.progress import stage
 from cogcommon.files.failures import disk_errors
 from cogcommon.model.copies import CopyStream
 
@@ -124,13 +125,13 @@ class Trainer:
         self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log)
         if run.resume:
             self.saver.resume(run.resume.folder)
-        self.objective = Objective.of(
-            run.checkpoint, settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None
-        )
+        gamma = settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None
+        self.objective = Objective.of(run.checkpoint, gamma)
         self.batches = feed(run, runtime, self.objective, self.done)
         closing.callback(self.batches.close)
         self.copies = CopyStream(runtime.device)
         self.readout = Readout(run, runtime, self.optimizer, log)
+        closing.enter_context(log.training())
         closing.enter_context(stop.listening())  # before this there is nothing to save
 
     def step(self, step: int) -> None:
@@ -230,6 +231,7 @@ def _move_in(run: Run, folder: Path, done: int) -> list[str]:
     return checkpoints.clear(folder, after=done)
 
 
+@stage("loading the transformer")
 def _load_model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter], BlockEngine]:
     """The transformer and its optimizer, ready to train, the weights that are trained, and what runs the blocks."""
     room = common_room(runtime.peers, runtime.device, runtime.dtype)

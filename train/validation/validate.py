@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from cogcommon.cli.progress import stage
 from cogcommon.files.atomic import commit_bytes
-from cogcommon.media.video import Frames, write_mp4
+from cogcommon.media.video import write_mp4
 
 from ..blocks.engine import BlockEngine
 from ..blocks.plan import BlockPlan
@@ -32,7 +33,7 @@ from ..model.objective import Objective
 from ..runs.folder import CAPTIONS_FILE, CLIPS, VALIDATION, ValidationLine, finite
 from ..runs.log import RunLog, peak_gib, reset_peak
 from ..runs.run import Run
-from .videos import Conditions, decode_latents, denoise, load_decoder
+from .videos import STEPS, Conditions, decode_latents, denoise, load_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +163,7 @@ class Validation:
         groups = self.run.groups
         rounds = -(-len(self.held_out) // groups.count)
         rows = []
-        with self._evaluating(model) as plain:
+        with self._evaluating(model) as plain, stage("validating", rounds, "sample") as bar:
             for number in range(rounds):
                 self._go_on()
                 index = number * groups.count + groups.of(self.runtime.rank)
@@ -174,6 +175,7 @@ class Validation:
                     with self.runtime.accelerator.autocast():
                         row.append(self.objective.losses(plain, batch, self.runtime.dtype)[0])
                 rows.append(torch.stack(row))
+                bar.advance()
         losses_RT = groups.once(self.runtime.accelerator.gather(torch.stack(rows))).double().cpu()  # group by group
         by_sample = losses_RT.view(groups.count, rounds, -1).transpose(0, 1).reshape(-1, len(TIMESTEPS))
         by_sample = by_sample[: len(self.held_out)]
@@ -195,15 +197,21 @@ class Validation:
         folder = self.folder / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         with self._evaluating(model) as live, self._whole(live) as transformer:
-            decoder = load_decoder(self.run.checkpoint, self.runtime.dtype)
+            with stage("loading the VAE"):
+                decoder = load_decoder(self.run.checkpoint, self.runtime.dtype)
             for start in range(0, self.videos, groups.count):  # a round; all meet before the next one
                 index = start + groups.of(rank)
                 stored = self._read(min(index, self.videos - 1))
                 with suppress(_Asked):  # all leave together, below
                     if index < self.videos:
                         if step == 0 and groups.leads(rank):
-                            self._show_clip(decoder, stored, index)
-                        frames = self._video(transformer, decoder, stored)
+                            with stage("decoding the clip"):
+                                self._show_clip(decoder, stored, index)
+                        name = f"video {index + 1}/{self.videos}"
+                        with stage(name, STEPS, "step") as bar:
+                            latent, length = self._draw_latent(transformer, stored, bar.advance)
+                        with stage(f"{name}: decoding"):
+                            frames = decode_latents(decoder, latent, length)
                         if groups.leads(rank):
                             write_mp4(folder / f"{index}.mp4", frames, self.run.checkpoint.family.fps)
                 self._go_on()
@@ -219,14 +227,17 @@ class Validation:
         if self.runtime.all_reduce_max(self.stop.signal):
             raise _Asked
 
-    def _video(self, transformer: torch.nn.Module, decoder: AutoencoderKLCogVideoX, stored: StoredSample) -> Frames:
-        """A video from a sample's caption, and image, as stored."""
+    def _draw_latent(
+        self, transformer: torch.nn.Module, stored: StoredSample, advance: Callable[[], None]
+    ) -> tuple[torch.Tensor, int]:
+        """A video's latent from a sample's caption, and image, as stored; and its frames without padding."""
         import safetensors.torch
         import torch
 
         def go_on() -> None:
             if self.stop.signal:
                 raise _Asked
+            advance()
 
         device = self.runtime.device
         batch = Collator(self.objective, _SEED, held_out=True)([stored], [Slot(0, 0, 0)]).to(device)
@@ -238,7 +249,7 @@ class Validation:
             latent = denoise(
                 transformer, self.objective, self.run.checkpoint, conditions, generator, self.runtime.dtype, each=go_on
             )
-        return decode_latents(decoder, latent, batch.latent_BFCHW.shape[1])
+        return latent, batch.latent_BFCHW.shape[1]
 
     def _show_clip(self, decoder: AutoencoderKLCogVideoX, stored: StoredSample, index: int) -> None:
         """Write what the videos are to be compared with."""

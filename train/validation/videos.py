@@ -73,7 +73,7 @@ def denoise(
     Args:
         generator: of the noise that DPM adds at each step.
         dtype: the type the transformer computes in.
-        each: is called before each step; what it raises ends the sampling.
+        each: is called after each step; what it raises ends the sampling.
     """
     import torch
 
@@ -89,7 +89,6 @@ def denoise(
     clean = None  # what DPM made of the step before
     with torch.no_grad():
         for index, t in enumerate(scheduler.timesteps):
-            each()
             scale = guidance
             if dynamic:  # as the pipelines have it
                 scale = 1 + guidance * (1 - math.cos(math.pi * ((steps - t.item()) / steps) ** 5)) / 2
@@ -102,6 +101,7 @@ def denoise(
                 )
             else:
                 latent_BFCHW = scheduler.step(velocity, t, latent_BFCHW, return_dict=False)[0]
+            each()
     return latent_BFCHW
 
 
