@@ -1,6 +1,8 @@
 """Export: the libraries that load the weights get the model that was trained."""
 
+import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +14,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from cogcommon.errors import CogError, RunError
+from cogcommon.files.ownership import Made, take_output
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import Resolution
 from cogtrain.commands import export
 from cogtrain.model import lora
 from cogtrain.model.compare import difference, output_on_noise
 from cogtrain.model.sft import load
+from cogtrain.report.card import write_card
+from cogtrain.runs.folder import read_run
 from cogtrain.settings import ExportSettings, LoraSettings, SftSettings
 from cogtrain.validation.tuned import find_tuned
 
@@ -81,6 +86,10 @@ def test_every_form_of_a_lora_answers_as_the_run(lora_run, capsys):
         assert 'base_model: "tiny"' in card
         assert "| steps | 2 of 2 |" in card
         assert "| training loss, smoothed | " in card
+    own = lora_run / "exported/diffusers/run-2.safetensors"
+    assert own.read_bytes() == (own.parent / lora.FILE).read_bytes()
+    assert Made.read(own.parent).owns(own.name)
+    assert "run-2-comfyui.safetensors` into `models/loras`" in (lora_run / "exported/comfyui/README.md").read_text()
     config = json.loads((lora_run / "exported/peft/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
 
@@ -120,12 +129,35 @@ def test_an_earlier_checkpoint_gives_its_own_weights(lora_run, capsys):
 
 
 def test_the_run_has_a_card_whose_code_runs(lora_run, monkeypatch):
+    """From another folder than the weights', and it draws a video."""
     card = (lora_run / "README.md").read_text()
-    assert "run/pytorch" not in card
     code = card.split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(lora_run.parent)
+    assert "num_frames=17, height=64, width=96" in code
+    code = code.replace("num_inference_steps=50", "num_inference_steps=1").replace("num_frames=17", "num_frames=9")
+    (lora_run.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(lora_run.parent / "elsewhere")
+    drawn = {}  # diffusers needs a library for that which we do not
+    monkeypatch.setattr("diffusers.utils.export_to_video", lambda frames, path, fps: drawn.update({path: frames}))
     exec(code, space := {})
     assert difference(output_on_noise(through_pipeline(lora_run)), output_on_noise(space["pipe"].transformer)) == 0
+    assert len(drawn["video.mp4"]) == 9
+
+
+def test_the_card_has_the_trigger_word_and_samples_which_go_with_an_export(tmp_path, recorded_run):
+    run = read_run(recorded_run)
+    run = dataclasses.replace(run, facts=dataclasses.replace(run.facts, id_token="sks"))
+    shutil.copytree(recorded_run / "validation/step-000020", recorded_run / "validation/step-000000")  # the base's
+    out = tmp_path / "out"
+    take_output(out, export._EXPORT, "--out")
+    text = write_card(out, run, "lora", 40).read_text()
+    assert 'instance_prompt: "sks"' in text
+    assert "Begin each prompt with the word it was trained with: `sks`." in text
+    assert '<video controls preload="metadata" width="480" src="samples/0.mp4"></video>\n\n> a &lt;cat&gt;' in text
+    assert (out / "samples/0.mp4").read_bytes() == (recorded_run / "validation/step-000020/0.mp4").read_bytes()
+    assert Made.read(out).owns("samples/0.mp4")
+    assert "samples/" not in write_card(out, run, "lora", 10).read_text()  # of another step
+    (out / "README.md").write_text("mine")
+    assert write_card(out, run, "lora", 40) is None
 
 
 def test_full_fine_tuning(tmp_path, make_shards, train_here):

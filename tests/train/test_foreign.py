@@ -62,6 +62,11 @@ class OneRank:
         (folder / "state" / "mp_rank_00_model_states.pt").write_bytes(b"PK\x03\x04rank")
 
 
+def recorded(folder: Path) -> SimpleNamespace:
+    """What a card needs of the run in a folder."""
+    return SimpleNamespace(folder=folder, facts=FACTS, steps=[], validations=[], settings={}, exported=3)
+
+
 def train_in(folder: Path, full: bool = False) -> None:
     """What a run of three steps does to its folder, resumed where it can be."""
     whole = checkpoints.list_checkpoints(folder)
@@ -82,7 +87,7 @@ def train_in(folder: Path, full: bool = False) -> None:
             scratch.mkdir()
             (scratch / "config.json").write_bytes(b"{}")
             replace_folder(scratch, folder / "transformer", A_TRANSFORMER)
-        write_card(folder, SimpleNamespace(facts=FACTS, steps=[], validations=[], settings={}), "lora", 3)
+        write_card(folder, recorded(folder), "lora", 3)
 
 
 @pytest.fixture(autouse=True)
@@ -139,11 +144,12 @@ def ours(tmp_path, generate_in):
 def export_to(folder: Path) -> None:
     """What an export does to its folder."""
     made = take_output(folder, export._EXPORT, "--out")
-    made.open(*export._FILES)
-    for name in export._FILES:
+    files = export._files("diffusers", recorded(folder), 3)
+    made.open(*files)
+    for name in files:
         commit_bytes(folder / name, b"weights")
-    made.close(*export._FILES)
-    write_card(folder, SimpleNamespace(facts=FACTS, steps=[], validations=[], settings={}), "lora", 3)
+    made.close(*files)
+    write_card(folder, recorded(folder), "lora", 3)
 
 
 def let_loose(trees: int, seed: int, ours, generate_in, tmp_path) -> None:

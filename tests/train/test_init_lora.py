@@ -104,7 +104,7 @@ def test_a_run_begins_there_measures_the_base_without_it_and_goes_on(tmp_path, t
         with pytest.raises(RunError, match="made with another --init-lora"):
             open_run(other, torch.device("cpu"), 1)
     file.unlink()  # its checkpoint has what is needed
-    train_here(on)
+    assert open_run(on, torch.device("cpu"), 1).resume
 
 
 def test_what_does_not_fit_is_refused_with_what_to_type(tmp_path, theirs, live_model):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from cogcommon.cli.names import json_text
 from cogcommon.cli.settings import resolve
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ModelError, RunError, SettingError
-from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.atomic import commit, commit_bytes, temporary_beside
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.ownership import RECORD_FILE, check_own_folder, is_file, record_of, refuse_data_root, take_output
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-_FILES = (FILE, PEFT_FILE, PEFT_CONFIG)
 _EXPORT = "an export"  # what made the files of a folder
 
 
@@ -92,25 +92,46 @@ def run(settings: ExportSettings) -> None:
         elif settings.to == "peft":
             kind, exported = "peft", _as_peft(transformer, model, out, compute)
         else:
-            kind, exported = "lora", _as_lora(transformer, model, out / files[0], compute, run, step)
+            kind = "comfyui" if settings.to == "comfyui" else "lora"
+            exported = _as_lora(transformer, model, out / files[0], compute, run, step)
+            for name in files[1:]:
+                _also_as(exported.path, name)
         made.close(*files)
         card = write_card(out, run, kind, step)
     if settings.json:
         print(json_text({"path": str(exported.path), "kind": kind, "step": step, "difference": exported.difference}))
         return
     console = Console(soft_wrap=True)
-    console.print(f"wrote {exported.path}, step {step}")
+    also = "".join(f", also as {name}" for name in files[1:] if kind == "lora")
+    console.print(f"wrote {exported.path}{also}, step {step}")
     console.print(checked(exported))
     if card is None:
         console.print(f"{out / CARD_FILE} was changed by somebody, and stays as it is")
 
 
 def _files(to: str, run: RecordedRun, step: int) -> tuple[str, ...]:
-    """What an export writes beside its card. ComfyUI lists the files of all runs together, so each has its own name."""
-    if to == "comfyui":
-        # kijai's wrapper and others cut a name at its first dot, so there is none.
-        return (f"{run.folder.absolute().name.replace('.', '-')}-{step}-comfyui.safetensors",)
-    return _FILES
+    """What an export writes beside its card. A LoRA has its own name, too: people keep those of many runs together.
+
+    There is no dot in it: kijai's wrapper and others cut a name at the first one.
+    """
+    own = f"{run.folder.absolute().name.replace('.', '-')}-{step}"
+    if run.facts.method == "sft" or to == "merged":
+        return ()  # a folder, which has a record of its own
+    lora_files = (FILE, f"{own}.safetensors")
+    return {"comfyui": (f"{own}-comfyui.safetensors",), "peft": (PEFT_FILE, PEFT_CONFIG)}.get(to, lora_files)
+
+
+def _also_as(file: Path, name: str) -> None:
+    """Give a file a second name beside it; a copy where the file system has no links."""
+    temporary = temporary_beside(file.with_name(name))
+    try:
+        try:
+            os.link(file, temporary)
+        except OSError:
+            shutil.copyfile(file, temporary)
+        commit(temporary, file.with_name(name))
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _adopt(out: Path, run: RecordedRun, step: int, asked: str) -> None:

@@ -4,32 +4,50 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Literal
 
 from cogcommon.cli.names import plain
 from cogcommon.files.ownership import Made
 from cogcommon.model.device import DTYPES
-from cogcommon.model.families import BUILTIN_NAMES, RANDOM
+from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, RANDOM
 from cogcommon.words import counted
 
-from ..runs.folder import CARD_FILE, RecordedRun, lowest
+from ..runs.folder import CAPTIONS_FILE, CARD_FILE, GENERATED, VALIDATION, RecordedRun, lowest
 from .chart import number, smoothed
 
-Kind = Literal["lora", "peft", "transformer"]
+Kind = Literal["lora", "comfyui", "peft", "transformer"]
 
 _LOAD = "pipe = {pipeline}.from_pretrained({model}, torch_dtype=torch.{dtype})"
 _USE: dict[Kind, str] = {
-    "lora": _LOAD + '\npipe.load_lora_weights("{folder}")',
-    "peft": _LOAD + '\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{folder}")',
+    "lora": _LOAD + '\npipe.load_lora_weights(weights, weight_name="pytorch_lora_weights.safetensors")',
+    "comfyui": "",
+    "peft": _LOAD + "\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, weights)",
     "transformer": "transformer = CogVideoXTransformer3DModel.from_pretrained(\n"
-    '    "{folder}/transformer", torch_dtype=torch.{dtype}\n)\n'
+    '    weights, subfolder="transformer", torch_dtype=torch.{dtype}\n)\n'
     + _LOAD.replace("{model},", "{model}, transformer=transformer,"),
 }
+_COMFYUI = """Put `{file}` into `models/loras` of ComfyUI, and load it with *LoraLoaderModelOnly* behind *Load Diffusion
+Model* of ComfyUI's own CogVideoX; strength 1 is the LoRA as it was trained. (kijai's ComfyUI-CogVideoXWrapper takes the
+diffusers form.)"""
+_MOST_SAMPLES = 4
+SAMPLES = "samples"  # videos that go with an export
+
+
+@dataclass(frozen=True)
+class _Sample:
+    prompt: str
+    video: Path
 
 
 def write_card(folder: Path, run: RecordedRun, kind: Kind, step: int | None = None) -> Path | None:
     """Write the card beside the weights, unless somebody has written in it: then it stays, and None is returned.
+
+    Videos of the run go with an export, into ``samples/``.
 
     Args:
         folder: that holds the weights, and a record.
@@ -40,28 +58,54 @@ def write_card(folder: Path, run: RecordedRun, kind: Kind, step: int | None = No
     assert made, folder
     if os.path.lexists(folder / CARD_FILE) and not made.owns(CARD_FILE):
         return None
-    text = card(run, kind, run.exported if step is None else step, folder.name)
-    return made.commit_bytes(CARD_FILE, plain(text).encode())
+    step = run.exported if step is None else step
+    shown: dict[str, str] = {}  # prompts by the name of their video
+    for index, sample in enumerate(_samples(run, step)):
+        name = f"{SAMPLES}/{index}.mp4"
+        if folder.absolute() == run.folder.absolute():
+            name = sample.video.relative_to(run.folder).as_posix()
+        elif made.owns(name) or not os.path.lexists(folder / name):
+            (folder / SAMPLES).mkdir(exist_ok=True)
+            made.commit_bytes(name, sample.video.read_bytes())
+        shown[name] = sample.prompt
+    return made.commit_bytes(CARD_FILE, plain(card(run, kind, step, folder.absolute(), shown)).encode())
 
 
-def card(run: RecordedRun, kind: Kind, step: int, folder: str) -> str:
-    """The card, as Markdown with the header that model hubs read."""
+def _samples(run: RecordedRun, step: int) -> list[_Sample]:
+    """Videos of the weights at a step: what was generated with them, and the newest of held-out captions."""
+    found = []
+    if step == run.exported:
+        for video in sorted((run.folder / GENERATED).glob("*/tuned.mp4")):
+            with suppress(ValueError, KeyError, TypeError):
+                record = Made.read(video.parent)
+                if record and record.owns(video.name):
+                    found.append(_Sample(str(json.loads(record.request)["prompt"]), video))
+    trained = (path for path in (run.folder / VALIDATION).glob("step-*") if path.name > "step-000000")  # the base's
+    newest = max((path for path in trained if path.name <= f"step-{step:06d}"), default=None)
+    if newest:
+        with suppress(OSError, ValueError, TypeError):
+            captions = json.loads((run.folder / VALIDATION / CAPTIONS_FILE).read_text(encoding="utf-8"))
+            videos = [(str(caption), newest / f"{index}.mp4") for index, caption in enumerate(captions)]
+            found += [_Sample(caption, video) for caption, video in videos if video.is_file()]
+    return found[:_MOST_SAMPLES]
+
+
+def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[str, str]) -> str:
+    """The card, as Markdown with the header that model hubs read.
+
+    Args:
+        folder: of the weights; its code works from any other.
+        shown: videos, by their names in the folder, with their prompts.
+    """
     facts = run.facts
     i2v = facts.task == "i2v"
-    pipeline = "CogVideoXImageToVideoPipeline" if i2v else "CogVideoXPipeline"
-    names = {"lora": "", "peft": "", "transformer": ", CogVideoXTransformer3DModel"}[kind]
-    builtin = facts.model.removeprefix(RANDOM) in BUILTIN_NAMES  # diffusers knows it by its folder only
-    quoted_model = json.dumps(facts.model, ensure_ascii=False)  # as Python writes it, too
-    model = f"builtin_folder({quoted_model})" if builtin else quoted_model
-    folder = json.dumps(folder, ensure_ascii=False)[1:-1]
-    use = _USE[kind].format(pipeline=pipeline, model=model, dtype=DTYPES[facts.precision], folder=folder)
-    more_imports = "from peft import PeftModel\n" if kind == "peft" else ""
-    more_imports += "from cogcommon.model.tiny import builtin_folder\n" if builtin else ""
     header = {
         "base_model": facts.model,
         "library_name": "peft" if kind == "peft" else "diffusers",
         "pipeline_tag": "image-to-video" if i2v else "text-to-video",
-        "tags": ["cogvideox", *(["lora"] if kind != "transformer" else [])],
+        "tags": ["cogvideox", *{"transformer": [], "comfyui": ["lora", "comfyui"]}.get(kind, ["lora"])],
+        **({"instance_prompt": facts.id_token} if facts.id_token else {}),
+        **({"widget": [{"text": text, "output": {"url": video}} for video, text in shown.items()]} if shown else {}),
     }
     yaml = "\n".join(f"{name}: {json.dumps(value)}" for name, value in header.items())
     sizes = ", ".join(f"{bucket} ({count:,})" for bucket, count in facts.samples.items())
@@ -78,18 +122,20 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: str) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in run.settings.items())
+    prompt = next(iter(shown.values()), f"{facts.id_token} ...".strip())
+    trigger = f"Begin each prompt with the word it was trained with: `{facts.id_token}`.\n\n" if facts.id_token else ""
+    videos = "\n\n".join(
+        f'<video controls preload="metadata" width="480" src="{escape(video)}"></video>\n\n{_quoted(text)}'
+        for video, text in shown.items()
+    )
+    use = _COMFYUI.format(file=_comfyui_file(folder)) if kind == "comfyui" else _code(run, kind, folder, prompt)
     return f"""---
 {yaml}
 ---
 
 # {facts.title} of {facts.model}
 
-```python
-import torch
-from diffusers import {pipeline}{names}
-{more_imports}
-{use}
-```
+{trigger}{videos + chr(10) * 2 if videos else ""}{use}
 
 | | |
 |---|---|
@@ -101,6 +147,50 @@ The settings of the run:
 {settings}
 ```
 """
+
+
+def _quoted(text: str) -> str:
+    return "> " + escape(" ".join(text.split()))
+
+
+def _comfyui_file(folder: Path) -> str:
+    return next((path.name for path in sorted(folder.glob("*-comfyui.safetensors"))), "the file")
+
+
+def _code(run: RecordedRun, kind: Kind, folder: Path, prompt: str) -> str:
+    """Python that draws a video with the weights, from whatever folder it is run in."""
+    facts = run.facts
+    family = BY_NAME[facts.family]
+    i2v = facts.task == "i2v"
+    pipeline = "CogVideoXImageToVideoPipeline" if i2v else "CogVideoXPipeline"
+    builtin = facts.model.removeprefix(RANDOM) in BUILTIN_NAMES  # diffusers knows it by its folder only
+    quoted = json.dumps(facts.model, ensure_ascii=False)  # as Python writes it, too
+    model = f"builtin_folder({quoted})" if builtin else quoted
+    names = ", CogVideoXTransformer3DModel" if kind == "transformer" else ""
+    helpers = "export_to_video" + (", load_image" if i2v else "")
+    more = "from peft import PeftModel\n" if kind == "peft" else ""
+    more += "from cogcommon.model.tiny import builtin_folder\n" if builtin else ""
+    size = facts.size
+    options = [f"num_frames={size.frames}", f"height={size.height}", f"width={size.width}", "num_inference_steps=50"]
+    options += ["guidance_scale=6.0", *([] if family.ddim else ["use_dynamic_cfg=True"])]
+    options += [] if family.text_tokens == 226 else [f"max_sequence_length={family.text_tokens}"]  # diffusers' default
+    image = 'image=load_image("first_frame.png"), ' if i2v else ""
+    load = _USE[kind].format(pipeline=pipeline, model=model, dtype=DTYPES[facts.precision])
+    return f"""```python
+import torch
+from diffusers import {pipeline}{names}
+from diffusers.utils import {helpers}  # it writes videos by imageio: pip install imageio imageio-ffmpeg
+{more}
+weights = {json.dumps(str(folder), ensure_ascii=False)}  # or what it is called on the hub
+{load}
+if torch.cuda.is_available():
+    pipe.enable_model_cpu_offload()
+prompt = {json.dumps(prompt, ensure_ascii=False)}
+video = pipe(
+    prompt, {image}{", ".join(options)}
+).frames[0]
+export_to_video(video, "video.mp4", fps={family.fps})
+```"""
 
 
 def _losses(run: RecordedRun, step: int) -> dict[str, str]:

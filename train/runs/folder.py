@@ -28,6 +28,7 @@ from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.locks import locked_elsewhere
 from cogcommon.files.ownership import is_file
 from cogcommon.files.typed import build, parse_object
+from cogcommon.model.families import Resolution
 
 from ..model import lora
 from ..model.adapters import ADAPTERS
@@ -75,6 +76,7 @@ class RunFacts:
     attention: str = ""  # by which kernel (`blocks.attention.Kernel`)
     block_plan: dict[str, Any] | None = None  # `BlockPlan.fields`
     adapter: AdapterName | None = None  # of a LoRA run
+    id_token: str = ""  # that stands before every caption; newer than some shards, too
     begun: float = 0.0  # when its first step was about to be made, in seconds since 1970; 0: not known
     exported: int = 0  # the step whose weights lie in the run's folder; 0: none yet, or not known
     ended: str = ""  # why it has ended before its last step, if it has
@@ -83,6 +85,12 @@ class RunFacts:
     def title(self) -> str:
         """What people call the method."""
         return ADAPTERS[self.adapter or "lora"].title if self.method == "lora" else "Full fine-tuning"
+
+    @property
+    def size(self) -> Resolution:
+        """Of its most clips; of its most pictures where it has no clips."""
+        buckets = [(Resolution.parse(bucket), count) for bucket, count in self.samples.items()]
+        return max(buckets, key=lambda bucket: (bucket[0].frames > 1, bucket[1]))[0]
 
     def write(self, run: Path) -> None:
         commit_bytes(run / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())

@@ -157,6 +157,7 @@ def _facts(
         attention=attention,
         block_plan=plan.fields(),
         adapter=run.method.adapter,
+        id_token=str(run.shards.contract.settings.get("id_token", "")),
         begun=begun,
         exported=exported,
     )
