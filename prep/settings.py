@@ -247,6 +247,7 @@ class EncodeSettings(PlanSettings):
         "the VAE's encoder on a GPU. auto: fused kernels where they prove right, else diffusers'",
         section="Encode",
     )
+    config: Path | None = setting(None, "TOML file of settings; what is given here as an option wins", section="Work")
     gpus: str = setting("all", "GPUs of this host to use: all, or a number", section="Work")
     worker: str | None = setting(
         None,

@@ -17,11 +17,13 @@ from typer.core import TyperCommand, TyperGroup
 from .. import __version__
 from ..errors import CogError
 from ..files.failures import machines_fault
+from .mistyped import check_once, in_our_words, no_such_command
 from .progress import shown, stage
 from .settings import default_of, flag_of, resolve, shown_default
 
 S = TypeVar("S")
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of all that cannot be parsed; Typer does not export it
 _TYPE_WIDTH = 16  # columns of help for what an option takes; choices are broken at their bars
 _TYPE_NAMES = {str: "text", int: "number", float: "number", Path: "path", bool: ""}
 
@@ -38,7 +40,13 @@ class _BareHelp:
 
 
 class _Group(_BareHelp, TyperGroup):
-    pass
+    """Names the command that was meant."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in known:
+            raise no_such_command(ctx.command_path, args[0], known)
+        return super().resolve_command(ctx, args)
 
 
 class _ListCommand(_BareHelp, TyperCommand):
@@ -76,7 +84,11 @@ class _ListCommand(_BareHelp, TyperCommand):
             else:
                 expects_value = False
                 spread.append(word)
-        return super().parse_args(ctx, spread)
+        check_once(self.params, spread)
+        try:
+            return super().parse_args(ctx, [*spread])  # which it empties
+        except _UsageError as error:
+            raise in_our_words(ctx, self.params, spread, error) from None
 
 
 def _is_number(word: str) -> bool:
@@ -100,7 +112,7 @@ _Version = Annotated[
 
 def make_app(name: str, help: str) -> typer.Typer:
     """A program without commands yet; ``--version`` is there."""
-    app = typer.Typer(name=name, cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(name=name, cls=_Group, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
     @app.callback(help=help)
     def _program(version: _Version = False) -> None:

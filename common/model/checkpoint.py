@@ -224,11 +224,7 @@ def _open(name: str, given: str | None) -> Checkpoint:
         root = fetch(name, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*"], asked[2] or given)
         on_hub, revision = True, root.name
     else:
-        raise ModelError(
-            f"no model {name!r}",
-            where="it is neither a built-in form, nor a folder, nor a hub id (owner/name)",
-            fix="--model " + " | ".join([*BUILTIN_NAMES, *(family.hub_id for family in FAMILIES)]),
-        )
+        raise _no_such_model(name)
     if not on_hub and name.removeprefix(RANDOM) not in BUILTIN_NAMES:
         name = str(root)  # shards and runs remember it, and are read from other working folders
     configs = {
@@ -262,10 +258,34 @@ def _open(name: str, given: str | None) -> Checkpoint:
     )
 
 
+def _no_such_model(name: str) -> ModelError:
+    """What may have been meant by a name that is none."""
+    where = "it is neither a built-in form, nor a folder, nor a hub id (owner/name)"
+    if Path(name).expanduser().is_file():
+        return ModelError(
+            f"{name} is a single file",
+            where="a checkpoint is a diffusers folder: transformer, vae, text_encoder, tokenizer and scheduler",
+            fix="--model FOLDER, or a hub id; diffusers' from_single_file and save_pretrained make a folder of a file",
+        )
+
+    def letters(text: str) -> str:
+        return re.sub(r"[^a-z0-9.]", "", text.lower().split("/")[-1])
+
+    meant = next((f.hub_id for f in FAMILIES if letters(name) in (letters(f.hub_id), letters(f.name))), None)
+    names = [*BUILTIN_NAMES, *(family.hub_id for family in FAMILIES)]
+    return ModelError(f"no model {name!r}", where=where, fix=f"--model {meant or ' | '.join(names)}")
+
+
 def _read_json(path: Path, name: str) -> Mapping[str, Any]:
     try:
         return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
+        if (path.parents[2] / "model_index.json").is_file():
+            raise ModelError(
+                f"{path.parents[1].name} is a part of a checkpoint, not all of it",
+                where=str(path.parents[1]),
+                fix=f"--model {path.parents[2]}",
+            ) from error
         raise ModelError(
             f"{name} is not a whole diffusers checkpoint: {path.parent.name}/{path.name} is missing or damaged",
             where=str(path),

@@ -38,6 +38,7 @@ def fetch(
 
 def _why_not(error: Exception) -> str:
     """Why the hub gave nothing."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -51,6 +52,8 @@ def _why_not(error: Exception) -> str:
         return "the hub no longer has this revision; --model NAME@main takes the newest"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no such model, or shows it only to others"
+    if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, so the hub is not asked"
     if isinstance(error, LocalEntryNotFoundError | ConnectionError):
         return "the hub cannot be reached"
     if isinstance(error, OSError) and error.strerror:

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -120,3 +121,29 @@ def test_other_weights_in_the_same_folder_have_another_fingerprint(tmp_path):
         stream.seek(-4, 2)
         stream.write(b"\1\2\3\4")
     assert open_checkpoint(str(copied)).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("5b", "THUDM/CogVideoX-5b"), ("CogVideoX1.5-5b", "THUDM/CogVideoX1.5-5B")]
+)
+def test_a_model_that_is_nearly_named_is_named(name, meant):
+    with pytest.raises(ModelError) as refused:
+        open_checkpoint(name)
+    assert refused.value.fix == f"--model {meant}"
+
+
+def test_a_part_of_a_checkpoint_and_a_single_file_are_told_from_a_checkpoint(tmp_path):
+    root = open_checkpoint("random-tiny").root
+    with pytest.raises(ModelError, match="transformer is a part of a checkpoint") as refused:
+        open_checkpoint(str(root / "transformer"))
+    assert refused.value.fix == f"--model {root}"
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match="is a single file"):
+        open_checkpoint(str(tmp_path / "model.safetensors"))
+
+
+def test_a_hub_that_may_not_be_asked_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+        open_checkpoint("THUDM/CogVideoX-5b")

@@ -52,7 +52,7 @@ def test_an_unquoted_glob_reaches_the_option_it_stands_behind(words):
 @pytest.mark.parametrize("words", [["x", "--shards", "a"], ["--steps", "2", "x"], ["--shards", "a", "--strict", "x"]])
 def test_any_other_stray_word_is_an_error(words):
     result, settings = run(*words)
-    assert result.exit_code == 2
+    assert isinstance(result.exception, SettingError) and "'x' belongs to no option" in result.exception.what
     assert settings is None
 
 
@@ -127,7 +127,8 @@ def test_a_positional_setting_is_a_bare_word(tmp_path):
         ("out", []), ("here", []), ("here", ["a", "b"]), ("out", ["a", "b"]),
     ]  # fmt: skip
     assert "[OUT]" in CliRunner().invoke(app, ["--help"]).output
-    assert CliRunner().invoke(app, ["one", "two"]).exit_code == 2
+    refused = CliRunner().invoke(app, ["one", "two"]).exception
+    assert isinstance(refused, SettingError) and refused.what == "'two' belongs to no option"
 
 
 def test_a_file_of_windows_is_read(tmp_path):
@@ -167,3 +168,28 @@ def test_a_control_character_or_no_utf_8_on_the_command_line_is_refused():
         prompt: str = setting("", "What to show.", prose=True)
 
     assert resolve(Spoken, {"prompt": "a dog\nruns"}).prompt == "a dog\nruns"
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "do"),
+    [
+        (["lora", "--learning-rate", "1"], "there is no option --learning-rate", "--lr"),
+        (["lora", "--shard", "x"], "there is no option --shard", "--shards"),
+        (["train"], "there is no command 'train'", "cogtrain lora"),
+        (["plann"], "there is no command 'plann'", "cogtrain plan"),
+        (["lora", "--steps", "abc"], "--steps takes a whole number, not 'abc'", "--steps NUMBER"),
+        (["lora", "--lr=x"], "--lr takes a number, not 'x'", "--lr NUMBER"),
+        (["lora", "--strategy", "zro2"], "not 'zro2'", "--strategy zero2"),
+        (["lora", "--steps", "3", "--steps=4"], "--steps is given twice", "leave out one of them"),
+        (["lora", "--steps"], "--steps needs a value", "--steps VALUE"),
+        (["lora", "stray"], "'stray' belongs to no option", "cogtrain lora --help"),
+    ],
+)
+def test_what_was_mistyped_is_said_in_our_words_with_what_was_meant(words, what, do, monkeypatch, capsys):
+    from cogtrain import cli
+
+    monkeypatch.setattr("sys.argv", ["cogtrain", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and what in said and do in said.split("do:")[1]

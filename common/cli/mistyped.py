@@ -1,0 +1,96 @@
+"""What a person has mistyped, in our words: the value as it was typed, and what was meant."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import SettingError
+
+# What other trainers call it.
+_OTHER_COMMANDS = {
+    "train": "lora", "finetune": "lora", "fine-tune": "lora", "full": "sft", "inference": "generate",
+    "sample": "generate", "convert": "export", "prepare": "encode", "preprocess": "encode", "check": "validate",
+    "clean": "clean-cache", "estimate": "plan",
+}  # fmt: skip
+_OTHER_OPTIONS = {
+    "--learning-rate": "--lr", "--output-dir": "--out", "--output": "--out", "--model-path": "--model",
+    "--pretrained-model-name-or-path": "--model", "--lora-alpha": "--alpha", "--lora-rank": "--rank",
+    "--train-epochs": "--epochs", "--num-train-epochs": "--epochs", "--train-steps": "--steps",
+    "--max-train-steps": "--steps", "--train-batch-size": "--batch-size", "--lr-scheduler": "--lr-schedule",
+    "--lr-warmup-steps": "--warmup", "--gradient-accumulation-steps": "--accumulate",
+    "--mixed-precision": "--precision", "--checkpointing-steps": "--save-every", "--checkpointing-limit": "--keep",
+    "--report-to": "--tracker", "--resume-from-checkpoint": "--resume", "--validation-steps": "--validate-every",
+    "--train-resolution": "--resolution", "--caption-column": "--prompts", "--video-column": "--videos",
+    "--image-column": "--images", "--data": "--shards", "--num-gpus": "--nproc", "--cfg": "--guidance",
+    "--guidance-scale": "--guidance", "--lora-path": "--lora",
+}  # fmt: skip
+
+
+def no_such_command(program: str, word: str, known: Sequence[str]) -> SettingError:
+    meant = nearest(word, known, _OTHER_COMMANDS)
+    return SettingError(
+        f"there is no command {word!r}",
+        where=f"{program} {word}",
+        fix=f"{program} {meant}" if meant else f"one of {', '.join(known)}",
+    )
+
+
+def check_once(parameters: Sequence[Any], words: Sequence[str]) -> None:
+    """Refuse an option that is given twice, of which one would win without a word."""
+    given: set[str] = set()
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        name = word.split("=", 1)[0]
+        for parameter in parameters:
+            if name in (*parameter.opts, *parameter.secondary_opts) and not getattr(parameter, "multiple", True):
+                if parameter.name in given:
+                    raise SettingError(f"{name} is given twice", where=name, fix="leave out one of them")
+                given.add(str(parameter.name))
+
+
+def in_our_words(ctx: Any, parameters: Sequence[Any], words: Sequence[str], error: Any) -> SettingError:
+    """What is wrong, the value that was typed, and what was meant."""
+    help = f"{ctx.command_path} --help lists them"
+    if name := getattr(error, "option_name", ""):
+        options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
+        if name in options:
+            return SettingError(f"{name} needs a value", where=name, fix=f"{name} VALUE")
+        meant = nearest(name, options, _OTHER_OPTIONS)
+        return SettingError(f"there is no option {name}", where=name, fix=meant or help)
+    parameter = getattr(error, "param", None)
+    if parameter is None:
+        stray = re.search(r"\(([^()]*)\)$", str(error.message))
+        text = f"{stray[1]!r} belongs to no option" if stray else str(error.message)
+        return SettingError(text, where=ctx.command_path, fix=f"put it behind its option; {help}")
+    flag = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
+    takes = "".join(str(parameter.metavar or "").split())
+    if takes == "number" and "integer" in str(error.message):
+        takes = "a whole number"
+    typed = _typed_for(parameter.opts, words)
+    what = f"{flag} takes {'a number' if takes == 'number' else takes.replace('|', ', ')}" + (
+        f", not {typed!r}" if typed is not None else ""
+    )
+    choices = takes.split("|") if "|" in takes else []
+    meant = nearest(typed or "", choices, {}) or (choices[0] if choices else "NUMBER" if "number" in takes else takes)
+    return SettingError(what, where=flag, fix=f"{flag} {meant}")
+
+
+def _typed_for(options: Sequence[str], words: Sequence[str]) -> str | None:
+    """The last value given for an option."""
+    found = None
+    for word, after in itertools.zip_longest(words, words[1:]):
+        name, equals, value = word.partition("=")
+        if name in options:
+            found = value if equals else after
+    return found
+
+
+def nearest(word: str, known: Sequence[str], others: Mapping[str, str]) -> str | None:
+    """The one of ``known`` that was meant by a word: what others call so, or the one that is written like it."""
+    plain = word.lower().replace("_", "-")
+    if others.get(plain) in known:
+        return others[plain]
+    return next(iter(difflib.get_close_matches(plain, known, n=1)), None)
