@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 PAPER, INK, FAINT = (250, 250, 247), (32, 33, 36), (122, 124, 128)
 _FRAMES = 6  # of a video, in the still picture
 _CELL = 256  # pixels across one frame there
-_MARGIN = 32
-_GAP = 12
+MARGIN = 32
+GAP = 12
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def side_by_side(columns: Sequence[Column]) -> Frames:
     draw = ImageDraw.Draw(head)
     for index, column in enumerate(columns):
         left = index * (width + gap)
-        draw.text((left + gap, strip // 2), column.label, fill=INK, font=_font(round(strip * 0.6)), anchor="lm")
+        draw.text((left + gap, strip // 2), column.label, fill=INK, font=font(round(strip * 0.6)), anchor="lm")
     sheet_FHWC = np.repeat(np.asarray(head)[None], count, axis=0)
     for index, column in enumerate(columns):
         left = index * (width + gap)
@@ -61,36 +61,36 @@ def contact_sheet(title: str, facts: str, columns: Sequence[Column], fps: float)
 
     times = [round(float(t)) for t in np.linspace(0, len(columns[0].frames_FHWC) - 1, _FRAMES)]
     cell_height = round(_CELL * columns[0].frames_FHWC.shape[1] / columns[0].frames_FHWC.shape[2])
-    width = 2 * _MARGIN + _FRAMES * (_CELL + _GAP) - _GAP
+    width = 2 * MARGIN + _FRAMES * (_CELL + GAP) - GAP
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    lines = _wrapped(measure, plain(title), _font(24), width - 2 * _MARGIN, most=3)
-    top = _MARGIN + 32 * len(lines) + 40
+    lines = wrapped(measure, plain(title), font(24), width - 2 * MARGIN, most=3)
+    top = MARGIN + 32 * len(lines) + 40
     row = cell_height + 34 + 24
-    sheet = Image.new("RGB", (width, top + row * len(columns) + _MARGIN - 16), PAPER)
+    sheet = Image.new("RGB", (width, top + row * len(columns) + MARGIN - 16), PAPER)
     draw = ImageDraw.Draw(sheet)
     for index, line in enumerate(lines):
-        draw.text((_MARGIN, _MARGIN + 32 * index), line, fill=INK, font=_font(24))
-    draw.text((_MARGIN, _MARGIN + 32 * len(lines) + 4), plain(facts), fill=FAINT, font=_font(16))
+        draw.text((MARGIN, MARGIN + 32 * index), line, fill=INK, font=font(24))
+    draw.text((MARGIN, MARGIN + 32 * len(lines) + 4), plain(facts), fill=FAINT, font=font(16))
     for row_index, column in enumerate(columns):
         y = top + row * row_index
-        draw.text((_MARGIN, y + 13), column.label, fill=INK, font=_font(18), anchor="lm")
+        draw.text((MARGIN, y + 13), column.label, fill=INK, font=font(18), anchor="lm")
         for cell_index, frame in enumerate(times):
-            x = _MARGIN + cell_index * (_CELL + _GAP)
+            x = MARGIN + cell_index * (_CELL + GAP)
             picture = Image.fromarray(column.frames_FHWC[frame])
             sheet.paste(picture.resize((_CELL, cell_height), Image.Resampling.LANCZOS), (x, y + 30))
             draw.text(
-                (x + _CELL, y + 13), f"{frame / fps:.1f} s", fill=FAINT, font=_font(14), anchor="rm"
+                (x + _CELL, y + 13), f"{frame / fps:.1f} s", fill=FAINT, font=font(14), anchor="rm"
             )  # fmt: skip
     return sheet
 
 
-def _font(size: int) -> FreeTypeFont:
+def font(size: int) -> FreeTypeFont:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)  # type: ignore[return-value]
 
 
-def _wrapped(draw: ImageDraw, text: str, font: FreeTypeFont, width: int, *, most: int) -> list[str]:
+def wrapped(draw: ImageDraw, text: str, font: FreeTypeFont, width: int, *, most: int) -> list[str]:
     """The text in at most ``most`` lines, cut with an ellipsis."""
     lines = [""]
     for word in text.split():

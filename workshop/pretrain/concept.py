@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,15 +21,9 @@ from cogtrain.validation.pipeline import load_pipeline, to_base
 from cogtrain.validation.tuned import find_tuned
 
 from ..scenes import NEW_MOTIONS, Scene, draw, every_scene, split_scenes
-from .exam import examine
+from .animation import Animation, Row, animate
+from .exam import Marks, examine
 from .transformer import times
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-_ROWS, _FRAMES = 5, 4  # of the picture
-_SLIT, _GAP, _LINE, _LETTER = 2, 14, 20, 12  # pixels: between frames, between columns, of text
-_RIGHT, _WRONG = "#15803d", "#b91c1c"
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class Proof:
     held_out_loss: tuple[float, float] | None  # None: the run validated nothing
 
 
-def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int) -> tuple[Proof, Image]:
+def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int) -> tuple[Proof, Animation]:
     """Generate new and known scenes, tuned and base with the same seeds, and let the judge name them.
 
     The new scenes are the last of their list, of which `workshop.draw` takes the first; the known
@@ -54,30 +47,37 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
         steps: of the sampler.
 
     Returns:
-        The figures, and a picture: what was asked for, the base model's clips, the tuned one's.
+        The figures, and an animation: what was asked for, the base model's clips, the tuned one's.
 
     Raises:
         RunError, ModelError: no weights there, or not of a model that can be had.
     """
     tuned = find_tuned(run, [], None, None)
     pipeline = load_pipeline(tuned, torch.float32)
-    new, known = every_scene(0, [motion_for(tuned.checkpoint.family)])[-clips:], split_scenes()[1][-clips:]
+    motion = motion_for(tuned.checkpoint.family)
+    new, known = every_scene(0, [motion])[-clips:], split_scenes()[1][-clips:]
 
-    def ask(scenes: list[Scene]) -> Any:
+    def ask(scenes: list[Scene]) -> tuple[Marks, Frames]:
         return examine(pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed)
 
-    (new_after, *drawn_after), (known_after, *_) = ask(new), ask(known)
+    (new_after, drawn_after), (known_after, _) = ask(new), ask(known)
     to_base(pipeline, tuned, torch.float32)
-    (new_before, *drawn_before), (known_before, *_) = ask(new), ask(known)
+    (new_before, drawn_before), (known_before, _) = ask(new), ask(known)
     proof = Proof(
         recognised=(new_before.motion, new_after.motion),
         kept=(known_before.shape_and_colour, known_after.shape_and_colour),
         held_out_loss=_held_out_loss(run),
     )
-    moments = times(tuned.checkpoint.family)
-    asked_NFHWC = np.stack([draw(scene, moments, NATIVE.height, NATIVE.width) for scene in new[:_ROWS]])
-    columns = [("asked for", asked_NFHWC, new), ("base model", *drawn_before), ("after fine-tuning", *drawn_after)]
-    return proof, _beside(new, columns)
+    places, moments = _four(new[: len(drawn_after)]), times(tuned.checkpoint.family)
+    asked_NFHWC = np.stack([draw(new[place], moments, NATIVE.height, NATIVE.width) for place in places])
+    before, after = (_told(motion, share, clips) for share in proof.recognised)
+    rows = [
+        Row("asked for", "drawn, not generated", asked_NFHWC),
+        Row("base model", before, drawn_before[places]),
+        Row("after fine-tuning", after, drawn_after[places]),
+    ]
+    captions = [new[place].caption for place in places]
+    return proof, animate(f"A new motion: {motion}", captions, rows, tuned.checkpoint.family.fps)
 
 
 def motion_for(family: Family) -> str:
@@ -107,24 +107,11 @@ def _held_out_loss(run: Path) -> tuple[float, float] | None:
     return None if base is None or tuned is None else (base, tuned)
 
 
-def _beside(scenes: Sequence[Scene], columns: Sequence[tuple[str, Frames, Sequence[Scene]]]) -> Image:
-    """A row a caption; in each column a few frames of a clip, and above them the motion that the judge saw."""
-    from PIL import Image, ImageDraw, ImageFont
+def _four(scenes: Sequence[Scene]) -> list[int]:
+    """Places of the first scene of each of four shapes, whatever came of them; of fewer shapes, fewer."""
+    first = {scene.shape: place for place, scene in reversed([*enumerate(scenes)])}
+    return sorted(first.values())[:4]
 
-    _, length, height, width, _ = columns[0][1].shape
-    width += _SLIT
-    row, column = height + _LINE, width * _FRAMES + _GAP
-    picture = Image.new("RGB", (len(columns) * column - _GAP, _LINE + row * min(_ROWS, len(scenes))), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_LETTER)
-    for x, (label, clips_NFHWC, named) in zip(range(0, picture.width, column), columns, strict=True):
-        pen.text((x, 2), label.upper(), fill="black", font=font)
-        for index, (scene, clip_FHWC, seen) in enumerate(zip(scenes[:_ROWS], clips_NFHWC, named, strict=False)):
-            top = _LINE + index * row
-            if not x:
-                pen.text((x, top + 4), scene.caption, fill="black", font=font)
-            else:
-                colour = _RIGHT if seen.motion == scene.motion else _WRONG
-                pen.text((x, top + 4), f"the judge sees: {seen.motion}", fill=colour, font=font)
-            for place, moment in enumerate(np.linspace(0, length - 1, _FRAMES).round().astype(int)):
-                picture.paste(Image.fromarray(clip_FHWC[moment]), (x + place * width, top + _LINE))
-    return picture
+
+def _told(motion: str, recognised: float, clips: int) -> str:
+    return f"the judge sees that it {motion} in {recognised:.0%} of {clips} clips"

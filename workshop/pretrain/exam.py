@@ -48,18 +48,17 @@ def examine(
     guidance: float,
     seed: int,
     batch: int = 10,
-) -> tuple[Marks, Frames, list[Scene]]:
+) -> tuple[Marks, Frames]:
     """Generate a clip for each caption (and first frame, for I2V) and let the judge name it.
 
     Returns:
-        The marks; the clips of the first few captions, uint8 (N, F, H, W, 3); and what the judge takes each for.
+        The marks, and the clips of the first few captions, uint8 (N, F, H, W, 3).
     """
     from PIL import Image
 
     moments = times(checkpoint.family)
     rows, first_frames = [], []
     shown: list[Frames] = []
-    named: list[Scene] = []
     for start in range(0, len(scenes), batch):
         some = scenes[start : start + batch]
         drawn = [draw(scene, moments[:1], NATIVE.height, NATIVE.width)[0] for scene in some]
@@ -83,7 +82,6 @@ def examine(
             verdicts = list(threads.map(lambda clip_FHWC: judge(clip_FHWC, moments), clips))
         for scene, clip_FHWC, first_HWC, verdict in zip(some, clips, drawn, verdicts, strict=True):
             seen = verdict.scene
-            named.append(seen)
             right = [seen.shape == scene.shape, seen.colour == scene.colour, seen.motion == scene.motion]
             rows.append([*right, all(right[:2]), all(right), verdict.error])
             if i2v:
@@ -91,7 +89,7 @@ def examine(
                 first_frames.append(-10 * np.log10(max(error, 1e-6)))
     shape, colour, motion, both, every, distance = (float(mean) for mean in np.mean(np.array(rows, dtype=float), 0))
     kept = float(np.mean(first_frames)) if first_frames else None
-    return Marks(shape, colour, motion, both, every, distance, kept), np.stack(shown), named[:SHOWN]
+    return Marks(shape, colour, motion, both, every, distance, kept), np.stack(shown)
 
 
 def sheet(scenes: Sequence[Scene], clips_NFHWC: Frames, frames: int = 5) -> Any:

@@ -45,8 +45,8 @@ def taught(folder, form, method, *, new=NEW, known=KNOWN, steps=360, seed=42):
 @pytest.mark.parametrize("case", CASES)
 def test_a_new_motion_is_learned_and_nothing_forgotten(tmp_path, case):
     run = taught(tmp_path, case.split()[0], CASES[case])
-    proof, sheet = examine_run(run, clips=100, steps=20, guidance=3.0, seed=0)
-    sheet.save(tmp_path / "concept.png")
+    proof, animation = examine_run(run, clips=100, steps=20, guidance=3.0, seed=0)
+    animation.save(tmp_path / "concept.webp")
     print(case, proof)
     before, after = proof.recognised
     assert before <= 0.2 and after >= 0.8
@@ -58,9 +58,9 @@ def test_a_new_motion_is_learned_and_nothing_forgotten(tmp_path, case):
 def test_a_short_run_already_learns(tmp_path):
     """The lean case: enough steps to see it learn, and nothing that would keep what is known."""
     run = taught(tmp_path, "tiny", LORA, new=20, known=0, steps=40)
-    proof, sheet = examine_run(run, clips=4, steps=8, guidance=3.0, seed=0)
+    proof, animation = examine_run(run, clips=4, steps=8, guidance=3.0, seed=0)
     assert proof.recognised[0] == 0 and proof.recognised[1] >= 0.75
     base, tuned = proof.held_out_loss
     assert tuned < 0.8 * base
-    assert sheet.size == (1204, 356)  # three times four frames and slits, two gaps; four rows and a head
+    assert len(animation.pictures) == 17
     assert "the new motion is recognised" in tell(proof)

@@ -77,7 +77,7 @@ def test_the_exam_marks_a_generator_by_what_it_shows(form, right):
     def other(scene):
         return "blue" if scene.colour != "blue" else "red"
 
-    marks, shown, _ = examine(pipeline, checkpoint, scenes, steps=1, guidance=1, seed=0, batch=4)
+    marks, shown = examine(pipeline, checkpoint, scenes, steps=1, guidance=1, seed=0, batch=4)
     assert shown.shape == (6, 17, 64, 96, 3)
     assert marks.shape == marks.motion == 1
     assert marks.colour == marks.shape_and_colour == marks.all_three == float(right)
