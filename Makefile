@@ -25,7 +25,7 @@ demo: venv
 	$(BIN)/cogprep preview demo/shards/new --samples 4
 	$(BIN)/cogtrain lora --shards demo/shards/*/*.tar --validate-shards demo/shards/new/val/*.tar --steps 360 --validate-every 120 --lr 2e-3 --lr-schedule cosine --batch-size 4 --rank 64 --ema 0.98 --timesteps stratified --out demo/run
 	$(BIN)/python -m workshop.pretrain concept demo/run --clips 24
-	$(BIN)/cogtrain generate --run demo/run --prompt "sks A red ring shrinks slowly on warm sand." --steps 20 --guidance 1.5 --out demo/videos
+	$(BIN)/cogtrain generate --run demo/run --prompt "sks A red ring shrinks slowly on warm sand." --steps 20 --guidance 2 --out demo/videos
 	@echo; echo "look at: demo/run/concept.webp, demo/run/report.html, demo/videos, demo/shards/new/preview/index.html"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
 
 check: venv

@@ -150,7 +150,7 @@ def concept(
     run: Annotated[Path, typer.Argument(help="Run of a fine-tune on clips of `python -m workshop.draw --new`.")],
     clips: Annotated[int, typer.Option(min=1, max=100, help="To generate of each kind, tuned and base.")] = 8,
     sampling_steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 12,
-    guidance: Annotated[float, typer.Option(help="1 is none; more makes shapes wobble.")] = 1.5,
+    guidance: Annotated[float, typer.Option(help="1 is none; much makes shapes wobble.")] = 2.0,
     seed: Seed = 0,
 ) -> None:
     """Let the judge say whether a fine-tune learned the new motion, and whether it forgot the known scenes.

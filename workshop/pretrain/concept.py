@@ -114,4 +114,4 @@ def _four(scenes: Sequence[Scene]) -> list[int]:
 
 
 def _told(motion: str, recognised: float, clips: int) -> str:
-    return f"the judge sees that it {motion} in {recognised:.0%} of {clips} clips"
+    return f"the judge sees that it {motion} in {round(recognised * clips)} of {clips} clips"
