@@ -11,7 +11,7 @@ from cogcommon.errors import ModelError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.model import lora
 from cogtrain.model.compare import difference, output_on_noise
-from cogtrain.model.lora_file import PEFT_CONFIG, PEFT_FILE, lora_in, read_lora
+from cogtrain.model.lora_file import PEFT_CONFIG, PEFT_FILE, base_of, lora_in, read_lora
 from cogtrain.model.method import outline
 
 ALL_LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear",
@@ -130,11 +130,13 @@ def test_each_form_and_place_of_alpha_acts_the_same(tmp_path, live_model, form):
     elif place == "metadata":
         metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 1})}
     else:
-        (tmp_path / PEFT_CONFIG).write_text(json.dumps({"r": 4, "lora_alpha": 2, "use_rslora": True,
-                                                        "alpha_pattern": {"to_[qkv]|to_out.0": 0.5}}))  # fmt: skip
+        config = {"r": 4, "lora_alpha": 2, "use_rslora": True, "alpha_pattern": {"to_[qkv]|to_out.0": 0.5}}
+        (tmp_path / PEFT_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "tiny"}))
     save_file(tensors, tmp_path / PEFT_FILE, metadata=metadata)
     found = read_lora(lora_in(tmp_path), checkpoint, fresh(checkpoint))
     assert found.form == form.split()[0]
+    if place == "beside":
+        assert base_of(lora_in(tmp_path)) == ("tiny", None)
     assert found.alpha
     assert found.rank == 4
     assert found.state.keys() == state.keys()

@@ -131,6 +131,22 @@ def read_facts(file: Path) -> dict[str, str]:
     return {name: value for name, value in facts.items() if isinstance(value, str)}
 
 
+def base_of(file: Path) -> tuple[str | None, str | None]:
+    """The base model and its revision, as a LoRA file of ours or the config of PEFT beside it says; None: not said.
+
+    Raises:
+        ModelError: no safetensors file.
+    """
+    facts = read_facts(file)
+    if facts.get("base_model"):
+        return facts["base_model"], facts.get("revision")
+    try:
+        named = parse_object(file.with_name(PEFT_CONFIG).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        return None, None
+    return (named if isinstance(named, str) and named else None), None
+
+
 def read_lora(file: Path, checkpoint: Checkpoint, transformer: torch.nn.Module) -> LoraFile:
     """Read a LoRA file of whatever tool, for this transformer, which may be one without memory.
 

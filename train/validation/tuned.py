@@ -12,7 +12,7 @@ from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.families import Resolution
 
 from ..model import lora, sft
-from ..model.lora_file import lora_in, read_facts
+from ..model.lora_file import base_of, lora_in
 from ..runs.folder import FACTS_FILE, read_run, read_settings
 
 
@@ -78,8 +78,8 @@ def find_tuned(
                 fix="let it finish, or export a checkpoint: `cogtrain export --run RUN/checkpoint-N`",
             )
     elif applied:
-        said = next((facts for one in applied if "base_model" in (facts := read_facts(one.file))), {})
-        model, revision = model or said.get("base_model"), None if model else said.get("revision")
+        said, of_it = next((found for one in applied if (found := base_of(one.file))[0]), (None, None))
+        model, revision = model or said, None if model else of_it
     elif transformer and not (transformer / "config.json").is_file():
         raise RunError("not a transformer folder", where=str(transformer), fix="--transformer RUN/transformer")
     if strength != 1 and not (run and applied and math.isfinite(strength)):
