@@ -9,7 +9,7 @@ import pytest
 
 from cogcommon.cli.settings import flag_of, shown_default
 from cogprep.settings import CaptionSettings, EncodeSettings
-from cogtrain.settings import ExportSettings, GenerateSettings, LoraSettings
+from cogtrain.settings import CompareSettings, ExportSettings, GenerateSettings, LoraSettings
 from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
 from workshop.bench_train.verdicts import card_table, verdict_table
 
@@ -40,7 +40,10 @@ def tables_of(page: Path) -> dict[str, str]:
         },
         TRAIN: lambda: {
             f"options of cogtrain {name}": table(cls)
-            for name, cls in (("lora", LoraSettings), ("generate", GenerateSettings), ("export", ExportSettings))
+            for name, cls in (
+                ("lora", LoraSettings), ("generate", GenerateSettings), ("compare", CompareSettings),
+                ("export", ExportSettings),
+            )
         },
         HARDWARE: lambda: {
             "hardware table": guide_table(), "beside a plain loop": beside_table(), "what fits": verdict_table(),

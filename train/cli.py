@@ -10,6 +10,7 @@ from cogcommon.cli.progress import paused
 from cogcommon.errors import CogError
 
 from .settings import (
+    CompareSettings,
     DoctorSettings,
     ExportSettings,
     ForecastSettings,
@@ -86,6 +87,12 @@ def generate(settings: GenerateSettings) -> None:
     run(settings)
 
 
+def compare(settings: CompareSettings) -> None:
+    from .commands.compare import run
+
+    run(settings)
+
+
 def export(settings: ExportSettings) -> None:
     from .commands.export import run
 
@@ -127,6 +134,14 @@ add_command(
     app, "generate", GenerateSettings, generate,
     "Make a video with the tuned model, and one with the base model beside it.",
     ('cogtrain generate --run runs/mine --prompt "A red ball rolls down a hill."',),
+)  # fmt: skip
+add_command(
+    app, "compare", CompareSettings, compare,
+    "Draw checkpoints of a run beside one another and the base model, with one seed, to choose one.",
+    (
+        'cogtrain compare runs/mine --checkpoints 200,400,600 --prompt "A red ball rolls down a hill."',
+        'cogtrain compare runs/mine --checkpoints best --strengths 0.6,0.8,1 --prompt "A red ball."',
+    ),
 )  # fmt: skip
 add_command(
     app, "export", ExportSettings, export,

@@ -296,6 +296,31 @@ class GenerateSettings:
 
 
 @dataclass(frozen=True)
+class CompareSettings:
+    """Settings of ``cogtrain compare``."""
+
+    run: Path | None = setting(None, "folder of a run", shown="required", positional=True)
+    checkpoints: str | None = setting(
+        None, "steps of its checkpoints, with commas; also last, and best: the lowest held-out loss of those there are",
+        shown="all",
+    )  # fmt: skip
+    strengths: str = setting("1", "strengths of the LoRA, with commas, as 0.6,0.8,1")
+    prompt: list[str] = setting([], "what the videos show; again, for more than one", shown="required", prose=True)
+    image: Path | None = setting(None, "first frame (image-to-video only), cut to the videos' shape")
+    model: str | None = setting(None, "base checkpoint, if it is elsewhere now", shown="as trained")
+    resolution: str | None = setting(None, "FxHxW of the videos", shown="the run's")
+    steps: int = setting(50, "sampling steps")
+    guidance: float = setting(6.0, "scale of classifier-free guidance; 1: none")
+    seed: int = setting(42, "seed of the noise, the same for all videos")
+    fps: float | None = setting(None, "frames a second", shown="the family's")
+    precision: Precision | None = setting(
+        None, "number type the model computes in", shown="the family's on a GPU, fp32 on a CPU"
+    )
+    out: Path | None = setting(None, "folder in which each prompt gets one", shown="RUN/compared")
+    json: bool = setting(False, "print the result as JSON")
+
+
+@dataclass(frozen=True)
 class DoctorSettings:
     """Settings of ``cogtrain doctor``."""
 

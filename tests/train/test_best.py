@@ -92,7 +92,7 @@ def test_the_step_with_the_lowest_loss_is_kept_and_exported(
     assert f"step 2 of 5: held-out loss 0.2000, base model {base:.4f}" in capsys.readouterr().out
     assert "0.2 at step 2; " in (run / "README.md").read_text()
     assert "| steps | 2 of 5 |" in (run / "README.md").read_text()
-    assert "<b>step 2</b><span>is what is exported" in (run / "report.html").read_text()
+    assert "<b>step 2</b><span>is exported" in (run / "report.html").read_text()
 
 
 def test_a_resume_knows_the_best_so_far_and_goes_on_from_the_last(tmp_path, shards, held_out, train_here, losses):

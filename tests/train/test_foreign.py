@@ -116,7 +116,7 @@ def generate_in(tmp_path, monkeypatch) -> Callable:
         return [Request(prompt, None, resolution, *rest) for prompt in settings.prompt]
 
     replaced = {
-        "find_tuned": lambda *_: tuned, "_requests": requests, "load_pipeline": lambda *_: None,
+        "find_tuned": lambda *_: tuned, "requests_of": requests, "load_pipeline": lambda *_: None,
         "move_pipeline": lambda *_: None,
         "generate_video": lambda *_: frames, "to_base": lambda *_: None, "step_bytes": lambda *_: 0,
     }  # fmt: skip

@@ -272,7 +272,7 @@ def test_the_image_is_cut_and_not_stretched(make_run, picture):
     ImageDraw.Draw(wide).ellipse((160, 10, 240, 90), fill="white")
     wide.save(picture)
     settings = GenerateSettings(run=make_run("tiny-i2v"), prompt=["x"], image=picture)
-    (request,) = generate._requests(settings, find_tuned(settings.run, [], None, None))
+    (request,) = generate.requests_of(settings, find_tuned(settings.run, [], None, None))
     white = np.asarray(request.image)[..., 0] > 127
     assert request.image.size == (96, 64)
     assert abs(np.ptp(white.any(0).nonzero()[0]) - np.ptp(white.any(1).nonzero()[0])) <= 1
@@ -289,7 +289,7 @@ def test_the_image_is_the_one_that_encode_trains_on(make_run, tmp_path, size):
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "cutout.png", exif=exif)
     settings = GenerateSettings(run=make_run("tiny-i2v"), prompt=["x"], image=tmp_path / "cutout.png")
-    (request,) = generate._requests(settings, find_tuned(settings.run, [], None, None))
+    (request,) = generate.requests_of(settings, find_tuned(settings.run, [], None, None))
     encoded = read_image(settings.image, request.resolution, Cut(), "key")
     assert np.array_equal(np.asarray(request.image), encoded)
 

@@ -1,4 +1,5 @@
-"""`cogtrain plan` (its lines: `forecast`), `doctor`, `watch`, `generate` and `export`.
+"""`cogtrain plan` (its lines: `forecast`), `doctor`, `watch`, `generate`, `compare` and
+`export`.
 
 `lora` and `sft` are `trainer.trainer`.
 

@@ -42,7 +42,7 @@ def run(settings: GenerateSettings) -> None:
     """
     tuned = find_tuned(settings.run, settings.lora, settings.transformer, settings.model, settings.strength)
     checkpoint = tuned.checkpoint
-    requests = _requests(settings, tuned)
+    requests = requests_of(settings, tuned)
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
@@ -54,7 +54,7 @@ def run(settings: GenerateSettings) -> None:
         answer.check_folder()
     console = Console(stderr=settings.json)
     first = requests[0]
-    for note in _cut_texts(requests, checkpoint):
+    for note in cut_texts(requests, checkpoint):
         console.print(f"note: {note}", soft_wrap=True)
 
     with stage("loading the libraries"):
@@ -163,7 +163,7 @@ def _prompts(settings: GenerateSettings) -> list[str]:
     return found
 
 
-def _cut_texts(requests: list[Request], checkpoint: Checkpoint) -> Iterator[str]:
+def cut_texts(requests: list[Request], checkpoint: Checkpoint) -> Iterator[str]:
     """What to know of prompts that are longer than the model reads."""
     limit = requests[0].text_tokens
     texts = [(f'"{request.prompt[:30]}..."', request.prompt) for request in requests]
@@ -178,7 +178,12 @@ def _cut_texts(requests: list[Request], checkpoint: Checkpoint) -> Iterator[str]
             )
 
 
-def _requests(settings: GenerateSettings, tuned: Tuned) -> list[Request]:
+def requests_of(settings: GenerateSettings, tuned: Tuned) -> list[Request]:
+    """What to draw, a prompt each.
+
+    Raises:
+        SettingError: the options do not go together, or with the model.
+    """
     prompts = _prompts(settings)
     if settings.steps < 1:
         raise SettingError(f"{settings.steps} sampling steps are too few", where="--steps", fix="--steps 50")
@@ -246,8 +251,13 @@ def request_text(settings: GenerateSettings, tuned: Tuned, request: Request, fps
 
 
 def default_folder(settings: GenerateSettings, prompt: str, asked: str) -> Path:
-    """A folder of its own for each request, named after the prompt in whatever letters."""
+    """A folder of its own for each request."""
+    return (settings.run or Path()) / GENERATED / folder_name(prompt, settings.seed, asked)
+
+
+def folder_name(prompt: str, seed: int, asked: str) -> str:
+    """A name after the prompt in whatever letters, and after all that was asked."""
     letters = unicodedata.normalize("NFC", prompt).lower()
     words = re.sub(r"[\W_]+", "-", letters).strip("-")[:40].rstrip("-")
     digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return (settings.run or Path()) / GENERATED / f"{words or 'video'}-{settings.seed}-{digest}"
+    return f"{words or 'video'}-{seed}-{digest}"

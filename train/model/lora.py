@@ -154,6 +154,18 @@ def state_dict(
     return state
 
 
+def file_state(weights: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """What `state_dict` gives, out of the trained weights under the transformer's own names.
+
+    Args:
+        scale: of the adapters.
+    """
+    return {
+        f"{_PREFIX}{name.replace(f'.{ADAPTER}.', '.')}": weight * scale if ".lora_B." in name else weight
+        for name, weight in weights.items()
+    }
+
+
 def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, str], name: str = FILE) -> Path:
     """Write a LoRA file, whole or not at all.
 

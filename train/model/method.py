@@ -199,6 +199,18 @@ class Lora:
             lambda state: lora.save(state, folder, {**facts, **of_adapter}),
         )  # fmt: skip
 
+    def file_of(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The tensors of the file that a checkpoint of the run would be exported as, in fp32.
+
+        Args:
+            folder: the run's ``checkpoint-N``.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        plain = ADAPTERS[self.settings.adapter].plain_alpha(self.alpha, self.settings.rank)
+        return lora.file_state(read_weights(folder), plain / self.settings.rank)
+
     def verify(self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, written: Written) -> Exported:
         plain = runtime.plain(model)
         runtime.release(plain)

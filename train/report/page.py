@@ -26,6 +26,7 @@ from cogcommon.words import counted, in_words
 from ..runs.folder import (
     CAPTIONS_FILE,
     CLIPS,
+    COMPARED,
     GENERATED,
     REPORT_FILE,
     VALIDATION,
@@ -159,7 +160,7 @@ def _figures(run: RecordedRun) -> str:
             change = f", {best.change:+.1f} %" if best.change is not None else ""
             shown.append((number(best.val_loss), f"lowest held-out loss, at step {best.step:,}{change}"))
     if run.facts.exported:
-        shown.append((f"step {run.facts.exported:,}", "is what is exported"))
+        shown.append((f"step {run.facts.exported:,}", "is exported"))
     if run.steps:
         middle = _middle(run)
         shown.append((number(middle), "seconds a step, median"))
@@ -222,6 +223,9 @@ def _videos(run: RecordedRun, *, newest_first: bool) -> Iterable[str]:
                 rows.append(_row(folder, caption, [*_itself(folder, index), *drawn]))
         if rows:
             yield "<h2>Held-out clips</h2>" + "".join(rows)
+    grids = sorted((folder / COMPARED).glob("*/grid.mp4"), key=lambda path: path.stat().st_mtime, reverse=True)
+    if grids:
+        yield "<h2>Compared</h2>" + "".join(_row(folder, _prompt(path.parent), [("", path)]) for path in grids)
     made = sorted((folder / GENERATED).glob("*/*.mp4"), key=lambda path: path.stat().st_mtime, reverse=True)
     folders = list(dict.fromkeys(path.parent for path in made))
     if folders:
@@ -250,13 +254,15 @@ def _label(path: Path) -> str:
 
 
 def _row(folder: Path, caption: str, shown: Iterable[tuple[str, Path]]) -> str:
+    """Videos of a caption; one without a label is a grid, which is shown as wide as the page."""
     figures = []
     for label, path in shown:
         source = quote(path.relative_to(folder).as_posix())
         tag = f'<img src="{source}" alt="{escape(label)}">'
         if path.suffix == ".mp4":  # still until it is played: twenty that move at once show nothing
             tag = f'<video src="{source}" controls loop muted playsinline preload="metadata"></video>'
-        figures.append(f"<figure>{tag}<figcaption>{escape(label)}</figcaption></figure>")
+        below = f"<figcaption>{escape(label)}</figcaption>" if label else ""
+        figures.append(f"<figure{'' if label else ' class=grid'}>{tag}{below}</figure>")
     button = '<button type="button" class="together">play all</button>'
     return (
         f'<div class="sample"><blockquote>{escape(caption)} {button}</blockquote>'

@@ -55,6 +55,50 @@ def side_by_side(columns: Sequence[Column]) -> Frames:
     return sheet_FHWC
 
 
+def grid(rows: Sequence[Sequence[Column | None]]) -> Frames:
+    """One video of several of the same size, in rows, each under its label; None leaves a cell empty.
+
+    The videos are scaled so that the whole is about 1280 pixels wide, or 1920 where they are many, and the labels so
+    that they can be read on a telephone.
+
+    Returns:
+        uint8 RGB (F, H, W, 3), height and width even.
+    """
+    from PIL import Image, ImageDraw
+
+    first = next(column for row in rows for column in row if column)
+    count, height, width, _ = first.frames_FHWC.shape
+    across = max(len(row) for row in rows)
+    cell = (1920 if across > 4 else 1280) // across // 2 * 2
+    tall = round(cell * height / width / 2) * 2
+    labels = [column.label for row in rows for column in row if column]
+    letters = min(cell * across // 36, *(_fitting(label, cell - GAP) for label in labels))
+    strip = round(letters * 1.7 / 2) * 2
+    page = Image.new("RGB", (across * (cell + GAP) + GAP, len(rows) * (tall + strip) + GAP), PAPER)
+    draw = ImageDraw.Draw(page)
+    places = [
+        (GAP + x * (cell + GAP), y * (tall + strip) + strip, column)
+        for y, row in enumerate(rows)
+        for x, column in enumerate(row)
+        if column
+    ]
+    for left, top, column in places:
+        draw.text((left, top - strip // 2), column.label, fill=INK, font=font(letters), anchor="lm")
+    frames_FHWC = np.repeat(np.asarray(page)[None], count, axis=0)
+    for left, top, column in places:
+        for index, picture in enumerate(column.frames_FHWC):
+            scaled = Image.fromarray(picture).resize((cell, tall), Image.Resampling.LANCZOS)
+            frames_FHWC[index, top : top + tall, left : left + cell] = np.asarray(scaled)
+    return frames_FHWC
+
+
+def _fitting(label: str, width: int) -> int:
+    """The size in which a label is at most so wide."""
+    from PIL import Image, ImageDraw
+
+    return int(100 * width / ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(label, font=font(100)))
+
+
 def contact_sheet(title: str, facts: str, columns: Sequence[Column], fps: float) -> Image:
     """Six frames of each video in rows, under a title (the caption) and a line of facts."""
     from PIL import Image, ImageDraw

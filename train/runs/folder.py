@@ -8,6 +8,7 @@
     checkpoint-N/    to resume from
     validation/      videos: clips/ as they are stored, step-000000/ by the base model, step-N/
     generated/       what `cogtrain generate` has drawn
+    compared/        what `cogtrain compare` has
     report.html, README.md (the model card), and the export
 """
 
@@ -41,6 +42,7 @@ VALIDATION = "validation"
 CAPTIONS_FILE = "captions.json"  # in it, of the samples that are drawn
 CLIPS = "clips"  # in it, those samples themselves
 GENERATED = "generated"  # `cogtrain generate`: a folder a request
+COMPARED = "compared"  # `cogtrain compare`: a folder a prompt
 STOP_FILE = ".stop"  # asks the run to save and stop (`cogtrain watch`)
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"

@@ -177,8 +177,8 @@ class Trainer:
             self.readout.catch_up()
         if last:  # first of all, and in its smallest form
             self._export(step)
-        if validates:
-            self._validate(step)
+        if self.validation and validates:
+            self._validate(self.validation, step)
             stop, saves = self._signal(), saves or self.best.step == step
             if self.best.enough and not last:
                 last = saves = True
@@ -192,10 +192,9 @@ class Trainer:
             again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
             raise Stopped(128 + stop, again)
 
-    def _validate(self, step: int) -> None:
-        assert self.validation
+    def _validate(self, validation: Validation, step: int) -> None:
         with self.saver.averaged():
-            line = self.validation.measure(self.model, step)
+            line = validation.measure(self.model, step)
         if line:
             self.log.validation(self.best.take(line))
 

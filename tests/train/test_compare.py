@@ -1,0 +1,126 @@
+"""compare: checkpoints and strengths beside one another and the base model, as generate would draw each."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from cogcommon.cli.command import add_command
+from cogcommon.errors import CogError
+from cogcommon.files.ownership import Made
+from cogtrain.commands import compare
+from cogtrain.commands.compare import Cell, layout
+from cogtrain.report.page import write_report
+from cogtrain.report.sheet import Column, grid
+from cogtrain.runs.folder import COMPARED
+from cogtrain.settings import CompareSettings, LoraSettings, SftSettings
+from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, to_base
+from cogtrain.validation.tuned import find_tuned
+
+SMALL = ["--steps", "1", "--resolution", "9x64x96", "--seed", "7"]
+
+
+def command(*words):
+    app = typer.Typer(add_completion=False)
+    add_command(app, "compare", CompareSettings, compare.run, "Compare.")
+    add_command(app, "other", CompareSettings, compare.run, "Other.")
+    return CliRunner().invoke(app, ["compare", *map(str, words)])
+
+
+def fault(*words):
+    error = command(*words).exception
+    assert isinstance(error, CogError), error
+    return str(error)
+
+
+@pytest.fixture
+def make_run(tmp_path, make_shards, train_here):
+    def make(cls, **settings):
+        make_shards(tmp_path / "out", samples=4)
+        return train_here(cls(shards=[str(tmp_path / "out")], out=tmp_path / "run", steps=2, save_every=1, **settings))
+
+    return make
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What was drawn, by label, for the first prompt."""
+    found, real = {}, compare.grid
+
+    def keep(rows):
+        found.update({c.label: c.frames_FHWC for row in rows for c in row if c and c.label not in found})
+        return real(rows)
+
+    monkeypatch.setattr(compare, "grid", keep)
+    return found
+
+
+def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
+    run = make_run(LoraSettings, rank=4, alpha=64.0, lr=0.1)  # strong enough to be seen after two steps
+    done = command(run, "--checkpoints", "1,last", "--strengths", "0.5", "--prompt", "a ball", *SMALL)
+    assert done.exception is None, done.output
+    assert list(drawn) == ["base model", "step 1 at 0.5", "step 2 at 0.5"]
+    assert len({frames.tobytes() for frames in drawn.values()}) == 3
+    request = Request("a ball", None, compare.Resolution(9, 64, 96), 1, 6.0, 7, 226, True)
+    tuned = find_tuned(run, [], None, None, 0.5)
+    pipeline = load_pipeline(tuned, torch.float32)
+    assert (generate_video(pipeline, request, lambda: None) == drawn["step 2 at 0.5"]).all()
+    to_base(pipeline, tuned, torch.float32)
+    assert (generate_video(pipeline, request, lambda: None) == drawn["base model"]).all()
+
+    (first,) = (run / COMPARED).iterdir()
+    assert first.name.startswith("a-ball-7-")
+    with av.open(str(first / "grid.mp4")) as video:
+        assert video.streams.video[0].frames == 9
+    made = Made.read(first)
+    assert made and made.owns("grid.mp4") and made.owns("contact-sheet.png")
+    assert json.loads(made.request)["prompt"] == "a ball"
+    assert Image.open(first / "contact-sheet.png").width > 1000
+    assert f'src="compared/{first.name}/grid.mp4"' in write_report(run).read_text()
+
+    (first / "grid.mp4").write_bytes(b"mine")
+    assert "not as we made it" in fault(run, "--checkpoints", "1,2", "--strengths", "0.5", "--prompt", "a ball",
+                                        *SMALL)  # fmt: skip
+    assert "there is no checkpoint '3'" in fault(run, "--checkpoints", "1,3", "--prompt", "a ball")
+    assert "no strengths" in fault(run, "--strengths", "1,strong", "--prompt", "a ball")
+    assert "there is no prompt" in fault(run)
+
+
+@pytest.mark.full
+def test_full_fine_tuning_has_a_transformer_for_each_checkpoint(make_run, drawn):
+    run = make_run(SftSettings, lr=1e-3)
+    assert "no strength" in fault(run, "--strengths", "0.5", "--prompt", "a ball")
+    assert command(run, "--prompt", "a ball", "--prompt", "a cube", *SMALL).exception is None
+    assert [path.name[:9] for path in sorted((run / COMPARED).iterdir())] == ["a-ball-7-", "a-cube-7-"]
+    request = Request("a ball", None, compare.Resolution(9, 64, 96), 1, 6.0, 7, 226, True)
+    pipeline = load_pipeline(find_tuned(run, [], None, None), torch.float32)
+    assert (generate_video(pipeline, request, lambda: None) == drawn["step 2"]).all()
+    assert (drawn["step 1"] != drawn["step 2"]).any() and (drawn["step 1"] != drawn["base model"]).any()
+
+
+def test_one_step_lays_its_strengths_side_by_side():
+    assert layout([200, 400], [0.6, 1.0]) == [
+        [Cell(0), Cell(200, 0.6, "step 200 at 0.6"), Cell(400, 0.6, "step 400 at 0.6")],
+        [None, Cell(200, 1.0, "step 200 at 1"), Cell(400, 1.0, "step 400 at 1")],
+    ]
+    assert [[cell.label for cell in row] for row in layout([400], [0.6, 1.0])] == [
+        ["base model", "step 400 at 0.6", "step 400 at 1"]
+    ]
+    assert layout([400], [1.0]) == [[Cell(0), Cell(400, 1.0, "step 400")]]
+
+
+def test_a_grid_holds_each_video_in_its_place():
+    def video(level):
+        return np.full((2, 32, 48, 3), level, np.uint8)
+
+    shown = grid([[Column("base model", video(0)), Column("a", video(80))], [None, Column("b", video(160))]])
+    assert shown.shape[0] == 2 and shown.shape[1] % 2 == shown.shape[2] % 2 == 0 and 1200 < shown.shape[2] < 1320
+    height, width = shown.shape[1:3]
+    at = lambda y, x: int(shown[1, int(height * y), int(width * x), 0])  # noqa: E731
+    assert (at(0.4, 0.25), at(0.4, 0.75), at(0.9, 0.75)) == (0, 80, 160)
+    assert at(0.9, 0.25) > 240  # nothing below the base model
