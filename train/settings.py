@@ -44,6 +44,10 @@ class TrainSettings:
     captions: Captions = setting(
         "all", "of a clip with several captions, train all in each epoch, or one, another one each epoch", section=_DATA
     )
+    repeat: list[str] = setting(
+        [], "train the samples of a folder of --shards, or of one size, so many times an epoch: pictures/=8, "
+        "1x480x720=8", shown="none", section=_DATA,
+    )  # fmt: skip
     caption_dropout: float = setting(0.0, "share of samples trained with an empty caption", section=_DATA)
     config: Path | None = setting(None, "TOML file of settings; what is given here as an option wins", section=_RUN)
     out: Path | None = setting(None, "folder of the run", shown="runs/<family>-<method>-<time>", section=_RUN)
@@ -231,6 +235,7 @@ class ForecastSettings:
     )  # fmt: skip
     resolution: str | None = setting(None, "without shards: FxHxW of the clips", shown="the model's own")
     steps: int = setting(500, "steps of which the time is told")
+    repeat: list[str] = setting([], "with shards: as for training", shown="none")
     method: Literal["lora", "sft", "both"] = setting("both", "what to train")
     gpu: str | None = setting(
         None, "a card by name, as 4090, a100-80 or l4; or its memory: 24GB as it is sold, 22GiB as it is free; "

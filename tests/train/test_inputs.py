@@ -15,8 +15,11 @@ from cogtrain.model.objective import Objective
 
 FORMS = [family.builtin for family in FAMILIES]
 NATIVE = Resolution(17, 64, 96)
+PICTURE = Resolution(1, 64, 96)  # a clip of one frame
+PICTURES = [(family.builtin, PICTURE) for family in FAMILIES if family.task == "t2v"]
 OTHERS = [Resolution(9, 96, 64), Resolution(25, 80, 80), Resolution(17, 48, 160)]
 SIZES = [(form, size) for form in FORMS for size in [NATIVE, *(OTHERS if form != "tiny-i2v" else [])]]
+SIZES += PICTURES
 
 
 def random_batch(checkpoint, size=NATIVE, batch=2, dtype=torch.float64, timesteps=(3, 700), seed=0):
@@ -166,7 +169,9 @@ def own_loss(checkpoint, transformer, batch, size):
     return total / len(batch.timestep_B)
 
 
-@pytest.mark.parametrize(("form", "size"), [(form, NATIVE) for form in FORMS] + [("tiny", OTHERS[1])], ids=str)
+@pytest.mark.parametrize(
+    ("form", "size"), [(form, NATIVE) for form in FORMS] + [("tiny", OTHERS[1])] + PICTURES, ids=str
+)
 def test_loss_and_gradients_equal_an_independent_statement(form, size):
     checkpoint = open_checkpoint(form)
     transformer = checkpoint.load_transformer(torch.float64)

@@ -72,6 +72,8 @@ def wanted_runs(settings: ForecastSettings, machine: Machine) -> Sequence[Run | 
     from cogcommon.model.device import quiet_libraries
 
     quiet_libraries()
+    if settings.repeat and not settings.shards:
+        raise SettingError("there are no samples to repeat", where="--repeat", fix="--shards, or leave --repeat out")
     if not settings.shards:
         checkpoint = known_checkpoint(settings.model or BY_NAME["5b"].hub_id)
         size = Resolution.parse(settings.resolution) if settings.resolution else checkpoint.native
@@ -112,7 +114,7 @@ def _wanted(settings: ForecastSettings) -> list[TrainSettings]:
     """Settings of the runs to compare."""
     common: dict[str, Any] = {
         "shards": settings.shards, "model": settings.model, "batch_size": settings.batch_size, "resume": "never",
-        "optimizer": settings.optimizer, "ema": settings.ema,
+        "optimizer": settings.optimizer, "ema": settings.ema, "repeat": settings.repeat,
     }  # fmt: skip
     if settings.optimizer == "prodigy":
         common["lr"] = 1.0
@@ -177,6 +179,8 @@ def _words(run: Trains, needs: Estimate) -> list[str]:
         words += ["--model", settings.model]
     if settings.batch_size != 1:
         words += ["--batch-size", str(settings.batch_size)]
+    if settings.repeat:
+        words += ["--repeat", *settings.repeat]
     if settings.optimizer != "adamw":
         words += ["--optimizer", settings.optimizer]
     if settings.optimizer == "prodigy":

@@ -57,7 +57,8 @@ def _show(
     sizes = ", ".join(map(str, run.buckets))
     here, rest = machine.described()
     console.print(f"{run.checkpoint.name} at {sizes}, {here}")
-    console.print(rest + (f"; {run.shards.described}" if isinstance(run, Run) else "") + "\n")
+    console.print(rest + (f"; {run.shards.described}" if isinstance(run, Run) else ""))
+    console.print(f"{run.repeated}\n" if isinstance(run, Run) and run.repeated else "")
     for method in _methods(lines):
         for number, words in enumerate(_answer(lines, method, machine, steps)):
             console.print(f"{_NAMES[method]}: {words}" if number == 0 else f"  {words}")

@@ -129,7 +129,7 @@ class Collator:
         latents, noises, texts, drawn = [], [], [], []
         conditions: dict[str, list[torch.Tensor]] = {name: [] for name in self.objective.family.conditions}
         for sample, slot in zip(samples, slots, strict=True):
-            rng = SampleRNG(self.seed, slot.epoch, sample.key)
+            rng = SampleRNG(self.seed, slot.epoch, f"{sample.key} {slot.turn}" if slot.turn else sample.key)
             latent = self._posterior(rng, sample.latent_mean, sample.latent_std, "posterior").transpose(0, 1)
             latents.append(latent)
             frames, *rest = latent.shape

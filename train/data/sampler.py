@@ -31,6 +31,7 @@ class Sampler:
         global_batch: samples in one optimizer step, over all groups and accumulation.
         seed: of the run.
         draw: takes one sample of each clip an epoch; None: all samples. A clip has one bucket.
+        times: how often an epoch trains each sample (N), with a draw all of a clip's as often; None: once.
     """
 
     shard_of: Ints
@@ -38,6 +39,7 @@ class Sampler:
     global_batch: int
     seed: int
     draw: CaptionDraw | None = None
+    times: Ints | None = None
 
     @cached_property
     def samples(self) -> int:
@@ -61,14 +63,26 @@ class Sampler:
     @cached_property
     def _bucket_counts(self) -> Ints:
         """Samples of each bucket in an epoch."""
-        return np.bincount(self.bucket_of[self._taken(0)])
+        return np.bincount(self.bucket_of[self._taken(0)[0]])
 
-    def _taken(self, epoch: int) -> Ints:
-        """The samples of an epoch, in no order."""
-        return self.draw(epoch) if self.draw else np.arange(len(self.shard_of))
+    def _taken(self, epoch: int) -> tuple[Ints, Ints | None]:
+        """The samples of an epoch, in no order, and their `turns`."""
+        once = self.draw(epoch) if self.draw else np.arange(len(self.shard_of))
+        if self.times is None:
+            return once, None
+        times = self.times[once]
+        first = np.repeat(np.cumsum(times) - times, times)
+        return np.repeat(once, times), np.arange(len(first)) - first
 
     def epoch(self, epoch: int) -> Ints:
         """Sample indices of an epoch's batches: (steps_per_epoch, global_batch)."""
+        return self._ordered(epoch)[0]
+
+    def turns(self, epoch: int) -> Ints | None:
+        """Of each of these, which time the epoch trains it: 0, 1, ...; None: all for the first time."""
+        return self._ordered(epoch)[1]
+
+    def _ordered(self, epoch: int) -> tuple[Ints, Ints | None]:
         if epoch not in self._epochs:
             while len(self._epochs) > 2:  # the reader is ahead of the loop, by one epoch at most
                 self._epochs.pop(min(self._epochs))
@@ -76,28 +90,29 @@ class Sampler:
         return self._epochs[epoch]
 
     @cached_property
-    def _epochs(self) -> dict[int, Ints]:
+    def _epochs(self) -> dict[int, tuple[Ints, Ints | None]]:
         return {}
 
-    def _shuffled(self, epoch: int) -> Ints:
+    def _shuffled(self, epoch: int) -> tuple[Ints, Ints | None]:
         rng = np.random.Generator(np.random.PCG64(seed_of(self.seed, epoch, "", "order")))
-        taken = self._taken(epoch)
+        taken, turns = self._taken(epoch)
         shard_of = self.shard_of[taken]
         shards = np.unique(shard_of)
         place = np.empty(int(shards[-1]) + 1, np.int64)
         place[shards] = rng.permutation(len(shards))
         window_of = place[shard_of] // WINDOW
-        stream = taken[np.lexsort((rng.random(len(taken)), window_of))]
+        stream = np.lexsort((rng.random(len(taken)), window_of))  # places in what is taken
         batches: list[Ints] = []
         ends: list[Ints] = []
         for bucket in np.flatnonzero(self._bucket_counts):
-            at = np.flatnonzero(self.bucket_of[stream] == bucket)
+            at = np.flatnonzero(self.bucket_of[taken[stream]] == bucket)
             whole = len(at) // self.global_batch * self.global_batch
             places = at[:whole].reshape(-1, self.global_batch)
             batches.append(stream[places])
             ends.append(places[:, -1])
         # Each batch takes the place of its last sample in the stream.
-        return np.concatenate(batches)[np.argsort(np.concatenate(ends), kind="stable")]
+        ordered = np.concatenate(batches)[np.argsort(np.concatenate(ends), kind="stable")]
+        return taken[ordered], None if turns is None else turns[ordered]
 
 
 @dataclass(frozen=True)
@@ -107,10 +122,18 @@ class Slot:
     sample: int  # index into the shard set
     epoch: int
     slot: int  # place in the global batch
+    turn: int = 0  # which time the epoch trains it; what is drawn for it is drawn anew each time
 
 
 def group_slots(
-    batch: Sequence[int] | Ints, epoch: int, *, micro: int, group: int, groups: int, size: int
+    batch: Sequence[int] | Ints,
+    epoch: int,
+    *,
+    micro: int,
+    group: int,
+    groups: int,
+    size: int,
+    turns: Sequence[int] | Ints | None = None,
 ) -> list[Slot]:
     """A data-parallel group's part of one accumulation step of a global batch.
 
@@ -118,6 +141,10 @@ def group_slots(
         batch: sample indices of the global batch; groups * size * accumulation long.
         micro: which accumulation step.
         size: samples a group and accumulation step.
+        turns: of the global batch (`Sampler.turns`); None: all 0.
     """
     start = (micro * groups + group) * size
-    return [Slot(int(batch[slot]), epoch, slot) for slot in range(start, start + size)]
+    return [
+        Slot(int(batch[slot]), epoch, slot, 0 if turns is None else int(turns[slot]))
+        for slot in range(start, start + size)
+    ]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cogcommon import __version__
 from cogcommon.errors import RunError
 
+from ..data.repeats import described
 from ..distributed.peers import Peers
 from ..distributed.zero_config import deepspeed_config
 from .checkpoint import SavedCheckpoint, find_checkpoint
@@ -28,7 +29,19 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "deepspeed", "safetensors")  # what computes, moves and saves
 # Where something lies on a host is that host's own affair; what lies there is compared by its content.
-_PLACES = {"cache", "config", "deepspeed", "init_lora", "model", "nvme", "out", "resume", "shards", "validate_shards"}
+_PLACES = {
+    "cache",
+    "config",
+    "deepspeed",
+    "init_lora",
+    "model",
+    "nvme",
+    "out",
+    "repeat",
+    "resume",
+    "shards",
+    "validate_shards",
+}
 _TOKEN = ".ranks-{}.tmp"  # in the run folder; one that a killed run left is cleared with what is half-written
 # Seconds until what rank 0 has written must be seen: a network file system's client may hold an older state of a
 # folder; processes of one machine share what it holds.
@@ -73,6 +86,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "method": run.method.name,
         "--shards": run.shards.fingerprint,
         "--validate-shards": run.held_out.fingerprint if run.held_out else None,
+        "--repeat": described(run.sampler.times),
         "base model": run.checkpoint.fingerprint,
         "steps": run.steps,
         "checkpoint to go on from": run.resume.digest if run.resume else None,

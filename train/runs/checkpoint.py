@@ -159,6 +159,7 @@ _BEFORE = {
     "--adapter": "lora",
     "--captions": "all",
     "--init-lora": None,
+    "--repeat": "none",
 }  # facts of checkpoints that are older than these facts
 
 

@@ -18,6 +18,7 @@ from cogcommon.model.families import Resolution
 from cogcommon.words import counted
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
+from ..data.repeats import described, is_size, of_clips, split_repeat, times_of, told
 from ..data.sampler import Sampler
 from ..data.shards import ShardSet, open_shards
 from ..distributed import zero
@@ -75,6 +76,12 @@ class Run:
     def global_batch(self) -> int:
         return self.sampler.global_batch
 
+    @property
+    def repeated(self) -> str:
+        """What --repeat makes of an epoch, in words; empty without it."""
+        times = self.sampler.times
+        return "" if times is None else told(times, self.sampler.samples, "clip" if self.sampler.draw else "sample")
+
     def resume_facts(self) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint."""
         return {
@@ -84,6 +91,7 @@ class Run:
             "shards": self.shards.fingerprint,
             "global batch": self.global_batch,
             "--captions": self.settings.captions,
+            "--repeat": described(self.sampler.times),
             "--seed": self.settings.seed,
             "--strategy": self.strategy,
             "--precision": self.precision,
@@ -254,7 +262,10 @@ def _sampler(settings: TrainSettings, shards: ShardSet, groups: DataGroups, note
     size = count * settings.batch_size * settings.accumulate
     one = settings.captions == "one"
     draw = shards.caption_draw(settings.seed) if one else None
-    sampler = Sampler(shards.shard_of, shards.bucket_of, size, settings.seed, draw)
+    times = times_of(settings.repeat, shards)
+    if draw and times is not None:
+        times = of_clips(times, draw.clip_of)
+    sampler = Sampler(shards.shard_of, shards.bucket_of, size, settings.seed, draw, times)
     samples, noun = sampler.samples, "clip" if one else "sample"
     parts = f"{count} process{'es' * (count > 1)} x batch size {settings.batch_size} x accumulate {settings.accumulate}"
     if count > samples:
@@ -299,7 +310,7 @@ def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "shards",
          "validate_shards", "save_every", "keep", "keep_best", "patience", "validate_every", "validate_videos",
          "tracker", "model", "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
-         "cache_size", "init_lora"}  # fmt: skip
+         "cache_size", "init_lora", "repeat"}  # fmt: skip
 
 
 def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
@@ -314,7 +325,7 @@ def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
 def settings_json(settings: TrainSettings) -> dict[str, Any]:
     """The settings as JSON values; URLs have lost what signs them, since people share what a run writes."""
     plain = dataclasses.asdict(settings)
-    plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards")}
+    plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards", "repeat")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
@@ -345,7 +356,7 @@ def write_config(run: Run, folder: Path) -> None:
         steps=run.steps,
         epochs=None,
     )
-    if any(without_secrets(word) != word for word in [*run.settings.shards, *run.settings.validate_shards]):
+    if any(without_secrets(word) != word for word in _words(run.settings)):
         lines.append("# Signatures and passwords of URLs are left out: give --shards (and --validate-shards) again.")
     lines += [f"{name} = {_toml(value)}" for name, value in settings_json(resolved).items() if value is not None]
     try:
@@ -372,7 +383,13 @@ def _absolute(settings: TrainSettings) -> TrainSettings:
     }
     for name in ("shards", "validate_shards"):
         changed[name] = [absolute(word) for word in getattr(settings, name)]
+    changed["repeat"] = [word if is_size(split_repeat(word)[0]) else absolute(word) for word in settings.repeat]
     return dataclasses.replace(settings, **changed)
+
+
+def _words(settings: TrainSettings) -> list[str]:
+    """All words that may be URLs."""
+    return [*settings.shards, *settings.validate_shards, *settings.repeat]
 
 
 def _toml(value: Any) -> str:

@@ -42,6 +42,8 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
     )
     if run.sampler.draw:
         log.say(f"each epoch trains one caption of each of {counted(run.sampler.samples, 'clip')} (--captions one)")
+    if run.repeated:
+        log.say(run.repeated)
     for note in run.notes:
         log.say(f"note: {note}")
     if run.resume is not None:

@@ -24,11 +24,11 @@ def _places(run: Run, runtime: Runtime, done: int) -> Iterator[list[Slot]]:
     """This rank's places after step ``done``, one micro-batch at a time."""
     for step in range(done, run.steps):
         epoch, place = divmod(step, run.sampler.steps_per_epoch)
-        batch = run.sampler.epoch(epoch)[place]
+        batch, turns = run.sampler.epoch(epoch)[place], run.sampler.turns(epoch)
         for micro in range(run.settings.accumulate):
             yield group_slots(
                 batch, epoch, micro=micro, group=run.groups.of(runtime.rank), groups=run.groups.count,
-                size=run.settings.batch_size,
+                size=run.settings.batch_size, turns=None if turns is None else turns[place],
             )  # fmt: skip
 
 
