@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from ..cli.progress import stage
 from .families import Family
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def item_bytes(dtype: Dtype) -> int:
     return 4 if dtype == "float32" else 2
 
 
+@stage("loading the libraries")
 def quiet_libraries() -> None:
     """Switch off the progress bars and chatter of transformers and diffusers; we draw our own."""
     import diffusers

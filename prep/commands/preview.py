@@ -60,7 +60,7 @@ def run(settings: PreviewSettings) -> None:
         earlier.write()
     check_own_folder(folder, A_PREVIEW, option)
     preview = make_preview(settings)
-    with shard_disk_errors(folder):
+    with shard_disk_errors(folder), stage("drawing the page"):
         made = take_output(folder, A_PREVIEW, option)
         before = set(made.files)
         page = made.commit_bytes("index.html", html_of(preview))

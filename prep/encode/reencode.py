@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogcommon.cli.progress import stage
 from cogcommon.errors import ShardError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
@@ -77,7 +78,7 @@ def encode_again(
         for _, row in chosen
     )
     differences = []
-    with Pool(workers) as pool:
+    with Pool(workers) as pool, stage("encoding again", count, "sample") as bar:
         for (tar, row), clip in zip(chosen, pool.run(decode_clip, tasks), strict=True):
             if isinstance(clip, ClipFault):
                 raise ShardError(f"{row.source} cannot be decoded again: {clip.reason}", where=str(root / row.source))
@@ -85,9 +86,11 @@ def encode_again(
             again = latents.encode(row.key, clip.frames_FHWC, image if contract.task == "i2v" else None).tensors
             again[TEXT], _ = text.encode(row.caption)
             differences.append(_compare(row, read_tensors(tar, row), again))
+            bar.advance()
     return differences
 
 
+@stage("loading the models")
 def _models(out: Path, contract: Contract, model: str | None) -> tuple[LatentEncoder, TextEncoder]:
     device = pick_device()
     quiet_libraries()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.names import json_text
+from cogcommon.cli.progress import stage
 from cogcommon.cli.settings import resolve
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ModelError, RunError, SettingError
@@ -148,6 +149,7 @@ def _adopt(out: Path, run: RecordedRun, step: int, asked: str) -> None:
         record_of(out, _EXPORT, lambda name: name == FILE, request).write()
 
 
+@stage("loading the transformer")
 def _trained(
     folder: Path, run: RecordedRun, model: Checkpoint, dtype: torch.dtype, is_checkpoint: bool
 ) -> CogVideoXTransformer3DModel:
@@ -171,6 +173,7 @@ def _trained(
     return of_checkpoint(method, model, folder, dtype)
 
 
+@stage("writing and proving the export")
 def _as_lora(
     transformer: CogVideoXTransformer3DModel,
     model: Checkpoint,
@@ -196,6 +199,7 @@ def _as_lora(
     return Exported(file, lora.check(file, model, state, expected, torch.device("cpu"), dtype))
 
 
+@stage("writing and proving the export")
 def _as_transformer(
     transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: Path, dtype: torch.dtype
 ) -> Exported:
@@ -209,6 +213,7 @@ def _as_transformer(
     return Exported(folder, sft.check(folder, model, state, expected, torch.device("cpu")))
 
 
+@stage("writing and proving the export")
 def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: Path, dtype: torch.dtype) -> Exported:
     """A folder for ``PeftModel.from_pretrained``; the scale is folded, so its config says alpha = rank."""
     from peft import PeftModel

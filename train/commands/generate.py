@@ -57,8 +57,7 @@ def run(settings: GenerateSettings) -> None:
     for note in cut_texts(requests, checkpoint):
         console.print(f"note: {note}", soft_wrap=True)
 
-    with stage("loading the libraries"):
-        quiet_libraries()
+    quiet_libraries()
     dtype = dtype_of(precision)
     step = step_bytes(checkpoint, first.resolution, first.guidance, dtype.itemsize)
     with stage("loading the model"):

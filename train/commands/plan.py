@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cogcommon.cli.names import json_text
+from cogcommon.cli.progress import stage
 from cogcommon.errors import RunError
 from cogcommon.model.device import EMULATED
 from cogcommon.words import counted, in_bytes, in_words
@@ -38,8 +39,9 @@ def run(settings: ForecastSettings) -> None:
         CogError: anything that the user can put right.
     """
     machine = machine_for(settings)
-    runs = wanted_runs(settings, machine)
-    found = [line for run in runs for line in lines_of(run, machine)]
+    with stage("computing what fits"):
+        runs = wanted_runs(settings, machine)
+        found = [line for run in runs for line in lines_of(run, machine)]
     if settings.json:
         print(without_secrets(json_text([dataclasses.asdict(line) for line in found])))
     else:

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from cogcommon.cli.names import plain, quoted
+from cogcommon.cli.progress import paused
 from cogcommon.errors import CogError, SettingError
 from cogcommon.files.ownership import is_file
 
@@ -41,7 +42,8 @@ def run(settings: WatchSettings) -> None:
     print(f"{address}  (Ctrl-C ends it; from elsewhere: ssh -L {server.server_port}:{_HERE}:{server.server_port} HOST)")
     sys.stdout.flush()
     try:
-        server.serve_forever()
+        with paused():
+            server.serve_forever()
     except KeyboardInterrupt:
         pass
     finally:

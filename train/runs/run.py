@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.names import command_line
+from cogcommon.cli.progress import stage
 from cogcommon.errors import RunError, SettingError, ShardError
 from cogcommon.files.ownership import Made
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
@@ -100,6 +101,7 @@ class Run:
         }
 
 
+@stage("opening shards")
 def open_run(
     settings: TrainSettings, device: torch.device, world: int, peers: Peers = ALONE
 ) -> Run:  # fmt: skip
