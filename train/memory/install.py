@@ -57,6 +57,8 @@ def install(
     if not runtime.whole:
         zero.gather_by_block(transformer)
     engine = BlockEngine(transformer, plan, runtime.device, runtime.dtype, log.say, partitioned=not runtime.whole)
+    if plan.compiled:
+        log.first_notes = ("compiling the blocks",)
     if gpu:
         link = f", copies at {room.speed.link / 1e9:.0f} GB/s" if room.speed else ""
         names = {"flash4": "FlashAttention 4", "cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}

@@ -76,6 +76,7 @@ class RunLog:
         self._tracker = tracker
         self.console = Console(soft_wrap=True)
         self._bar = Stage("training", steps, "step", done)
+        self.first_notes: tuple[str, ...] = ()  # what stands beside the count until a step is made
         self._last_line = -_LINE_EVERY
 
     def __enter__(self) -> RunLog:
@@ -91,6 +92,7 @@ class RunLog:
     def training(self) -> Iterator[None]:
         """Show how far the steps are, inside the ``with``."""
         with stage("training", self.steps, "step", self._bar.done) as self._bar:
+            self._bar.notes = self.first_notes
             yield
 
     def say(self, text: str) -> None:
