@@ -12,10 +12,10 @@ def rates(run):
 
 
 def test_one_two_and_four_processes_are_the_same_run(tmp_path, make_shards, run_ranks, losses):
-    make_shards(tmp_path / "out", samples=20, captions_each=2, posterior="moments")
+    first, *_ = make_shards(tmp_path / "out", samples=20, captions_each=2, posterior="moments")
     common = {
         "shards": [str(tmp_path / "out")], "rank": 4, "epochs": 2, "lr": 1e-2, "lr_schedule": "cosine", "seed": 3,
-        "timesteps": "stratified", "caption_dropout": 0.3, "warmup": 1, "captions": "one",
+        "timesteps": "stratified", "caption_dropout": 0.3, "warmup": 1, "captions": "one", "repeat": [f"{first}=3"],
     }  # fmt: skip
     shapes = {1: (4, 1), 2: (1, 2), 4: (1, 1)}  # world: batch size, accumulation; always 4 samples a step
     found = {}
@@ -27,7 +27,8 @@ def test_one_two_and_four_processes_are_the_same_run(tmp_path, make_shards, run_
         ]
         found[world] = (losses(run), ranks, rates(run))
     reference, (alone,), one_rates = found[1]
-    assert len(reference) == 4 and len(alone["samples"]) == 16
+    assert len(reference) == 6 and len(alone["samples"]) == 24
+    assert len({noise for _, _, noise in alone["samples"]}) == 24  # also of the clip that comes three times an epoch
     assert one_rates[-1] == 0 and one_rates[0] == 1e-2  # the cosine ends at zero
     for world in (2, 4):
         others, ranks, other_rates = found[world]
@@ -39,7 +40,7 @@ def test_one_two_and_four_processes_are_the_same_run(tmp_path, make_shards, run_
         for sample in zip(*(rank["samples"] for rank in ranks), strict=True):
             assert len({noise for _, _, noise in sample}) == world
             assert len({t for _, t, _ in sample}) == world
-    for step in range(4):  # stratified: each quarter of the range once a step
+    for step in range(6):  # stratified: each quarter of the range once a step
         drawn = [t for _, t, _ in alone["samples"][4 * step : 4 * step + 4]]
         assert sorted(t // 250 for t in drawn) == [0, 1, 2, 3]
 
