@@ -208,7 +208,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
     from .zero_files import numbers_only
 
-    with numbers_only(), contextlib.redirect_stdout(io.StringIO()):  # it tells of each of its steps
+    # It tells of each of its steps, on both.
+    with numbers_only(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         state: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
     return state
 
