@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from .. import __version__
 from ..errors import CogError
 from ..files.failures import machines_fault
-from .mistyped import check_once, in_our_words, no_such_command
+from .mistyped import given_twice, in_our_words, no_such_command
 from .progress import shown, stage
 from .settings import default_of, flag_of, resolve, shown_default
 
@@ -84,7 +84,8 @@ class _ListCommand(_BareHelp, TyperCommand):
             else:
                 expects_value = False
                 spread.append(word)
-        check_once(self.params, spread)
+        for name in given_twice(self.params, spread):
+            print(f"note: {name} is given twice; the last one counts", file=sys.stderr)
         try:
             return super().parse_args(ctx, [*spread])  # which it empties
         except _UsageError as error:

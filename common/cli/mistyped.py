@@ -39,16 +39,15 @@ def no_such_command(program: str, word: str, known: Sequence[str]) -> SettingErr
     )
 
 
-def check_once(parameters: Sequence[Any], words: Sequence[str]) -> None:
-    """Refuse an option that is given twice, of which one would win without a word."""
-    given: set[str] = set()
-    for word in itertools.takewhile(lambda word: word != "--", words):
-        name = word.split("=", 1)[0]
-        for parameter in parameters:
-            if name in (*parameter.opts, *parameter.secondary_opts) and not getattr(parameter, "multiple", True):
-                if parameter.name in given:
-                    raise SettingError(f"{name} is given twice", where=name, fix="leave out one of them")
-                given.add(str(parameter.name))
+def given_twice(parameters: Sequence[Any], words: Sequence[str]) -> list[str]:
+    """Options that are given more than once, of which the last counts; those that take several words are not meant."""
+    names = [word.split("=", 1)[0] for word in itertools.takewhile(lambda word: word != "--", words)]
+    single = [parameter for parameter in parameters if not getattr(parameter, "multiple", True)]
+    return [
+        parameter.opts[0]
+        for parameter in single
+        if sum(name in (*parameter.opts, *parameter.secondary_opts) for name in names if name.startswith("--")) > 1
+    ]
 
 
 def in_our_words(ctx: Any, parameters: Sequence[Any], words: Sequence[str], error: Any) -> SettingError:

@@ -180,7 +180,7 @@ def test_a_control_character_or_no_utf_8_on_the_command_line_is_refused():
         (["lora", "--steps", "abc"], "--steps takes a whole number, not 'abc'", "--steps NUMBER"),
         (["lora", "--lr=x"], "--lr takes a number, not 'x'", "--lr NUMBER"),
         (["lora", "--strategy", "zro2"], "not 'zro2'", "--strategy zero2"),
-        (["lora", "--steps", "3", "--steps=4"], "--steps is given twice", "leave out one of them"),
+        (["lora", "--steps", "3", "--steps=x"], "note: --steps is given twice; the last one counts", "--steps NUMBER"),
         (["lora", "--steps"], "--steps needs a value", "--steps VALUE"),
         (["lora", "stray"], "'stray' belongs to no option", "cogtrain lora --help"),
     ],

@@ -86,15 +86,15 @@ def test_a_part_reads_its_file_once_and_of_a_large_one_its_own_pictures(clip, he
         monkeypatch.setattr(source_file, "_GAP", 1 << 17)
     size = clip.stat().st_size
     part = Path(f"{clip}#t=0,0.25")
-    short = Resolution(1, 64, 96)
-    probe_clips([part], [short], Cut(), 8)  # goes through the whole file, which is remembered
-    read, found = bytes_read(lambda: probe_clips([part], [short], Cut(), 8)[0])
+    cut = Cut(short="repeat")  # it has 4 frames
+    probe_clips([part], [SIZE], cut, 8)  # goes through the whole file, which is remembered
+    read, found = bytes_read(lambda: probe_clips([part], [SIZE], cut, 8)[0])
     assert isinstance(found, Probed)
     assert read <= size + 4096 if held else read < size / 2
-    read, decoded = bytes_read(lambda: decode_as_surveyed(found.clip, b"", part, short, Cut(), 8, "key"))
+    read, decoded = bytes_read(lambda: decode_as_surveyed(found.clip, b"", part, SIZE, cut, 8, "key"))
     assert isinstance(decoded, Clip)
     assert read <= size + 4096 if held else read < size / 2
-    read, view = bytes_read(lambda: view_source(part, found.clip.sha256, short, Cut(), 8, "key", 1))
+    read, view = bytes_read(lambda: view_source(part, found.clip.sha256, SIZE, cut, 8, "key", 1))
     assert isinstance(view, SourceView)
     assert read <= (1 if held else 2) * size + 4096
 
@@ -104,14 +104,14 @@ def test_a_part_reads_its_file_once_and_of_a_large_one_its_own_pictures(clip, he
 def test_parts_of_a_file_are_found_out_from_one_reading(clip, stage):
     """One that cannot be used, and another file between them, take nothing from the others."""
     parts = [Path(f"{clip}{part}") for part in ("#t=0,0.25", "#t=77", "#t=2,1", "#t=0.25,0.5", "#t=0.5")]
-    short = [Resolution(1, 64, 96)]
-    read, found = bytes_read(lambda: stage(parts, short, Cut(), 8))
+    cut = Cut(short="repeat")
+    read, found = bytes_read(lambda: stage(parts, [SIZE], cut, 8))
     assert [type(one) is ClipFault for one in found] == [False, True, True, False, False]
     assert read <= clip.stat().st_size + 4096
     gone = clip.with_name("gone.mp4")
-    mixed = stage([parts[0], gone, clip, *parts[3:]], short, Cut(), 8)
+    mixed = stage([parts[0], gone, clip, *parts[3:]], [SIZE], cut, 8)
     assert [*mixed[:1], *mixed[3:]] == [found[0], *found[3:]]
-    assert mixed[2] == stage([clip], short, Cut(), 8)[0] and "missing" in mixed[1].reason
+    assert mixed[2] == stage([clip], [SIZE], cut, 8)[0] and "missing" in mixed[1].reason
 
 
 @pytest.mark.skipif(not IO.exists(), reason="the system does not count read calls")

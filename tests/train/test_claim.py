@@ -152,6 +152,7 @@ def test_an_older_export_is_made_again(whole, tmp_path):
     out = tmp_path / "export"
     export.run(ExportSettings(run=whole, out=out, json=True))
     (out / ".cogtune.json").unlink()
+    (out / "whole-6.safetensors").unlink()  # the second name is newer than records
     (out / "README.md").write_text("mine")
     export.run(ExportSettings(run=whole, out=out, json=True))
     assert (out / "README.md").read_text() == "mine"
