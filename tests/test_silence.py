@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon.cli.progress import columns
+from cogcommon.cli.stages import columns
 from workshop.draw import write_data_set
 
 LONGEST_S = 2.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from cogcommon.cli.progress import before_each
+from cogcommon.cli.stages import before_each
 
 _asked = False
 

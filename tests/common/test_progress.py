@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from cogcommon.cli import progress
-from cogcommon.cli.progress import Display, Stage, columns, live_line
+from cogcommon.cli.progress import Display
+from cogcommon.cli.stages import Stage, columns, live_line
 
 
 class Time:

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from cogcommon.cli.progress import Stage, said, stage
+from cogcommon.cli.progress import said, stage
+from cogcommon.cli.stages import Stage
 from cogcommon.cli.terminal import Console
 from cogcommon.files.atomic import commit_bytes
 
