@@ -66,7 +66,8 @@ def test_a_page_answers(browser, recorded_run):
     until(lambda: "drawn" in svg.get_attribute("class"))
     ActionChains(browser).move_to_element(svg).perform()
     tip = browser.find_element(By.CSS_SELECTOR, "#plot-loss .tip")
-    assert tip.is_displayed() and "each step: 0.0" in tip.text and "held out: 0.15" in tip.text
+    until(tip.is_displayed)
+    assert "each step: 0.0" in tip.text and "held out: 0.15" in tip.text
     everything = points_shown(browser)
     ActionChains(browser).move_to_element(svg).click_and_hold().move_by_offset(200, 0).release().perform()
     assert 2 < points_shown(browser) < everything / 2
@@ -96,7 +97,7 @@ def test_videos_are_still_until_they_are_played_and_then_all_at_once(browser, re
         until(lambda: js(browser, f"{videos}.every(v => v.readyState >= 2)"))
         assert js(browser, f"{videos}.every(v => v.paused && !v.controls)")
         ActionChains(browser).move_to_element(browser.find_element(By.CSS_SELECTOR, "video")).perform()
-        assert js(browser, f"{videos}.map(v => v.controls)") == [True, False, False]
+        until(lambda: js(browser, f"{videos}.map(v => v.controls)") == [True, False, False])
         browser.find_element(By.CSS_SELECTOR, ".together").click()
         until(lambda: js(browser, f"{videos}.every(v => !v.paused && v.currentTime > 0)"))
 
