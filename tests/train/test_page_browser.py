@@ -91,7 +91,9 @@ def test_videos_are_still_until_they_are_played_and_then_all_at_once(browser, re
         write_mp4(recorded_run / "validation" / name, frames, 8)
     with served(recorded_run) as port:
         browser.get(f"http://127.0.0.1:{port}/")
-        labels = [caption.text for caption in browser.find_elements(By.CSS_SELECTOR, ".row figcaption")]
+        labels = until(
+            lambda: js(browser, "return [...document.querySelectorAll('.row figcaption')].map(c => c.innerText)")
+        )
         assert labels == ["the clip itself", "step 20", "base model"]  # live: the newest first
         videos = "return [...document.querySelectorAll('video')]"
         until(lambda: js(browser, f"{videos}.every(v => v.readyState >= 2)"))
