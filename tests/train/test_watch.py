@@ -8,7 +8,7 @@ import pytest
 from cogcommon.errors import RunError, SettingError
 from cogcommon.files.locks import open_locked
 from cogtrain.commands import watch
-from cogtrain.runs.folder import LOCK_FILE, asked_to_stop
+from cogtrain.runs.folder import COMPARED, LOCK_FILE, asked_to_stop
 from cogtrain.settings import WatchSettings
 
 
@@ -34,6 +34,16 @@ def test_the_page_and_its_videos_are_served_whole_and_in_parts(recorded_run, ser
         assert [ask(port, there, Range=f"bytes={text}")[0] for text in ("999999999-", "x", "5-2", "-0", "-")] == [
             416
         ] * 5
+
+
+def test_the_grid_of_a_comparison_is_served(recorded_run, served):
+    grid = recorded_run / COMPARED / "a-ball-7" / "grid.mp4"
+    grid.parent.mkdir(parents=True)
+    grid.write_bytes((recorded_run / "validation/step-000020/0.mp4").read_bytes())
+    with served(recorded_run) as port:
+        there = grid.relative_to(recorded_run).as_posix()
+        assert f'src="{there}"' in ask(port, "/0/")[1].decode()
+        assert ask(port, f"/0/{there}")[:2] == (200, grid.read_bytes())
 
 
 def test_nothing_else_of_the_machine_is_served(recorded_run, tmp_path, served):

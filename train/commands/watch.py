@@ -19,7 +19,7 @@ from cogcommon.errors import CogError, SettingError
 from cogcommon.files.ownership import is_file
 
 from ..report.page import comparison, page
-from ..runs.folder import GENERATED, VALIDATION, RecordedRun, ask_to_stop, asked_to_stop, read_run
+from ..runs.folder import COMPARED, GENERATED, VALIDATION, RecordedRun, ask_to_stop, asked_to_stop, read_run
 from ..settings import WatchSettings
 
 _EVERY = 3  # seconds between the page's looks at what is new
@@ -148,7 +148,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _file(self, run: Path, words: Sequence[str]) -> None:
         """A video or picture of the run, whole or the part that a browser asks for; nothing else, and no links."""
         path = run.joinpath(*words)
-        inside = words[0] in (VALIDATION, GENERATED) and not {"", ".", ".."} & set(words)
+        inside = words[0] in (VALIDATION, GENERATED, COMPARED) and not {"", ".", ".."} & set(words)
         kind = _TYPES.get(path.suffix)
         if not inside or kind is None or not is_file(path) or not path.resolve().is_relative_to(run.resolve()):
             self.send_error(404)
