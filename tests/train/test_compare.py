@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from cogcommon.cli.command import add_command
 from cogcommon.errors import CogError
 from cogcommon.files.ownership import Made
+from cogcommon.model.families import Resolution
 from cogtrain.commands import compare
 from cogtrain.commands.compare import Cell, layout
 from cogtrain.report.page import write_report
@@ -66,7 +67,7 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     assert done.exception is None, done.output
     assert list(drawn) == ["base model", "step 1 at 0.5", "step 2 at 0.5"]
     assert len({frames.tobytes() for frames in drawn.values()}) == 3
-    request = Request("a ball", None, compare.Resolution(9, 64, 96), 1, 6.0, 7, 226, True)
+    request = Request("a ball", None, Resolution(9, 64, 96), 1, 6.0, 7, 226, True)
     tuned = find_tuned(run, [], None, None, 0.5)
     pipeline = load_pipeline(tuned, torch.float32)
     assert (generate_video(pipeline, request, lambda: None) == drawn["step 2 at 0.5"]).all()
@@ -97,7 +98,7 @@ def test_full_fine_tuning_has_a_transformer_for_each_checkpoint(make_run, drawn)
     assert "no strength" in fault(run, "--strengths", "0.5", "--prompt", "a ball")
     assert command(run, "--prompt", "a ball", "--prompt", "a cube", *SMALL).exception is None
     assert [path.name[:9] for path in sorted((run / COMPARED).iterdir())] == ["a-ball-7-", "a-cube-7-"]
-    request = Request("a ball", None, compare.Resolution(9, 64, 96), 1, 6.0, 7, 226, True)
+    request = Request("a ball", None, Resolution(9, 64, 96), 1, 6.0, 7, 226, True)
     pipeline = load_pipeline(find_tuned(run, [], None, None), torch.float32)
     assert (generate_video(pipeline, request, lambda: None) == drawn["step 2"]).all()
     assert (drawn["step 1"] != drawn["step 2"]).any() and (drawn["step 1"] != drawn["base model"]).any()

@@ -26,7 +26,6 @@ from cogcommon.files.ownership import check_own_folder, state_of, take_output
 from cogcommon.media.video import write_mp4
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
-from cogcommon.model.families import Resolution
 
 from ..model.method import Lora, Method, method_of, of_checkpoint
 from ..report.sheet import Column, contact_sheet, grid
@@ -82,8 +81,7 @@ def run(settings: CompareSettings) -> None:
         model, None if settings.model else recorded.facts.revision,
         named_by=None if settings.model else str(settings.run),
     )  # fmt: skip
-    samples = recorded.facts.samples
-    tuned = Tuned(checkpoint, (), None, Resolution.parse(max(samples, key=lambda bucket: samples[bucket])))
+    tuned = Tuned(checkpoint, (), None, recorded.facts.size)
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
@@ -92,8 +90,7 @@ def run(settings: CompareSettings) -> None:
     for note in generate.cut_texts([one.request for one in asked], checkpoint):
         console.print(f"note: {note}", soft_wrap=True)
 
-    with stage("loading the libraries"):
-        quiet_libraries()
+    quiet_libraries()
     started = time.monotonic()
     with stage("loading the model"):
         pipeline = _Pipeline(settings.run, method, tuned, dtype_of(precision), device, asked[0].request, steps)
