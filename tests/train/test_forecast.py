@@ -224,7 +224,9 @@ def test_a_moving_average_counts_and_is_ddps(plan_of):
 def test_what_a_shell_made_of_a_glob_is_a_glob_again(tmp_path, make_shards):
     make_shards(tmp_path / "out", samples=4)
     tars = sorted(map(str, (tmp_path / "out").glob("*.tar")))
-    line = forecast.forecasts(ForecastSettings(shards=tars, method="lora"), Machine("a card", 24 * GIB, 1))[0]
+    machine = Machine("a card", 24 * GIB, 1)
+    (run,) = forecast.wanted_runs(ForecastSettings(shards=tars, method="lora"), machine)
+    line = forecast.lines_of(run, machine)[0]
     assert len(tars) > 1 and str(tmp_path / "out" / "*.tar") in shlex.split(line.command)
 
 

@@ -24,7 +24,7 @@ from cogcommon.words import counted, in_bytes
 from ..blocks.trial import compiler_fault, flash4_is_there
 from ..memory.cost import PRODUCTS
 from ..memory.link import timed_speed
-from ..memory.measured import REFERENCE, measured
+from ..memory.measured import measured
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +159,7 @@ def flash4_gains() -> list[tuple[str, float, float]]:
     """Measured LoRA steps with cuDNN's attention and with FlashAttention 4: family, seconds, seconds."""
     best: dict[tuple[str, str], float] = {}
     for line in measured():
-        if (line.method, line.gpus, line.memory) == ("lora", 1, "fast") and line.memory != REFERENCE:
+        if (line.method, line.gpus, line.memory) == ("lora", 1, "fast"):
             key = (line.family, line.attention)
             best[key] = min(line.s_per_step, best.get(key, line.s_per_step))
     names = dict.fromkeys(family for family, _ in best)

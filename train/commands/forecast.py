@@ -58,11 +58,6 @@ class TrainForecast:
     command: str
 
 
-def forecasts(settings: ForecastSettings, machine: Machine) -> list[TrainForecast]:
-    """Every strategy and memory setting, in the order in which they are advised; LoRA first."""
-    return [line for run in wanted_runs(settings, machine) for line in lines_of(run, machine)]
-
-
 def wanted_runs(settings: ForecastSettings, machine: Machine) -> Sequence[Run | Intent]:
     """What is to be planned, for each method: runs over shards; without shards, a model and a size.
 

@@ -108,7 +108,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         words = self.path.split("/")[1:]
         named = len(words) == 2 and words[0].isdecimal() and int(words[0]) < len(self._runs) and words[1] == "stop"
-        if not named or not secrets.compare_digest(self.headers.get("X-Token", ""), self._token):
+        if not named or not secrets.compare_digest(self.headers.get("X-Token", "").encode(), self._token.encode()):
             self.send_error(403)
             return
         try:

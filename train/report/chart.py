@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from operator import itemgetter
 
 Points = Sequence[tuple[float, float]]
 
@@ -73,7 +74,7 @@ def _sent(line: Line) -> list[tuple[float, float]]:
     if len(points) > 3 * _SENT:
         size = -(-len(points) // _SENT)
         bins = [points[start : start + size] for start in range(0, len(points), size)]
-        value = lambda point: point[1]  # noqa: E731
+        value = itemgetter(1)
         chosen = [sorted({part[0], min(part, key=value), max(part, key=value)}) for part in bins]
         points = [point for part in chosen for point in part]
     return [(x, float(f"{y:.5g}")) for x, y in points]
