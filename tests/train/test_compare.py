@@ -90,6 +90,7 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     assert "there is no checkpoint '3'" in fault(run, "--checkpoints", "1,3", "--prompt", "a ball")
     assert "no strengths" in fault(run, "--strengths", "1,strong", "--prompt", "a ball")
     assert "there is no prompt" in fault(run)
+    assert "red ball" in fault(run, "--prompt", "a", "red", "ball")  # a sentence without its quotes
 
 
 @pytest.mark.full

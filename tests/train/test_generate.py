@@ -21,6 +21,7 @@ from cogcommon.model.tokens import cut_text
 from cogtrain.commands import generate
 from cogtrain.model import lora
 from cogtrain.report.sheet import Column, contact_sheet, side_by_side
+from cogtrain.runs.folder import FACTS_FILE
 from cogtrain.settings import GenerateSettings
 from cogtrain.validation import pipeline
 from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
@@ -81,6 +82,19 @@ def test_every_form_draws_tuned_and_base_from_a_run(tmp_path, make_run, picture,
     assert (tuned != base).any()
     assert frames_of(tmp_path / "videos/side-by-side.mp4")[0].shape[0] == 17
     assert Image.open(tmp_path / "videos/contact-sheet.png").width > 1000
+
+
+def test_a_run_is_drawn_on_the_revision_that_it_was_trained_on(recorded_run, monkeypatch):
+    (recorded_run / lora.FILE).write_bytes(b"a LoRA")
+    facts = json.loads((recorded_run / FACTS_FILE).read_text())
+    (recorded_run / FACTS_FILE).write_text(json.dumps(facts | {"revision": "0" * 40}))
+    asked, here = [], open_checkpoint("tiny")
+    monkeypatch.setattr(
+        "cogtrain.validation.tuned.open_checkpoint", lambda name, revision, **_: asked.append(revision) or here
+    )
+    find_tuned(recorded_run, [], None, None)
+    find_tuned(recorded_run, [], None, "tiny")
+    assert asked == ["0" * 40, None]
 
 
 def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run):

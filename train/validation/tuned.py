@@ -67,8 +67,10 @@ def find_tuned(
     applied = tuple(applied_lora(word) for word in loras)
     revision = None
     given_model = model
+    facts = read_run(run).facts if run and (run / FACTS_FILE).exists() else None
     if run:
         model = model or read_settings(run).get("model")
+        revision = facts.revision if facts and not given_model else None
         applied = (AppliedLora(run / lora.FILE, strength),) if (run / lora.FILE).is_file() else ()
         transformer = run / sft.FOLDER if (run / sft.FOLDER / "config.json").is_file() else None
         if not applied and not transformer:
@@ -95,8 +97,8 @@ def find_tuned(
             fix="--model NAME, the checkpoint that they were trained on",
         )
     checkpoint = open_checkpoint(model, revision or None, named_by=None if given_model else str(run or applied[0].file))
-    trained_at = _resolution_of(run) if run else None
-    return Tuned(checkpoint, applied, None if applied else transformer, trained_at or checkpoint.native)
+    trained_at = facts.size if facts else checkpoint.native
+    return Tuned(checkpoint, applied, None if applied else transformer, trained_at)
 
 
 def applied_lora(word: str) -> AppliedLora:
@@ -116,9 +118,3 @@ def applied_lora(word: str) -> AppliedLora:
             raise SettingError(f"{number!r} is no strength", where=f"--lora {word}", fix=f"--lora {name}=0.8")
         return AppliedLora(lora_in(Path(name)), strength)
     return AppliedLora(lora_in(Path(word)))
-
-
-def _resolution_of(run: Path) -> Resolution | None:
-    if not (run / FACTS_FILE).exists():
-        return None
-    return read_run(run).facts.size
