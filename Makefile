@@ -64,4 +64,4 @@ clean:
 
 # Write the README's tables of options anew from the settings.
 readme: venv
-	PYTHONPATH=. $(BIN)/python tests/test_readme.py --write
+	$(BIN)/python -m workshop.pages

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from places import KIT
 
 from cogcommon import __version__
 from cogcommon.files.atomic import commit_bytes
@@ -22,7 +23,7 @@ from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contrac
 from cogcommon.shards.records import SampleRow, tar_name
 
 ShardMaker = Callable[..., list[Path]]
-FULL_DISK = Path(__file__).with_name("full_disk.c")
+FULL_DISK = KIT / "full_disk.c"
 
 
 @pytest.fixture(scope="session", autouse=True)

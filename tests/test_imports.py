@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
     "common": {"cogprep", "cogtrain", "workshop"},
     "prep": {"cogtrain", "workshop", "deepspeed", "peft"},

@@ -1,11 +1,10 @@
 """The two main paths stay pages that are read from top to bottom: limits of their lines and of their nesting."""
 
 import ast
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 _BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Match)
 
 

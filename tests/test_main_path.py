@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 from cogcommon.model.checkpoint import open_checkpoint
 from workshop.draw import write_data_set
-
-sys.path.insert(0, str(Path(__file__).parent))
-from forked import Forked
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -1,64 +1,12 @@
 """The tables of the pages, and the files of configs/, are what they are made of: `make readme`."""
 
-import dataclasses
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-from cogcommon.cli.settings import flag_of, shown_default
-from cogprep.settings import CaptionSettings, EncodeSettings
-from cogtrain.settings import CompareSettings, ExportSettings, GenerateSettings, LoraSettings
-from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
-from workshop.bench_train.verdicts import card_table, verdict_table
-
-ROOT = Path(__file__).parents[1]
-README, PREP, TRAIN, HARDWARE = (
-    ROOT / name for name in ("README.md", "prep/README.md", "train/README.md", "configs/README.md")
-)
-TRANSLATED = (ROOT / "README.zh.md", ROOT / "README.ja.md")
-PAGES = (README, *TRANSLATED, PREP, TRAIN, HARDWARE)
-
-
-def table(cls) -> str:
-    rows = ["| option | default | |", "|---|---|---|"]
-    for field in dataclasses.fields(cls):
-        help = field.metadata["help"].replace("|", "\\|")
-        rows.append(f"| `{flag_of(field)}` | {shown_default(field)} | {help} |")
-    return "\n".join(rows)
-
-
-def tables_of(page: Path) -> dict[str, str]:
-    """The tables of a page by the mark before each."""
-    if page in TRANSLATED:
-        page = README
-    return {
-        README: lambda: {"which card": card_table()},
-        PREP: lambda: {
-            "options of cogprep encode": table(EncodeSettings), "options of cogprep caption": table(CaptionSettings),
-        },
-        TRAIN: lambda: {
-            f"options of cogtrain {name}": table(cls)
-            for name, cls in (
-                ("lora", LoraSettings), ("generate", GenerateSettings), ("compare", CompareSettings),
-                ("export", ExportSettings),
-            )
-        },
-        HARDWARE: lambda: {
-            "hardware table": guide_table(), "beside a plain loop": beside_table(), "what fits": verdict_table(),
-            "runs measured": measured_table(),
-        },
-    }[page]()  # fmt: skip
-
-
-def with_tables(page: Path) -> str:
-    text = page.read_text(encoding="utf-8")
-    for name, rows in tables_of(page).items():
-        mark = f"<!-- {name} -->"
-        text, count = re.subn(rf"{mark}\n(?:\|.*\n)*", lambda _match, m=mark, r=rows: f"{m}\n{r}\n", text)
-        assert count == 1, f"{page} has {count} places for: {name}"
-    return text
+from workshop.bench_train.hardware import config_files
+from workshop.pages import PAGES, README, TRANSLATED, with_tables
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -120,10 +68,3 @@ def command_options(program: str) -> dict[str, set[str]]:
         name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         for name, command in commands.items()
     }
-
-
-if __name__ == "__main__" and "--write" in sys.argv:
-    for file, text in config_files().items():
-        (ROOT / file).write_text(text, encoding="utf-8")
-    for page in PAGES:
-        page.write_text(with_tables(page), encoding="utf-8")

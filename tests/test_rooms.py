@@ -11,9 +11,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PROGRAMS = {"common": "cogcommon", "prep": "cogprep", "train": "cogtrain", "workshop": "workshop"}
+ALL = (*PROGRAMS, "tests")
 MOST_FILES = 14
 DOORS = {"cli.py", "__main__.py"}  # of a program: they may import every room
 
@@ -89,8 +90,14 @@ def test_rooms_stand_in_one_order(program):
             del left[room]
 
 
-@pytest.mark.parametrize("folder", [f for p in PROGRAMS for f in [ROOT / p, *(ROOT / p).rglob("*")] if f.is_dir()])
+@pytest.mark.parametrize("folder", [f for p in ALL for f in [ROOT / p, *(ROOT / p).rglob("*")] if f.is_dir()])
 def test_a_folder_can_be_taken_in_at_a_glance(folder):
     if folder.name != "__pycache__":
         files = [path for path in folder.iterdir() if path.is_file() and path.name != "__init__.py"]
         assert len(files) <= MOST_FILES, folder
+
+
+def test_the_tests_of_a_room_lie_under_its_name():
+    for program in PROGRAMS:
+        for folder in {path.parent for path in (ROOT / "tests" / program).rglob("test_*.py")}:
+            assert (ROOT / folder.relative_to(ROOT / "tests")).is_dir(), folder

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ForkedRanks
+from places import CHILDREN, CHILDREN_PATH
 
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import pick_device
 from cogtrain.model import lora
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from forked import ForkedRanks
 
 pick_device()
 RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly
@@ -77,14 +76,15 @@ def run_ranks() -> Callable:
     def run(world, cases, folder, environment=None, timeout=600):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "cases.json").write_text(json.dumps(cases, default=str))
-        words = [str(Path(__file__).with_name("worker.py")), str(folder / "cases.json"), str(folder)]
+        words = [str(CHILDREN / "worker.py"), str(folder / "cases.json"), str(folder)]
         if environment is None:
             ended = ForkedRanks(world, words, folder).end(timeout)
             assert all(code == 0 for code, *_ in ended), "\n".join(out[-4000:] + err[-8000:] for _, out, err in ended)
         else:
             done = subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *words],
-                capture_output=True, text=True, timeout=timeout, env={**environment, "OMP_NUM_THREADS": "1"},
+                capture_output=True, text=True, timeout=timeout,
+                env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": CHILDREN_PATH},
             )  # fmt: skip
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
         return {

@@ -1,0 +1,155 @@
+"""The decode pool: order, a bounded window, and children that crash, hang or raise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pool_tasks
+import pytest
+from places import KIT
+
+from cogcommon.errors import CogError
+from cogprep.processes import child as pool_child
+from cogprep.processes import pool as pool_module
+from cogprep.processes.pool import Pool
+from cogprep.source.clip import ClipFault
+
+
+def test_results_keep_the_order_of_the_tasks_and_runs_follow_each_other():
+    with Pool(2) as pool:
+        assert list(pool.run(pool_tasks.square, ((n,) for n in range(20)))) == [n * n for n in range(20)]
+        assert list(pool.run(pool_tasks.square, [])) == []
+        assert list(pool.run(pool_tasks.square, [(3,)])) == [9]
+
+
+def test_arrays_arrive_whole_and_writable():
+    with Pool(1) as pool:
+        for number, result in enumerate(pool.run(pool_tasks.array_of, ((n,) for n in range(5)))):
+            assert result["array"].shape == (300, 300)
+            assert (result["array"] == number).all()
+            assert result["empty"].shape == (0, 3)
+            result["array"] += 1
+
+
+def test_a_crash_a_hang_and_an_exception_cost_one_task_each():
+    with Pool(2, timeout_s=2.0) as pool:
+        tasks = ["a", "crash", "b", "hang", "c", "raise", "exit", "d"]
+        results = list(pool.run(pool_tasks.act, ((task,) for task in tasks)))
+    assert [r for r in results if not isinstance(r, ClipFault)] == ["a", "b", "c", "d"]
+    assert "signal 11 SIGSEGV" in results[1].reason
+    assert "no sign of life for 2 s" in results[3].reason
+    assert "ValueError: an odd file" in results[5].reason
+    assert "exit code 3" in results[6].reason
+
+
+def test_slow_work_that_gets_on_is_not_stopped():
+    with Pool(1, timeout_s=1.0) as pool:
+        assert list(pool.run(pool_tasks.work_slowly, [(2.5,)])) == ["done"]
+
+
+def test_a_child_that_dies_while_it_starts_costs_nothing(monkeypatch):
+    """The first two end before they are ready, as if memory had been short."""
+    starts = iter([pool_tasks.die, pool_tasks.die])
+    monkeypatch.setattr(pool_module, "_PAUSE_S", 0.0)
+
+    class Child(pool_module._Child):
+        def __init__(self):
+            monkeypatch.setattr(pool_module, "serve", next(starts, pool_child.serve))
+            super().__init__()
+
+    monkeypatch.setattr(pool_module, "_Child", Child)
+    with Pool(1) as pool:
+        assert list(pool.run(pool_tasks.square, ((n,) for n in range(3)))) == [0, 1, 4]
+
+
+def test_children_that_never_start_are_one_message(monkeypatch):
+    monkeypatch.setattr(pool_module, "serve", pool_tasks.die)
+    monkeypatch.setattr(pool_module, "_PAUSE_S", 0.0)
+    with Pool(2) as pool, pytest.raises(CogError, match="cannot start: it was killed"):
+        list(pool.run(pool_tasks.square, [(1,)]))
+
+
+def test_a_process_that_cannot_be_made_now_is_made_later(monkeypatch):
+    refusals = iter([OSError(11, "Resource temporarily unavailable")] * 2)
+
+    class Child(pool_module._Child):
+        def __init__(self):
+            if refusal := next(refusals, None):
+                raise refusal
+            super().__init__()
+
+    monkeypatch.setattr(pool_module, "_Child", Child)
+    with Pool(1) as pool:
+        assert list(pool.run(pool_tasks.square, [(3,)])) == [9]
+
+
+def test_tasks_are_read_no_further_ahead_than_the_window():
+    read = []
+
+    def tasks():
+        for number in range(100):
+            read.append(number)
+            yield (number,)
+
+    with Pool(1) as pool:
+        results = pool.run(pool_tasks.square, tasks(), window=3)
+        for taken in range(1, 11):
+            next(results)
+            assert len(read) <= taken + 3
+        results.close()  # a caller that stops early leaves a pool that still works
+        assert list(pool.run(pool_tasks.square, [(5,)])) == [25]
+
+
+def test_children_end_with_the_pool():
+    with Pool(2) as pool:
+        ids = set(pool.run(pool_tasks.process_id, [() for _ in range(4)]))
+        assert all(Path(f"/proc/{i}").exists() for i in ids)
+    assert not any(Path(f"/proc/{i}").exists() for i in ids)
+
+
+_HANGING_PARENT = """
+import sys
+sys.path.insert(0, {folder!r})
+import pool_tasks
+from cogprep.processes.pool import Pool
+if __name__ == "__main__":
+    with Pool(1) as pool:
+        print(next(pool.run(pool_tasks.process_id, [()])), flush=True)
+        next(pool.run(pool_tasks.act, [("hang",)]))
+"""
+
+
+def test_a_busy_child_ends_when_its_parent_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(_HANGING_PARENT.format(folder=str(KIT)))
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    child = Path("/proc") / parent.stdout.readline().strip()
+    assert child.exists()
+    time.sleep(0.5)  # let it take the second task
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while child.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not child.exists()
+
+
+def test_a_shared_mapping_is_freed_with_its_last_array():
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("reads /proc")
+
+    def mapped():
+        return Path("/proc/self/maps").read_text().count("cogprep-clip")
+
+    with Pool(1) as pool:
+        result = next(pool.run(pool_tasks.array_of, [(1,)]))
+        assert isinstance(result["array"], np.ndarray)
+        assert mapped() == 1
+        del result
+        deadline = time.monotonic() + 5
+        while mapped() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert mapped() == 0

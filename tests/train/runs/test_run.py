@@ -1,0 +1,78 @@
+"""`cogtrain lora` from shards to weights, as a user starts it."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from forked import Forked
+from safetensors.torch import load_file
+
+from cogcommon.cli.settings import resolve
+from cogcommon.errors import ModelError
+from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.model import lora
+from cogtrain.runs.claim import claimed
+from cogtrain.runs.run import open_run, write_config
+from cogtrain.settings import LoraSettings
+
+
+def cogtrain(*words, cwd):
+    code, out, err = Forked(["cogtrain", *words], cwd, {"COLUMNS": "200"}).end()
+    assert code == 0, out + err
+    return out
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_steps_from_several_words(tmp_path, make_shards):
+    tars = make_shards(tmp_path / "out")
+    assert len(tars) == 3
+    out = cogtrain("lora", "--shards", *tars, "--steps", 2, "--rank", 4, cwd=tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [line["step"] for line in metrics(run)] == [1, 2]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in metrics(run))
+    state = load_file(run / lora.FILE)
+    assert len(state) == 2 * 4 * 4  # A and B, four blocks, four layers each
+    assert any(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)
+    assert out.splitlines()[-1].startswith("next: cogtrain generate --run runs/")
+
+
+def test_full_fine_tuning(tmp_path, make_shards):
+    make_shards(tmp_path / "out", samples=2)
+    cogtrain("sft", "--shards", "out", "--steps", 2, "--out", "run", cwd=tmp_path)
+    assert (tmp_path / "run" / "transformer" / "config.json").exists()
+
+
+def test_the_settings_of_a_run_mean_the_same_in_every_working_folder(tmp_path, make_shards, monkeypatch):
+    """config.toml is what "to resume" names: its paths are absolute. So is a local model in the shards' contract."""
+    start, elsewhere = tmp_path / "a & b", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(open_checkpoint("random-tiny").root, start / "model")
+    monkeypatch.chdir(start)
+    make_shards(start / "out", form="./model", samples=2)
+    Path("own.json").write_bytes(b'\xef\xbb\xbf{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    Path("windows.toml").write_bytes(
+        b'\xef\xbb\xbfshards = ["out/*.tar"]\r\nsteps = 1\r\nout = "run"\r\n'
+        b'deepspeed = "own.json"\r\nstrategy = "zero2"'
+    )
+    run = open_run(resolve(LoraSettings, {}, Path("windows.toml")), torch.device("cpu"), 1)
+    with claimed(Path("run")):
+        write_config(run, Path("run"))
+
+    monkeypatch.chdir(elsewhere)
+    config = start / "run" / "config.toml"
+    again = open_run(resolve(LoraSettings, {}, config), torch.device("cpu"), 1)
+    assert again.resume_facts() == run.resume_facts() and again.settings.out == start / "run"
+    assert again.settings.deepspeed == start / "own.json" and again.checkpoint.root == start / "model"
+    assert shlex.split(config.read_text().splitlines()[0]) == ["#", "cogtrain", "lora", "--config", str(config)]
+
+    (start / "model").rename(start / "moved")
+    with pytest.raises(ModelError) as caught:
+        open_run(LoraSettings(shards=[str(start / "out")]), torch.device("cpu"), 1)
+    assert str(start / "out") in caught.value.where and "--model FOLDER" in caught.value.fix
+    open_run(LoraSettings(shards=[str(start / "out")], model=str(start / "moved")), torch.device("cpu"), 1)

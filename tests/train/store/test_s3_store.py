@@ -1,0 +1,224 @@
+"""Shards in an S3 bucket, on moto's server: the real s3fs against a real HTTP API, on this machine."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from faulty_server import FaultyServer
+
+from cogcommon.errors import ShardError, StoreError
+from cogtrain.data import shards as sources
+from cogtrain.data.shards import open_shards
+from cogtrain.settings import LoraSettings
+from cogtrain.store import fsspec_store, store
+
+pytest.importorskip("moto", reason="pip install 'moto[s3]' flask flask-cors")
+pytest.importorskip("s3fs", reason="pip install s3fs")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_shards):
+    folder = tmp_path_factory.mktemp("uploaded")
+    make_shards(folder / "out", samples=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def s3(folder):
+    """The address of an S3 server that holds ``s3://bucket/out``; the environment names it."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "ENDPOINT_URL": url,
+            "ACCESS_KEY_ID": "AKIAKEY",
+            "SECRET_ACCESS_KEY": "SECRETKEY",
+            "DEFAULT_REGION": "us-east-1",
+            "EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(f"AWS_{name}", value)
+        fs = s3fs.S3FileSystem(endpoint_url=url, skip_instance_cache=True)
+        fs.mkdir("bucket")
+        fs.put(str(folder / "out"), "bucket/", recursive=True)
+        yield url
+    server.stop()
+
+
+@pytest.fixture
+def proxy(s3, tmp_path, monkeypatch):
+    """A server in front of it that can do wrong; ``proxy.wrong`` is the fault."""
+
+    def forward(handler):
+        if handler.server.wrong is not None and handler.server.wrong(handler):
+            return True
+        headers = {name: value for name, value in handler.headers.items() if name.lower() != "host"}
+        request = urllib.request.Request(s3 + handler.path, headers=headers, method=handler.command)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                status, told, body = answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            status, told, body = error.code, error.headers, error.read()
+        keep = {name: value for name, value in told.items() if name.lower() not in ("connection", "date", "server")}
+        return handler.answer(status, body, keep)
+
+    server = FaultyServer(tmp_path)
+    server.wrong = None
+    server.begin(forward)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    monkeypatch.setattr(store, "_FIRST_WAIT", 0.05)
+    monkeypatch.setattr(store, "OPENING", store.Patience(1.5))
+    monkeypatch.setattr(sources, "TRAINING", store.Patience(1.5))
+    monkeypatch.setattr(store, "FAULTS", store.Faults())
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield server
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def read_everything(shards):
+    return [bytes(shards.read(shards.extent(index))) for index in range(len(shards))]
+
+
+def test_all_ways_to_name_a_bucket(s3, folder):
+    local = open_shards([str(folder / "out")])
+    for word in ("out", "out/", "out/*.tar", "out/{000000..000001}.tar"):
+        shards = open_shards([f"s3://bucket/{word}"])
+        assert shards.fingerprint == local.fingerprint
+        assert read_everything(shards) == read_everything(local)
+        assert shards.empty_caption() == local.empty_caption()
+        assert shards.shards[0].shown.startswith("s3://bucket/out/")
+    for word in ("s3://bucket/9*.tar", "s3://bucket/nothing/", "s3://no-such-bucket/out/"):
+        with pytest.raises(ShardError, match="no shard matches"):
+            open_shards([word])
+    with pytest.raises(ShardError, match="no such shard"):
+        open_shards(["s3://bucket/out/000009.tar"])
+
+
+def test_few_requests_to_a_bucket(proxy):
+    """The folder's listing tells all sizes; a shard costs two more, a sample one."""
+    shards = open_shards(["s3://bucket/out"])
+    opening = len(proxy.asked)
+    read_everything(shards)
+    assert (opening, len(proxy.asked) - opening) == (5, 4)
+
+
+def test_a_bucket_that_fails_for_a_moment(proxy, folder):
+    shards = open_shards(["s3://bucket/out/000000.tar", "s3://bucket/out/000001.tar"])
+    failed = []
+
+    def slow_down(handler):
+        if len(failed) < 2 and handler.command == "GET":
+            failed.append(handler.path)
+            return handler.answer(503, b"<Error><Code>SlowDown</Code><Message>Slower</Message></Error>")
+        return None
+
+    proxy.wrong = slow_down
+    assert read_everything(shards) == read_everything(open_shards([str(folder / "out")]))
+    assert len(failed) == 2 == sum(store.FAULTS.counts.values())
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [(403, "AccessDenied", "refuses"), (403, "ExpiredToken", "refuses|expired"), (500, "InternalError", "attempts"),
+     (503, "SlowDown", "attempts"), (404, "NoSuchKey", "the shard is gone")],
+)  # fmt: skip
+def test_a_bucket_that_fails_for_good(proxy, capfd, status, code, says):
+    shards = open_shards(["s3://bucket/out"])
+    body = f"<Error><Code>{code}</Code><Message>{code} it is</Message></Error>".encode()
+    proxy.wrong = lambda handler: handler.answer(status, body)
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=says) as caught:
+        read_everything(shards)
+    told = f"{caught.value}{capfd.readouterr()}"
+    assert time.monotonic() - began < 10 and "damaged" not in told
+    assert "SECRETKEY" not in told and "Signature" not in told and "s3://bucket/out/" in told
+
+
+def test_a_bucket_that_stalls(proxy, monkeypatch):
+    shards = open_shards(["s3://bucket/out"])
+    monkeypatch.setattr(fsspec_store, "STALLED", 0.5)
+    monkeypatch.setattr(fsspec_store, "_SLOW", 10**9)
+    proxy.wrong = lambda handler: handler.stall()
+    with pytest.raises(StoreError, match="does not answer"):
+        read_everything(shards)
+
+
+def test_an_object_that_was_replaced_mid_run(proxy):
+    shards = open_shards(["s3://bucket/out"])
+
+    def other(handler):
+        if handler.command == "HEAD":
+            return handler.answer(
+                200,
+                b"",
+                {"Content-Length": "246272", "ETag": '"new"', "Last-Modified": "Sun, 01 Jan 2017 00:00:00 GMT"},
+            )
+        start, end = map(int, handler.range.removeprefix("bytes=").split("-"))
+        body = bytes(end + 1 - start)
+        return handler.answer(206, body, {"Content-Range": f"bytes {start}-{end}/246272", "ETag": '"new"'})
+
+    proxy.wrong = other
+    with pytest.raises(StoreError, match="replaced since the run was opened"):
+        shards.read(shards.extent(0))
+
+
+def test_no_credentials(s3, monkeypatch, tmp_path):
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreError, match=r"[Cc]redentials") as caught:
+        open_shards(["s3://bucket/out"])
+    assert "credentials" in caught.value.fix
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "fix"),
+    [("s3://b/*.tar", "s3fs", r"install s3fs, .*\[s3\]"), ("gs://b/x.tar", "gcsfs", r"install gcsfs, .*\[gcs\]"),
+     ("hf://datasets/a/b/x.tar", "huggingface_hub", r"\[hf\]"), ("az://b/x.tar", "adlfs", "pip install adlfs")],
+)  # fmt: skip
+def test_a_package_that_is_missing_is_named(monkeypatch, url, module, fix):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(StoreError, match=f"needs {module}") as caught:
+        open_shards([url])
+    assert re.search(fix, caught.value.fix)
+
+
+def test_a_run_from_a_bucket_is_the_run_from_the_disk(s3, folder, tmp_path, train_here, losses):
+    common = {"steps": 4, "rank": 4, "seed": 1}
+    local = train_here(LoraSettings(shards=[str(folder / "out")], out=tmp_path / "local", **common))
+    remote = train_here(LoraSettings(shards=["s3://bucket/out/*.tar"], out=tmp_path / "remote", **common))
+    assert losses(remote) == losses(local)
+
+
+@pytest.mark.full
+def test_the_command_itself_trains_from_a_bucket(s3, folder, tmp_path, train_here, losses):
+    """In its own process, with a cache; the second time the samples come from there."""
+    local = train_here(LoraSettings(shards=[str(folder / "out")], steps=4, rank=4, out=tmp_path / "local", seed=1))
+    for name in ("first", "second"):
+        words = f"lora --shards s3://bucket/out/*.tar --steps 4 --rank 4 --seed 1 --out {name} --cache kept"
+        done = subprocess.run(
+            [sys.executable, "-m", "cogtrain", *words.split()],
+            capture_output=True, text=True, timeout=600, cwd=tmp_path, env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert losses(tmp_path / name) == losses(local)
+        assert len(list((tmp_path / "kept" / "cogtrain-cache").glob("[0-9a-f][0-9a-f]/*"))) == 4
+    written = "".join(p.read_text(errors="replace") for p in (tmp_path / "first").rglob("*") if p.is_file())
+    assert "SECRETKEY" not in written + done.stdout + done.stderr and "s3://bucket/out/*.tar" in written
