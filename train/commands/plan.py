@@ -15,6 +15,7 @@ from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import stage
 from cogcommon.errors import RunError
 from cogcommon.model.device import EMULATED
+from cogcommon.store.store import without_secrets
 from cogcommon.words import counted, in_bytes, in_words
 
 from ..memory.estimate import Intent
@@ -22,7 +23,6 @@ from ..memory.machine import Machine, machine_for
 from ..runs.folder import METRICS_FILE, read_metrics
 from ..runs.run import Run
 from ..settings import ForecastSettings
-from ..store.store import without_secrets
 from .forecast import TrainForecast, lines_of, wanted_runs
 
 _NAMES = {"lora": "LoRA", "sft": "Full fine-tuning"}

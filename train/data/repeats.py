@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cogcommon.errors import SettingError
+from cogcommon.store.store import without_secrets
 from cogcommon.words import counted
 
-from ..store.store import without_secrets
 from .caption_draw import Ints
 from .shard_words import expand
 from .shards import ShardSet

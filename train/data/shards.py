@@ -23,11 +23,11 @@ from cogcommon.errors import CogError, ShardError, StoreError
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import ShardHeader, extent_intact, read_table
+from cogcommon.store.store import TRAINING, ReadPart, Stop, StoredFile, WholeFilesOnly
 from cogcommon.words import counted
 
 from ..store.cache import Cache
 from ..store.readers import Readers
-from ..store.store import TRAINING, ReadPart, Stop, StoredFile, WholeFilesOnly
 from .caption_draw import CaptionDraw, Ints, words_of
 from .shard_words import Found, expand
 

@@ -16,6 +16,7 @@ from cogcommon.files.ownership import Made
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16
 from cogcommon.model.families import Resolution
+from cogcommon.store.store import without_secrets
 from cogcommon.words import counted
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
@@ -31,7 +32,6 @@ from ..distributed.zero_config import choose_strategy, deepspeed_config
 from ..model.method import Method, method_of
 from ..settings import TrainSettings
 from ..store.cache import Cache
-from ..store.store import without_secrets
 from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
 from .folder import CONFIG_FILE

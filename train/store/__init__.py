@@ -1,4 +1,4 @@
-"""Where shards lie, and the one way to read them: this machine, http, object stores, a cache before those.
+"""Shards on this machine and behind http, as stores (`cogcommon.store`); threads that read; a cache on the disk.
 
 Imports no other room.
 """

@@ -36,11 +36,11 @@ import pyarrow.compute as pc
 
 from cogcommon.cli.names import plain
 from cogcommon.errors import SettingError, ShardError, StoreError
+from cogcommon.store.store import OPENING, StoredFile, StoreFault, patiently
 from cogcommon.words import in_bytes
 
 from .http_store import HttpStore
 from .local_store import LocalStore
-from .store import OPENING, StoredFile, StoreFault, patiently
 
 _FOLDER = "cogtrain-cache"
 _SPARE = 0.05  # share of the disk that is left free: the run's own checkpoints need room, too

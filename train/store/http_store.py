@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit
 
+from cogcommon.store.store import SLOWEST, STALLED, NoRanges, ReadPart, StoreFault
 from cogcommon.words import in_words
-
-from .store import SLOWEST, STALLED, NoRanges, ReadPart, StoreFault
 
 if TYPE_CHECKING:
     import requests

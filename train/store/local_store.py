@@ -7,7 +7,7 @@ import glob
 import os
 from pathlib import Path
 
-from .store import ReadPart, StoreFault
+from cogcommon.store.store import ReadPart, StoreFault
 
 # A network file system that was restarted, and a process that has too many files open at the moment.
 _PASSING = {errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.EAGAIN}

@@ -13,6 +13,7 @@ import numpy as np
 from cogcommon import __version__
 from cogcommon.cli.names import command_line
 from cogcommon.errors import CogError
+from cogcommon.store.store import FAULTS
 from cogcommon.words import counted
 
 from ..blocks.attention import Kernel
@@ -23,7 +24,6 @@ from ..runs.checkpoint import folder_name
 from ..runs.folder import REPORT_FILE, RunFacts, ValidationLine, loss_text, lowest, read_run
 from ..runs.log import RunLog
 from ..runs.run import Run
-from ..store.store import FAULTS
 from .best import Best
 
 if TYPE_CHECKING:

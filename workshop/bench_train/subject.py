@@ -17,14 +17,14 @@ from cogcommon.model.families import BY_NAME, RANDOM, Family, Resolution
 from cogcommon.model.published import published
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import ShardHeader
+from cogcommon.store.fsspec_store import FsspecStore
+from cogcommon.store.store import StoredFile
 from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import Shard, ShardSet
 from cogtrain.distributed.zero_config import choose_strategy
 from cogtrain.model.method import method_of
 from cogtrain.runs.run import Run
 from cogtrain.settings import TrainSettings
-from cogtrain.store.fsspec_store import FsspecStore
-from cogtrain.store.store import StoredFile
 
 if TYPE_CHECKING:
     import torch

@@ -12,13 +12,13 @@ from faulty_server import FaultyServer
 
 from cogcommon.errors import CogError, SettingError, StoreError
 from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.store.store import StoredFile  # noqa: F401
 from cogtrain.data.batches import Collator, prefetch
 from cogtrain.data.sampler import Slot
 from cogtrain.data.shards import open_shards
 from cogtrain.model.objective import Objective
 from cogtrain.store import cache as cache_module
 from cogtrain.store.cache import Cache
-from cogtrain.store.store import StoredFile  # noqa: F401
 
 
 def item(number, size=1000):

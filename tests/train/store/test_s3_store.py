@@ -12,10 +12,10 @@ import pytest
 from faulty_server import FaultyServer
 
 from cogcommon.errors import ShardError, StoreError
+from cogcommon.store import fsspec_store, store
 from cogtrain.data import shards as sources
 from cogtrain.data.shards import open_shards
 from cogtrain.settings import LoraSettings
-from cogtrain.store import fsspec_store, store
 
 pytest.importorskip("moto", reason="pip install 'moto[s3]' flask flask-cors")
 pytest.importorskip("s3fs", reason="pip install s3fs")

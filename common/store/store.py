@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from cogcommon.cli.names import plain
-from cogcommon.errors import StoreError
-from cogcommon.words import in_words
+from ..cli.names import plain
+from ..errors import StoreError
+from ..words import in_words
 
 _T = TypeVar("_T")
 
@@ -105,6 +105,7 @@ class Patience:
 
 
 OPENING = Patience(60)  # somebody is waiting
+WRITING = Patience(300)  # what is to be written was hours in the making
 TRAINING = Patience(300)  # hours of work are behind, and other hosts wait: less than their collectives' time-out
 
 
@@ -141,12 +142,12 @@ class Faults:
         print(plain(f"{shown}: {reason}; trying again, for up to {lasting}"), file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
-        """``3 failed attempts to read shards, made good by further ones: 2 x ...``; empty without any."""
+        """``3 failed attempts to read or write, made good by further ones: 2 x ...``; empty without any."""
         with self._lock:
             counts = self.counts.most_common()
         total = sum(count for _, count in counts)
         listed = ", ".join(f"{count} x {reason}" for reason, count in counts[:4])
-        return f"{total} failed attempts to read shards, made good by further ones: {listed}" if total else ""
+        return f"{total} failed attempts to read or write, made good by further ones: {listed}" if total else ""
 
 
 FAULTS = Faults()  # of this process
@@ -203,8 +204,13 @@ class StoredFile:
         return patiently(attempt, self.shown, patience or OPENING, stop)
 
 
-def patiently(attempt: Callable[[], _T], shown: str, patience: Patience, stop: Stop | None = None) -> _T:
+def patiently(
+    attempt: Callable[[], _T], shown: str, patience: Patience, stop: Stop | None = None, *, what: str = "read"
+) -> _T:
     """Try until it succeeds, the fault is a lasting one, or patience is at its end.
+
+    Args:
+        what: is being done, for the message.
 
     Raises:
         StoreError: with the last attempt's reason.
@@ -221,10 +227,10 @@ def patiently(attempt: Callable[[], _T], shown: str, patience: Patience, stop: S
             if not fault.passing or pause > left:
                 more = f", and asks to wait {in_words(fault.wait)}" if fault.wait > left else ""
                 more += f" ({tries} attempts in {in_words(time.monotonic() - began)})" if tries > 1 else ""
-                raise fault.kind(f"cannot be read: {fault.reason}{more}", where=shown, fix=fault.fix) from None
+                raise fault.kind(f"cannot be {what}: {fault.reason}{more}", where=shown, fix=fault.fix) from None
             FAULTS.add(fault.reason, shown, patience)
         if (stop or Stop()).wait(pause):
-            raise StoreError("not read: the run has ended", where=shown)
+            raise StoreError(f"not {what}: the run has ended", where=shown)
         wait = min(2 * wait, _LONGEST_WAIT)
 
 

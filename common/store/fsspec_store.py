@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import fsspec.asyn
 
-from cogcommon.errors import StoreError
-
+from ..errors import StoreError
 from .store import STALLED, ReadPart, StoreFault, without_secrets
 
 # What reads a kind of URL: the module, what installs it, and our extra where there is one.
@@ -88,8 +88,7 @@ class FsspecStore:
         if fresh:
             self._fs.invalidate_cache()
         info = self._call("info", 0, path)  # from the folder's listing where that has been read already
-        etag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("blob_id") or ""
-        return ReadPart(bytearray(), info["size"], str(etag))
+        return ReadPart(bytearray(), info["size"], etag_of(info))
 
     def names(self, folder: str) -> list[str]:
         return [str(path) for path in self._call("ls", 0, folder, detail=False)]
@@ -97,6 +96,47 @@ class FsspecStore:
     def matching(self, pattern: str) -> list[str]:
         found: Sequence[str] = self._call("glob", 0, pattern)
         return [str(path) for path in found]
+
+    def info(self, path: str) -> dict[str, Any]:
+        """What the store says of an object now."""
+        self._fs.invalidate_cache()
+        info: dict[str, Any] = self._call("info", 0, path)
+        if info.get("type") == "directory":
+            raise FileNotFoundError(path)
+        return info
+
+    def entries(self, folder: str) -> list[dict[str, Any]]:
+        """What the store says of each object of a folder now; folders in it are left out."""
+        self._fs.invalidate_cache()
+        found: list[dict[str, Any]] = self._call("ls", 0, folder, detail=True)
+        return [one for one in found if one.get("type") != "directory" and not str(one["name"]).endswith("/")]
+
+    def put(self, path: str, data: bytes, *, create: bool = False) -> None:
+        """Write an object in one request.
+
+        Raises:
+            FileExistsError: there is one, and ``create`` was asked for.
+        """
+        self._write("pipe_file", len(data), path, data, create=create)
+
+    def upload(self, path: str, file: Path, *, create: bool = False) -> None:
+        """Write an object from a file. Raises as `put`."""
+        self._write("put_file", file.stat().st_size, str(file), path, create=create)
+
+    def copy(self, path: str, to: str) -> None:
+        """Copy an object within the store."""
+        self._call("cp_file", self.info(path)["size"], path, to)
+
+    def remove(self, path: str) -> None:
+        self._call("rm_file", 0, path)
+
+    def _write(self, name: str, size: int, *args: Any, create: bool) -> None:
+        try:
+            self._call(name, size, *args, **({"mode": "create"} if create else {}))
+        except StoreFault as fault:
+            if create and _says_there_is_one(fault.__cause__):
+                raise FileExistsError from fault
+            raise
 
     def _call(self, name: str, size: int, *args: Any, **options: Any) -> Any:
         """One call, with a time-out; what goes wrong is a `StoreFault`."""
@@ -117,6 +157,26 @@ class FsspecStore:
             text = without_secrets(str(error)) or type(error).__name__
             lasting = "Credentials" in type(error).__name__ or isinstance(error, ValueError | TypeError)
             raise StoreFault(text, passing=not lasting, fix=_CREDENTIALS if lasting else None) from error
+
+
+def etag_of(info: dict[str, Any]) -> str:
+    """What changes with an object's content, of what its store says of it."""
+    names = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "created")
+    return str(next((info[name] for name in names if info.get(name)), ""))
+
+
+def _says_there_is_one(error: BaseException | None) -> bool:
+    """Whether a store has refused to write over an object, each in its own words."""
+    while error is not None:
+        answer = getattr(error, "response", None)
+        code = str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
+        told = f"{code} {getattr(error, 'code', '')} {getattr(error, 'error_code', '')}"
+        if isinstance(error, FileExistsError) or any(
+            word in told for word in ("PreconditionFailed", "412", "BlobAlreadyExists", "conditionNotMet")
+        ):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _within(seconds: float, act: Any, *args: Any, **options: Any) -> Any:

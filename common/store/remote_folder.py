@@ -1,0 +1,199 @@
+"""A folder behind an address: whole objects in and out, by their names below it.
+
+`RemoteFolder` is what commands write to where ``--out`` is ``s3://...``. Every call tries again after a passing fault
+and in the end names the true reason (`store.patiently`). An object is there whole or not at all, and `create` leaves
+one that is there alone: of several writers the first wins, where the store compares for itself (S3, Google, Azure).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import SettingError, StoreError
+from .fsspec_store import FsspecStore, etag_of, open_fsspec
+from .store import OPENING, WRITING, Patience, StoreFault, is_web, patiently, without_secrets
+
+_T = TypeVar("_T")
+_PIECE = 32 << 20  # bytes of one request of a download
+_AT_ONCE = 16  # requests for small objects
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object of a folder."""
+
+    size: int
+    etag: str  # another one where the content has changed
+    age: float  # seconds since it was written; infinite where the store does not say
+
+
+class RemoteFolder:
+    """See the module; `open_folder` gives one.
+
+    All raise StoreError for what the store refuses, and why.
+    """
+
+    def __init__(self, store: FsspecStore, path: str, address: str) -> None:
+        self._store = store
+        self._path = path.rstrip("/")
+        self.shown = without_secrets(address)
+
+    def name(self, name: str) -> str:
+        """An object as messages name it."""
+        return f"{self.shown}/{name}"
+
+    def entries(self, below: str = "") -> dict[str, Entry]:
+        """The objects of the folder, or of one below it, by name; what lies deeper is left out."""
+        folder = f"{self._path}/{below}".rstrip("/")
+        found = self._try(self._store.entries, folder, below, missing=[])
+        before = f"{below}/" if below else ""
+        return {before + str(info["name"]).rpartition("/")[2]: _entry(info) for info in found}
+
+    def stat(self, name: str) -> Entry | None:
+        """An object as it is now; None where there is none."""
+        info = self._try(self._store.info, self._at(name), name, missing=None)
+        return None if info is None else _entry(info)
+
+    def read(self, name: str) -> bytes | None:
+        """A small object; None where there is none."""
+        got = self._try(self._store.read_all, self._at(name), name, missing=None)
+        return None if got is None else bytes(got.data)
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Small objects, many at a time; those that are gone are left out."""
+        names = list(names)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            got = list(pool.map(self.read, names))
+        return {name: data for name, data in zip(names, got, strict=True) if data is not None}
+
+    def fetch(self, name: str, to: Path, *, most: int | None = None) -> Entry | None:
+        """Download an object, piece by piece; None where there is none, or it goes meanwhile.
+
+        Args:
+            to: the file, which is written over.
+            most: bytes from the start, if not all.
+        """
+        for _ in range(3):
+            before = self.stat(name)
+            if before is None:
+                return None
+            end = before.size if most is None else min(most, before.size)
+            with to.open("wb") as stream:
+                for start in range(0, end, _PIECE):
+                    last = min(start + _PIECE, end)
+                    got = self._try(self._store.read, self._at(name), name, start, last, missing=None)
+                    if got is None:
+                        return None
+                    stream.write(got.data)
+                whole = stream.tell() == end
+            if whole and _same(before, self.stat(name)):
+                return before
+        raise StoreError("cannot be read: it changes all the time", where=self.name(name))
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small object, over what is there."""
+        self._try(self._store.put, self._at(name), name, data, writing=True)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small object in one request, if there is none; whether it is ours (or the same to the byte)."""
+        return self._create(self._store.put, name, data, lambda: self.read(name) == data)
+
+    def upload(self, name: str, path: Path) -> None:
+        """Write a file's content, over what is there."""
+        self._try(self._store.upload, self._at(name), name, path, writing=True)
+
+    def create_from(self, name: str, path: Path) -> bool:
+        """Write a file's content, if there is no such object; whether it is ours.
+
+        After a fault whose answer was lost, one of the same size counts as not ours: compare the contents.
+        """
+        return self._create(self._store.upload, name, path, lambda: False)
+
+    def copy(self, name: str, to: str) -> bool:
+        """Copy an object within the store, over what is there; whether there was one."""
+        gone = object()
+        return self._try(self._store.copy, self._at(name), name, self._at(to), missing=gone, writing=True) is not gone
+
+    def remove(self, *names: str) -> None:
+        """Remove objects, in this order; what is not there is no fault."""
+        for name in names:
+            self._try(self._store.remove, self._at(name), name, missing=None, writing=True)
+
+    def _at(self, name: str) -> str:
+        return f"{self._path}/{name}"
+
+    def _create(self, write: Callable[..., Any], name: str, content: Any, same: Callable[[], bool]) -> bool:
+        faults = 0
+
+        def attempt() -> bool:
+            nonlocal faults
+            try:
+                write(self._at(name), content, create=True)
+            except FileExistsError:
+                return faults > 0 and same()  # an earlier attempt of ours, whose answer was lost
+            except FileNotFoundError:
+                raise _no_place() from None
+            except StoreFault:
+                faults += 1
+                raise
+            return True
+
+        return patiently(attempt, self.name(name), WRITING, what="written")
+
+    def _try(
+        self, act: Callable[..., _T], path: str, name: str, *args: Any, missing: Any = ..., writing: bool = False
+    ) -> Any:
+        """One call, tried again while it may help.
+
+        Args:
+            missing: what to give where there is no such object.
+        """
+
+        def attempt() -> Any:
+            try:
+                return act(path, *args)
+            except FileNotFoundError:
+                if missing is ...:
+                    raise _no_place() from None
+                return missing
+
+        patience: Patience = WRITING if writing else OPENING
+        return patiently(attempt, self.name(name), patience, what="written" if writing else "read")
+
+
+def open_folder(address: str, option: str) -> RemoteFolder:
+    """The folder behind an address. Nothing is asked of the store yet.
+
+    Raises:
+        StoreError: nothing reads this kind of address, or what does is not installed.
+        SettingError: a web server, which takes no files.
+    """
+    if is_web(address):
+        raise SettingError(
+            "a web server takes no files",
+            where=f"{option} {without_secrets(address)}",
+            fix=f"{option} with a folder, or an address of s3://, gs:// or another object store",
+        )
+    store, path = open_fsspec(address, option)
+    return RemoteFolder(store, path, address)
+
+
+def _no_place() -> StoreFault:
+    return StoreFault(
+        "there is no such bucket or folder", passing=False, fix="create the bucket, or name one that is there"
+    )
+
+
+def _entry(info: dict[str, Any]) -> Entry:
+    at = info.get("LastModified") or info.get("last_modified") or info.get("updated") or info.get("created")
+    stamp = getattr(at, "timestamp", None)
+    return Entry(int(info.get("size") or 0), etag_of(info), time.time() - stamp() if stamp else float("inf"))
+
+
+def _same(one: Entry | None, other: Entry | None) -> bool:
+    return one is not None and other is not None and (one.size, one.etag) == (other.size, other.etag)
