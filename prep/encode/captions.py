@@ -41,7 +41,8 @@ class TextEncoder:
         self._model = checkpoint.load_text_encoder(dtype)
         size = sum(parameter.nbytes for parameter in self._model.parameters())
         free = _free(device)
-        if size + _BESIDE <= free:
+        self._whole = size + _BESIDE <= free
+        if self._whole:
             self._model.to(device)
         else:
             from accelerate import cpu_offload
@@ -53,6 +54,16 @@ class TextEncoder:
         self._device = device
         # A caption alone reads 9.5 GB of weights on the GPU, which takes longer than its arithmetic.
         self.batch = _GPU_BATCH if device.type == "cuda" else 1
+
+    def make_room(self) -> None:
+        """Leave the GPU; the weights stay in host memory, for `come_back`."""
+        if self._whole:
+            self._model.to("cpu")
+
+    def come_back(self) -> None:
+        """Go to the device again, after `make_room`."""
+        if self._whole:
+            self._model.to(self._device)
 
     def encode(self, caption: str) -> tuple[torch.Tensor, CaptionFacts]:
         """One caption; see `encode_batch`."""

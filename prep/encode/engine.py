@@ -1,302 +1,117 @@
-"""Encode planned shards: decode pool -> VAE -> writer, all three at once.
-
-`EncodeEngine.encode` commits any shards of a plan; which worker takes which shards is
-decided by its caller. Clips are decoded ahead, across shard borders, up to a bound;
-the calling thread feeds the VAE, on a GPU one clip ahead; another thread hashes and
-writes. Samples reach a shard in planned order, so the same plan gives the same bytes.
-"""
+"""Where planned shards are encoded: the seam between the main path (`part`) and its engines, and the local one."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from cogcommon.model.families import Resolution
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.device import Precision, item_bytes, pick_device, visible_gpus
 from cogcommon.shards.contract import Contract
-from cogcommon.shards.records import SampleRow
 
-from ..dataset.surveyed import decode_as_surveyed
-from ..plan.completion import Writer, open_writer
-from ..plan.folder import Split, split_folder
-from ..plan.plan import PlannedSample, PlannedShard, Rejected
+from ..plan.plan import PlannedShard
+from ..plan.slice import local_rank
 from ..processes.pool import Pool
-from ..source.clip import TONED, ClipFault
-from ..store.locks import ShardBusy
-from ..store.shards import ShardDone, ShardWriter
-from ..vae.choice import Choice
-from ..vae.encoder import LatentEncoder, Pending
-from ..vae.gpu_time import GpuTime
-from ..video.cut import Cut
-from ..video.decode import Clip
-from .captions import TextStore
-from .write_thread import WriteThread
+from ..settings import EncodeSettings
+from .clock import Clock
+from .encoder import ShardEncoder
+from .pipeline import Outcome
 
-_DECODED_BYTES = 2 << 30  # decoded clips that wait for the VAE; 51 MB each at 49x480x720
-_IN_FLIGHT = 2  # clips on the GPU: one that it encodes, and the next, which it can begin at once
+if TYPE_CHECKING:
+    import torch
 
-
-@dataclass
-class Outcome:
-    """What became of the shards; counts are samples, times are seconds."""
-
-    encoded: int = 0
-    recovered: int = 0  # taken over from what a killed run had written
-    elsewhere: int = 0  # committed by another process after the plan was made
-    rejected: list[Rejected] = field(default_factory=list)
-    postponed: list[Rejected] = field(default_factory=list)  # left out of the records; the next run tries again
-    busy: list[tuple[Split, int]] = field(default_factory=list)  # shards that another process writes
-    tiled: int = 0
-    tone_mapped: int = 0
-    truncated: int = 0  # captions longer than the model's text
-    pictures: int = 0  # of those encoded, clips of one frame
-    profiles_unused: int = 0  # pictures and first frames whose colour profile cannot be applied
-    decode_wait_s: float = 0.0  # the VAE waited for clips
-    vae_s: float = 0.0
-    write_wait_s: float = 0.0  # the VAE waited for the disk
-    warm_up_s: float = 0.0  # the VAE chose its kernels, once a size; counted nowhere else
-    gpu: GpuTime = field(default_factory=GpuTime)
-    encoder: Choice = field(default_factory=lambda: Choice("diffusers"))
-
-    @property
-    def waits_for(self) -> str:
-        """Which side the work waits for most, in words."""
-        sides = {"decoding": self.decode_wait_s, "the VAE": self.vae_s, "the disk": self.write_wait_s}
-        return f"waiting for {max(sides, key=lambda side: sides[side])}"
+# T5 runs over the captions of a round, then makes room for the VAE. A round's embeddings lie in a
+# scratch file: 17,000 captions of T5-XXL in bf16, a day of encoding between two loads of T5.
+_ROUND_TEXT_BYTES = 32_000_000_000
 
 
 @dataclass(frozen=True)
-class _Decode:
-    writer: Writer
-    planned: PlannedSample
-
-
-@dataclass(frozen=True)
-class _LeftBehind:
-    writer: ShardWriter
-    planned: PlannedSample
-
-
-@dataclass(frozen=True)
-class _Commit:
-    writer: Writer
-
-
-class EncodeEngine:
-    """Encodes shards of one contract on one device.
+class Job:
+    """Planned shards, and what an engine needs to encode them.
 
     Args:
-        out: the output folder; it exists.
-        root: the data root, which sources are relative to.
-        contract: of every shard.
-        cut: how clips are cut.
-        latents: the VAE.
-        text: holds the embedding of every caption that will be asked for.
-        pool: decode children.
-        outcome: counts and times are added to it.
-        advance: called after each sample.
+        contract: of every shard; the folder has it, or has none.
+        shards: of this process's slice.
+        pool: decode processes of this machine.
+        begin: to be called once, when all models are there and the contract is committed, before a shard is touched.
+        outcome: what becomes of the shards is added to it.
     """
 
-    def __init__(
-        self,
-        *,
-        out: Path,
-        root: Path,
-        contract: Contract,
-        cut: Cut,
-        latents: LatentEncoder,
-        text: TextStore,
-        pool: Pool,
-        outcome: Outcome,
-        advance: Callable[[], None],
-    ) -> None:
-        self._out = out
-        self._root = root
-        self._contract = contract
-        self._cut = cut
-        self._latents = latents
-        self._text = text
-        self._pool = pool
-        self._outcome = outcome
-        self._advance = advance
-        self._open: list[Writer] = []
-        self._flight: deque[tuple[Pending | None, Callable[[], None]]] = deque()  # in order, for the writer
+    settings: EncodeSettings
+    checkpoint: Checkpoint
+    precision: Precision
+    contract: Contract
+    shards: Sequence[PlannedShard]
+    pool: Pool
+    begin: Callable[[], None]
+    clock: Clock
+    outcome: Outcome
 
-    def encode(self, shards: Sequence[PlannedShard]) -> None:
-        """Encode and commit shards; what came of them is added to the outcome.
+
+class Engine(Protocol):
+    """Encodes and commits planned shards, somewhere."""
+
+    def device(self) -> torch.device:
+        """What the models run on; of several devices, any of them."""
+
+    def encode(self, job: Job) -> None:
+        """Encode and commit the shards of a job, of which there may be none.
 
         Raises:
+            ModelError: a model cannot be loaded.
             DiskError: the disk is full. What was committed stays good.
         """
-        steps: deque[_Decode | _LeftBehind | _Commit] = deque()
 
-        def requests() -> Iterator[tuple[Any, ...]]:
-            for step in self._steps(shards):
-                steps.append(step)
-                if isinstance(step, _Decode):
-                    yield self._request(step.planned)
 
-        self._outcome.gpu.pause()
-        try:
-            with WriteThread() as thread:
-                clips = self._pool.run(decode_as_surveyed, requests(), window=self._window(shards))
-                while True:
-                    started = time.perf_counter()
-                    clip = next(clips, None)
-                    self._outcome.decode_wait_s += time.perf_counter() - started
-                    while steps and not isinstance(step := steps[0], _Decode):
-                        self._pass(steps.popleft())
-                    if clip is None:
-                        break
-                    step = steps.popleft()
-                    assert isinstance(step, _Decode)
-                    self._encode_one(step, clip)
-                    self._land(thread, _IN_FLIGHT)
-                assert not steps
-                self._land(thread, 0)
-        finally:
-            self._flight.clear()
-            for writer in self._open:
-                writer.abandon()
-            self._open.clear()
+class LocalEngine:
+    """This process, on one device of this machine."""
 
-    def _steps(self, shards: Iterable[PlannedShard]) -> Iterator[_Decode | _LeftBehind | _Commit]:
-        """What to do, in order. A shard is locked when its first clip is about to be decoded."""
-        for shard in shards:
-            try:
-                folder = split_folder(self._out, shard.split)
-                folder.mkdir(parents=True, exist_ok=True)
-                keys = {planned.key for planned in shard.samples}
-                writer = open_writer(folder, shard.number, self._contract, keys, completes=shard.completes)
-            except ShardBusy:
-                self._outcome.busy.append((shard.split, shard.number))
-                continue
-            except ShardDone:  # another process was first
-                self._outcome.elsewhere += len(shard.samples)
-                continue
-            self._open.append(writer)
-            left_behind = writer.left_behind() if isinstance(writer, ShardWriter) else set()
-            for planned in shard.samples:
-                if isinstance(writer, ShardWriter) and planned.key in left_behind:
-                    yield _LeftBehind(writer, planned)
-                else:
-                    yield _Decode(writer, planned)
-            yield _Commit(writer)
+    def __init__(self) -> None:
+        self._device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
 
-    def _request(self, planned: PlannedSample) -> tuple[Any, ...]:
-        sample = planned.sample
-        image = self._root / sample.image if sample.image else None
-        fps = self._contract.family_row.fps
-        expected = planned.clip, planned.image_sha256
-        return *expected, self._root / sample.source, planned.bucket, self._cut, fps, planned.key, image
+    def device(self) -> torch.device:
+        """See `Engine`."""
+        return self._device
 
-    def _window(self, shards: Sequence[PlannedShard]) -> int:
-        largest = max((_clip_bytes(shard.bucket) for shard in shards), default=1)
-        return max(2, min(2 * self._pool.workers, _DECODED_BYTES // largest))
-
-    def _pass(self, step: _Decode | _LeftBehind | _Commit) -> None:
-        """Queue a step that needs no clip."""
-        if isinstance(step, _LeftBehind):
-            left, row = step.writer, planned_row(step.planned)
-            self._flight.append((None, lambda: left.add_left_behind(row)))
-            self._outcome.recovered += 1
-            self._advance()
-        else:
-            writer = step.writer
-            self._flight.append((None, lambda: self._commit(writer)))
-
-    def _commit(self, writer: Writer) -> None:
-        writer.commit()
-        self._open.remove(writer)
-
-    def _encode_one(self, step: _Decode, clip: Clip | ClipFault) -> None:
-        writer, row = step.writer, planned_row(step.planned)
-        if isinstance(clip, ClipFault) and clip.passing:
-            self._outcome.postponed.append(Rejected(step.planned.sample, clip.reason, passing=True))
-            self._flight.append((None, lambda: writer.postpone(row.key)))
-            self._advance()
-            return
-        if isinstance(clip, ClipFault):
-            self._outcome.rejected.append(Rejected(step.planned.sample, clip.reason))
-            rejected = replace(row, status="rejected", reason=clip.reason)
-            self._flight.append((None, lambda: writer.add_rejected(rejected)))
-            self._advance()
-            return
-        image = None
-        if self._contract.task == "i2v":
-            image = clip.frames_FHWC[0] if clip.image_HWC is None else clip.image_HWC
-        started = time.perf_counter()
-        pending = self._latents.start(row.key, clip.frames_FHWC, image)
-        self._outcome.vae_s += time.perf_counter() - started - pending.warm_up_s
-        self._outcome.warm_up_s += pending.warm_up_s
-        row = replace(
-            row,
-            frames=list(clip.indices),
-            effective_fps=clip.effective_fps,
-            crop_box=list(clip.crop_box),
-            colour=clip.colour,
-            tiled=pending.tiled,
+    def encode(self, job: Job) -> None:
+        """See `Engine`; the shards in rounds (`rounds`)."""
+        encoder = ShardEncoder(
+            job.settings, job.checkpoint, self._device, job.precision, job.contract, job.pool, job.clock
         )
-        self._outcome.encoded += 1
-        self._outcome.pictures += step.planned.bucket.frames == 1
-        self._outcome.tiled += pending.tiled
-        self._outcome.profiles_unused += bool(clip.profile_fault)
-        self._outcome.tone_mapped += TONED in clip.colour
-        self._flight.append((pending, lambda: self._write(writer, row, pending)))
-
-    def _land(self, thread: WriteThread, still: int) -> None:
-        """Hand finished clips to the writer, in order; wait until at most ``still`` clips are on the GPU."""
-        while self._flight:
-            pending, task = self._flight[0]
-            busy = sum(other is not None and not other.done for other, _ in self._flight)
-            if pending is not None and not pending.done and busy <= still:
-                return
-            self._flight.popleft()
-            started = time.perf_counter()
-            if pending is not None:
-                pending.wait()
-                self._outcome.gpu.add(pending.span)
-            landed = time.perf_counter()
-            thread.submit(task)
-            self._outcome.vae_s += landed - started
-            self._outcome.write_wait_s += time.perf_counter() - landed
-            if pending is not None:
-                self._advance()
-
-    def _write(self, writer: Writer, row: SampleRow, pending: Pending) -> None:
-        latents = pending.latents()
-        text_LD, facts = self._text.read(row.caption)
-        self._outcome.truncated += facts.truncated
-        row = replace(row, caption_tokens=facts.tokens, caption_truncated=facts.truncated)
-        writer.add(row, {**latents.tensors, "text": text_LD})
+        begin = job.begin
+        for round_ in rounds(job.shards, job.contract):
+            encoder.encode(round_, job.outcome, begin=begin)
+            begin = _nothing
 
 
-def planned_row(planned: PlannedSample) -> SampleRow:
-    """A sample's row as far as the plan knows it."""
-    return SampleRow(
-        key=planned.key,
-        status="ok",
-        bucket=str(planned.bucket),
-        caption=planned.sample.caption,
-        caption_tokens=0,
-        caption_truncated=False,
-        source=planned.sample.source,
-        source_line=planned.sample.line,
-        source_size=planned.clip.size,
-        source_mtime_ns=planned.clip.mtime_ns,
-        source_sha256=planned.clip.sha256,
-        image=planned.sample.image,
-        image_sha256=planned.image_sha256,
-        frames=[],
-        effective_fps=0.0,
-        crop_box=[],
-        colour="",
-        tiled=False,
+def _nothing() -> None:
+    pass
+
+
+def rounds(shards: Sequence[PlannedShard], contract: Contract) -> Iterator[list[PlannedShard]]:
+    """Shards in groups whose embeddings fit into the scratch file; without shards, one empty group."""
+    text_bytes = _text_bytes(contract)
+    group: list[PlannedShard] = []
+    captions = 0
+    for shard in shards:
+        if group and (captions + len(shard.samples)) * text_bytes > _ROUND_TEXT_BYTES:
+            yield group
+            group, captions = [], 0
+        group.append(shard)
+        captions += len(shard.samples)
+    yield group
+
+
+def scratch_bytes(shards: Sequence[PlannedShard], contract: Contract) -> int:
+    """The most that the scratch file of embeddings (`TextStore`) takes of the disk, beside the shards."""
+    captions = (
+        len({planned.sample.caption for shard in group for planned in shard.samples})
+        for group in rounds(shards, contract)
     )
+    return max(captions) * _text_bytes(contract)
 
 
-def _clip_bytes(bucket: Resolution) -> int:
-    return bucket.frames * bucket.height * bucket.width * 3
+def _text_bytes(contract: Contract) -> int:
+    return contract.text_tokens * contract.text_dim * item_bytes(contract.dtype)

@@ -1,4 +1,4 @@
-"""Loads the models of an encode: T5 only while it embeds captions, then the VAE."""
+"""The models of an encode: T5, which is on the device only while it embeds captions, then the VAE."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """T5 is loaded for each pass over captions and freed after it; the VAE stays from its first use."""
+    """T5 and the VAE of one device, each loaded at its first use. T5 makes room for the VAE.
+
+    Args:
+        keep_text: T5 waits in host memory (9.5 GB for T5-XXL in bf16) between its passes; else it is loaded for each.
+    """
 
     def __init__(
         self,
@@ -34,12 +38,16 @@ class Models:
         precision: Precision,
         settings: EncodeSettings,
         clock: Clock,
+        *,
+        keep_text: bool = False,
     ) -> None:
         self._checkpoint = checkpoint
         self._device = device
         self._dtype = dtype_of(precision)
         self._settings = settings
         self._clock = clock
+        self._keep_text = keep_text
+        self._text: TextEncoder | None = None
         self._latents: LatentEncoder | None = None
 
     def embed_captions(self, shards: Sequence[PlannedShard], text: TextStore, contract: Contract) -> Contract:
@@ -49,22 +57,38 @@ class Models:
             The contract as the folder has it.
         """
         import safetensors.torch
-        import torch
 
-        quiet_libraries()
         captions = {planned.sample.caption: None for shard in shards for planned in shard.samples}
         with self._clock("load"), stage("loading T5"):
-            encoder = TextEncoder(self._checkpoint, self._device, self._dtype)
+            encoder = self._text_encoder()
             empty_LD, _ = encoder.encode("")  # the first one also waits for the GPU's libraries
         with shard_disk_errors(self._settings.out):
             contract = commit_contract(self._settings.out, contract, safetensors.torch.save({TEXT: empty_LD}))
         with self._clock("text"), stage("embedding", len(captions), "caption") as bar:
             text.fill(captions, encoder, bar.advance)
-        del encoder  # T5-XXL is 9.5 GB; the VAE comes next
+        del encoder
+        self._make_room()
+        return contract
+
+    def _text_encoder(self) -> TextEncoder:
+        if self._text is None:
+            quiet_libraries()
+            self._text = TextEncoder(self._checkpoint, self._device, self._dtype)
+        else:
+            self._text.come_back()
+        return self._text
+
+    def _make_room(self) -> None:
+        """T5-XXL is 9.5 GB; the VAE comes next."""
+        import torch
+
+        if self._text is not None and self._keep_text:
+            self._text.make_room()
+        else:
+            self._text = None
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        return contract
 
     @property
     def latents(self) -> LatentEncoder:

@@ -1,8 +1,8 @@
 """One process's part of `cogprep encode`, in the order things happen::
 
     lists -> contract -> survey (probe, hash) -> plan -> questions, refusals
-          -> for each round: T5 over its captions, then decode -> VAE -> shards
-             (in the first, when all models are there: drop what is gone)
+          -> engine: T5 over captions, then decode -> VAE -> shards
+             (before the first shard, when all models are there: drop what is gone)
           -> report
 
 Until then nothing that the folder holds is changed, so a run that is refused or that
@@ -12,7 +12,7 @@ cannot load its models leaves everything as it was.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,14 +20,7 @@ from cogcommon import __version__
 from cogcommon.cli.progress import say, stage
 from cogcommon.errors import CogError
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.device import (
-    DTYPES,
-    Dtype,
-    default_precision,
-    item_bytes,
-    pick_device,
-    visible_gpus,
-)
+from cogcommon.model.device import DTYPES, Dtype, default_precision
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import SampleRow
 from cogcommon.words import counted
@@ -46,27 +39,25 @@ from ..plan.folder import (
     split_folder,
 )
 from ..plan.holdout import Holdout, ask_to_move
-from ..plan.plan import Drop, EncodePlan, PlannedShard, make_plan, sample_bytes
+from ..plan.plan import Drop, EncodePlan, make_plan, sample_bytes
 from ..plan.probe_cache import SurveyCache
-from ..plan.slice import choose_slice, local_rank
+from ..plan.slice import choose_slice
 from ..plan.survey import Survey, survey
 from ..processes.pool import Pool, default_workers
 from ..settings import EncodeSettings, PlanSettings
 from ..store.locks import ShardBusy, at_work, lack_of_room, shard_disk_errors
 from ..store.shards import drop_samples, recover_folder
-from .captions import TextStore
 from .clock import Clock
-from .engine import EncodeEngine, Outcome
-from .models import Models
+from .engine import Engine, Job, LocalEngine, scratch_bytes
+from .pipeline import Outcome
 from .report import Report, make_report
 
-# T5 runs over the captions of a round, then makes room for the VAE. A round's embeddings lie in a
-# scratch file: 17,000 captions of T5-XXL in bf16, a day of encoding between two loads of T5.
-_ROUND_TEXT_BYTES = 32_000_000_000
 
+def encode_slice(settings: EncodeSettings, engine: Engine | None = None) -> Report:
+    """Encode this process's slice of the planned shards.
 
-def encode_slice(settings: EncodeSettings) -> Report:
-    """Encode this process's slice of the planned shards, on one device.
+    Args:
+        engine: where; on one device of this machine, if there is none.
 
     Raises:
         DataRootError: the lists cannot be trusted.
@@ -84,7 +75,8 @@ def encode_slice(settings: EncodeSettings) -> Report:
         say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} is a text-to-video model")
     if quoted := sum(in_quotes(sample.caption) for sample in data.samples):
         say(f"note: {counted(quoted, 'caption')} in quotes, which are trained as a part of them")
-    device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
+    engine = engine or LocalEngine()
+    device = engine.device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     with clock("weights"), stage("checking the weights"):
         checkpoint.check_weights("text_encoder", "vae")  # before hours of reading clips, not after
@@ -116,30 +108,16 @@ def encode_slice(settings: EncodeSettings) -> Report:
         needed = sum(len(shard.samples) * sample_bytes(contract, shard.bucket) for shard in shards)
         if lack := lack_of_room(out, needed + scratch_bytes(shards, contract)):
             say(f"note: {lack}")
-        models = Models(checkpoint, device, precision, settings, clock)
-        no_empty_caption = established and not (out / EMPTY_CAPTION_FILE).exists()
-        work = list(rounds(shards, contract)) if shards or no_empty_caption else []
-        dropped = 0 if work else _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
-        for round_ in work:
-            with TextStore(out) as text:
-                contract = models.embed_captions(round_, text, contract)
-                latents = models.latents
-                outcome.encoder = latents.choice
-                if round_ is work[0]:
-                    dropped = _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
-                total = sum(len(shard.samples) for shard in round_)
-                with clock("encode"), stage("encoding", total, "clip") as bar:
-                    EncodeEngine(
-                        out=out,
-                        root=settings.root,
-                        contract=contract,
-                        cut=settings.cut,
-                        latents=latents,
-                        text=text,
-                        pool=pool,
-                        outcome=outcome,
-                        advance=lambda bar=bar: bar.advance(outcome.waits_for),  # type: ignore[misc]
-                    ).encode(round_)
+        dropped = 0
+
+        def begin() -> None:
+            nonlocal dropped
+            dropped = _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
+
+        if shards or (established and not (out / EMPTY_CAPTION_FILE).exists()):
+            engine.encode(Job(settings, checkpoint, precision, contract, shards, pool, begin, clock, outcome))
+        else:
+            begin()
     report = make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device.type)
     if not report.unfinished:
         cache.discard()
@@ -225,33 +203,6 @@ def make_contract(
         settings=cut,
         tool_version=__version__,
     )
-
-
-def rounds(shards: Sequence[PlannedShard], contract: Contract) -> Iterator[list[PlannedShard]]:
-    """Shards in groups whose embeddings fit into the scratch file; without shards, one empty group."""
-    text_bytes = _text_bytes(contract)
-    group: list[PlannedShard] = []
-    captions = 0
-    for shard in shards:
-        if group and (captions + len(shard.samples)) * text_bytes > _ROUND_TEXT_BYTES:
-            yield group
-            group, captions = [], 0
-        group.append(shard)
-        captions += len(shard.samples)
-    yield group
-
-
-def scratch_bytes(shards: Sequence[PlannedShard], contract: Contract) -> int:
-    """The most that the scratch file of embeddings (`TextStore`) takes of the disk, beside the shards."""
-    captions = (
-        len({planned.sample.caption for shard in group for planned in shard.samples})
-        for group in rounds(shards, contract)
-    )
-    return max(captions) * _text_bytes(contract)
-
-
-def _text_bytes(contract: Contract) -> int:
-    return contract.text_tokens * contract.text_dim * item_bytes(contract.dtype)
 
 
 def _begin(

@@ -27,7 +27,7 @@ from ..settings import EncodeSettings
 from ..source.clip import TONED
 from ..store.locks import shard_disk_errors
 from ..store.proof import refuse_foreign
-from .engine import Outcome
+from .pipeline import Outcome
 
 _SHOWN = 20  # rejected clips that the summary lists; the report has them all
 

@@ -1,7 +1,7 @@
 """Stops the writing of shards at every single step, in a child, and lets the next run finish.
 
 ``python crash_driver.py FOLDER MODE SCENARIO`` prints one JSON object. It runs
-the real plan, engine, writer and rewriter; clips and latents are drawn, because
+the real plan, pipeline, writer and rewriter; clips and latents are drawn, because
 what is on trial is what happens to files. One child is forked for each step:
 
     kill    half of a write reaches the file, then SIGKILL; other steps never happen
@@ -37,7 +37,7 @@ from cogcommon.shards.records import read_record
 from cogprep.commands.verify import check_shard
 from cogprep.dataset.lists import Sample
 from cogprep.encode.captions import CaptionFacts
-from cogprep.encode.engine import EncodeEngine, Outcome
+from cogprep.encode.pipeline import Outcome, Pipeline
 from cogprep.plan.folder import SPLITS, records_in, scan, split_folder
 from cogprep.plan.holdout import Holdout, choose_holdout
 from cogprep.plan.plan import Candidate, make_plan, with_keys
@@ -101,7 +101,7 @@ def bring_up_to_date(
         with suppress(ShardBusy):
             drop_samples(split_folder(out, drop.split), drop.number, keep)
     outcome = Outcome()
-    EncodeEngine(
+    Pipeline(
         out=out,
         root=Path("/nowhere"),
         contract=contract,

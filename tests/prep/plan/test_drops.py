@@ -17,7 +17,7 @@ from cogprep.commands.clean_cache import run as run_clean
 from cogprep.commands.encode import encode
 from cogprep.commands.encode import run as run_command
 from cogprep.commands.validate import validate
-from cogprep.encode import part
+from cogprep.encode import encoder, part
 from cogprep.plan import holdout as holdout_module
 from cogprep.plan.folder import read_origin
 from cogprep.plan.holdout import Holdout, choose_holdout
@@ -249,12 +249,12 @@ def test_the_choice_is_remembered_from_the_start_of_a_run(encoded, settings_of, 
     whole, out = encoded / "whole", encoded / "new"
     encode(settings_of(encoded, out=whole, holdout=2))
 
-    class Killed(part.EncodeEngine):
+    class Killed(encoder.Pipeline):
         def encode(self, shards):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(part, "EncodeEngine", Killed)
+        patch.setattr(encoder, "Pipeline", Killed)
         encode(settings_of(encoded, out=out, holdout=2))
     assert encode(settings_of(encoded, out=out)).encoded == 5
     assert {name: digest for name, digest in tree(out).items() if "survey" not in name} == tree(whole)

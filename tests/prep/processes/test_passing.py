@@ -19,7 +19,7 @@ from cogcommon.shards.records import read_record
 from cogprep.commands.encode import encode
 from cogprep.commands.encode import run as run_command
 from cogprep.commands.verify import verify
-from cogprep.encode import engine as engine_module
+from cogprep.encode import pipeline as pipeline_module
 from cogprep.plan import survey as survey_module
 from cogprep.settings import EncodeSettings
 from cogprep.source.heartbeat import TIMEOUT_S
@@ -27,7 +27,7 @@ from cogprep.source.heartbeat import TIMEOUT_S
 
 @pytest.fixture(autouse=True)
 def _disturb(monkeypatch):
-    monkeypatch.setattr(engine_module, "decode_as_surveyed", pool_tasks.decode)
+    monkeypatch.setattr(pipeline_module, "decode_as_surveyed", pool_tasks.decode)
     monkeypatch.setattr(survey_module, "probe_clips", pool_tasks.probe)
 
 
@@ -151,7 +151,7 @@ def test_a_waiting_sample_keeps_its_place_through_other_changes(encoded, setting
 
 def test_rejected_clips_that_are_tried_again_get_their_old_place(encoded, settings_of, monkeypatch):
     undisturbed, out, settings = files_of(encoded / "out"), encoded / "new", settings_of(encoded, out=encoded / "new")
-    monkeypatch.setattr(engine_module, "decode_as_surveyed", pool_tasks.find_fault)
+    monkeypatch.setattr(pipeline_module, "decode_as_surveyed", pool_tasks.find_fault)
     (encoded / "ds" / "2.mp4.fault").touch()
     assert (encode(settings).rejected, encode(settings).rejected) == (1, 1)
     (encoded / "ds" / "2.mp4.fault").unlink()
@@ -190,7 +190,7 @@ def test_files_that_change_while_the_run_is_on_get_no_verdict(encoded, settings_
     out, root = encoded / "new", encoded / "ds"
     whole = {path: path.read_bytes() for path in root.glob("*.mp4")}
 
-    class Changing(engine_module.EncodeEngine):
+    class Changing(pipeline_module.Pipeline):
         def encode(self, shards):
             (root / "0.mp4").unlink()
             shutil.copy(root / "4.mp4", root / "1.mp4")
@@ -199,7 +199,7 @@ def test_files_that_change_while_the_run_is_on_get_no_verdict(encoded, settings_
             super().encode(shards)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cogprep.encode.part.EncodeEngine", Changing)
+        patch.setattr("cogprep.encode.encoder.Pipeline", Changing)
         report = encode(settings_of(encoded, out=out))
     assert (report.encoded, report.postponed, report.rejected) == (1, 4, 0)
     assert {sample.reason for sample in report.postponed_samples} == {

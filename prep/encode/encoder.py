@@ -1,0 +1,101 @@
+"""Encodes planned shards on one device: T5 over their captions, then clips through the VAE to committed shards.
+
+This is what every engine does with the shards that it is given, one device at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from cogcommon.cli.progress import stage
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.device import Precision
+from cogcommon.shards.contract import Contract
+
+from ..plan.plan import PlannedShard
+from ..processes.pool import Pool
+from ..settings import EncodeSettings
+from .captions import TextStore
+from .clock import Clock
+from .models import Models
+from .pipeline import QUICKLY, Care, Outcome, Pipeline
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ShardEncoder:
+    """A device with its models, and decode processes; they are loaded at their first use.
+
+    Args:
+        checkpoint: where the models come from.
+        device: for T5 and the VAE.
+        precision: of both.
+        contract: of every shard; the folder need not have it yet.
+        pool: decode processes.
+        clock: seconds are added to its stages.
+        keep_text: see `Models`.
+    """
+
+    def __init__(
+        self,
+        settings: EncodeSettings,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        precision: Precision,
+        contract: Contract,
+        pool: Pool,
+        clock: Clock,
+        *,
+        keep_text: bool = False,
+    ) -> None:
+        self._settings = settings
+        self._contract = contract
+        self._pool = pool
+        self._clock = clock
+        self._models = Models(checkpoint, device, precision, settings, clock, keep_text=keep_text)
+
+    def load(self) -> None:
+        """Load all models, and commit the contract."""
+        self.encode([], Outcome())
+
+    def encode(
+        self,
+        shards: Sequence[PlannedShard],
+        outcome: Outcome,
+        *,
+        begin: Callable[[], None] = lambda: None,
+        care: Care = QUICKLY,
+    ) -> None:
+        """Encode and commit shards.
+
+        Args:
+            outcome: what came of them is added to it.
+            begin: called when all models are there and the contract is committed, before a shard is touched.
+            care: see there.
+
+        Raises:
+            SettingError: the folder has another contract.
+            DiskError: the disk is full. What was committed stays good.
+        """
+        out = self._settings.out
+        with TextStore(out) as text:
+            self._contract = self._models.embed_captions(shards, text, self._contract)
+            latents = self._models.latents
+            outcome.encoder = latents.choice
+            begin()
+            total = sum(len(shard.samples) for shard in shards)
+            with self._clock("encode"), stage("encoding", total, "clip") as bar:
+                Pipeline(
+                    out=out,
+                    root=self._settings.root,
+                    contract=self._contract,
+                    cut=self._settings.cut,
+                    latents=latents,
+                    text=text,
+                    pool=self._pool,
+                    outcome=outcome,
+                    advance=lambda: bar.advance(outcome.waits_for),
+                    care=care,
+                ).encode(shards)

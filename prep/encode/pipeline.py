@@ -1,0 +1,366 @@
+"""Encode planned shards: decode pool -> VAE -> writer, all three at once.
+
+`Pipeline.encode` commits any shards of a plan; which worker takes which shards is
+decided by its caller. Clips are decoded ahead, across shard borders, up to a bound;
+the calling thread feeds the VAE, on a GPU one clip ahead; another thread hashes and
+writes. Samples reach a shard in planned order, so the same plan gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cogcommon.model.families import Resolution
+from cogcommon.shards.contract import Contract
+from cogcommon.shards.records import SampleRow
+
+from ..dataset.surveyed import decode_as_surveyed
+from ..plan.completion import Writer, open_writer
+from ..plan.folder import Split, split_folder
+from ..plan.plan import PlannedSample, PlannedShard, Rejected
+from ..processes.pool import Pool
+from ..source.clip import TONED, ClipFault
+from ..store.locks import ShardBusy
+from ..store.shards import ShardDone, ShardWriter
+from ..vae.choice import Choice
+from ..vae.encoder import LatentEncoder, Pending
+from ..vae.gpu_time import GpuTime
+from ..video.cut import Cut
+from ..video.decode import Clip
+from .captions import TextStore
+from .write_thread import WriteThread
+
+_DECODED_BYTES = 2 << 30  # decoded clips that wait for the VAE; 51 MB each at 49x480x720
+_IN_FLIGHT = 2  # clips on the GPU: one that it encodes, and the next, which it can begin at once
+
+
+@dataclass
+class Outcome:
+    """What became of the shards; counts are samples, times are seconds."""
+
+    encoded: int = 0
+    recovered: int = 0  # taken over from what a killed run had written
+    elsewhere: int = 0  # committed by another process after the plan was made
+    rejected: list[Rejected] = field(default_factory=list)
+    postponed: list[Rejected] = field(default_factory=list)  # left out of the records; the next run tries again
+    busy: list[tuple[Split, int]] = field(default_factory=list)  # shards that another process writes
+    tiled: int = 0
+    tone_mapped: int = 0
+    truncated: int = 0  # captions longer than the model's text
+    pictures: int = 0  # of those encoded, clips of one frame
+    profiles_unused: int = 0  # pictures and first frames whose colour profile cannot be applied
+    decode_wait_s: float = 0.0  # the VAE waited for clips
+    vae_s: float = 0.0
+    write_wait_s: float = 0.0  # the VAE waited for the disk
+    warm_up_s: float = 0.0  # the VAE chose its kernels, once a size; counted nowhere else
+    gpu: GpuTime = field(default_factory=GpuTime)
+    encoder: Choice = field(default_factory=lambda: Choice("diffusers"))
+
+    @property
+    def samples(self) -> int:
+        """Samples that are settled, one way or another, or on the GPU."""
+        settled = self.encoded + self.recovered + self.elsewhere
+        return settled + len(self.rejected) + len(self.postponed)
+
+    def add(self, other: Outcome) -> None:
+        """Add what became of other shards, which another process encoded at the same time."""
+        for name in ("rejected", "postponed", "busy"):
+            getattr(self, name).extend(getattr(other, name))
+        for name in (
+            "encoded", "recovered", "elsewhere", "tiled", "tone_mapped", "truncated", "pictures", "profiles_unused",
+            "decode_wait_s", "vae_s", "write_wait_s",
+        ):  # fmt: skip
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.warm_up_s = max(self.warm_up_s, other.warm_up_s)  # side by side
+        self.gpu.busy_s += other.gpu.busy_s
+        self.gpu.idle_s += other.gpu.idle_s
+        self.encoder = other.encoder
+
+    @property
+    def waits_for(self) -> str:
+        """Which side the work waits for most, in words."""
+        sides = {"decoding": self.decode_wait_s, "the VAE": self.vae_s, "the disk": self.write_wait_s}
+        return f"waiting for {max(sides, key=lambda side: sides[side])}"
+
+
+@dataclass(frozen=True)
+class _Decode:
+    writer: Writer
+    planned: PlannedSample
+
+
+@dataclass(frozen=True)
+class _LeftBehind:
+    writer: ShardWriter
+    planned: PlannedSample
+
+
+@dataclass(frozen=True)
+class _SetAside:
+    writer: Writer
+    planned: PlannedSample
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Commit:
+    writer: Writer
+
+
+_Step = _Decode | _LeftBehind | _SetAside | _Commit
+
+
+@dataclass(frozen=True)
+class Care:
+    """How carefully shards are encoded; as it stands, as fast as it goes.
+
+    Args:
+        at_hand: called before each clip is read.
+        one_at_a_time: each clip is read, encoded and handed to the disk before the next one is read, so that the one
+            at hand is to blame for what happens.
+        set_aside: samples, by key, that are not tried but left for another run, and why.
+    """
+
+    at_hand: Callable[[PlannedSample], None] = lambda _planned: None
+    one_at_a_time: bool = False
+    set_aside: Mapping[str, str] = field(default_factory=dict)
+
+
+QUICKLY = Care()
+
+
+class Pipeline:
+    """Encodes shards of one contract on one device.
+
+    Args:
+        out: the output folder; it exists.
+        root: the data root, which sources are relative to.
+        contract: of every shard.
+        cut: how clips are cut.
+        latents: the VAE.
+        text: holds the embedding of every caption that will be asked for.
+        pool: decode children.
+        outcome: counts and times are added to it.
+        advance: called after each sample.
+        care: see there.
+    """
+
+    def __init__(
+        self,
+        *,
+        out: Path,
+        root: Path,
+        contract: Contract,
+        cut: Cut,
+        latents: LatentEncoder,
+        text: TextStore,
+        pool: Pool,
+        outcome: Outcome,
+        advance: Callable[[], None],
+        care: Care = QUICKLY,
+    ) -> None:
+        self._out = out
+        self._root = root
+        self._contract = contract
+        self._cut = cut
+        self._latents = latents
+        self._text = text
+        self._pool = pool
+        self._outcome = outcome
+        self._advance = advance
+        self._care = care
+        self._open: list[Writer] = []
+        self._flight: deque[tuple[Pending | None, Callable[[], None]]] = deque()  # in order, for the writer
+
+    def encode(self, shards: Sequence[PlannedShard]) -> None:
+        """Encode and commit shards; what came of them is added to the outcome.
+
+        Raises:
+            DiskError: the disk is full. What was committed stays good.
+        """
+        steps: deque[_Step] = deque()
+
+        def requests() -> Iterator[tuple[Any, ...]]:
+            for step in self._steps(shards):
+                steps.append(step)
+                if isinstance(step, _Decode):
+                    self._care.at_hand(step.planned)
+                    yield self._request(step.planned)
+
+        self._outcome.gpu.pause()
+        try:
+            with WriteThread() as thread:
+                clips = self._pool.run(decode_as_surveyed, requests(), window=self._window(shards))
+                while True:
+                    started = time.perf_counter()
+                    clip = next(clips, None)
+                    self._outcome.decode_wait_s += time.perf_counter() - started
+                    while steps and not isinstance(step := steps[0], _Decode):
+                        self._pass(steps.popleft())
+                    if clip is None:
+                        break
+                    step = steps.popleft()
+                    assert isinstance(step, _Decode)
+                    self._encode_one(step, clip)
+                    self._land(thread, 0 if self._care.one_at_a_time else _IN_FLIGHT)
+                assert not steps
+                self._land(thread, 0)
+        finally:
+            self._outcome.gpu.pause()
+            self._flight.clear()
+            for writer in self._open:
+                writer.abandon()
+            self._open.clear()
+
+    def _steps(self, shards: Iterable[PlannedShard]) -> Iterator[_Step]:
+        """What to do, in order. A shard is locked when its first clip is about to be decoded."""
+        for shard in shards:
+            try:
+                folder = split_folder(self._out, shard.split)
+                folder.mkdir(parents=True, exist_ok=True)
+                keys = {planned.key for planned in shard.samples}
+                writer = open_writer(folder, shard.number, self._contract, keys, completes=shard.completes)
+            except ShardBusy:
+                self._outcome.busy.append((shard.split, shard.number))
+                continue
+            except ShardDone:  # another process was first
+                self._outcome.elsewhere += len(shard.samples)
+                continue
+            self._open.append(writer)
+            left_behind = writer.left_behind() if isinstance(writer, ShardWriter) else set()
+            for planned in shard.samples:
+                if isinstance(writer, ShardWriter) and planned.key in left_behind:
+                    yield _LeftBehind(writer, planned)
+                elif reason := self._care.set_aside.get(planned.key):
+                    yield _SetAside(writer, planned, reason)
+                else:
+                    yield _Decode(writer, planned)
+            yield _Commit(writer)
+
+    def _request(self, planned: PlannedSample) -> tuple[Any, ...]:
+        sample = planned.sample
+        image = self._root / sample.image if sample.image else None
+        fps = self._contract.family_row.fps
+        expected = planned.clip, planned.image_sha256
+        return *expected, self._root / sample.source, planned.bucket, self._cut, fps, planned.key, image
+
+    def _window(self, shards: Sequence[PlannedShard]) -> int:
+        if self._care.one_at_a_time:
+            return 1
+        largest = max((_clip_bytes(shard.bucket) for shard in shards), default=1)
+        return max(2, min(2 * self._pool.workers, _DECODED_BYTES // largest))
+
+    def _pass(self, step: _Step) -> None:
+        """Queue a step that needs no clip."""
+        if isinstance(step, _LeftBehind):
+            left, row = step.writer, planned_row(step.planned)
+            self._flight.append((None, lambda: left.add_left_behind(row)))
+            self._outcome.recovered += 1
+            self._advance()
+        elif isinstance(step, _SetAside):
+            self._postpone(step.writer, step.planned, step.reason)
+        elif isinstance(step, _Commit):
+            writer = step.writer
+            self._flight.append((None, lambda: self._commit(writer)))
+
+    def _postpone(self, writer: Writer, planned: PlannedSample, reason: str) -> None:
+        """Leave a sample for another run; its place is kept."""
+        self._outcome.postponed.append(Rejected(planned.sample, reason, passing=True))
+        self._flight.append((None, lambda: writer.postpone(planned.key)))
+        self._advance()
+
+    def _commit(self, writer: Writer) -> None:
+        writer.commit()
+        self._open.remove(writer)
+
+    def _encode_one(self, step: _Decode, clip: Clip | ClipFault) -> None:
+        writer, row = step.writer, planned_row(step.planned)
+        if isinstance(clip, ClipFault) and clip.passing:
+            self._postpone(writer, step.planned, clip.reason)
+            return
+        if isinstance(clip, ClipFault):
+            self._outcome.rejected.append(Rejected(step.planned.sample, clip.reason))
+            rejected = replace(row, status="rejected", reason=clip.reason)
+            self._flight.append((None, lambda: writer.add_rejected(rejected)))
+            self._advance()
+            return
+        image = None
+        if self._contract.task == "i2v":
+            image = clip.frames_FHWC[0] if clip.image_HWC is None else clip.image_HWC
+        started = time.perf_counter()
+        pending = self._latents.start(row.key, clip.frames_FHWC, image)
+        self._outcome.vae_s += time.perf_counter() - started - pending.warm_up_s
+        self._outcome.warm_up_s += pending.warm_up_s
+        row = replace(
+            row,
+            frames=list(clip.indices),
+            effective_fps=clip.effective_fps,
+            crop_box=list(clip.crop_box),
+            colour=clip.colour,
+            tiled=pending.tiled,
+        )
+        self._outcome.encoded += 1
+        self._outcome.pictures += step.planned.bucket.frames == 1
+        self._outcome.tiled += pending.tiled
+        self._outcome.profiles_unused += bool(clip.profile_fault)
+        self._outcome.tone_mapped += TONED in clip.colour
+        self._flight.append((pending, lambda: self._write(writer, row, pending)))
+
+    def _land(self, thread: WriteThread, still: int) -> None:
+        """Hand finished clips to the writer, in order; wait until at most ``still`` clips are on the GPU."""
+        while self._flight:
+            pending, task = self._flight[0]
+            busy = sum(other is not None and not other.done for other, _ in self._flight)
+            if pending is not None and not pending.done and busy <= still:
+                return
+            self._flight.popleft()
+            started = time.perf_counter()
+            if pending is not None:
+                pending.wait()
+                self._outcome.gpu.add(pending.span)
+            landed = time.perf_counter()
+            thread.submit(task)
+            self._outcome.vae_s += landed - started
+            self._outcome.write_wait_s += time.perf_counter() - landed
+            if pending is not None:
+                self._advance()
+
+    def _write(self, writer: Writer, row: SampleRow, pending: Pending) -> None:
+        latents = pending.latents()
+        text_LD, facts = self._text.read(row.caption)
+        self._outcome.truncated += facts.truncated
+        row = replace(row, caption_tokens=facts.tokens, caption_truncated=facts.truncated)
+        writer.add(row, {**latents.tensors, "text": text_LD})
+
+
+def planned_row(planned: PlannedSample) -> SampleRow:
+    """A sample's row as far as the plan knows it."""
+    return SampleRow(
+        key=planned.key,
+        status="ok",
+        bucket=str(planned.bucket),
+        caption=planned.sample.caption,
+        caption_tokens=0,
+        caption_truncated=False,
+        source=planned.sample.source,
+        source_line=planned.sample.line,
+        source_size=planned.clip.size,
+        source_mtime_ns=planned.clip.mtime_ns,
+        source_sha256=planned.clip.sha256,
+        image=planned.sample.image,
+        image_sha256=planned.image_sha256,
+        frames=[],
+        effective_fps=0.0,
+        crop_box=[],
+        colour="",
+        tiled=False,
+    )
+
+
+def _clip_bytes(bucket: Resolution) -> int:
+    return bucket.frames * bucket.height * bucket.width * 3
