@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from ..files.typed import parse_object
 from ..words import first_line
 from .families import BUILTIN_NAMES, FAMILIES, RANDOM, Family, Resolution, check_resolution, family_of
 from .hub import fetch
+from .remembered import Remembered
 from .tiny import NATIVE as BUILTIN_NATIVE
 from .tiny import builtin_folder
 from .weights import check_weights, load_part, weight_files
@@ -137,7 +139,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def identity(self, part: WeightedPart) -> WeightsIdentity:
-        """Hashes of a part's config and weights (about 2 GB/s a core; free in the hub's cache)."""
+        """Hashes of a part's config and weights (about 2 GB/s a core, once; free in the hub's cache)."""
         folder = self.folder(part)
         weight_files(folder, part, self.name)
         return WeightsIdentity(
@@ -155,12 +157,12 @@ def _facts_of(folder: Path) -> str:
 
 
 def _weights_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
+    digest, remembered = hashlib.sha256(), Remembered(folder)
     for file in sorted(folder.glob("*.safetensors")):
         # The hub's cache stores a large file under its own sha256.
         blob = file.resolve().name if file.is_symlink() else ""
         if not re.fullmatch(r"[0-9a-f]{64}", blob):
-            blob = _sha256(file)
+            blob = remembered.recall(f"sha256 of {file.name}", [file], partial(_sha256, file))
         digest.update(f"{file.name} {blob}\n".encode())
     return digest.hexdigest()
 

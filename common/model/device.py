@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import sys
 from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..cli.progress import stage
@@ -34,15 +41,68 @@ def pick_device(local_rank: int = 0) -> torch.device:
 
 
 def visible_gpus() -> int:
-    """GPUs of this host that this process may use; asking does not start CUDA."""
+    """GPUs of this host that this process may use; asking starts CUDA at most as far as its driver.
+
+    What has nothing to do for a GPU ends before torch is imported, which takes seconds where torch knows CUDA.
+    """
+    names = None if "torch" in sys.modules else _gpus_by_driver()
+    if names is not None:
+        found = len(names)
+    else:
+        import torch
+
+        found = torch.cuda.device_count()
+    if not found:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as `pick_device`, for whoever imports a library before it
+    return found
+
+
+def gpu_name() -> str | None:
+    """The driver's name of the first GPU; None without one."""
+    names = None if "torch" in sys.modules else _gpus_by_driver()
+    if names is not None:
+        return names[0] if names else None
     import torch
 
-    return torch.cuda.device_count()
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
-def default_precision(family: Family, device: torch.device) -> Precision:
-    """The family's own on a GPU; fp32 on a CPU, where half precision saves memory but seldom time."""
-    return family.precision if device.type == "cuda" else "fp32"
+@cache
+def _gpus_by_driver() -> tuple[str, ...] | None:
+    """Names of the GPUs that torch would find, asked of the driver as torch does; None where torch must say it."""
+    package = find_spec("torch")
+    versions = Path(package.origin).with_name("version.py") if package and package.origin else None
+    if versions is None or not versions.is_file():
+        return None
+    built = dict(re.findall(r"^(\w+)(?::[^=\n]*)? = (?:'([^']*)'|None)$", versions.read_text("utf-8"), re.MULTILINE))
+    if built.get("cuda") is None or built.get("hip") or built.get("xpu"):
+        return None
+    if not built["cuda"]:
+        return ()  # built without CUDA
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count, can, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    if driver.cuInit(0) or driver.cuDriverGetVersion(ctypes.byref(can)) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return None
+    if can.value // 1000 < int(built["cuda"].split(".")[0]):
+        return None  # an old driver, which torch may or may not take
+    names = []
+    for number in range(count.value):  # a device's handle is its number
+        if driver.cuDeviceGetName(name, len(name), number):
+            return None
+        names.append(name.value.decode(errors="replace"))
+    return tuple(names)
+
+
+def default_precision(family: Family, device: torch.device | str) -> Precision:
+    """The family's own on a GPU; fp32 on a CPU, where half precision saves memory but seldom time.
+
+    Args:
+        device: or its type.
+    """
+    return family.precision if str(device).startswith("cuda") else "fp32"
 
 
 # Of a GPU's name, or "this GPU".
@@ -74,11 +134,12 @@ def item_bytes(dtype: Dtype) -> int:
 
 
 @stage("loading the libraries")
-def quiet_libraries() -> None:
-    """Switch off the progress bars and chatter of transformers and diffusers; we draw our own."""
-    import diffusers
-    import transformers
+def quiet_libraries(*names: Literal["transformers", "diffusers"]) -> None:
+    """Switch off the progress bars and chatter of transformers and diffusers; we draw our own.
 
-    for library in (transformers, diffusers):
+    Args:
+        names: of those that will be used; both by default. Each takes seconds to import.
+    """
+    for library in map(import_module, names or ("diffusers", "transformers")):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -6,20 +6,25 @@ many; each of them is another model than the one that was named.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..files.typed import parse_object
 from ..words import counted, first_line
+from .remembered import Remembered
 
 if TYPE_CHECKING:
     import torch
 
 _INDEX = ".index.json"
+_CONFIG = "config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 # A whole T5 may lie in text_encoder; its decoder and head are no part of the encoder.
@@ -50,7 +55,7 @@ class PartClass:
 
         cls = self.load()
         try:
-            config = parse_object((folder / "config.json").read_bytes())
+            config = parse_object((folder / _CONFIG).read_bytes())
             with torch.device("meta"):
                 if self.library == "diffusers":
                     return cls.from_config(config)
@@ -59,7 +64,7 @@ class PartClass:
         except Exception as error:
             raise ModelError(
                 f"the {folder.name} cannot be made from its config.json: {first_line(error)}",
-                where=str(folder / "config.json"),
+                where=str(folder / _CONFIG),
                 fix="take the config.json of the published checkpoint",
             ) from error
 
@@ -136,6 +141,9 @@ def _names_of(index: Path, part: str, model: str) -> list[str]:
 def check_weights(folder: Path, part: str, model: str) -> None:
     """Refuse a part that lacks a weight, has one too many, or one of another shape or no number type.
 
+    A part that has passed is not looked at again until one of its files changes, or the libraries do: looking takes
+    the import of its class, which is most of what a command does that has nothing to do.
+
     Args:
         part: a name of `CLASSES`.
         model: the checkpoint's name, for the message.
@@ -144,6 +152,23 @@ def check_weights(folder: Path, part: str, model: str) -> None:
         ModelError: names the part and the first such weight.
     """
     files = weight_files(folder, part, model)
+    also = [file for name in (_CONFIG, CLASSES[part].file + _INDEX) if (file := folder / name).is_file()]
+
+    def look() -> str:
+        _check(folder, part, model, files)
+        return "whole"
+
+    Remembered(folder).recall(f"{part} by {_rules()}", [*also, *files], look)
+
+
+@cache
+def _rules() -> str:
+    """Tells what a part was checked by: the classes' libraries, and this file."""
+    libraries = " ".join(f"{name} {version(name)}" for name in sorted({row.library for row in CLASSES.values()}))
+    return f"{libraries} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
+
+
+def _check(folder: Path, part: str, model: str, files: Sequence[Path]) -> None:
     stored = _read_headers(files, part, model)
     module = CLASSES[part].on_meta(folder)
     groups = _tied(module)

@@ -77,7 +77,7 @@ def validate(settings: ValidateSettings) -> Verdict:
         if isinstance(found := looks[sample.source], Look)
         and not isinstance(image := images.get(sample.image), ClipFault)
     ]
-    quiet_libraries()
+    quiet_libraries("transformers")
     tokenizer, notes = _tokenizer(checkpoint)
     cuts = cut_captions([one.sample for one in looked], tokenizer, family.text_tokens)
     forecast = foretell(settings, checkpoint, data, looks, hashes, [one.look.facts.sha256 for one in looked])

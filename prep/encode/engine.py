@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import Precision, item_bytes, pick_device, visible_gpus
@@ -18,9 +18,6 @@ from ..settings import EncodeSettings
 from .clock import Clock
 from .encoder import ShardEncoder
 from .pipeline import Outcome
-
-if TYPE_CHECKING:
-    import torch
 
 # T5 runs over the captions of a round, then makes room for the VAE. A round's embeddings lie in a
 # scratch file: 17,000 captions of T5-XXL in bf16, a day of encoding between two loads of T5.
@@ -53,8 +50,8 @@ class Job:
 class Engine(Protocol):
     """Encodes and commits planned shards, somewhere."""
 
-    def device(self) -> torch.device:
-        """What the models run on; of several devices, any of them."""
+    def device_type(self) -> str:
+        """Of what the models run on, as torch calls it: "cuda" or "cpu"."""
 
     def encode(self, job: Job) -> None:
         """Encode and commit the shards of a job, of which there may be none.
@@ -68,18 +65,16 @@ class Engine(Protocol):
 class LocalEngine:
     """This process, on one device of this machine."""
 
-    def __init__(self) -> None:
-        self._device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
-
-    def device(self) -> torch.device:
-        """See `Engine`."""
-        return self._device
+    def device_type(self) -> str:
+        """See `Engine`. No torch is imported for it: an encode with nothing to do needs none."""
+        return "cuda" if visible_gpus() else "cpu"
 
     def encode(self, job: Job) -> None:
         """See `Engine`; the shards in rounds (`rounds`)."""
+        device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
         encoder = ShardEncoder(
-            job.settings, job.checkpoint, self._device, job.precision, job.contract, job.pool, job.clock
-        )
+            job.settings, job.checkpoint, device, job.precision, job.contract, job.pool, job.clock
+        )  # fmt: skip
         begin = job.begin
         for round_ in rounds(job.shards, job.contract):
             encoder.encode(round_, job.outcome, begin=begin)

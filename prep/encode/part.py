@@ -76,8 +76,8 @@ def encode_slice(settings: EncodeSettings, engine: Engine | None = None) -> Repo
     if quoted := sum(in_quotes(sample.caption) for sample in data.samples):
         say(f"note: {counted(quoted, 'caption')} in quotes, which are trained as a part of them")
     engine = engine or LocalEngine()
-    device = engine.device()
-    precision = settings.precision or default_precision(checkpoint.family, device)
+    device_type = engine.device_type()
+    precision = settings.precision or default_precision(checkpoint.family, device_type)
     with clock("weights"), stage("checking the weights"):
         checkpoint.check_weights("text_encoder", "vae")  # before hours of reading clips, not after
         contract = make_contract(settings, checkpoint, DTYPES[precision])
@@ -118,7 +118,7 @@ def encode_slice(settings: EncodeSettings, engine: Engine | None = None) -> Repo
             engine.encode(Job(settings, checkpoint, precision, contract, shards, pool, begin, clock, outcome))
         else:
             begin()
-    report = make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device.type)
+    report = make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device_type)
     if not report.unfinished:
         cache.discard()
     return report

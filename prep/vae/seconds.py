@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from cogcommon.errors import SettingError
 from cogcommon.model.cards import Card, card_like, card_named
+from cogcommon.model.device import gpu_name
 from cogcommon.model.families import Resolution
 
 from .choice import EncoderName
@@ -59,7 +60,7 @@ def vae_speed(named: str | None) -> VaeSpeed:
                 fix="the card's name, for example --gpu 4090",
             )
         return _speed_of(card, "fused")
-    name = _gpu_here()
+    name = gpu_name()
     reference = card_like(_CARD)
     assert reference is not None
     if name is None:
@@ -81,10 +82,3 @@ def _speed_of(card: Card, encoder: EncoderName, more: str = "") -> VaeSpeed:
         why = f"{_MEASURED[encoder] * relative:.2g} s a clip of {_CLIP}, computed from {measured} on an {_CARD}, "
         why += "and the cards' published rates"
     return VaeSpeed(card.name, encoder, relative, why)
-
-
-def _gpu_here() -> str | None:
-    """Its driver's name."""
-    import torch
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

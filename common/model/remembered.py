@@ -1,0 +1,67 @@
+"""What was found out about the weight files of a folder, kept in the user's cache: nobody waits for it twice.
+
+A file counts as the same while its path, size and times are. ``$COGTUNE_CACHE/weights/`` (`cache_root`) has a small
+file for each folder of weights; without them everything is found out anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files.atomic import commit_bytes
+from ..files.typed import parse_object
+from .tiny import cache_root
+
+# A file that has just been written may be written again within one tick of its file system's clock (FAT: 2 s).
+_YOUNG_NS = 3_000_000_000
+
+
+class Remembered:
+    """What is known of the files in one folder.
+
+    Args:
+        folder: of a part of a checkpoint; what is remembered lies elsewhere.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = str(folder.resolve())
+        self._file = cache_root() / "weights" / f"{hashlib.sha256(path.encode()).hexdigest()[:24]}.json"
+        self._known: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            known = parse_object(self._file.read_bytes())
+            if known.get("folder") == path:
+                self._known = dict(known)
+        self._known["folder"] = path
+
+    def recall(self, what: str, files: Sequence[Path], find: Callable[[], str]) -> str:
+        """What ``find`` gives, without calling it where it was called before and no file has changed since.
+
+        Args:
+            what: is found out.
+            files: that it depends on, all of them there.
+            find: finds it out. What it raises is raised, and nothing is kept.
+        """
+        before = _facts_of(files)
+        kept = self._known.get(what)
+        if isinstance(kept, dict) and kept.get("files") == before and isinstance(kept.get("found"), str):
+            return str(kept["found"])
+        found = find()
+        newest = max((max(times) for _, *times in before.values()), default=0)
+        if _facts_of(files) == before and newest < time.time_ns() - _YOUNG_NS:
+            self._known[what] = {"files": before, "found": found}
+            with contextlib.suppress(OSError):  # no room, no permission: found out again the next time
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                commit_bytes(self._file, json.dumps(self._known).encode())
+        return found
+
+
+def _facts_of(files: Sequence[Path]) -> dict[str, list[int]]:
+    """Size and times of each file, by name; a link's are those of what it leads to."""
+    stats = {file.name: file.stat() for file in files}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
