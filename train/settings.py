@@ -65,7 +65,11 @@ class TrainSettings:
     )  # fmt: skip
 
     batch_size: int = setting(1, "samples per process and accumulation step", section=_OPTIM)
-    accumulate: int = setting(1, "accumulation steps per optimizer step", section=_OPTIM)
+    accumulate: int = setting(1, "accumulation steps per optimizer step", section=_OPTIM, instead_of="global_batch")
+    global_batch: int | None = setting(
+        None, "samples per optimizer step over all processes, however many there are: --accumulate follows from it",
+        shown="processes x batch size x accumulate", section=_OPTIM, instead_of="accumulate",
+    )  # fmt: skip
     lr: float = setting(1e-4, "peak learning rate", section=_OPTIM)
     lr_schedule: LrSchedule = setting(
         "constant", "learning rate after the warm-up; linear and cosine reach zero at the last step", section=_OPTIM
@@ -142,10 +146,17 @@ class TrainSettings:
                 where="--steps, --epochs",
                 fix="give one of them",
             )
+        if self.global_batch is not None and self.accumulate != 1:
+            raise SettingError(
+                f"--global-batch {self.global_batch} and --accumulate {self.accumulate} both say how large a step is",
+                where="--global-batch, --accumulate",
+                fix="give one of them",
+            )
         least = {
-            "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "nproc": 1, "save_every": 1,
-            "keep": 1, "validate_every": 1, "validate_videos": 0, "patience": 0, "lr": 0, "eps": 0, "weight_decay": 0,
-            "max_grad_norm": 0, "min_snr_gamma": 0, "caption_dropout": 0, "beta1": 0, "beta2": 0, "ema": 0,
+            "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "global_batch": 1, "warmup": 0, "nproc": 1,
+            "save_every": 1, "keep": 1, "validate_every": 1, "validate_videos": 0, "patience": 0, "lr": 0, "eps": 0,
+            "weight_decay": 0, "max_grad_norm": 0, "min_snr_gamma": 0, "caption_dropout": 0, "beta1": 0, "beta2": 0,
+            "ema": 0,
         }  # fmt: skip
         below = {"beta1": 1, "beta2": 1, "ema": 1}
         for name, lowest in least.items():

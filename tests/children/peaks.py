@@ -55,7 +55,7 @@ Validation._remembered = lambda self: 1.0
 cogtrain.validation.videos.denoise.__kwdefaults__["steps"] = 2
 train(
     Run(
-        settings=settings, method=Lora(settings), shards=shards, held_out=shards, checkpoint=checkpoint,
+        settings=settings, given=settings, method=Lora(settings), shards=shards, held_out=shards, checkpoint=checkpoint,
         sampler=Sampler(shards.shard_of, shards.bucket_of, 1, settings.seed), steps=STEPS, strategy=strategy,
         precision="bf16" if device.type == "cuda" else "fp32", world=1, resume=None, notes=(),
     ),

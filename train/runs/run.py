@@ -35,20 +35,26 @@ from ..store.cache import Cache
 from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
 from .folder import CONFIG_FILE
+from .global_batch import FACT, with_accumulation
 from .tracker import check_tracker_installed
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_EPOCHS = 10
-_REVISION = "revision of the base model"
+_REVISION, _STRATEGY, _PRECISION = "revision of the base model", "--strategy", "--precision"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that can start."""
+    """A run that can start.
+
+    Attributes:
+        settings: with the accumulation steps that make up its global batch; ``given`` is as they were asked for.
+    """
 
     settings: TrainSettings
+    given: TrainSettings
     method: Method
     shards: ShardSet
     held_out: ShardSet | None
@@ -90,12 +96,12 @@ class Run:
             "base model": f"{self.checkpoint.family.name} {self.checkpoint.name}",
             _REVISION: self.checkpoint.fingerprint,
             "shards": self.shards.fingerprint,
-            "global batch": self.global_batch,
+            FACT: self.global_batch,
             "--captions": self.settings.captions,
             "--repeat": described(self.sampler.times),
             "--seed": self.settings.seed,
-            "--strategy": self.strategy,
-            "--precision": self.precision,
+            _STRATEGY: self.strategy,
+            _PRECISION: self.precision,
             "--optimizer": self.settings.optimizer,
             **self.method.resume_facts(),
         }
@@ -117,6 +123,9 @@ def open_run(
     """
     notes: list[str] = []
     resume = agree_on_resume(lambda: _find_resume(settings), peers)  # together, so before anything that may fail here
+    given, groups = settings, data_groups(world)
+    settings = with_accumulation(settings, groups, resume, peers.here if peers.world > 1 else world, notes)
+    settings = _as_it_began(settings, resume)
     method = method_of(settings)
     strategy = choose_strategy(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
     _check_strategy(settings, strategy)
@@ -156,7 +165,6 @@ def open_run(
     checkpoint.check_weights("transformer")
     if settings.validate_videos:
         checkpoint.check_weights("vae")
-    groups = data_groups(world)
     sampler = _sampler(settings, shards, groups, notes)
     steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * sampler.steps_per_epoch
     if resume is not None and resume.state.step > steps:
@@ -168,6 +176,7 @@ def open_run(
         notes.append("--lr 0 trains nothing")
     run = Run(
         settings=settings,
+        given=given,
         method=method,
         shards=shards,
         held_out=held_out,
@@ -186,6 +195,18 @@ def open_run(
         if changed:
             notes.append("changed since the checkpoint: " + ", ".join(changed))
     return dataclasses.replace(run, notes=tuple(notes))
+
+
+def _as_it_began(settings: TrainSettings, resume: SavedCheckpoint | None) -> TrainSettings:
+    """What is chosen by the number of processes and by the device stays what it was when the run began."""
+    if resume is None:
+        return settings
+    facts, chosen = resume.state.facts, {}
+    if settings.strategy == "auto" and settings.deepspeed is None and _STRATEGY in facts:
+        chosen["strategy"] = facts[_STRATEGY]
+    if settings.precision is None and _PRECISION in facts:
+        chosen["precision"] = facts[_PRECISION]
+    return dataclasses.replace(settings, **chosen)
 
 
 def _base_model(settings: TrainSettings, shards: ShardSet, resume: SavedCheckpoint | None) -> Checkpoint:
@@ -309,7 +330,7 @@ def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
 
 
 # They say where and how long, not what is trained.
-_FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "shards",
+_FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "global_batch", "shards",
          "validate_shards", "save_every", "keep", "keep_best", "patience", "validate_every", "validate_videos",
          "tracker", "model", "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
          "cache_size", "init_lora", "repeat"}  # fmt: skip
@@ -353,6 +374,8 @@ def write_config(run: Run, folder: Path) -> None:
         model=run.checkpoint.name + (f"@{run.checkpoint.revision}" if run.checkpoint.revision else ""),
         precision=run.precision,
         strategy=run.strategy,
+        accumulate=1,
+        global_batch=run.global_batch,  # so that any number of processes goes on with it
         config=None,
         resume="auto",  # the command that resumes a stopped run names this file
         steps=run.steps,
@@ -360,7 +383,9 @@ def write_config(run: Run, folder: Path) -> None:
     )
     if any(without_secrets(word) != word for word in _words(run.settings)):
         lines.append("# Signatures and passwords of URLs are left out: give --shards (and --validate-shards) again.")
-    lines += [f"{name} = {_toml(value)}" for name, value in settings_json(resolved).items() if value is not None]
+    values = settings_json(resolved)
+    del values["accumulate"]  # follows from the global batch
+    lines += [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
     try:
         made.set_aside(CONFIG_FILE)
         made.commit_bytes(CONFIG_FILE, ("\n".join(lines) + "\n").encode())

@@ -125,7 +125,7 @@ class Saver:
             CogError: there is no room for it, and training ends here; says where the weights are.
         """
         run, runtime = self.run, self.runtime
-        state = checkpoints.RunState(step, runtime.world, run.resume_facts(), settings_json(run.settings))
+        state = checkpoints.RunState(step, runtime.world, run.resume_facts(), settings_json(run.given))
         try:
             with stage("saving a checkpoint"):
                 saved = checkpoints.save(

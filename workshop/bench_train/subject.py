@@ -104,6 +104,7 @@ def random_run(settings: TrainSettings, checkpoint: Checkpoint, shards: ShardSet
     method = method_of(settings)
     return Run(
         settings=settings,
+        given=settings,
         method=method,
         shards=shards,
         held_out=None,
