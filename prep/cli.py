@@ -105,5 +105,5 @@ for _name, _settings, _module, _help, _examples in _COMMANDS:
 
 
 def main() -> None:
-    interrupt.listen()
+    interrupt.catch_interrupts()
     run_app(app)

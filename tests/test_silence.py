@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from cogcommon.cli.stages import columns
+from cogcommon.cli.stages import text_width
 from workshop.draw import write_data_set
 
 LONGEST_S = 2.0
@@ -114,6 +114,6 @@ def test_what_takes_long_says_what_it_does(folder, words, named):
     )
     assert "starting" in recording.live[0] and recording.first_s < FIRST_S
     assert recording.longest_s < LONGEST_S, recording.meanwhile
-    assert all(columns(line.removesuffix("\x1b[K")) < 80 for line in recording.live)
+    assert all(text_width(line.removesuffix("\x1b[K")) < 80 for line in recording.live)
     for name in named:
         assert any(re.search(name, line) for line in recording.live), name

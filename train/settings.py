@@ -13,11 +13,12 @@ from cogcommon.errors import SettingError
 from cogcommon.model.device import Precision
 from cogcommon.words import bytes_of
 
-Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+Strategy = Literal["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
+StrategyChoice = Literal["auto", Strategy]
 Memory = Literal["auto", "fast", "low"]
 AdapterName = Literal["lora", "rslora"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy"]
-Captions = Literal["all", "one"]
+CaptionChoice = Literal["all", "one"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")  # attention only: 59.0 M weights at rank 128 (2B), 132.1 M (5B)
@@ -41,7 +42,7 @@ class TrainSettings:
         section=_DATA,
     )  # fmt: skip
     cache_size: str = setting("200GB", "the most that --cache keeps", section=_DATA)
-    captions: Captions = setting(
+    captions: CaptionChoice = setting(
         "all", "of a clip with several captions, train all in each epoch, or one, another one each epoch", section=_DATA
     )
     repeat: list[str] = setting(
@@ -99,7 +100,7 @@ class TrainSettings:
         None, "number type the transformer computes in", section=_HARDWARE,
         shown="the family's on a GPU (2B fp16, else bf16), fp32 on a CPU",
     )  # fmt: skip
-    strategy: Strategy = setting(
+    strategy: StrategyChoice = setting(
         "auto", "how weights and optimizer states are spread over GPUs", section=_HARDWARE,
         shown="ddp for LoRA and on one GPU, else zero2",
     )  # fmt: skip

@@ -124,17 +124,17 @@ def live_line(stages: Sequence[Stage], width: int, turn: int = 0, *, ascii_only:
         parts.append((1, f"left {_clock_time(left)}"))
     parts += [(3 + place, note) for place, note in enumerate(filter(None, [*stage.notes[:4], stage.rate]))]
     parts = [(rank, " ".join(plain(text).split())) for rank, text in parts]
-    while len(parts) > 1 and columns("  ".join(text for _, text in parts)) > width:
+    while len(parts) > 1 and text_width("  ".join(text for _, text in parts)) > width:
         parts.remove(max(parts))
     line = "  ".join(text for _, text in parts)
-    if columns(line) <= width:
+    if text_width(line) <= width:
         return turning + line
-    while line and columns(line) > width - (1 if ascii_only else columns("…")):
+    while line and text_width(line) > width - (1 if ascii_only else text_width("…")):
         line = line[:-1]
     return turning + line + ("." if ascii_only else "…")
 
 
-def columns(text: str) -> int:
+def text_width(text: str) -> int:
     """What a text takes of a terminal's line."""
     return sum(
         0 if unicodedata.combining(mark) else 2 if unicodedata.east_asian_width(mark) in "WF" else 1 for mark in text

@@ -43,7 +43,7 @@ _V2 = _Names(
 
 
 @dataclass(frozen=True)
-class Left:
+class Headroom:
     """Bytes that may still be taken, and what says so."""
 
     bytes: int
@@ -59,13 +59,13 @@ def free_host_memory(process: Path = _SELF) -> int:
     return host_memory_left(process).bytes
 
 
-def host_memory_left(process: Path = _SELF) -> Left:
+def host_memory_left(process: Path = _SELF) -> Headroom:
     """The same, with the tightest limit: this machine's own, or a control group's, named by its folder."""
     import psutil
 
-    machine = Left(int(psutil.virtual_memory().available), "the memory of this machine")
+    machine = Headroom(int(psutil.virtual_memory().available), "the memory of this machine")
     tightest = min([machine, *_left_by_groups(process)], key=lambda left: left.bytes)
-    return Left(max(0, tightest.bytes), tightest.where)
+    return Headroom(max(0, tightest.bytes), tightest.where)
 
 
 def held_here() -> int:
@@ -97,7 +97,7 @@ def free_gpu_memory(device: torch.device) -> int:
     return max(0, min(free, int(total * share) - torch.cuda.memory_reserved(device)))
 
 
-def _left_by_groups(process: Path) -> Iterator[Left]:
+def _left_by_groups(process: Path) -> Iterator[Headroom]:
     """What each control group of a process, its own and those above it, leaves of its limit."""
     for folder, names in _groups(process):
         limits = [limit for file in names.limits if (limit := _number(folder / file)) is not None]
@@ -105,7 +105,7 @@ def _left_by_groups(process: Path) -> Iterator[Left]:
         if limits and used is not None:
             stat = _table(folder / "memory.stat")
             free = min(limits) - used + sum(stat.get(name, 0) for name in names.reclaimable)
-            yield Left(free, f"the memory limit of this container or job: {folder}")
+            yield Headroom(free, f"the memory limit of this container or job: {folder}")
 
 
 def _groups(process: Path) -> Iterator[tuple[Path, _Names]]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _END = 1 << 20  # bytes of a weights file's beginning, where its tensors are listed, and of its end
 
 WeightedPart = Literal["transformer", "vae", "text_encoder"]
-Part = Literal[WeightedPart, "tokenizer"]
+Component = Literal[WeightedPart, "tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Checkpoint:
         """Refuse a size that this checkpoint cannot take (`families.check_resolution`)."""
         check_resolution(self.family, self.native, self.transformer_config, resolution)
 
-    def folder(self, part: Part) -> Path:
+    def folder(self, part: Component) -> Path:
         """The part's folder, fetched first if the checkpoint lives on the hub."""
         if self.on_hub:
             fetch(self.name, [f"{part}/*"], self.revision)

@@ -18,7 +18,7 @@ from cogcommon.media.image import is_picture
 from cogcommon.words import counted
 
 from ..dataset.captions_found import Captions, find_captions
-from ..dataset.found import CLIPS, Found, find
+from ..dataset.found import CLIPS, FoundFiles, find
 from ..dataset.lists import ListFault, check_root, read_list
 from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, write_list
 from ..settings import InitSettings
@@ -105,13 +105,13 @@ def init(root: Path) -> Told:
     )
 
 
-def _pictures(found: Found) -> list[str]:
+def _pictures(found: FoundFiles) -> list[str]:
     """Pictures that are lines of their own; none where all clips have a picture, since their pairs are no T2V data."""
     paired = found.clips and all(map(found.image_of, found.clips))
     return [] if paired else found.alone
 
 
-def _no_clips(found: Found) -> DataRootError:
+def _no_clips(found: FoundFiles) -> DataRootError:
     left_out = "; ".join(f"{why}: {_some(names)}" for why, names in found.left_out.items())
     seen = "\n       ".join(filter(None, [str(found.root), left_out and f"left out: {left_out}"]))
     return DataRootError(
@@ -163,7 +163,7 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
 
 
-def _notes(found: Found, captions: Captions, images: int, clips: int, kept: Sequence[str]) -> Iterator[str]:
+def _notes(found: FoundFiles, captions: Captions, images: int, clips: int, kept: Sequence[str]) -> Iterator[str]:
     """What a person should know of what was found."""
     for why, names in found.left_out.items():
         yield f"left out, {why}: {_some(names)}"

@@ -26,8 +26,8 @@ from ..processes.pool import Pool, default_workers
 from ..settings import SplitSettings
 from ..show.cut_sheet import ShownPart, draw_cut_sheets
 from ..source.clip import ClipFault
-from ..split.film import Film, Stretch, look_at, open_film
-from ..split.parts import SHORT, Chosen, Left, Lengths, choose
+from ..split.film import Film, Stretch, look_at_stretch, open_film
+from ..split.parts import SHORT, Chosen, LeftOut, Lengths, choose
 
 SHEETS = "cuts"  # folder of the contact sheets
 
@@ -45,7 +45,7 @@ class FilmTold:
     shots: int = 0
     parts: int = 0
     parts_seconds: float = 0.0
-    left_out: Mapping[str, Left] = field(default_factory=dict)
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
 
@@ -164,7 +164,7 @@ def _look(pool: Pool, films: Sequence[Path]) -> Iterator[tuple[Path, Film | None
         for one in ranges
     ]
     with stage("looking for cuts", sum(_minutes(film, one) for _, film, one in tasks), "minute") as progress:
-        results = pool.run(look_at, tasks)
+        results = pool.run(look_at_stretch, tasks)
         for path, film, ranges in zip(films, opened, stretches, strict=True):
             if isinstance(film, ClipFault):
                 yield path, None, [], [film.reason]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from cogcommon.files.ownership import LISTS
 
-from .found import CLIPS, Found, split_name
-from .metadata import in_a_line, read_metadata, text_of
+from .found import CLIPS, FoundFiles, split_name
+from .metadata import in_a_line, read_table, text_of
 
 _LISTS = frozenset({*LISTS, "images.txt"})
 _LONGEST = 1 << 20  # bytes; a longer text is no caption
@@ -41,8 +41,8 @@ class Captions:
             self.differ.setdefault(source, []).append(clip)
 
 
-def find_captions(found: Found, clips: Sequence[str]) -> Captions:
-    """Look for the captions of some clips, as `Found` or videos.txt names them.
+def find_captions(found: FoundFiles, clips: Sequence[str]) -> Captions:
+    """Look for the captions of some clips, as `FoundFiles` or videos.txt names them.
 
     Raises:
         DataRootError: a table is damaged.
@@ -55,7 +55,7 @@ def find_captions(found: Found, clips: Sequence[str]) -> Captions:
     return captions
 
 
-def _take_texts(captions: Captions, found: Found, clips: Sequence[str]) -> None:
+def _take_texts(captions: Captions, found: FoundFiles, clips: Sequence[str]) -> None:
     """Captions from the .txt files beside the clips."""
     beside = defaultdict(list)
     for clip in dict.fromkeys(clips):
@@ -70,9 +70,9 @@ def _take_texts(captions: Captions, found: Found, clips: Sequence[str]) -> None:
             captions.shared.append(text)
 
 
-def _take_table(captions: Captions, found: Found, name: str, places: Places) -> None:
+def _take_table(captions: Captions, found: FoundFiles, name: str, places: Places) -> None:
     """Captions from a table, for the clips that have none yet."""
-    table = read_metadata(found.root / name)
+    table = read_table(found.root / name)
     if table.unused:
         captions.faults[name] = table.unused
     folder = name.rpartition("/")[0]

@@ -30,7 +30,7 @@ _OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume In
 
 
 @dataclass
-class Found:
+class FoundFiles:
     """Names relative to the folder, with ``/`` between their parts, in the order of the names."""
 
     root: Path
@@ -63,13 +63,13 @@ class Found:
         return sorted(there, key=lambda kind: (PICTURES.index(kind.lower()), kind))
 
 
-def find(root: Path) -> Found:
+def find(root: Path) -> FoundFiles:
     """Look through a folder. Links are followed, and each folder is looked at once.
 
     Raises:
         OSError: the folder itself cannot be read.
     """
-    found = Found(root)
+    found = FoundFiles(root)
     folders, links = [""], list[str]()  # what lies in a folder itself is listed under that name, not a link's
     seen = set[tuple[int, int]]()
     while folders or links:
@@ -112,7 +112,7 @@ def _leads_to(through: Callable[[str], bool], itself: Callable[[], bool], entry:
     return through(entry.path) if entry.is_symlink() else itself()
 
 
-def _sort(found: Found, entry: os.DirEntry[str], name: str, names: set[str]) -> None:
+def _sort(found: FoundFiles, entry: os.DirEntry[str], name: str, names: set[str]) -> None:
     """Put a file where it belongs."""
     stem, kind = split_name(entry.name)
     if kind in _UNFINISHED and split_name(stem)[1] in CLIPS:

@@ -43,7 +43,7 @@ class Table:
     unused: str = ""  # why nothing of it can be used
 
 
-class Unreadable(Exception):
+class BadTable(Exception):
     """What is wrong with a table, and where in it."""
 
     def __init__(self, what: str, line: int = 0) -> None:
@@ -51,7 +51,7 @@ class Unreadable(Exception):
         self.line = line
 
 
-def read_metadata(path: Path) -> Table:
+def read_table(path: Path) -> Table:
     """A table of clips and captions. Rows that name no file are left out.
 
     Raises:
@@ -61,12 +61,12 @@ def read_metadata(path: Path) -> Table:
         try:
             rows = list(_READERS[path.suffix](text_of(path.read_bytes())))
         except UnicodeDecodeError as error:
-            raise Unreadable("not UTF-8; save it as UTF-8", error.object.count(b"\n", 0, error.start) + 1) from None
+            raise BadTable("not UTF-8; save it as UTF-8", error.object.count(b"\n", 0, error.start) + 1) from None
         except OSError as error:
-            raise Unreadable(f"cannot be read: {error.strerror}") from None
+            raise BadTable(f"cannot be read: {error.strerror}") from None
         except RecursionError:
-            raise Unreadable("not JSON: it is nested too deeply") from None
-    except Unreadable as bad:
+            raise BadTable("not JSON: it is nested too deeply") from None
+    except BadTable as bad:
         raise DataRootError(
             str(bad),
             where=f"{path}:{bad.line}" if bad.line else str(path),
@@ -101,10 +101,10 @@ def _csv(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for row in reader:
             if None in row:
                 more = "a caption with a comma in it must stand in quotes"
-                raise Unreadable(f"more columns than the first line names; {more}", reader.line_num)
+                raise BadTable(f"more columns than the first line names; {more}", reader.line_num)
             yield reader.line_num, row
     except csv.Error as error:
-        raise Unreadable(f"not CSV, in the row that begins here: {error}", reader.line_num + 1) from None
+        raise BadTable(f"not CSV, in the row that begins here: {error}", reader.line_num + 1) from None
 
 
 def _jsonl(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -113,7 +113,7 @@ def _jsonl(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if line.strip():
             row = _parse(line, number)
             if not isinstance(row, dict):
-                raise Unreadable("not an object with a clip and its caption", number)
+                raise BadTable("not an object with a clip and its caption", number)
             yield number, row
 
 
@@ -128,7 +128,7 @@ def _json(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
             for name, of_it in told.items()
         ]
     if not isinstance(told, list) or not all(isinstance(row, dict) for row in told):
-        raise Unreadable('neither a list of {"file_name": ..., "caption": ...} nor an object of names and captions')
+        raise BadTable('neither a list of {"file_name": ..., "caption": ...} nor an object of names and captions')
     yield from ((0, row) for row in told)
 
 
@@ -139,9 +139,9 @@ def _parse(text: str, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise Unreadable(f"not JSON: {error.msg}", line or error.lineno) from None
+        raise BadTable(f"not JSON: {error.msg}", line or error.lineno) from None
     except ValueError as error:  # a number of more digits than Python takes
-        raise Unreadable(f"not JSON: {error}", line) from None
+        raise BadTable(f"not JSON: {error}", line) from None
 
 
 def _file_names(names: Iterable[str]) -> tuple[str, ...]:

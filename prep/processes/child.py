@@ -20,12 +20,12 @@ from ..source.clip import ClipFault
 BEAT = "beat"  # in place of an answer: the work gets on
 
 
-def serve(pipe: Connection) -> None:
+def answer_calls(pipe: Connection) -> None:
     """Answer calls from the pipe; the first answer, None, says that we are here."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     _answer(pipe, None)
-    heartbeat.listen(lambda: pipe.send(BEAT))
+    heartbeat.on_beat(lambda: pipe.send(BEAT))
     while True:
         try:
             function, task = pickle.loads(pipe.recv_bytes())

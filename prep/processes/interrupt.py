@@ -15,14 +15,14 @@ from cogcommon.cli.stages import before_each
 _asked = False
 
 
-def listen() -> None:
+def catch_interrupts() -> None:
     """Remember SIGINT from now on. Where it is ignored, as in a shell's background job, it stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupted)
-        before_each(check)
+        before_each(raise_if_interrupted)
 
 
-def check() -> None:
+def raise_if_interrupted() -> None:
     """Raise an interrupt that was dropped.
 
     Raises:

@@ -37,7 +37,7 @@ from cogcommon.files.memory import free_host_memory
 from ..source.clip import ClipFault
 from ..source.heartbeat import TIMEOUT_S
 from ..source.source_file import IN_MEMORY
-from .child import BEAT, serve
+from .child import BEAT, answer_calls
 
 R = TypeVar("R")
 
@@ -79,7 +79,7 @@ class _Child:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, far_end = context.Pipe()
-        self.process = context.Process(target=serve, args=(far_end,), name="cogprep-decode", daemon=True)
+        self.process = context.Process(target=answer_calls, args=(far_end,), name="cogprep-decode", daemon=True)
         try:
             self.process.start()
         except BaseException:

@@ -50,7 +50,7 @@ class Preview:
     shown: Sequence[PreviewSample]
 
 
-def columns(shown: PreviewSample) -> list[int]:
+def shown_frames(shown: PreviewSample) -> list[int]:
     """Which of the decoded frames are shown: from the first to the last. I2V's images take a column."""
     count = len(shown.decoded_FHWC)
     most = COLUMNS - bool(shown.images)
@@ -129,7 +129,7 @@ def is_page(path: Path) -> bool:
 
 
 def _card(shown: PreviewSample) -> str:
-    shown_columns = columns(shown)
+    shown_columns = shown_frames(shown)
     source = shown.source
     rows: list[tuple[str, list[str]]] = []  # a name, and cells
     if isinstance(source, ClipFault):

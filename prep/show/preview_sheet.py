@@ -19,9 +19,9 @@ from .preview_page import (
     IMAGES,
     Preview,
     PreviewSample,
-    columns,
     grade,
     sample_facts,
+    shown_frames,
     summary,
     time_of,
     with_box,
@@ -96,7 +96,7 @@ def _block(shown: PreviewSample) -> Image.Image:
         draw.rectangle((_MARGIN, key, _MARGIN + 14, key + 12), outline=BOX, width=3)
         words(draw, (_MARGIN + 22, key - 3), "what was encoded of the source", 14, SOFT)
     left = _MARGIN + _WHOLE + 24 + _LABEL
-    for column, index in enumerate(columns(shown)):
+    for column, index in enumerate(shown_frames(shown)):
         x = left + column * (width + _GAP)
         words(draw, (x + width // 2, head - 18), time_of(shown, index), 14, SOFT, "ma")
         for number, (_, frames_FHWC) in enumerate(rows):
@@ -104,7 +104,7 @@ def _block(shown: PreviewSample) -> Image.Image:
             block.paste(frame, (x, head + number * (height + _GAP)))
     for number, (name, _) in enumerate(rows):
         words(draw, (left - 10, head + number * (height + _GAP) + height // 2), name, 14, SOFT, "rm")
-    x = left + len(columns(shown)) * (width + _GAP)
+    x = left + len(shown_frames(shown)) * (width + _GAP)
     for number, (name, picture_HWC) in enumerate(shown.images):
         y = head + number * (height + _GAP)
         block.paste(Image.fromarray(picture_HWC).resize((width, height)), (x, y))

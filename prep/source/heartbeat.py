@@ -16,7 +16,7 @@ _tell: Callable[[], object] | None = None
 _next = 0.0
 
 
-def listen(tell: Callable[[], object]) -> None:
+def on_beat(tell: Callable[[], object]) -> None:
     """Have ``tell`` called at the beats of this process, at most four times a second."""
     global _tell
     _tell = tell

@@ -56,7 +56,7 @@ def open_film(path: Path) -> Film | ClipFault:
         return ClipFault(str(bad))
 
 
-def look_at(path: Path, film: Film, pictures: range) -> Stretch | ClipFault:
+def look_at_stretch(path: Path, film: Film, pictures: range) -> Stretch | ClipFault:
     """Decode some pictures of a film, and so many around them that each is judged in its place.
 
     Args:

@@ -23,14 +23,14 @@ _SLACK_S = 1e-6
 
 
 @dataclass(frozen=True)
-class Left:
+class LeftOut:
     """What is left out for one reason."""
 
     pieces: int = 0
     seconds: float = 0.0
 
-    def __add__(self, other: Left) -> Left:
-        return Left(self.pieces + other.pieces, self.seconds + other.seconds)
+    def __add__(self, other: LeftOut) -> LeftOut:
+        return LeftOut(self.pieces + other.pieces, self.seconds + other.seconds)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Chosen:
     shots: int
     ranges: Sequence[range]
     parts: Sequence[Part]
-    left_out: Mapping[str, Left]
+    left_out: Mapping[str, LeftOut]
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,20 @@ def choose(film: Film, seen: Sequence[Stretch | range], lengths: Lengths) -> Cho
     gaps = {DAMAGED: damaged, BLACK: cuts.blank & ~damaged}
     if lengths.every_s is None:
         gaps[DISSOLVES] = cuts.between & ~cuts.blank & ~damaged
-    left_out = {why: Left() for why in (*gaps, SHORT, STILL)}
+    left_out = {why: LeftOut() for why in (*gaps, SHORT, STILL)}
     usable = np.ones(len(film.times_s), bool)
     for why, gap in gaps.items():
         usable &= ~gap
         for run in _runs(gap):
-            left_out[why] += Left(1, _length(film, run))
+            left_out[why] += LeftOut(1, _length(film, run))
     shots = [shot for run in _runs(usable) for shot in _between(run, cuts.begins, lengths)]
     ranges = []
     for piece in (piece for shot in shots for piece in _divided(film, shot, lengths)):
         length_s = _length(film, piece)
         if length_s < lengths.shortest_s - _SLACK_S:
-            left_out[SHORT] += Left(1, length_s)
+            left_out[SHORT] += LeftOut(1, length_s)
         elif cuts.still[piece.start : piece.stop].mean() > _MOSTLY:
-            left_out[STILL] += Left(1, length_s)
+            left_out[STILL] += LeftOut(1, length_s)
         else:
             ranges.append(piece)
     parts = [Part(round(film.times_s[one.start], _DIGITS), round(_end(film, one), _DIGITS)) for one in ranges]

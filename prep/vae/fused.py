@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-Cache = dict[str, torch.Tensor]  # of each causal convolution, the last two frames it saw: (1, 2, H, W, C)
+FrameCache = dict[str, torch.Tensor]  # of each causal convolution, the last two frames it saw: (1, 2, H, W, C)
 
 _CONTEXT = 2  # frames that a causal 3x3x3 convolution looks back
 _LARGEST = 2**30  # values of a convolution's input; diffusers cuts larger ones for cuDNN's sake (2 GB in bf16)
@@ -115,8 +115,8 @@ class FusedEncoder(nn.Module):
         self._conv_out = _causal(encoder.conv_out)
 
     def forward(
-        self, sample_1CTHW: torch.Tensor, temb: None = None, conv_cache: Cache | None = None
-    ) -> tuple[torch.Tensor, Cache]:
+        self, sample_1CTHW: torch.Tensor, temb: None = None, conv_cache: FrameCache | None = None
+    ) -> tuple[torch.Tensor, FrameCache]:
         """Encode a chunk of frames, as CogVideoXEncoder3D.forward.
 
         Args:
@@ -127,7 +127,7 @@ class FusedEncoder(nn.Module):
             Mean and log-variance (1, 2 C, T', H/8, W/8), and the cache for the next chunk.
         """
         assert sample_1CTHW.shape[0] == 1, "one clip at a time: a norm's sums are over all that is given"
-        old, new = conv_cache or {}, Cache()
+        old, new = conv_cache or {}, FrameCache()
         flow = self._first(sample_1CTHW, old, new)
         for resnets, down in self._blocks:
             for resnet in resnets[:-1]:
@@ -139,7 +139,7 @@ class FusedEncoder(nn.Module):
         moments_THWC = self._norm_silu_conv("conv_out", self._norm_out, self._conv_out, flow, no_bias, old, new)
         return (moments_THWC + self._conv_out.bias).permute(3, 0, 1, 2)[None].contiguous(), new
 
-    def _first(self, sample_1CTHW: torch.Tensor, old: Cache, new: Cache) -> _Flow:
+    def _first(self, sample_1CTHW: torch.Tensor, old: FrameCache, new: FrameCache) -> _Flow:
         conv = self._conv_in
         _, channels, frames, height, width = sample_1CTHW.shape
 
@@ -150,7 +150,9 @@ class FusedEncoder(nn.Module):
         x_THWC = _convolve("conv_in", conv, fill, (frames, height, width), old, new)
         return _Flow(x_THWC, self._kernels.add_(x_THWC, conv.bias, None))
 
-    def _resnet(self, block: _Resnet, flow: _Flow, old: Cache, new: Cache, down: _Down | None = None) -> _Flow:
+    def _resnet(
+        self, block: _Resnet, flow: _Flow, old: FrameCache, new: FrameCache, down: _Down | None = None
+    ) -> _Flow:
         """x + shortcut of a residual block; and the downsampling after it, if there is one."""
         kernels, name = self._kernels, block.name
         x_THWC = flow.x_THWC
@@ -167,7 +169,14 @@ class FusedEncoder(nn.Module):
         return _Flow(y_THWC, kernels.add_(y_THWC, down.conv.bias, None))
 
     def _norm_silu_conv(
-        self, name: str, norm: nn.GroupNorm, conv: _Conv, flow: _Flow, bias_C: torch.Tensor, old: Cache, new: Cache
+        self,
+        name: str,
+        norm: nn.GroupNorm,
+        conv: _Conv,
+        flow: _Flow,
+        bias_C: torch.Tensor,
+        old: FrameCache,
+        new: FrameCache,
     ) -> torch.Tensor:
         def fill(inside_THWC: torch.Tensor) -> None:
             self._kernels.norm_silu(flow.x_THWC, bias_C, flow.sums_P2C, norm, inside_THWC)
@@ -181,8 +190,8 @@ def _convolve(
     conv: _Conv,
     fill: Callable[[torch.Tensor], None],
     shape: tuple[int, int, int],
-    old: Cache,
-    new: Cache,
+    old: FrameCache,
+    new: FrameCache,
 ) -> torch.Tensor:
     """A causal convolution without its bias, of frames that ``fill`` writes behind their context.
 

@@ -61,7 +61,7 @@ def open_video(source: Source) -> tuple[InputContainer, VideoStream]:
         # A title that is not UTF-8 is no reason to refuse a clip.
         container = av.open(source.stream(), "r", options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadClip(_cut_in_a_box(source) or f"not a video, or damaged: {words_of(error)}") from error
+        raise BadClip(_cut_in_a_box(source) or f"not a video, or damaged: {said_by_ffmpeg(error)}") from error
     try:
         stream = _choose(container, source)
     except BadClip:
@@ -107,7 +107,7 @@ def decode_frames(container: InputContainer, stream: VideoStream, skip: int | No
         yield from map(aperture.cut, frames)
 
 
-def words_of(error: Exception) -> str:
+def said_by_ffmpeg(error: Exception) -> str:
     """What FFmpeg says, without its number and the path."""
     if isinstance(error, av.error.FFmpegError):
         return str(error.strerror or type(error).__name__)

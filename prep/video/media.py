@@ -30,7 +30,7 @@ from ..source.source_file import ClipSource
 from . import in_parts
 from .aperture import edges_of
 from .colour import Colour, Pixels, Tags, Turn, colour_of, sketch, to_rgb, turn_of
-from .container import decode_frames, open_video, video_streams, words_of
+from .container import decode_frames, open_video, said_by_ffmpeg, video_streams
 from .cut import HdrMode
 from .times import FrameTimes, Key, read_times, usual_rate
 
@@ -282,7 +282,7 @@ class Video:
                     yield index, frame
                     expected = index + 1
         except (av.error.FFmpegError, OSError) as error:
-            raise BadClip(f"damaged: frame {expected} cannot be decoded ({words_of(error)})") from error
+            raise BadClip(f"damaged: frame {expected} cannot be decoded ({said_by_ffmpeg(error)})") from error
 
     def _read(self, key: Key | None) -> Iterator[VideoFrame]:
         """Decoded frames as they come, from a key frame on or from the beginning."""

@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 
 from ..source.clip import BadClip
 from ..source.heartbeat import beat
-from .container import words_of
+from .container import said_by_ffmpeg
 
 _HEADED = ("matroska", "mov", "flv", "avi")  # formats whose header states a duration that can be believed
 
@@ -135,7 +135,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
                 if packet.is_keyframe and packet.pts is not None:
                     keys.append(Key(packet.pts, packet.pts if packet.dts is None else packet.dts))
     except (av.error.FFmpegError, OSError) as error:
-        raise BadClip(f"damaged or cut short after {packets} frames: {words_of(error)}") from error
+        raise BadClip(f"damaged or cut short after {packets} frames: {said_by_ffmpeg(error)}") from error
     if "matroska" not in container.format.name and packets < promised:
         raise BadClip(f"cut short: {packets} of {promised} frames are in the file")
     _check_end(container, last_end)

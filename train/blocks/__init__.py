@@ -10,5 +10,5 @@
 * ``known``: the layers that the blocks compute, so that no other is left out;
 * ``engine``: puts them together, in a diffusers transformer.
 
-Imports offload.
+Imports offload, settings.
 """

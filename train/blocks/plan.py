@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 from cogcommon.words import counted
 
+from ..settings import Memory
 from .checkpointing import ACTIVATIONS, ALL_UNCOMPILED, Checkpointing
-
-Memory = Literal["fast", "auto", "low"]
 
 _GIB = 2**30
 # Of free memory, what a plan may fill: fragments, the CUDA libraries' workspaces and validation take the rest.

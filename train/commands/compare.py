@@ -29,7 +29,7 @@ from cogcommon.model.device import default_precision, dtype_of, pick_device, qui
 
 from ..model.method import Lora, Method, method_of, of_checkpoint
 from ..report.sheet import Column, contact_sheet, grid
-from ..runs.checkpoint import find_checkpoint, folder_name, list_checkpoints, step_of
+from ..runs.checkpoint import checkpoint_name, find_checkpoint, list_checkpoints, step_of
 from ..runs.folder import COMPARED, CONFIG_FILE, RecordedRun, lowest, read_run
 from ..settings import CompareSettings, GenerateSettings, LoraSettings, SftSettings
 from ..validation.pipeline import Request, generate_video, move_pipeline, pipeline_of, step_bytes
@@ -148,7 +148,9 @@ class _Pipeline:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the one before it
                 for step in steps:
-                    self.pipeline.load_lora_weights(method.file_of(run / folder_name(step)), adapter_name=_name(step))
+                    self.pipeline.load_lora_weights(
+                        method.file_of(run / checkpoint_name(step)), adapter_name=_name(step)
+                    )
         self._move()
 
     def use(self, cell: Cell) -> None:
@@ -162,7 +164,7 @@ class _Pipeline:
             self._step = cell.step
             self.pipeline.remove_all_hooks()
             self.pipeline.transformer = None  # first let the other one go
-            kept = self._run / folder_name(cell.step)
+            kept = self._run / checkpoint_name(cell.step)
             transformer = of_checkpoint(self._method, self._tuned.checkpoint, kept, self._dtype)
             self.pipeline.register_modules(transformer=transformer.requires_grad_(False).eval())
             self._move()
@@ -221,7 +223,7 @@ def _asked(
 ) -> Iterator[_Asked]:
     """What is drawn for each prompt; a folder that is not ours, or holds another comparison, is refused."""
     assert settings.run
-    kept = {str(step): find_checkpoint(settings.run / folder_name(step)).state.identity
+    kept = {str(step): find_checkpoint(settings.run / checkpoint_name(step)).state.identity
             for step in sorted({cell.step for cell in cells} - {0})}  # fmt: skip
     shared = {
         "image": None if settings.image is None else state_of(settings.image), "steps": settings.steps,
@@ -237,7 +239,9 @@ def _asked(
         text = json.dumps(
             {"prompt": request.prompt, "resolution": str(request.resolution), **shared}, ensure_ascii=False
         )
-        folder = (settings.out or settings.run / COMPARED) / generate.folder_name(request.prompt, settings.seed, text)
+        folder = (settings.out or settings.run / COMPARED) / generate.video_folder_name(
+            request.prompt, settings.seed, text
+        )
         if before := check_own_folder(folder, _COMPARISON, "--out"):
             before.refuse_foreign(_GRID, _SHEET)
         yield _Asked(request, text, folder)

@@ -39,7 +39,7 @@ _HOST = 16 * _GIB  # what loading 5B takes, and a little more
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing of the machine."""
 
     about: str
@@ -69,7 +69,7 @@ def run(settings: DoctorSettings) -> None:
     console.print("\n" + (f"{counted(bad, 'thing')} to put right" if bad else "nothing to put right"))
 
 
-def findings() -> Iterator[Finding]:
+def findings() -> Iterator[Diagnosis]:
     """All that matters, in the order in which a run needs it."""
     import torch
 
@@ -86,17 +86,17 @@ def findings() -> Iterator[Finding]:
     yield _disk()
     yield from _limits()
     yield _hub()
-    yield Finding("ffmpeg", "not needed: PyAV brings its own")
+    yield Diagnosis("ffmpeg", "not needed: PyAV brings its own")
 
 
-def _torch() -> Finding:
+def _torch() -> Diagnosis:
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
-    return Finding("python, torch", f"Python {platform.python_version()}, torch {torch.__version__}, {build}")
+    return Diagnosis("python, torch", f"Python {platform.python_version()}, torch {torch.__version__}, {build}")
 
 
-def _no_gpu() -> Finding:
+def _no_gpu() -> Diagnosis:
     """Why torch sees no GPU, as far as can be told."""
     import torch
 
@@ -104,16 +104,16 @@ def _no_gpu() -> Finding:
     if not torch.version.cuda and torch.version.hip is None:
         driver = shutil.which("nvidia-smi") is not None
         advice = "install torch's build for CUDA: pytorch.org/get-started names the command" if driver else small
-        return Finding("GPU", "none that torch can use: its build is for CPUs", "bad" if driver else "note", advice)
+        return Diagnosis("GPU", "none that torch can use: its build is for CPUs", "bad" if driver else "note", advice)
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return Finding("GPU", "hidden by CUDA_VISIBLE_DEVICES", "bad", "unset CUDA_VISIBLE_DEVICES")
+        return Diagnosis("GPU", "hidden by CUDA_VISIBLE_DEVICES", "bad", "unset CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None:
-        return Finding("GPU", "none: there is no driver here", "note", f"in a container: --gpus all; {small}")
+        return Diagnosis("GPU", "none: there is no driver here", "note", f"in a container: --gpus all; {small}")
     advice = f"run nvidia-smi: the driver must be new enough for CUDA {torch.version.cuda}, or torch older"
-    return Finding("GPU", "a driver is here, and torch cannot use it", "bad", advice)
+    return Diagnosis("GPU", "a driver is here, and torch cannot use it", "bad", advice)
 
 
-def _gpu(device: torch.device) -> Iterator[Finding]:
+def _gpu(device: torch.device) -> Iterator[Diagnosis]:
     import torch
 
     about = f"GPU {device.index}"
@@ -121,36 +121,36 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
     found = f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
     if free < 0.9 * total:
-        yield Finding(about, found, "note", "something else holds its memory: nvidia-smi says what")
+        yield Diagnosis(about, found, "note", "something else holds its memory: nvidia-smi says what")
     else:
-        yield Finding(about, found)
+        yield Diagnosis(about, found)
     if not has_bf16(device):
-        yield Finding(f"{about}, bf16", "none in hardware", "note", EMULATED.format(name))
+        yield Diagnosis(f"{about}, bf16", "none in hardware", "note", EMULATED.format(name))
     half = torch.bfloat16 if has_bf16(device) else torch.float16
     speed = timed_speed(device, half)
     rates = f"{PRODUCTS / speed.relative / 1e12:.0f} TFLOP/s in half precision; copies at {speed.link / 1e9:.0f} GB/s"
-    yield Finding(f"{about}, speed", rates)
+    yield Diagnosis(f"{about}, speed", rates)
 
 
-def _compiler(device: torch.device) -> Finding:
+def _compiler(device: torch.device) -> Diagnosis:
     fault = compiler_fault(device)
     if fault is None:
-        return Finding("torch.compile", "works")
+        return Diagnosis("torch.compile", "works")
     advice = "install gcc (apt install gcc python3-dev) and Triton (it comes with torch on Linux)"
-    return Finding("torch.compile", f"does not work: {fault}", "note", f"steps take half as long again; {advice}")
+    return Diagnosis("torch.compile", f"does not work: {fault}", "note", f"steps take half as long again; {advice}")
 
 
-def _attention(device: torch.device) -> Iterator[Finding]:
+def _attention(device: torch.device) -> Iterator[Diagnosis]:
     """FlashAttention 4, where the GPU can have it: Hopper and Blackwell."""
     import torch
 
     if torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return
     if flash4_is_there():
-        yield Finding("attention", "FlashAttention 4 is installed")
+        yield Diagnosis("attention", "FlashAttention 4 is installed")
         return
     gains = ", ".join(f"{name} {slow:.2f} to {fast:.2f} s" for name, slow, fast in flash4_gains())
-    yield Finding(
+    yield Diagnosis(
         "attention", "cuDNN's", "note", f"pip install 'cogtune[attention]' is faster; steps on an H200: {gains}"
     )
 
@@ -170,47 +170,49 @@ def flash4_gains() -> list[tuple[str, float, float]]:
     ]
 
 
-def _host() -> Finding:
+def _host() -> Diagnosis:
     left = host_memory_left()
     found = f"{left.bytes / _GIB:.1f} GiB free ({left.where})"
     if left.bytes < _HOST:
-        return Finding("host memory", found, "note", "loading a 5B takes 11 GiB; `cogtrain plan` says what a run takes")
-    return Finding("host memory", found)
+        return Diagnosis(
+            "host memory", found, "note", "loading a 5B takes 11 GiB; `cogtrain plan` says what a run takes"
+        )
+    return Diagnosis("host memory", found)
 
 
-def _cpp() -> Finding:
+def _cpp() -> Diagnosis:
     """DeepSpeed compiles its optimizer for the host at first use; only the -offload strategies need it."""
     missing = [name for name, there in (("g++", shutil.which("g++")), ("ninja", find_spec("ninja"))) if not there]
     if missing:
         advice = "apt install g++; pip install ninja"
-        return Finding("C++ compiler", f"no {' and no '.join(missing)}: no -offload strategy", "note", advice)
-    return Finding("C++ compiler", "g++ and ninja, for the -offload strategies")
+        return Diagnosis("C++ compiler", f"no {' and no '.join(missing)}: no -offload strategy", "note", advice)
+    return Diagnosis("C++ compiler", "g++ and ninja, for the -offload strategies")
 
 
-def _disk() -> Finding:
+def _disk() -> Diagnosis:
     here = Path.cwd()
     room = room_of(here)
     if room is None:
-        return Finding("disk", f"{here}: it cannot be told how much is free")
+        return Diagnosis("disk", f"{here}: it cannot be told how much is free")
     found = f"{in_bytes(room)} free in {here}"
     if room < _DISK:
         advice = "--out names another disk; `cogprep validate` and `cogtrain plan` say what they write"
-        return Finding("disk", found, "note", advice)
-    return Finding("disk", found)
+        return Diagnosis("disk", found, "note", advice)
+    return Diagnosis("disk", found)
 
 
-def _limits() -> Iterator[Finding]:
+def _limits() -> Iterator[Diagnosis]:
     if sys.platform == "linux" and Path("/dev/shm").is_dir():
         room = shutil.disk_usage("/dev/shm").total
         if room < _SHARED:
             advice = "docker run --shm-size 8g, or --ipc host; several GPUs need it"
-            yield Finding("shared memory", f"{in_bytes(room)} in /dev/shm", "note", advice)
+            yield Diagnosis("shared memory", f"{in_bytes(room)} in /dev/shm", "note", advice)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= files < _FILES:
-        yield Finding("open files", f"at most {files}", "note", "ulimit -n 4096")
+        yield Diagnosis("open files", f"at most {files}", "note", "ulimit -n 4096")
 
 
-def _hub() -> Finding:
+def _hub() -> Diagnosis:
     """Which published models are here already; nobody is asked."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
@@ -224,5 +226,5 @@ def _hub() -> Finding:
     found = f"{', '.join(known) or 'none of the five models'} in {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
         verdict: Literal["good", "bad"] = "good" if known else "bad"
-        return Finding("models", f"{found}; HF_HUB_OFFLINE is set", verdict, "" if known else "unset HF_HUB_OFFLINE")
-    return Finding("models", found, advice="" if known else "they are fetched when first used, 13 to 22 GB each")
+        return Diagnosis("models", f"{found}; HF_HUB_OFFLINE is set", verdict, "" if known else "unset HF_HUB_OFFLINE")
+    return Diagnosis("models", found, advice="" if known else "they are fetched when first used, 13 to 22 GB each")

@@ -14,7 +14,6 @@ from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.model.published import known_checkpoint
 
 from ..distributed.optimizer import check_optimizer
-from ..distributed.strategies import Strategy
 from ..distributed.zero_config import choose_strategy
 from ..memory.disk import writes
 from ..memory.estimate import Estimate, Intent, Trains, choices
@@ -23,7 +22,7 @@ from ..memory.measured import Measured, measured
 from ..memory.seconds import seconds
 from ..model.method import method_of
 from ..runs.run import Run, open_run
-from ..settings import ForecastSettings, LoraSettings, Memory, SftSettings, TrainSettings
+from ..settings import ForecastSettings, LoraSettings, Memory, SftSettings, Strategy, TrainSettings
 
 if TYPE_CHECKING:
     import torch

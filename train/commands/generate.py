@@ -251,10 +251,10 @@ def request_text(settings: GenerateSettings, tuned: Tuned, request: Request, fps
 
 def default_folder(settings: GenerateSettings, prompt: str, asked: str) -> Path:
     """A folder of its own for each request."""
-    return (settings.run or Path()) / GENERATED / folder_name(prompt, settings.seed, asked)
+    return (settings.run or Path()) / GENERATED / video_folder_name(prompt, settings.seed, asked)
 
 
-def folder_name(prompt: str, seed: int, asked: str) -> str:
+def video_folder_name(prompt: str, seed: int, asked: str) -> str:
     """A name after the prompt in whatever letters, and after all that was asked."""
     letters = unicodedata.normalize("NFC", prompt).lower()
     words = re.sub(r"[\W_]+", "-", letters).strip("-")[:40].rstrip("-")

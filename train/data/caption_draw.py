@@ -26,7 +26,7 @@ class CaptionDraw:
 
     Args:
         clip_of: number of each sample's clip (N), from 0.
-        words: 64 bits of each sample's key (N), by `words_of`.
+        words: 64 bits of each sample's key (N), by `hash_words`.
         seed: of the run.
     """
 
@@ -49,7 +49,7 @@ class CaptionDraw:
         return np.bincount(self.clip_of).astype(np.int64)
 
 
-def words_of(keys: Iterable[str]) -> _Words:
+def hash_words(keys: Iterable[str]) -> _Words:
     """64 bits of each key."""
     return np.array([int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") for key in keys], np.uint64)
 

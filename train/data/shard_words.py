@@ -29,7 +29,7 @@ _LOCAL, _HTTP = LocalStore(), HttpStore()
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundTar:
     """A tar that the words name, and what lies beside it."""
 
     tar: StoredFile
@@ -37,7 +37,7 @@ class Found:
     empty_caption: StoredFile
 
 
-def expand(words: Iterable[str], option: str) -> list[Found]:
+def expand(words: Iterable[str], option: str) -> list[FoundTar]:
     """Every tar that the words name, once each, in order.
 
     A record or an empty caption behind a URL may be named, too: where each URL is signed by itself,
@@ -73,7 +73,7 @@ def expand(words: Iterable[str], option: str) -> list[Found]:
     if not found:
         raise ShardError(f"{option} is not given", fix=f"{option} out/*.tar (what `cogprep encode` wrote)")
     pairs = ((tar, tar.beside(".parquet"), tar.sibling(EMPTY_CAPTION_FILE)) for tar in found.values())
-    return [Found(tar, *(beside.get(file.shown, file) for file in others)) for tar, *others in pairs]
+    return [FoundTar(tar, *(beside.get(file.shown, file) for file in others)) for tar, *others in pairs]
 
 
 def _check(word: str, option: str) -> None:

@@ -26,10 +26,10 @@ from cogcommon.shards.records import ShardHeader, extent_intact, read_table
 from cogcommon.store.store import TRAINING, ReadPart, Stop, StoredFile, WholeFilesOnly
 from cogcommon.words import counted
 
-from ..store.cache import Cache
+from ..store.cache import SampleCache
 from ..store.readers import Readers
-from .caption_draw import CaptionDraw, Ints, words_of
-from .shard_words import Found, expand
+from .caption_draw import CaptionDraw, Ints, hash_words
+from .shard_words import FoundTar, expand
 
 _COLUMNS = [
     "key", "status", "bucket", "offset", "size", "json_offset", "json_size", "tensors_offset", "tensors_size",
@@ -82,7 +82,7 @@ class ShardSet:
     shards: Sequence[Shard]
     table: pa.Table  # _COLUMNS and "shard", one row a sample
     buckets: Sequence[Resolution]
-    cache: Cache | None = None
+    cache: SampleCache | None = None
 
     @property
     def contract(self) -> Contract:
@@ -142,7 +142,7 @@ class ShardSet:
 
     def caption_draw(self, seed: int) -> CaptionDraw:
         """What takes one caption of each clip an epoch."""
-        return CaptionDraw(self.clip_of, words_of(self.table["key"].to_pylist()), seed)
+        return CaptionDraw(self.clip_of, hash_words(self.table["key"].to_pylist()), seed)
 
     def extent(self, index: int) -> SampleExtent:
         row = self.table.slice(index, 1).to_pylist()[0]
@@ -255,7 +255,7 @@ class ShardSet:
         )
 
 
-def open_shards(words: Sequence[str], option: str = "--shards", cache: Cache | None = None) -> ShardSet:
+def open_shards(words: Sequence[str], option: str = "--shards", cache: SampleCache | None = None) -> ShardSet:
     """Open and check shards, without reading samples.
 
     Args:
@@ -307,7 +307,7 @@ def open_shards(words: Sequence[str], option: str = "--shards", cache: Cache | N
     return ShardSet([shard for shard, _ in opened], table, buckets, cache)
 
 
-def _open_one(found: Found, cache: Cache | None) -> tuple[Shard, pa.Table]:
+def _open_one(found: FoundTar, cache: SampleCache | None) -> tuple[Shard, pa.Table]:
     """Two requests: the record, and the tar's last bytes, whose answer tells its size."""
     header, table = _record(found)
     good = table.filter(pc.equal(table["status"], "ok")).sort_by("offset")
@@ -340,7 +340,7 @@ def _open_one(found: Found, cache: Cache | None) -> tuple[Shard, pa.Table]:
     return Shard(tar, header, found.empty_caption, tail.etag), table
 
 
-def _record(found: Found) -> tuple[ShardHeader, pa.Table]:
+def _record(found: FoundTar) -> tuple[ShardHeader, pa.Table]:
     file = found.record
     for _ in range(2 if file.remote else 1):
         try:

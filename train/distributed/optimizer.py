@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import SettingError
 
-from ..settings import Optimizer, TrainSettings
+from ..settings import Optimizer, Strategy, TrainSettings
 from . import zero
-from .strategies import STRATEGIES, Strategy
+from .strategies import STRATEGIES
 from .zero_config import can_spread
 
 if TYPE_CHECKING:

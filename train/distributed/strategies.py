@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Strategy = Literal["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"]
+from ..settings import Strategy
 
 
 @dataclass(frozen=True)

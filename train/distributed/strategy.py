@@ -20,10 +20,10 @@ from cogcommon.errors import RunError
 from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.memory import free_gpu_memory
 
-from ..settings import TrainSettings
+from ..settings import Strategy, TrainSettings
 from . import zero
 from .peers import Peers, meet
-from .strategies import STRATEGIES, Strategy
+from .strategies import STRATEGIES
 from .zero_config import deepspeed_config
 
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         for file in (_EMA, _WEIGHTS):
             if (checkpoint / file).exists():
                 return safetensors.torch.load_file(checkpoint / file)
-        return zero.read_weights(checkpoint)
+        return zero.gather_weights(checkpoint)
     except Exception as error:
         why = _unreadable(error)
         if why is None:

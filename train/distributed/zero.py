@@ -202,7 +202,7 @@ def load(engine: Any, folder: Path) -> None:
         raise FileNotFoundError("DeepSpeed finds no state in it")
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def gather_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What was trained, whole and in fp32, put together from all ranks' files."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

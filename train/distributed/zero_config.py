@@ -15,8 +15,8 @@ from typing import Any
 from cogcommon.errors import SettingError
 from cogcommon.files.typed import parse_object
 
-from ..settings import Optimizer, TrainSettings
-from .strategies import STRATEGIES, Strategy
+from ..settings import Optimizer, Strategy, TrainSettings
+from .strategies import STRATEGIES
 
 
 def can_spread(optimizer: Optimizer, strategy: Strategy) -> bool:

@@ -10,8 +10,9 @@ from cogcommon.errors import DiskError
 from cogcommon.files.failures import room_of
 from cogcommon.words import in_bytes
 
-from ..distributed.strategies import STRATEGIES, Strategy
+from ..distributed.strategies import STRATEGIES
 from ..runs.checkpoint import list_checkpoints
+from ..settings import Strategy
 from .estimate import STATES, Trains, trained_weights
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..blocks.plan import USABLE, BlockPlan, Load, Memory, choose_plan
+from ..blocks.plan import USABLE, BlockPlan, Load, choose_plan
 from ..data.batches import bytes_ahead
-from ..distributed.strategies import STRATEGIES, Strategy
+from ..distributed.strategies import STRATEGIES
 from ..distributed.zero_config import can_spread, deepspeed_config
-from ..settings import LoraSettings, Optimizer
+from ..settings import LoraSettings, Memory, Optimizer, Strategy
 from .cost import Speed, plan_cost
 from .host import HostNeeds, itself, offloaded_bytes
 

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..distributed.strategies import Strategy
+from ..settings import Strategy
 
 FILE = "measured.jsonl"
 REFERENCE = "reference"  # as ``memory``: not ours, the plain loop of ``workshop.bench_train.plain`` beside it

@@ -9,10 +9,11 @@ from cogcommon.errors import RunError
 from cogcommon.files.memory import free_gpu_memory, held_here, host_memory_left
 from cogcommon.model.device import visible_gpus
 
-from ..blocks.plan import Memory, gib
+from ..blocks.plan import gib
 from ..distributed.optimizer import check_optimizer_installed
 from ..distributed.strategies import STRATEGIES
 from ..runs.run import Run
+from ..settings import Memory
 from .estimate import estimate
 
 if TYPE_CHECKING:

@@ -101,7 +101,7 @@ def digest_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def read_metadata(file: Path) -> dict[str, str]:
+def file_metadata(file: Path) -> dict[str, str]:
     """The metadata of a safetensors file.
 
     Raises:
@@ -123,7 +123,7 @@ def read_facts(file: Path) -> dict[str, str]:
         ModelError: no safetensors file.
     """
     try:
-        facts = json.loads(read_metadata(file).get(FACTS, "{}"))
+        facts = json.loads(file_metadata(file).get(FACTS, "{}"))
     except ValueError:
         return {}
     if not isinstance(facts, dict):
@@ -157,7 +157,7 @@ def read_lora(file: Path, checkpoint: Checkpoint, transformer: torch.nn.Module) 
     import torch
     from safetensors.torch import load_file
 
-    metadata = read_metadata(file)
+    metadata = file_metadata(file)
     trained_for = read_facts(file).get("family", checkpoint.family.name)
     if trained_for != checkpoint.family.name:
         raise _misfit(file, checkpoint, f"it was trained for {trained_for}")

@@ -68,7 +68,7 @@ class SavedCheckpoint:
         return digest.hexdigest()
 
 
-def folder_name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
@@ -228,7 +228,7 @@ def save(
         NotSaved: the disk is full, or another fault of the file system; nothing of the checkpoint is left.
     """
     _check_finite(runtime, model, optimizer, shadow, f"step {state.step}", "resume the last checkpoint")
-    final = run / folder_name(state.step)
+    final = run / checkpoint_name(state.step)
     temporary = Path(runtime.peers.broadcast(str(temporary_beside(final))))
 
     def begin() -> None:

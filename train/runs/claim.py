@@ -36,7 +36,7 @@ from cogcommon.files.typed import build, parse_object
 from ..model import lora, sft
 from ..model.lora_file import read_facts
 from ..settings import LoraSettings, SftSettings
-from .checkpoint import folder_name, list_checkpoints, read_state
+from .checkpoint import checkpoint_name, list_checkpoints, read_state
 from .folder import (
     A_CHECKPOINT,
     A_RUN,
@@ -154,7 +154,7 @@ def _facts(folder: Path) -> RunFacts | None:
 
 def _is_checkpoint(folder: Path) -> bool:
     try:
-        return is_folder(folder) and folder_name(read_state(folder).step) == folder.name
+        return is_folder(folder) and checkpoint_name(read_state(folder).step) == folder.name
     except (OSError, ValueError):
         return False
 

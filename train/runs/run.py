@@ -27,11 +27,11 @@ from ..distributed import zero
 from ..distributed.groups import DataGroups, data_groups
 from ..distributed.optimizer import check_optimizer
 from ..distributed.peers import ALONE, Peers
-from ..distributed.strategies import STRATEGIES, Strategy
+from ..distributed.strategies import STRATEGIES
 from ..distributed.zero_config import choose_strategy, deepspeed_config
 from ..model.method import Method, method_of
-from ..settings import TrainSettings
-from ..store.cache import Cache
+from ..settings import Strategy, TrainSettings
+from ..store.cache import SampleCache
 from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
 from .folder import CONFIG_FILE
@@ -131,7 +131,7 @@ def open_run(
     _check_strategy(settings, strategy)
     check_optimizer(settings, strategy)
     check_tracker_installed(settings.tracker)
-    cache = Cache(settings.cache, settings.cache_bytes) if settings.cache else None
+    cache = SampleCache(settings.cache, settings.cache_bytes) if settings.cache else None
     shards = open_shards(settings.shards, cache=cache)
     if cache is not None and not any(shard.file.remote for shard in shards.shards):
         notes.append("--cache has nothing to do: these shards are on this machine, or wholly in the cache")

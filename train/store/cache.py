@@ -48,7 +48,7 @@ _ABANDONED = 3600  # seconds after which a half-written file is nobody's
 _TEMPORARY = re.compile(r"\.[0-9a-f]{64}\..+\.tmp")
 
 
-class Cache:
+class SampleCache:
     """See the module.
 
     Args:

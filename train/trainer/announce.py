@@ -20,7 +20,7 @@ from ..blocks.attention import Kernel
 from ..blocks.plan import BlockPlan
 from ..distributed.strategy import Runtime
 from ..model.method import Exported
-from ..runs.checkpoint import folder_name
+from ..runs.checkpoint import checkpoint_name
 from ..runs.folder import REPORT_FILE, RunFacts, ValidationLine, loss_text, lowest, read_run
 from ..runs.log import RunLog
 from ..runs.run import Run
@@ -95,7 +95,7 @@ def _advice(best: Best, done: int, folder: Path) -> str:
         return "no validation was better than the base model: fewer steps, a lower --lr, or more clips"
     if best.line or found.step == done:
         return ""
-    where = folder / folder_name(found.step)
+    where = folder / checkpoint_name(found.step)
     do = f"; {command_line('cogtrain', 'export', '--run', where)} exports it" if found.step in best.kept else ""
     return f"the held-out loss was lowest at step {found.step:,} ({loss_text(found.val_loss)}){do}; --keep-best does so"
 

@@ -12,7 +12,7 @@ from ..blocks.compiler import seconds_so_far
 if TYPE_CHECKING:
     import torch
 
-Part = Literal["data", "forward", "backward", "optimizer"]
+Phase = Literal["data", "forward", "backward", "optimizer"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class StepClock:
         self._device = device
         self._now: Callable[[], Any] = _event if device.type == "cuda" else time.perf_counter
         self._kept = 0
-        self._marks: list[tuple[Part | None, Any, float]] = []
+        self._marks: list[tuple[Phase | None, Any, float]] = []
         self._mark(None)
 
-    def end(self, part: Part) -> None:
+    def end(self, part: Phase) -> None:
         """The time since the last call, or the start, belongs to this part."""
         self._mark(part)
         if part == "forward" and self._device.type == "cuda":
@@ -49,7 +49,7 @@ class StepClock:
 
             self._kept = torch.cuda.memory_allocated(self._device)  # the allocator's own count: no GPU is asked
 
-    def _mark(self, part: Part | None) -> None:
+    def _mark(self, part: Phase | None) -> None:
         self._marks.append((part, self._now(), seconds_so_far()))
 
     def read(self) -> StepTimes:

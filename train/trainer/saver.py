@@ -108,7 +108,7 @@ class Saver:
         """
         run, alone = self.run, dataclasses.replace(self.runtime, strategy="ddp", config=None, peers=ALONE)
         self.runtime.release(self.runtime.plain(self.model))
-        kept = self.folder / checkpoints.folder_name(line.step)
+        kept = self.folder / checkpoints.checkpoint_name(line.step)
         model = of_checkpoint(run.method, run.checkpoint, kept, alone.dtype)
         model.to(alone.room_for(model))
         written = self._write(self.folder, line.step, line, model=model, runtime=alone)

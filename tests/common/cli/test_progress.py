@@ -10,7 +10,7 @@ import pytest
 
 from cogcommon.cli import progress
 from cogcommon.cli.progress import Display
-from cogcommon.cli.stages import Stage, columns, live_line
+from cogcommon.cli.stages import Stage, live_line, text_width
 
 
 class Time:
@@ -71,7 +71,7 @@ def test_work_that_was_resumed_has_the_rest_left(time):
 )  # fmt: skip
 def test_the_least_important_goes_first(time, width, shown):
     assert live_line([Stage("starting", clock=time), worked(time, [2] * 3)], width) == shown
-    assert columns(shown) <= width
+    assert text_width(shown) <= width
 
 
 def test_work_inside_other_work_is_shown_with_it_where_there_is_room(time):
@@ -85,7 +85,7 @@ def test_no_line_is_wider_whatever_it_is_of(time, width):
     for name in ("loading T5", "映像を読み込む" * 20, "a\x1b[2Jb\nc" * 20, "x" * 500):
         for ascii_only in (True, False):
             line = live_line([Stage(name, 10**12, "byte", clock=time)], width, ascii_only=ascii_only)
-            assert 0 < columns(line) <= width and "\x1b" not in line and "\n" not in line
+            assert 0 < text_width(line) <= width and "\x1b" not in line and "\n" not in line
 
 
 def test_plain_lines_come_at_the_beginning_of_long_stages_and_every_ten_seconds(time, capfd):

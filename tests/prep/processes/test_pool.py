@@ -58,7 +58,7 @@ def test_a_child_that_dies_while_it_starts_costs_nothing(monkeypatch):
 
     class Child(pool_module._Child):
         def __init__(self):
-            monkeypatch.setattr(pool_module, "serve", next(starts, pool_child.serve))
+            monkeypatch.setattr(pool_module, "answer_calls", next(starts, pool_child.answer_calls))
             super().__init__()
 
     monkeypatch.setattr(pool_module, "_Child", Child)
@@ -67,7 +67,7 @@ def test_a_child_that_dies_while_it_starts_costs_nothing(monkeypatch):
 
 
 def test_children_that_never_start_are_one_message(monkeypatch):
-    monkeypatch.setattr(pool_module, "serve", pool_tasks.die)
+    monkeypatch.setattr(pool_module, "answer_calls", pool_tasks.die)
     monkeypatch.setattr(pool_module, "_PAUSE_S", 0.0)
     with Pool(2) as pool, pytest.raises(CogError, match="cannot start: it was killed"):
         list(pool.run(pool_tasks.square, [(1,)]))

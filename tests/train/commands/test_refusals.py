@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogcommon.errors import CogError, DiskError, ModelError, RunError, SettingError
-from cogcommon.files.memory import Left
+from cogcommon.files.memory import Headroom
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.shards.records import read_record, write_record
 from cogtrain.blocks import trial
@@ -139,7 +139,7 @@ def host_of(monkeypatch):
     """host_of(bytes): what a control group has left of its limit."""
 
     def make(size):
-        monkeypatch.setattr(ready, "host_memory_left", lambda: Left(int(size), "the memory limit of box"))
+        monkeypatch.setattr(ready, "host_memory_left", lambda: Headroom(int(size), "the memory limit of box"))
         monkeypatch.setattr(ready, "held_here", lambda: 0)
 
     return make

@@ -8,7 +8,7 @@ import pytest
 
 from cogcommon.errors import RunError
 from cogtrain.commands import plan
-from cogtrain.data.caption_draw import CaptionDraw, words_of
+from cogtrain.data.caption_draw import CaptionDraw, hash_words
 from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
 from cogtrain.runs import checkpoint as checkpoints
@@ -19,7 +19,7 @@ def draw_of(counts, seed=0, first=0):
     """A draw for clips of so many captions each; the clips are called ``first``, ``first`` + 1, ..."""
     clip_of = np.repeat(np.arange(len(counts)), counts)
     keys = [f"{first + clip} {caption}" for clip, count in enumerate(counts) for caption in range(count)]
-    return CaptionDraw(clip_of, words_of(keys), seed)
+    return CaptionDraw(clip_of, hash_words(keys), seed)
 
 
 def test_each_epoch_takes_one_caption_of_each_clip_and_no_caption_twice_before_all_once():

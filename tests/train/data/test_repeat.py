@@ -10,7 +10,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import Resolution
 from cogtrain.commands import plan
 from cogtrain.data.batches import Collator, read_sample
-from cogtrain.data.caption_draw import CaptionDraw, words_of
+from cogtrain.data.caption_draw import CaptionDraw, hash_words
 from cogtrain.data.repeats import of_clips, times_of
 from cogtrain.data.sampler import Sampler, Slot, group_slots
 from cogtrain.data.shards import open_shards
@@ -57,7 +57,7 @@ def test_an_order_without_repeats_is_the_same_as_before_and_a_clips_captions_cou
     shard_of, bucket_of = np.arange(40) // 7, np.arange(40) // 14
     plain = Sampler(shard_of, bucket_of, 4, 3)
     assert (plain.epoch(1) == Sampler(shard_of, bucket_of, 4, 3, times=np.ones(40, np.int64)).epoch(1)).all()
-    draw = CaptionDraw(np.array([0, 0, 1, 1]), words_of("abcd"), 0)
+    draw = CaptionDraw(np.array([0, 0, 1, 1]), hash_words("abcd"), 0)
     times = of_clips(np.array([1, 6, 1, 1]), draw.clip_of)
     sampler = Sampler(np.zeros(4, np.int64), np.zeros(4, np.int64), 1, 0, draw, times)
     assert all(sorted(np.bincount(sampler.epoch(epoch).ravel(), minlength=4)) == [0, 0, 1, 6] for epoch in range(6))

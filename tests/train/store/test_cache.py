@@ -18,7 +18,7 @@ from cogtrain.data.sampler import Slot
 from cogtrain.data.shards import open_shards
 from cogtrain.model.objective import Objective
 from cogtrain.store import cache as cache_module
-from cogtrain.store.cache import Cache
+from cogtrain.store.cache import SampleCache
 
 
 def item(number, size=1000):
@@ -40,13 +40,13 @@ def served(tmp_path, make_shards):
 
 def test_what_was_put_is_got_by_any_process(tmp_path):
     sha256, data = item(1)
-    Cache(tmp_path, 10**6).put(sha256, data)
-    assert Cache(tmp_path, 10**6).get(sha256) == data
-    assert Cache(tmp_path, 10**6).get(item(2)[0]) is None
+    SampleCache(tmp_path, 10**6).put(sha256, data)
+    assert SampleCache(tmp_path, 10**6).get(sha256) == data
+    assert SampleCache(tmp_path, 10**6).get(item(2)[0]) is None
 
 
 def test_what_is_damaged_is_fetched_again(tmp_path):
-    cache = Cache(tmp_path, 10**6)
+    cache = SampleCache(tmp_path, 10**6)
     for change in (lambda path: path.write_bytes(b"x" * 1000), lambda path: os.truncate(path, 10)):
         sha256, data = item(1)
         cache.put(sha256, data)
@@ -57,7 +57,7 @@ def test_what_is_damaged_is_fetched_again(tmp_path):
 
 
 def test_it_holds_no_more_than_asked_and_drops_what_was_longest_unused(tmp_path):
-    cache = Cache(tmp_path, 10_000)
+    cache = SampleCache(tmp_path, 10_000)
     for number in range(30):
         cache.put(*item(number))
         for age, path in enumerate(sorted(kept(tmp_path), key=lambda path: path.stat().st_mtime)):
@@ -67,8 +67,8 @@ def test_it_holds_no_more_than_asked_and_drops_what_was_longest_unused(tmp_path)
 
 
 def test_what_this_run_reads_again_stays(tmp_path, capsys):
-    Cache(tmp_path, 10_000).put(*item(99))
-    cache = Cache(tmp_path, 10_000)
+    SampleCache(tmp_path, 10_000).put(*item(99))
+    cache = SampleCache(tmp_path, 10_000)
     cache.protect(pa.chunked_array([pa.array([item(number)[0] for number in range(50)], pa.binary())]))
     for number in range(50):
         cache.put(*item(number))
@@ -89,27 +89,27 @@ def test_nothing_foreign_is_touched(tmp_path):
         os.utime(path, (0, 0))
     (root / "cd").symlink_to(tmp_path / "elsewhere")
     (root / name[:2] / ("e3" + "0" * 62)).symlink_to(tmp_path / name)
-    cache = Cache(tmp_path, 5_000)
+    cache = SampleCache(tmp_path, 5_000)
     for number in range(20):
         cache.put(*item(number))
     assert all(path.read_bytes() == b"x" * 3000 for path in foreign)
 
 
 def test_a_half_written_file_of_a_dead_process_goes_after_an_hour(tmp_path):
-    Cache(tmp_path, 10**6).put(*item(1))
+    SampleCache(tmp_path, 10**6).put(*item(1))
     (whole,) = kept(tmp_path)
     for name, age in (("old", 0), ("new", None)):
         path = whole.with_name(f".{whole.name}.host-{name}.tmp")
         path.touch()
         if age is not None:
             os.utime(path, (age, age))
-    Cache(tmp_path, 10**6)
+    SampleCache(tmp_path, 10**6)
     assert [path.name for path in kept(tmp_path)] == [whole.name]
     assert [path.name.split("-")[1] for path in whole.parent.glob(".*")] == ["new.tmp"]
 
 
 def _fill(folder, first):
-    cache = Cache(folder, 20_000)
+    cache = SampleCache(folder, 20_000)
     for number in range(first, first + 60):
         cache.put(*item(number % 80))
         found = cache.get(item(number % 80)[0])
@@ -139,13 +139,13 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, where):
     else:
         folder = Path("/proc/cache")
     with pytest.raises(SettingError, match="cannot be kept there") as caught:
-        Cache(folder, 1000)
+        SampleCache(folder, 1000)
     assert "--cache" in caught.value.where
 
 
 def test_a_full_disk_costs_only_the_cache(tmp_path, monkeypatch, capsys, served):
     """ENOSPC in the middle of a write, and a disk that has little left."""
-    real, cache = os.statvfs, Cache(tmp_path, 10**9)
+    real, cache = os.statvfs, SampleCache(tmp_path, 10**9)
 
     def nearly_full(path):
         found = list(real(path))
@@ -160,7 +160,7 @@ def test_a_full_disk_costs_only_the_cache(tmp_path, monkeypatch, capsys, served)
 
 @pytest.mark.skipif(not Path("/dev/full").exists() or not shutil.which("mount"), reason="needs Linux")
 def test_a_write_that_fails_costs_only_the_cache(tmp_path, monkeypatch, capsys):
-    cache = Cache(tmp_path, 10**6)
+    cache = SampleCache(tmp_path, 10**6)
     real = Path.open
 
     def full(path, *args, **options):
@@ -178,7 +178,7 @@ def test_the_second_epoch_asks_the_server_for_nothing(tmp_path, served, make_sha
     collate = Collator(Objective.of(open_checkpoint("tiny")), 0)
     places = [[Slot(index, epoch, 0)] for epoch in range(3) for index in range(6)]
     expected = list(prefetch(local, iter(places), collate, ahead=2, pin=False))
-    shards = open_shards([f"{served.url}/out"], cache=Cache(tmp_path / "cache", 10**9))
+    shards = open_shards([f"{served.url}/out"], cache=SampleCache(tmp_path / "cache", 10**9))
     served.begin(None)
     batches = list(prefetch(shards, iter(places), collate, ahead=2, pin=False))
     assert all(one.latent_BFCHW.equal(two.latent_BFCHW) for one, two in zip(batches, expected, strict=True))
@@ -187,7 +187,7 @@ def test_the_second_epoch_asks_the_server_for_nothing(tmp_path, served, make_sha
 
 
 def test_it_reads_ahead_in_the_order_that_is_known(tmp_path, served):
-    shards = open_shards([f"{served.url}/out"], cache=Cache(tmp_path / "cache", 10**9))
+    shards = open_shards([f"{served.url}/out"], cache=SampleCache(tmp_path / "cache", 10**9))
     served.begin(None)
     places = ([Slot(index, 0, 0)] for index in (3, 1, 5, 0, 2, 4))
     reading = prefetch(shards, places, Collator(Objective.of(open_checkpoint("tiny")), 0), ahead=1, pin=False)
@@ -208,13 +208,13 @@ def test_a_server_without_ranges_is_read_through_the_cache(tmp_path, served):
     assert "--cache" in caught.value.fix
     local = open_shards([str(tmp_path / "out")])
     for _ in range(2):
-        shards = open_shards([f"{served.url}/out"], cache=Cache(tmp_path / "cache", 10**9))
+        shards = open_shards([f"{served.url}/out"], cache=SampleCache(tmp_path / "cache", 10**9))
         assert [shards.read(shards.extent(i)) for i in range(6)] == [local.read(local.extent(i)) for i in range(6)]
         assert shards.shards[0].shown.startswith("http://")
     whole = [one for one in served.asked if one[1].endswith(".tar") and not one[2]]
     assert len(whole) == 3 == len(kept(tmp_path / "cache"))
     with pytest.raises(StoreError, match="no room in the cache") as caught:
-        open_shards([f"{served.url}/out"], cache=Cache(tmp_path / "small", 1000))
+        open_shards([f"{served.url}/out"], cache=SampleCache(tmp_path / "small", 1000))
     assert "--cache-size" in caught.value.fix
 
 
@@ -230,7 +230,7 @@ def test_a_whole_tar_that_comes_wrong(tmp_path, served, monkeypatch):
             return handler.serve(ranges=False, change=(lambda body: body) if record else change)
 
         served.begin(fault)
-        cache = Cache(tmp_path / "cache", 10**9)
+        cache = SampleCache(tmp_path / "cache", 10**9)
         with pytest.raises(CogError, match=says):
             open_shards([f"{served.url}/out"], cache=cache)
         assert kept(tmp_path / "cache") == [] and not list((tmp_path / "cache").rglob("*.tmp"))
