@@ -1,4 +1,4 @@
-"""``python -m workshop.pretrain vae|transformer|exam|concept``: make the built-in model, examine it, teach it."""
+"""``python -m workshop.pretrain vae|transformer|all|exam|concept``: make the built-in model, examine it, teach it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
 Seed = Annotated[int, typer.Option(help="For the initial weights and all that is drawn.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that draw the clips before the first step.")]
 Graphs = Annotated[bool, typer.Option("--graphs", help="On a GPU: capture each step as a CUDA graph.")]
+Calls = Annotated[int, typer.Option(min=1, help="Calls as long as this one in which the run ends, this one included.")]
+Variants = Annotated[int, typer.Option(min=1, help="Clips of each scene, each a few pixels off.")]
+Scenes = Annotated[int | None, typer.Option(min=1, help="Of the scenes to train on, the first; for a trial.")]
+Guidance = Annotated[list[float], typer.Option(help="1 is none; one exam each.")]
 Form = Annotated[str, typer.Option(help="Which built-in form.")]
 
 
@@ -68,14 +72,20 @@ def transformer(
     form: Form = "tiny",
     steps: Steps = None,
     minutes: Minutes = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Clips of a step.")] = 16,
-    lr: Rate = 1e-3,
+    until: Annotated[float | None, typer.Option(help="Stop and save at this moment, in seconds of Unix time.")] = None,
+    calls: Calls = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips of a step.")] = 128,
+    lr: Rate = 5e-4,
     seed: Seed = 0,
-    text_tokens: Annotated[
-        int | None, typer.Option(help="Train on shorter texts than the family's; long ones cost time.")
-    ] = None,
+    variants: Variants = 16,
+    scenes: Scenes = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of encoded clips that several forms share.")] = None,
+    first: Annotated[Path | None, typer.Option(help="Weights to begin with.")] = None,
     workers: Workers = 0,
     graphs: Graphs = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="On a GPU: compile the blocks.")] = False,
+    clips: Annotated[int, typer.Option(help="Held-out captions to examine it on at the end; 0: none.")] = 0,
+    guidance: Guidance = [3.0],  # noqa: B006
 ) -> None:
     """Train the transformer of one form, on the latents of the VAE that the form has."""
     device = _device()
@@ -86,18 +96,61 @@ def transformer(
 
     train_transformer(
         open_checkpoint(form),
-        split_scenes()[0],
+        split_scenes()[0][:scenes],
         folder,
         steps=steps,
         minutes=minutes,
+        until=until,
+        calls=calls,
         batch_size=batch_size,
         lr=lr,
         seed=seed,
         device=device,
-        text_tokens=text_tokens,
+        variants=variants,
+        cache=cache,
+        first=first,
         workers=workers,
         graphs=graphs,
+        compiled=compiled,
     )
+    if clips:
+        exam(folder, form=form, clips=clips, guidance=guidance, batch_size=25)
+
+
+@app.command("all")
+def every_form(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="Gets the weights, the exams and one picture of all: eight files.")],
+    minutes: Annotated[float, typer.Option(help="That this call may take, exams included.")],
+    calls: Calls = 1,
+    clips: Annotated[int, typer.Option(min=1, max=100, help="Held-out captions to examine each form on.")] = 25,
+    guidance: Guidance = [3.0],  # noqa: B006
+    reserve: Annotated[float, typer.Option(help="Seconds kept for the exams at the end.")] = 60,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips of a step.")] = 128,
+    variants: Variants = 16,
+    scenes: Scenes = None,
+    first: Annotated[Path | None, typer.Option(help="Folder with weights of the forms to begin with.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="These forms alone.")] = None,
+) -> None:
+    """Train all forms beside one another on one device, call after call, and bring out what there is.
+
+    Each call continues the last in FOLDER and stops in time. The learning rate falls to zero in the last (--calls 1).
+    """
+    from .together import train_together
+
+    options = ["--batch-size", str(batch_size), "--variants", str(variants)]
+    failed = train_together(
+        folder,
+        out,
+        minutes=minutes,
+        reserve=reserve,
+        calls=calls,
+        exam=["--clips", str(clips), *(word for scale in guidance for word in ("--guidance", f"{scale:g}"))],
+        options=options + (["--scenes", str(scenes)] if scenes else []),
+        first=first,
+        only=only or None,
+    )
+    raise typer.Exit(failed)
 
 
 @app.command()
@@ -106,43 +159,31 @@ def exam(
     form: Form = "tiny",
     clips: Annotated[int, typer.Option(min=1, max=100, help="How many of the held-out captions.")] = 100,
     sampling_steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 20,
-    guidance: Annotated[list[float], typer.Option(help="1 is none; one exam each.")] = [3.0],  # noqa: B006
+    guidance: Guidance = [3.0],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="Clips to generate at once.")] = 10,
     seed: Seed = 0,
 ) -> None:
     """Let the judge name what the transformer in FOLDER generates for captions it was not trained on.
 
-    Writes exam.jsonl, a line a guidance, and a picture of the first clips of each.
+    Writes exam.jsonl, a line a guidance, and exam.png, a picture of the first clips.
     """
     device = _device()
-    import dataclasses
-    import json
-
-    import diffusers
-    import safetensors.torch
-    import torch
-
     from cogcommon.model.checkpoint import open_checkpoint
-    from cogtrain.validation.pipeline import pipeline_of
 
-    from ..scenes import split_scenes
-    from .exam import examine, sheet
+    from .exam import take_exam
 
-    checkpoint = open_checkpoint(form)
-    model = diffusers.CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer_config))
-    model.load_state_dict(safetensors.torch.load_file(folder / f"{checkpoint.family.builtin}.safetensors"))
-    pipeline = pipeline_of(checkpoint, model, torch.float32).to(device)
-    captions = split_scenes()[1][:clips]
-    for scale in guidance:
-        marks, shown = examine(
-            pipeline, checkpoint, captions, steps=sampling_steps, guidance=scale, seed=seed, batch=batch_size
-        )
-        found = {name: mark and round(mark, 3) for name, mark in dataclasses.asdict(marks).items()}
-        line = json.dumps({"form": form, "guidance": scale, "steps": sampling_steps, "clips": len(captions), **found})
+    lines = take_exam(
+        folder,
+        open_checkpoint(form),
+        clips=clips,
+        steps=sampling_steps,
+        guidance=guidance,
+        seed=seed,
+        batch=batch_size,
+        device=device,
+    )
+    for line in lines:
         typer.echo(line)
-        with (folder / "exam.jsonl").open("a", encoding="utf-8") as out:
-            out.write(line + "\n")
-        sheet(captions, shown).save(folder / f"guidance-{scale:g}.png")
 
 
 @app.command()

@@ -14,16 +14,15 @@ import numpy as np
 import torch
 
 from cogcommon.media.video import Frames
-from cogcommon.model.families import Family
 from cogcommon.model.tiny import NATIVE
 from cogtrain.runs.folder import METRICS_FILE, read_metrics
 from cogtrain.validation.pipeline import load_pipeline, to_base
 from cogtrain.validation.tuned import find_tuned
 
-from ..scenes import NEW_MOTIONS, Scene, draw, every_scene, split_scenes
+from ..scenes import Scene, draw, every_scene, split_scenes
 from .animation import Animation, Row, animate
-from .exam import Marks, examine
-from .transformer import times
+from .exam import Marks, examine, motion_for
+from .world import times
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,6 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
     ]
     captions = [new[place].caption for place in places]
     return proof, animate(f"A new motion: {motion}", captions, rows, tuned.checkpoint.family.fps)
-
-
-def motion_for(family: Family) -> str:
-    """The new motion that a form of this family is taught."""
-    shrinks, circles_back = NEW_MOTIONS
-    return circles_back if family.task == "i2v" else shrinks
 
 
 def tell(proof: Proof) -> str:

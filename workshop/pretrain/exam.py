@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,16 @@ import torch
 
 from cogcommon.media.video import Frames
 from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.families import Family
 from cogcommon.model.tiny import NATIVE
 
 from ..judge import judge
-from ..scenes import Scene, draw
-from .transformer import times
+from ..scenes import NEW_MOTIONS, Scene, draw, every_scene, split_scenes
+from .transformer import weights_of
+from .world import times
 
-SHOWN = 12  # of the clips, in the picture
+SHOWN, SHOWN_NEW = 8, 4  # clips in the picture: of the held-out captions, and of a motion that no form knows
+RESULTS, PICTURE = "exam.jsonl", "exam.png"
 _JUDGES = 3
 
 
@@ -37,6 +43,53 @@ class Marks:
     all_three: float
     error: float
     first_frame: float | None
+
+
+def take_exam(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    clips: int,
+    steps: int,
+    guidance: Sequence[float],
+    seed: int,
+    batch: int,
+    device: torch.device,
+) -> list[str]:
+    """Examine the transformer in ``folder``, a line a guidance; add them to exam.jsonl.
+
+    exam.png shows the first clips, with the first guidance. Its last ones have captions of a motion that
+    no form knows: what a base model makes of it.
+    """
+    import diffusers
+    import safetensors.torch
+
+    from cogtrain.validation.pipeline import pipeline_of
+
+    model = diffusers.CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer_config))
+    model.load_state_dict(safetensors.torch.load_file(weights_of(folder, checkpoint.family)))
+    pipeline = pipeline_of(checkpoint, model, torch.float32).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    known, new = split_scenes()[1][:clips], every_scene(0, [motion_for(checkpoint.family)])[-SHOWN_NEW:]
+    lines = []
+    for scale in guidance:
+        marks, shown = examine(pipeline, checkpoint, known, steps=steps, guidance=scale, seed=seed, batch=batch)
+        found = {name: mark and round(mark, 3) for name, mark in dataclasses.asdict(marks).items()}
+        facts = {"form": checkpoint.family.builtin, "guidance": scale, "steps": steps, "clips": len(known)}
+        lines.append(json.dumps(facts | found))
+        with (folder / RESULTS).open("a", encoding="utf-8") as out:
+            out.write(lines[-1] + "\n")
+        if len(lines) == 1:
+            _, unknown = examine(pipeline, checkpoint, new, steps=steps, guidance=scale, seed=seed, batch=batch)
+            picture = sheet([*known[: len(shown)], *new], np.concatenate([shown, unknown]))
+            picture.save(folder / PICTURE)
+    return lines
+
+
+def motion_for(family: Family) -> str:
+    """The new motion that a form of this family is taught."""
+    shrinks, circles_back = NEW_MOTIONS
+    return circles_back if family.task == "i2v" else shrinks
 
 
 def examine(

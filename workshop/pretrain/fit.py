@@ -27,6 +27,9 @@ def fit(
     lr: float,
     steps: int | None = None,
     minutes: float | None = None,
+    until: float | None = None,
+    calls: int = 1,
+    decay: float = 0.0,
     graphs: bool = False,
     save_seconds: float = 30,
 ) -> tuple[int, float]:
@@ -42,6 +45,9 @@ def fit(
         folder: gets ``state.pt`` and ``metrics.jsonl``.
         steps: in all; the learning rate falls to zero there.
         minutes: in all, those before a resume counted in; it falls to zero there, if that is sooner.
+        until: a moment (`time.time`) at which to stop and save. Unless ``steps`` or ``minutes`` say how long the
+            run is, it ends after ``calls`` stretches as long as from now to there, this one counted in.
+        decay: of the weights (`Muon`).
         lr: peak, reached after a twentieth of the run, or 100 steps.
         graphs: capture each shape's step as a CUDA graph. A step here is thousands of small kernels;
             starting them one by one takes longer than they do.
@@ -49,22 +55,24 @@ def fit(
     Returns:
         The steps and the seconds taken in all.
     """
-    if steps is None and minutes is None:
-        raise ValueError("say how long: steps or minutes")
+    if steps is None and minutes is None and until is None:
+        raise ValueError("say how long: steps, minutes or until when")
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(model, losses_of, graphs)
+    run = _Run(model, losses_of, graphs, decay)
     state_file, step, before = folder / "state.pt", 0, 0.0
     if state_file.exists():
         saved = torch.load(state_file, map_location="cpu", weights_only=True)
         run.load(saved)
         step, before = saved["step"], saved["seconds"]
+    if until is not None and steps is None and minutes is None:
+        minutes = (before + calls * max(0.0, until - time.time())) / 60
     started = saved_at = time.monotonic()
     seen: list[torch.Tensor] = []  # losses since the last line
     ended = False
     while not ended:
         seconds = before + time.monotonic() - started
         progress = max(step / steps if steps else 0.0, seconds / (60 * minutes) if minutes else 0.0)
-        if progress >= 1:
+        if progress >= 1 or (until is not None and time.time() >= until):
             break
         run.optimizer.rate.fill_(lr * one_cycle(step, progress))
         run.blend.fill_(10 / (step + 10))
@@ -113,10 +121,10 @@ def _save(run: _Run, folder: Path, step: int, seconds: float) -> None:
 class _Run:
     """A model with its optimizer and the average of its weights; a call takes one step and gives the losses."""
 
-    def __init__(self, model: torch.nn.Module, losses_of: Callable[..., Losses], graphs: bool) -> None:
+    def __init__(self, model: torch.nn.Module, losses_of: Callable[..., Losses], graphs: bool, decay: float) -> None:
         self.model, self.losses_of, self.graphs = model, losses_of, graphs
         self.parameters: list[torch.Tensor] = list(model.parameters())
-        self.optimizer = Muon(model.parameters())
+        self.optimizer = Muon(model.parameters(), decay)
         self.average = [p.detach().clone() for p in self.parameters]
         self.blend = torch.ones((), device=self.parameters[0].device)  # share of the average that a step replaces
         self.names: list[str] = []
@@ -124,7 +132,7 @@ class _Run:
         self._captured: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Inputs, torch.Tensor]] = {}
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        if not self.graphs:
+        if not (self.graphs and inputs[0].is_cuda):
             return self._step(inputs)
         key = tuple(tensor.shape for tensor in inputs)
         self._met[key] = self._met.get(key, 0) + 1

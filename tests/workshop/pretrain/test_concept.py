@@ -5,7 +5,8 @@ from forked import Forked
 
 from cogcommon.model.checkpoint import open_checkpoint
 from workshop.draw import write_data_set
-from workshop.pretrain.concept import examine_run, motion_for, tell
+from workshop.pretrain.concept import examine_run, tell
+from workshop.pretrain.exam import motion_for
 
 NEW, KNOWN = 28, 72  # clips
 LORA = "lora --rank 64 --lr 2e-3"

@@ -23,7 +23,8 @@ from cogtrain.data.sampler import Slot
 from cogtrain.model import lora
 from cogtrain.model.compare import output_on_noise
 from cogtrain.model.objective import Objective
-from workshop.pretrain.transformer import batch_at, encode_world
+from workshop.pretrain.transformer import batch_at
+from workshop.pretrain.world import encode_world
 from workshop.scenes import split_scenes
 
 # A third or so above what each form has here; 2B's schedule leaves it more to guess.
@@ -39,7 +40,7 @@ def losses():
         if form not in made:
             checkpoint = open_checkpoint(form)
             scenes = split_scenes()[1][:4]
-            world = encode_world(checkpoint, scenes, torch.device("cpu"), checkpoint.family.text_tokens)
+            world = encode_world(checkpoint, scenes, torch.device("cpu"), variants=4)
             made[form] = checkpoint, world, checkpoint.load_transformer(torch.float32)
         checkpoint, world, transformer = made[form]
         objective = change(Objective.of(checkpoint))

@@ -10,7 +10,8 @@ import torch
 from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.model.objective import Objective
 from workshop.pretrain.exam import examine
-from workshop.pretrain.transformer import batch_at, encode_world, times, train_transformer
+from workshop.pretrain.transformer import batch_at, train_transformer
+from workshop.pretrain.world import encode_world, times
 from workshop.scenes import HELD_OUT, draw, every_scene, split_scenes
 
 
@@ -23,13 +24,17 @@ def test_held_out_scenes_are_not_trained_on():
 @pytest.mark.parametrize("form", ["random-tiny", "random-tiny-1.5-i2v"])
 def test_a_batch_feeds_the_projects_own_loss(form):
     checkpoint = open_checkpoint(form)
-    world = encode_world(checkpoint, every_scene(0)[:3], torch.device("cpu"), checkpoint.family.text_tokens)
+    world = encode_world(checkpoint, every_scene(0)[:3], torch.device("cpu"), variants=4, strange=2)
     objective = Objective.of(checkpoint)
     batch = batch_at(world, objective, 7, size=40, seed=1)
     again = batch_at(world, objective, 7, size=40, seed=1)
     assert torch.equal(batch.noise_BFCHW, again.noise_BFCHW) and torch.equal(batch.timestep_B, again.timestep_B)
     dropped = (batch.text_BLD == world.empty_text_LD).flatten(1).all(1)
     assert 0 < dropped.sum() < 20
+    own = (batch.text_BLD[:, None] == world.text_STLD[:, 0]).flatten(2).all(2).any(1)
+    assert 5 < (~own & ~dropped).sum() < 20  # strange captions
+    short = batch_at(world, objective, 7, size=40, seed=1, text_tokens=40)
+    assert torch.equal(short.text_BLD, batch.text_BLD[:, :40])
     assert sorted(batch.timestep_B // 25) == list(range(40))  # one from each fortieth
     tensors = {name: value[:2] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     few = dataclasses.replace(
@@ -48,11 +53,10 @@ def test_a_form_learns_and_its_weights_load(tmp_path):
         tmp_path,
         steps=150,
         batch_size=8,
-        minutes=None,
         lr=2e-3,
         seed=0,
         device=torch.device("cpu"),
-        text_tokens=24,
+        variants=4,
     )
     first, last = (json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert last < 0.95 * first  # random latents are mostly noise to it; it learns the rest
