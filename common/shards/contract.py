@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from ..errors import SettingError, ShardError
@@ -108,7 +109,7 @@ class Contract:
                 flat[name] = value
         return flat
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the facts, in hex."""
         return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
@@ -137,20 +138,33 @@ class Contract:
             ShardError: not a contract, or of another schema version.
         """
         try:
-            values = parse_object(text)
-            schema = values.get("schema")
-            if schema == SCHEMA and type(schema) is int:
-                contract = build(cls, values)
-                contract._check()
-                return contract
+            contract, schema = _parse(text)
         except (ValueError, SettingError) as error:
             raise ShardError(
                 f"not a shard contract: {error.what if isinstance(error, SettingError) else error}",
                 where=where,
                 fix="remove it; `cogprep index OUT` takes it from the record of a shard",
             ) from error
+        if contract is not None:
+            return contract
         raise ShardError(
             f"shards of schema {schema}; this version reads schema {SCHEMA}",
             where=where,
             fix="encode again into a new folder, or use the version that made them",
         )
+
+
+@lru_cache(maxsize=16)  # every record of a folder holds the same; to read it takes longer than the record's rows
+def _parse(text: str | bytes) -> tuple[Contract | None, Any]:
+    """The contract, None if it is of another schema; and the schema.
+
+    Raises:
+        ValueError, SettingError: it is no contract.
+    """
+    values = parse_object(text)
+    schema = values.get("schema")
+    if schema != SCHEMA or type(schema) is not int:
+        return None, schema
+    contract = build(Contract, values)
+    contract._check()
+    return contract, schema

@@ -13,6 +13,7 @@ from cogcommon.cli.names import command_line, json_text
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ShardError
+from cogcommon.files.readers import read_in_order
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import (
@@ -28,7 +29,7 @@ from cogcommon.shards.records import (
 from cogcommon.words import counted, in_bytes
 
 from ..encode.reencode import Difference
-from ..plan.folder import SPLITS, read_contract, records_in, shard_label, split_folder
+from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label, split_folder
 from ..settings import VerifySettings
 from ..store.shards import tars_without_record
 
@@ -103,22 +104,24 @@ def verify(out: Path, *, reencode: int = 0, workers: int = 1, model: str | None 
     problems = list(_of_the_folder(out, contract))
     records = list(records_in(out))
     samples = bytes_read = 0
+
+    def check(place: tuple[Split, int, Path]) -> tuple[ShardRecord | None, list[str]]:
+        *_, path = place
+        try:
+            record = read_record(path)
+        except ShardError as error:
+            return None, [error.what]
+        return record, list(check_shard(path.with_suffix(".tar"), record, contract))
+
     good: list[tuple[Path, ShardRecord]] = []
     with stage("verifying", len(records), "shard") as bar:
-        for split, number, path in records:
-            tar = path.with_suffix(".tar")
-            label = shard_label(split, number)
-            try:
-                record = read_record(path)
-            except ShardError as error:
-                problems.append(Problem(label, error.what))
-                continue
-            found = list(check_shard(tar, record, contract))
-            problems += [Problem(label, what) for what in found]
-            samples += sum(row.status == "ok" for row in record.rows)
-            bytes_read += record.header.tar_size
-            if not found:
-                good.append((tar, record))
+        for (split, number, path), (record, faults) in zip(records, read_in_order(check, records), strict=True):
+            problems += [Problem(shard_label(split, number), what) for what in faults]
+            if record is not None:
+                samples += sum(row.status == "ok" for row in record.rows)
+                bytes_read += record.header.tar_size
+                if reencode and not faults:
+                    good.append((path.with_suffix(".tar"), record))
             bar.advance()
     differences: list[Difference] = []
     if reencode and not problems:

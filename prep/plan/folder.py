@@ -9,16 +9,19 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cogcommon.cli.names import command_line
+from cogcommon.cli.progress import stage
 from cogcommon.errors import DataRootError, SettingError, ShardError
 from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.readers import read_in_order
 from cogcommon.files.typed import build, parse_object
 from cogcommon.model.families import Task
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
-from cogcommon.shards.records import read_table, record_name, tar_name
+from cogcommon.shards.records import ShardHeader, read_table, record_name, tar_name
 from cogcommon.words import counted
 
 from ..dataset.lists import DataSet, read_lists
@@ -28,8 +31,13 @@ from ..store.proof import ORIGIN_FILE, refuse_foreign
 from ..store.shards import committed_shards
 from .holdout import Holdout
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Split = Literal["train", "val"]
+_Read = tuple[Split, int, "tuple[ShardHeader, pa.Table] | None"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+_SETTLED_NS = 2_000_000_000  # a file that was written longer ago than the coarsest clock of a file system ticks
 _ABOUT_TO_WRITE_S = 5.0  # between another worker's contract and its empty caption
 
 _SCANNED = ["key", "status", "reason", "source", "source_size", "source_mtime_ns", "source_sha256", "colour"]
@@ -93,12 +101,10 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
     waiting: dict[Split, dict[str, Waiting]] = {split: {} for split in SPLITS}
     hashes: dict[str, Hashed] = {}
     tone_mapped: set[str] = set()
-    for split, number, path in records_in(out):
-        header, table = read_table(path, _SCANNED)
-        tar = path.with_suffix(".tar")
-        if not tar.exists():  # `recover_folder` removes such a record, unless a live process is at it
+    for split, number, found in _read_records(out):
+        if found is None:
             continue
-        _check_size(tar, header.tar_size)
+        header, table = found
         columns = [table.column(name).to_pylist() for name in _SCANNED]
         lacking = {key for _, key in header.waiting}
         for key, _status, reason, source, size, mtime_ns, sha256, colour in zip(*columns, strict=True):
@@ -115,6 +121,25 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
                 order.insert(place, key)
             waiting[split] |= {key: Waiting(number, place) for place, key in enumerate(order) if key in lacking}
     return Committed(samples, hashes, waiting, tone_mapped, out)
+
+
+def _read_records(out: Path) -> Iterator[_Read]:
+    records = list(records_in(out))
+    with stage("reading the records", len(records), "shard") as bar:
+        for read in read_in_order(_read_one, records):
+            yield read
+            bar.advance()
+
+
+def _read_one(place: tuple[Split, int, Path]) -> _Read:
+    """A shard's record; None where the tar is gone: `recover_folder` removes it, unless a live process is at it."""
+    split, number, path = place
+    header, table = read_table(path, _SCANNED)
+    tar = path.with_suffix(".tar")
+    if not tar.exists():
+        return split, number, None
+    _check_size(tar, header.tar_size)
+    return split, number, (header, table)
 
 
 def _check_size(tar: Path, recorded: int) -> None:
@@ -248,10 +273,20 @@ class Origin:
 
 
 def _hash_of(path: Path) -> str:
+    """Of a list's content. It is asked after for every sample that would go, and read only if it may have changed."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        info = path.stat()
+        state = info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
+        if time.time_ns() - max(info.st_mtime_ns, info.st_ctime_ns) < _SETTLED_NS:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        return _hash_as_it_was(path, state)
     except OSError:
         return ""
+
+
+@lru_cache(maxsize=8)
+def _hash_as_it_was(path: Path, state: tuple[int, ...]) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_origin(out: Path) -> Origin | None:

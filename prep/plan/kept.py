@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from cogcommon.files.readers import read_in_order
 from cogcommon.shards.records import read_table
 
 from .folder import Committed, records_in
@@ -73,6 +74,6 @@ def find_kept(
 def _rows(committed: Committed) -> Iterator[tuple[str, str, str, str, str, bytes]]:
     if committed.out is None:
         return
-    for _split, _number, path in records_in(committed.out):
-        _, table = read_table(path, _COLUMNS)
+    paths = (path for _split, _number, path in records_in(committed.out))
+    for _header, table in read_in_order(lambda path: read_table(path, _COLUMNS), paths):
         yield from zip(*(table.column(name).to_pylist() for name in _COLUMNS), strict=True)

@@ -17,14 +17,16 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from cogcommon import __version__
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.ownership import is_folder
+from cogcommon.files.readers import read_in_order
 from cogcommon.model.families import Resolution
 
 from ..dataset.probe import Probed
@@ -66,7 +68,7 @@ class SurveyCache:
 
     def find(
         self,
-        wanted: Collection[str],
+        wanted: Set[str],
         sources: Collection[str],
         probe: Callable[[Sequence[Path]], list[Probed | ClipFault]],
         pool: Pool,
@@ -84,13 +86,12 @@ class SurveyCache:
         groups_of: dict[str, _Group] = {}  # by a clip that is being probed
 
         def missing() -> Iterator[str]:
-            """Clips to probe, group by group, as the pool comes to them: another worker may have been faster."""
-            for sources_of_group in self._groups(sources):
-                asked = [source for source in sources_of_group if source in wanted]
-                if not asked:
-                    continue
-                path = self._path(sources_of_group)
-                group = _Group(path, _read(path), set(asked))
+            """Clips to probe, group by group, as the pool comes to them."""
+            groups = self._groups(sources)
+            asked = (group for group in groups if not wanted.isdisjoint(group))
+            for group in read_in_order(lambda members: self._look(members, wanted), asked):
+                if not group.missing <= group.known.keys():  # another worker may have been faster since
+                    group.known = _read(group.path)
                 for source in group.known.keys() & group.missing:
                     results[source] = group.known[source]
                     advance()
@@ -108,6 +109,11 @@ class SurveyCache:
                 _write(group.path, group.known)
             advance()
         return results
+
+    def _look(self, members: Sequence[str], wanted: Set[str]) -> _Group:
+        """A group as it is now; it is looked at in a thread, some groups ahead of the pool."""
+        path = self._path(members)
+        return _Group(path, _read(path), {source for source in members if source in wanted})
 
     def _groups(self, sources: Collection[str]) -> list[list[str]]:
         """All clips in groups, in the order in which this worker should probe them."""
@@ -154,9 +160,12 @@ def _read(path: Path | None) -> dict[str, Probed]:
     if hashlib.sha256(text).hexdigest().encode() != digest:
         return {}
     return {
-        source: Probed(Hashed(size, mtime_ns, bytes.fromhex(sha256)), Resolution.parse(bucket))
+        source: Probed(Hashed(size, mtime_ns, bytes.fromhex(sha256)), _resolution(bucket))
         for source, (size, mtime_ns, sha256, bucket) in json.loads(text).items()
     }
+
+
+_resolution = lru_cache(maxsize=256)(Resolution.parse)  # a set of clips has few
 
 
 def _write(path: Path | None, probed: Mapping[str, Probed]) -> None:

@@ -7,11 +7,12 @@ looked at once more, alone; if that fails, too, the clip has no place, and anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from cogcommon.files.readers import read_in_order
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 
@@ -27,6 +28,7 @@ from .kept import Kept, find_kept
 from .plan import Candidate, Rejected, with_keys
 from .probe_cache import SurveyCache
 
+_TOGETHER = 64  # files that a thread asks after at a time
 _ALONE = 8  # clips; each may hang for twice the time-out
 
 
@@ -79,16 +81,15 @@ def survey(
     """
     root = data.root
     sources = dict.fromkeys(sample.source for sample in data.samples)
+    # An HDR clip that is to be refused is looked at once more, which does it.
+    refused = committed.tone_mapped if cut.hdr == "reject" else frozenset()
     known: dict[str, Hashed] = {}
-    for source in sources:
-        if source in committed.tone_mapped and cut.hdr == "reject":
-            continue  # looked at once more, which refuses it
-        if (hashed := committed.hashes.get(source)) and unchanged(root / source, hashed):
-            known[source] = hashed
-            advance()
+    for source in _unchanged(root, committed.hashes, [source for source in sources if source not in refused]):
+        known[source] = committed.hashes[source]
+        advance()
     probe = partial(probe_clips, buckets=buckets, cut=cut, family_fps=contract.family_row.fps)
 
-    def find(wanted: Collection[str]) -> dict[str, Probed | ClipFault]:
+    def find(wanted: Set[str]) -> dict[str, Probed | ClipFault]:
         found = cache.find(wanted, sources, probe, pool, advance)
         if len(buckets) == 1:
             return found | _hash_unjudged(found, root, buckets[0], pool)
@@ -122,6 +123,18 @@ def survey(
             assert isinstance(seen, Probed)
             chosen[key] = seen.bucket
     return replace(found, buckets=chosen)
+
+
+def _unchanged(root: Path, hashes: Mapping[str, Hashed], sources: Sequence[str]) -> Iterator[str]:
+    """The clips that are as they were when they were hashed, in their order; on a network disk each is a wait."""
+    before = [source for source in sources if source in hashes]
+
+    def still(start: int) -> list[str]:
+        some = before[start : start + _TOGETHER]
+        return [source for source in some if unchanged(root / source, hashes[source])]
+
+    for some in read_in_order(still, range(0, len(before), _TOGETHER)):
+        yield from some
 
 
 def sort_samples(

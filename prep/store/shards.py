@@ -328,8 +328,10 @@ def recover_folder(folder: Path) -> None:
     What a live process works on is left alone.
     """
     finish_rewrites(folder)
-    for number in committed_shards(folder):
-        if not os.path.lexists(folder / tar_name(number)):
+    committed = committed_shards(folder)
+    there = {path.name for path in folder.iterdir()} if committed else set()
+    for number in committed:
+        if tar_name(number) not in there:
             with suppress(ShardBusy), shard_disk_errors(folder), lock_shard(folder, number):
                 if not os.path.lexists(folder / tar_name(number)):
                     remove_shard(folder, number)

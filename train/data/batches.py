@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import ShardError
 from cogcommon.files.memory import LARGE
+from cogcommon.files.readers import Readers
 from cogcommon.shards.records import LATENT_MEAN, LATENT_STD, TEXT, split_extent
 from cogcommon.store.store import Stop
 
 from ..model.batch import Batch
 from ..model.objective import Objective
-from ..store.readers import Readers
 from .sample_rng import Purpose, SampleRNG
 from .sampler import Slot
 from .shards import ShardSet

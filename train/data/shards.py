@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 
 from cogcommon.cli.names import command_line
 from cogcommon.errors import CogError, ShardError, StoreError
+from cogcommon.files.readers import read_in_order
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import ShardHeader, extent_intact, read_table
@@ -27,7 +27,6 @@ from cogcommon.store.store import TRAINING, ReadPart, Stop, StoredFile, WholeFil
 from cogcommon.words import counted
 
 from ..store.cache import SampleCache
-from ..store.readers import Readers
 from .caption_draw import CaptionDraw, Ints, hash_words
 from .shard_words import FoundTar, expand
 
@@ -37,7 +36,6 @@ _COLUMNS = [
 ]  # fmt: skip
 _TAIL = 10240  # a tar ends with zeros, at most one record of 20 blocks
 _PARQUET = b"PAR1"  # how a record begins
-_OPEN_THREADS = 16  # records are small; over a network the wait is what counts
 
 
 @dataclass(frozen=True)
@@ -267,9 +265,7 @@ def open_shards(words: Sequence[str], option: str = "--shards", cache: SampleCac
         ShardError: none there; one without a record, of another size, or encoded
             otherwise than the first; no usable sample.
     """
-    with closing(Readers(_OPEN_THREADS, "cogtrain-opener")) as readers:  # a fault of one is told at once
-        opening = [readers.submit(_open_one, found, cache) for found in expand(words, option)]
-        opened = [one.result() for one in opening]
+    opened = list(read_in_order(lambda found: _open_one(found, cache), expand(words, option)))
     # By content, so that neither the order of the words nor the folder's name enters the order of samples.
     opened.sort(key=lambda one: one[0].header.tar_sha256)
     first, *rest = [shard for shard, _ in opened]
