@@ -11,7 +11,7 @@ import pickle
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,7 +213,12 @@ class Runtime:
 
     def plain(self, model: Any) -> Any:
         """The transformer inside the wrappers."""
-        return self.accelerator.unwrap_model(model)
+        if self.sharded:
+            return self.accelerator.unwrap_model(model)
+        from torch.nn.parallel import DistributedDataParallel
+
+        # Accelerate's way imports DeepSpeed, for seconds, to see that it is not this model's wrapper.
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
     def release(self, model: torch.nn.Module) -> None:
         """Move a model off the GPU, unless DeepSpeed holds its weights."""
@@ -222,12 +227,16 @@ class Runtime:
 
     def room_for(self, model: torch.nn.Module) -> torch.device:
         """This process's GPU if a second copy of the model fits there, else the CPU."""
+        return self._room(parameter.nbytes for parameter in model.parameters())
+
+    def room_of(self, model: torch.nn.Module) -> torch.device:
+        """This process's GPU if what lies elsewhere of the model fits there, too, else the CPU."""
+        return self._room(parameter.nbytes for parameter in model.parameters() if parameter.device != self.device)
+
+    def _room(self, sizes: Iterable[int]) -> torch.device:
         import torch
 
-        if self.device.type == "cpu":
-            return self.device
-        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        fits = 1.2 * size < free_gpu_memory(self.device)
+        fits = self.device.type == "cpu" or 1.2 * sum(sizes) < free_gpu_memory(self.device)
         return self.device if fits else torch.device("cpu")
 
 

@@ -245,9 +245,35 @@ def check(
         RunError: the file does not give the model that was trained.
     """
     transformer = checkpoint.load_transformer(dtype).to(device)
+    return check_on(transformer, file, checkpoint, state, expected, dtype)
+
+
+def check_on(
+    transformer: CogVideoXTransformer3DModel,
+    file: Path,
+    checkpoint: Checkpoint,
+    state: Mapping[str, torch.Tensor],
+    expected: torch.Tensor,
+    dtype: torch.dtype,
+    wrong: Sequence[str] = (),
+) -> float:
+    """`check` on a transformer without adapters that is there already; the file's adapters stay on it.
+
+    Args:
+        wrong: weights of it that are known to be others than the checkpoint's.
+    """
+    device = next(transformer.parameters()).device
     load(file, checkpoint, transformer)
-    wrong = acting_otherwise(transformer, state)
+    wrong = [*wrong, *acting_otherwise(transformer, state)]
     return check_answer(transformer.to(device), wrong, expected, dtype, what="LoRA", where=file)
+
+
+def take_off(transformer: CogVideoXTransformer3DModel) -> None:
+    """Make a transformer that was trained a plain one again: no adapters, every forward method its class's own."""
+    transformer.unload_lora()
+    for module in transformer.modules():
+        module.__dict__.pop("forward", None)  # of the block engine, and of accelerate's wrapper
+    transformer.requires_grad_(False)
 
 
 def acting_otherwise(transformer: CogVideoXTransformer3DModel, state: Mapping[str, torch.Tensor]) -> list[str]:

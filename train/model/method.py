@@ -22,7 +22,7 @@ from ..distributed.strategy import Runtime, read_weights
 from ..settings import TARGET_MODULES, AdapterName, LoraSettings, TrainSettings
 from . import lora, sft
 from .adapters import ADAPTERS
-from .compare import output_on_noise
+from .compare import Frozen, output_on_noise
 from .init_lora import begin_with, check_init, without
 from .lora_file import LoraFile, digest_of, lora_in, read_lora
 
@@ -66,6 +66,10 @@ class Method(Protocol):
         """Set the weights of a new run to what they begin with, after `apply`; what was done, in words, if anything."""
         ...
 
+    def watch(self, runtime: Runtime, transformer: torch.nn.Module) -> None:
+        """Take note of the weights that will not be trained, once they are where they stay; `verify` asks for them."""
+        ...
+
     def as_base(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """Inside the ``with`` a model of which nothing has been trained yet is the base model."""
         ...
@@ -96,7 +100,7 @@ class Method(Protocol):
     def verify(self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, written: Written) -> Exported:
         """Load what was written back, and compare; on rank 0.
 
-        The model cannot be trained further: it makes room for the one that is loaded.
+        The model cannot be trained further: it makes room for the one that is loaded, or is what that is loaded into.
 
         Raises:
             RunError: it is not what was trained.
@@ -135,6 +139,7 @@ class Lora:
         self.adapter: AdapterName | None = settings.adapter
         kind = ADAPTERS[settings.adapter]
         self.alpha = kind.default_alpha(settings.rank) if settings.alpha is None else settings.alpha
+        self._frozen: Frozen | None = None
 
     def weight_dtype(self, dtype: torch.dtype, sharded: bool) -> torch.dtype:
         return dtype
@@ -211,11 +216,24 @@ class Lora:
         plain = ADAPTERS[self.settings.adapter].plain_alpha(self.alpha, self.settings.rank)
         return lora.file_state(read_weights(folder), plain / self.settings.rank)
 
+    def watch(self, runtime: Runtime, transformer: torch.nn.Module) -> None:
+        if runtime.main and not runtime.sharded:
+            self._frozen = Frozen(transformer)
+
     def verify(self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, written: Written) -> Exported:
         plain = runtime.plain(model)
-        runtime.release(plain)
-        room = runtime.room_for(plain)  # a base that was streamed need not fit on the GPU
-        found = lora.check(written.path, checkpoint, written.state, written.expected, room, runtime.dtype)
+        if self._frozen is None:  # DeepSpeed holds the weights, and perhaps in parts
+            runtime.release(plain)
+            room = runtime.room_for(plain)  # a base that was streamed need not fit on the GPU
+            found = lora.check(written.path, checkpoint, written.state, written.expected, room, runtime.dtype)
+            return Exported(written.path, found)
+        # The base that was trained on is the checkpoint's, bit for bit: none need be loaded beside it.
+        changed = self._frozen.changed(plain)
+        lora.take_off(plain)
+        plain.to(runtime.room_of(plain))
+        found = lora.check_on(
+            plain, written.path, checkpoint, written.state, written.expected, runtime.dtype, changed
+        )  # fmt: skip
         return Exported(written.path, found)
 
 
@@ -242,6 +260,9 @@ class Sft:
 
     def start(self, transformer: CogVideoXTransformer3DModel, checkpoint: Checkpoint) -> str:
         return ""
+
+    def watch(self, runtime: Runtime, transformer: torch.nn.Module) -> None:
+        pass
 
     def as_base(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         return nullcontext()

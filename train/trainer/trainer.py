@@ -240,6 +240,7 @@ def _load_model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list
         log.say(begun)
     transformer.train()
     engine = install(transformer, run, runtime, log, room)
+    run.method.watch(runtime, transformer)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     offload_optimizer = STRATEGIES[run.strategy].offloads
     optimizer = make_optimizer(
