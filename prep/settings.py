@@ -27,6 +27,7 @@ _A_MODEL: dict[Task, str] = {"t2v": "a text-to-video model", "i2v": "an image-to
 Posterior = Literal["moments", "sample"]
 Tiling = Literal["off", "on", "auto"]
 Encoder = Literal["auto", "diffusers"]
+EngineName = Literal["local", "ray"]
 CaptionForm = Literal["long", "short"]
 
 
@@ -248,6 +249,19 @@ class EncodeSettings(PlanSettings):
         section="Encode",
     )
     config: Path | None = setting(None, "TOML file of settings; what is given here as an option wins", section="Work")
+    engine: EngineName = setting(
+        "local", "who encodes: the GPUs of this host (local), or those of a Ray cluster (ray)", section="Work"
+    )
+    ray_address: str = setting(
+        "auto",
+        "the Ray cluster: auto, which is the one that runs on this host or that RAY_ADDRESS names, or HOST:6379",
+        section="Work",
+    )
+    node_timeout: float = setting(
+        120.0,
+        "seconds that a GPU of the Ray cluster may give no sign of life before its shard goes to another",
+        section="Work",
+    )
     gpus: str = setting("all", "GPUs of this host to use: all, or a number", section="Work")
     worker: str | None = setting(
         None,

@@ -1,4 +1,4 @@
 """The commands, one file each; `encode` only chooses the processes, its work is in `prep/encode`.
 
-Imports caption, dataset, encode, plan, processes, settings, show, source, split, store, vae, video.
+Imports caption, dataset, encode, engines, plan, processes, settings, show, source, split, store, vae, video.
 """

@@ -15,6 +15,7 @@ from ..dataset.lists import check_root
 from ..encode.gpus import encode_in_parts, gpu_count
 from ..encode.part import encode_slice
 from ..encode.report import Report, show
+from ..engines.table import ENGINES
 from ..plan.slice import POD, choose_slice
 from ..settings import EncodeSettings
 from ..store.proof import check_shards_output
@@ -54,6 +55,9 @@ def encode(settings: EncodeSettings) -> Report:
     check_shards_output(settings.out, "--out", (settings.prompts, settings.videos))
     if part.count > 1:
         say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
+    if settings.engine != "local":
+        with ENGINES[settings.engine](settings) as engine:
+            return encode_slice(settings, engine)
     # Under a launcher there is one process a GPU already.
     parts = gpu_count(settings.gpus, visible_gpus()) if part.source in ("default", "--worker", POD) else 1
     if parts > 1:

@@ -19,7 +19,8 @@ from ..settings import EncodeSettings
 from .captions import TextStore
 from .clock import Clock
 from .models import Models
-from .pipeline import QUICKLY, Care, Outcome, Pipeline
+from .outcome import Outcome
+from .pipeline import QUICKLY, Care, Pipeline
 
 if TYPE_CHECKING:
     import torch

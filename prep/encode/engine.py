@@ -17,7 +17,7 @@ from ..processes.pool import Pool
 from ..settings import EncodeSettings
 from .clock import Clock
 from .encoder import ShardEncoder
-from .pipeline import Outcome
+from .outcome import Outcome
 
 # T5 runs over the captions of a round, then makes room for the VAE. A round's embeddings lie in a
 # scratch file: 17,000 captions of T5-XXL in bf16, a day of encoding between two loads of T5.

@@ -49,7 +49,7 @@ from ..store.locks import ShardBusy, at_work, lack_of_room, shard_disk_errors
 from ..store.shards import drop_samples, recover_folder
 from .clock import Clock
 from .engine import Engine, Job, LocalEngine, scratch_bytes
-from .pipeline import Outcome
+from .outcome import Outcome
 from .report import Report, make_report
 
 

@@ -21,71 +21,21 @@ from cogcommon.shards.records import SampleRow
 
 from ..dataset.surveyed import decode_as_surveyed
 from ..plan.completion import Writer, open_writer
-from ..plan.folder import Split, split_folder
+from ..plan.folder import split_folder
 from ..plan.plan import PlannedSample, PlannedShard, Rejected
 from ..processes.pool import Pool
 from ..source.clip import TONED, ClipFault
 from ..store.locks import ShardBusy
 from ..store.shards import ShardDone, ShardWriter
-from ..vae.choice import Choice
 from ..vae.encoder import LatentEncoder, Pending
-from ..vae.gpu_time import GpuTime
 from ..video.cut import Cut
 from ..video.decode import Clip
 from .captions import TextStore
+from .outcome import Outcome
 from .write_thread import WriteThread
 
 _DECODED_BYTES = 2 << 30  # decoded clips that wait for the VAE; 51 MB each at 49x480x720
 _IN_FLIGHT = 2  # clips on the GPU: one that it encodes, and the next, which it can begin at once
-
-
-@dataclass
-class Outcome:
-    """What became of the shards; counts are samples, times are seconds."""
-
-    encoded: int = 0
-    recovered: int = 0  # taken over from what a killed run had written
-    elsewhere: int = 0  # committed by another process after the plan was made
-    rejected: list[Rejected] = field(default_factory=list)
-    postponed: list[Rejected] = field(default_factory=list)  # left out of the records; the next run tries again
-    busy: list[tuple[Split, int]] = field(default_factory=list)  # shards that another process writes
-    tiled: int = 0
-    tone_mapped: int = 0
-    truncated: int = 0  # captions longer than the model's text
-    pictures: int = 0  # of those encoded, clips of one frame
-    profiles_unused: int = 0  # pictures and first frames whose colour profile cannot be applied
-    decode_wait_s: float = 0.0  # the VAE waited for clips
-    vae_s: float = 0.0
-    write_wait_s: float = 0.0  # the VAE waited for the disk
-    warm_up_s: float = 0.0  # the VAE chose its kernels, once a size; counted nowhere else
-    gpu: GpuTime = field(default_factory=GpuTime)
-    encoder: Choice = field(default_factory=lambda: Choice("diffusers"))
-
-    @property
-    def samples(self) -> int:
-        """Samples that are settled, one way or another, or on the GPU."""
-        settled = self.encoded + self.recovered + self.elsewhere
-        return settled + len(self.rejected) + len(self.postponed)
-
-    def add(self, other: Outcome) -> None:
-        """Add what became of other shards, which another process encoded at the same time."""
-        for name in ("rejected", "postponed", "busy"):
-            getattr(self, name).extend(getattr(other, name))
-        for name in (
-            "encoded", "recovered", "elsewhere", "tiled", "tone_mapped", "truncated", "pictures", "profiles_unused",
-            "decode_wait_s", "vae_s", "write_wait_s",
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.warm_up_s = max(self.warm_up_s, other.warm_up_s)  # side by side
-        self.gpu.busy_s += other.gpu.busy_s
-        self.gpu.idle_s += other.gpu.idle_s
-        self.encoder = other.encoder
-
-    @property
-    def waits_for(self) -> str:
-        """Which side the work waits for most, in words."""
-        sides = {"decoding": self.decode_wait_s, "the VAE": self.vae_s, "the disk": self.write_wait_s}
-        return f"waiting for {max(sides, key=lambda side: sides[side])}"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ..settings import EncodeSettings
 from ..source.clip import TONED
 from ..store.locks import shard_disk_errors
 from ..store.proof import refuse_foreign
-from .pipeline import Outcome
+from .outcome import NodeWork, Outcome
 
 _SHOWN = 20  # rejected clips that the summary lists; the report has them all
 
@@ -86,6 +86,7 @@ class Report:
     gpu_busy: float | None  # share of the encode that the GPU worked, by its own clock; None on a CPU
     vae_encoder: str  # fused, or diffusers
     vae_difference: float | None  # of the fused encoder from diffusers' on a trial clip, relative
+    nodes: Sequence[NodeWork]  # of a cluster
 
     def write(self, out: Path) -> Path:
         """Write report.json, or report-I-of-N.json for a slice of a divided run."""
@@ -175,6 +176,7 @@ def make_report(
         gpu_busy=None if outcome.gpu.share is None else round(outcome.gpu.share, 4),
         vae_encoder=outcome.encoder.encoder,
         vae_difference=outcome.encoder.difference,
+        nodes=outcome.nodes,
     )
 
 
@@ -224,6 +226,10 @@ def show(report: Report, console: Console, report_path: Path) -> None:
     console.print(styled((", ".join(parts), "bold"), f" in {in_words(report.seconds['total'])}"))
     if report.encoded:
         console.print(f"{report.clips_per_minute:.1f} clips/min; {report.advice}")
+    for node in report.nodes:
+        console.print(
+            f"{node.name}: {counted(node.clips, 'clip')}, {node.clips_per_minute:.1f} a minute, {node.waits_for}"
+        )
     if report.gpu_busy is not None:
         warm_up = in_words(report.seconds.get("warm_up", 0.0))
         console.print(f"the GPU was busy {report.gpu_busy:.0%} of that time, after {warm_up} of warm-up")

@@ -37,7 +37,8 @@ from cogcommon.shards.records import read_record
 from cogprep.commands.verify import check_shard
 from cogprep.dataset.lists import Sample
 from cogprep.encode.captions import CaptionFacts
-from cogprep.encode.pipeline import Outcome, Pipeline
+from cogprep.encode.outcome import Outcome
+from cogprep.encode.pipeline import Pipeline
 from cogprep.plan.folder import SPLITS, records_in, scan, split_folder
 from cogprep.plan.holdout import Holdout, choose_holdout
 from cogprep.plan.plan import Candidate, make_plan, with_keys
