@@ -192,20 +192,40 @@ def concept(
     clips: Annotated[int, typer.Option(min=1, max=100, help="To generate of each kind, tuned and base.")] = 8,
     sampling_steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 12,
     guidance: Annotated[float, typer.Option(help="1 is none; much makes shapes wobble.")] = 2.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips to generate at once.")] = 10,
     seed: Seed = 0,
 ) -> None:
     """Let the judge say whether a fine-tune learned the new motion, and whether it forgot the known scenes.
 
     Writes concept.webp into RUN: what was asked for, base and tuned, moving, from the same seeds.
     """
-    pick_device()
+    device = pick_device()
     quiet_libraries()
     from .concept import examine_run, tell
 
-    proof, animation = examine_run(run, clips=clips, steps=sampling_steps, guidance=guidance, seed=seed)
+    proof, animation = examine_run(
+        run, clips=clips, steps=sampling_steps, guidance=guidance, seed=seed, device=device, batch=batch_size
+    )
     animation.save(run / "concept.webp")
     typer.echo(tell(proof))
     typer.echo(f"asked for, base and tuned, from the same seeds: {run / 'concept.webp'}")
+
+
+@app.command()
+def proof(
+    folder: Annotated[Path, typer.Argument(help="Where to work; must not exist.")],
+    case: Annotated[str, typer.Option(help="A form, or `tiny by sft`.")] = "tiny",
+    clips: Annotated[int, typer.Option(min=1, max=100, help="To generate of each kind, tuned and base.")] = 100,
+    sampling_steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 20,
+    guidance: Annotated[list[float], typer.Option(help="1 is none; one examination each.")] = [3.0],  # noqa: B006
+) -> None:
+    """Teach a form a motion that it has never seen, by our two programs, and examine what it learned."""
+    from .proof import teach
+
+    run = teach(folder, case)
+    for scale in guidance:
+        typer.echo(f"{case}, guidance {scale:g}")
+        concept(run, clips=clips, sampling_steps=sampling_steps, guidance=scale, batch_size=25)
 
 
 def _device() -> torch.device:

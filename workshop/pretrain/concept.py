@@ -34,7 +34,16 @@ class Proof:
     held_out_loss: tuple[float, float] | None  # None: the run validated nothing
 
 
-def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int) -> tuple[Proof, Animation]:
+def examine_run(
+    run: Path,
+    *,
+    clips: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    device: str | torch.device = "cpu",
+    batch: int = 10,
+) -> tuple[Proof, Animation]:
     """Generate new and known scenes, tuned and base with the same seeds, and let the judge name them.
 
     The new scenes are the last of their list, of which `workshop.draw` takes the first; the known
@@ -44,6 +53,7 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
         run: folder of a finished run, LoRA or SFT.
         clips: of each kind.
         steps: of the sampler.
+        batch: clips that are generated at once; the noise depends on it.
 
     Returns:
         The figures, and an animation: what was asked for, the base model's clips, the tuned one's.
@@ -52,15 +62,17 @@ def examine_run(run: Path, *, clips: int, steps: int, guidance: float, seed: int
         RunError, ModelError: no weights there, or not of a model that can be had.
     """
     tuned = find_tuned(run, [], None, None)
-    pipeline = load_pipeline(tuned, torch.float32)
+    pipeline = load_pipeline(tuned, torch.float32).to(device)
+    pipeline.set_progress_bar_config(disable=True)
     motion = motion_for(tuned.checkpoint.family)
     new, known = every_scene(0, [motion])[-clips:], split_scenes()[1][-clips:]
 
     def ask(scenes: list[Scene]) -> tuple[Marks, Frames]:
-        return examine(pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed)
+        return examine(pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed, batch=batch)
 
     (new_after, drawn_after), (known_after, _) = ask(new), ask(known)
     to_base(pipeline, tuned, torch.float32)
+    pipeline.to(device)
     (new_before, drawn_before), (known_before, _) = ask(new), ask(known)
     proof = Proof(
         recognised=(new_before.motion, new_after.motion),

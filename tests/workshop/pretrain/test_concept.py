@@ -3,36 +3,14 @@
 import pytest
 from forked import Forked
 
-from cogcommon.model.checkpoint import open_checkpoint
-from workshop.draw import write_data_set
 from workshop.pretrain.concept import examine_run, tell
-from workshop.pretrain.exam import motion_for
-
-NEW, KNOWN = 28, 72  # clips
-LORA = "lora --rank 64 --lr 2e-3"
-CASES = {
-    "tiny": LORA,
-    "tiny-i2v": LORA,
-    "tiny-1.5": LORA,
-    "tiny-1.5-i2v": LORA,
-    "tiny by sft": "sft --lr 3e-4 --strategy ddp",
-}
+from workshop.pretrain.proof import CASES, LORA, lessons
 
 
-def taught(folder, form, method, *, new=NEW, known=KNOWN, steps=360, seed=42):
-    """A run folder: clips of the new motion and known ones, encoded each by themselves and trained on together."""
-    write_data_set(folder / "new", new, seed=0, new=motion_for(open_checkpoint(form).family))
-    if known:
-        write_data_set(folder / "known", known, seed=0)
-    encode = f"cogprep encode --resolution 17x64x96 --model {form}"
-    for command in (
-        f"{encode} --data-root new --holdout 4 --out shards/new",
-        *([f"{encode} --data-root known --out shards/known"] if known else []),
-        f"cogtrain {method} --shards shards/*/*.tar --validate-shards shards/new/val/*.tar --validate-every {steps} "
-        f"--steps {steps} --batch-size 4 --lr-schedule cosine --ema 0.98 --timesteps stratified --seed {seed} "
-        "--out run",
-    ):
-        code, _, said = Forked(command.split(), folder).end(1200)
+def taught(folder, form, method, **lesson):
+    """A run folder, by forked commands."""
+    for command in lessons(folder, form, method, **lesson):
+        code, _, said = Forked(command, folder).end(1200)
         assert code == 0, said
     return folder / "run"
 
