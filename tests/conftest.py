@@ -189,3 +189,28 @@ def _row(contract: Contract, line: int, caption: str, resolution: Resolution) ->
         colour="bt709 limited (tagged)",
         tiled=False,
     )
+
+
+@pytest.fixture
+def live_model() -> Callable:
+    """live_model(name, **attach options) -> checkpoint, transformer with a LoRA whose B is not zero.
+
+    alpha/rank is 0.25: lost, the adapter acts four times too strongly.
+    """
+
+    import torch
+
+    from cogtrain.model import lora
+
+    def make(name="random-tiny", **options):
+        checkpoint = open_checkpoint(name)
+        transformer = checkpoint.load_transformer(torch.float32)
+        lora.attach(transformer, **({"rank": 4, "alpha": 1.0} | options))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, parameter in sorted(transformer.named_parameters()):
+                if parameter.requires_grad and (parameter == 0).all():
+                    parameter.copy_(2 * torch.randn(parameter.shape, generator=generator))
+        return checkpoint, transformer
+
+    return make

@@ -13,30 +13,9 @@ import torch
 from forked import ForkedRanks
 from places import CHILDREN, CHILDREN_PATH
 
-from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import pick_device
-from cogtrain.model import lora
 
 pick_device()
-RANK, ALPHA = 4, 1.0  # alpha/rank = 0.25: lost, the adapter acts four times too strongly
-
-
-@pytest.fixture
-def live_model() -> Callable:
-    """live_model(name, **attach options) -> checkpoint, transformer with a LoRA whose B is not zero."""
-
-    def make(name="random-tiny", **options):
-        checkpoint = open_checkpoint(name)
-        transformer = checkpoint.load_transformer(torch.float32)
-        lora.attach(transformer, **({"rank": RANK, "alpha": ALPHA} | options))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for _, parameter in sorted(transformer.named_parameters()):
-                if parameter.requires_grad and (parameter == 0).all():
-                    parameter.copy_(2 * torch.randn(parameter.shape, generator=generator))
-        return checkpoint, transformer
-
-    return make
 
 
 @pytest.fixture(scope="session")
