@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cogcommon.errors import RunError, SettingError
@@ -15,6 +17,7 @@ from cogcommon.errors import RunError, SettingError
 from ..settings import TrainSettings
 from .signals import StopRequest, end_by
 
+_MEET_S = 600  # for all hosts to be there: images are pulled, nodes boot
 _SLURM_PORTS = (29500, 3000)  # first port, and how many: below those that Linux gives to anyone (32768)
 
 
@@ -60,6 +63,34 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first else "127.0.0.1"
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """The hosts of a run that are not srun's: how many, which this is (from 0), and where they meet."""
+
+    count: int = 1
+    rank: int = 0
+    address: str = "127.0.0.1:0"
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Hosts:
+        """As torchrun's own variables tell, which `cogtrain launch` and Kubeflow's TrainJob set; one host without them.
+
+        Raises:
+            SettingError: they do not tell all.
+        """
+        if environment.get("PET_NNODES", "1") == "1":
+            return cls()
+        names = ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+        count, rank, host, port = (environment.get(name, "") for name in names)
+        if not (count.isdigit() and rank.isdigit() and int(rank) < int(count) and host and port.isdigit()):
+            raise SettingError(
+                "this host does not know the others of the run",
+                where=", ".join(f"{name}={environment.get(name, '')}" for name in names),
+                fix="export the number of hosts, this one's from 0, and the first one's address and port; or torchrun",
+            )
+        return cls(int(count), int(rank), f"{host}:{port}")
+
+
 def wanted_processes(settings: TrainSettings) -> int:
     """``--nproc``, else the GPUs of this host, at least one.
 
@@ -74,8 +105,11 @@ def wanted_processes(settings: TrainSettings) -> int:
     return settings.nproc or max(1, gpus)
 
 
-def relaunch(processes: int) -> int:
-    """Run this command again in ``processes`` processes, through torch's elastic launcher.
+def relaunch(processes: int, hosts: Hosts = Hosts()) -> int:
+    """Run this command again in ``processes`` processes on this host, through torch's elastic launcher.
+
+    Args:
+        hosts: each of which does the same.
 
     Returns:
         The exit code: 0, or that of the process that ended first.
@@ -93,17 +127,19 @@ def relaunch(processes: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    where: dict[str, Any] = {"rdzv_backend": "c10d", "local_addr": "127.0.0.1"}  # its own name need not resolve
+    if hosts.count > 1:
+        where = {"rdzv_backend": "static", "rdzv_configs": {"rank": hosts.rank, "timeout": _MEET_S}}
     newer: dict[str, Any] = {"signals_to_handle": "SIGQUIT"} if hasattr(LaunchConfig, "signals_to_handle") else {}
     config = LaunchConfig(
-        run_id=str(os.getpid()),
-        min_nodes=1,
-        max_nodes=1,
+        run_id="cogtrain" if hosts.count > 1 else str(os.getpid()),
+        min_nodes=hosts.count,
+        max_nodes=hosts.count,
         nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",  # else the host's own name, which need not resolve
+        rdzv_endpoint=hosts.address,
         max_restarts=0,
         monitor_interval=0.2,
+        **where,
         **newer,
     )
     passing = _PassOn()
