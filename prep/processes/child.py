@@ -22,7 +22,8 @@ BEAT = "beat"  # in place of an answer: the work gets on
 
 def answer_calls(pipe: Connection) -> None:
     """Answer calls from the pipe; the first answer, None, says that we are here."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGUSR1):  # they go to the whole group, or job; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     _answer(pipe, None)
     heartbeat.on_beat(lambda: pipe.send(BEAT))

@@ -1,4 +1,4 @@
-"""Ctrl-C that cannot get lost.
+"""A wish to stop that cannot get lost: Ctrl-C, and what schedulers send before they take a machine away.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be. In a library's bare ``except:`` or in a
 destructor it is dropped, which one in about a hundred was while the models' libraries were being imported. So it is
@@ -8,18 +8,26 @@ remembered, and raised again when the next piece of work is done.
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from cogcommon.cli.stages import before_each
 
-_asked = False
+# Ctrl-C; what Slurm and Kubernetes send (and process 1 of a container would never hear by itself); what
+# `sbatch --signal` is told to send before the time is up.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_asked = 0  # the signal that came first
 
 
 def catch_interrupts() -> None:
-    """Remember SIGINT from now on. Where it is ignored, as in a shell's background job, it stays ignored."""
+    """Remember these signals from now on. One that is ignored, as in a shell's background job, stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupted)
         before_each(raise_if_interrupted)
+    for number in _SIGNALS:
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, _interrupted)
 
 
 def raise_if_interrupted() -> None:
@@ -32,7 +40,18 @@ def raise_if_interrupted() -> None:
         raise KeyboardInterrupt
 
 
-def _interrupted(_number: int, _frame: FrameType | None) -> None:
+@contextmanager
+def exit_code() -> Iterator[None]:
+    """Let the process end with the code of the signal that has stopped it (USR1: 138), not always with Ctrl-C's."""
+    try:
+        yield
+    except SystemExit as end:
+        if _asked and end.code == 128 + signal.SIGINT:
+            sys.exit(128 + _asked)
+        raise
+
+
+def _interrupted(number: int, _frame: FrameType | None) -> None:
     global _asked
-    _asked = True
+    _asked = _asked or number
     raise KeyboardInterrupt
