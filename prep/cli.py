@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from cogcommon.cli.command import add_command, make_app, run_app
+from cogcommon.jobs.settings import LaunchSettings
 
 from .processes import interrupt
 from .settings import (
@@ -71,6 +72,17 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        "launch",
+        LaunchSettings,
+        "launch",
+        "Write an encode as a job for Slurm, Kubernetes or SkyPilot, divided among machines. A typo is refused now.",
+        (
+            "cogprep launch --on slurm --nodes 4 --gpus 8 -- encode --data-root ds --resolution 49x480x720",
+            "cogprep launch --on kubernetes --nodes 4 --image registry/cogtune --volume claim:/data -- encode "
+            "--data-root ds --resolution 49x480x720",
+        ),
+    ),
+    (
         "inspect",
         InspectSettings,
         "inspection",
@@ -106,4 +118,5 @@ for _name, _settings, _module, _help, _examples in _COMMANDS:
 
 def main() -> None:
     interrupt.catch_interrupts()
-    run_app(app)
+    with interrupt.exit_code():
+        run_app(app)

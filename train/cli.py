@@ -8,6 +8,7 @@ import sys
 from cogcommon.cli.command import add_command, make_app, run_app
 from cogcommon.cli.progress import paused
 from cogcommon.errors import CogError
+from cogcommon.jobs.settings import LaunchSettings
 
 from .settings import (
     CompareSettings,
@@ -26,7 +27,7 @@ app = make_app("cogtrain", "Fine-tune CogVideoX on the shards that cogprep encod
 
 def train(settings: TrainSettings) -> None:
     """Start a run; in several processes where there are several GPUs."""
-    from .distributed.launch import join_environment, relaunch, wanted_processes
+    from .distributed.launch import Hosts, join_environment, relaunch, wanted_processes
     from .distributed.signals import Stopped, StopRequest, ending_at_once
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,11 +41,13 @@ def train(settings: TrainSettings) -> None:
         from .runs.run import open_run
 
         give_back_what_is_freed()
-        if not join_environment() and (processes := wanted_processes(settings)) > 1:
-            check_ready(open_run(settings, pick_device(), processes), processes)  # refuse it before they start
-            with paused():  # rank 0 says what goes on
-                code = relaunch(processes)
-            sys.exit(code)
+        if not join_environment():
+            processes, hosts = wanted_processes(settings), Hosts.of(os.environ)
+            if (world := processes * hosts.count) > 1:
+                check_ready(open_run(settings, pick_device(), world), processes)  # refuse it before they start
+                with paused():  # rank 0 says what goes on
+                    code = relaunch(processes, hosts)
+                sys.exit(code)
         try:
             peers = meet()
             with peers.leaving_together():
@@ -81,6 +84,12 @@ def watch(settings: WatchSettings) -> None:
     run(settings)
 
 
+def launch(settings: LaunchSettings) -> None:
+    from .commands.launch import run
+
+    run(settings)
+
+
 def generate(settings: GenerateSettings) -> None:
     from .commands.generate import run
 
@@ -111,6 +120,15 @@ add_command(
     app, "sft", SftSettings, train,
     "Train all weights (full fine-tuning).",
     ("cogtrain sft --shards out/*.tar --out runs/mine",),
+)  # fmt: skip
+add_command(
+    app, "launch", LaunchSettings, launch,
+    "Write a run as a job for Slurm, Kubernetes or SkyPilot, on one machine or many. A typo is refused now.",
+    (
+        "cogtrain launch --on slurm --nodes 2 --gpus 8 --time 24h -- lora --shards out/*.tar --out runs/mine",
+        "cogtrain launch --on kubernetes --nodes 2 --image registry/cogtune --volume claim:/data -- lora "
+        "--shards 'out/*.tar' --out runs/mine",
+    ),
 )  # fmt: skip
 add_command(
     app, "plan", ForecastSettings, plan,

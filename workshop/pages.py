@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from cogcommon.cli.settings import flag_of, shown_default
+from cogcommon.jobs.settings import LaunchSettings
 from cogprep.settings import CaptionSettings, EncodeSettings
 from cogtrain.settings import CompareSettings, ExportSettings, GenerateSettings, LoraSettings
 from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
@@ -33,7 +34,8 @@ def tables_of(page: Path) -> dict[str, str]:
         return {f"options of cogprep {name}": table(cls) for name, cls in by_command.items()}
     if page == TRAIN:
         by_command = {
-            "lora": LoraSettings, "generate": GenerateSettings, "compare": CompareSettings, "export": ExportSettings
+            "lora": LoraSettings, "generate": GenerateSettings, "compare": CompareSettings, "export": ExportSettings,
+            "launch": LaunchSettings,
         }  # fmt: skip
         return {f"options of cogtrain {name}": table(cls) for name, cls in by_command.items()}
     if page == HARDWARE:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
-from ..errors import CogError
+from ..errors import CogError, SettingError
 from ..files.failures import machines_fault
 from .mistyped import given_twice, in_our_words, no_such_command
 from .progress import shown, stage
@@ -58,8 +58,11 @@ class _ListCommand(_BareHelp, TyperCommand):
     """
 
     one_word: frozenset[str] = frozenset()  # list options that take one word each time they are given
+    after_dashes = ""  # an example, if what follows -- is the command line of another command
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if self.after_dashes and not {"--", "--help"} & set(args):
+            raise SettingError("no -- before what is to run", where=ctx.command_path, fix=self.after_dashes)
         lists = {
             name
             for parameter in self.params
@@ -123,7 +126,7 @@ def make_app(name: str, help: str) -> typer.Typer:
 
 
 def add_command(
-    app: typer.Typer, name: str, cls: type[S], run: Callable[[S], None], help: str, examples: Iterable[str] = ()
+    app: typer.Typer, name: str, cls: type[S], run: Callable[[S], None], help: str, examples: Sequence[str] = ()
 ) -> None:
     """Make ``run(settings)`` a command whose options are the fields of ``cls``.
 
@@ -137,7 +140,8 @@ def add_command(
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     has_file = any(field.name == "config" for field in fields)
     lists = [field for field in fields if get_origin(hints[field.name]) is list]
-    assert len(lists) == 1 or not any(field.metadata.get("positional") for field in lists)
+    several = [field for field in lists if not field.metadata.get("one_word")]
+    assert len(several) == 1 or not any(field.metadata.get("positional") for field in several)
 
     def command(**given: Any) -> None:
         with stage("starting"):  # until a stage of the command's own: its libraries take seconds to import
@@ -174,8 +178,27 @@ def add_command(
     epilog = "\n\n".join(["For example:", *lines]) if lines else None
     first, _, _ = help.partition("\n")
     one_word = frozenset(flag_of(field) for field in fields if field.metadata.get("one_word"))
-    kind = type("_Command", (_ListCommand,), {"one_word": one_word})
+    dashes = next(iter(examples), "") if any(field.metadata.get("after_dashes") for field in lists) else ""
+    kind = type("_Command", (_ListCommand,), {"one_word": one_word, "after_dashes": dashes})
     app.command(name, cls=kind, help=help, short_help=first, epilog=epilog)(command)
+
+
+def parse(program: str, name: str, cls: type[S], words: Sequence[str]) -> S:
+    """The settings that a command line names, checked as the command itself would; nothing is run.
+
+    Args:
+        words: what follows the command's name.
+
+    Raises:
+        SettingError: there is no such option or value, or they do not go together; nothing but help was asked for.
+    """
+    found: list[S] = []
+    app = make_app(program, "")
+    add_command(app, name, cls, found.append, "")
+    typer.main.get_command(app).main([name, *words], prog_name=program, standalone_mode=False)
+    if not found:
+        raise SettingError("this only asks for help", where=f"{program} {name} --help", fix="leave --help out")
+    return found[0]
 
 
 def _help_text(field: dataclasses.Field[Any]) -> str:

@@ -32,6 +32,7 @@ def setting(
     instead_of: str | None = None,
     prose: bool = False,
     one_word: bool = False,
+    after_dashes: bool = False,
 ) -> Any:
     """Declare a setting.
 
@@ -42,16 +43,17 @@ def setting(
         flag: the option's name if it is not the field's.
         section: heading under which ``--help`` lists it.
         positional: a bare word on the command line (``cogprep inspect OUT``), not an option. A list only where no
-            option is a list: the words after that one would land in it without a sound.
+            option takes several words: those after that one would land in it without a sound.
         instead_of: another setting that says the same in another way: given as an option, this one takes the place of
             that one's value in a file.
         prose: a text for the model, which may have line breaks.
         one_word: of a list: the option takes one value each time it is given, not all words that follow: those of a
             sentence without quotes would each become a value.
+        after_dashes: of a positional list: it is all that follows ``--``, the command line of another command.
     """
     metadata = {
         "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
-        "instead_of": instead_of, "prose": prose, "one_word": one_word,
+        "instead_of": instead_of, "prose": prose, "one_word": one_word, "after_dashes": after_dashes,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)

@@ -3,5 +3,5 @@
 
 `lora` and `sft` are `trainer.trainer`.
 
-Imports blocks, distributed, memory, model, report, runs, settings, trainer, validation.
+Imports blocks, data, distributed, memory, model, report, runs, settings, trainer, validation.
 """

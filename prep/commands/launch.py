@@ -1,0 +1,38 @@
+"""`cogprep launch`: an encode as a job of Slurm, Kubernetes or SkyPilot, which divides it among machines."""
+
+from __future__ import annotations
+
+from cogcommon.errors import SettingError
+from cogcommon.jobs.job import Program
+from cogcommon.jobs.launch import launch
+from cogcommon.jobs.settings import LaunchSettings
+
+from ..dataset.lists import check_root
+from ..settings import EncodeSettings
+
+
+def run(settings: LaunchSettings) -> None:
+    """Write the job file. Raises as `launch`."""
+    launch(settings, Program("cogprep", {"encode": EncodeSettings}, False, _check))
+
+
+def _check(settings: EncodeSettings, ours: bool) -> None:
+    """Refuse an encode that divides its work by itself, or one of clips that are not there.
+
+    Raises:
+        SettingError: names the option.
+        DataRootError: there is no such data root.
+    """
+    if settings.worker is not None or settings.gpus != "all":
+        name = "--gpus" if settings.worker is None else "--worker"
+        raise SettingError(
+            "which GPU encodes what, the job says", where=name, fix="leave it out; --nodes and --gpus before the --"
+        )
+    if settings.engine != "local":
+        raise SettingError(
+            "a job divides the work by itself; each of its processes would begin an encode of the whole",
+            where=f"--engine {settings.engine}",
+            fix="leave it out; or start Ray on the machines, and cogprep encode on one of them",
+        )
+    if ours:
+        check_root(settings.root, settings.prompts, settings.videos)
