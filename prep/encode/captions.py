@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING
 from cogcommon.cli.progress import say
 from cogcommon.files.memory import free_gpu_memory
 from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.copies import move
 
 from ..store.locks import shard_disk_errors
 
@@ -43,7 +44,7 @@ class TextEncoder:
         free = _free(device)
         self._whole = size + _BESIDE <= free
         if self._whole:
-            self._model.to(device)
+            move(self._model, device)
         else:
             from accelerate import cpu_offload
 

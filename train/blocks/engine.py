@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from cogcommon.model.copies import move
+
 from ..offload.activations import ActivationOffload, Offloaded
 from ..offload.block_swap import BlockSwap, SwappedView
 from ..offload.cpu_training import CpuTraining
@@ -64,7 +66,7 @@ class BlockEngine:
             self._block_swap = BlockSwap(moved, device) if all(moved) else None
         swapped = {id(p) for weights in moved for p in weights} if self._block_swap else set()
         if not partitioned:
-            _move(transformer, device, stay=swapped)
+            move(transformer, device, stay=swapped)
         if swapped:
             # What DDP would otherwise copy from rank 0 and refuse to see on two devices.
             transformer._ddp_params_and_buffers_to_ignore = [
@@ -186,16 +188,3 @@ class BlockEngine:
         if self._offload:
             self._offload.fetch(index - 1)
         return tensor  # type: ignore[return-value]
-
-
-def _move(transformer: torch.nn.Module, device: torch.device, stay: set[int]) -> None:
-    """Move all parameters and buffers to the device, but for the parameters in ``stay`` (by id)."""
-    import torch
-
-    with torch.no_grad():
-        for module in transformer.modules():
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) not in stay:
-                    parameter.data = parameter.data.to(device)
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
