@@ -23,7 +23,9 @@ Rate = Annotated[float, typer.Option(help="Peak learning rate.")]
 Seed = Annotated[int, typer.Option(help="For the initial weights and all that is drawn.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that draw the clips before the first step.")]
 Graphs = Annotated[bool, typer.Option("--graphs", help="On a GPU: capture each step as a CUDA graph.")]
-Calls = Annotated[int, typer.Option(min=1, help="Calls as long as this one in which the run ends, this one included.")]
+Calls = Annotated[
+    float, typer.Option(min=1, help="Calls as long as this one in which the run ends, this one included.")
+]
 Variants = Annotated[int, typer.Option(min=1, help="Clips of each scene, each a few pixels off.")]
 Scenes = Annotated[int | None, typer.Option(min=1, help="Of the scenes to train on, the first; for a trial.")]
 Guidance = Annotated[list[float], typer.Option(help="1 is none; one exam each.")]
@@ -73,7 +75,7 @@ def transformer(
     steps: Steps = None,
     minutes: Minutes = None,
     until: Annotated[float | None, typer.Option(help="Stop and save at this moment, in seconds of Unix time.")] = None,
-    calls: Calls = 1,
+    calls: Calls = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips of a step.")] = 128,
     lr: Rate = 5e-4,
     seed: Seed = 0,
@@ -120,9 +122,9 @@ def transformer(
 @app.command("all")
 def every_form(
     folder: Folder,
-    out: Annotated[Path, typer.Option(help="Gets the weights, the exams and one picture of all: eight files.")],
+    out: Annotated[Path, typer.Option(help="Gets the weights, the exams and one picture of all: seven files.")],
     minutes: Annotated[float, typer.Option(help="That this call may take, exams included.")],
-    calls: Calls = 1,
+    calls: Calls = 1.0,
     clips: Annotated[int, typer.Option(min=1, max=100, help="Held-out captions to examine each form on.")] = 25,
     guidance: Guidance = [3.0],  # noqa: B006
     reserve: Annotated[float, typer.Option(help="Seconds kept for the exams at the end.")] = 60,

@@ -28,7 +28,7 @@ def fit(
     steps: int | None = None,
     minutes: float | None = None,
     until: float | None = None,
-    calls: int = 1,
+    calls: float = 1.0,
     decay: float = 0.0,
     graphs: bool = False,
     save_seconds: float = 30,

@@ -25,7 +25,7 @@ def train_together(
     *,
     minutes: float,
     reserve: float,
-    calls: int,
+    calls: float,
     exam: Sequence[str],
     options: Sequence[str],
     first: Path | None,
@@ -33,7 +33,7 @@ def train_together(
 ) -> int:
     """Continue every run in its folder under ``folder`` for so many minutes; then fill ``out``.
 
-    ``out`` gets ``<form>.safetensors`` of each form, ``results.json``, ``exam.png`` and ``log.txt``. A run that fails
+    ``out`` gets ``<form>.safetensors`` of each form, ``results.json`` and ``exam.png``. A run that fails
     goes on without compiler and CUDA graphs from where it last saved.
 
     Args:
@@ -101,7 +101,7 @@ def _bring_out(folder: Path, out: Path, runs: Sequence[tuple[str, int]]) -> None
     from .exam import PICTURE, RESULTS  # late: it imports torch
 
     out.mkdir(parents=True, exist_ok=True)
-    results, logs = {}, []
+    results = {}
     for run in runs:
         mine = _folder(folder, run)
         weights = mine / f"{run[0]}.safetensors"
@@ -109,14 +109,11 @@ def _bring_out(folder: Path, out: Path, runs: Sequence[tuple[str, int]]) -> None
             (out / weights.name).write_bytes(weights.read_bytes())
         curve = _lines(mine / "metrics.jsonl")
         thinned = curve[:: max(1, len(curve) // _CURVE)] + curve[-1:]
-        results[mine.name] = {"curve": thinned, "exams": _lines(mine / RESULTS)}
         log = folder / f"{mine.name}.log"
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        logs.append(
-            f"== {mine.name}\n" + "\n".join(line for line in text.splitlines() if line[:8] != '{"step":')[-20_000:]
-        )
+        said = [line for line in text.splitlines() if not line.startswith('{"step":')]
+        results[mine.name] = {"curve": thinned, "exams": _lines(mine / RESULTS), "said": said[-200:]}
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    (out / "log.txt").write_text("\n".join(logs), encoding="utf-8")
     _picture({run: _folder(folder, run) / PICTURE for run in runs}, out / PICTURE)
 
 

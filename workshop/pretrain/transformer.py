@@ -81,7 +81,7 @@ def train_transformer(
     steps: int | None = None,
     minutes: float | None = None,
     until: float | None = None,
-    calls: int = 1,
+    calls: float = 1.0,
     variants: int = VARIANTS,
     cache: Path | None = None,
     first: Path | None = None,
