@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -60,11 +60,22 @@ def full_disk(tmp_path_factory) -> Callable[..., dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def make_shards() -> ShardMaker:
-    """``make_shards(folder, form="tiny", ...) -> tars``; see `write_random_shards`."""
+    """``make_shards(folder, form="tiny", ...) -> tars``; see `commit_random_shards`."""
     return write_random_shards
 
 
-def write_random_shards(
+@pytest.fixture(scope="session")
+def shards_to_come() -> Callable[..., Iterator[Path]]:
+    """As `make_shards`, but each ``next`` commits one."""
+    return commit_random_shards
+
+
+def write_random_shards(*args: object, **options: object) -> list[Path]:
+    """The tars of `commit_random_shards`, all of them committed."""
+    return list(commit_random_shards(*args, **options))  # type: ignore[arg-type]
+
+
+def commit_random_shards(
     folder: Path,
     form: str = "tiny",
     *,
@@ -77,8 +88,8 @@ def write_random_shards(
     captions_each: int = 1,
     more: Mapping[str, tuple[int, ...]] | None = None,
     seed: int = 0,
-) -> list[Path]:
-    """Commit shards of random latents with the real writer, as an encode with a built-in form would.
+) -> Iterator[Path]:
+    """Commit shards of random latents with the real writer, as an encode with a built-in form would, one after another.
 
     Args:
         folder: made if missing.
@@ -93,8 +104,8 @@ def write_random_shards(
         more: shapes of further tensors, by name.
         seed: of all random tensors.
 
-    Returns:
-        The tars, in order. contract.json and the empty caption lie beside them.
+    Yields:
+        Each tar, once it is committed. contract.json and the empty caption lie beside them.
     """
     import safetensors.torch
     import torch
@@ -115,13 +126,11 @@ def write_random_shards(
     commit_bytes(folder / EMPTY_CAPTION_FILE, empty)
     commit_bytes(folder / CONTRACT_FILE, contract.to_json().encode())
 
-    tars = []
-    line = 0
+    line = number = 0
     for resolution in resolutions:
         latent = checkpoint.family.latent(resolution)
         still = latent.still
         for start in range(0, samples, per_shard):
-            number = len(tars)
             writer = ShardWriter(folder, number, contract, ())
             for _ in range(start, min(start + per_shard, samples)):
                 line += 1
@@ -140,8 +149,8 @@ def write_random_shards(
                     row = dataclasses.replace(row, source_sha256=hashlib.sha256(clip).digest())
                 writer.add(row, tensors)
             writer.commit()
-            tars.append(folder / tar_name(number))
-    return tars
+            yield folder / tar_name(number)
+            number += 1
 
 
 def random_contract(

@@ -42,6 +42,10 @@ class TrainSettings:
         section=_DATA,
     )  # fmt: skip
     cache_size: str = setting("200GB", "the most that --cache keeps", section=_DATA)
+    follow: bool = setting(
+        False, "train while `cogprep encode` runs: each epoch is over the shards that are committed at its start; "
+        "--shards names folders, and --steps when to end", section=_DATA,
+    )  # fmt: skip
     captions: CaptionChoice = setting(
         "all", "of a clip with several captions, train all in each epoch, or one, another one each epoch", section=_DATA
     )
@@ -152,6 +156,12 @@ class TrainSettings:
                 f"--global-batch {self.global_batch} and --accumulate {self.accumulate} both say how large a step is",
                 where="--global-batch, --accumulate",
                 fix="give one of them",
+            )
+        if self.follow and self.steps is None:
+            raise SettingError(
+                "how long an epoch will be is not known while its shards are being encoded",
+                where="--follow" + f", --epochs {self.epochs}" * (self.epochs is not None),
+                fix="--steps 2000, for example: how long to train",
             )
         least = {
             "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "global_batch": 1, "warmup": 0, "nproc": 1,

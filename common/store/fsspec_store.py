@@ -90,6 +90,10 @@ class FsspecStore:
         info = self._call("info", 0, path)  # from the folder's listing where that has been read already
         return ReadPart(bytearray(), info["size"], etag_of(info))
 
+    def look_again(self) -> None:
+        """Forget what listings of folders have told."""
+        self._fs.invalidate_cache()
+
     def names(self, folder: str) -> list[str]:
         return [str(path) for path in self._call("ls", 0, folder, detail=False)]
 

@@ -180,6 +180,7 @@ def make_plan(
             todo = new[bucket]
             for start in range(0, len(todo), chunk[bucket]):
                 shards.append(PlannedShard(split, next(free), bucket, todo[start : start + chunk[bucket]]))
+    shards.sort(key=lambda shard: shard.split == "train")  # held out first: a run that follows validates from the start
     return EncodePlan(shards, drops, reused, rejected)
 
 

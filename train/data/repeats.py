@@ -42,11 +42,12 @@ def is_size(what: str) -> bool:
     return re.fullmatch("[0-9]+x[0-9]+x[0-9]+", what) is not None
 
 
-def times_of(words: Sequence[str], shards: ShardSet) -> Ints | None:
+def times_of(words: Sequence[str], shards: ShardSet, *, growing: bool = False) -> Ints | None:
     """How often an epoch trains each sample; None: each once.
 
     Args:
         words: as given: tars as for --shards or a size, each with ``=N``.
+        growing: more shards are to come, so a word may name none of the samples yet.
 
     Raises:
         SettingError: a word names no sample, or one that another names, too.
@@ -55,7 +56,9 @@ def times_of(words: Sequence[str], shards: ShardSet) -> Ints | None:
     times = np.zeros(len(shards), np.int64)
     for word in words:
         what, number = split_repeat(word)
-        named = _of_size(what, shards) if is_size(what) else _of_tars(what, shards)
+        named = _of_size(what, shards) if is_size(what) else _of_tars(what, shards, growing)
+        if not (growing or named.any()):
+            raise _names_nothing(what, shards)
         if (times[named] > 0).any():
             raise SettingError(
                 f"{without_secrets(what)} names samples that are named already", where=_OPTION, fix="name each once"
@@ -66,22 +69,24 @@ def times_of(words: Sequence[str], shards: ShardSet) -> Ints | None:
 
 def _of_size(what: str, shards: ShardSet) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     sizes = [str(bucket) for bucket in shards.buckets]
-    if what not in sizes:
-        raise SettingError(f"no sample is of {what}", where=_OPTION, fix=f"one of {', '.join(sizes)}")
-    return shards.bucket_of == sizes.index(what)
+    return shards.bucket_of == (sizes.index(what) if what in sizes else -1)
 
 
-def _of_tars(what: str, shards: ShardSet) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    tars = {_place(found.tar.shown) for found in expand([what], _OPTION)}
+def _of_tars(what: str, shards: ShardSet, growing: bool) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    tars = {_place(found.tar.shown) for found in expand([what], _OPTION, growing=growing)}
     numbers = [number for number, shard in enumerate(shards.shards) if _place(shard.shown) in tars]
-    named: np.ndarray[tuple[int], np.dtype[np.bool_]] = np.isin(shards.shard_of, numbers)
-    if not named.any():
-        raise SettingError(
-            f"{without_secrets(what)} holds none of the samples that are trained",
-            where=_OPTION,
-            fix="name a folder of --shards, too",
-        )
-    return named
+    return np.isin(shards.shard_of, numbers)
+
+
+def _names_nothing(what: str, shards: ShardSet) -> SettingError:
+    if is_size(what):
+        sizes = ", ".join(map(str, shards.buckets))
+        return SettingError(f"no sample is of {what}", where=_OPTION, fix=f"one of {sizes}")
+    return SettingError(
+        f"{without_secrets(what)} holds none of the samples that are trained",
+        where=_OPTION,
+        fix="name a folder of --shards, too",
+    )
 
 
 def _place(shown: str) -> str:

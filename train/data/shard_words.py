@@ -25,6 +25,7 @@ from ..store.local_store import LocalStore
 
 _MOST = 1_000_000  # names that one word may stand for
 _RANGE = re.compile(r"\{(-?\d{1,4000})\.\.(-?\d{1,4000})(?=\.\.|\})", re.ASCII)
+_FILES = (".tar", ".parquet", ".safetensors")
 _LOCAL, _HTTP = LocalStore(), HttpStore()
 
 
@@ -37,11 +38,14 @@ class FoundTar:
     empty_caption: StoredFile
 
 
-def expand(words: Iterable[str], option: str) -> list[FoundTar]:
+def expand(words: Iterable[str], option: str, *, growing: bool = False) -> list[FoundTar]:
     """Every tar that the words name, once each, in order.
 
     A record or an empty caption behind a URL may be named, too: where each URL is signed by itself,
     the tar's signature does not open them.
+
+    Args:
+        growing: look into folders anew; a word that stands for nothing yet is none to complain of.
 
     Raises:
         ShardError: a word that stands for nothing, or cannot be meant.
@@ -52,8 +56,10 @@ def expand(words: Iterable[str], option: str) -> list[FoundTar]:
     for word in words:
         _check(word, option)
         shown = without_secrets(word)
-        files = list(_remote(word, option) if "://" in word else _local(word, option))
-        if not files:
+        files = list(_remote(word, option, growing) if "://" in word else _local(word, option))
+        if growing:
+            files = [file for file in files if file.remote or file.path.endswith(".tar") or os.path.lexists(file.path)]
+        elif not files:
             raise ShardError(
                 f"no shard matches {shown}",
                 where=option,
@@ -70,10 +76,16 @@ def expand(words: Iterable[str], option: str) -> list[FoundTar]:
                     fix="give the .tar files; their records lie beside them",
                 )
             found.setdefault(file.shown, file)
-    if not found:
+    if not found and not growing:
         raise ShardError(f"{option} is not given", fix=f"{option} out/*.tar (what `cogprep encode` wrote)")
     pairs = ((tar, tar.beside(".parquet"), tar.sibling(EMPTY_CAPTION_FILE)) for tar in found.values())
     return [FoundTar(tar, *(beside.get(file.shown, file) for file in others)) for tar, *others in pairs]
+
+
+def can_grow(word: str) -> bool:
+    """Whether a word can stand for more shards later: a folder, a pattern or a range, and not one tar."""
+    name = word.partition("?")[0] if is_web(word) else word
+    return not name.endswith(_FILES) or (any(sign in name for sign in "*[?{") and not os.path.lexists(name))
 
 
 def _check(word: str, option: str) -> None:
@@ -148,7 +160,7 @@ def _braces(text: str, option: str) -> Sequence[str]:
     return names
 
 
-def _remote(word: str, option: str) -> Iterator[StoredFile]:
+def _remote(word: str, option: str, growing: bool) -> Iterator[StoredFile]:
     path, mark, query = word.partition("?") if is_web(word) else (word, "", "")
     for name in _braces(path, option):
         url = name + mark + query
@@ -159,6 +171,8 @@ def _remote(word: str, option: str) -> Iterator[StoredFile]:
         inside = url
         if not is_web(url):
             store, inside = open_fsspec(url, option)
+            if growing:
+                store.look_again()
         scheme = "" if is_web(url) else url.partition("://")[0] + "://"
         for match in _matches(store, inside, name, without_secrets(url)):
             yield StoredFile(store, match, without_secrets(scheme + match.lstrip("/")))
@@ -171,7 +185,7 @@ def _matches(store: Store, path: str, name: str, shown: str) -> list[str]:
         pattern = any(sign in name for sign in "*[") or ("?" in name and not is_web(name))
         if pattern and not _is_there(store, path):
             return sorted(store.matching(path))
-        if name.endswith((".tar", ".parquet", ".safetensors")):
+        if name.endswith(_FILES):
             return [path]
         return sorted(one for one in store.names(path) if one.partition("?")[0].endswith(".tar"))
 

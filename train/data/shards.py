@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,6 +55,19 @@ class Shard:
     def shown(self) -> str:
         """The name of the tar in messages."""
         return self.file.shown
+
+
+class NoSamples(ShardError):
+    """Shards that are as they should be, and hold nothing to train on."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A shard, and its record's rows."""
+
+    shard: Shard
+    table: pa.Table
+    stamp: ReadPart | None = None  # of the record: its size and etag, where somebody asks whether it is still the same
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,7 @@ class ShardSet:
         )
         table = self.table.filter(pc.invert(same))
         if not table.num_rows:
-            raise ShardError(
+            raise NoSamples(
                 f"all {len(self)} samples of --shards are in --validate-shards too; none is left to train on",
                 where=self.shards[0].shown,
                 fix="give other shards to --validate-shards (`cogprep encode --holdout N` sets some apart)",
@@ -265,10 +278,19 @@ def open_shards(words: Sequence[str], option: str = "--shards", cache: SampleCac
         ShardError: none there; one without a record, of another size, or encoded
             otherwise than the first; no usable sample.
     """
-    opened = list(read_in_order(lambda found: _open_one(found, cache), expand(words, option)))
+    return shard_set(read_in_order(lambda found: open_one(found, cache), expand(words, option)), option, cache)
+
+
+def shard_set(opened: Iterable[Opened], option: str = "--shards", cache: SampleCache | None = None) -> ShardSet:
+    """Shards as one set; at least one.
+
+    Raises:
+        ShardError: they do not belong together.
+        NoSamples: every clip was rejected.
+    """
     # By content, so that neither the order of the words nor the folder's name enters the order of samples.
-    opened.sort(key=lambda one: one[0].header.tar_sha256)
-    first, *rest = [shard for shard, _ in opened]
+    opened = sorted(opened, key=lambda one: one.shard.header.tar_sha256)
+    first, *rest = [one.shard for one in opened]
     for shard in rest:
         if shard.header.contract.fingerprint != first.header.contract.fingerprint:
             differing = first.header.contract.differences(shard.header.contract)
@@ -278,13 +300,13 @@ def open_shards(words: Sequence[str], option: str = "--shards", cache: SampleCac
                 fix="train on shards of one folder, or encode all clips with the same settings",
             )
     tables = [
-        table.append_column("shard", pa.array(np.full(table.num_rows, number, np.int32)))
-        for number, (_, table) in enumerate(opened)
+        one.table.append_column("shard", pa.array(np.full(one.table.num_rows, number, np.int32)))
+        for number, one in enumerate(opened)
     ]
     table = pa.concat_tables(tables)
     table = table.filter(pc.equal(table["status"], "ok")).combine_chunks()
     if not table.num_rows:
-        raise ShardError(
+        raise NoSamples(
             f"no usable sample in {len(opened)} shard{'s' * (len(opened) > 1)}: every clip was rejected",
             where=first.shown,
             fix=f"`{command_line('cogprep', 'inspect', first.shown.rpartition('/')[0] or '.')}` gives the reasons",
@@ -298,13 +320,16 @@ def open_shards(words: Sequence[str], option: str = "--shards", cache: SampleCac
             fix="give each shard once, and only one copy of a folder",
         )
     buckets = sorted(Resolution.parse(name) for name in pc.unique(table["bucket"]).to_pylist())
-    if cache is not None:
-        cache.protect(table["sha256"])
-    return ShardSet([shard for shard, _ in opened], table, buckets, cache)
+    return ShardSet([one.shard for one in opened], table, buckets, cache)
 
 
-def _open_one(found: FoundTar, cache: SampleCache | None) -> tuple[Shard, pa.Table]:
-    """Two requests: the record, and the tar's last bytes, whose answer tells its size."""
+def open_one(found: FoundTar, cache: SampleCache | None) -> Opened:
+    """Open a shard by two requests: the record, and the tar's last bytes, whose answer tells its size.
+
+    Raises:
+        ShardError: it is not there, not finished, or damaged.
+        StoreError: it cannot be read, and why.
+    """
     header, table = _record(found)
     good = table.filter(pc.equal(table["status"], "ok")).sort_by("offset")
     end = 0
@@ -333,7 +358,9 @@ def _open_one(found: FoundTar, cache: SampleCache | None) -> tuple[Shard, pa.Tab
         )
     if fault:
         raise _damaged(tar, fault)
-    return Shard(tar, header, found.empty_caption, tail.etag), table
+    if cache is not None:
+        cache.protect(good["sha256"])
+    return Opened(Shard(tar, header, found.empty_caption, tail.etag), table)
 
 
 def _record(found: FoundTar) -> tuple[ShardHeader, pa.Table]:

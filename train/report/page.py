@@ -278,8 +278,10 @@ def _step_of(path: Path) -> int:
 def _tables(run: RecordedRun) -> Iterable[str]:
     facts = run.facts
     samples = sum(facts.samples.values())
+    begun = f"{facts.samples_at_start:,} at the start, now " if facts.samples_at_start else ""
     data = {
-        "samples": f"{counted(samples, 'sample')} in {counted(facts.shards, 'shard')}, {facts.held_out:,} held out",
+        "samples": f"{begun}{counted(samples, 'sample')} in {counted(facts.shards, 'shard')}, "
+        f"{facts.held_out:,} held out",
         "sizes": ", ".join(f"{bucket} ({count:,})" for bucket, count in facts.samples.items()),
         "samples' fingerprint": facts.shards_fingerprint,
         "encoding's fingerprint": facts.contract_fingerprint,

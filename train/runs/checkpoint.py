@@ -158,6 +158,7 @@ def read_state(folder: Path) -> RunState:
 _BEFORE = {
     "--adapter": "lora",
     "--captions": "all",
+    "--follow": False,
     "--init-lora": None,
     "--repeat": "none",
 }  # facts of checkpoints that are older than these facts

@@ -5,6 +5,7 @@
     config.toml      every setting, resolved
     facts.json       what the run worked on: shards, counts, processes (`RunFacts`)
     metrics.jsonl    one line a step; validation lines carry val_loss
+    epochs.json      what each epoch was over, with --follow
     checkpoint-N/    to resume from
     validation/      videos: clips/ as they are stored, step-000000/ by the base model, step-N/
     generated/       what `cogtrain generate` has drawn
@@ -38,6 +39,7 @@ from ..settings import AdapterName
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
 METRICS_FILE = "metrics.jsonl"
+EPOCHS_FILE = "epochs.json"  # of a run with --follow (`follow`)
 VALIDATION = "validation"
 CAPTIONS_FILE = "captions.json"  # in it, of the samples that are drawn
 CLIPS = "clips"  # in it, those samples themselves
@@ -48,7 +50,7 @@ REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 LOCK_FILE = ".lock"
 # What a run writes over, again and again. The card and the settings are people's to change, so they are not among it.
-RUN_FILES = (FACTS_FILE, METRICS_FILE, REPORT_FILE, VALIDATION, lora.FILE)
+RUN_FILES = (FACTS_FILE, METRICS_FILE, EPOCHS_FILE, REPORT_FILE, VALIDATION, lora.FILE)
 A_RUN, A_CHECKPOINT = "a training run", "a checkpoint"  # what made a folder's files
 
 
@@ -82,6 +84,7 @@ class RunFacts:
     begun: float = 0.0  # when its first step was about to be made, in seconds since 1970; 0: not known
     exported: int = 0  # the step whose weights lie in the run's folder; 0: none yet, or not known
     ended: str = ""  # why it has ended before its last step, if it has
+    samples_at_start: int = 0  # with --follow; `samples` are those of the newest epoch then
 
     @property
     def title(self) -> str:

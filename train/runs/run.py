@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,10 @@ from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16
 from cogcommon.model.families import Resolution
 from cogcommon.store.store import without_secrets
-from cogcommon.words import counted
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
-from ..data.repeats import described, is_size, of_clips, split_repeat, times_of, told
+from ..data.epochs import Epoch
+from ..data.repeats import described, is_size, split_repeat, told
 from ..data.sampler import Sampler
 from ..data.shards import ShardSet, open_shards
 from ..distributed import zero
@@ -35,7 +36,9 @@ from ..store.cache import SampleCache
 from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
 from .folder import CONFIG_FILE
+from .follow import Followed, open_followed
 from .global_batch import FACT, with_accumulation
+from .sampling import check_sampler, make_sampler
 from .tracker import check_tracker_installed
 
 if TYPE_CHECKING:
@@ -66,10 +69,12 @@ class Run:
     world: int  # processes
     resume: SavedCheckpoint | None
     notes: tuple[str, ...]  # what the user should know, one sentence each
+    followed: Followed | None = None  # with --follow; shards and sampler are of the epoch at which it was opened
 
     @property
     def buckets(self) -> tuple[Resolution, ...]:
-        return tuple(self.shards.buckets)
+        """Sizes of its samples; where more are to come, those that they can have."""
+        return tuple(self.shards.contract.buckets if self.followed else self.shards.buckets)
 
     @property
     def held_out_buckets(self) -> tuple[Resolution, ...]:
@@ -78,6 +83,15 @@ class Run:
     @property
     def groups(self) -> DataGroups:
         return data_groups(self.world)
+
+    @property
+    def newest(self) -> Epoch:
+        """With --follow the newest epoch, whose samples are those of now; else the first."""
+        return self.followed.newest if self.followed else Epoch(0, 0, self.shards, self.sampler)
+
+    def epoch_of(self, step: int) -> Epoch:
+        """The epoch that a step belongs to; with --follow one of the last two."""
+        return self.followed.epoch_of(step) if self.followed else self.newest.at(step)
 
     @property
     def global_batch(self) -> int:
@@ -95,10 +109,12 @@ class Run:
             "method": self.method.name,
             "base model": f"{self.checkpoint.family.name} {self.checkpoint.name}",
             _REVISION: self.checkpoint.fingerprint,
-            "shards": self.shards.fingerprint,
+            "--follow": self.settings.follow,
+            # What each epoch is over, and how often it trains a sample, its own record says.
+            "shards": self.shards.contract.fingerprint if self.followed else self.shards.fingerprint,
             FACT: self.global_batch,
             "--captions": self.settings.captions,
-            "--repeat": described(self.sampler.times),
+            "--repeat": "" if self.followed else described(self.sampler.times),
             "--seed": self.settings.seed,
             _STRATEGY: self.strategy,
             _PRECISION: self.precision,
@@ -126,13 +142,18 @@ def open_run(
     given, groups = settings, data_groups(world)
     settings = with_accumulation(settings, groups, resume, peers.here if peers.world > 1 else world, notes)
     settings = _as_it_began(settings, resume)
+    followed = open_followed(settings, resume, groups.count, peers) if settings.follow else None
     method = method_of(settings)
     strategy = choose_strategy(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
     _check_strategy(settings, strategy)
     check_optimizer(settings, strategy)
     check_tracker_installed(settings.tracker)
-    cache = SampleCache(settings.cache, settings.cache_bytes) if settings.cache else None
-    shards = open_shards(settings.shards, cache=cache)
+    held_out: ShardSet | None = None
+    if followed:
+        cache, shards, held_out = followed.cache, followed.newest.shards, followed.held_out
+    else:
+        cache = SampleCache(settings.cache, settings.cache_bytes) if settings.cache else None
+        shards = open_shards(settings.shards, cache=cache)
     if cache is not None and not any(shard.file.remote for shard in shards.shards):
         notes.append("--cache has nothing to do: these shards are on this machine, or wholly in the cache")
     if lost := lost_tars(shards):
@@ -143,7 +164,7 @@ def open_run(
     method.check(checkpoint)
     if resume is None:
         method.check_start(checkpoint)
-    _check_buckets(shards, checkpoint)
+    _check_buckets(shards.contract.buckets if followed else shards.buckets, shards, checkpoint)
     _check_validation(settings)
     if settings.caption_dropout or settings.validate_videos:  # guidance needs it too
         shards.empty_caption()
@@ -153,19 +174,21 @@ def open_run(
     if precision == "bf16" and not has_bf16(device):
         notes.append(EMULATED.format("this GPU"))
     deepspeed_config(settings, strategy, precision, world)
-    held_out = None
-    if settings.validate_shards:
+    if followed is None and settings.validate_shards:
         held_out = open_shards(settings.validate_shards, "--validate-shards", cache)
-        check_shards_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
-        _check_buckets(held_out, checkpoint)
         total = len(shards)
         shards = shards.without(held_out)
         if len(shards) < total:
             notes.append(f"{total - len(shards)} samples of --shards are held out for validation and not trained")
+    if held_out:
+        check_shards_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
+        _check_buckets(held_out.buckets, held_out, checkpoint)
     checkpoint.check_weights("transformer")
     if settings.validate_videos:
         checkpoint.check_weights("vae")
-    sampler = _sampler(settings, shards, groups, notes)
+    sampler = followed.newest.sampler if followed else make_sampler(settings, shards, groups.count)
+    if followed is None:
+        notes += check_sampler(sampler, settings, shards, groups.count)
     steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * sampler.steps_per_epoch
     if resume is not None and resume.state.step > steps:
         notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
@@ -188,6 +211,7 @@ def open_run(
         world=world,
         resume=resume,
         notes=tuple(notes),
+        followed=followed,
     )
     if run.resume is not None:
         check_same(run.resume, run.resume_facts(), groups.count, settings.batch_size)
@@ -222,9 +246,9 @@ def _base_model(settings: TrainSettings, shards: ShardSet, resume: SavedCheckpoi
     return open_checkpoint(name, revision, named_by=None if settings.model else made_for)
 
 
-def _check_buckets(shards: ShardSet, checkpoint: Checkpoint) -> None:
+def _check_buckets(buckets: Sequence[Resolution], shards: ShardSet, checkpoint: Checkpoint) -> None:
     """Refuse samples of a size that the model cannot take, wherever they come from."""
-    for bucket in shards.buckets:
+    for bucket in buckets:
         try:
             checkpoint.check_resolution(bucket)
         except SettingError as error:
@@ -280,44 +304,6 @@ def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
         zero.check_nvme(settings.nvme)
 
 
-def _sampler(settings: TrainSettings, shards: ShardSet, groups: DataGroups, notes: list[str]) -> Sampler:
-    count = groups.count
-    size = count * settings.batch_size * settings.accumulate
-    one = settings.captions == "one"
-    draw = shards.caption_draw(settings.seed) if one else None
-    times = times_of(settings.repeat, shards)
-    if draw and times is not None:
-        times = of_clips(times, draw.clip_of)
-    sampler = Sampler(shards.shard_of, shards.bucket_of, size, settings.seed, draw, times)
-    samples, noun = sampler.samples, "clip" if one else "sample"
-    parts = f"{count} process{'es' * (count > 1)} x batch size {settings.batch_size} x accumulate {settings.accumulate}"
-    if count > samples:
-        raise ShardError(
-            f"{count} processes and only {counted(samples, noun)} to train on",
-            where="--nproc, --shards",
-            fix=f"--nproc {samples} or fewer",
-        )
-    if sampler.steps_per_epoch == 0:
-        raise ShardError(
-            f"a step takes {size} {noun}s ({parts}), and no resolution has as many ({samples} in all)",
-            where="--batch-size, --accumulate, --shards",
-            fix="a smaller --batch-size or --accumulate",
-        )
-    for index in sampler.too_small_buckets():
-        notes.append(
-            f"{int((shards.bucket_of == index).sum())} samples of {shards.buckets[index]} are never trained: "
-            f"a step takes {size} {noun}s of one resolution"
-        )
-    if sampler.left_over:
-        notes.append(f"each epoch leaves out {sampler.left_over} of {counted(samples, noun)}, different ones each time")
-    if one and shards.of_no_clip:
-        rebuilt = f"{counted(shards.of_no_clip, 'sample')} in records that `cogprep index` rebuilt"
-        notes.append(f"--captions one takes {rebuilt} for clips of their own")
-    if one and samples == len(shards):
-        notes.append("--captions one changes nothing: no clip of these shards has several captions")
-    return sampler
-
-
 def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
     """The checkpoint that ``--resume`` asks for."""
     if settings.resume == "never":
@@ -333,7 +319,7 @@ def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "global_batch", "shards",
          "validate_shards", "save_every", "keep", "keep_best", "patience", "validate_every", "validate_videos",
          "tracker", "model", "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
-         "cache_size", "init_lora", "repeat"}  # fmt: skip
+         "cache_size", "init_lora", "repeat", "follow"}  # fmt: skip
 
 
 def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:

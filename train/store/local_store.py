@@ -26,7 +26,8 @@ class LocalStore:
 
     def stat(self, path: str, *, fresh: bool = False) -> ReadPart:
         try:
-            return ReadPart(bytearray(), Path(path).stat().st_size)
+            status = Path(path).stat()
+            return ReadPart(bytearray(), status.st_size, f"{status.st_mtime_ns}-{status.st_ino}")
         except OSError as error:
             raise _told(error) from error
 

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +39,8 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
     log.say(
         f"{run.shards.described} of {buckets} in {counted(len(run.shards.shards), 'shard')}; "
         f"global batch {run.global_batch:,}, {counted(run.steps, 'step')}, {run.sampler.steps_per_epoch:,} per epoch"
+        + " for now (--follow)"
+        * bool(run.followed)
     )
     if run.sampler.draw:
         log.say(f"each epoch trains one caption of each of {counted(run.sampler.samples, 'clip')} (--captions one)")
@@ -52,6 +54,17 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
         if done >= run.steps:
             log.say(f"nothing is left to train: all {done:,} steps are done; a larger --steps goes on")
     log.say(f"writes {folder}; {folder / REPORT_FILE} has its curves and videos, live: {watch(folder)}")
+
+
+def new_epoch(run: Run, log: RunLog, folder: Path) -> None:
+    """With --follow, write down what an epoch is over, before its first step, and say what is new; on rank 0."""
+    if run.followed is None:
+        return
+    run.followed.write(folder)
+    if told := run.followed.told():
+        log.say(told)
+        newest = {name: value for name, value in _samples(run).items() if name != "samples_at_start"}
+        dataclasses.replace(read_run(folder).facts, **newest).write(folder)
 
 
 def watch(folder: Path) -> str:
@@ -134,7 +147,6 @@ def _facts(
 ) -> RunFacts:  # fmt: skip
     import torch
 
-    counts = np.bincount(run.shards.bucket_of, minlength=len(run.shards.buckets))
     gpu = runtime.device.type == "cuda"
     return RunFacts(
         model=run.checkpoint.name,
@@ -143,9 +155,7 @@ def _facts(
         task=run.checkpoint.family.task,
         method=run.method.name,
         contract_fingerprint=run.shards.contract.fingerprint,
-        shards_fingerprint=run.shards.fingerprint,
-        shards=len(run.shards.shards),
-        samples={str(bucket): int(count) for bucket, count in zip(run.shards.buckets, counts, strict=True)},
+        **_samples(run),
         held_out=len(run.held_out) if run.held_out else 0,
         steps=run.steps,
         processes=run.world,
@@ -165,6 +175,18 @@ def _facts(
     )
 
 
+def _samples(run: Run) -> dict[str, Any]:
+    """The facts of what is trained; with --follow of the newest epoch."""
+    shards = run.newest.shards
+    counts = np.bincount(shards.bucket_of, minlength=len(shards.buckets))
+    return {
+        "shards_fingerprint": shards.fingerprint,
+        "shards": len(shards.shards),
+        "samples": {str(bucket): int(count) for bucket, count in zip(shards.buckets, counts, strict=True)},
+        "samples_at_start": run.followed.samples_at_start if run.followed else 0,
+    }
+
+
 def weights_file_facts(run: Run, step: int, line: ValidationLine | None = None) -> dict[str, str]:
     """What an exported file says of where it comes from.
 
@@ -179,7 +201,7 @@ def weights_file_facts(run: Run, step: int, line: ValidationLine | None = None) 
         "family": run.checkpoint.family.name,
         "method": run.method.name,
         "steps": str(step),
-        "shards": run.shards.fingerprint,
+        "shards": run.newest.shards.fingerprint,
         "contract": run.shards.contract.fingerprint,
     }
 

@@ -142,9 +142,8 @@ class Readout:
         Args:
             losses: of all ranks, rank by rank; of a whole step, or of the micro-batch ``micro``.
         """
-        epoch, place = divmod(step - 1, self._run.sampler.steps_per_epoch)
-        first = micro * len(losses)
-        return not_finite(losses, self._run.sampler.epoch(epoch)[place][first : first + len(losses)], self._run)
+        epoch, first = self._run.epoch_of(step), micro * len(losses)
+        return not_finite(losses, epoch.batch(step)[0][first : first + len(losses)], epoch.shards)
 
     def _write(self, pending: _Pending, losses: Sequence[float], norm: float) -> None:
         run, step, times = self._run, pending.step, pending.clock.read()
@@ -153,7 +152,7 @@ class Readout:
         self._log.step(
             StepLine(
                 step=step,
-                epoch=(step - 1) // run.sampler.steps_per_epoch,
+                epoch=run.epoch_of(step).number,
                 loss=finite(sum(losses) / len(losses)) if losses else None,
                 lr=pending.rate,
                 grad_norm=finite(norm),

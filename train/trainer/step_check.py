@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cogcommon.errors import RunError
 
 from ..data.caption_draw import Ints
+from ..data.shards import ShardSet
 from ..distributed.leaving import PeerFailed
 
 if TYPE_CHECKING:
@@ -91,18 +92,18 @@ class Judge:
         )
 
 
-def not_finite(losses: Sequence[float], places: Ints, run: Run) -> list[str]:
+def not_finite(losses: Sequence[float], places: Ints, shards: ShardSet) -> list[str]:
     """The samples whose loss is not finite, as ``key in shard``.
 
     Args:
         losses: of all ranks, rank by rank.
-        places: indices of their samples, in the same order.
+        places: indices of their samples in ``shards``, in the same order.
     """
     named = []
     for loss, index in zip(losses, places, strict=True):
         if not math.isfinite(loss):
-            extent = run.shards.extent(int(index))
-            named.append(f"{extent.key} in {run.shards.shards[extent.shard].shown} ({loss})")
+            extent = shards.extent(int(index))
+            named.append(f"{extent.key} in {shards.shards[extent.shard].shown} ({loss})")
     return named
 
 

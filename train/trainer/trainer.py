@@ -41,7 +41,7 @@ from . import announce
 from .best import Best
 from .clock import StepClock
 from .failures import memory_errors
-from .feed import feed
+from .feed import Feed
 from .readout import Readout
 from .saver import Saver
 
@@ -127,8 +127,8 @@ class Trainer:
             self.saver.resume(run.resume.folder)
         gamma = settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None
         self.objective = Objective.of(run.checkpoint, gamma)
-        self.batches = feed(run, runtime, self.objective, self.done)
-        closing.callback(self.batches.close)
+        self.feed = Feed(run, runtime, self.objective, self.done, partial(announce.new_epoch, run, log, folder))
+        closing.callback(self.feed.close)
         self.copies = CopyStream(runtime.device)
         self.readout = Readout(run, runtime, self.optimizer, log)
         closing.enter_context(log.training())
@@ -145,7 +145,7 @@ class Trainer:
         runtime.set_rate(self.optimizer, rate)
         losses: list[torch.Tensor] = []
         for micro in range(settings.accumulate):
-            batch = runtime.peers.together(lambda: next(self.batches)).upload(self.copies)
+            batch = self.feed.next(step).upload(self.copies)
             clock.end("data")
             with runtime.accelerator.accumulate(self.model):  # the ranks' gradients meet in the last one
                 loss, found = self.readout.loss(self._losses, batch, step, micro)

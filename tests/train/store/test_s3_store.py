@@ -14,6 +14,7 @@ from faulty_server import FaultyServer
 from cogcommon.errors import ShardError, StoreError
 from cogcommon.store import fsspec_store, store
 from cogtrain.data import shards as sources
+from cogtrain.data.growing import committed
 from cogtrain.data.shards import open_shards
 from cogtrain.settings import LoraSettings
 
@@ -104,6 +105,26 @@ def test_all_ways_to_name_a_bucket(s3, folder):
             open_shards([word])
     with pytest.raises(ShardError, match="no such shard"):
         open_shards(["s3://bucket/out/000009.tar"])
+
+
+def test_shards_of_a_bucket_that_come_while_it_is_looked_at(s3, folder):
+    """A tar counts once its record is there, and is opened again only where the record is another one."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem(endpoint_url=s3, skip_instance_cache=True)
+    words, known = ["s3://bucket/coming/", "s3://bucket/none-yet/"], {}
+    assert committed(words, "--shards") == {}
+    for number, names in enumerate((["empty_caption.safetensors", "000000.tar"], ["000000.parquet", "000001.tar"])):
+        for name in names:
+            fs.put(str(folder / "out" / name), f"bucket/coming/{name}")
+        known = committed(words, "--shards", known=known)
+        assert list(known) == ["s3://bucket/coming/000000.tar"][:number]
+    assert committed(words, "--shards", known=known)["s3://bucket/coming/000000.tar"] is known[next(iter(known))]
+    for ending in ("tar", "parquet"):
+        fs.put(str(folder / "out" / f"000001.{ending}"), f"bucket/coming/000000.{ending}")
+    (again,) = committed(words, "--shards", known=known).values()
+    assert again.shard.header.tar_sha256 != known[again.shard.shown].shard.header.tar_sha256
+    fs.rm("bucket/coming", recursive=True)
 
 
 def test_few_requests_to_a_bucket(proxy):
