@@ -76,7 +76,7 @@ def faulty(url, folder):
         patch.setenv("AWS_ENDPOINT_URL", server.url)
         patch.setattr(store, "_FIRST_WAIT", 0.05)
         for module, name in ((store, "OPENING"), (remote_folder, "OPENING"), (remote_folder, "WRITING")):
-            patch.setattr(module, name, store.Patience(1.5))
+            patch.setattr(module, name, store.Patience(10))
         patch.setattr(store, "FAULTS", store.Faults())
         s3fs.S3FileSystem.clear_instance_cache()
         yield server

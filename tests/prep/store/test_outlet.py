@@ -19,7 +19,7 @@ from places import CHILDREN
 from cogcommon.errors import CogError, SettingError, StoreError
 from cogcommon.shards.contract import CONTRACT_FILE, Contract
 from cogcommon.shards.records import read_table, shard_number
-from cogcommon.store import fsspec_store, store
+from cogcommon.store import fsspec_store, remote_folder, store
 from cogcommon.store.fsspec_store import FsspecStore
 from cogprep.commands.clean_cache import run as clean_cache
 from cogprep.commands.encode import encode, run
@@ -224,7 +224,7 @@ def test_killed_at_a_request(scenario, bring, there, empty, on_disk, monkeypatch
     assert tars_of(there()) == want
     total = len(requests.done)
     assert total > 20
-    for number, at in enumerate(range(total // 6, total, total // 4)):
+    for number, at in enumerate(range(total // 4, total, total // 2 + 1 if before else total // 4)):
         empty()
         for step in before:
             bring(step, machine=f"{number}")
@@ -270,25 +270,23 @@ def test_killed_at_every_request(scenario, after, same_machine, bring, there, em
 
 
 def test_every_request_fails_once(bring, there, proxy, on_disk, capfd):
-    """With 500, before or after it has been carried out, or with a reset."""
-    seen = {}
+    """Every other one with 500, the others by a reset when they have been carried out."""
+    failed = []
 
-    def once(kind):
-        def fail(handler):
-            key = handler.command, handler.path
-            seen[key] = seen.get(key, 0) + 1
-            if hash(key) % 3 != kind or seen[key] > 2 or (kind and seen[key] > 1):
-                return None
-            return handler.reset() if kind == 2 else handler.answer(500, b"<Error><Code>InternalError</Code></Error>")
+    def fail(handler, turn, act):
+        request = handler.command, handler.path
+        if request in failed or len(failed) % 2 != turn:
+            return None
+        failed.append(request)
+        return act()
 
-        return fail
-
-    proxy.wrong = lambda handler: once(0)(handler) or once(1)(handler)
-    proxy.after = once(2)
+    body = b"<Error><Code>InternalError</Code></Error>"
+    proxy.wrong = lambda handler: fail(handler, 0, lambda: handler.answer(500, body))
+    proxy.after = lambda handler: fail(handler, 1, handler.reset)
     bring()
     assert tars_of(there()) == on_disk("fresh")
     check(there())
-    assert sum(store.FAULTS.counts.values()) >= 10
+    assert len(failed) > 20 and sum(store.FAULTS.counts.values()) >= 10
     assert "damaged" not in capfd.readouterr().err
 
 
@@ -330,7 +328,8 @@ def test_of_two_writers_one_wins_and_the_other_says_so(moment, bring, there, pro
     found = there()
     check(found)
     # Of the tar whose record is on its way the second one takes the samples over: both mean the same record.
-    assert ("another writer committed it first" in capfd.readouterr().err) == (moment == "000000.tar")
+    said = "\n" + capfd.readouterr().err
+    assert ("\n000000.tar: another writer committed it first" in said) == (moment == "000000.tar")
     verify(VerifySettings(out=OUT))
 
 
@@ -338,7 +337,8 @@ def test_of_two_writers_one_wins_and_the_other_says_so(moment, bring, there, pro
     ("status", "code", "says"),
     [(403, "AccessDenied", "refuses"), (500, "InternalError", "attempts"), (404, "NoSuchBucket", "no such bucket")],
 )
-def test_a_bucket_that_refuses_is_told_as_it_is(status, code, says, bring, there, proxy, capfd):
+def test_a_bucket_that_refuses_is_told_as_it_is(status, code, says, bring, there, proxy, capfd, monkeypatch):
+    monkeypatch.setattr(remote_folder, "WRITING", store.Patience(1))
     body = f"<Error><Code>{code}</Code><Message>{code} it is</Message></Error>".encode()
     proxy.wrong = lambda handler: handler.answer(status, body) if handler.command == "PUT" else None
     with pytest.raises(StoreError, match=says) as caught:
@@ -351,6 +351,7 @@ def test_a_bucket_that_refuses_is_told_as_it_is(status, code, says, bring, there
 def test_a_bucket_that_stalls(bring, there, proxy, monkeypatch):
     monkeypatch.setattr(fsspec_store, "STALLED", 0.3)
     monkeypatch.setattr(fsspec_store, "_SLOW", 10**9)
+    monkeypatch.setattr(remote_folder, "WRITING", store.Patience(1))
     proxy.wrong = lambda handler: handler.stall() if handler.command == "PUT" else None
     with pytest.raises(StoreError, match="does not answer"):
         bring()

@@ -36,6 +36,7 @@ def s3(folder):
 def proxy(s3, tmp_path, monkeypatch):
     """A server in front of it that can do wrong; ``proxy.wrong`` is the fault."""
     with faulty(s3, tmp_path) as server:
+        monkeypatch.setattr(store, "OPENING", store.Patience(1.5))
         monkeypatch.setattr(sources, "TRAINING", store.Patience(1.5))
         yield server
 
