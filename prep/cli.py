@@ -75,7 +75,7 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
         "launch",
         LaunchSettings,
         "launch",
-        "Write an encode as a job for Slurm, Kubernetes or SkyPilot, divided among machines. A typo is refused now.",
+        "Write an encode as a job for Slurm, Kubernetes or SkyPilot, divided among machines. Checked before it queues.",
         (
             "cogprep launch --on slurm --nodes 4 --gpus 8 -- encode --data-root ds --resolution 49x480x720",
             "cogprep launch --on kubernetes --nodes 4 --image registry/cogtune --volume claim:/data -- encode "
@@ -87,7 +87,7 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
         InspectSettings,
         "inspection",
         "Show what is in a folder of shards: settings, counts, sizes, samples.",
-        (),
+        ("cogprep inspect out",),
     ),
     (
         "verify",
@@ -101,9 +101,15 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
         PreviewSettings,
         "preview",
         "Draw what was encoded: the source, what was cut off, and the decoded latents beside it.",
-        (),
+        ("cogprep preview out --samples 4",),
     ),
-    ("index", IndexSettings, "index", "Rebuild lost records and a lost contract from the shards themselves.", ()),
+    (
+        "index",
+        IndexSettings,
+        "index",
+        "Rebuild lost records and a lost contract from the shards themselves.",
+        ("cogprep index out",),
+    ),
     (
         "clean-cache",
         CleanSettings,
@@ -112,8 +118,14 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
         ("cogprep clean-cache --dry-run", "cogprep clean-cache --out out --all --yes"),
     ),
 )
+_PANELS = {  # headings of --help
+    "Lists of clips and captions": ("init", "split", "caption", "validate"),
+    "Encode": ("encode", "launch"),
+    "Shards": ("inspect", "verify", "preview", "index", "clean-cache"),
+}
 for _name, _settings, _module, _help, _examples in _COMMANDS:
-    add_command(app, _name, _settings, _run_of(_module), _help, _examples)
+    _panel = next(panel for panel, names in _PANELS.items() if _name in names)
+    add_command(app, _name, _settings, _run_of(_module), _help, _examples, _panel)
 
 
 def main() -> None:

@@ -108,28 +108,8 @@ def export(settings: ExportSettings) -> None:
     run(settings)
 
 
-add_command(
-    app, "lora", LoraSettings, train,
-    "Train a LoRA.",
-    (
-        "cogtrain lora --shards out/*.tar",
-        "cogtrain lora --shards out/*.tar --validate-shards out/val/*.tar --steps 2000 --out runs/mine",
-    ),
-)  # fmt: skip
-add_command(
-    app, "sft", SftSettings, train,
-    "Train all weights (full fine-tuning).",
-    ("cogtrain sft --shards out/*.tar --out runs/mine",),
-)  # fmt: skip
-add_command(
-    app, "launch", LaunchSettings, launch,
-    "Write a run as a job for Slurm, Kubernetes or SkyPilot, on one machine or many. A typo is refused now.",
-    (
-        "cogtrain launch --on slurm --nodes 2 --gpus 8 --time 24h -- lora --shards out/*.tar --out runs/mine",
-        "cogtrain launch --on kubernetes --nodes 2 --image registry/cogtune --volume claim:/data -- lora "
-        "--shards 'out/*.tar' --out runs/mine",
-    ),
-)  # fmt: skip
+_BEFORE, _TRAIN, _AFTER = "Before you train", "Train", "See and use what was trained"  # headings of --help
+
 add_command(
     app, "plan", ForecastSettings, plan,
     "Say what fits on your GPU, how long it takes, and the command to run. Needs no weights, shards or network.",
@@ -137,21 +117,50 @@ add_command(
         "cogtrain plan --model THUDM/CogVideoX-5b --resolution 49x480x720 --gpu 4090",
         "cogtrain plan --shards out/*.tar --gpu 24GB --gpus 2",
     ),
+    _BEFORE,
 )  # fmt: skip
 add_command(
     app, "doctor", DoctorSettings, doctor,
     "Say what of this machine matters, and what to do about it.",
     ("cogtrain doctor",),
+    _BEFORE,
+)  # fmt: skip
+add_command(
+    app, "lora", LoraSettings, train,
+    "Train a LoRA.",
+    (
+        "cogtrain lora --shards out/*.tar",
+        "cogtrain lora --shards out/*.tar --validate-shards out/val/*.tar --steps 2000 --out runs/mine",
+    ),
+    _TRAIN,
+)  # fmt: skip
+add_command(
+    app, "sft", SftSettings, train,
+    "Train all weights (full fine-tuning).",
+    ("cogtrain sft --shards out/*.tar --out runs/mine",),
+    _TRAIN,
+)  # fmt: skip
+add_command(
+    app, "launch", LaunchSettings, launch,
+    "Write a run as a job for Slurm, Kubernetes or SkyPilot, on one machine or many, and check it before it queues.",
+    (
+        "cogtrain launch --on slurm --nodes 2 --gpus 8 --time 24h -- lora --shards out/*.tar --out runs/mine",
+        "cogtrain launch --on kubernetes --nodes 2 --image registry/cogtune --volume claim:/data -- lora "
+        "--shards 'out/*.tar' --out runs/mine",
+    ),
+    _TRAIN,
 )  # fmt: skip
 add_command(
     app, "watch", WatchSettings, watch,
     "Show the curves and videos of runs as they train, in a browser on this machine.",
     ("cogtrain watch runs/mine", "cogtrain watch runs/mine runs/other"),
+    _AFTER,
 )  # fmt: skip
 add_command(
     app, "generate", GenerateSettings, generate,
     "Make a video with the tuned model, and one with the base model beside it.",
     ('cogtrain generate --run runs/mine --prompt "A red ball rolls down a hill."',),
+    _AFTER,
 )  # fmt: skip
 add_command(
     app, "compare", CompareSettings, compare,
@@ -160,11 +169,13 @@ add_command(
         'cogtrain compare runs/mine --checkpoints 200,400,600 --prompt "A red ball rolls down a hill."',
         'cogtrain compare runs/mine --checkpoints best --strengths 0.6,0.8,1 --prompt "A red ball."',
     ),
+    _AFTER,
 )  # fmt: skip
 add_command(
     app, "export", ExportSettings, export,
     "Write the weights of a run for other programs, and check that they load.",
     ("cogtrain export --run runs/mine --to merged",),
+    _AFTER,
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -28,14 +28,21 @@ _TYPE_WIDTH = 16  # columns of help for what an option takes; choices are broken
 _TYPE_NAMES = {str: "text", int: "number", float: "number", Path: "path", bool: ""}
 
 
+_HELP = {"help_option_names": ["--help", "-h"]}
+
+
 class _BareHelp:
-    """Shows --help without a type beside it: it takes no value."""
+    """Shows what takes no value without a type beside it, and of a bare word the type that people know."""
+
+    positional: Mapping[str, str] = {}  # of bare words, by the names of their fields
 
     def get_params(self, ctx: Any) -> Any:
         params = super().get_params(ctx)  # type: ignore[misc]
         for parameter in params:
-            if parameter.name == "help":
+            if parameter.name in ("help", "install_completion", "show_completion"):
                 parameter.metavar = ""
+            if shown := self.positional.get(parameter.name):
+                parameter.display_type_rich = lambda ctx, shown=shown: shown
         return params
 
 
@@ -47,6 +54,15 @@ class _Group(_BareHelp, TyperGroup):
         if args and not args[0].startswith("-") and args[0] not in known:
             raise no_such_command(ctx.command_path, args[0], known)
         return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = [*args]  # which are emptied
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                raise
+            raise in_our_words(ctx, self.params, words, error) from None
 
 
 class _ListCommand(_BareHelp, TyperCommand):
@@ -61,7 +77,7 @@ class _ListCommand(_BareHelp, TyperCommand):
     after_dashes = ""  # an example, if what follows -- is the command line of another command
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if self.after_dashes and not {"--", "--help"} & set(args):
+        if self.after_dashes and not {"--", "--help", "-h"} & set(args):
             raise SettingError("no -- before what is to run", where=ctx.command_path, fix=self.after_dashes)
         lists = {
             name
@@ -116,7 +132,10 @@ _Version = Annotated[
 
 def make_app(name: str, help: str) -> typer.Typer:
     """A program without commands yet; ``--version`` is there."""
-    app = typer.Typer(name=name, cls=_Group, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        name=name, cls=_Group, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+        context_settings=_HELP,
+    )  # fmt: skip
 
     @app.callback(help=help)
     def _program(version: _Version = False) -> None:
@@ -126,8 +145,9 @@ def make_app(name: str, help: str) -> typer.Typer:
 
 
 def add_command(
-    app: typer.Typer, name: str, cls: type[S], run: Callable[[S], None], help: str, examples: Sequence[str] = ()
-) -> None:
+    app: typer.Typer, name: str, cls: type[S], run: Callable[[S], None], help: str, examples: Sequence[str] = (),
+    panel: str | None = None,
+) -> None:  # fmt: skip
     """Make ``run(settings)`` a command whose options are the fields of ``cls``.
 
     A field called ``config`` of type ``Path | None`` is read as a TOML file of the others.
@@ -135,6 +155,7 @@ def add_command(
     Args:
         help: the first line is what the program's own help says of the command.
         examples: command lines that ``--help`` ends with.
+        panel: heading under which the program's own help lists it.
     """
     hints = get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -179,8 +200,12 @@ def add_command(
     first, _, _ = help.partition("\n")
     one_word = frozenset(flag_of(field) for field in fields if field.metadata.get("one_word"))
     dashes = next(iter(examples), "") if any(field.metadata.get("after_dashes") for field in lists) else ""
-    kind = type("_Command", (_ListCommand,), {"one_word": one_word, "after_dashes": dashes})
-    app.command(name, cls=kind, help=help, short_help=first, epilog=epilog)(command)
+    bare = {field.name: _type_text(hints[field.name]) for field in fields if field.metadata.get("positional")}
+    kind = type("_Command", (_ListCommand,), {"one_word": one_word, "after_dashes": dashes, "positional": bare})
+    made = app.command(
+        name, cls=kind, help=help, short_help=first, epilog=epilog, rich_help_panel=panel, context_settings=_HELP
+    )
+    made(command)
 
 
 def parse(program: str, name: str, cls: type[S], words: Sequence[str]) -> S:

@@ -26,12 +26,12 @@ _OTHER_OPTIONS = {
     "--report-to": "--tracker", "--resume-from-checkpoint": "--resume", "--validation-steps": "--validate-every",
     "--train-resolution": "--resolution", "--caption-column": "--prompts", "--video-column": "--videos",
     "--image-column": "--images", "--data": "--shards", "--num-gpus": "--nproc", "--cfg": "--guidance",
-    "--guidance-scale": "--guidance", "--lora-path": "--lora",
+    "--guidance-scale": "--guidance", "--lora-path": "--lora", "-v": "--version",
 }  # fmt: skip
 
 
 def no_such_command(program: str, word: str, known: Sequence[str]) -> SettingError:
-    meant = nearest(word, known, _OTHER_COMMANDS)
+    meant = "--" + word if word in ("help", "version") else nearest(word, known, _OTHER_COMMANDS)
     return SettingError(
         f"there is no command {word!r}",
         where=f"{program} {word}",
@@ -63,7 +63,9 @@ def in_our_words(ctx: Any, parameters: Sequence[Any], words: Sequence[str], erro
     if parameter is None:
         stray = re.search(r"\(([^()]*)\)$", str(error.message))
         text = f"{stray[1]!r} belongs to no option" if stray else str(error.message)
-        return SettingError(text, where=ctx.command_path, fix=f"put it behind its option; {help}")
+        first = next((option for parameter in parameters for option in parameter.opts if option.startswith("--")), "")
+        such = f", as {first} {stray[1]}" if stray and first and words[:1] == [stray[1]] else ""
+        return SettingError(text, where=ctx.command_path, fix=f"put it behind its option{such}; {help}")
     flag = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
     takes = "".join(str(parameter.metavar or "").split())
     if takes == "number" and "integer" in str(error.message):

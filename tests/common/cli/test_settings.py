@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -182,7 +183,10 @@ def test_a_control_character_or_no_utf_8_on_the_command_line_is_refused():
         (["lora", "--strategy", "zro2"], "not 'zro2'", "--strategy zero2"),
         (["lora", "--steps", "3", "--steps=x"], "note: --steps is given twice; the last one counts", "--steps NUMBER"),
         (["lora", "--steps"], "--steps needs a value", "--steps VALUE"),
-        (["lora", "stray"], "'stray' belongs to no option", "cogtrain lora --help"),
+        (["lora", "stray"], "'stray' belongs to no option", "as --shards stray; cogtrain lora --help"),
+        (["lora", "--steps", "3", "stray"], "'stray' belongs to no option", "behind its option; cogtrain lora --help"),
+        (["help"], "there is no command 'help'", "cogtrain --help"),
+        (["-v"], "there is no option -v", "--version"),
     ],
 )
 def test_what_was_mistyped_is_said_in_our_words_with_what_was_meant(words, what, do, monkeypatch, capsys):
@@ -193,3 +197,21 @@ def test_what_was_mistyped_is_said_in_our_words_with_what_was_meant(words, what,
         cli.main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and what in said and do in said.split("do:")[1]
+
+
+@pytest.mark.parametrize("program", ["cogprep", "cogtrain"])
+def test_help_names_all_commands_under_headings_and_no_type_of_pythons(program, monkeypatch, capsys):
+    """Also as -h, which people type first."""
+    cli = __import__(f"{program}.cli", fromlist=["app"])
+    monkeypatch.setenv("COLUMNS", "100")
+    commands = [info.name for info in cli.app.registered_commands]
+    for words in (["-h"], *([name, "-h"] for name in commands)):
+        monkeypatch.setattr("sys.argv", [program, *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().out
+        assert (
+            ended.value.code == 0 and f"Usage: {program}" in said and not re.search("<(list|path|str|bool|int)", said)
+        )
+        if words == ["-h"]:
+            assert all(f"│ {name} " in said for name in commands) and "─ Commands ─" not in said

@@ -105,9 +105,9 @@ def shell(script, program, here, **environment):
     return json.loads(done.stdout)
 
 
-SPEAKS = """#!/usr/bin/env -S python3 -S
+SPEAKS = r"""#!/usr/bin/env -S python3 -S
 import json, os, sys
-print(json.dumps({"words": sys.argv[1:], "environment": dict(os.environ)}), flush=True)
+os.write(1, (json.dumps({"words": sys.argv[1:], "environment": dict(os.environ)}) + "\n").encode())
 sys.exit(int(os.environ.get("CODE", "0")))
 """
 
