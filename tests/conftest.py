@@ -223,3 +223,21 @@ def live_model() -> Callable:
         return checkpoint, transformer
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, by selenium; tests that need it are skipped where there is none."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs Chromium (apt install chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    autoplay = "--autoplay-policy=no-user-gesture-required"
+    for word in ("--headless=new", "--no-sandbox", "--window-size=1280,1600", autoplay):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield found
+    found.quit()

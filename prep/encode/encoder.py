@@ -16,7 +16,6 @@ from cogcommon.shards.contract import Contract
 from ..plan.plan import PlannedShard
 from ..processes.pool import Pool
 from ..settings import EncodeSettings
-from ..store.outlet import Outlet
 from .captions import TextStore
 from .clock import Clock
 from .models import Models
@@ -37,7 +36,6 @@ class ShardEncoder:
         contract: of every shard; the folder need not have it yet.
         pool: decode processes.
         clock: seconds are added to its stages.
-        outlet: where shards go; if there is none, the settings' folder.
         keep_text: see `Models`.
     """
 
@@ -51,10 +49,8 @@ class ShardEncoder:
         pool: Pool,
         clock: Clock,
         *,
-        outlet: Outlet | None = None,
         keep_text: bool = False,
     ) -> None:
-        self._outlet = outlet or Outlet(settings.out)
         self._settings = settings
         self._contract = contract
         self._pool = pool
@@ -84,15 +80,16 @@ class ShardEncoder:
             SettingError: the folder has another contract.
             DiskError: the disk is full. What was committed stays good.
         """
-        with TextStore(self._outlet.folder) as text:
-            self._contract = self._models.embed_captions(shards, text, self._contract, self._outlet)
+        out = self._settings.out
+        with TextStore(out) as text:
+            self._contract = self._models.embed_captions(shards, text, self._contract)
             latents = self._models.latents
             outcome.encoder = latents.choice
             begin()
             total = sum(len(shard.samples) for shard in shards)
             with self._clock("encode"), stage("encoding", total, "clip") as bar:
                 Pipeline(
-                    outlet=self._outlet,
+                    out=out,
                     root=self._settings.root,
                     contract=self._contract,
                     cut=self._settings.cut,

@@ -19,6 +19,7 @@ from cogcommon.shards.records import SampleRow
 
 from ..source.clip import ClipFault
 from ..video.colour import Pixels
+from .preview_loop import loop_of
 from .source_view import SourceView
 
 COLUMNS = 4  # frames of a sample that are shown
@@ -132,6 +133,7 @@ def _card(shown: PreviewSample) -> str:
     shown_columns = shown_frames(shown)
     source = shown.source
     rows: list[tuple[str, list[str]]] = []  # a name, and cells
+    sides = [shown.decoded_FHWC] if isinstance(source, ClipFault) else [source.frames_FHWC, shown.decoded_FHWC]
     if isinstance(source, ClipFault):
         whole = f'<div class="gone">{html.escape(source.reason)}</div>'
     else:
@@ -146,15 +148,28 @@ def _card(shown: PreviewSample) -> str:
             cells.append(_cell(picture_HWC, name))
     strip = "".join(f"<tr><th>{name}</th>{''.join(cells)}</tr>" for name, cells in rows)
     score = "" if shown.psnr is None else (f'<span class="psnr {grade(shown.psnr)}">PSNR {shown.psnr:.1f} dB</span>')
-    told = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in sample_facts(shown))
+    told = "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in sample_facts(shown))
     return f"""<article>
 <header><p>{html.escape(shown.row.caption)}</p>{score}</header>
 <div class="sides">
 <div class="whole">{whole}</div>
-<table><tr><th></th>{head}</tr>{strip}</table>
+<div class="clips">{_loop(sides, shown.row.effective_fps)}<table><tr><th></th>{head}</tr>{strip}</table></div>
 </div>
 <dl>{told}</dl>
 </article>"""
+
+
+def _loop(sides: list[Pixels], fps: float) -> str:
+    """The clips beside each other, still until they are played; nothing of pictures."""
+    if len(sides[-1]) < 2:
+        return ""
+    data = base64.b64encode(loop_of(sides, fps)).decode()
+    label = " | ".join(["encoded", "decoded"][-len(sides) :])
+    facts = f"{label}, {len(sides[-1])} frames at {fps:.3g} fps"
+    return f"""<figure class="loop">
+<video src="data:video/mp4;base64,{data}" aria-label="{label}" loop muted playsinline></video>
+<figcaption><button type="button">play</button> {facts}</figcaption>
+</figure>"""
 
 
 def _cell(picture_HWC: Pixels, name: str = "") -> str:
@@ -191,15 +206,38 @@ header p {{ margin: 0 0 .8rem; max-width: 75ch; }}
 figure {{ margin: 0 0 .6rem; }} figcaption, th {{ color: var(--soft); font-weight: 400; font-size: .8rem; }}
 .gone {{ border: 1px dashed var(--line); border-radius: 6px; padding: 3rem 1rem; text-align: center; }}
 .gone {{ color: var(--soft); }}
-table {{ border-collapse: collapse; flex: 1; table-layout: fixed; width: 100%; }}
+.clips {{ flex: 1; min-width: 0; }} video {{ width: 100%; max-height: 26rem; display: block; border-radius: 4px; }}
+.loop figcaption {{ margin-top: .3rem; }}
+button {{ font: inherit; padding: 0 .8rem; border-radius: 99px; cursor: pointer; min-width: 4.5rem; }}
+button {{ border: 1px solid var(--line); background: var(--card); color: inherit; }}
+table {{ border-collapse: collapse; table-layout: fixed; width: 100%; }}
 td, th {{ padding: 0 .2rem .3rem; }} tr > th:first-child {{ width: 4.5rem; text-align: right; }}
 td {{ position: relative; }}
 td small {{ position: absolute; left: .2rem; bottom: .3rem; padding: 0 .4rem; background: #1c1c1e; color: #fafaf8; }}
 img {{ width: 100%; display: block; border-radius: 4px; }}
 dl {{ display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; margin: .6rem 0 0; font-size: .82rem; }}
-dt {{ color: var(--soft); }} dd {{ margin: 0 0 0 -1rem; }}
-@media (max-width: 800px) {{ .sides, header {{ flex-direction: column; }} table {{ width: 100%; }} }}
+dl div {{ display: flex; gap: .4rem; }} dt {{ color: var(--soft); }} dd {{ margin: 0; }}
+@media (max-width: 800px) {{
+  body {{ margin: 1rem auto; padding: 0 .6rem; }} article {{ padding: .8rem; }} h1 {{ overflow-wrap: anywhere; }}
+  .sides, header {{ flex-direction: column; align-items: stretch; gap: .4rem; }}
+  header .psnr {{ align-self: start; margin-bottom: .5rem; }}
+  td, th {{ padding: 0 .1rem .2rem; }} dd {{ overflow-wrap: anywhere; }}
+  tr > th:first-child {{ width: 1.2rem; writing-mode: sideways-lr; text-align: center; }}
+}}
 </style>
+<script>
+addEventListener("DOMContentLoaded", () => {{
+  for (const loop of document.querySelectorAll(".loop")) {{  // still until played; controls where there is a mouse
+    const video = loop.querySelector("video"), button = loop.querySelector("button");
+    const turn = () => video.paused ? video.play() : video.pause();
+    button.onclick = turn;
+    video.onclick = () => video.controls || turn();
+    video.onplay = video.onpause = () => button.textContent = video.paused ? "play" : "pause";
+    video.onpointerenter = event => video.controls = event.pointerType === "mouse";
+    video.onpointerleave = () => video.controls = false;
+  }}
+}});
+</script>
 <h1>{title}</h1><p>{summary}</p>
 {body}
 </html>

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -31,8 +32,6 @@ from ..runs.folder import (
     VALIDATION,
     RecordedRun,
     lowest,
-    page_head,
-    prompt_of,
     read_run,
     report_head,
 )
@@ -68,7 +67,11 @@ def page(run: RecordedRun, *, live: int = 0, beside: str = "") -> str:
         "videos": "".join(_videos(run, newest_first=bool(live))),
         "tables": "".join(_tables(run)),
     }
-    return _document(report_head(facts), f"{facts.title} of {facts.model}", parts, live)
+    body = "".join(f'<section data-part="{name}">{part}</section>' for name, part in parts.items())
+    return (
+        f"{report_head(facts)}{asset('report.css')}</style><body{f' data-live={live}' if live else ''}>"
+        f"<h1>{facts.title} of {escape(facts.model)}</h1>{body}<script>{asset('report.js')}</script></body></html>\n"
+    )
 
 
 def comparison(runs: Sequence[tuple[str, RecordedRun]], *, live: int) -> str:
@@ -95,16 +98,12 @@ def comparison(runs: Sequence[tuple[str, RecordedRun]], *, live: int) -> str:
     }
     if any(line.points for line in held_out):
         parts["held-out"] = plot("Held-out loss", held_out, tools=True)
-    title = counted(len(runs), "run")
-    return _document(page_head(title), title, parts, live)
-
-
-def _document(head: str, title: str, parts: Mapping[str, str], live: int) -> str:
-    """A page of parts, each of which the live page renews alone."""
     body = "".join(f'<section data-part="{name}">{part}</section>' for name, part in parts.items())
+    title = f"{counted(len(runs), 'run')}"
     return (
-        f"{head}{asset('report.css')}</style><body{f' data-live={live}' if live else ''}>"
-        f"<h1>{escape(title)}</h1>{body}<script>{asset('report.js')}</script></body></html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{asset('report.css')}</style><body data-live={live}><h1>{title}</h1>{body}"
+        f"<script>{asset('report.js')}</script></body></html>\n"
     )
 
 
@@ -244,8 +243,10 @@ def _itself(folder: Path, index: int) -> Iterable[tuple[str, Path]]:
 
 def _prompt(folder: Path) -> str:
     """Of a folder of generated videos."""
-    prompt = prompt_of(Made.read(folder))
-    return folder.name if prompt is None else prompt
+    made = Made.read(folder)
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(made.request if made else "")["prompt"])
+    return folder.name
 
 
 def _label(path: Path) -> str:

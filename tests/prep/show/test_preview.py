@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from browsing import faults, fits, js, until
 from corpus import FRAMES, assert_shows, cards, write
 from PIL import Image
 from typer.testing import CliRunner
@@ -24,6 +28,7 @@ from cogprep.commands.encode import encode
 from cogprep.commands.preview import Decoder, choose_samples, make_preview, psnr, run
 from cogprep.plan.folder import read_contract, records_in
 from cogprep.settings import EncodeSettings, PreviewSettings
+from cogprep.show.preview_loop import GAP
 from cogprep.show.preview_page import BOX, with_box
 from cogprep.show.source_view import SourceView
 from cogprep.source.clip import ClipFault
@@ -85,15 +90,41 @@ def test_pages_hold_everything_and_link_to_nothing(out):
     assert "a &lt;b&gt;bar&lt;/b&gt; &amp; a card" in page
     assert "cut away" in page
     assert "25%" in page
-    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    loops = re.findall('<video src="data:video/mp4;base64,([^"]+)"', page)
+    assert len(loops) == 3
+    with av.open(io.BytesIO(base64.b64decode(loops[0]))) as loop:
+        film = [frame.to_ndarray(format="rgb24") for frame in loop.decode(video=0)]
+    assert len(film) == 9 and film[0].shape == (256, 2 * 384 + GAP, 3)
+    first = make_preview(PreviewSettings(out=out, samples=1)).shown[0]
+    both = first.source.frames_FHWC, first.decoded_FHWC
+    for left, (mine, other) in ((0, both), (384 + GAP, both[::-1])):
+        shown = [Image.fromarray(frame[:, left : left + 384]).resize((96, 64), Image.Resampling.BOX) for frame in film]
+        assert psnr(np.stack(shown), mine) > max(25, psnr(np.stack(shown), other))
+    sources = re.findall(r'<img [^>]*src="([^"]{0,30})', page)
     assert len(sources) == 3 * (1 + 2 * 4)  # the source, and four frames before and after the VAE
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
-    assert "url(" not in page
+    assert "url(" not in page and not re.search(r'(?:src|href)="(?!data:)', page)
     sheet = Image.open(out / "preview/sheet-0.png").convert("RGB")
     assert sheet.width == 1600
     # the crop box is drawn, and what lies outside of it is dark
     colours = np.asarray(sheet).reshape(-1, 3)
     assert (colours == BOX).all(axis=1).sum() > 1000
+
+
+def test_the_page_fits_a_phone_and_its_loops_play_when_asked(out, browser):
+    run(PreviewSettings(out=out))
+    page = f"file://{out.absolute() / 'preview/index.html'}"
+    assert all(fits(browser, page, width, dark=dark) for width in (390, 1280) for dark in (False, True))
+    browser.get(page)
+    video, button = (f"document.querySelector('.loop {name}')" for name in ("video", "button"))
+    until(lambda: js(browser, f"return {video}.readyState") >= 2)
+    assert js(browser, f"return [{video}.paused, {button}.textContent]") == [True, "play"]
+    js(browser, f"{button}.click()")
+    until(lambda: js(browser, f"return {video}.currentTime") > 0.2)
+    assert js(browser, f"return {button}.textContent") == "pause"
+    js(browser, f"{video}.click()")
+    until(lambda: js(browser, f"return [{video}.paused, {button}.textContent]") == [True, "play"])
+    assert faults(browser) == []
 
 
 def test_the_box_lies_where_the_crop_was():

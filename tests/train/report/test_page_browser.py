@@ -1,52 +1,13 @@
 """The report in a real browser, as a person uses it: hover, zoom, log scale, playing, a phone, a page that renews."""
 
-import shutil
-import time
-
 import numpy as np
 import pytest
+from browsing import faults, fits, js, until
 
 from cogcommon.files.locks import open_locked
 from cogcommon.media.video import write_mp4
 from cogtrain.report.page import write_report
 from cogtrain.runs.folder import LOCK_FILE, asked_to_stop
-
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="needs Chromium (apt install chromium-driver)",
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--window-size=1280,1600",
-        "--autoplay-policy=no-user-gesture-required",
-    ):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield found
-    found.quit()
-
-
-def until(true, seconds=15):
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return found
-
-
-def js(browser, text, *arguments):
-    return browser.execute_script(text, *arguments)
-
 
 LABELS = "return [...document.querySelectorAll('#plot-loss svg text')].map(text => text.textContent)"
 
@@ -128,18 +89,5 @@ def test_a_live_page_renews_itself_and_keeps_what_is_looked_at(browser, recorded
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_page_fits_a_phone_in_light_and_dark(browser, recorded_run, width, dark):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-    try:
-        browser.get(f"file://{write_report(recorded_run)}")
-        assert js(browser, "return document.scrollingElement.scrollWidth") <= width
-        red = int(js(browser, "return getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
-        assert (red < 60) is dark
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert [
-        line for line in browser.get_log("browser") if line["level"] == "SEVERE" and "favicon" not in line["message"]
-    ] == []
+    assert fits(browser, f"file://{write_report(recorded_run)}", width, dark=dark)
+    assert faults(browser) == []
