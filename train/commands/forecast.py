@@ -25,8 +25,6 @@ from ..runs.run import Run, open_run
 from ..settings import ForecastSettings, LoraSettings, Memory, SftSettings, Strategy, TrainSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from cogcommon.model.checkpoint import Checkpoint
 
 _GIB = 2**30
@@ -63,9 +61,6 @@ def wanted_runs(settings: ForecastSettings, machine: Machine) -> Sequence[Run | 
     Raises:
         CogError: the shards cannot be trained on, or the model cannot take the size.
     """
-    from cogcommon.model.device import quiet_libraries
-
-    quiet_libraries()
     if settings.repeat and not settings.shards:
         raise SettingError("there are no samples to repeat", where="--repeat", fix="--shards, or leave --repeat out")
     if not settings.shards:
@@ -74,7 +69,10 @@ def wanted_runs(settings: ForecastSettings, machine: Machine) -> Sequence[Run | 
         return intents(settings, checkpoint, [size], machine)
     if settings.resolution:
         raise SettingError("shards have their resolution", where="--shards, --resolution", fix="leave out one of them")
-    return [open_run(train, _device(machine), machine.gpus) for train in _wanted(settings)]
+    import torch
+
+    device = torch.device(_device_type(machine))
+    return [open_run(train, device, machine.gpus) for train in _wanted(settings)]
 
 
 def intents(
@@ -92,16 +90,14 @@ def intents(
         method = method_of(train)
         strategy = choose_strategy(train, full=method.full, gpus=0 if machine.cpu else machine.gpus)
         check_optimizer(train, strategy)
-        precision = train.precision or default_precision(checkpoint.family, _device(machine))
+        precision = train.precision or default_precision(checkpoint.family, _device_type(machine))
         found.append(Intent(train, method, checkpoint, tuple(buckets), strategy, precision, machine.gpus))
     return found
 
 
-def _device(machine: Machine) -> torch.device:
+def _device_type(machine: Machine) -> str:
     """As on a machine that has one."""
-    import torch
-
-    return torch.device("cpu" if machine.cpu else "cuda")
+    return "cpu" if machine.cpu else "cuda"
 
 
 def _wanted(settings: ForecastSettings) -> list[TrainSettings]:

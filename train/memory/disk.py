@@ -13,7 +13,8 @@ from cogcommon.words import in_bytes
 from ..distributed.strategies import STRATEGIES
 from ..runs.checkpoint import list_checkpoints
 from ..settings import Strategy
-from .estimate import STATES, Trains, trained_weights
+from .estimate import STATES, Trains
+from .weights import trained_weights
 
 if TYPE_CHECKING:
     from ..runs.run import Run

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,10 +16,9 @@ from ..distributed.zero_config import can_spread, deepspeed_config
 from ..settings import LoraSettings, Memory, Optimizer, Strategy
 from .cost import Speed, plan_cost
 from .host import HostNeeds, itself, offloaded_bytes
+from .weights import trained_weights
 
 if TYPE_CHECKING:
-    from diffusers import CogVideoXTransformer3DModel
-
     from cogcommon.model.checkpoint import Checkpoint
     from cogcommon.model.device import Precision
     from cogcommon.model.families import Resolution
@@ -313,16 +311,3 @@ def bytes_apart(
     if spread.whole:
         return max(start, size * weights + (2 * size + 8 + states) * part)
     return max(start + size * part, (2 * size + 4 + states) * part + (size + 4) * min(_SUB_GROUP, part))
-
-
-def trained_weights(run: Trains) -> int:
-    """How many weights a run trains, from its checkpoint's config."""
-    from ..model.method import outline
-
-    method: Any = run.method  # mypy takes no protocol for hashable
-    return _counted(method, outline(run.checkpoint.transformer_config))
-
-
-@lru_cache(maxsize=8)
-def _counted(method: Method, transformer: CogVideoXTransformer3DModel) -> int:
-    return method.trained(transformer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cogcommon.errors import SettingError
 from cogcommon.files.memory import free_host_memory, held_here
 from cogcommon.model.cards import Card, card_like, card_named
-from cogcommon.model.device import has_bf16
+from cogcommon.model.device import has_bf16, visible_gpus
 from cogcommon.words import counted
 
 from ..blocks.attention import Kernel
@@ -66,9 +66,7 @@ def machine_for(settings: ForecastSettings) -> Machine:
     Raises:
         SettingError: there is no such card or host, or no GPU here.
     """
-    import torch
-
-    here = torch.cuda.device_count()
+    here = visible_gpus()
     if settings.gpu is None and not here:
         raise SettingError(
             "there is no GPU here to plan for",
@@ -89,6 +87,8 @@ def machine_for(settings: ForecastSettings) -> Machine:
         card = card_named(settings.gpu)
         host = host_memory(settings.host) if settings.host else None
         return Machine(card.name, card.bytes, gpus, host, *_speed(card.name, card), bf16=card.bf16)
+    import torch
+
     name, total = gpu_here() or "", torch.cuda.get_device_properties(0).total_memory
     return Machine(
         name, total, gpus,

@@ -10,6 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from cogcommon.model.device import gpu_name
+
 from ..settings import Strategy
 
 FILE = "measured.jsonl"
@@ -57,9 +59,8 @@ def measured() -> tuple[Measured, ...]:
 
 def gpu_here() -> str | None:
     """This machine's GPU, as ``Measured.gpu`` names it."""
-    import torch
-
-    return torch.cuda.get_device_name().removeprefix("NVIDIA ") if torch.cuda.is_available() else None
+    name = gpu_name()
+    return name.removeprefix("NVIDIA ") if name else None
 
 
 def add_measured_run(run: Measured) -> None:

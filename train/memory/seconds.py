@@ -11,7 +11,8 @@ from cogcommon.model.cards import card_like
 from ..blocks.attention import Kernel
 from ..distributed.strategies import STRATEGIES
 from .cost import ATTENTION, Speed, plan_cost
-from .estimate import Estimate, Trains, trained_weights
+from .estimate import Estimate, Trains
+from .weights import trained_weights
 
 if TYPE_CHECKING:
     from cogcommon.model.cards import Card

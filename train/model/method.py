@@ -74,10 +74,6 @@ class Method(Protocol):
         """Inside the ``with`` a model of which nothing has been trained yet is the base model."""
         ...
 
-    def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
-        """How many weights it would train; the transformer may be one without memory."""
-        ...
-
     def resume_facts(self) -> dict[str, Any]:
         """Settings without which its checkpoints do not fit, by option."""
         ...
@@ -180,10 +176,6 @@ class Lora:
             seed=settings.seed, adapter=settings.adapter,
         )  # fmt: skip
 
-    def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
-        layers = lora.targets(transformer, self.settings.target_modules).values()
-        return sum(self.settings.rank * (layer.in_features + layer.out_features) for layer in layers)
-
     def resume_facts(self) -> dict[str, Any]:
         return self._begun | {
             "--adapter": self.settings.adapter,
@@ -266,9 +258,6 @@ class Sft:
 
     def as_base(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def trained(self, transformer: CogVideoXTransformer3DModel) -> int:
-        return sum(parameter.numel() for parameter in transformer.parameters())
 
     def resume_facts(self) -> dict[str, Any]:
         return {}

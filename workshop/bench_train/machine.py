@@ -8,9 +8,9 @@ from typing import Any
 
 from cogcommon.files.memory import free_host_memory
 from cogtrain.distributed.strategies import STRATEGIES
-from cogtrain.memory.estimate import trained_weights
 from cogtrain.memory.host import offloaded_bytes
 from cogtrain.memory.measured import gpu_here
+from cogtrain.memory.weights import trained_weights
 from cogtrain.runs.log import peak_gib
 from cogtrain.runs.run import Run
 

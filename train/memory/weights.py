@@ -1,0 +1,63 @@
+"""How many weights a run trains, from its checkpoint's config: no library is imported for it, and no model made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..settings import LoraSettings
+
+if TYPE_CHECKING:
+    from .estimate import Trains
+
+
+def trained_weights(run: Trains) -> int:
+    """How many weights a run trains."""
+    config, settings = run.checkpoint.transformer_config, run.settings
+    if not isinstance(settings, LoraSettings):
+        return all_weights(config)
+    sides = sum(
+        into + out
+        for name, into, out in linear_layers(config)
+        if any(name == target or name.endswith(f".{target}") for target in settings.target_modules)
+    )
+    return settings.rank * sides
+
+
+def all_weights(config: Mapping[str, Any]) -> int:
+    """Of a CogVideoX transformer; position tables are none."""
+    width, head = _width(config), config["attention_head_dim"]
+    weights = sum(into * out + out for _, into, out in linear_layers(config))
+    norms = config["num_layers"] * (2 * 2 * width + 2 * 2 * head) + 2 * 2 * width
+    if config.get("patch_size_t") is None:  # a convolution
+        weights += config["in_channels"] * config.get("patch_size", 2) ** 2 * width
+        weights += width if config.get("patch_bias", True) else 0
+    return int(weights + norms)
+
+
+def linear_layers(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Name, and length of what goes in and of what comes out, of each linear layer of the transformer."""
+    width, times = _width(config), config["time_embed_dim"]
+    patch = config.get("patch_size", 2) ** 2 * (config.get("patch_size_t") or 1)
+    if config.get("patch_size_t") is not None:
+        yield "patch_embed.proj", config["in_channels"] * patch, width
+    yield "patch_embed.text_proj", config["text_embed_dim"], width
+    yield "time_embedding.linear_1", width, times
+    yield "time_embedding.linear_2", times, times
+    if offset := config.get("ofs_embed_dim"):
+        yield "ofs_embedding.linear_1", offset, offset
+        yield "ofs_embedding.linear_2", offset, offset
+    for block in range(config["num_layers"]):
+        name = f"transformer_blocks.{block}."
+        yield name + "norm1.linear", times, 6 * width
+        yield name + "norm2.linear", times, 6 * width
+        for layer in ("to_q", "to_k", "to_v", "to_out.0"):
+            yield f"{name}attn1.{layer}", width, width
+        yield name + "ff.net.0.proj", width, 4 * width
+        yield name + "ff.net.2", 4 * width, width
+    yield "norm_out.linear", times, 2 * width
+    yield "proj_out", width, config["out_channels"] * patch
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    return int(config["num_attention_heads"] * config["attention_head_dim"])
