@@ -51,7 +51,13 @@ class PlanSettings:
         section="Data",
     )
     id_token: str = setting("", "word put in front of every caption", shown="none", section="Data")
-    out: Path = setting(Path("out"), "folder for the shards", section="Data")
+    out: Path = setting(Path("out"), "folder for the shards, or an address: s3://bucket/out, gs://...", section="Data")
+    cache: Path | None = setting(
+        None,
+        "folder of this machine for shards on their way to an address",
+        shown="~/.cache/cogprep",
+        section="Data",
+    )
 
     model: str | None = setting(
         None,

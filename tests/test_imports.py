@@ -55,7 +55,7 @@ def test_the_check_sees_a_forbidden_import(tmp_path):
     assert imported_packages(source) == {"cogtrain", "cogprep"}
 
 
-COMING = {"address.py", "fsspec_store.py", "remote_folder.py", "store.py"}  # prep writes shards, train checkpoints
+COMING = {"address.py", "remote_folder.py"}  # train is to write checkpoints there
 
 
 def test_a_module_in_common_is_used_from_two_sides():

@@ -50,7 +50,7 @@ def _bytes(character: str) -> bytes:
     return character.encode("utf-8", "surrogateescape" if "\udc80" <= character <= "\udcff" else "surrogatepass")
 
 
-def tars_in(folder: Path) -> str:
+def tars_in(folder: Path | str) -> str:
     """A shell's pattern of all shards of a folder; the name of the folder is no part of the pattern."""
     return f"{quoted(folder)}/*.tar"
 

@@ -119,9 +119,9 @@ def live_line(stages: Sequence[Stage], width: int, turn: int = 0, *, ascii_only:
     if stage.total:
         filled = _BAR * min(stage.done, stage.total) // stage.total
         parts.append((9, full * filled + empty * (_BAR - filled)))
-    parts.append((2, f"elapsed {_clock_time(stage.elapsed)}"))
+    parts.append((2, f"elapsed {clock_time(stage.elapsed)}"))
     if (left := stage.left) is not None:
-        parts.append((1, f"left {_clock_time(left)}"))
+        parts.append((1, f"left {clock_time(left)}"))
     parts += [(3 + place, note) for place, note in enumerate(filter(None, [*stage.notes[:4], stage.rate]))]
     parts = [(rank, " ".join(plain(text).split())) for rank, text in parts]
     while len(parts) > 1 and text_width("  ".join(text for _, text in parts)) > width:
@@ -141,7 +141,7 @@ def text_width(text: str) -> int:
     )
 
 
-def _clock_time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
     """``0:34``, ``1:02:03``"""
     whole = int(seconds)
     hours = f"{whole // 3600}:" if whole >= 3600 else ""

@@ -17,7 +17,7 @@ def address_of(place: Path | str) -> str | None:
     return f"{match[1].lower()}://{match[2].rstrip('/')}" if match else None
 
 
-def shown(place: Path | str) -> str:
+def as_shown(place: Path | str) -> str:
     """A place as messages and records name it: an address with both slashes, and without what opens it."""
     from .store import without_secrets
 

@@ -108,9 +108,9 @@ class RemoteFolder:
         self._try(self._store.upload, self._at(name), name, path, writing=True)
 
     def create_from(self, name: str, path: Path) -> bool:
-        """Write a file's content, if there is no such object; whether it is ours.
+        """Write a file's content, if there is no such object; False where there is one.
 
-        After a fault whose answer was lost, one of the same size counts as not ours: compare the contents.
+        That may be ours, where the answer to an earlier attempt was lost: compare the contents.
         """
         return self._create(self._store.upload, name, path, lambda: False)
 
@@ -128,19 +128,13 @@ class RemoteFolder:
         return f"{self._path}/{name}"
 
     def _create(self, write: Callable[..., Any], name: str, content: Any, same: Callable[[], bool]) -> bool:
-        faults = 0
-
         def attempt() -> bool:
-            nonlocal faults
             try:
                 write(self._at(name), content, create=True)
             except FileExistsError:
-                return faults > 0 and same()  # an earlier attempt of ours, whose answer was lost
+                return same()  # an earlier attempt may have been ours: HTTP libraries repeat a PUT without a word
             except FileNotFoundError:
                 raise _no_place() from None
-            except StoreFault:
-                faults += 1
-                raise
             return True
 
         return patiently(attempt, self.name(name), WRITING, what="written")

@@ -225,7 +225,7 @@ def patiently(
             pause = max(wait, fault.wait)
             left = began + patience.seconds - time.monotonic()
             if not fault.passing or pause > left:
-                more = f", and asks to wait {in_words(fault.wait)}" if fault.wait > left else ""
+                more = f", and asks to wait {in_words(fault.wait)}" if fault.wait > max(left, 0) else ""
                 more += f" ({tries} attempts in {in_words(time.monotonic() - began)})" if tries > 1 else ""
                 raise fault.kind(f"cannot be {what}: {fault.reason}{more}", where=shown, fix=fault.fix) from None
             FAULTS.add(fault.reason, shown, patience)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from ..plan.folder import SPLITS, Split, records_in, split_folder
 from ..plan.stale import Wanted
 from ..settings import CleanSettings
 from ..store.locks import ShardBusy, is_lock_of_removing, lock_shard, removing, shard_disk_errors, temporary_name
+from ..store.outlet import Outlet, open_image
 from ..store.proof import A_PREVIEW, ORIGIN_FILE, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output, preview_record
 from ..store.shards import committed_shards, drop_samples, finish_rewrites
 
@@ -65,8 +66,14 @@ def run(settings: CleanSettings) -> None:
     Raises:
         SettingError: there is something to remove, but no terminal to ask on and no --yes.
     """
+    changing = not settings.dry_run
+    with open_image(settings.out, "--out", changing=changing, leftovers=True) as image:
+        _clean(settings, image)
+
+
+def _clean(settings: CleanSettings, image: Outlet) -> None:
     console = Console(stderr=settings.json, soft_wrap=True)
-    out = settings.out
+    out = image.folder
     refuse_data_root(out, "--out")
     if not settings.dry_run and is_output(out):
         for folder in _folders(out).values():
@@ -74,12 +81,14 @@ def run(settings: CleanSettings) -> None:
     with stage("comparing shards and data root"):
         removals = list(find_removals(out, everything=settings.all, say=console.print))
     if settings.json:
-        print(json_text([{"path": str(r.path), "why": r.why, "bytes": r.size} for r in removals]))
+        print(json_text([{"path": image.shown(r.path), "why": r.why, "bytes": r.size} for r in removals]))
     else:
         for removal in removals:
-            console.print(f"{removal.path}: {removal.why}, {in_bytes(removal.size)}")
+            console.print(f"{image.shown(removal.path)}: {removal.why}, {in_bytes(removal.size)}")
     if not removals:
-        there = f"nothing to remove in {out}" if out.is_dir() else f"nothing to remove: there is no folder {out}"
+        there = f"nothing to remove in {image.place}"
+        if not out.is_dir():
+            there = f"nothing to remove: there is no folder {out}"
         console.print(there)
         return
     total = f"{counted(len(removals), 'thing')}, {in_bytes(sum(removal.size for removal in removals))}"
@@ -96,8 +105,12 @@ def run(settings: CleanSettings) -> None:
         if answer not in ("y", "yes"):
             console.print("nothing was removed")
             return
-    with stage("removing"):
+    with stage("removing"), ExitStack() as held:
+        for removal in removals:
+            if removal.gone:
+                held.enter_context(image.at_hand(removal.path))
         in_use = carry_out(out, removals, everything=settings.all)
+        in_use += image.publish_changes()
     left = f"; {in_use} in use or changed meanwhile, and left alone" if in_use else ""
     console.print(f"removed {total}{left}")
 

@@ -6,10 +6,11 @@ import os
 
 from cogcommon.cli.progress import say
 from cogcommon.cli.terminal import Console
-from cogcommon.errors import DataRootError
+from cogcommon.errors import DataRootError, SettingError
 from cogcommon.model.device import (
     visible_gpus,
 )
+from cogcommon.store.address import as_shown
 
 from ..dataset.lists import check_root
 from ..encode.gpus import encode_in_parts, gpu_count
@@ -18,6 +19,7 @@ from ..encode.report import Report, show
 from ..engines.table import ENGINES
 from ..plan.slice import POD, choose_slice
 from ..settings import EncodeSettings
+from ..store.outlet import is_address
 from ..store.proof import check_shards_output
 
 
@@ -26,7 +28,7 @@ def run(settings: EncodeSettings) -> None:
     try:
         report = encode(settings)
     except KeyboardInterrupt:
-        say(f"interrupted; finished clips are kept in {settings.out}: run the same command again to go on")
+        say(f"interrupted; finished clips are kept in {as_shown(settings.out)}: run the same command again to go on")
         raise
     path = report.write(settings.out)
     if settings.json:
@@ -52,10 +54,18 @@ def encode(settings: EncodeSettings) -> Report:
     """
     part = choose_slice(settings.worker, os.environ)
     check_root(settings.root, settings.prompts, settings.videos)  # before a model is looked for on the hub
-    check_shards_output(settings.out, "--out", (settings.prompts, settings.videos))
+    if not is_address(settings.out):  # else each process looks, where it has the folder's listing
+        check_shards_output(settings.out, "--out", (settings.prompts, settings.videos))
     if part.count > 1:
         say(f"worker {part} ({part.source}): one in {part.count} of the planned shards")
     if settings.engine != "local":
+        if is_address(settings.out):
+            raise SettingError(
+                "the nodes of a Ray cluster write to a folder that they share",
+                where=f"--engine {settings.engine} --out {as_shown(settings.out)}",
+                fix="--out with such a folder, copied to the address afterwards; or --worker i/n on each machine, "
+                "which writes there",
+            )
         with ENGINES[settings.engine](settings) as engine:
             return encode_slice(settings, engine)
     # Under a launcher there is one process a GPU already.

@@ -6,7 +6,7 @@ It asks the same functions as `encode`, so that it cannot say anything else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cogcommon.errors import CogError
 from cogcommon.model.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from ..plan.plan import Rejected, make_plan, sample_bytes
 from ..plan.survey import sort_samples
 from ..settings import ValidateSettings
 from ..source.clip import ClipFault, Hashed
+from ..store.outlet import open_image
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,22 @@ def foretell(
         source: found if isinstance(found, ClipFault) else Probed(_hashed(found), found.bucket)
         for source, found in looks.items()
     }
+    with open_image(settings.out, "--out") as image:
+        forecast = _foretell(replace(settings, out=image.folder), checkpoint, data, looks, clips, images, usable)
+        here = str(image.folder)
+        return replace(forecast, refusal=forecast.refusal.replace(here, image.place))
+
+
+def _foretell(
+    settings: ValidateSettings,
+    checkpoint: Checkpoint,
+    data: DataSet,
+    looks: Mapping[str, Look | ClipFault],
+    clips: Mapping[str, Hashed | Probed | ClipFault],
+    images: Mapping[str, bytes | ClipFault],
+    usable: Sequence[bytes],
+) -> EncodeForecast:
+    """As `foretell`, of a folder of this machine."""
     first = choose_holdout(settings.holdout, Holdout(), set(usable), ())
     try:
         theirs = read_contract(settings.out)

@@ -31,6 +31,7 @@ from ..plan.folder import SPLITS, read_contract, records_in, split_folder
 from ..settings import IndexSettings
 from ..store.extents import INFO_FIELDS, tar_end_whole, whole_extents
 from ..store.locks import ShardBusy, at_work, lock_shard, shard_disk_errors
+from ..store.outlet import Outlet, open_image
 from ..store.proof import check_shards_output, is_ours
 from ..store.shards import recover_folder, tars_without_record
 
@@ -51,7 +52,12 @@ def run(settings: IndexSettings) -> None:
     Raises:
         ShardError: a tar without a record is not whole, or there is no contract to be had.
     """
-    done = index(settings.out)
+    with open_image(settings.out, "OUT", changing=True) as image:
+        done = index(image.folder, image)
+        _tell(done, settings, image)
+
+
+def _tell(done: Indexed, settings: IndexSettings, image: Outlet) -> None:
     console = Console(stderr=settings.json, soft_wrap=True)
     if settings.json:
         print(json_text(done.__dict__))
@@ -61,7 +67,7 @@ def run(settings: IndexSettings) -> None:
         console.print(f"put back the record of {name}")
     if not done.contract and not done.records:
         console.print("nothing was lost" if not done.broken else "nothing could be put back")
-    console.print(f"{settings.out} holds {counted(done.samples, 'sample')}")
+    console.print(f"{image.place} holds {counted(done.samples, 'sample')}")
     if done.broken:
         raise ShardError(
             f"{counted(len(done.broken), 'tar')} without a record, and not whole",
@@ -70,12 +76,16 @@ def run(settings: IndexSettings) -> None:
         )
 
 
-def index(out: Path) -> Indexed:
+def index(out: Path, image: Outlet | None = None) -> Indexed:
     """Rebuild a folder's lost records and contract from its shards.
+
+    Args:
+        image: where its tars come from and its records go, if not there.
 
     Raises:
         ShardError: there is neither a contract nor a record to take it from.
     """
+    image = image or Outlet(out)
     check_shards_output(out, "OUT")
     if not out.is_dir():
         raise _nothing_left(out)
@@ -87,6 +97,7 @@ def index(out: Path) -> Indexed:
         if contract is None:
             contract = _contract_of_a_record(out)
             commit_bytes(out / CONTRACT_FILE, contract.to_json().encode(), exclusive=True)
+            image.put(CONTRACT_FILE)
         records: list[str] = []
         broken: list[str] = []
         for split in SPLITS:
@@ -96,7 +107,10 @@ def index(out: Path) -> Indexed:
                     with lock_shard(folder, int(tar.stem)):
                         if not is_ours(tar) or tar.with_suffix(".parquet").exists():
                             continue
-                        whole = _put_back(folder, int(tar.stem), contract)
+                        with image.at_hand(tar):
+                            whole = _put_back(folder, int(tar.stem), contract)
+                            if whole:
+                                image.publish(folder, int(tar.stem))
                 except ShardBusy:
                     continue
                 (records if whole else broken).append(str(tar.relative_to(out)))

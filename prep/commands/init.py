@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cogcommon.cli.names import command_line, json_text
+from cogcommon.cli.names import json_text
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError
 from cogcommon.media.image import is_picture
@@ -20,7 +20,7 @@ from cogcommon.words import counted
 from ..dataset.captions_found import Captions, find_captions
 from ..dataset.found import CLIPS, FoundFiles, find
 from ..dataset.lists import ListFault, check_root, read_list
-from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, write_list
+from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, next_steps, refuse_output, set_aside, write_list
 from ..settings import InitSettings
 from ..source.part import file_named
 
@@ -204,15 +204,9 @@ def _show(told: Told, console: Console) -> None:
         )
     console.print(f"written: {', '.join(told.written)}" if told.written else "nothing to write")
     console.print("")
-    if told.blank:
-        lines = _some([f"{line:,}" for line in told.blank])
-        console.print(
-            f"next: write a caption into each blank line of {Path(told.data_root) / PROMPTS} "
-            f"({counted(len(told.blank), 'line')}: {lines}); line n belongs to line n of {VIDEOS}. "
-            f"Or let a model write them, which takes a GPU: {command_line('cogprep', 'caption', told.data_root)}. Then:"
-        )
-    else:
-        console.print("next:")
+    lines = _some([f"{line:,}" for line in told.blank])
+    blank = f"{counted(len(told.blank), 'line')}: {lines}" if told.blank else ""
     sizes = [size for size, count in (("49x480x720", told.clips), ("1x480x720", told.pictures)) if count]
-    validate = command_line("cogprep", "validate", "--data-root", told.data_root, "--resolution", *sizes)
+    sentence, validate = next_steps(Path(told.data_root), blank, sizes)
+    console.print(sentence)
     console.print(f"  {validate}", style="bold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -20,6 +20,7 @@ from cogcommon.words import counted, in_bytes
 
 from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label, split_folder
 from ..settings import InspectSettings
+from ..store.outlet import open_image
 from ..store.shards import tars_without_record
 
 _ROWS = 5
@@ -70,7 +71,8 @@ class Contents:
 
 def run(settings: InspectSettings) -> None:
     """The command."""
-    contents = inspect(settings.out)
+    with open_image(settings.out, "OUT") as image:
+        contents = replace(inspect(image.folder), out=image.place)
     if settings.json:
         print(contents.to_json())
     else:

@@ -16,7 +16,7 @@ import numpy as np
 from cogcommon.cli.names import json_text, quoted
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
-from cogcommon.errors import ModelError, ShardError
+from cogcommon.errors import ModelError, SettingError, ShardError
 from cogcommon.files.ownership import check_own_folder, refuse_data_root, take_output
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
@@ -30,6 +30,7 @@ from cogcommon.shards.records import (
     read_record,
     tar_name,
 )
+from cogcommon.store.address import as_shown
 
 from ..plan.folder import Split, read_contract, read_origin, records_in, shard_label, split_folder
 from ..processes.pool import Pool
@@ -39,6 +40,7 @@ from ..show.preview_sheet import draw_sheets
 from ..show.source_view import view_source
 from ..source.clip import ClipFault
 from ..store.locks import shard_disk_errors
+from ..store.outlet import is_address
 from ..store.proof import A_PREVIEW, PREVIEW, preview_record
 from ..store.shards import read_tensors
 from ..video.colour import Pixels
@@ -53,6 +55,12 @@ _SAMPLES, _FEW = 8, 3
 
 def run(settings: PreviewSettings) -> None:
     """The command: make the pages and say where they are."""
+    if is_address(settings.out):
+        raise SettingError(
+            "a preview is drawn from shards of this machine",
+            where=as_shown(settings.out),
+            fix="copy the folder to this machine first, and name the copy",
+        )
     folder, option = (settings.to, "--to") if settings.to else (settings.out / PREVIEW, "OUT/preview, or --to")
     refuse_data_root(settings.out, "OUT")
     refuse_data_root(folder, option)

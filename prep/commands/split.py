@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 
-from cogcommon.cli.names import command_line, json_text
+from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError
@@ -21,7 +21,7 @@ from cogcommon.words import counted, in_words
 
 from ..dataset.found import find, fits_a_line
 from ..dataset.lists import check_root
-from ..dataset.new_lists import PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, write_list
+from ..dataset.new_lists import PROMPTS, VIDEOS, entry_of, next_steps, refuse_output, set_aside, write_list
 from ..processes.pool import Pool, default_workers
 from ..settings import SplitSettings
 from ..show.cut_sheet import ShownPart, draw_cut_sheets
@@ -247,10 +247,6 @@ def _show(told: SplitTold, settings: SplitSettings, console: Console) -> None:
     more = f" and {len(sheets) - _SHOWN:,} more" if len(sheets) > _SHOWN else ""
     console.print(f"look at the cuts: {shown}{more}")
     console.print("")
-    caption = command_line("cogprep", "caption", told.out)
-    console.print(
-        f"next: write a caption into each line of {Path(told.out) / PROMPTS}, or let a model write them, which takes a "
-        f"GPU: {caption}. Then:"
-    )
-    validate = command_line("cogprep", "validate", "--data-root", told.out, "--resolution", "49x480x720")
+    sentence, validate = next_steps(Path(told.out), counted(told.lines, "line"), ["49x480x720"])
+    console.print(sentence)
     console.print(f"  {validate}", style="bold")

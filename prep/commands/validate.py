@@ -17,6 +17,7 @@ from cogcommon.errors import DataRootError, ModelError
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import DTYPES, item_bytes, quiet_libraries
 from cogcommon.model.families import BUILTIN_NAMES, Resolution
+from cogcommon.store.address import as_shown
 from cogcommon.words import counted
 
 from ..dataset.advice import Looked, advise, cut_captions
@@ -175,7 +176,7 @@ def find_refusals(settings: ValidateSettings, forecast: EncodeForecast) -> list[
         for one in forecast.rejected_before
     ]
     if forecast.refusal:
-        found.append(Finding(str(settings.out), 0, "", f"encode would refuse: {forecast.refusal}"))
+        found.append(Finding(as_shown(settings.out), 0, "", f"encode would refuse: {forecast.refusal}"))
     return found
 
 
@@ -268,4 +269,4 @@ def _notes_on_the_folder(settings: ValidateSettings, forecast: EncodeForecast) -
     }
     if any(parts.values()) and not forecast.refusal:
         said = ", ".join(f"{what} {count}" for what, count in parts.items() if count)
-        yield f"{settings.out} holds shards already: encode would encode {forecast.new}, {said}"
+        yield f"{as_shown(settings.out)} holds shards already: encode would encode {forecast.new}, {said}"

@@ -12,8 +12,8 @@ from pathlib import Path
 from cogcommon.cli.names import command_line, json_text
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
-from cogcommon.errors import ShardError
-from cogcommon.files.readers import read_in_order
+from cogcommon.errors import SettingError, ShardError
+from cogcommon.files.readers import THREADS, read_in_order
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import (
@@ -31,7 +31,10 @@ from cogcommon.words import counted, in_bytes
 from ..encode.reencode import Difference
 from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label, split_folder
 from ..settings import VerifySettings
+from ..store.outlet import Outlet, open_image
 from ..store.shards import tars_without_record
+
+_TARS = 2  # from an address, on this machine's disk at a time
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,20 @@ def run(settings: VerifySettings) -> None:
     Raises:
         ShardError: there is any problem.
     """
-    verified = verify(settings.out, reencode=settings.reencode, workers=settings.workers, model=settings.model)
+    with open_image(settings.out, "OUT") as image:
+        if settings.reencode and not image.keeps:
+            raise SettingError(
+                "samples are encoded again beside shards of this machine only",
+                where=f"--reencode {settings.reencode}, {image.place}",
+                fix="leave --reencode out, or copy the folder to this machine first",
+            )
+        verified = verify(
+            image.folder, reencode=settings.reencode, workers=settings.workers, model=settings.model, image=image
+        )
+        _tell(verified, settings, image)
+
+
+def _tell(verified: Verified, settings: VerifySettings, image: Outlet) -> None:
     if settings.json:
         print(verified.to_json())
     else:
@@ -78,7 +94,7 @@ def run(settings: VerifySettings) -> None:
             )
     if verified.problems:
         damaged = sorted({problem.shard for problem in verified.problems})
-        tar = settings.out / next((label for label in damaged if label.endswith(".tar")), "NAME.tar")
+        tar = image.folder / next((label for label in damaged if label.endswith(".tar")), "NAME.tar")
         raise ShardError(
             f"{len(damaged)} of {counted(verified.shards, 'shard')} not as recorded",
             where=", ".join(damaged),
@@ -87,10 +103,13 @@ def run(settings: VerifySettings) -> None:
         )
 
 
-def verify(out: Path, *, reencode: int = 0, workers: int = 1, model: str | None = None) -> Verified:
+def verify(
+    out: Path, *, reencode: int = 0, workers: int = 1, model: str | None = None, image: Outlet | None = None
+) -> Verified:
     """Read every byte of every committed shard.
 
     Args:
+        image: where the folder's tars come from, one at a time, if not from there.
         reencode: samples to encode again, if all is as recorded.
         model: the checkpoint for that, if it is elsewhere than the contract says.
         workers: decode processes for that.
@@ -98,6 +117,7 @@ def verify(out: Path, *, reencode: int = 0, workers: int = 1, model: str | None 
     Raises:
         ShardError: no contract, so no shards.
     """
+    image = image or Outlet(out)
     contract = read_contract(out)
     if contract is None:
         raise ShardError("no shards here", where=str(out / CONTRACT_FILE), fix="name the --out of `cogprep encode`")
@@ -111,11 +131,13 @@ def verify(out: Path, *, reencode: int = 0, workers: int = 1, model: str | None 
             record = read_record(path)
         except ShardError as error:
             return None, [error.what]
-        return record, list(check_shard(path.with_suffix(".tar"), record, contract))
+        with image.at_hand(path.with_suffix(".tar")):
+            return record, list(check_shard(path.with_suffix(".tar"), record, contract))
 
     good: list[tuple[Path, ShardRecord]] = []
+    checked = read_in_order(check, records, threads=THREADS if image.keeps else _TARS)
     with stage("verifying", len(records), "shard") as bar:
-        for (split, number, path), (record, faults) in zip(records, read_in_order(check, records), strict=True):
+        for (split, number, path), (record, faults) in zip(records, checked, strict=True):
             problems += [Problem(shard_label(split, number), what) for what in faults]
             if record is not None:
                 samples += sum(row.status == "ok" for row in record.rows)

@@ -16,6 +16,7 @@ from cogcommon.shards.contract import Contract
 from ..plan.plan import PlannedShard
 from ..processes.pool import Pool
 from ..settings import EncodeSettings
+from ..store.outlet import Outlet
 from .captions import TextStore
 from .clock import Clock
 from .models import Models
@@ -36,6 +37,7 @@ class ShardEncoder:
         contract: of every shard; the folder need not have it yet.
         pool: decode processes.
         clock: seconds are added to its stages.
+        outlet: where shards go; if there is none, the settings' folder.
         keep_text: see `Models`.
     """
 
@@ -49,8 +51,10 @@ class ShardEncoder:
         pool: Pool,
         clock: Clock,
         *,
+        outlet: Outlet | None = None,
         keep_text: bool = False,
     ) -> None:
+        self._outlet = outlet or Outlet(settings.out)
         self._settings = settings
         self._contract = contract
         self._pool = pool
@@ -80,16 +84,15 @@ class ShardEncoder:
             SettingError: the folder has another contract.
             DiskError: the disk is full. What was committed stays good.
         """
-        out = self._settings.out
-        with TextStore(out) as text:
-            self._contract = self._models.embed_captions(shards, text, self._contract)
+        with TextStore(self._outlet.folder) as text:
+            self._contract = self._models.embed_captions(shards, text, self._contract, self._outlet)
             latents = self._models.latents
             outcome.encoder = latents.choice
             begin()
             total = sum(len(shard.samples) for shard in shards)
             with self._clock("encode"), stage("encoding", total, "clip") as bar:
                 Pipeline(
-                    out=out,
+                    outlet=self._outlet,
                     root=self._settings.root,
                     contract=self._contract,
                     cut=self._settings.cut,

@@ -15,6 +15,7 @@ from ..plan.plan import PlannedShard
 from ..plan.slice import local_rank
 from ..processes.pool import Pool
 from ..settings import EncodeSettings
+from ..store.outlet import Outlet
 from .clock import Clock
 from .encoder import ShardEncoder
 from .outcome import Outcome
@@ -34,6 +35,7 @@ class Job:
         pool: decode processes of this machine.
         begin: to be called once, when all models are there and the contract is committed, before a shard is touched.
         outcome: what becomes of the shards is added to it.
+        outlet: where shards go.
     """
 
     settings: EncodeSettings
@@ -45,6 +47,7 @@ class Job:
     begin: Callable[[], None]
     clock: Clock
     outcome: Outcome
+    outlet: Outlet
 
 
 class Engine(Protocol):
@@ -73,8 +76,8 @@ class LocalEngine:
         """See `Engine`; the shards in rounds (`rounds`)."""
         device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
         encoder = ShardEncoder(
-            job.settings, job.checkpoint, device, job.precision, job.contract, job.pool, job.clock
-        )  # fmt: skip
+            job.settings, job.checkpoint, device, job.precision, job.contract, job.pool, job.clock, outlet=job.outlet
+        )
         begin = job.begin
         for round_ in rounds(job.shards, job.contract):
             encoder.encode(round_, job.outcome, begin=begin)

@@ -25,6 +25,7 @@ from cogcommon.errors import CogError, RunError, SettingError
 from ..plan.slice import Slice
 from ..processes.pool import default_workers
 from ..settings import EncodeSettings
+from ..store.outlet import read_beside
 from .report import Rejection, Report
 
 
@@ -79,7 +80,7 @@ def encode_in_parts(settings: EncodeSettings, part: Slice, parts: int) -> Report
 
 
 def _read_report(out: Path, own: Slice) -> Report:
-    values = json.loads((out / Report.name_of(own)).read_bytes())
+    values = json.loads(read_beside(out, Report.name_of(own)))
     for name in ("rejections", "kept_samples", "postponed_samples"):
         values[name] = [Rejection(**sample) for sample in values[name]]
     return Report(**values)

@@ -16,6 +16,7 @@ from ..plan.folder import commit_contract
 from ..plan.plan import PlannedShard
 from ..settings import EncodeSettings
 from ..store.locks import shard_disk_errors
+from ..store.outlet import Outlet
 from ..vae.encoder import LatentEncoder
 from .captions import TextEncoder, TextStore
 from .clock import Clock
@@ -50,7 +51,9 @@ class Models:
         self._text: TextEncoder | None = None
         self._latents: LatentEncoder | None = None
 
-    def embed_captions(self, shards: Sequence[PlannedShard], text: TextStore, contract: Contract) -> Contract:
+    def embed_captions(
+        self, shards: Sequence[PlannedShard], text: TextStore, contract: Contract, outlet: Outlet
+    ) -> Contract:
         """Fill the store with the captions of the shards, and commit the contract with its empty caption.
 
         Returns:
@@ -62,8 +65,9 @@ class Models:
         with self._clock("load"), stage("loading T5"):
             encoder = self._text_encoder()
             empty_LD, _ = encoder.encode("")  # the first one also waits for the GPU's libraries
-        with shard_disk_errors(self._settings.out):
-            contract = commit_contract(self._settings.out, contract, safetensors.torch.save({TEXT: empty_LD}))
+        empty_caption, ours = safetensors.torch.save({TEXT: empty_LD}), contract
+        with shard_disk_errors(outlet.folder):
+            contract = outlet.agree(lambda: commit_contract(outlet.folder, ours, empty_caption))
         with self._clock("text"), stage("embedding", len(captions), "caption") as bar:
             text.fill(captions, encoder, bar.advance)
         del encoder

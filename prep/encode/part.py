@@ -41,15 +41,18 @@ from ..plan.folder import (
 from ..plan.holdout import Holdout, ask_to_move
 from ..plan.plan import Drop, EncodePlan, make_plan, sample_bytes
 from ..plan.probe_cache import SurveyCache
-from ..plan.slice import choose_slice
+from ..plan.slice import Slice, choose_slice
 from ..plan.survey import Survey, survey
 from ..processes.pool import Pool, default_workers
 from ..settings import EncodeSettings, PlanSettings
 from ..store.locks import ShardBusy, at_work, lack_of_room, shard_disk_errors
+from ..store.outlet import Outlet, open_outlet
+from ..store.proof import ORIGIN_FILE
 from ..store.shards import drop_samples, recover_folder
 from .clock import Clock
 from .engine import Engine, Job, LocalEngine, scratch_bytes
 from .outcome import Outcome
+from .pipeline import AT_ONCE
 from .report import Report, make_report
 
 
@@ -66,8 +69,15 @@ def encode_slice(settings: EncodeSettings, engine: Engine | None = None) -> Repo
         ShardError: a committed shard is damaged.
         DiskError: the disk is full.
     """
-    clock = Clock()
     part = choose_slice(settings.worker, os.environ)
+    lists = settings.prompts, settings.videos
+    with open_outlet(settings.out, cache=settings.cache, slice_=str(part), lists=lists) as outlet:
+        return _encode_slice(replace(settings, out=outlet.folder), part, outlet, engine or LocalEngine())
+
+
+def _encode_slice(settings: EncodeSettings, part: Slice, outlet: Outlet, engine: Engine) -> Report:
+    """As `encode_slice`, in a folder of this machine."""
+    clock = Clock()
     checkpoint = settings.open_model()
     planned = Origin.of(settings, Holdout()).state_of_lists()
     data = settings.read_lists(checkpoint.family.task).trusted()
@@ -75,7 +85,6 @@ def encode_slice(settings: EncodeSettings, engine: Engine | None = None) -> Repo
         say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} is a text-to-video model")
     if quoted := sum(in_quotes(sample.caption) for sample in data.samples):
         say(f"note: {counted(quoted, 'caption')} in quotes, which are trained as a part of them")
-    engine = engine or LocalEngine()
     device_type = engine.device_type()
     precision = settings.precision or default_precision(checkpoint.family, device_type)
     with clock("weights"), stage("checking the weights"):
@@ -105,20 +114,22 @@ def encode_slice(settings: EncodeSettings, engine: Engine | None = None) -> Repo
             cache.discard()
             raise
         shards = part.of(plan.shards)
-        needed = sum(len(shard.samples) * sample_bytes(contract, shard.bucket) for shard in shards)
+        sizes = [len(shard.samples) * sample_bytes(contract, shard.bucket) for shard in shards]
+        needed = sum(sizes if outlet.keeps else sorted(sizes)[-AT_ONCE:])
         if lack := lack_of_room(out, needed + scratch_bytes(shards, contract)):
             say(f"note: {lack}")
         dropped = 0
 
         def begin() -> None:
             nonlocal dropped
-            dropped = _begin(settings, origin, part.of(plan.drops), outcome, clock, planned)
+            dropped = _begin(outlet, origin, part.of(plan.drops), outcome, clock, planned)
 
         if shards or (established and not (out / EMPTY_CAPTION_FILE).exists()):
-            engine.encode(Job(settings, checkpoint, precision, contract, shards, pool, begin, clock, outcome))
+            engine.encode(Job(settings, checkpoint, precision, contract, shards, pool, begin, clock, outcome, outlet))
         else:
             begin()
     report = make_report(settings, checkpoint, part, found, plan, outcome, dropped, clock.seconds(), device_type)
+    report = replace(report, out=outlet.place)
     if not report.unfinished:
         cache.discard()
     return report
@@ -206,7 +217,7 @@ def make_contract(
 
 
 def _begin(
-    settings: EncodeSettings,
+    outlet: Outlet,
     origin: Origin,
     drops: Sequence[Drop],
     outcome: Outcome,
@@ -222,19 +233,23 @@ def _begin(
     Returns:
         The samples dropped.
     """
-    with clock("drop"), shard_disk_errors(settings.out):
-        if origin != read_origin(settings.out):
-            origin.write(settings.out)
-        return _drop_gone(settings, drops, outcome, lambda: origin.state_of_lists() == planned)
+    with clock("drop"), shard_disk_errors(outlet.folder):
+        if origin != read_origin(outlet.folder):
+            origin.write(outlet.folder)
+            outlet.put(ORIGIN_FILE)
+        return _drop_gone(outlet, drops, outcome, lambda: origin.state_of_lists() == planned)
 
 
-def _drop_gone(settings: EncodeSettings, drops: Sequence[Drop], outcome: Outcome, unchanged: Callable[[], bool]) -> int:
+def _drop_gone(outlet: Outlet, drops: Sequence[Drop], outcome: Outcome, unchanged: Callable[[], bool]) -> int:
     """Rewrite the shards that have lost samples; returns how many samples were dropped."""
     dropped: list[str] = []
     for drop in drops:
         try:
             keep = partial(_keeps, drop, unchanged, dropped)
-            drop_samples(split_folder(settings.out, drop.split), drop.number, keep)
+            folder = split_folder(outlet.folder, drop.split)
+            outlet.prepare(folder, drop.number, rewrite=True)
+            drop_samples(folder, drop.number, keep)
+            outlet.publish(folder, drop.number)
         except ShardBusy:
             outcome.busy.append((drop.split, drop.number))
     return len(dropped)

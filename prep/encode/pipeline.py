@@ -15,17 +15,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cogcommon.cli.progress import say
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import SampleRow
 
 from ..dataset.surveyed import decode_as_surveyed
 from ..plan.completion import Writer, open_writer
-from ..plan.folder import split_folder
+from ..plan.folder import shard_label, split_folder
 from ..plan.plan import PlannedSample, PlannedShard, Rejected
 from ..processes.pool import Pool
 from ..source.clip import TONED, ClipFault
 from ..store.locks import ShardBusy
+from ..store.outlet import Outlet
 from ..store.shards import ShardDone, ShardWriter
 from ..vae.encoder import LatentEncoder, Pending
 from ..video.cut import Cut
@@ -35,6 +37,7 @@ from .outcome import Outcome
 from .write_thread import WriteThread
 
 _DECODED_BYTES = 2 << 30  # decoded clips that wait for the VAE; 51 MB each at 49x480x720
+AT_ONCE = 4  # shards on the disk of an outlet that keeps none: written, waiting, uploaded, and about to be
 _IN_FLIGHT = 2  # clips on the GPU: one that it encodes, and the next, which it can begin at once
 
 
@@ -60,6 +63,7 @@ class _SetAside:
 @dataclass(frozen=True)
 class _Commit:
     writer: Writer
+    shard: PlannedShard
 
 
 _Step = _Decode | _LeftBehind | _SetAside | _Commit
@@ -88,7 +92,7 @@ class Pipeline:
     """Encodes shards of one contract on one device.
 
     Args:
-        out: the output folder; it exists.
+        outlet: the output folder, which exists; and where shards go from there.
         root: the data root, which sources are relative to.
         contract: of every shard.
         cut: how clips are cut.
@@ -103,7 +107,7 @@ class Pipeline:
     def __init__(
         self,
         *,
-        out: Path,
+        outlet: Outlet,
         root: Path,
         contract: Contract,
         cut: Cut,
@@ -114,7 +118,8 @@ class Pipeline:
         advance: Callable[[], None],
         care: Care = QUICKLY,
     ) -> None:
-        self._out = out
+        self._outlet = outlet
+        self._publisher = WriteThread(ahead=1)
         self._root = root
         self._contract = contract
         self._cut = cut
@@ -144,7 +149,8 @@ class Pipeline:
 
         self._outcome.gpu.pause()
         try:
-            with WriteThread() as thread:
+            self._publisher = WriteThread(ahead=1)
+            with self._publisher, WriteThread() as thread:
                 clips = self._pool.run(decode_as_surveyed, requests(), window=self._window(shards))
                 while True:
                     started = time.perf_counter()
@@ -171,9 +177,10 @@ class Pipeline:
         """What to do, in order. A shard is locked when its first clip is about to be decoded."""
         for shard in shards:
             try:
-                folder = split_folder(self._out, shard.split)
+                folder = split_folder(self._outlet.folder, shard.split)
                 folder.mkdir(parents=True, exist_ok=True)
                 keys = {planned.key for planned in shard.samples}
+                self._outlet.prepare(folder, shard.number, rewrite=shard.completes)
                 writer = open_writer(folder, shard.number, self._contract, keys, completes=shard.completes)
             except ShardBusy:
                 self._outcome.busy.append((shard.split, shard.number))
@@ -190,7 +197,7 @@ class Pipeline:
                     yield _SetAside(writer, planned, reason)
                 else:
                     yield _Decode(writer, planned)
-            yield _Commit(writer)
+            yield _Commit(writer, shard)
 
     def _request(self, planned: PlannedSample) -> tuple[Any, ...]:
         sample = planned.sample
@@ -215,8 +222,8 @@ class Pipeline:
         elif isinstance(step, _SetAside):
             self._postpone(step.writer, step.planned, step.reason)
         elif isinstance(step, _Commit):
-            writer = step.writer
-            self._flight.append((None, lambda: self._commit(writer)))
+            writer, shard = step.writer, step.shard
+            self._flight.append((None, lambda: self._commit(writer, shard)))
 
     def _postpone(self, writer: Writer, planned: PlannedSample, reason: str) -> None:
         """Leave a sample for another run; its place is kept."""
@@ -224,9 +231,18 @@ class Pipeline:
         self._flight.append((None, lambda: writer.postpone(planned.key)))
         self._advance()
 
-    def _commit(self, writer: Writer) -> None:
-        writer.commit()
+    def _commit(self, writer: Writer, shard: PlannedShard) -> None:
+        if writer.commit() is not None:
+            self._publisher.submit(lambda: self._publish(writer.folder, shard))
         self._open.remove(writer)
+
+    def _publish(self, folder: Path, shard: PlannedShard) -> None:
+        try:
+            self._outlet.publish(folder, shard.number)
+        except ShardDone:
+            say(f"{shard_label(shard.split, shard.number)}: another writer committed it first, so that one counts")
+        except ShardBusy:
+            self._outcome.busy.append((shard.split, shard.number))
 
     def _encode_one(self, step: _Decode, clip: Clip | ClipFault) -> None:
         writer, row = step.writer, planned_row(step.planned)

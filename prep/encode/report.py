@@ -16,6 +16,7 @@ from cogcommon.cli.terminal import Console, styled
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.shards.records import record_name
+from cogcommon.store.address import as_shown
 from cogcommon.words import counted, in_words
 
 from ..plan.folder import shard_label, split_folder
@@ -26,6 +27,7 @@ from ..processes.pool import default_workers
 from ..settings import EncodeSettings
 from ..source.clip import TONED
 from ..store.locks import shard_disk_errors
+from ..store.outlet import put_beside
 from ..store.proof import refuse_foreign
 from .outcome import NodeWork, Outcome
 
@@ -80,6 +82,7 @@ class Report:
     unfinished_slices: Sequence[str]  # the slices, as --worker takes them, that these belong to
     usable: bool  # whether the folder holds, or will hold, any sample
     out: str
+    validation: bool  # whether OUT/val holds shards
     data_root: str
     model: str
     device: str
@@ -92,6 +95,8 @@ class Report:
         """Write report.json, or report-I-of-N.json for a slice of a divided run."""
         index, _, count = self.worker.partition("/")
         path = out / self.name_of(Slice(int(index), int(count), ""))
+        if put_beside(out, path.name, self.to_json().encode()):
+            return path
         with shard_disk_errors(path):
             refuse_foreign(path)
             commit_bytes(path, self.to_json().encode())
@@ -138,7 +143,8 @@ def make_report(
     missing = [
         shard
         for shard in plan.shards
-        if not (split_folder(settings.out, shard.split) / record_name(shard.number)).exists()
+        if (shard.split, shard.number) in outcome.busy
+        or not (split_folder(settings.out, shard.split) / record_name(shard.number)).exists()
     ]
     waits = {"decode_wait": outcome.decode_wait_s, "vae": outcome.vae_s, "write_wait": outcome.write_wait_s}
     reused = plan.reused + outcome.elsewhere
@@ -170,6 +176,7 @@ def make_report(
         ],
         usable=bool(reused or kept or outcome.encoded or outcome.recovered or outcome.busy or part.count > 1),
         out=str(settings.out),
+        validation=any((settings.out / "val").glob("*.parquet")),
         data_root=str(settings.root),
         model=checkpoint.name,
         device=device,
@@ -258,12 +265,11 @@ def show(report: Report, console: Console, report_path: Path) -> None:
             console.print(
                 f"not finished yet: slices {slices} ({shown}); run them, or all of it without --worker",
             )
-    console.print(f"shards in {report.out}, details in {report_path}", soft_wrap=True)
+    console.print(f"shards in {report.out}, details in {as_shown(report_path)}", soft_wrap=True)
     if report.usable and not report.unfinished:
-        out = Path(report.out)
-        line = f"next: cogtrain lora --shards {tars_in(out)}"
-        if any((out / "val").glob("*.tar")):
-            line += f" --validate-shards {tars_in(out / 'val')}"
+        line = f"next: cogtrain lora --shards {tars_in(report.out)}"
+        if report.validation:
+            line += f" --validate-shards {tars_in(f'{report.out}/val')}"
         console.print(line, soft_wrap=True)
 
 

@@ -10,10 +10,14 @@ _WRITE_AHEAD = 4  # encoded samples that wait for the disk; 6 MB each at 49x480x
 
 
 class WriteThread:
-    """Runs tasks in order in one thread; raises the first error in the calling thread."""
+    """Runs tasks in order in one thread; raises the first error in the calling thread.
 
-    def __init__(self) -> None:
-        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_WRITE_AHEAD)
+    Args:
+        ahead: tasks that wait, at most.
+    """
+
+    def __init__(self, ahead: int = _WRITE_AHEAD) -> None:
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(ahead)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="cogprep-writer", daemon=True)
 

@@ -35,6 +35,7 @@ TRIES = 3  # of a clip, before it is set aside; of a shard that is lost with no 
 _REFUSED = 2  # nodes that may refuse a shard for no clip's fault, before the run gives up
 _WAIT_S = 0.25  # for an answer of the cluster
 _BUSY_S = 2.0  # before a shard that another process writes is tried again
+_LEFT_S = 60.0  # and at least so long, before it is left to that process: one that we end may take a while to go
 _TELL_S = 60.0  # between two lines about all nodes
 
 
@@ -249,10 +250,11 @@ class Driver:
     def _leave_to_others(self) -> None:
         """Shards that other processes write are left to them, when nothing else is to do and time is up."""
         now = time.monotonic()
+        patience = max(self._settings.node_timeout, _LEFT_S)
         if all(task.busy_since is not None for task in self._tasks):
             for task in list(self._tasks):
                 assert task.busy_since is not None
-                if not task.held and now - task.busy_since > self._settings.node_timeout:
+                if not task.held and now - task.busy_since > patience:
                     self._job.outcome.busy.append((task.shard.split, task.shard.number))
                     self._done(task)
 

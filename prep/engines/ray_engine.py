@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,9 +42,12 @@ def ray_engine(settings: EncodeSettings, actor: type[EncodeActor] = EncodeActor)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # and no word about it
     import ray
 
+    stops = signal.getsignal(signal.SIGTERM)
     try:
         with stage("connecting to Ray"):
             ray.init(address=settings.ray_address, logging_level=logging.WARNING, log_to_driver=False)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stops)  # Ray has put its own in its place
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SettingError(
             f"no Ray cluster answers: {first_line(error)}",

@@ -83,6 +83,8 @@ class SurveyCache:
             advance: called for each wanted clip.
         """
         results: dict[str, Probed | ClipFault] = {}
+        if not wanted:
+            return results
         groups_of: dict[str, _Group] = {}  # by a clip that is being probed
 
         def missing() -> Iterator[str]:

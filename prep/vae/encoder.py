@@ -118,11 +118,12 @@ class LatentEncoder:
         with self._on_device():
             self._copies = CopyStream(device)
             if device.type == "cuda":
-                # By its heuristic cuDNN takes a kernel for the 42 widest convolutions that loses 0.07 s a clip (H200).
-                torch.backends.cudnn.benchmark = True
                 if fused:
                     with torch.inference_mode():
                         self.choice = use_fused_encoder(vae, device)
+                # By its heuristic cuDNN takes a kernel for the 42 widest convolutions that loses 0.07 s a clip (H200).
+                # Only now: two encoders' convolutions at the trial's sizes would be tried in all ways for one clip.
+                torch.backends.cudnn.benchmark = True
 
     def encode(self, key: str, frames_FHWC: np.ndarray[Any, Any], image_HWC: np.ndarray[Any, Any] | None) -> Latents:
         """Encode a clip, and wait for it. See `start`."""

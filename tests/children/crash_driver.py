@@ -44,6 +44,7 @@ from cogprep.plan.holdout import Holdout, choose_holdout
 from cogprep.plan.plan import Candidate, make_plan, with_keys
 from cogprep.source.clip import Hashed
 from cogprep.store.locks import ShardBusy
+from cogprep.store.outlet import Outlet
 from cogprep.store.shards import drop_samples, recover_folder
 from cogprep.vae.encoder import Latents, Pending, generator_of
 from cogprep.video.cut import Cut
@@ -75,13 +76,21 @@ class InlinePool:
 
 
 def bring_up_to_date(
-    out: Path, contract: Contract, clips: list[str], still: Callable[[], bool] = lambda: True
+    out: Path,
+    contract: Contract,
+    clips: list[str],
+    still: Callable[[], bool] = lambda: True,
+    outlet: Outlet | None = None,
+    latents: DrawnLatents | None = None,
 ) -> Outcome:
     """What `encode` does to a folder, from the plan on.
 
     Args:
         still: whether the lists are as they were planned.
+        outlet: where shards go from the folder.
+        latents: what stands in for the VAE.
     """
+    outlet = outlet or Outlet(out)
     for split in SPLITS:
         recover_folder(split_folder(out, split))
     candidates = [
@@ -100,14 +109,16 @@ def bring_up_to_date(
     for drop in plan.drops:
         keep = lambda row, drop=drop: drop.keeps(row) or not still()  # noqa: E731
         with suppress(ShardBusy):
+            outlet.prepare(split_folder(out, drop.split), drop.number, rewrite=True)
             drop_samples(split_folder(out, drop.split), drop.number, keep)
+            outlet.publish(split_folder(out, drop.split), drop.number)
     outcome = Outcome()
     Pipeline(
-        out=out,
+        outlet=outlet,
         root=Path("/nowhere"),
         contract=contract,
         cut=Cut(),
-        latents=DrawnLatents(),  # type: ignore[arg-type]
+        latents=latents or DrawnLatents(),  # type: ignore[arg-type]
         text=DrawnText(),  # type: ignore[arg-type]
         pool=InlinePool(),  # type: ignore[arg-type]
         outcome=outcome,

@@ -52,10 +52,8 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def do_HEAD(self):
-        self.do_GET()
-
     def do_GET(self):
+        self.body = self.sent()
         split = urllib.parse.urlsplit(self.path)
         self.name = urllib.parse.unquote(split.path).lstrip("/")
         self.query = split.query
@@ -65,6 +63,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.time = self.server.times[self.name, self.range]
         if self.server.fault is None or not self.server.fault(self):
             self.serve()
+
+    def sent(self):
+        """The request's body, whole."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return body
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     @property
     def is_sample(self):

@@ -14,8 +14,10 @@ In units of one activation (all tokens by the width; 0.10 GiB for 5B at
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .block import BlockFunction
@@ -47,12 +49,20 @@ def with_checkpointing(function: BlockFunction, policy: Checkpointing, *, dropou
         return function
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if policy != "inputs":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _KEPT_PRODUCTS[policy]))
+        contexts = partial(create_selective_checkpoint_contexts, partial(_policy, policy))
+        # The compiler keeps what it has made for the next run only if it can tell what decides here what is kept.
+        contexts.cache_hash = f"{policy} {_this_file()}"  # type: ignore[attr-defined]
+        options["context_fn"] = contexts
 
     def checkpointed(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return checkpoint(function, *tensors, **options)
 
     return checkpointed
+
+
+@cache
+def _this_file() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 # Which matrix products are kept, by the lengths of a row that goes in and of one that comes out. A product over a
@@ -72,12 +82,13 @@ _ATTENTION = (
 _PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0}  # and which argument is the left factor
 
 
-def _policy(keeps: Callable[[int, int], bool], context: Any, operation: Any, *arguments: Any, **options: Any) -> Any:
+def _policy(policy: Checkpointing, context: Any, operation: Any, *arguments: Any, **options: Any) -> Any:
+    """What becomes of an operation's result. The compiler pickles what it is called with: no function of no name."""
     from torch.utils.checkpoint import CheckpointPolicy
 
     name = operation.__name__.split(".")[0]
     kept = name in _ATTENTION
     if name in _PRODUCTS:
         left, right = arguments[_PRODUCTS[name]], arguments[_PRODUCTS[name] + 1]
-        kept = keeps(left.shape[-1], right.shape[-1])
+        kept = _KEPT_PRODUCTS[policy](left.shape[-1], right.shape[-1])
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -17,21 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import stage
-from cogcommon.cli.settings import resolve
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import RunError, SettingError
 from cogcommon.files.atomic import scratch_file
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.ownership import check_own_folder, state_of, take_output
 from cogcommon.media.video import write_mp4
-from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
 
 from ..model.method import Lora, Method, method_of, of_checkpoint
 from ..report.sheet import Column, contact_sheet, grid
 from ..runs.checkpoint import checkpoint_name, find_checkpoint, list_checkpoints, step_of
-from ..runs.folder import COMPARED, CONFIG_FILE, RecordedRun, lowest, read_run
-from ..settings import CompareSettings, GenerateSettings, LoraSettings, SftSettings
+from ..runs.folder import COMPARED, RecordedRun, lowest, open_base, read_run, trained_settings
+from ..settings import CompareSettings, GenerateSettings
 from ..validation.pipeline import Request, generate_video, move_pipeline, pipeline_of, step_bytes
 from ..validation.tuned import Tuned
 from . import generate
@@ -72,15 +70,11 @@ def run(settings: CompareSettings) -> None:
         raise SettingError("no run was named", where="RUN", fix="cogtrain compare RUN --prompt ...")
     recorded = read_run(settings.run)
     full = recorded.facts.method == "sft"
-    method = method_of(resolve(SftSettings if full else LoraSettings, {}, settings.run / CONFIG_FILE))
+    method = method_of(trained_settings(settings.run, recorded.facts.method))
     steps, strengths = _steps(settings, recorded), _strengths(settings, full)
     rows = layout(steps, strengths)
     cells = [Cell(0), *(cell for row in rows for cell in row if cell and cell.step)]
-    model = settings.model or recorded.facts.model
-    checkpoint = open_checkpoint(
-        model, None if settings.model else recorded.facts.revision,
-        named_by=None if settings.model else str(settings.run),
-    )  # fmt: skip
+    checkpoint = open_base(settings.model, recorded.facts.model, recorded.facts.revision, settings.run)
     tuned = Tuned(checkpoint, (), None, recorded.facts.size)
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import stage
-from cogcommon.cli.settings import resolve
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.files.atomic import commit, commit_bytes, temporary_beside
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.ownership import RECORD_FILE, check_own_folder, is_file, record_of, refuse_data_root, take_output
-from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
 
 from ..model import lora, sft
@@ -30,8 +29,8 @@ from ..model.lora_file import FILE, PEFT_CONFIG, PEFT_FILE, read_facts
 from ..model.method import Exported, method_of, of_checkpoint
 from ..report.card import Kind, write_card
 from ..runs import checkpoint as checkpoints
-from ..runs.folder import CARD_FILE, CONFIG_FILE, RecordedRun, read_run
-from ..settings import ExportSettings, LoraSettings, SftSettings
+from ..runs.folder import CARD_FILE, RecordedRun, open_base, read_run, trained_settings
+from ..settings import ExportSettings
 from ..trainer.announce import checked
 
 if TYPE_CHECKING:
@@ -66,11 +65,7 @@ def run(settings: ExportSettings) -> None:
     pick_device()
     quiet_libraries()
     step = checkpoints.find_checkpoint(folder).state.step if is_checkpoint else run.exported
-    model = open_checkpoint(
-        settings.model or run.facts.model,
-        None if settings.model else run.facts.revision,
-        named_by=None if settings.model else str(run.folder),
-    )
+    model = open_base(settings.model, run.facts.model, run.facts.revision, run.folder)
     stored = dtype_of(settings.precision or run.facts.precision)  # type: ignore[arg-type]
     # A CPU computes slowly in fp16, if at all; 2B, the only family with it, is 6.8 GB in fp32.
     compute = torch.float32 if stored == torch.float16 else stored
@@ -168,9 +163,7 @@ def _trained(
             where=str(folder),
             fix=f"--run {latest[-1]}" if latest else "it has no checkpoint either: let it run on",
         )
-    config = run.folder / CONFIG_FILE
-    method = method_of(resolve(SftSettings, {}, config) if full else resolve(LoraSettings, {}, config))
-    return of_checkpoint(method, model, folder, dtype)
+    return of_checkpoint(method_of(trained_settings(run.folder, run.facts.method)), model, folder, dtype)
 
 
 @stage("writing and proving the export")

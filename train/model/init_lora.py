@@ -16,6 +16,7 @@ from cogcommon.words import counted
 
 from .lora import ADAPTER, adapted, targets
 from .lora_file import LoraFile
+from .lora_names import PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def check_init(file: LoraFile, transformer: torch.nn.Module, target_modules: lis
 
 
 def layers_of(file: LoraFile) -> set[str]:
-    return {name.removeprefix("transformer.").rsplit(".lora_", 1)[0] for name in file.state}
+    return {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in file.state}
 
 
 def begin_with(file: LoraFile, transformer: torch.nn.Module) -> str:

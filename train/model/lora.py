@@ -26,14 +26,13 @@ from .compare import check_answer
 from .finite import refuse_to_write
 from .lora_file import FACTS, read_lora
 from .lora_file import FILE as FILE
-from .lora_names import comfyui_name
+from .lora_names import PREFIX, comfyui_name
 
 if TYPE_CHECKING:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
 ADAPTER = "default"
-_PREFIX = "transformer."
 
 
 def attach(
@@ -148,7 +147,7 @@ def state_dict(
             assert weight.ndim == 2 and weight.numel(), "a part of a weight: it must be gathered"
             if side == "lora_B":
                 weight *= layer.scaling[ADAPTER]
-            state[f"{_PREFIX}{name}.{side}.weight"] = weight.contiguous()
+            state[f"{PREFIX}{name}.{side}.weight"] = weight.contiguous()
     assert state, "no adapters attached"
     refuse_to_write(state.values(), "the adapters' weights are")
     return state
@@ -161,7 +160,7 @@ def file_state(weights: Mapping[str, torch.Tensor], scale: float) -> dict[str, t
         scale: of the adapters.
     """
     return {
-        f"{_PREFIX}{name.replace(f'.{ADAPTER}.', '.')}": weight * scale if ".lora_B." in name else weight
+        f"{PREFIX}{name.replace(f'.{ADAPTER}.', '.')}": weight * scale if ".lora_B." in name else weight
         for name, weight in weights.items()
     }
 
@@ -190,7 +189,7 @@ def for_comfyui(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A `state_dict` with the names of ComfyUI's own CogVideoX: ``diffusion_model.blocks.0.q.lora_A.weight``."""
     named = {}
     for name, tensor in state.items():
-        layer, side = name.removeprefix(_PREFIX).rsplit(".lora_", 1)
+        layer, side = name.removeprefix(PREFIX).rsplit(".lora_", 1)
         named[f"{comfyui_name(layer)}.lora_{side}"] = tensor
     return named
 
@@ -209,7 +208,7 @@ def load(file: Path, checkpoint: Checkpoint, transformer: CogVideoXTransformer3D
         for name, layer in adapted(transformer):
             # diffusers has just rounded them to the base's type.
             for side, linear in (("lora_A", layer.lora_A[ADAPTER]), ("lora_B", layer.lora_B[ADAPTER])):
-                linear.float().weight.copy_(state[f"{_PREFIX}{name}.{side}.weight"])
+                linear.float().weight.copy_(state[f"{PREFIX}{name}.{side}.weight"])
 
 
 def merge(transformer: CogVideoXTransformer3DModel) -> None:

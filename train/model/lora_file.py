@@ -25,7 +25,7 @@ from cogcommon.errors import ModelError
 from cogcommon.files.typed import parse_object
 from cogcommon.model.checkpoint import Checkpoint
 
-from .lora_names import Form, spellings
+from .lora_names import PREFIX, Form, spellings
 
 if TYPE_CHECKING:
     import torch
@@ -266,7 +266,7 @@ def _config(form: Form, metadata: Mapping[str, str], file: Path) -> tuple[str, d
     """What stands of alpha beside the tensors, as PEFT's `LoraConfig` has it; empty: nothing."""
     if "lora_adapter_metadata" in metadata:
         whole = parse_object(metadata["lora_adapter_metadata"].encode())
-        config = {name.removeprefix("transformer."): value for name, value in whole.items()}
+        config = {name.removeprefix(PREFIX): value for name, value in whole.items()}
         if "lora_alpha" in config:
             return "in its metadata", config
     if re.fullmatch(r"[\d.]+", metadata.get("ss_network_alpha", "")):

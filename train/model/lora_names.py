@@ -25,9 +25,10 @@ _OF_A_BLOCK = {
     "ff.net.0.proj": "ff_proj",
     "ff.net.2": "ff_out",
 }
+PREFIX = "transformer."  # of a name in diffusers' own form
 _PREFIXES: dict[Form, tuple[str, ...]] = {
-    "diffusers": ("transformer.", ""),
-    "PEFT": ("base_model.model.", "base_model.model.transformer."),
+    "diffusers": (PREFIX, ""),
+    "PEFT": ("base_model.model.", f"base_model.model.{PREFIX}"),
     "ComfyUI": (COMFYUI,),
     "kohya": ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_"),
 }

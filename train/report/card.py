@@ -17,7 +17,7 @@ from cogcommon.model.device import DTYPES
 from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, RANDOM
 from cogcommon.words import counted
 
-from ..runs.folder import CAPTIONS_FILE, CARD_FILE, GENERATED, VALIDATION, RecordedRun, lowest
+from ..runs.folder import CAPTIONS_FILE, CARD_FILE, GENERATED, VALIDATION, RecordedRun, lowest, prompt_of
 from .chart import number, smoothed
 
 Kind = Literal["lora", "comfyui", "peft", "transformer"]
@@ -76,10 +76,9 @@ def _samples(run: RecordedRun, step: int) -> list[_Sample]:
     found = []
     if step == run.exported:
         for video in sorted((run.folder / GENERATED).glob("*/tuned.mp4")):
-            with suppress(ValueError, KeyError, TypeError):
-                record = Made.read(video.parent)
-                if record and record.owns(video.name):
-                    found.append(_Sample(str(json.loads(record.request)["prompt"]), video))
+            record = Made.read(video.parent)
+            if record and record.owns(video.name) and (prompt := prompt_of(record)) is not None:
+                found.append(_Sample(prompt, video))
     trained = (path for path in (run.folder / VALIDATION).glob("step-*") if path.name > "step-000000")  # the base's
     newest = max((path for path in trained if path.name <= f"step-{step:06d}"), default=None)
     if newest:

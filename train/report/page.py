@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -32,6 +31,8 @@ from ..runs.folder import (
     VALIDATION,
     RecordedRun,
     lowest,
+    page_head,
+    prompt_of,
     read_run,
     report_head,
 )
@@ -67,11 +68,7 @@ def page(run: RecordedRun, *, live: int = 0, beside: str = "") -> str:
         "videos": "".join(_videos(run, newest_first=bool(live))),
         "tables": "".join(_tables(run)),
     }
-    body = "".join(f'<section data-part="{name}">{part}</section>' for name, part in parts.items())
-    return (
-        f"{report_head(facts)}{asset('report.css')}</style><body{f' data-live={live}' if live else ''}>"
-        f"<h1>{facts.title} of {escape(facts.model)}</h1>{body}<script>{asset('report.js')}</script></body></html>\n"
-    )
+    return _document(report_head(facts), f"{facts.title} of {facts.model}", parts, live)
 
 
 def comparison(runs: Sequence[tuple[str, RecordedRun]], *, live: int) -> str:
@@ -98,12 +95,16 @@ def comparison(runs: Sequence[tuple[str, RecordedRun]], *, live: int) -> str:
     }
     if any(line.points for line in held_out):
         parts["held-out"] = plot("Held-out loss", held_out, tools=True)
+    title = counted(len(runs), "run")
+    return _document(page_head(title), title, parts, live)
+
+
+def _document(head: str, title: str, parts: Mapping[str, str], live: int) -> str:
+    """A page of parts, each of which the live page renews alone."""
     body = "".join(f'<section data-part="{name}">{part}</section>' for name, part in parts.items())
-    title = f"{counted(len(runs), 'run')}"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{asset('report.css')}</style><body data-live={live}><h1>{title}</h1>{body}"
-        f"<script>{asset('report.js')}</script></body></html>\n"
+        f"{head}{asset('report.css')}</style><body{f' data-live={live}' if live else ''}>"
+        f"<h1>{escape(title)}</h1>{body}<script>{asset('report.js')}</script></body></html>\n"
     )
 
 
@@ -243,10 +244,8 @@ def _itself(folder: Path, index: int) -> Iterable[tuple[str, Path]]:
 
 def _prompt(folder: Path) -> str:
     """Of a folder of generated videos."""
-    made = Made.read(folder)
-    with suppress(ValueError, TypeError, KeyError):
-        return str(json.loads(made.request if made else "")["prompt"])
-    return folder.name
+    prompt = prompt_of(Made.read(folder))
+    return folder.name if prompt is None else prompt
 
 
 def _label(path: Path) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO
 
 from cogcommon.cli.names import plain
-from cogcommon.cli.settings import resolve
 from cogcommon.errors import CogError, RunError
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.locks import Busy, NoLocks, lock, open_locked
@@ -35,7 +34,6 @@ from cogcommon.files.typed import build, parse_object
 
 from ..model import lora, sft
 from ..model.lora_file import read_facts
-from ..settings import LoraSettings, SftSettings
 from .checkpoint import checkpoint_name, list_checkpoints, read_state
 from .folder import (
     A_CHECKPOINT,
@@ -51,6 +49,7 @@ from .folder import (
     ValidationLine,
     forget_stop,
     report_head,
+    trained_settings,
 )
 
 # What `Runtime.save_state` writes, and DeepSpeed; what diffusers writes.
@@ -146,7 +145,7 @@ def _facts(folder: Path) -> RunFacts | None:
         facts = build(RunFacts, parse_object((folder / FACTS_FILE).read_bytes()))
         if heading is None or heading[1].decode() != facts.method:
             return None
-        resolve(LoraSettings if facts.method == "lora" else SftSettings, {}, config)
+        trained_settings(folder, facts.method)
         return facts
     except (OSError, ValueError, CogError):
         return None

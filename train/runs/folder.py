@@ -24,17 +24,18 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from cogcommon.cli.settings import parse_toml
+from cogcommon.cli.settings import parse_toml, resolve
 from cogcommon.errors import RunError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.locks import locked_elsewhere
-from cogcommon.files.ownership import is_file
+from cogcommon.files.ownership import Made, is_file
 from cogcommon.files.typed import build, parse_object
+from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.families import Resolution
 
 from ..model import lora
 from ..model.adapters import ADAPTERS
-from ..settings import AdapterName
+from ..settings import AdapterName, LoraSettings, SftSettings, TrainSettings
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
@@ -103,10 +104,14 @@ class RunFacts:
 
 def report_head(facts: RunFacts) -> str:
     """How the page of a run begins; by this it is known to be one."""
-    title = escape(f"{facts.title} of {facts.model}")
+    return page_head(f"{facts.title} of {facts.model}")
+
+
+def page_head(title: str) -> str:
+    """How a page begins, up to its style."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>"
+        f"<title>{escape(title)}</title><style>"
     )
 
 
@@ -151,6 +156,14 @@ class ValidationLine:
         tuned, base = (loss_text(loss) for loss in (self.val_loss, self.base_val_loss))
         change = f" ({self.change:+.1f} %)" if self.change is not None else ""
         return f"held-out loss {tuned}, base model {base}{change}"
+
+
+def prompt_of(made: Made | None) -> str | None:
+    """The prompt of a folder of generated videos, as its record says; None where it does not."""
+    try:
+        return str(json.loads(made.request if made else "")["prompt"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def loss_text(loss: float | None) -> str:
@@ -223,6 +236,29 @@ def read_settings(run: Path) -> Mapping[str, Any]:
                     f"the settings of the run are damaged: {error}", where=str(folder / CONFIG_FILE)
                 ) from error
     raise RunError(f"not a run folder: there is no {CONFIG_FILE}", where=str(run), fix="give the folder of a run")
+
+
+def trained_settings(folder: Path, method: Literal["lora", "sft"]) -> TrainSettings:
+    """The settings of a run as the command line takes them.
+
+    Raises:
+        SettingError: they are none that this version knows.
+    """
+    return resolve(LoraSettings if method == "lora" else SftSettings, {}, folder / CONFIG_FILE)
+
+
+def open_base(named: str | None, trained: str, revision: str | None, said_by: Path) -> Checkpoint:
+    """The checkpoint that tuned weights go on.
+
+    Args:
+        named: by --model, which counts before all else.
+        trained: the one that they were trained on, as the run or their file says, and its revision.
+        said_by: the run or the file, for messages.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    return open_checkpoint(named) if named else open_checkpoint(trained, revision or None, named_by=str(said_by))
 
 
 def read_run(run: Path) -> RecordedRun:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.progress import said, stage
-from cogcommon.cli.stages import Stage
+from cogcommon.cli.stages import Stage, clock_time
 from cogcommon.cli.terminal import Console
 from cogcommon.files.atomic import commit_bytes
 
@@ -113,7 +113,7 @@ class RunLog:
             not self.console.is_terminal and now - self._last_line >= _LINE_EVERY
         ):  # fmt: skip
             self._last_line = now
-            left = clock(self._bar.left or 0)
+            left = clock_time(self._bar.left or 0)
             self.say(f"step {metrics.step}/{self.steps}  {loss}  {lr}  {pace}  {peak}  ETA {left}")
 
     def validation(self, line: ValidationLine) -> None:
@@ -131,9 +131,3 @@ class RunLog:
         if self.folder is not None:
             with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
-
-
-def clock(seconds: float) -> str:
-    """``1:02:03``"""
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"

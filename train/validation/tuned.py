@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogcommon.errors import RunError, SettingError
-from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
+from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Resolution
 
 from ..model import lora, sft
 from ..model.lora_file import base_of, lora_in
-from ..runs.folder import FACTS_FILE, read_run, read_settings
+from ..runs.folder import FACTS_FILE, open_base, read_run, read_settings
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,11 @@ def find_tuned(
             fix="give one of --run RUN, --lora FILE (again for more), --transformer DIR",
         )
     applied = tuple(applied_lora(word) for word in loras)
-    revision = None
-    given_model = model
+    trained: str | None = None
+    revision, said_by = None, run or transformer
     facts = read_run(run).facts if run and (run / FACTS_FILE).exists() else None
     if run:
-        model = model or read_settings(run).get("model")
-        revision = facts.revision if facts and not given_model else None
+        trained, revision = read_settings(run).get("model"), facts.revision if facts else None
         applied = (AppliedLora(run / lora.FILE, strength),) if (run / lora.FILE).is_file() else ()
         transformer = run / sft.FOLDER if (run / sft.FOLDER / "config.json").is_file() else None
         if not applied and not transformer:
@@ -80,8 +79,8 @@ def find_tuned(
                 fix="let it finish, or export a checkpoint: `cogtrain export --run RUN/checkpoint-N`",
             )
     elif applied:
-        said, of_it = next((found for one in applied if (found := base_of(one.file))[0]), (None, None))
-        model, revision = model or said, None if model else of_it
+        trained, revision = next((found for one in applied if (found := base_of(one.file))[0]), (None, None))
+        said_by = applied[0].file
     elif transformer and not (transformer / "config.json").is_file():
         raise RunError("not a transformer folder", where=str(transformer), fix="--transformer RUN/transformer")
     if strength != 1 and not (run and applied and math.isfinite(strength)):
@@ -90,13 +89,13 @@ def find_tuned(
             where=f"--strength {strength:g}",
             fix="--lora FILE=0.8 for a file; weights of full fine-tuning have none",
         )
-    if not model:
+    if not (model or trained):
         raise SettingError(
             "the base model is not known: these weights do not say it",
             where=", ".join(map(str, applied)) or str(transformer),
             fix="--model NAME, the checkpoint that they were trained on",
         )
-    checkpoint = open_checkpoint(model, revision or None, named_by=None if given_model else str(run or applied[0].file))
+    checkpoint = open_base(model, trained or "", revision, said_by or Path())
     trained_at = facts.size if facts else checkpoint.native
     return Tuned(checkpoint, applied, None if applied else transformer, trained_at)
 

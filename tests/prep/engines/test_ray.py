@@ -8,109 +8,43 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import signal
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
+from places import CHILDREN, CHILDREN_PATH
+from ray_nodes import Nodes, Run, a_refusing_actor, an_actor, begun, raylet_of, whole_keys, writer_of_a_shard
 
-from cogprep.encode.part import encode_slice
-from cogprep.encode.report import Report
-from cogprep.engines.actor import EncodeActor
-from cogprep.engines.ray_engine import ray_engine
-from cogprep.plan.plan import PlannedSample
-from cogprep.settings import EncodeSettings
-from cogprep.store.extents import whole_extents
+from cogcommon.errors import RunError
+from cogprep.commands.encode import encode
 
-ray = pytest.importorskip("ray")
-
-
-class ACluster:
-    """A head and nodes of one logical GPU each; every node is a process of its own, with its workers below it."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.address = self._cluster.address
-        self.nodes: list = []
-        self._named = 0
-
-    def add(self) -> None:
-        self._named += 1
-        name = f"node-{self._named}"
-        self.nodes.append(self._cluster.add_node(num_cpus=1, num_gpus=1, node_name=name, object_store_memory=80 << 20))
-
-    def grow(self, count: int) -> None:
-        """At least so many nodes."""
-        while len(self.nodes) < count:
-            self.add()
-
-    def kill_node_of(self, pid: int) -> None:
-        """Kill the node that a process belongs to, at once."""
-        parent = parent_of(pid)
-        node = next(node for node in self.nodes if node.all_processes["raylet"][0].process.pid == parent)
-        self.nodes.remove(node)
-        self._cluster.remove_node(node, allow_graceful=False)
-
-    def end(self) -> None:
-        self._cluster.shutdown()
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+pytest.importorskip("ray")
+CAMPAIGN = int(os.environ.get("COGTUNE_RAY_RUNS", "10"))  # runs with random kills
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[ACluster]:
+def nodes() -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes cannot import a test
-        handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own in its place
-        cluster = ACluster()
+        nodes = Nodes()
         try:
-            yield cluster
+            yield nodes
         finally:
-            ray.shutdown()
-            cluster.end()
-            signal.signal(signal.SIGTERM, handler)
+            nodes.end()
 
 
-def actor(log: Path, seconds: float = 0.0, poison: str = "", how: str = "die") -> type[EncodeActor]:
-    """An actor that notes each clip that it begins in a log, takes its time, and dies of a poisonous one, or hangs."""
-
-    class Noting(EncodeActor):
-        def at_hand(self, planned: PlannedSample) -> None:
-            super().at_hand(planned)
-            with log.open("a") as file:
-                file.write(f"{time.time()} {os.getpid()} {planned.key}\n")
-            time.sleep(seconds)
-
-        def encode(self, shard, set_aside, careful):
-            from cogprep.vae.encoder import LatentEncoder
-
-            keys = {planned.key for planned in shard.samples if planned.sample.source == poison}
-            start = LatentEncoder.start
-
-            def start_or_die(encoder, key, *rest):
-                if key in keys and how == "die":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if key in keys:
-                    time.sleep(600)
-                return start(encoder, key, *rest)
-
-            LatentEncoder.start = start_or_die
-            try:
-                return super().encode(shard, set_aside, careful)
-            finally:
-                LatentEncoder.start = start
-
-    return Noting
+@pytest.fixture
+def settings_on(settings_of, nodes, encoded):
+    """Of an encode of the five clips on the nodes, to a new folder."""
+    given = {"out": encoded / "new", "engine": "ray", "ray_address": nodes.address}
+    return lambda **more: settings_of(encoded, **(given | more))
 
 
 def files_of(out: Path) -> dict[str, str]:
@@ -122,94 +56,158 @@ def files_of(out: Path) -> dict[str, str]:
     }
 
 
-def leftovers(out: Path) -> list[str]:
-    return sorted(path.name for path in out.rglob("*") if path.is_file() and path.name.endswith((".tmp", ".new")))
+def assert_as_a_local_run(encoded: Path) -> None:
+    assert files_of(encoded / "new") == files_of(encoded / "out")
+    half = [path.name for path in (encoded / "new").rglob("*") if path.name.endswith((".tmp", ".new"))]
+    assert not [name for name in half if not name.startswith(".encode.")]  # the mark of a killed one; the next run's
 
 
-def begun(log: Path) -> list[tuple[float, int, str]]:
-    """Time, process and key of every clip that was begun."""
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    return [(float(at), int(pid), key) for at, pid, key in (line.split() for line in lines)]
-
-
-def holders(path: Path) -> list[int]:
-    """Processes that have a file open."""
-    found = []
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if link.readlink() == path:
-                found.append(int(link.parts[2]))
-    return found
-
-
-def whole_keys(out: Path) -> set[str]:
-    """Samples that are whole in a tar, committed or not."""
-    found = set()
-    for tar in [*out.glob("*.tar"), *out.glob(".*.tar.tmp")]:
-        with suppress(FileNotFoundError), tar.open("rb") as stream:
-            found |= {extent.info["key"] for extent in whole_extents(stream)}
-    return found
-
-
-class Run(threading.Thread):
-    """An encode on a cluster, in a thread: nodes can be started in the main one only.
-
-    Leaving the ``with`` waits for its end; ``report`` is what came of it.
-    """
-
-    def __init__(self, settings: EncodeSettings, actor: type[EncodeActor]) -> None:
-        super().__init__()
-        self._settings, self._actor = settings, actor
-        self._report: Report | Exception = RuntimeError("not at its end")
-
-    def run(self) -> None:
-        try:
-            with ray_engine(self._settings, self._actor) as engine:
-                self._report = encode_slice(self._settings, engine)
-        except Exception as error:
-            self._report = error
-
-    def __enter__(self) -> Run:
-        self.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.join()
-
-    @property
-    def report(self) -> Report:
-        if isinstance(self._report, Exception):
-            raise self._report
-        return self._report
-
-    def middle(self, number: int | None = None) -> int:
-        """The process that writes a shard, as soon as the shard's first sample is whole and before it is committed.
-
-        Args:
-            number: of the shard; any, by default.
-        """
-        out = self._settings.out
-        pattern = ".*.tar.tmp" if number is None else f".{number:06d}.tar.tmp"
-        end = time.monotonic() + 120
-        while self.is_alive() and time.monotonic() < end:
-            for tar in out.glob(pattern):
-                with suppress(OSError):
-                    if tar.stat().st_size and (pids := holders(tar)):
-                        return pids[0]
-            time.sleep(0.02)
-        return self.report and pytest.fail("no shard was seen in the middle")
-
-
-def test_a_node_killed_in_the_middle_and_one_added(cluster, encoded, settings_of, tmp_path):
-    cluster.grow(2)
-    out, log = encoded / "new", tmp_path / "log"
-    with Run(settings_of(encoded, out=out, engine="ray", ray_address=cluster.address), actor(log, 0.4)) as run:
-        pid = run.middle()
-        cluster.kill_node_of(pid)
+def test_a_node_killed_in_the_middle_and_one_added(nodes, encoded, settings_on, tmp_path):
+    nodes.have(2)
+    log, out = tmp_path / "log", encoded / "new"
+    with Run(settings_on(), an_actor(log, 0.4)) as run:
+        nodes.kill(nodes.node_of(writer_of_a_shard(out, run.is_alive)))
         killed_at, whole = time.time(), whole_keys(out)
-        cluster.add()
-    assert files_of(out) == files_of(encoded / "out")
-    assert not leftovers(out)
-    assert whole and not [key for at, _, key in begun(log) if key in whole and at > killed_at], "encoded twice"
+        nodes.add()
+    assert_as_a_local_run(encoded)
+    assert whole and not [key for at, key in begun(log) if key in whole and at > killed_at], "encoded twice"
     report = run.report
     assert report.encoded + report.recovered + report.reused == 5 and not report.unfinished
+    assert sum(node.clips for node in report.nodes) >= 5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("what", ["process", "node"])
+def test_what_gives_no_sign_of_life_loses_its_shard(nodes, encoded, settings_on, tmp_path, what):
+    """A stopped process is ended. A stopped node keeps its lock, until it lives again or is gone."""
+    nodes.have(3)
+    log, out = tmp_path / "log", encoded / "new"
+    with Run(settings_on(node_timeout=5.0 if what == "process" else 60.0), an_actor(log, 0.4)) as run:
+        pid = writer_of_a_shard(out, run.is_alive)
+        stopped = [pid] if what == "process" else [raylet_of(nodes.node_of(pid)), pid]
+        for one in stopped:
+            os.kill(one, signal.SIGSTOP)
+        stopped_at, whole = time.time(), whole_keys(out)
+        if what == "node":
+            time.sleep(30)
+            for one in stopped:
+                os.kill(one, signal.SIGCONT)
+    assert_as_a_local_run(encoded)
+    assert whole and not [key for at, key in begun(log) if key in whole and at > stopped_at], "encoded twice"
+    assert not run.report.unfinished
+    assert not psutil.pid_exists(pid) or what == "node"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["die", "hang"])
+def test_a_poisonous_clip_is_set_aside_by_name_and_its_shard_is_not(nodes, encoded, settings_of, settings_on, how):
+    """It takes the process of its VAE along, or keeps it for ever. A local run then finishes the shard."""
+    nodes.have(3)
+    log, out = encoded / "log", encoded / "new"
+    settings = settings_on(shard_samples=5, clip_timeout=4.0, node_timeout=12.0)
+    with Run(settings, an_actor(log, 0.0, "2.mp4", how)) as run:
+        pass
+    (aside,) = run.report.postponed_samples
+    assert aside.source == "2.mp4" and "lost 3 times" in aside.reason
+    assert run.report.encoded + run.report.recovered == 4 and not run.report.rejected
+    times = {key: [key for _, key in begun(log)].count(key) for _, key in begun(log)}
+    assert sorted(times.values())[-2:] == [3, 3] or max(times.values()) == 3  # once for each loss
+    assert encode(settings_of(encoded, out=out, shard_samples=5)).encoded == 1
+    encode(settings_of(encoded, out=encoded / "one", shard_samples=5))
+    assert files_of(out) == files_of(encoded / "one")
+
+
+@pytest.mark.full
+def test_a_node_that_cannot_work_gets_no_shards(nodes, encoded, settings_on, tmp_path, capsys):
+    nodes.have(3)
+    with Run(settings_on(), a_refusing_actor(tmp_path, 1)) as run:
+        pass
+    assert_as_a_local_run(encoded)
+    assert "gets no more shards: the GPU has fallen off the bus (nvidia-smi)" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert len(run.report.nodes) < 3
+
+
+@pytest.mark.full
+def test_where_no_node_can_work_the_run_says_why(nodes, settings_on, tmp_path):
+    nodes.have(1)
+    with Run(settings_on(), a_refusing_actor(tmp_path, 9)) as run:
+        pass
+    with pytest.raises(RunError, match="fallen off the bus") as caught:
+        _ = run.report
+    assert caught.value.fix == "restart the host"
+    assert caught.value.where is not None and "nvidia-smi" in caught.value.where
+
+
+class ADriver:
+    """A driver in a process of its own, which can be lost, and started again."""
+
+    def __init__(self, nodes: Nodes, folder: Path, log: Path, seconds: float) -> None:
+        path = os.pathsep.join([CHILDREN_PATH, str(CHILDREN)])
+        given = [str(folder), str(folder / "new"), nodes.address, str(log), str(seconds)]
+        self.process = subprocess.Popen(
+            [sys.executable, str(CHILDREN / "ray_driver.py"), *given],
+            env=os.environ | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def finish(self) -> None:
+        said, _ = self.process.communicate(timeout=240)
+        assert self.process.returncode == 0, said
+
+
+@pytest.mark.full
+def test_a_driver_that_is_lost_is_started_again(nodes, encoded, tmp_path):
+    nodes.have(3)
+    log, out = tmp_path / "log", encoded / "new"
+    first = ADriver(nodes, encoded, log, 0.4)
+    writer = writer_of_a_shard(out, first.is_alive)
+    first.kill()
+    psutil.wait_procs([psutil.Process(writer)] if psutil.pid_exists(writer) else [], timeout=30)
+    killed_at, whole = time.time(), whole_keys(out)
+    ADriver(nodes, encoded, log, 0.0).finish()
+    assert_as_a_local_run(encoded)
+    assert whole and not [key for at, key in begun(log) if key in whole and at > killed_at], "encoded twice"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(CAMPAIGN))
+def test_random_kills(nodes, encoded, tmp_path, seed):
+    """Two strikes a run, at a node, a process, or the driver, at random moments from the first clip on."""
+    chance = random.Random(seed)
+    nodes.have(3)
+    log, out = tmp_path / "log", encoded / "new"
+    driver = ADriver(nodes, encoded, log, 0.4)
+    struck = []
+    for _ in range(2):
+        with suppress(AssertionError):  # it was done before
+            pid = writer_of_a_shard(out, driver.is_alive)
+            time.sleep(chance.uniform(0, 0.4))
+            what = chance.choice(["node", "process", "stop", "driver"])
+            with suppress(psutil.NoSuchProcess, StopIteration):
+                if what == "node":
+                    nodes.kill(nodes.node_of(pid))
+                    nodes.add()
+                elif what == "driver":
+                    driver.kill()
+                    driver = ADriver(nodes, encoded, log, 0.4)
+                else:
+                    psutil.Process(pid).send_signal(signal.SIGSTOP if what == "stop" else signal.SIGKILL)
+                struck.append((what, time.time(), whole_keys(out)))
+    driver.finish()
+    assert struck
+    print(f"random kills, {seed}:", *(what for what, _, _ in struck))
+    assert_as_a_local_run(encoded)
+    for what, at, whole in struck:
+        again = [key for begun_at, key in begun(log) if key in whole and begun_at > at + 0.5]
+        assert not again, f"{what}: encoded twice"

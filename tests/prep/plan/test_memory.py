@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from places import CHILDREN, CHILDREN_PATH
 
 MEASURE = """
 import resource, sys, tracemalloc
@@ -47,6 +49,7 @@ def measure(what: str, count: int, tmp_path: Path, contract: Path) -> int:
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, what, str(count), str(tmp_path / f"{what}{count}"), str(contract)],
         cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((CHILDREN_PATH, str(CHILDREN)))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

@@ -5,11 +5,9 @@ import re
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 
 import pytest
-from faulty_server import FaultyServer
+from bucket import faulty, files, s3_server
 
 from cogcommon.errors import ShardError, StoreError
 from cogcommon.store import fsspec_store, store
@@ -17,9 +15,6 @@ from cogtrain.data import shards as sources
 from cogtrain.data.growing import committed
 from cogtrain.data.shards import open_shards
 from cogtrain.settings import LoraSettings
-
-pytest.importorskip("moto", reason="pip install 'moto[s3]' flask flask-cors")
-pytest.importorskip("s3fs", reason="pip install s3fs")
 
 
 @pytest.fixture(scope="module")
@@ -32,60 +27,18 @@ def folder(tmp_path_factory, make_shards):
 @pytest.fixture(scope="module")
 def s3(folder):
     """The address of an S3 server that holds ``s3://bucket/out``; the environment names it."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "ENDPOINT_URL": url,
-            "ACCESS_KEY_ID": "AKIAKEY",
-            "SECRET_ACCESS_KEY": "SECRETKEY",
-            "DEFAULT_REGION": "us-east-1",
-            "EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(f"AWS_{name}", value)
-        fs = s3fs.S3FileSystem(endpoint_url=url, skip_instance_cache=True)
-        fs.mkdir("bucket")
-        fs.put(str(folder / "out"), "bucket/", recursive=True)
+    with s3_server() as url:
+        files(url).put(str(folder / "out"), "bucket/", recursive=True)
         yield url
-    server.stop()
 
 
 @pytest.fixture
 def proxy(s3, tmp_path, monkeypatch):
     """A server in front of it that can do wrong; ``proxy.wrong`` is the fault."""
-
-    def forward(handler):
-        if handler.server.wrong is not None and handler.server.wrong(handler):
-            return True
-        headers = {name: value for name, value in handler.headers.items() if name.lower() != "host"}
-        request = urllib.request.Request(s3 + handler.path, headers=headers, method=handler.command)
-        try:
-            with urllib.request.urlopen(request) as answer:
-                status, told, body = answer.status, answer.headers, answer.read()
-        except urllib.error.HTTPError as error:
-            status, told, body = error.code, error.headers, error.read()
-        keep = {name: value for name, value in told.items() if name.lower() not in ("connection", "date", "server")}
-        return handler.answer(status, body, keep)
-
-    server = FaultyServer(tmp_path)
-    server.wrong = None
-    server.begin(forward)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    monkeypatch.setattr(store, "_FIRST_WAIT", 0.05)
-    monkeypatch.setattr(store, "OPENING", store.Patience(1.5))
-    monkeypatch.setattr(sources, "TRAINING", store.Patience(1.5))
-    monkeypatch.setattr(store, "FAULTS", store.Faults())
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield server
-    server.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
+    with faulty(s3, tmp_path) as server:
+        monkeypatch.setattr(store, "OPENING", store.Patience(1.5))
+        monkeypatch.setattr(sources, "TRAINING", store.Patience(1.5))
+        yield server
 
 
 def read_everything(shards):
