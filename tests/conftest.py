@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from places import KIT
+from places import CHILDREN
 
 from cogcommon import __version__
 from cogcommon.files.atomic import commit_bytes
@@ -23,7 +23,7 @@ from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contrac
 from cogcommon.shards.records import SampleRow, tar_name
 
 ShardMaker = Callable[..., list[Path]]
-FULL_DISK = KIT / "full_disk.c"
+FULL_DISK = CHILDREN / "full_disk.c"
 
 
 @pytest.fixture(scope="session", autouse=True)
