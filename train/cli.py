@@ -33,7 +33,7 @@ def train(settings: TrainSettings) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ending_at_once():
         from cogcommon.files.memory import give_back_what_is_freed
-        from cogcommon.model.device import pick_device, quiet_libraries
+        from cogcommon.model.device import pick_device, quiet_libraries, start_gpu
 
         from .distributed.leaving import PeerFailed
         from .distributed.peers import meet
@@ -52,6 +52,7 @@ def train(settings: TrainSettings) -> None:
             peers = meet()
             with peers.leaving_together():
                 device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
+                start_gpu(device)
                 run = peers.together(lambda: open_run(settings, device, peers.world, peers))
                 peers.together(lambda: check_ready(run, peers.here, device))
                 quiet_libraries()

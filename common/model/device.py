@@ -6,7 +6,9 @@ import ctypes
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -38,6 +40,20 @@ def pick_device(local_rank: int = 0) -> torch.device:
         return torch.device("cuda", local_rank)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return torch.device("cpu")
+
+
+def start_gpu(device: torch.device) -> None:
+    """Begin to start CUDA and its matrix products, beside what this thread does next: to import takes as long."""
+    if device.type == "cuda":
+        threading.Thread(target=_start_gpu, args=(device,), daemon=True).start()
+
+
+def _start_gpu(device: torch.device) -> None:
+    import torch
+
+    with suppress(RuntimeError):  # the first to use the GPU for something says what is wrong with it
+        square = torch.ones(64, 64, device=device)
+        (square @ square).sum().item()
 
 
 def visible_gpus() -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.device import Precision, item_bytes, pick_device, visible_gpus
+from cogcommon.model.device import Precision, item_bytes, pick_device, start_gpu, visible_gpus
 from cogcommon.shards.contract import Contract
 
 from ..plan.plan import PlannedShard
@@ -75,6 +75,7 @@ class LocalEngine:
     def encode(self, job: Job) -> None:
         """See `Engine`; the shards in rounds (`rounds`)."""
         device = pick_device(local_rank(os.environ) % max(1, visible_gpus()))
+        start_gpu(device)
         encoder = ShardEncoder(
             job.settings, job.checkpoint, device, job.precision, job.contract, job.pool, job.clock, outlet=job.outlet
         )
