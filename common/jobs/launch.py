@@ -37,7 +37,7 @@ def launch(settings: LaunchSettings, program: Program) -> None:
     words = settings.command
     what = _checked_command(settings, program, target)
     job = Job(
-        program.name, words, program.together, settings.name or f"{program.name}-{words[0]}", Path.cwd(), settings
+        program.name, words, program.together, settings.name or _name(words[0], str(what.out)), Path.cwd(), settings
     )
     if not target.ours:
         refuse_own_disk(str(what.out), settings.mount)
@@ -54,6 +54,12 @@ def launch(settings: LaunchSettings, program: Program) -> None:
         submit(target, file)
     elif not settings.json:
         print(f"start it: {takes}")
+
+
+def _name(command: str, out: str) -> str:
+    """A name for the job: ``lora-mine`` of ``--out runs/mine``."""
+    last = re.sub(r"[^a-z0-9]+", "-", Path(out).name.lower()).strip("-")
+    return f"{command}-{last}"[:40].strip("-")
 
 
 def _checked_command(settings: LaunchSettings, program: Program, target: Target) -> Any:

@@ -37,7 +37,7 @@ class LaunchSettings:
     )  # fmt: skip
     cpus: int = setting(8, "CPU cores for each GPU, or of each machine without one", section=_MACHINES)
     host: str | None = setting(None, "memory of each machine, as 200GB", shown="the scheduler's own", section=_MACHINES)
-    name: str | None = setting(None, "name of the job", shown="<program>-<command>", section=_JOB)
+    name: str | None = setting(None, "name of the job", shown="<command>-<name of --out>", section=_JOB)
     time: str | None = setting(
         None, "time limit, as 24h, 90m or 1-12:00:00 (Slurm: of each run between two requeues)",
         shown="the scheduler's own", section=_JOB,

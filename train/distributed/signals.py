@@ -15,6 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Seconds in which the same signal is one wish: a scheduler sends it to every process of a job, and the launcher's
 # passes it on as well.
 _ONE_WISH = 2.0
+_FIRST = 1  # the process of a container that has this number is ended by no signal that it does not handle
 
 
 class Stopped(Exception):
@@ -74,14 +75,20 @@ def ending_at_once() -> Iterator[None]:
     if signal.SIGINT not in taken():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getpid() == _FIRST:
+        previous = {number: signal.signal(number, lambda number, _frame: end_by(number)) for number in taken()}
+    else:
+        previous = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def end_by(number: int) -> None:
     """End this process as the signal does by itself."""
+    if os.getpid() == _FIRST:
+        os._exit(128 + number)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

@@ -197,19 +197,19 @@ def test_a_file_of_ours_is_written_anew_until_somebody_has_changed_it(here, caps
     assert "--nodes=3" in (here / "job").read_text()
     launch("--on", "slurm", "--json", "--", *LORA)
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["file"] == "cogtrain-lora.sbatch" and said["submit"] == "sbatch cogtrain-lora.sbatch"
+    assert said["file"] == "lora-mine.sbatch" and said["submit"] == "sbatch lora-mine.sbatch"
 
 
 def test_submitting_takes_the_schedulers_own_program(here, monkeypatch, capfd):
     monkeypatch.setenv("PATH", f"{here}:/usr/bin:/bin")
     with pytest.raises(SettingError, match="sbatch is not installed here") as caught:
         launch("--on", "slurm", "--submit", "--", *LORA)
-    assert "sbatch cogtrain-lora.sbatch" in caught.value.fix
+    assert "sbatch lora-mine.sbatch" in caught.value.fix
     (here / "sbatch").write_text('#!/bin/sh\necho "got $1"; exit $CODE\n')
     (here / "sbatch").chmod(0o755)
     monkeypatch.setenv("CODE", "0")
     launch("--on", "slurm", "--submit", "--", *LORA)
-    assert "got cogtrain-lora.sbatch" in capfd.readouterr().out
+    assert "got lora-mine.sbatch" in capfd.readouterr().out
     monkeypatch.setenv("CODE", "1")
     with pytest.raises(SettingError, match="sbatch has refused the job"):
         launch("--on", "slurm", "--submit", "--", *LORA)
@@ -218,7 +218,7 @@ def test_submitting_takes_the_schedulers_own_program(here, monkeypatch, capfd):
 def test_a_file_of_settings_that_only_the_job_sees_is_said_to_be_unchecked(here, capsys):
     launch("--on", "kubernetes", *POD, "--", *LORA, "--config", "/data/mine.toml")
     assert "/data/mine.toml is not on this machine" in capsys.readouterr().err
-    assert "--config /data/mine.toml" in (here / "cogtrain-lora.yaml").read_text()
+    assert "--config /data/mine.toml" in (here / "lora-mine.yaml").read_text()
 
 
 def test_texts_that_yaml_would_take_for_something_else_stay_texts():

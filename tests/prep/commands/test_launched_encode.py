@@ -23,7 +23,7 @@ def test_two_tasks_encode_their_parts_and_go_on_after_the_limit(encoded, monkeyp
     words += ["--shard-samples", "2", "--workers", "1"]
     launch = ["launch", "--on", "slurm", "--gpus", "2", "--time", "10m", "--grace", "60", "--", *words]
     typer.main.get_command(app).main(launch, prog_name="cogprep", standalone_mode=False)
-    script, new = encoded / "cogprep-encode.sbatch", encoded / "new"
+    script, new = encoded / "encode-new.sbatch", encoded / "new"
     first = Job(script, encoded / "slurm", 42)
     first.wait_until(lambda: any(new.glob("*.tar")) or any(new.glob(".*.tmp")))
     first.signal_step()

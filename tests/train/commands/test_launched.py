@@ -67,7 +67,7 @@ def steps_made(run):
 def test_a_batch_script_saves_before_its_limit_and_goes_on_when_it_is_requeued(folder, train_here, losses):
     """Two tasks over gloo, by stand-ins for sbatch, srun and scontrol; USR1 comes as --signal asks for."""
     launch("--on", "slurm", "--gpus", 2, "--cpus", 1, "--time", "10m", "--grace", 60, "--", *LORA)
-    script, run = folder / "cogtrain-lora.sbatch", folder / "run"
+    script, run = folder / "lora-run.sbatch", folder / "run"
     first = Job(script, folder / "slurm", 41)
     first.wait_until(lambda: steps_made(run) >= 2)
     first.signal_step()
@@ -86,12 +86,12 @@ def test_a_batch_script_saves_before_its_limit_and_goes_on_when_it_is_requeued(f
 def test_the_pods_of_a_jobset_are_one_run_that_saves_when_one_of_them_is_taken_away(folder, train_here, losses):
     """Two pods on this machine, each the process that the manifest starts; TERM comes to one alone."""
     launch("--on", "kubernetes", "--nodes", 2, "--gpus", 0, "--image", "i", "--volume", "c:/data", "--", *LORA)
-    pod = yaml.safe_load((folder / "cogtrain-lora.yaml").read_text())
+    pod = yaml.safe_load((folder / "lora-run.yaml").read_text())
     [container] = pod["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     run = folder / "run"
 
     def start(port):
-        script = container["args"][0].replace("cogtrain-lora-workers-0-0.cogtrain-lora", "127.0.0.1")
+        script = container["args"][0].replace("lora-run-workers-0-0.lora-run", "127.0.0.1")
         told = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         return [
             subprocess.Popen(

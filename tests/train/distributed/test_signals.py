@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from cogtrain.distributed import signals
@@ -42,6 +43,21 @@ def test_what_nohup_silenced_stays_silent():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and stop.signal == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+FIRST = ["unshare", "--pid", "--fork"]  # a process that is the first of its container
+
+
+@pytest.mark.skipif(subprocess.run([*FIRST, "true"], capture_output=True).returncode != 0, reason="no unshare here")
+def test_the_first_process_of_a_container_ends_by_a_signal_too_while_it_loads():
+    """None ends it by default, and its pod would be killed minutes later."""
+    waits = "import time; from cogtrain.distributed.signals import ending_at_once as e\n"
+    waits += "with e(): print('here', flush=True); time.sleep(60)"
+    process = subprocess.Popen([*FIRST, sys.executable, "-c", waits], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    [first] = psutil.Process(process.pid).children()
+    first.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
 
 
 def test_a_run_can_be_started_from_a_thread(tmp_path, make_shards, train_here):
