@@ -262,18 +262,18 @@ class Driver:
 
     def _show(self, bar: Stage) -> None:
         under_way = sum(gpu.status.settled for gpu in self._fleet.gpus if gpu.shard is not None and gpu.status)
-        nodes = standing(self._fleet)
+        nodes = standing(self._fleet.usable, self._fleet.gpus)
         bar.advance(*nodes, by=max(0, self._settled + under_way - bar.done))
         if nodes and time.monotonic() - self._told > _TELL_S:
             self._told = time.monotonic()
             say("; ".join(nodes))
 
 
-def standing(fleet: Fleet) -> Sequence[str]:
+def standing(nodes: Sequence[Node], fleet: Sequence[Gpu]) -> list[str]:
     """A line about each node: clips a minute, and what it waits for; the slowest first."""
     lines = []
-    for node in sorted(fleet.usable, key=lambda node: node.per_minute):
-        gpus = [gpu for gpu in fleet.gpus if gpu.node is node]
+    for node in sorted(nodes, key=lambda node: node.per_minute):
+        gpus = [gpu for gpu in fleet if gpu.node is node]
         at_work = [gpu for gpu in gpus if gpu.shard is not None]
         silent = max((time.monotonic() - gpu.answered for gpu in at_work), default=0.0)
         if silent > 10:

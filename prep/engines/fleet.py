@@ -105,9 +105,11 @@ class Fleet:
 
     def look(self) -> None:
         """Take notice of nodes that have come or gone, at most once a second."""
+        if time.monotonic() - self._looked >= _LOOK_S:
+            self._look_now()
+
+    def _look_now(self) -> None:
         first = not self._looked
-        if time.monotonic() - self._looked < _LOOK_S:
-            return
         self._looked = time.monotonic()
         alive = {
             row["NodeID"]: row for row in self._ray.nodes() if row["Alive"] and row["Resources"].get("GPU", 0) >= 1
@@ -195,8 +197,7 @@ class Fleet:
 
     def still_alive(self, node: Node) -> bool:
         """Whether a node is there now."""
-        self._looked = 0.0 if self._looked == 0 else time.monotonic() - _LOOK_S
-        self.look()
+        self._look_now()
         return node.alive
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .driver import Driver
 from .fleet import Fleet
 
 _START = "`ray start --head --disable-usage-stats` on one host, `ray start --address=HEAD:6379` on the others"
+_ANSWER_S = 10.0  # a head that has not answered by then is not there
 
 
 @contextmanager
@@ -38,6 +40,7 @@ def ray_engine(settings: EncodeSettings, actor: type[EncodeActor] = EncodeActor)
         SettingError: Ray is not installed, there is no such cluster, or the settings divide the work in another way.
     """
     _check(settings)
+    _reach(settings.ray_address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # and no word about it
     import ray
@@ -49,11 +52,7 @@ def ray_engine(settings: EncodeSettings, actor: type[EncodeActor] = EncodeActor)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stops)  # Ray has put its own in its place
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SettingError(
-            f"no Ray cluster answers: {first_line(error)}",
-            where=f"--ray-address {settings.ray_address}",
-            fix=f"start one: {_START}; or name its head: --ray-address HEAD:6379",
-        ) from error
+        raise _no_cluster(settings.ray_address, error) from error
     try:
         yield RayEngine(ray, actor)
     finally:
@@ -83,6 +82,29 @@ def _check(settings: EncodeSettings) -> None:
         )
     if find_spec("ray") is None:
         raise SettingError("Ray is not installed", where="--engine ray", fix='pip install "cogtune[ray]"')
+
+
+def _reach(address: str) -> None:
+    """Refuse an address where nothing listens; Ray itself would try for minutes."""
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if not named or named == "auto":
+        return  # Ray looks for a cluster on this host, which does not take long
+    host, _, port = named.rpartition(":")
+    if not host or not port.isdigit():
+        raise SettingError(f"{named!r} is no address", where="--ray-address", fix="for example --ray-address HEAD:6379")
+    try:
+        with stage("connecting to Ray"), socket.create_connection((host, int(port)), timeout=_ANSWER_S):
+            pass
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(named, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> SettingError:
+    return SettingError(
+        f"no Ray cluster answers: {first_line(error)}",
+        where=f"--ray-address {address}",
+        fix=f"start one: {_START}; or name its head: --ray-address HEAD:6379",
+    )
 
 
 class RayEngine:
