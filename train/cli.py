@@ -35,7 +35,8 @@ def train(settings: TrainSettings) -> None:
         from cogcommon.files.memory import give_back_what_is_freed
         from cogcommon.model.device import pick_device, quiet_libraries, start_gpu
 
-        from .distributed.leaving import PeerFailed
+        from .distributed import elastic
+        from .distributed.leaving import LOST, REFUSED, PeerFailed, PeerLost
         from .distributed.peers import meet
         from .memory.ready import check_ready
         from .runs.run import open_run
@@ -59,9 +60,18 @@ def train(settings: TrainSettings) -> None:
                 from .trainer.trainer import train as train_run
 
                 train_run(run, StopRequest(), peers)
-        except PeerFailed:
-            sys.exit(2)  # the one that has failed says why
+        except PeerFailed as failed:  # the one that has failed says why
+            if failed.code == REFUSED:
+                elastic.not_again()
+            sys.exit(failed.code)
+        except PeerLost as lost:
+            from cogcommon.cli.terminal import show_error
+
+            show_error(lost)
+            sys.exit(LOST)
         except Stopped as stopped:
+            if stopped.for_good:
+                elastic.not_again()
             if peers.main:
                 print(f"stopped; to resume: {stopped.command}", flush=True)
             sys.exit(stopped.code)
@@ -181,7 +191,12 @@ add_command(
 
 
 def main() -> None:
-    run_app(_run)
+    from .distributed import elastic
+
+    try:
+        run_app(_run)
+    finally:
+        elastic.at_end()
 
 
 def _run() -> None:
@@ -189,11 +204,15 @@ def _run() -> None:
     try:
         app()
     except CogError as error:
+        if sys.argv[1:2] not in (["lora"], ["sft"]):
+            raise
+        from .distributed import elastic
         from .distributed.launch import join_environment
         from .distributed.leaving import PeerFailed
         from .distributed.peers import have_met, meet
 
-        if sys.argv[1:2] not in (["lora"], ["sft"]) or have_met() or not join_environment():
+        elastic.not_again()  # it would be refused again
+        if have_met() or not join_environment():
             raise
         fault = error  # which the name above forgets
 
@@ -206,5 +225,5 @@ def _run() -> None:
             raise error from None
         try:
             peers.together(fail)
-        except PeerFailed:
-            sys.exit(2)
+        except PeerFailed as failed:
+            sys.exit(failed.code)

@@ -1,6 +1,6 @@
 """One process of a run of two, of which one fails by itself while the other does something else.
 
-Usage: RANK=... WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... leaving.py raises|dies VICTIM
+Usage: RANK=... WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... leaving.py raises|dies|dies-unasked VICTIM
 """
 
 import os
@@ -9,8 +9,9 @@ import sys
 import time
 
 from cogcommon.cli.command import make_app, run_app
+from cogcommon.cli.terminal import show_error
 from cogcommon.errors import RunError
-from cogtrain.distributed.leaving import PeerFailed
+from cogtrain.distributed.leaving import LOST, PeerFailed, PeerLost
 from cogtrain.distributed.peers import meet
 
 app = make_app("leaving", "A process of a run.")
@@ -23,13 +24,16 @@ def leave(how: str, victim: int) -> None:
         print(f"rank {peers.rank}, {os.environ['LOCAL_WORLD_SIZE']} here", flush=True)
         with peers.leaving_together():
             if peers.rank != victim:
-                # Nothing tells one that sleeps; the network library of one that waits sees a connection end.
-                time.sleep(600) if how == "raises" or victim == 0 else peers.barrier()
-            elif how == "dies":
+                # The network library tells only one that waits in it.
+                time.sleep(600) if how != "dies" or victim == 0 else peers.barrier()
+            elif how != "raises":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RunError("its disk is full", where="run", fix="make room")
-    except PeerFailed:
-        sys.exit(2)
+    except PeerFailed as failed:
+        sys.exit(failed.code)
+    except PeerLost as lost:
+        show_error(lost)
+        sys.exit(LOST)
 
 
 run_app(app)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cogcommon.errors import CogError, RunError, SettingError
 
-from .leaving import Leaving, PeerFailed
+from . import elastic
+from .connections import connect
+from .leaving import LOST, REFUSED, Leaving, PeerFailed, PeerLost
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -44,12 +48,15 @@ class Node:
 class Peers:
     """One process of a run, and collectives over all of them.
 
-    ``nodes`` are those of all processes, by rank.
+    Attributes:
+        nodes: of all processes, by rank.
+        started_by: their launchers, and their job of Slurm (`elastic.is_restart`).
     """
 
     rank: int
     world: int
     nodes: tuple[Node, ...]
+    started_by: tuple[str, ...] = ()
     _group: Any = None  # process group on the CPU
     _leaving: Leaving | None = None
 
@@ -115,15 +122,16 @@ class Peers:
             fault = error
         if not self.all_reduce_max(int(fault is not None)):
             return results[0]
-        parts = (fault.what, fault.where, fault.fix) if fault else None
+        parts = (fault.what, fault.where, fault.fix, isinstance(fault, PeerLost)) if fault else None
         failed = [(rank, parts) for rank, parts in enumerate(self.all_gather(parts)) if parts]
+        rank, (what, where, fix, lost) = failed[0]
         if not self.main:
-            raise PeerFailed
+            raise PeerFailed(LOST if lost else REFUSED)
         if fault is not None:
             raise fault
-        rank, (what, where, fix) = failed[0]
         place = f"process {rank} of {self.world}, on {self.nodes[rank].host}"
-        raise RunError(what, where=f"{where} ({place})" if where else place, fix=fix)
+        where = f"{where} ({place})" if where else place
+        raise (PeerLost if lost else RunError)(what, where=where, fix=fix)
 
     def leaving_together(self) -> AbstractContextManager[None]:
         """Leave when a peer fails, and have the peers leave when this process fails (`Leaving`)."""
@@ -139,17 +147,17 @@ def have_met() -> bool:
 
 
 def meet() -> Peers:
-    """Join the other processes that RANK and WORLD_SIZE tell of; `ALONE` where there are none.
+    """Join the other processes that RANK and WORLD_SIZE tell of; as `ALONE` where there are none.
 
     Sets LOCAL_RANK and LOCAL_WORLD_SIZE where the launcher did not, by who is on the same host.
 
     Raises:
         SettingError: the environment does not say where they meet.
-        RunError: not all of them came.
+        PeerLost: not all of them came.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
-        return ALONE
+        return dataclasses.replace(ALONE, started_by=_started_by())
     if not _met:
         _met.append(_join(int(os.environ["RANK"]), world))
     return _met[0]
@@ -175,10 +183,24 @@ def _join(rank: int, world: int) -> Peers:
         store = store.underlying_store
     assert isinstance(store, TCPStore)
     own = TCPStore(store.host, store.port, None, False, wait_for_workers=False)
-    peers = Peers(rank, world, (), group, Leaving(own, rank))
-    peers.nodes = tuple(peers.all_gather(Node.here()))
+    peers = Peers(rank, world, (), _group=group)
+    gathered = peers.all_gather((Node.here(), _started_by()))
+    peers.nodes = tuple(node for node, _ in gathered)
+    peers.started_by = tuple(sorted({name for _, names in gathered for name in names}))
+    connections, unheard = connect(rank, world, (store.host, store.port), peers.broadcast, peers.all_gather)
+    if unheard and rank == 0:
+        hosts = ", ".join(sorted({peers.nodes[other].host for other in unheard}))
+        print(f"note: {hosts} cannot connect to {peers.node.host}: if a host is lost, the network library alone may "
+              "notice, after minutes", file=sys.stderr)  # fmt: skip
+    attempt = peers.broadcast(secrets.token_hex(8))  # a launcher's store outlives the processes that it starts again
+    hosts_of = [(node.machine, node.host) for node in peers.nodes]
+    peers._leaving = Leaving(own, connections, rank, hosts_of, attempt)
     _set_local_rank(peers)
     return peers
+
+
+def _started_by() -> tuple[str, ...]:
+    return tuple(name for name in (elastic.launcher(), elastic.slurm_job()) if name)
 
 
 def _rendezvous(rank: int, world: int) -> Store:
@@ -193,7 +215,7 @@ def _rendezvous(rank: int, world: int) -> Store:
     try:
         store: Store = next(rendezvous("env://", rank, world, timeout=_MEET))[0]
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise RunError(
+        raise PeerLost(
             f"the {world} processes of the run have not met: {str(error).splitlines()[0]}",
             where=f"process {rank} of {world}, at MASTER_ADDR={address} MASTER_PORT={port}",
             fix="start all of them within ten minutes, with an address of rank 0 that every host reaches "

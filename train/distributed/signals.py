@@ -19,12 +19,17 @@ _FIRST = 1  # the process of a container that has this number is ended by no sig
 
 
 class Stopped(Exception):
-    """The run was asked to stop; it has saved. ``code`` is what to exit with."""
+    """The run was asked to stop; it has saved.
 
-    def __init__(self, code: int, command: str) -> None:
+    Attributes:
+        code: to exit with.
+        command: that resumes it.
+        for_good: a person asked for it, so no launcher is to start it again.
+    """
+
+    def __init__(self, code: int, command: str, *, for_good: bool = False) -> None:
         super().__init__(command)
-        self.code = code
-        self.command = command
+        self.code, self.command, self.for_good = code, command, for_good
 
 
 class StopRequest:

@@ -40,6 +40,8 @@ class Files(CheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: Any, path: str) -> None:
         with self._waiting(), Path(path).open("wb") as stream:  # in files that torch opens, errors are lost
             torch.save(state_dict, stream)
+            stream.flush()
+            os.fsync(stream.fileno())  # here, where it was written: process 0, which seals the checkpoint, may not
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with numbers_only():

@@ -25,7 +25,7 @@ from cogcommon.files.failures import disk_errors
 from cogcommon.files.ownership import is_file, is_folder, remove_folder, replace_folder
 from cogcommon.files.typed import build, parse_object
 
-from ..distributed.leaving import PeerFailed
+from ..distributed.leaving import PeerFailed, PeerLost
 from ..distributed.strategy import Runtime
 from ..model.finite import all_finite
 from .folder import A_CHECKPOINT, CONFIG_FILE
@@ -54,10 +54,11 @@ class RunState:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint on disk."""
+    """A checkpoint on disk; ``newest``: taken because it was the newest of its run."""
 
     folder: Path
     state: RunState
+    newest: bool = False
 
     @property
     def digest(self) -> str:
@@ -138,9 +139,28 @@ def find_checkpoint(path: Path) -> SavedCheckpoint:
             )
         folder = checkpoints[-1]
     try:
-        return SavedCheckpoint(folder, read_state(folder))
+        return SavedCheckpoint(folder, read_state(folder), newest=folder != path)
     except (OSError, ValueError) as error:
         raise RunError(f"a damaged checkpoint: {error}", where=str(folder), fix="resume an older one") from error
+
+
+def check_newest(run: Path, found: SavedCheckpoint | None) -> None:
+    """Refuse to take newer checkpoints away, which another process has written since one was looked for.
+
+    Args:
+        run: its folder, claimed.
+        found: the newest one then; None: there was none.
+
+    Raises:
+        PeerLost: there is a newer one now.
+    """
+    now = list_checkpoints(run)
+    if now and (found is None or step_of(now[-1]) != found.state.step):
+        raise PeerLost(
+            f"another process trained in this folder while this one started, up to step {step_of(now[-1])}",
+            where=str(run),
+            fix="run the same command again",
+        )
 
 
 def read_state(folder: Path) -> RunState:

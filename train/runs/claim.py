@@ -11,12 +11,13 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cogcommon.cli.names import plain
+from cogcommon.cli.names import command_line, plain
 from cogcommon.errors import CogError, RunError
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.locks import Busy, NoLocks, lock, open_locked
@@ -62,8 +63,11 @@ _OF_A_TRANSFORMER = re.compile(
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[Made]:
+def claimed(folder: Path, wait: float = 0.0) -> Iterator[Made]:
     """Make the run's folder ours, and keep other processes from training in it. The lock ends with the process.
+
+    Args:
+        wait: seconds in which another process that trains in it may end.
 
     Raises:
         SettingError: it holds files that no run of ours has made.
@@ -76,12 +80,15 @@ def claimed(folder: Path) -> Iterator[Made]:
             made = take_output(folder, A_RUN, "--out")
             made.open(*RUN_FILES)
             refuse_other(folder / sft.FOLDER, sft.A_TRANSFORMER)
-            lock: IO[bytes] = open_locked(folder / LOCK_FILE)
+            lock = _locked(folder, wait)
     except NoLocks:
         print(plain(f"note: no locks here, so nothing keeps a second run out of {folder}"), file=sys.stderr)
         lock = io.BytesIO()
     except Busy:
-        raise RunError("another process trains in this folder", where=str(folder), fix="give another --out") from None
+        gone = f"; where its host is gone for good, and its lock is not: {command_line('rm', folder / LOCK_FILE)}"
+        raise RunError(
+            "another process trains in this folder", where=str(folder), fix="give another --out" + gone * bool(wait)
+        ) from None
     with lock:
         try:
             forget_stop(folder)  # whom it asked has ended
@@ -90,6 +97,25 @@ def claimed(folder: Path) -> Iterator[Made]:
             with suppress(OSError):  # a full disk: the files stay open
                 forget_stop(folder)
                 (Made.read(folder) or made).close(*RUN_FILES)
+
+
+def _locked(folder: Path, wait: float) -> IO[bytes]:
+    """The folder's lock.
+
+    Raises:
+        Busy: another process has had it for ``wait`` seconds.
+    """
+    until, told = time.monotonic() + wait, False
+    while True:
+        try:
+            return open_locked(folder / LOCK_FILE)
+        except Busy:
+            if time.monotonic() >= until:
+                raise
+        if not told:
+            print(plain(f"waits for the process that trained in {folder} before to end"), file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.5)
 
 
 def _adopt(folder: Path) -> None:

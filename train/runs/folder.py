@@ -86,6 +86,7 @@ class RunFacts:
     exported: int = 0  # the step whose weights lie in the run's folder; 0: none yet, or not known
     ended: str = ""  # why it has ended before its last step, if it has
     samples_at_start: int = 0  # with --follow; `samples` are those of the newest epoch then
+    started_by: list[str] = dataclasses.field(default_factory=list)  # launchers, and a job of Slurm (`runs.restart`)
 
     @property
     def title(self) -> str:

@@ -316,7 +316,7 @@ def open_followed(
                 fix=f"name their folder: --shards {without_secrets(first)}/ (a shell writes a pattern out; quote it)",
             )
         folder = resume.folder.parent if resume else settings.out
-        if folder is not None and settings.resume != "never":
+        if folder is not None and (resume or settings.resume != "never"):
             followed.read(folder)
 
     peers.together(read)

@@ -38,6 +38,7 @@ from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_check
 from .folder import CONFIG_FILE
 from .follow import Followed, open_followed
 from .global_batch import FACT, with_accumulation
+from .restart import RUNS, own_folder
 from .sampling import check_sampler, make_sampler
 from .tracker import check_tracker_installed
 
@@ -138,7 +139,9 @@ def open_run(
         CogError: anything that the user can put right.
     """
     notes: list[str] = []
-    resume = agree_on_resume(lambda: _find_resume(settings), peers)  # together, so before anything that may fail here
+    resume = agree_on_resume(
+        lambda: _find_resume(settings, peers), peers
+    )  # together, so before anything that may fail here
     given, groups = settings, data_groups(world)
     settings = with_accumulation(settings, groups, resume, peers.here if peers.world > 1 else world, notes)
     settings = _as_it_began(settings, resume)
@@ -304,8 +307,11 @@ def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
         zero.check_nvme(settings.nvme)
 
 
-def _find_resume(settings: TrainSettings) -> SavedCheckpoint | None:
-    """The checkpoint that ``--resume`` asks for."""
+def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | None:
+    """The checkpoint that ``--resume`` asks for; of a run that its launcher starts again, its own."""
+    own = own_folder(settings, peers)
+    if own is not None and list_checkpoints(own):
+        return find_checkpoint(own)
     if settings.resume == "never":
         return None
     if settings.resume != "auto":
@@ -345,7 +351,7 @@ def run_folder(run: Run) -> Path:
     if run.resume is not None:
         return run.resume.folder.parent
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{run.checkpoint.family.name}-{run.method.name}-{stamp}"
+    return RUNS / f"{run.checkpoint.family.name}-{run.method.name}-{stamp}"
 
 
 def write_config(run: Run, folder: Path) -> None:

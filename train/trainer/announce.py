@@ -172,6 +172,7 @@ def _facts(
         id_token=str(run.shards.contract.settings.get("id_token", "")),
         begun=begun,
         exported=exported,
+        started_by=list(runtime.peers.started_by),
     )
 
 

@@ -34,6 +34,7 @@ from ..runs import checkpoint as checkpoints
 from ..runs.claim import claimed
 from ..runs.folder import CARD_FILE, CONFIG_FILE, asked_to_stop, read_run
 from ..runs.log import RunLog, cut_metrics
+from ..runs.restart import seconds_to_wait
 from ..runs.run import Run, run_folder, settings_json, write_config
 from ..runs.tracker import open_tracker
 from ..validation.validate import Validation
@@ -47,6 +48,8 @@ from .saver import Saver
 
 if TYPE_CHECKING:
     import torch
+
+_BY_A_PERSON = 1000  # more than the number of any signal
 
 
 def train(
@@ -100,7 +103,8 @@ class Trainer:
         self.run, self.folder, self.stop = run, folder, stop
         self.done = run.resume.state.step if run.resume else 0
         settings = run.settings
-        peers.together(lambda: closing.enter_context(claimed(folder)) if peers.main else None)
+        wait = seconds_to_wait(folder, peers)
+        peers.together(lambda: closing.enter_context(claimed(folder, wait)) if peers.main else None)
         agreement.check_shared(folder, peers)
         self.runtime = runtime = start(
             settings, run.strategy, run.precision, cpu=not torch.cuda.is_available(), autocast=run.method.full,
@@ -190,7 +194,7 @@ class Trainer:
             stop = stop or self._signal()  # one that came meanwhile: this checkpoint will do
         if stop and not last:
             again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
-            raise Stopped(128 + stop, again)
+            raise Stopped(128 + stop % _BY_A_PERSON, again, for_good=stop > _BY_A_PERSON)
 
     def _validate(self, validation: Validation, step: int) -> None:
         with self.saver.averaged():
@@ -218,13 +222,16 @@ class Trainer:
         return self.objective.losses(self.model, batch, self.runtime.dtype)
 
     def _signal(self) -> int:
-        """The number of a signal that has asked any rank to stop; 0: none has. `ask_to_stop` counts as one."""
-        asked = signal.SIGTERM if self.runtime.main and asked_to_stop(self.folder) else 0
+        """The number of a signal that has asked any rank to stop; 0: none has. `ask_to_stop` counts as one, and adds
+        `_BY_A_PERSON`."""
+        asked = _BY_A_PERSON + signal.SIGTERM if self.runtime.main and asked_to_stop(self.folder) else 0
         return self.runtime.all_reduce_max(self.stop.signal or asked)
 
 
 def _move_in(run: Run, folder: Path, done: int) -> list[str]:
     """Bring the run's folder into the state after step ``done``; names of checkpoints removed."""
+    if run.resume.newest if run.resume else run.given.resume == "auto":
+        checkpoints.check_newest(folder, run.resume)
     write_config(run, folder)
     cut_metrics(folder, done)
     return checkpoints.clear(folder, after=done)

@@ -10,6 +10,7 @@ from forked import Forked
 from places import CHILDREN
 
 from cogtrain.distributed import peers
+from cogtrain.distributed.leaving import LOST
 from cogtrain.distributed.peers import Node
 
 
@@ -17,8 +18,9 @@ from cogtrain.distributed.peers import Node
     ("how", "victim", "says"),
     [
         ("raises", 1, "error: its disk is full"),
-        ("dies", 1, "ended without a word"),
-        ("dies", 0, "ended without a word"),  # to whom all are connected
+        ("dies", 1, "process 1 of 2, on "),
+        ("dies-unasked", 1, "ended without a word"),
+        ("dies", 0, "process 0 of 2, on "),  # to whom all are connected
     ],
 )
 def test_all_leave_when_one_does(how, victim, says):
@@ -32,8 +34,8 @@ def test_all_leave_when_one_does(how, victim, says):
     both = [Forked(words, environment=meeting | {"RANK": str(rank)}) for rank in range(2)]
     ended = [process.end(120) for process in both]
     assert time.monotonic() - began < 100
-    codes = [2, 2]
-    codes[victim] = -signal.SIGKILL if how == "dies" else 2
+    codes = [2, 2] if how == "raises" else [LOST, LOST]
+    codes[victim] = -signal.SIGKILL if how != "raises" else 2
     assert [code for code, *_ in ended] == codes, ended
     errors = "".join(err for *_, err in ended)
     assert errors.count("error:") == 1 and says in errors and "Traceback" not in errors
