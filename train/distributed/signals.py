@@ -16,6 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # passes it on as well.
 _ONE_WISH = 2.0
 _FIRST = 1  # the process of a container that has this number is ended by no signal that it does not handle
+BY_A_PERSON = 1000  # added to a signal's number where a person asks, and no launcher; more than any signal's
 
 
 class Stopped(Exception):

@@ -35,7 +35,7 @@ from cogcommon.files.typed import build, parse_object
 
 from ..model import lora, sft
 from ..model.lora_file import read_facts
-from .checkpoint import checkpoint_name, list_checkpoints, read_state
+from .checkpoint import check_newest, checkpoint_name, clear, list_checkpoints, read_state
 from .folder import (
     A_CHECKPOINT,
     A_RUN,
@@ -52,6 +52,8 @@ from .folder import (
     report_head,
     trained_settings,
 )
+from .log import cut_metrics
+from .run import Run, write_config
 
 # What `Runtime.save_state` writes, and DeepSpeed; what diffusers writes.
 _OF_A_CHECKPOINT = re.compile(
@@ -97,6 +99,19 @@ def claimed(folder: Path, wait: float = 0.0) -> Iterator[Made]:
             with suppress(OSError):  # a full disk: the files stay open
                 forget_stop(folder)
                 (Made.read(folder) or made).close(*RUN_FILES)
+
+
+def move_in(run: Run, folder: Path, done: int) -> list[str]:
+    """Bring a claimed folder into the state after step ``done``; names of checkpoints removed.
+
+    Raises:
+        PeerLost: another process has gone on in it, after this one had looked for the newest checkpoint.
+    """
+    if run.resume.newest if run.resume else run.given.resume == "auto":
+        check_newest(folder, run.resume)
+    write_config(run, folder)
+    cut_metrics(folder, done)
+    return clear(folder, after=done)
 
 
 def _locked(folder: Path, wait: float) -> IO[bytes]:

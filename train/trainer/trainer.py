@@ -18,7 +18,7 @@ from ..blocks.engine import BlockEngine
 from ..data.sample_rng import seed_of
 from ..distributed.optimizer import clip_gradients, finish_update, learning_rate, make_optimizer
 from ..distributed.peers import Peers, meet
-from ..distributed.signals import Stopped, StopRequest
+from ..distributed.signals import BY_A_PERSON, Stopped, StopRequest
 from ..distributed.strategies import STRATEGIES
 from ..distributed.strategy import Runtime, start
 from ..memory.disk import check_room
@@ -31,11 +31,11 @@ from ..report.card import write_card
 from ..report.page import write_report
 from ..runs import agreement
 from ..runs import checkpoint as checkpoints
-from ..runs.claim import claimed
+from ..runs.claim import claimed, move_in
 from ..runs.folder import CARD_FILE, CONFIG_FILE, asked_to_stop, read_run
-from ..runs.log import RunLog, cut_metrics
+from ..runs.log import RunLog
 from ..runs.restart import seconds_to_wait
-from ..runs.run import Run, run_folder, settings_json, write_config
+from ..runs.run import Run, run_folder, settings_json
 from ..runs.tracker import open_tracker
 from ..validation.validate import Validation
 from . import announce
@@ -48,8 +48,6 @@ from .saver import Saver
 
 if TYPE_CHECKING:
     import torch
-
-_BY_A_PERSON = 1000  # more than the number of any signal
 
 
 def train(
@@ -103,14 +101,14 @@ class Trainer:
         self.run, self.folder, self.stop = run, folder, stop
         self.done = run.resume.state.step if run.resume else 0
         settings = run.settings
-        wait = seconds_to_wait(folder, peers)
-        peers.together(lambda: closing.enter_context(claimed(folder, wait)) if peers.main else None)
+        claim = claimed(folder, seconds_to_wait(folder, peers))
+        peers.together(lambda: closing.enter_context(claim) if peers.main else None)
         agreement.check_shared(folder, peers)
         self.runtime = runtime = start(
             settings, run.strategy, run.precision, cpu=not torch.cuda.is_available(), autocast=run.method.full,
             peers=peers,
         )  # fmt: skip
-        abandoned = peers.together(lambda: _move_in(run, folder, self.done) if peers.main else [])
+        abandoned = peers.together(lambda: move_in(run, folder, self.done) if peers.main else [])
         tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
         self.log = log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, self.done, tracker))
         for note in peers.together(lambda: check_room(run, folder) if peers.main else []):
@@ -194,7 +192,7 @@ class Trainer:
             stop = stop or self._signal()  # one that came meanwhile: this checkpoint will do
         if stop and not last:
             again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
-            raise Stopped(128 + stop % _BY_A_PERSON, again, for_good=stop > _BY_A_PERSON)
+            raise Stopped(128 + stop % BY_A_PERSON, again, for_good=stop > BY_A_PERSON)
 
     def _validate(self, validation: Validation, step: int) -> None:
         with self.saver.averaged():
@@ -223,18 +221,9 @@ class Trainer:
 
     def _signal(self) -> int:
         """The number of a signal that has asked any rank to stop; 0: none has. `ask_to_stop` counts as one, and adds
-        `_BY_A_PERSON`."""
-        asked = _BY_A_PERSON + signal.SIGTERM if self.runtime.main and asked_to_stop(self.folder) else 0
+        `BY_A_PERSON`."""
+        asked = BY_A_PERSON + signal.SIGTERM if self.runtime.main and asked_to_stop(self.folder) else 0
         return self.runtime.all_reduce_max(self.stop.signal or asked)
-
-
-def _move_in(run: Run, folder: Path, done: int) -> list[str]:
-    """Bring the run's folder into the state after step ``done``; names of checkpoints removed."""
-    if run.resume.newest if run.resume else run.given.resume == "auto":
-        checkpoints.check_newest(folder, run.resume)
-    write_config(run, folder)
-    cut_metrics(folder, done)
-    return checkpoints.clear(folder, after=done)
 
 
 @stage("loading the transformer")
