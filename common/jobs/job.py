@@ -54,6 +54,11 @@ class Job:
         return max(1, self.settings.gpus)
 
     @property
+    def meets(self) -> bool:
+        """Whether machines must find each other: those of a run do."""
+        return self.together and self.settings.nodes > 1
+
+    @property
     def machines(self) -> str:
         """``2 nodes of 8 GPUs``."""
         nodes, gpus = self.settings.nodes, self.settings.gpus
@@ -88,7 +93,7 @@ class Job:
             rank: the number of this machine, from 0, as the shell finds it.
             address: the first machine's, likewise.
         """
-        if not self.together or self.settings.nodes == 1:
+        if not self.meets:
             return []
         return [
             f"export PET_NNODES={self.settings.nodes} PET_NODE_RANK={rank}",

@@ -1,4 +1,4 @@
-"""A job for Kubernetes: a JobSet for a run, an indexed Job for an encode.
+"""A job for Kubernetes: a JobSet for a run on several machines, else an indexed Job.
 
 Why a JobSet: the processes of a run must be there together, find each other by name, and be started again together,
 which a Job cannot do. Kubeflow's TrainJob is made into a JobSet by its operator, through a runtime that each cluster
@@ -126,9 +126,11 @@ class JobSpec:
     completions: int
     parallelism: int
     backoffLimit: int | None = said("One pod that fails ends all: they are a run together.", None)
-    backoffLimitPerIndex: int | None = said("How often a pod that fails is started again, each by itself.", None)
+    backoffLimitPerIndex: int | None = said("How often a pod that fails is started again.", None)
     podFailurePolicy: PodPolicy | None = said(
-        "Pods that the cluster takes away, or that have saved and stopped (143), do not count as failures.", None
+        "Pods that the cluster takes away, or that have saved and stopped (143), do not count as failures: they are "
+        "started again, and go on. To stop for good, delete the job; it saves then, too.",
+        None,
     )
     activeDeadlineSeconds: int | None = said(
         "The time limit. Then the pods get TERM. To go on, delete the job and apply this file again.", None
@@ -172,8 +174,7 @@ class FailurePolicy:
 @dataclass(frozen=True, kw_only=True)
 class JobSetSpec:
     failurePolicy: FailurePolicy = said(
-        "When a pod fails, all are started again, so often; the run goes on from its last checkpoint. So it does when "
-        "its page is asked to save and stop: to stop it, delete the JobSet, which saves as well."
+        "When a pod fails, all are started again, so often; the run goes on from its last checkpoint."
     )
     replicatedJobs: list[ReplicatedJob]
 
@@ -191,8 +192,10 @@ def render(job: Job) -> str:
     settings = job.settings
     metadata = Metadata(job.name, {"kueue.x-k8s.io/queue-name": settings.queue} if settings.queue else {})
     head = f"# {job.program} {job.words[0]} on {job.machines}, for Kubernetes"
-    if not job.together:
-        head += ": an indexed Job.\n# Each pod encodes its own part of the shards.\n"
+    if not job.meets:
+        head += ": an indexed Job.\n"
+        if not job.together:
+            head += "# Each pod encodes its own part of the shards.\n"
         return head + to_yaml(IndexedJob("batch/v1", "Job", metadata, _spec(job)))
     head += f": a JobSet, whose pods are one run.\n# The cluster needs its controller: {_SETUP}\n"
     rules = [
@@ -210,14 +213,14 @@ _SETUP = "https://jobset.sigs.k8s.io/docs/installation"
 def _spec(job: Job) -> JobSpec:
     settings = job.settings
     taken = [OnCondition("DisruptionTarget", "True")]
-    action: Literal["FailJob", "Ignore"] = "FailJob" if job.together else "Ignore"
+    action: Literal["FailJob", "Ignore"] = "FailJob" if job.meets else "Ignore"
     rules = [PodRule(action, onPodConditions=taken), PodRule(action, onExitCodes=OnCodes("In", _STOPPED))]
     return JobSpec(
         completionMode="Indexed",
         completions=settings.nodes,
         parallelism=settings.nodes,
-        backoffLimit=0 if job.together else None,
-        backoffLimitPerIndex=None if job.together else 3,
+        backoffLimit=0 if job.meets else None,
+        backoffLimitPerIndex=None if job.meets else 3,
         podFailurePolicy=PodPolicy(rules),
         activeDeadlineSeconds=settings.seconds,
         template=PodTemplate(_pod(job)),

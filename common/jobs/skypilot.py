@@ -57,7 +57,7 @@ def render(job: Job) -> str:
     settings = job.settings
     source, path = settings.mount or ("", "")
     bucket = re.match(r"[a-z0-9]+://", source) is not None
-    if bucket and job.together and settings.nodes > 1:
+    if bucket and job.meets:
         raise SettingError(
             "the machines of a run must see at once what one of them writes, which a bucket does not give",
             where=f"--volume {settings.volume}",

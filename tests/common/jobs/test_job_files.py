@@ -77,6 +77,13 @@ def test_a_run_on_kubernetes_is_a_jobset_whose_pods_meet_and_are_started_again(h
     }  # fmt: skip
 
 
+def test_a_run_on_one_machine_needs_nothing_that_a_cluster_may_lack(here):
+    loaded = yaml.safe_load(written(here, "kubernetes", "--nodes", 1))
+    [container] = loaded["spec"]["template"]["spec"]["containers"]
+    assert (loaded["apiVersion"], loaded["kind"], loaded["spec"]["backoffLimitPerIndex"]) == ("batch/v1", "Job", 3)
+    assert "PET_" not in container["args"][0] and "env" not in container
+
+
 def test_an_encode_on_kubernetes_is_an_indexed_job_that_knows_how_many_there_are(here):
     loaded = yaml.safe_load(written(here, "kubernetes", "--nodes", 4, program="cogprep"))
     [container] = loaded["spec"]["template"]["spec"]["containers"]
