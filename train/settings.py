@@ -11,6 +11,7 @@ from typing import Literal
 from cogcommon.cli.settings import flag_of, setting
 from cogcommon.errors import SettingError
 from cogcommon.model.device import Precision
+from cogcommon.store.address import address_of
 from cogcommon.words import bytes_of
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
@@ -130,6 +131,10 @@ class TrainSettings:
         section=_SAVE,
     )
     save_every: int = setting(200, "steps between checkpoints", section=_SAVE)
+    mirror: str | None = setting(
+        None, "address of a folder in an object store, as s3://bucket/runs/mine, that gets a copy of --out: of each "
+        "checkpoint, and of what the run writes; where --out has none, the run goes on from there", section=_SAVE,
+    )  # fmt: skip
     keep: int = setting(3, "checkpoints to keep", section=_SAVE)
     keep_best: bool = setting(
         False, "keep the checkpoint with the lowest held-out loss, too, and export that one's weights at the end",
@@ -157,6 +162,15 @@ class TrainSettings:
                 where="--global-batch, --accumulate",
                 fix="give one of them",
             )
+        if self.mirror is not None and address_of(self.mirror) is None:
+            raise SettingError(
+                f"{self.mirror} is no address", where="--mirror", fix="for example --mirror s3://bucket/runs/mine"
+            )
+        if self.mirror is not None and self.out is None:
+            raise SettingError(
+                "a copy of the run's folder is wanted, and its folder is not named", where="--mirror",
+                fix="--out runs/mine, too: there the run goes on, on this machine or another",
+            )  # fmt: skip
         if self.follow and self.steps is None:
             raise SettingError(
                 "how long an epoch will be is not known while its shards are being encoded",
@@ -284,7 +298,9 @@ _WEIGHTS, _VIDEO = "Weights", "Video"
 class GenerateSettings:
     """Settings of ``cogtrain generate``."""
 
-    run: Path | None = setting(None, "run folder to take weights and model from", section=_WEIGHTS)
+    run: Path | None = setting(
+        None, "run folder to take weights and model from, or the address of its mirror (s3://...)", section=_WEIGHTS
+    )
     strength: float = setting(1.0, "how strongly the run's LoRA acts; 1: as trained", section=_WEIGHTS)
     lora: list[str] = setting(
         [], "LoRA files, instead of a run, each with its strength or as trained: mine.safetensors=0.8; names of "
@@ -368,7 +384,9 @@ class WatchSettings:
 class ExportSettings:
     """Settings of ``cogtrain export``."""
 
-    run: Path | None = setting(None, "run folder, or a checkpoint-N in it", shown="required")
+    run: Path | None = setting(
+        None, "run folder, or the address of its mirror (s3://...), or a checkpoint-N in it", shown="required"
+    )
     to: Literal["diffusers", "comfyui", "peft", "merged"] = setting(
         "diffusers",
         "diffusers: the LoRA file, or the transformer folder of sft; comfyui: a LoRA file with the names of ComfyUI's "

@@ -17,6 +17,7 @@ def s3_server():
     """The URL of an S3 server that has ``s3://bucket``; the environment names it."""
     pytest.importorskip("moto", reason="pip install 'moto[s3]' flask flask-cors")
     pytest.importorskip("s3fs", reason="pip install s3fs")
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -32,9 +33,13 @@ def s3_server():
             "EC2_METADATA_DISABLED": "true",
         }.items():
             patch.setenv(f"AWS_{name}", value)
+        # What another server in this process was given is here, too: moto keeps it by the process.
+        urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
+        s3fs.S3FileSystem.clear_instance_cache()  # those of another server
         files(url).mkdir("bucket")
         yield url
     server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def files(url):

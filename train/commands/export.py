@@ -30,6 +30,7 @@ from ..model.method import Exported, method_of, of_checkpoint
 from ..report.card import Kind, write_card
 from ..runs import checkpoint as checkpoints
 from ..runs.folder import CARD_FILE, RecordedRun, open_base, read_run, trained_settings
+from ..runs.restore import local_run
 from ..settings import ExportSettings
 from ..trainer.announce import checked
 
@@ -46,7 +47,7 @@ def run(settings: ExportSettings) -> None:
     Raises:
         RunError: no such run or checkpoint, or what was written is not what was trained.
     """
-    folder = settings.run
+    folder = local_run(settings.run)
     if folder is None:
         raise SettingError(
             "no run was named", where="--run", fix="--run with the folder of a run, or a checkpoint-N in it"

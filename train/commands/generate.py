@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ from cogcommon.model.tokens import cut_text
 
 from ..report.sheet import Column, contact_sheet, side_by_side
 from ..runs.folder import GENERATED
+from ..runs.restore import local_run
 from ..settings import GenerateSettings
 from ..validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
 from ..validation.tuned import Tuned, find_tuned
@@ -40,6 +42,7 @@ def run(settings: GenerateSettings) -> None:
     Raises:
         SettingError, ModelError, RunError: the options do not go together, or weights are missing.
     """
+    settings = dataclasses.replace(settings, run=local_run(settings.run))
     tuned = find_tuned(settings.run, settings.lora, settings.transformer, settings.model, settings.strength)
     checkpoint = tuned.checkpoint
     requests = requests_of(settings, tuned)

@@ -34,6 +34,7 @@ _PLACES = {
     "config",
     "deepspeed",
     "init_lora",
+    "mirror",
     "model",
     "nvme",
     "out",

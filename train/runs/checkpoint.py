@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,6 +234,7 @@ def save(
     keep: int,
     *,
     best: int | None = None,
+    held: Collection[int] = (),
     needs: int = 0,
 ) -> Path:
     """Write a checkpoint; every rank calls it. The oldest go once the new one is whole.
@@ -242,6 +243,7 @@ def save(
         shadow: this rank's part of the moving average of the weights.
         keep: how many of the newest stay.
         best: the step of one that stays, whatever its age.
+        held: steps of those that stay until the next one is written.
         needs: bytes that it takes, about, for the message of a disk that is full.
 
     Raises:
@@ -257,7 +259,7 @@ def save(
 
     def commit() -> None:
         (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        _fsync_tree(temporary)
+        fsync_tree(temporary)
         replace_folder(temporary, final, A_CHECKPOINT)  # the same step is there after a resume from an older one
 
     def write(act: Callable[[], None]) -> Callable[[], None]:
@@ -279,7 +281,7 @@ def save(
     if runtime.main:
         others = [path for path in list_checkpoints(run) if path != final]
         for old in others[: max(0, len(others) - max(0, keep - 1))]:
-            if step_of(old) != best:
+            if step_of(old) != best and step_of(old) not in held:
                 remove_folder(old, A_CHECKPOINT, first=STATE_FILE)
     return final
 
@@ -318,7 +320,8 @@ def _check_finite(
         )
 
 
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
+    """Make a folder and all that is in it durable."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from cogcommon.cli.names import command_line, plain
 from cogcommon.errors import CogError, RunError
@@ -36,6 +36,7 @@ from cogcommon.files.typed import build, parse_object
 from ..model import lora, sft
 from ..model.lora_file import read_facts
 from .checkpoint import check_newest, checkpoint_name, clear, list_checkpoints, read_state
+from .config import write_config
 from .folder import (
     A_CHECKPOINT,
     A_RUN,
@@ -53,7 +54,9 @@ from .folder import (
     trained_settings,
 )
 from .log import cut_metrics
-from .run import Run, write_config
+
+if TYPE_CHECKING:
+    from .run import Run
 
 # What `Runtime.save_state` writes, and DeepSpeed; what diffusers writes.
 _OF_A_CHECKPOINT = re.compile(

@@ -6,6 +6,7 @@
     facts.json       what the run worked on: shards, counts, processes (`RunFacts`)
     metrics.jsonl    one line a step; validation lines carry val_loss
     epochs.json      what each epoch was over, with --follow
+    mirror.json      whose copy --mirror keeps
     checkpoint-N/    to resume from
     validation/      videos: clips/ as they are stored, step-000000/ by the base model, step-N/
     generated/       what `cogtrain generate` has drawn
@@ -41,6 +42,7 @@ CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"
 METRICS_FILE = "metrics.jsonl"
 EPOCHS_FILE = "epochs.json"  # of a run with --follow (`follow`)
+MIRROR_FILE = "mirror.json"  # of a run with --mirror (`mirror`): which run it is; in the mirror, what is there
 VALIDATION = "validation"
 CAPTIONS_FILE = "captions.json"  # in it, of the samples that are drawn
 CLIPS = "clips"  # in it, those samples themselves
@@ -51,7 +53,7 @@ REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 LOCK_FILE = ".lock"
 # What a run writes over, again and again. The card and the settings are people's to change, so they are not among it.
-RUN_FILES = (FACTS_FILE, METRICS_FILE, EPOCHS_FILE, REPORT_FILE, VALIDATION, lora.FILE)
+RUN_FILES = (FACTS_FILE, METRICS_FILE, EPOCHS_FILE, MIRROR_FILE, REPORT_FILE, VALIDATION, lora.FILE)
 A_RUN, A_CHECKPOINT = "a training run", "a checkpoint"  # what made a folder's files
 
 

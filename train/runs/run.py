@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogcommon.cli.names import command_line
 from cogcommon.cli.progress import stage
-from cogcommon.errors import RunError, SettingError, ShardError
-from cogcommon.files.ownership import Made
+from cogcommon.errors import SettingError, ShardError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16
 from cogcommon.model.families import Resolution
-from cogcommon.store.store import without_secrets
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.epochs import Epoch
-from ..data.repeats import described, is_size, split_repeat, told
+from ..data.repeats import described, told
 from ..data.sampler import Sampler
 from ..data.shards import ShardSet, open_shards
 from ..distributed import zero
@@ -35,10 +31,11 @@ from ..settings import Strategy, TrainSettings
 from ..store.cache import SampleCache
 from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
-from .folder import CONFIG_FILE
+from .config import settings_json
 from .follow import Followed, open_followed
 from .global_batch import FACT, with_accumulation
-from .restart import RUNS, own_folder
+from .restart import RUNS, own_folder, seconds_to_wait
+from .restore import restore
 from .sampling import check_sampler, make_sampler
 from .tracker import check_tracker_installed
 
@@ -316,6 +313,8 @@ def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | Non
         return None
     if settings.resume != "auto":
         return find_checkpoint(Path(settings.resume))
+    if settings.mirror is not None and settings.out is not None:
+        restore(settings.out, settings.mirror, seconds_to_wait(settings.out, peers))
     if settings.out is not None and list_checkpoints(settings.out):
         return find_checkpoint(settings.out)
     return None
@@ -325,7 +324,7 @@ def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | Non
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "global_batch", "shards",
          "validate_shards", "save_every", "keep", "keep_best", "patience", "validate_every", "validate_videos",
          "tracker", "model", "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
-         "cache_size", "init_lora", "repeat", "follow"}  # fmt: skip
+         "cache_size", "init_lora", "repeat", "follow", "mirror"}  # fmt: skip
 
 
 def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
@@ -337,13 +336,6 @@ def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
     ]
 
 
-def settings_json(settings: TrainSettings) -> dict[str, Any]:
-    """The settings as JSON values; URLs have lost what signs them, since people share what a run writes."""
-    plain = dataclasses.asdict(settings)
-    plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards", "repeat")}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
-
-
 def run_folder(run: Run) -> Path:
     """Where the run lives: as asked, where it is resumed, else a new time-stamped one."""
     if run.settings.out is not None:
@@ -352,68 +344,3 @@ def run_folder(run: Run) -> Path:
         return run.resume.folder.parent
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return RUNS / f"{run.checkpoint.family.name}-{run.method.name}-{stamp}"
-
-
-def write_config(run: Run, folder: Path) -> None:
-    """``config.toml``: every setting, as ``--config`` reads it. One that somebody has changed is set aside."""
-    made = Made.read(folder)
-    assert made, folder  # it is claimed
-    folder = folder.absolute()
-    lines = [f"# {command_line('cogtrain', run.method.name, '--config', folder / CONFIG_FILE)}"]
-    resolved = dataclasses.replace(
-        _absolute(run.settings),
-        out=folder,
-        model=run.checkpoint.name + (f"@{run.checkpoint.revision}" if run.checkpoint.revision else ""),
-        precision=run.precision,
-        strategy=run.strategy,
-        accumulate=1,
-        global_batch=run.global_batch,  # so that any number of processes goes on with it
-        config=None,
-        resume="auto",  # the command that resumes a stopped run names this file
-        steps=run.steps,
-        epochs=None,
-    )
-    if any(without_secrets(word) != word for word in _words(run.settings)):
-        lines.append("# Signatures and passwords of URLs are left out: give --shards (and --validate-shards) again.")
-    values = settings_json(resolved)
-    del values["accumulate"]  # follows from the global batch
-    lines += [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
-    try:
-        made.set_aside(CONFIG_FILE)
-        made.commit_bytes(CONFIG_FILE, ("\n".join(lines) + "\n").encode())
-    except UnicodeEncodeError as error:
-        raise RunError(
-            "a path of this run is no UTF-8, which its config.toml cannot hold",
-            where=str(folder),
-            fix="rename the folder, or name it by a link (ln -s)",
-        ) from error
-
-
-def _absolute(settings: TrainSettings) -> TrainSettings:
-    """The settings with every path absolute, so that they mean the same in every working folder."""
-
-    def absolute(word: str) -> str:
-        return word if "://" in word or word.startswith(("/", "~")) else f"{Path.cwd()}/{word}"
-
-    changed: dict[str, Any] = {
-        field.name: value.absolute()
-        for field in dataclasses.fields(settings)
-        if isinstance(value := getattr(settings, field.name), Path)
-    }
-    for name in ("shards", "validate_shards"):
-        changed[name] = [absolute(word) for word in getattr(settings, name)]
-    changed["repeat"] = [word if is_size(split_repeat(word)[0]) else absolute(word) for word in settings.repeat]
-    return dataclasses.replace(settings, **changed)
-
-
-def _words(settings: TrainSettings) -> list[str]:
-    """All words that may be URLs."""
-    return [*settings.shards, *settings.validate_shards, *settings.repeat]
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,13 @@ from ..distributed.strategy import Runtime
 from ..memory.disk import writes
 from ..model.ema import EMA
 from ..model.method import Exported, Written, of_checkpoint
+from ..report.page import write_report
 from ..runs import checkpoint as checkpoints
+from ..runs.config import settings_json
 from ..runs.folder import ValidationLine
 from ..runs.log import RunLog
-from ..runs.run import Run, settings_json
+from ..runs.mirror import Mirror
+from ..runs.run import Run
 from .announce import weights_file_facts
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ class Saver:
     """Every rank calls each method alike. What is trained is kept, even where a checkpoint finds no room.
 
     Attributes:
+        mirror: keeps the copy of --mirror, on rank 0.
         exported: the weights, once they have been written.
         unsaved: why there is no checkpoint of the last step, if that costs only the resume.
     """
@@ -43,6 +47,7 @@ class Saver:
     ema: EMA | None
     folder: Path
     log: RunLog
+    mirror: Mirror | None = None
     exported: Written | None = None
     unsaved: CogError | None = None
 
@@ -116,7 +121,7 @@ class Saver:
             return run.method.verify(alone, model, run.checkpoint, written)
 
     def checkpoint(self, step: int, best: int | None = None) -> None:
-        """Write a checkpoint; once the weights are exported, it is for a resume only.
+        """Write a checkpoint, and the report; once the weights are exported, a checkpoint is for a resume only.
 
         Args:
             best: the step of one that stays, whatever its age.
@@ -130,7 +135,7 @@ class Saver:
             with stage("saving a checkpoint"):
                 saved = checkpoints.save(
                     runtime, self.model, self.optimizer, self._shadow, state, self.folder, run.settings.keep,
-                    best=best, needs=writes(run).checkpoint,
+                    best=best, held=self.mirror.uploading if self.mirror else (), needs=writes(run).checkpoint,
                 )  # fmt: skip
         except checkpoints.NotSaved as failed:
             self.unsaved = failed.fault
@@ -139,6 +144,28 @@ class Saver:
             self.log.say(f"saved {saved}")
         if self.unsaved and not self.exported:
             self._rescue(step, self.unsaved)
+        if runtime.main:
+            write_report(self.folder)
+        if self.mirror:
+            self.mirror.best = best
+            self.mirror.soon()
+
+    def mirrored(self, *, must: bool = True) -> None:
+        """Wait until the mirror, if there is one, holds all that the folder does; every rank calls it.
+
+        Args:
+            must: else a fault is only said.
+
+        Raises:
+            CogError: it does not, and why.
+        """
+        try:
+            with stage("waiting for the mirror"):
+                self.runtime.peers.together(lambda: self.mirror.finish() if self.mirror else None)
+        except CogError as fault:
+            if must:
+                raise
+            self.log.say(f"note: {fault.what} ({fault.where})")
 
     def _rescue(self, step: int, fault: CogError) -> None:
         """Write the weights alone, which take less room than a checkpoint.
@@ -168,3 +195,23 @@ class Saver:
                 runtime or self.runtime, self.model if model is None else model, run.checkpoint, into,
                 weights_file_facts(run, step, line), go_on,
             )  # fmt: skip
+
+
+def open_mirror(run: Run, folder: Path, done: int, log: RunLog, closing: ExitStack) -> Mirror | None:
+    """The mirror that --mirror names, on its way to hold what the run has saved before; on rank 0.
+
+    Args:
+        done: the step after which the run goes on.
+        closing: ends it when the run ends.
+
+    Raises:
+        RunError: it is not this run's.
+        StoreError: the store takes nothing, and why.
+    """
+    settings = run.settings
+    if settings.mirror is None:
+        return None
+    mirror = Mirror(folder, settings.mirror, keep=settings.keep, done=done, say=log.say)
+    closing.push(mirror.close)
+    mirror.soon()
+    return mirror

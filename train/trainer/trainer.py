@@ -32,10 +32,11 @@ from ..report.page import write_report
 from ..runs import agreement
 from ..runs import checkpoint as checkpoints
 from ..runs.claim import claimed, move_in
+from ..runs.config import settings_json
 from ..runs.folder import CARD_FILE, CONFIG_FILE, asked_to_stop, read_run
 from ..runs.log import RunLog
 from ..runs.restart import seconds_to_wait
-from ..runs.run import Run, run_folder, settings_json
+from ..runs.run import Run, run_folder
 from ..runs.tracker import open_tracker
 from ..validation.validate import Validation
 from . import announce
@@ -44,7 +45,7 @@ from .clock import StepClock
 from .failures import memory_errors
 from .feed import Feed
 from .readout import Readout
-from .saver import Saver
+from .saver import Saver, open_mirror
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +114,7 @@ class Trainer:
         self.log = log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, self.done, tracker))
         for note in peers.together(lambda: check_room(run, folder) if peers.main else []):
             log.say(f"note: {note}")
+        mirror = peers.together(lambda: open_mirror(run, folder, self.done, log, closing) if peers.main else None)
         self.model, self.optimizer, self.trained, engine = _load_model(run, runtime, log)
         if abandoned:
             log.say(f"removed {', '.join(abandoned)}: their steps are made again")
@@ -124,7 +126,7 @@ class Trainer:
         self.validation = Validation.begin(run, runtime, self.model, folder, log, stop)
         self.best = Best.of(settings, folder, peers, self.validation)
         self.ema = EMA(self.trained, settings.ema) if settings.ema else None
-        self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log)
+        self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log, mirror)
         if run.resume:
             self.saver.resume(run.resume.folder)
         gamma = settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None
@@ -187,10 +189,9 @@ class Trainer:
                 self._export(step)
         if saves or stop:
             self.saver.checkpoint(step, self.best.step)
-            if self.runtime.main:
-                write_report(self.folder)
             stop = stop or self._signal()  # one that came meanwhile: this checkpoint will do
         if stop and not last:
+            self.saver.mirrored(must=False)
             again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
             raise Stopped(128 + stop % BY_A_PERSON, again, for_good=stop > BY_A_PERSON)
 
@@ -214,7 +215,7 @@ class Trainer:
                 self.log.say(f"{folder / CARD_FILE} was changed by somebody, and stays as it is")
             write_report(folder)
             announce.ending(run, self.log, folder, checked, best, done, self.saver.unsaved)
-        self.runtime.barrier()  # rank 0 may yet fail
+        self.saver.mirrored()  # in which rank 0 may yet fail
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         return self.objective.losses(self.model, batch, self.runtime.dtype)

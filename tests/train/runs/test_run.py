@@ -15,7 +15,8 @@ from cogcommon.errors import ModelError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.model import lora
 from cogtrain.runs.claim import claimed
-from cogtrain.runs.run import open_run, write_config
+from cogtrain.runs.config import write_config
+from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings
 
 

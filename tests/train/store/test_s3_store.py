@@ -62,9 +62,7 @@ def test_all_ways_to_name_a_bucket(s3, folder):
 
 def test_shards_of_a_bucket_that_come_while_it_is_looked_at(s3, folder):
     """A tar counts once its record is there, and is opened again only where the record is another one."""
-    import s3fs
-
-    fs = s3fs.S3FileSystem(endpoint_url=s3, skip_instance_cache=True)
+    fs = files(s3)
     words, known = ["s3://bucket/coming/", "s3://bucket/none-yet/"], {}
     assert committed(words, "--shards") == {}
     for number, names in enumerate((["empty_caption.safetensors", "000000.tar"], ["000000.parquet", "000001.tar"])):

@@ -1,0 +1,288 @@
+"""``--mirror s3://...``: a run's copy in a bucket (moto's server), restored where there is none; kills and faults."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from bucket import faulty, files, s3_server
+from forked import Forked
+from safetensors.torch import load_file
+
+from cogcommon.errors import RunError, SettingError, StoreError
+from cogcommon.store import store
+from cogcommon.store.fsspec_store import FsspecStore
+from cogcommon.store.remote_folder import open_folder
+from cogtrain.distributed.signals import Stopped
+from cogtrain.model import lora
+from cogtrain.runs.checkpoint import find_checkpoint, list_checkpoints
+from cogtrain.runs.folder import EPOCHS_FILE, MIRROR_FILE, ask_to_stop, read_run
+from cogtrain.runs.mirror import Mirror, read_index
+from cogtrain.runs.restore import restore
+from cogtrain.settings import LoraSettings
+
+WRITES = ("pipe_file", "put_file", "rm_file", "cp_file")
+
+
+class Killed(BaseException):
+    """The end of a process that nobody asks."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def s3():
+    """The address of an S3 server, which the environment names."""
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def begun(tmp_path, make_shards, train_here):
+    """begun(name, after_step, ...) -> run folder, in ``tmp_path / name``."""
+    make_shards(tmp_path / "out", samples=8)
+
+    def run(name, after_step=None, **settings):
+        common = {"shards": [str(tmp_path / "out")], "out": tmp_path / name, "rank": 4, "lr": 1e-2, "save_every": 2}
+        return train_here(LoraSettings(**common | settings), after_step=after_step)
+
+    return run
+
+
+def address(request):
+    return f"s3://bucket/{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]}"
+
+
+@pytest.fixture
+def there(request):
+    """The address of a folder of the test's own."""
+    return address(request)
+
+
+def index_of(there):
+    return read_index(open_folder(there, "--mirror"))
+
+
+def objects(there):
+    fs = files(os.environ["AWS_ENDPOINT_URL"])
+    bucket = there.removeprefix("s3://")
+    return {name.removeprefix(bucket + "/"): fs.cat_file(name) for name in fs.find(bucket)}
+
+
+def killer(there, step, checkpoint):
+    """After a step the process ends, once a checkpoint is in the mirror."""
+
+    def after_step(made):
+        until = time.monotonic() + 60
+        while made == step and checkpoint not in index_of(there).checkpoints and time.monotonic() < until:
+            time.sleep(0.05)
+        if made == step:
+            raise Killed
+
+    return after_step
+
+
+def test_a_run_that_lost_its_machine_makes_the_same_steps_on_a_bare_one(begun, tmp_path, there, losses, capsys):
+    held_out = {"validate_shards": [str(tmp_path / "out" / "000003.tar")], "validate_every": 2, "keep_best": True}
+    whole = begun("whole", steps=7, keep=1, **held_out)
+    with pytest.raises(Killed):
+        begun("first", killer(there, 5, "checkpoint-4"), steps=7, keep=1, mirror=there, **held_out)
+    shutil.rmtree(tmp_path / "first")
+    bare = begun("bare", steps=7, keep=1, mirror=there, **held_out)
+    said = capsys.readouterr()
+    assert f"restored checkpoint-4 from {there} into {bare}" in said.err and "continues" in said.out
+    assert losses(bare) == losses(whole)
+    assert [line.val_loss for line in read_run(bare).validations] == [
+        line.val_loss for line in read_run(whole).validations
+    ]
+    # All of it is there, nothing else, and nothing that opens the bucket.
+    index, found = index_of(there), objects(there)
+    assert index.names == sorted({f"checkpoint-{index.best}", "checkpoint-7"})
+    files = {f"{name}/{file}" for name in index.names for file in index.checkpoints[name]}
+    assert set(found) == files | set(index.files) | {MIRROR_FILE}
+    assert {lora.FILE, "config.toml", "report.html", "README.md", "metrics.jsonl", "facts.json"} < set(index.files)
+    assert all((bare / name).read_bytes() == found[name] for name in files | set(index.files))
+    local = b"".join(path.read_bytes() for path in bare.rglob("*") if path.is_file())
+    assert not any(b"SECRETKEY" in text for text in (local, *found.values(), str(said).encode()))
+
+
+def test_a_kill_at_any_request_leaves_a_whole_checkpoint(begun, tmp_path, there, monkeypatch):
+    run = begun("run", steps=4, keep=2)
+    older, newer = (find_checkpoint(path) for path in list_checkpoints(run))
+    call, left = FsspecStore._call, [10**9]
+
+    def killing(self, name, *args, **options):
+        if name in WRITES:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+        return call(self, name, *args, **options)
+
+    monkeypatch.setattr(FsspecStore, "_call", killing)
+    seen = []
+    for number in range(100):
+        place, folder = f"{there}/{number}", tmp_path / str(number)
+        shutil.copytree(run, folder)
+        (folder / newer.folder.name).rename(tmp_path / "newer")
+        mirror = Mirror(folder, place, keep=1, done=2, say=print)
+        mirror.finish()
+        (tmp_path / "newer").rename(folder / newer.folder.name)
+        left[0] = number
+        killed = False
+        try:
+            mirror._upload(None)
+        except Killed:
+            killed = True
+        left[0] = 10**9
+        restore(tmp_path / f"bare-{number}", place)
+        (found,) = list_checkpoints(tmp_path / f"bare-{number}")
+        expected = older if found.name == older.folder.name else newer
+        assert find_checkpoint(found).digest == expected.digest
+        seen.append(found.name)
+        # The same process, begun again, leaves nothing but what the index names.
+        Mirror(folder, place, keep=1, done=4, say=print).finish()
+        index = index_of(place)
+        assert index.names == [newer.folder.name]
+        files = {f"{newer.folder.name}/{file}" for file in index.checkpoints[newer.folder.name]}
+        assert set(objects(place)) == files | set(index.files) | {MIRROR_FILE}
+        if not killed:
+            break
+    assert seen == sorted(seen) and {"checkpoint-2", "checkpoint-4"} == set(seen) and len(seen) > 6
+
+
+def test_a_store_that_fails_for_a_moment_or_for_good_does_not_stop_training(begun, there, s3, tmp_path, losses, capsys):
+    whole, failed = begun("whole", steps=5), set()
+
+    def once(handler):
+        """Each object is refused once, and is asked for again."""
+        if handler.command in ("PUT", "DELETE", "POST") and handler.name not in failed:
+            failed.add(handler.name)
+            return handler.answer(500, b"<Error><Code>InternalError</Code><Message>We erred</Message></Error>")
+        return None
+
+    def refused(handler):
+        if handler.command == "PUT" and not handler.name.endswith(MIRROR_FILE):
+            return handler.answer(403, b"<Error><Code>AccessDenied</Code><Message>No more</Message></Error>")
+        return None
+
+    with faulty(s3, tmp_path) as server:
+        server.wrong = once
+        run = begun("run", steps=4, mirror=there)
+        assert len(failed) > 8 and index_of(there).names == ["checkpoint-2", "checkpoint-4"]
+        assert sum(store.FAULTS.counts.values()) == len(failed)
+        server.wrong = refused
+        with pytest.raises(StoreError, match=r"the end of the run is not in the mirror: .*refuses") as caught:
+            begun("run", steps=5, mirror=there)
+    assert "the same command uploads what is missing" in caught.value.fix
+    said = capsys.readouterr()
+    assert "note: the mirror is behind" in said.out and "SECRETKEY" not in str(said) and "Signature" not in str(said)
+    assert losses(run) == losses(whole) and read_run(run).facts.exported == 5
+    assert index_of(there).names[-1] == "checkpoint-4"
+    begun("run", steps=5, mirror=there)
+    assert index_of(there).names[-1] == "checkpoint-5"
+    assert hashlib.sha256((run / lora.FILE).read_bytes()).hexdigest() == index_of(there).files[lora.FILE]
+
+
+def test_a_run_that_is_asked_to_stop_waits_for_its_mirror_and_follows_on_from_there(begun, tmp_path, there, losses):
+    options = {"mirror": there, "follow": True, "steps": 20}
+    with pytest.raises(Stopped):
+        begun("run", lambda step: ask_to_stop(tmp_path / "run") if step == 11 else None, **options)
+    assert index_of(there).names[-1] == "checkpoint-11" and EPOCHS_FILE in index_of(there).files
+    bare = begun("bare", **options)
+    assert sorted(losses(bare)) == list(range(1, 21))
+    first, second = (json.loads((tmp_path / name / EPOCHS_FILE).read_text()) for name in ("run", "bare"))
+    assert second["epochs"][:2] == first["epochs"]
+
+
+def test_a_mirror_is_one_runs(begun, tmp_path, there):
+    run = begun("run", steps=2, mirror=there)
+    for change, error in (({"mirror": "bucket/x"}, "is no address"), ({"out": None}, "its folder is not named")):
+        with pytest.raises(SettingError, match=error):
+            begun("run", steps=2, **{"mirror": there} | change)
+    with pytest.raises(RunError, match="another run is mirrored there"):
+        begun("another", steps=2, mirror=there, resume="never")
+    begun("third", steps=2)
+    with pytest.raises(RunError, match="the mirror is of another run"):
+        begun("third", steps=3, mirror=there)
+    open_folder(f"{there}/sub", "--mirror").put("mine.txt", b"mine")
+    with pytest.raises(RunError, match="no run has put there"):
+        begun("third", steps=3, mirror=f"{there}/sub")
+    # Of two processes that go on with one run, the one that began later has the mirror.
+    first = Mirror(run, there, keep=3, done=2, say=print)
+    shutil.copytree(run, tmp_path / "elsewhere")
+    second = Mirror(tmp_path / "elsewhere", there, keep=3, done=2, say=print)
+    (run / "metrics.jsonl").write_text('{"step": 9}\n')
+    with pytest.raises(StoreError, match="another process has taken the mirror over"):
+        first.finish()
+    second.finish()
+    for mirror in (first, second):
+        mirror.close(None, None, None)
+
+
+def test_a_checkpoint_that_was_changed_in_the_bucket_is_not_taken(begun, tmp_path, there, capsys):
+    begun("run", steps=4, mirror=there)
+    remote = open_folder(there, "--mirror")
+    remote.put("checkpoint-4/weights.safetensors", b"other")
+    restore(tmp_path / "bare", there)
+    assert [path.name for path in list_checkpoints(tmp_path / "bare")] == ["checkpoint-2"]
+    assert "checkpoint-4 of the mirror is not whole: a file is not what was uploaded" in capsys.readouterr().err
+    remote.remove("checkpoint-2/weights.safetensors")
+    with pytest.raises(RunError, match="not what was uploaded"):
+        restore(tmp_path / "other", there)
+    remote.put(MIRROR_FILE, b'{"schema": 1, "run": "r", "holder": "h", "files": {"../../a": "b"}}')
+    with pytest.raises(RunError, match="index is damaged"):
+        restore(tmp_path / "third", there)
+
+
+def test_a_run_is_exported_from_its_mirror(begun, tmp_path, there, monkeypatch, capsys):
+    from cogtrain.commands import export
+    from cogtrain.settings import ExportSettings
+
+    run = begun("run", steps=4, mirror=there)
+    for place in ("elsewhere", "taken"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    name = there.rpartition("/")[2]
+    for named, step in ((there, 4), (f"{there}/checkpoint-2", 2)):
+        export.run(ExportSettings(run=Path(named)))
+        assert f"step {step}" in capsys.readouterr().out
+    exported = tmp_path / "elsewhere" / "runs" / name / "exported" / "diffusers" / lora.FILE
+    assert load_file(exported).keys() == load_file(run / lora.FILE).keys()
+    assert all((tensor == load_file(run / lora.FILE)[key]).all() for key, tensor in load_file(exported).items())
+    monkeypatch.chdir(tmp_path / "taken")
+    (tmp_path / "taken" / "runs" / name).mkdir(parents=True)
+    (tmp_path / "taken" / "runs" / name / "mine.txt").write_text("mine")
+    for named, says in ((there, "holds something else"), (f"{there}/checkpoint-9", "there are checkpoint-2, "),
+                        ("s3://bucket/nothing", "no run is mirrored there")):  # fmt: skip
+        with pytest.raises(RunError, match=says):
+            export.run(ExportSettings(run=Path(named)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", range(6))
+def test_processes_killed_anywhere_lose_their_disks_each_time(begun, tmp_path, there, losses, number):
+    """Each goes on in an empty folder; the numbers are those of a run that nothing happened to."""
+    whole, rng = begun("whole", steps=12), random.Random(number)
+    words = ["cogtrain", "lora", "--shards", "out", "--rank", 4, "--lr", 1e-2, "--save-every", 2, "--steps", 12]
+    Forked(["cogtrain", "--version"]).end()
+    for attempt in range(4):
+        process = Forked([*words, "--out", f"run-{attempt}", "--mirror", there], tmp_path, dict(os.environ))
+        metrics, until = tmp_path / f"run-{attempt}" / "metrics.jsonl", time.monotonic() + 120
+        steps = rng.randint(1, 4)
+        begin = None
+        while process.running and time.monotonic() < until:
+            lines = metrics.read_text().count("\n") if metrics.exists() else 0
+            begin = lines if begin is None and lines else begin
+            if begin is not None and lines >= begin + steps:
+                break
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.3)
+        print("killed" if process.kill() else "it had ended", index_of(there).names)
+        if attempt % 2:
+            shutil.rmtree(tmp_path / f"run-{attempt}")
+    code, out, err = Forked([*words, "--out", "last", "--mirror", there], tmp_path, dict(os.environ)).end()
+    assert code == 0, (out, err)
+    assert losses(tmp_path / "last") == pytest.approx(losses(whole), rel=1e-6)
+    assert (tmp_path / "last" / lora.FILE).read_bytes() == objects(there)[lora.FILE]

@@ -1,0 +1,93 @@
+"""``config.toml``, the settings of a run as ``--config`` reads them; and as JSON, for what a run writes of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogcommon.cli.names import command_line
+from cogcommon.errors import RunError
+from cogcommon.files.ownership import Made
+from cogcommon.store.store import without_secrets
+
+from ..data.repeats import is_size, split_repeat
+from .folder import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from ..settings import TrainSettings
+    from .run import Run
+
+
+def settings_json(settings: TrainSettings) -> dict[str, Any]:
+    """The settings as JSON values; URLs have lost what signs them, since people share what a run writes."""
+    plain = dataclasses.asdict(settings)
+    plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards", "repeat")}
+    plain["mirror"] = settings.mirror and without_secrets(settings.mirror)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def write_config(run: Run, folder: Path) -> None:
+    """``config.toml``: every setting, as ``--config`` reads it. One that somebody has changed is set aside."""
+    made = Made.read(folder)
+    assert made, folder  # it is claimed
+    folder = folder.absolute()
+    lines = [f"# {command_line('cogtrain', run.method.name, '--config', folder / CONFIG_FILE)}"]
+    resolved = dataclasses.replace(
+        _absolute(run.settings),
+        out=folder,
+        model=run.checkpoint.name + (f"@{run.checkpoint.revision}" if run.checkpoint.revision else ""),
+        precision=run.precision,
+        strategy=run.strategy,
+        accumulate=1,
+        global_batch=run.global_batch,  # so that any number of processes goes on with it
+        config=None,
+        resume="auto",  # the command that resumes a stopped run names this file
+        steps=run.steps,
+        epochs=None,
+    )
+    if any(without_secrets(word) != word for word in _words(run.settings)):
+        lines.append("# Signatures and passwords of URLs are left out: give --shards (and --validate-shards) again.")
+    values = settings_json(resolved)
+    del values["accumulate"]  # follows from the global batch
+    lines += [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
+    try:
+        made.set_aside(CONFIG_FILE)
+        made.commit_bytes(CONFIG_FILE, ("\n".join(lines) + "\n").encode())
+    except UnicodeEncodeError as error:
+        raise RunError(
+            "a path of this run is no UTF-8, which its config.toml cannot hold",
+            where=str(folder),
+            fix="rename the folder, or name it by a link (ln -s)",
+        ) from error
+
+
+def _absolute(settings: TrainSettings) -> TrainSettings:
+    """The settings with every path absolute, so that they mean the same in every working folder."""
+
+    def absolute(word: str) -> str:
+        return word if "://" in word or word.startswith(("/", "~")) else f"{Path.cwd()}/{word}"
+
+    changed: dict[str, Any] = {
+        field.name: value.absolute()
+        for field in dataclasses.fields(settings)
+        if isinstance(value := getattr(settings, field.name), Path)
+    }
+    for name in ("shards", "validate_shards"):
+        changed[name] = [absolute(word) for word in getattr(settings, name)]
+    changed["repeat"] = [word if is_size(split_repeat(word)[0]) else absolute(word) for word in settings.repeat]
+    return dataclasses.replace(settings, **changed)
+
+
+def _words(settings: TrainSettings) -> list[str]:
+    """All words that may be URLs."""
+    return [*settings.shards, *settings.validate_shards, *settings.repeat, settings.mirror or ""]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -1,0 +1,184 @@
+"""Brings a run back from its mirror: the newest whole checkpoint, where the folder of the run has no newer one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from cogcommon.cli.names import plain
+from cogcommon.cli.progress import said, stage
+from cogcommon.errors import RunError
+from cogcommon.files.atomic import commit, commit_bytes, temporary_beside
+from cogcommon.files.failures import disk_errors
+from cogcommon.files.ownership import entries, replace_folder
+from cogcommon.store.address import address_of
+from cogcommon.store.remote_folder import RemoteFolder, open_folder
+
+from ..model import lora, sft
+from .checkpoint import fsync_tree, list_checkpoints, step_of
+from .claim import claimed
+from .folder import A_CHECKPOINT, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, MIRROR_FILE, VALIDATION
+from .mirror import A_NAME, Index, MirroredFile, read_index, run_of, sha256_of
+
+_FILES = (METRICS_FILE, FACTS_FILE, EPOCHS_FILE)  # the others are written anew
+
+
+def restore(folder: Path, address: str, waits: float = 0.0) -> None:
+    """Bring the newest checkpoint of a mirror into a run's folder, if it is newer than those that are there.
+
+    With it come the metrics, the record of epochs and what validation has made so far, and the best checkpoint.
+
+    Args:
+        waits: seconds for another process to leave the folder.
+
+    Raises:
+        RunError: the folder is another run's, or nothing in the mirror is whole.
+        StoreError: it cannot be read, and why.
+        DiskError: there is no room for it.
+    """
+    remote = open_folder(address, "--mirror")
+    index, here = read_index(remote), list_checkpoints(folder)
+    if index is None or not index.names:
+        return
+    if here and run_of(folder) != index.run:
+        raise RunError(
+            f"the mirror is of another run than {folder}",
+            where=f"--mirror {remote.shown}",
+            fix="another --mirror for this one, or another --out for that one",
+        )
+    newer = [name for name in index.names if not here or step_of(Path(name)) > step_of(here[-1])]
+    if not newer:
+        return
+    with disk_errors(folder), claimed(folder, waits), stage(f"restoring from {remote.shown}"):
+        _restore(remote, index, newer, folder)
+
+
+def local_run(named: Path | None) -> Path | None:
+    """The folder of a run, or of a checkpoint in it; where the address of its mirror is given, brought here.
+
+    It comes to ``runs/NAME``, with weights, settings and metrics, and the checkpoint if that is what was named.
+
+    Raises:
+        RunError: no run is mirrored there, or the folder holds something else.
+        StoreError: it cannot be read, and why.
+    """
+    address = None if named is None else address_of(named)
+    if named is None or address is None:
+        return named
+    above, _, last = address.rpartition("/")
+    checkpoint = last if A_NAME.fullmatch(last) else ""
+    remote = open_folder(above if checkpoint else address, "--run")
+    index = read_index(remote)
+    if index is None or (checkpoint and checkpoint not in index.checkpoints):
+        there = "" if index is None else f"; there are {', '.join(index.names) or 'none'}"
+        what = "no such checkpoint" if index else "no run is mirrored there"
+        raise RunError(f"{what}{there}", where=f"--run {remote.shown}", fix="the address that --mirror had")
+    folder = Path("runs") / (above if checkpoint else address).rpartition("/")[2]
+    if entries(folder) and run_of(folder) != index.run:
+        raise RunError(
+            f"it would be brought to {folder}, which holds something else",
+            where=f"--run {remote.shown}",
+            fix="work in another folder (cd)",
+        )
+    with disk_errors(folder), claimed(folder) as made, stage(f"fetching from {remote.shown}"):
+        _write_token(remote, index, folder)
+        for file in (*_FILES, lora.FILE):
+            if file in index.files:
+                _fetch(remote, file, folder / file, index.files[file] if file == lora.FILE else None)
+        if CONFIG_FILE in index.files and not (folder / CONFIG_FILE).exists():
+            temporary = temporary_beside(folder / CONFIG_FILE)
+            _fetch(remote, CONFIG_FILE, temporary)
+            made.commit(temporary, CONFIG_FILE)
+        _fetch_transformer(remote, index, folder)
+        if checkpoint and not (folder / checkpoint).exists():
+            _fetch_checkpoint(remote, checkpoint, index, folder)
+    return folder / checkpoint
+
+
+def _fetch_transformer(remote: RemoteFolder, index: Index, folder: Path) -> None:
+    """The folder that full fine-tuning exports, unless it is here."""
+    files = {name: sha for name, sha in index.files.items() if name.startswith(f"{sft.FOLDER}/")}
+    if all((folder / name).is_file() and sha256_of(folder / name) == sha for name, sha in files.items()):
+        return
+    final = folder / sft.FOLDER
+    temporary = temporary_beside(final)
+    try:
+        for name, sha in files.items():
+            _fetch(remote, name, temporary / Path(name).relative_to(sft.FOLDER), sha)
+        fsync_tree(temporary)
+        replace_folder(temporary, final, sft.A_TRANSFORMER)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_token(remote: RemoteFolder, index: Index, folder: Path) -> None:
+    """Whose mirror the folder belongs to."""
+    commit_bytes(folder / MIRROR_FILE, json.dumps({"run": index.run, "at": remote.shown}).encode())
+
+
+def _restore(remote: RemoteFolder, index: Index, newer: list[str], folder: Path) -> None:
+    """The checkpoint to go on from comes last: a kill before that leaves a folder that is restored again."""
+    _write_token(remote, index, folder)
+    for file in index.files:
+        if file in _FILES or file.startswith(f"{VALIDATION}/"):
+            _fetch(remote, file, folder / file)
+    best, faults = f"checkpoint-{index.best}", []
+    if best in index.checkpoints and not (folder / best).exists():
+        _fetch_checkpoint(remote, best, index, folder)
+    for name in reversed(newer):
+        try:
+            if name != best:
+                _fetch_checkpoint(remote, name, index, folder)
+            break
+        except RunError as fault:
+            faults.append(fault)
+            _say(f"{name} of the mirror is not whole: {fault.what}")
+    else:
+        raise faults[0]
+    _say(f"restored {name} from {remote.shown} into {folder}")
+
+
+def _fetch_checkpoint(remote: RemoteFolder, name: str, index: Index, folder: Path) -> None:
+    final = folder / name
+    temporary = temporary_beside(final)
+    temporary.mkdir()
+    try:
+        for file, told in index.checkpoints[name].items():
+            _fetch_checked(remote, f"{name}/{file}", told, temporary / file)
+        fsync_tree(temporary)
+        replace_folder(temporary, final, A_CHECKPOINT)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fetch_checked(remote: RemoteFolder, name: str, told: MirroredFile, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(2):
+        if remote.fetch(name, to) is None:
+            raise RunError("a file is missing", where=remote.name(name))
+        if to.stat().st_size == told.size and sha256_of(to) == told.sha256:
+            return
+    raise RunError("a file is not what was uploaded", where=remote.name(name), fix="--resume never begins anew")
+
+
+def _fetch(remote: RemoteFolder, name: str, to: Path, sha256: str | None = None) -> None:
+    """A file beside the checkpoints: one that is written again and again, or with a hash just this one."""
+    if sha256 is not None and to.is_file() and sha256_of(to) == sha256:
+        return
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(to)
+    try:
+        there = remote.fetch(name, temporary) is not None
+        if sha256 is not None and not (there and sha256_of(temporary) == sha256):
+            raise RunError("a file is not what was uploaded, or missing", where=remote.name(name), fix="run it again")
+        if there:
+            commit(temporary, to)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _say(text: str) -> None:
+    said()
+    print(plain(text), file=sys.stderr, flush=True)
