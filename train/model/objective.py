@@ -139,11 +139,28 @@ def _rope(
     head_dim: int, frames: int, grid: tuple[int, int], base: tuple[int, int], sliced: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
     if sliced:
         return get_3d_rotary_pos_embed(
             head_dim, None, grid_size=grid, temporal_size=frames, grid_type="slice", max_size=base, device=device
         )
-    crop = get_resize_crop_region_for_grid(grid, base[1], base[0])  # it takes the width first
-    return get_3d_rotary_pos_embed(head_dim, crop, grid_size=grid, temporal_size=frames, device=device)
+    return get_3d_rotary_pos_embed(
+        head_dim, region_within(grid, base), grid_size=grid, temporal_size=frames, device=device
+    )  # fmt: skip
+
+
+def region_within(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Top left and bottom right of the largest region of a grid's shape in the middle of the base grid.
+
+    It is diffusers' ``get_resize_crop_region_for_grid``, whose module imports pipelines and with them all of T5.
+
+    Args:
+        grid: height and width, as ``base``.
+    """
+    (height, width), (most_high, most_wide) = grid, base
+    if height / width > most_high / most_wide:
+        high, wide = most_high, round(most_high / height * width)
+    else:
+        high, wide = round(most_wide / width * height), most_wide
+    top, left = round((most_high - high) / 2), round((most_wide - wide) / 2)
+    return (top, left), (top + high, left + wide)

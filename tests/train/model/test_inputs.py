@@ -11,7 +11,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, FAMILIES, Resolution
 from cogtrain.model import lora
 from cogtrain.model.batch import Batch
-from cogtrain.model.objective import Objective
+from cogtrain.model.objective import Objective, region_within
 
 FORMS = [family.builtin for family in FAMILIES]
 NATIVE = Resolution(17, 64, 96)
@@ -218,3 +218,13 @@ def test_min_snr_weighs_each_sample_by_its_timestep():
     abar = Objective.of(checkpoint).schedule.abar_T[batch.timestep_B]
     snr = abar / (1 - abar)
     torch.testing.assert_close(weighted / plain, (snr.clamp(max=5) / (snr + 1)).float(), rtol=1e-5, atol=0)
+
+
+def test_positions_stretch_over_the_region_that_diffusers_takes():
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    for base in ((30, 45), (48, 85), (4, 6)):
+        for height in range(1, 60):
+            for width in range(1, 100):
+                grid = (height, width)
+                assert region_within(grid, base) == get_resize_crop_region_for_grid(grid, base[1], base[0])
