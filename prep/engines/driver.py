@@ -33,6 +33,7 @@ from .fleet import LOGS, Fleet, Gpu, Node, why_lost
 
 TRIES = 3  # of a clip, before it is set aside; of a shard that is lost with no clip at hand, before the run gives up
 _REFUSED = 2  # nodes that may refuse a shard for no clip's fault, before the run gives up
+_SICK = 4  # different shards that a node loses without finishing one between: it is the node
 _WAIT_S = 0.25  # for an answer of the cluster
 _BUSY_S = 2.0  # before a shard that another process writes is tried again
 _LEFT_S = 60.0  # and at least so long, before it is left to that process: one that we end may take a while to go
@@ -165,6 +166,7 @@ class Driver:
         gpu.node.outcome.add(outcome)
         gpu.node.clips += outcome.samples - (gpu.status.settled if gpu.status else 0)
         gpu.shard = None
+        gpu.node.lost.clear()
         task.held = False
         if outcome.busy:
             task.not_before = time.monotonic() + _BUSY_S
@@ -188,6 +190,7 @@ class Driver:
         say(f"node {gpu.node.name} lost {task.label}, which another one goes on with: {why}")
         task.held, task.careful, task.busy_since = False, True, None
         task.failed_on.add(gpu.node.id)
+        self._look_after(gpu.node, task, why)
         if clip:
             self._suspect(task, clip, gpu.node, why)
         elif self._fleet.still_alive(gpu.node):
@@ -198,6 +201,15 @@ class Driver:
                     where=f"node {gpu.node.name}",
                     fix=f"look at {LOGS}; what is committed is kept",
                 )
+
+    def _look_after(self, node: Node, task: _Task, why: str) -> None:
+        """A node that loses one shard after the other gets no more, where there are others."""
+        node.lost.add(task.label)
+        if len(node.lost) >= _SICK and any(other is not node for other in self._fleet.usable):
+            node.fault = Fault(
+                f"it lost {len(node.lost)} shards and finished none between: {why}", None, None, told=True
+            )
+            say(f"node {node.name} gets no more shards: {node.fault.what}")
 
     def _suspect(self, task: _Task, clip: str, node: Node, why: str) -> None:
         """Set a clip aside that was at hand too often."""

@@ -33,6 +33,7 @@ class Node:
     fault: Fault | None = None  # why it gets no more shards
     losses: int = 0  # of its actors
     failed_loads: int = 0  # in a row
+    lost: set[str] = field(default_factory=set)  # shards, since it last finished one
     clips: int = 0  # that it has settled
     outcome: Outcome = field(default_factory=Outcome)  # of its shards that are done
     since: float | None = None  # it got its first shard

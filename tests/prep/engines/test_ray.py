@@ -23,6 +23,7 @@ from places import CHILDREN, CHILDREN_PATH
 from ray_nodes import Nodes, Run, a_refusing_actor, an_actor, begun, raylet_of, whole_keys, writer_of_a_shard
 
 from cogcommon.errors import RunError
+from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
 from cogprep.commands.encode import encode
 
 pytest.importorskip("ray")
@@ -51,7 +52,7 @@ def files_of(out: Path) -> dict[str, str]:
     """Everything that a trainer reads, by content."""
     return {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for kind in ("*.tar", "*.parquet", "contract.json", "empty-caption.safetensors")
+        for kind in ("*.tar", "*.parquet", CONTRACT_FILE, EMPTY_CAPTION_FILE)
         for path in sorted(out.rglob(kind))
     }
 
