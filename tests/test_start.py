@@ -1,0 +1,62 @@
+"""Which libraries a command imports: each takes a second or more of everybody who types it.
+
+What imports what, on two cores, seconds of one: torch 0.7; with CUDA about 2; its compiler's front end, which diffusers
+imports, 0.7; diffusers' transformers with PEFT 0.8; transformers 0.5, its T5 1.1; accelerate 0.1, DeepSpeed 0.3 and
+more where there is a GPU. `python -m workshop.bench_start --imports` measures them.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {
+    "torch", "torch._dynamo", "torch._inductor.compile_fx", "diffusers", "transformers",
+    "transformers.models.t5.modeling_t5", "peft", "accelerate", "deepspeed",
+}  # fmt: skip
+TRAINING = {"torch", "torch._dynamo", "diffusers", "transformers", "peft", "accelerate"}
+RUN = """
+import atexit, importlib, json, sys
+heavy, program, sys.argv = json.loads(sys.argv[1]), sys.argv[2], sys.argv[2:]
+atexit.register(lambda: print("imported", json.dumps([name for name in heavy if name in sys.modules])))
+importlib.import_module(f"{program}.cli").main()
+"""
+
+
+def imported(*words: str) -> set[str]:
+    """Of the libraries that matter here, those that a command has imported when it ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(sorted(HEAVY)), *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return set(json.loads(done.stdout.rpartition("imported ")[2]))
+
+
+@pytest.mark.parametrize("program", ["cogprep", "cogtrain"])
+def test_help_imports_nothing(program):
+    assert imported(program, "--help") == set()
+
+
+def test_plan_of_a_model_imports_nothing():
+    assert imported("cogtrain", "plan", "--model", "THUDM/CogVideoX-5b", "--gpu", "4090") == set()
+
+
+def test_commands_over_shards_import_what_runs(tmp_path, make_shards):
+    """One after the other, since each leaves what the next is asked about."""
+    tars = list(map(str, make_shards(tmp_path / "out", "random-tiny", samples=2)))
+    lora = ("cogtrain", "lora", "--shards", *tars, "--steps", "1", "--out", str(tmp_path / "run"))
+    assert imported(*lora) == TRAINING  # DeepSpeed is for who asks for it; nothing is compiled on a CPU
+    # The weights have been looked at.
+    assert imported("cogtrain", "plan", "--shards", *tars, "--gpu", "4090") == {"torch"}
+
+
+def test_an_encode_with_nothing_to_do_imports_no_library(tmp_path):
+    from workshop.draw import write_data_set
+
+    write_data_set(tmp_path / "ds", 2, seed=0)
+    words = ("--data-root", str(tmp_path / "ds"), "--resolution", "9x32x48", "--model", "random-tiny")
+    encode = ("cogprep", "encode", *words, "--out", str(tmp_path / "out"))
+    assert "transformers.models.t5.modeling_t5" in imported(*encode)
+    assert imported(*encode) == set()
+    assert imported("cogprep", "validate", *words, "--out", str(tmp_path / "out")) == {"transformers"}
