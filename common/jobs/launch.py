@@ -40,7 +40,8 @@ def launch(settings: LaunchSettings, program: Program) -> None:
         program.name, words, program.together, settings.name or _name(words[0], str(what.out)), Path.cwd(), settings
     )
     if not target.ours:
-        refuse_own_disk(str(what.out), settings.mount)
+        mirror = getattr(what, "mirror", None) if settings.nodes == 1 else None  # from which a bare machine goes on
+        refuse_own_disk(str(mirror or what.out), settings.mount)
     text = target.render(job)
     checked = check_text(target, text)
     file = settings.file or Path(f"{job.name}{target.suffix}")

@@ -222,6 +222,14 @@ def test_submitting_takes_the_schedulers_own_program(here, monkeypatch, capfd):
         launch("--on", "slurm", "--submit", "--", *LORA)
 
 
+def test_one_machine_may_keep_its_run_in_a_bucket_instead_of_a_volume(here):
+    mirrored = ["--", *LORA, "--mirror", "s3://mine/runs/mine"]
+    launch("--on", "kubernetes", *POD[:2], *mirrored)
+    assert "claimName" not in (here / "lora-mine.yaml").read_text()
+    with pytest.raises(SettingError, match="share no storage"):
+        launch("--on", "kubernetes", "--nodes", 2, *POD[:2], *mirrored)
+
+
 def test_a_file_of_settings_that_only_the_job_sees_is_said_to_be_unchecked(here, capsys):
     launch("--on", "kubernetes", *POD, "--", *LORA, "--config", "/data/mine.toml")
     assert "/data/mine.toml is not on this machine" in capsys.readouterr().err
