@@ -131,6 +131,9 @@ class TrainSettings:
         section=_SAVE,
     )
     save_every: int = setting(200, "steps between checkpoints", section=_SAVE)
+    save_minutes: float | None = setting(
+        None, "also save when so many minutes have passed since the last checkpoint", section=_SAVE
+    )
     mirror: str | None = setting(
         None, "address of a folder in an object store, as s3://bucket/runs/mine, that gets a copy of --out: of each "
         "checkpoint, and of what the run writes; where --out has none, the run goes on from there", section=_SAVE,
@@ -179,9 +182,9 @@ class TrainSettings:
             )
         least = {
             "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "global_batch": 1, "warmup": 0, "nproc": 1,
-            "save_every": 1, "keep": 1, "validate_every": 1, "validate_videos": 0, "patience": 0, "lr": 0, "eps": 0,
-            "weight_decay": 0, "max_grad_norm": 0, "min_snr_gamma": 0, "caption_dropout": 0, "beta1": 0, "beta2": 0,
-            "ema": 0,
+            "save_every": 1, "save_minutes": 0, "keep": 1, "validate_every": 1, "validate_videos": 0, "patience": 0,
+            "lr": 0, "eps": 0, "weight_decay": 0, "max_grad_norm": 0, "min_snr_gamma": 0, "caption_dropout": 0,
+            "beta1": 0, "beta2": 0, "ema": 0,
         }  # fmt: skip
         below = {"beta1": 1, "beta2": 1, "ema": 1}
         for name, lowest in least.items():

@@ -98,15 +98,17 @@ def check_room(run: Run, folder: Path) -> list[str]:
         return max(1, min(there + to_come, keep + needs.best + 1) - there) if to_come else 0
 
     room = (free - needs.least) // max(1, needs.checkpoint)
-    if at_most(settings.save_every, settings.keep) <= room:
+    every = settings.save_every if settings.save_minutes is None else 1  # as far as anybody can tell
+    if at_most(every, settings.keep) <= room:
         return []
-    fewer = [keep for keep in range(1, settings.keep) if at_most(settings.save_every, keep) <= room]
+    fewer = [keep for keep in range(1, settings.keep) if at_most(every, keep) <= room]
+    alone = " without --save-minutes" if settings.save_minutes is not None else ""
     if fewer:
         do = f"--keep {fewer[-1]} has room"
     elif room:
-        do = f"--save-every {run.steps} has room for one, at the end"
+        do = f"--save-every {run.steps}{alone} has room for one, at the end"
     else:
-        do = f"--save-every {run.steps} trains to the end without one; the weights have room"
+        do = f"--save-every {run.steps}{alone} trains to the end without one; the weights have room"
     return [
         f"the disk would be full before the run ends, and training stop there: {in_bytes(free)} are free, and "
         f"{needs}; {do}"

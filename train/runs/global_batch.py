@@ -54,7 +54,7 @@ def with_accumulation(
     if resume is not None and resume.state.world != groups.world:
         notes.append(
             f"on {_processes(groups.world)} instead of {resume.state.world}: {counted(steps, 'accumulation step')} "
-            f"of {each} keep the global batch of {wanted}"
+            f"of {each} keep{'s' * (steps == 1)} the global batch of {wanted}"
         )
     return dataclasses.replace(settings, accumulate=steps, global_batch=None)
 

@@ -322,9 +322,9 @@ def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | Non
 
 # They say where and how long, not what is trained.
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "global_batch", "shards",
-         "validate_shards", "save_every", "keep", "keep_best", "patience", "validate_every", "validate_videos",
-         "tracker", "model", "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision", "cache",
-         "cache_size", "init_lora", "repeat", "follow", "mirror"}  # fmt: skip
+         "validate_shards", "save_every", "save_minutes", "keep", "keep_best", "patience", "validate_every",
+         "validate_videos", "tracker", "model", "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy",
+         "precision", "cache", "cache_size", "init_lora", "repeat", "follow", "mirror"}  # fmt: skip
 
 
 def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:

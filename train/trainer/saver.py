@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ class Saver:
         mirror: keeps the copy of --mirror, on rank 0.
         exported: the weights, once they have been written.
         unsaved: why there is no checkpoint of the last step, if that costs only the resume.
+        saved_at: when the last checkpoint was written, or the run was set up (`time.monotonic`).
     """
 
     run: Run
@@ -50,6 +52,7 @@ class Saver:
     mirror: Mirror | None = None
     exported: Written | None = None
     unsaved: CogError | None = None
+    saved_at: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def _shadow(self) -> list[torch.Tensor] | None:
@@ -58,6 +61,14 @@ class Saver:
     def averaged(self) -> AbstractContextManager[None]:
         """Inside the ``with`` the model is what would be exported."""
         return self.ema.in_place() if self.ema else nullcontext()
+
+    def due(self) -> bool:
+        """Whether ``--save-minutes`` have passed, by the clock of process 0."""
+        minutes = self.run.settings.save_minutes
+        if minutes is None:
+            return False
+        passed = self.runtime.main and time.monotonic() - self.saved_at >= 60 * minutes
+        return bool(self.runtime.all_reduce_max(int(passed)))
 
     @stage("reading the checkpoint")
     def resume(self, checkpoint: Path) -> None:
@@ -142,6 +153,7 @@ class Saver:
         else:
             self.unsaved = None
             self.log.say(f"saved {saved}")
+        self.saved_at = time.monotonic()
         if self.unsaved and not self.exported:
             self._rescue(step, self.unsaved)
         if runtime.main:

@@ -176,7 +176,7 @@ class Trainer:
         settings, last = self.run.settings, step == self.run.steps
         stop = self._signal()
         validates = self.validation and not stop and (last or step % settings.validate_every == 0)
-        saves = stop or last or step % settings.save_every == 0
+        saves = stop or last or step % settings.save_every == 0 or self.saver.due()
         if validates or saves:
             self.readout.catch_up()
         if last:  # first of all, and in its smallest form

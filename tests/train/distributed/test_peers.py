@@ -3,11 +3,13 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 from forked import Forked
-from places import CHILDREN
+from places import CHILDREN, CHILDREN_PATH
 
 from cogtrain.distributed import peers
 from cogtrain.distributed.leaving import LOST
@@ -41,6 +43,55 @@ def test_all_leave_when_one_does(how, victim, says):
     assert errors.count("error:") == 1 and says in errors and "Traceback" not in errors
     # As a bare PyTorchJob starts them, with no word of what is on the same host.
     assert [out for _, out, _ in ended] == ["rank 0, 2 here\n", "rank 1, 2 here\n"]
+
+
+@pytest.fixture
+def two_networks():
+    """Names of two network namespaces, 10.77.0.1 and 10.77.0.2, with a cable between them."""
+    names = [f"cogtrain-{os.getpid()}-{number}" for number in (1, 2)]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "cable", "netns", names[1])
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "cable", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    yield names
+    for name in names:
+        ip("netns", "del", name)
+
+
+@pytest.mark.full
+def test_a_host_that_answers_nothing_any_more_is_lost(two_networks):
+    """Nothing ends its connections, as where its power is gone. The processes of both sides leave."""
+    run = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29555", "PYTHONPATH": CHILDREN_PATH}
+    words = [sys.executable, CHILDREN / "leaving.py", "leave", "raises", "7"]  # nobody's number: all sleep
+    both = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | run | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "cable"},
+        )
+        for rank, name in enumerate(two_networks)
+    ]  # fmt: skip
+    try:
+        assert [process.stdout.readline() for process in both] == ["rank 0, 2 here\n", "rank 1, 2 here\n"]
+        time.sleep(1)
+        subprocess.run(["ip", "-n", two_networks[1], "link", "set", "cable", "down"], check=True)
+        began = time.monotonic()
+        ended = [process.communicate(timeout=60) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [LOST, LOST]
+    assert 10 < time.monotonic() - began < 40
+    assert all(f"process {other} of 2, on " in err for (_, err), other in zip(ended, (1, 0), strict=True))
 
 
 def test_a_process_has_a_gpu_of_its_own_among_those_that_it_sees(monkeypatch):

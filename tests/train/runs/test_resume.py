@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -186,6 +187,17 @@ def test_never_starts_anew_and_a_path_is_continued(here, tmp_path):
     assert losses(here(steps=2, resume="never")) == {k: v for k, v in losses(first).items() if k <= 2}
     other = here(steps=4, out=tmp_path / "other", resume=str(tmp_path / "run" / "checkpoint-2"))
     assert sorted(losses(other)) == [3, 4]
+
+
+def test_checkpoints_by_the_clock(here, monkeypatch):
+    """What is between two checkpoints is no more than --save-minutes, here three looks of 20 s."""
+    from cogtrain.trainer import saver
+
+    now = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    # The clock is looked at once when the run is set up, after each step, and after each checkpoint.
+    run = here(steps=8, save_minutes=1, keep=9)
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == [f"checkpoint-{n}" for n in (3, 6, 8)]
 
 
 def test_going_back_takes_later_checkpoints_away(here):
