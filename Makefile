@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full test-gpu bench-encode bench-train check readme venv clean
+.PHONY: demo test test-full test-gpu bench-encode bench-train bench-check check readme venv clean
 
 venv: .venv/ready
 
@@ -58,6 +58,11 @@ bench-encode: venv
 bench-train: venv
 	rm -rf build/bench-train
 	$(BIN)/python -m workshop.bench_train --out build/bench-train
+
+# Three of those rows, and by how many percent each has moved from what train/memory/measured.jsonl has of this GPU.
+bench-check: venv
+	rm -rf build/bench-check
+	$(BIN)/python -m workshop.bench_train --check --out build/bench-check
 
 clean:
 	rm -rf .venv build demo *.egg-info

@@ -9,7 +9,10 @@ import sys
 import pytest
 import torch
 
+from cogtrain.memory.measured import measured
+from workshop.bench_train import __main__ as bench
 from workshop.bench_train import machine, records
+from workshop.bench_train.achieved import achieved, step_flop
 from workshop.bench_train.allocations import at_the_peak, held
 from workshop.bench_train.measure import _Enough, _Steps, prepare, product
 from workshop.bench_train.plain import reference
@@ -184,3 +187,30 @@ def test_what_is_looked_at_after_the_measurement_fails_alone(monkeypatch):
         for step in range(4, 99):
             steps._look(step)
     assert steps.found == {"broken": ["RuntimeError: not allowed here"], "two": ["steps 6 to 7"]} and step == 7
+
+
+def test_a_step_of_5b_computes_what_the_design_counts():
+    assert step_flop("5b", "lora", "49x480x720") == pytest.approx(909e12, rel=1e-3)
+    more = step_flop("5b", "sft", "49x480x720") - step_flop("5b", "lora", "49x480x720")
+    assert more == pytest.approx(42 * 24 * 17776 * 3072**2)  # gradients of the weights, too
+    (fast,) = [run for run in measured() if run.row == "5b/fast" and run.attention == "flash4"][:1]
+    assert str(achieved(fast)) == "526, 53%"
+
+
+def test_a_check_says_by_how_much_a_row_has_moved(monkeypatch, capsys):
+    known = next(run for run in measured() if run.row == "5b/fast" and not run.faster_since)
+    row = rows_named(["5b/fast"])[0]
+    result = dataclasses.asdict(row) | dataclasses.asdict(known) | {"bucket": known.resolution, "processes": 1}
+    monkeypatch.setattr(records, "_commit", lambda: "now")
+
+    def check(**changes):
+        slower = bench._slower([result | changes])
+        return slower, capsys.readouterr().out
+
+    assert check() == (False, f"5b/fast: {known.s_per_step:.2f} s a step, +0.0% of {known.s_per_step:.2f} s on "
+                       f"{known.date} ({known.commit}); peak +0.0%\n")  # fmt: skip
+    slower, said = check(s_per_step=known.s_per_step * 1.05)
+    assert slower and "+5.0% of" in said
+    assert check(gpu="another card") == (False, "5b/fast: never measured on such a GPU\n")
+    result.pop("s_per_step")
+    assert check() == (True, "5b/fast: failed\n")

@@ -17,11 +17,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .records import add_measured
+from .records import add_measured, moved
 from .rows import ROWS, BenchRow, rows_named, table
 from .started import Started, result_file
 
 app = typer.Typer(add_completion=False)
+
+_CHECKED = ("2b/fast", "5b/fast", "5b/low")  # of a small step, a large one, and one that streams; three minutes
 
 
 @app.command()
@@ -51,6 +53,10 @@ def main(
         list[Path] | None,
         typer.Option(help="A bench.jsonl: measure nothing, and add its rows to what the project knows."),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(help="Say by how much rows have moved from what the project knows; 1 if one is slower by 3%."),
+    ] = False,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure rows one after the other, and print a table."""
@@ -63,7 +69,7 @@ def main(
         return
     out.mkdir(parents=True, exist_ok=True)
     try:
-        wanted = rows_named(rows) if rows else list(ROWS)
+        wanted = rows_named(rows) if rows else rows_named(_CHECKED) if check else list(ROWS)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     here = gpus or _gpus()
@@ -103,6 +109,18 @@ def main(
         print(f"      {result.get('losses') or result.get('numerics') or ''}", flush=True)
         (out / "bench.md").write_text(f"{_machine()}\n\n{table(results)}\n", encoding="utf-8")
     print(table(results), flush=True)
+    if check and _slower(results):
+        raise typer.Exit(1)
+
+
+def _slower(results: list[dict[str, Any]]) -> bool:
+    """Say of each row by how much it has moved; whether one is slower than noise explains, or failed."""
+    slower = False
+    for result in results:
+        there, failed = moved(result), "s_per_step" not in result
+        print(there or f"{result['row']}: {'failed' if failed else 'never measured on such a GPU'}", flush=True)
+        slower = slower or (there.slower if there else failed)
+    return slower
 
 
 def _work(row: BenchRow, out: Path) -> None:

@@ -17,6 +17,7 @@ from cogtrain.memory.seconds import H200, seconds, speed_of
 from cogtrain.runs.run import Run
 from cogtrain.settings import LoraSettings, SftSettings, TrainSettings
 
+from .achieved import achieved
 from .reference_guide import GuideRow, Way, guide_rows
 from .subject import random_checkpoint, random_run, random_shards
 
@@ -72,7 +73,10 @@ def _took(run: Measured) -> str:
 
 def measured_table() -> str:
     """Every run that was measured, the newest of its kind, beside what was computed for it, as Markdown."""
-    lines = ["| run | GPUs | s/step | peak | computed | host memory | command |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| run | GPUs | s/step | TFLOP/s, of the card's | peak | computed | host memory | command |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     newest: dict[tuple[object, ...], Measured] = {}
     for run in measured():
         how = json.dumps(run.block_plan)
@@ -90,7 +94,7 @@ def measured_table() -> str:
         host = "" if run.host_gib is None else f"{run.host_gib:.0f} GB"
         lines.append(
             f"| {what}, {run.memory} | {run.gpus} x {run.gpu}{given} | {run.s_per_step:.2f}"
-            f"{', faster since' if run.faster_since else ''} | {run.peak_gib:.1f} GB "
+            f"{', faster since' if run.faster_since else ''} | {achieved(run)} | {run.peak_gib:.1f} GB "
             f"| {off} | {host} | `{run.command}` |"
         )
     return "\n".join(lines)

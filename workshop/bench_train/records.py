@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cogtrain.memory.measured import REFERENCE, Measured, add_measured_run, measured
+
+_SAME = ("row", "gpu", "gpus", "resolution", "rank", "precision", "strategy", "attention", "memory")
+_NOISE = 0.03  # between two leases of one kind of GPU: 1.6% at most so far
 
 
 def add_measured(file: Path) -> int:
@@ -30,6 +34,40 @@ def add_measured(file: Path) -> int:
             add_measured_run(run)
             new += 1
     return new
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A row beside the newest of its kind that the project knows."""
+
+    row: str
+    s_per_step: float
+    seconds: float  # by how much they have grown, as a share
+    peak: float  # so the GPU memory's peak
+    since: Measured
+
+    @property
+    def slower(self) -> bool:
+        """By more than two runs of the same code differ."""
+        return self.seconds > _NOISE
+
+    def __str__(self) -> str:
+        then = f"{self.since.s_per_step:.2f} s on {self.since.date} ({self.since.commit})"
+        return f"{self.row}: {self.s_per_step:.2f} s a step, {self.seconds:+.1%} of {then}; peak {self.peak:+.1%}"
+
+
+def moved(result: Mapping[str, Any]) -> Moved | None:
+    """How a result differs from what was measured before; None where the same was never measured, or it failed."""
+    if "s_per_step" not in result:
+        return None
+    run = _measured(result)
+    for known in measured():
+        same = all(getattr(known, name) == getattr(run, name) for name in _SAME)
+        if same and not known.faster_since and (run.memory != "auto" or known.block_plan == run.block_plan):
+            return Moved(
+                run.row, run.s_per_step, run.s_per_step / known.s_per_step - 1, run.peak_gib / known.peak_gib - 1, known
+            )
+    return None
 
 
 def _what(run: Measured) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.settings import LoraSettings, TrainSettings
 
+from .achieved import achieved_by
 from .reference_guide import guide_rows
 
 Kind = Literal["fast", "auto", "low", "file", "reference", "numerics"]
@@ -147,9 +148,9 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     results = [result for result in results if "s_per_step" in result]
     against = {_compared(result): result for result in results if result["kind"] == "reference"}
     lines = [
-        "| | s/step | times the reference | losses off its | peak GiB | host GiB | forward / backward / optimizer s "
-        "| compile s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | s/step | TFLOP/s, of the card's | times the reference | losses off its | peak GiB | host GiB "
+        "| forward / backward / optimizer s | compile s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         ratio = off = ""
@@ -159,7 +160,7 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
             off = f"{max(abs(mine / theirs - 1) for mine, theirs in pairs):.2%} in {len(pairs)} steps"
         parts = " / ".join(f"{result[part]:.2f}" for part in ("forward_s", "backward_s", "optimizer_s"))
         lines.append(
-            f"| {_named(result)} | {result['s_per_step']:.2f} "
+            f"| {_named(result)} | {result['s_per_step']:.2f} | {achieved_by(result) or ''} "
             f"| {ratio} | {off} | {max(result['peak_gib'], result['first_peak_gib']):.1f} "
             f"| {result['host_gib']:.1f} | {parts} | {result['compile_s']:.0f} |"
         )
