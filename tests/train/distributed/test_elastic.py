@@ -8,6 +8,7 @@ import time
 import pytest
 from forked import Forked
 from places import CHILDREN
+from torch.distributed import TCPStore
 
 from cogtrain.distributed import elastic
 from cogtrain.distributed.signals import Stopped
@@ -20,18 +21,23 @@ WORDS = [word for name, value in SETTINGS.items() for word in ("--" + name.repla
 
 
 @pytest.fixture
-def agent(tmp_path):
-    """agent(*words) -> an agent of torchrun for a host of one process, begun; all of a test meet."""
+def address():
+    """Where the agents of a test meet: the first one's, if nobody is there before."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = free.getsockname()
+        return free.getsockname()
+
+
+@pytest.fixture
+def agent(tmp_path, address):
+    """agent(*words) -> an agent of torchrun for a host of one process, begun; all of a test meet."""
     begun = []
 
     def begin(*words):
         endpoint = "{}:{}".format(*address)
         begun.append(new := Forked([CHILDREN / "agent.py", 9, endpoint, "cogtrain", *words], tmp_path))
         with socket.socket() as probe:
-            wait_for(lambda: probe.connect_ex(address) == 0, new)  # at the first one's all meet
+            wait_for(lambda: probe.connect_ex(address) == 0, new)
         return new
 
     yield begin
@@ -51,6 +57,23 @@ def lines(run):
     return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
+@pytest.fixture
+def undisturbed(tmp_path, train_here, losses):
+    """undisturbed(count) -> the losses of so many steps, on one process."""
+
+    def train(count):
+        def stop(step):
+            if step == count:
+                ask_to_stop(tmp_path / "alone")
+
+        settings = LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "alone", **SETTINGS)
+        with pytest.raises(Stopped):
+            train_here(settings, after_step=stop)
+        return losses(tmp_path / "alone")
+
+    return train
+
+
 STRATEGIES = ["ddp"] + [
     pytest.param(strategy, marks=pytest.mark.full)
     for strategy in ("zero1", "zero2", "zero2-offload", "zero3", "zero3-offload")
@@ -58,7 +81,7 @@ STRATEGIES = ["ddp"] + [
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_host_is_lost_and_another_joins(strategy, tmp_path, make_shards, agent, train_here, losses):
+def test_a_host_is_lost_and_another_joins(strategy, tmp_path, make_shards, agent, undisturbed, losses):
     make_shards(tmp_path / "out", samples=8)
     run = tmp_path / "run"
     words = ["lora", "--shards", "out", "--out", "run", "--strategy", strategy, "--resume", "never", *WORDS]
@@ -80,16 +103,27 @@ def test_a_host_is_lost_and_another_joins(strategy, tmp_path, make_shards, agent
     assert re.findall(rf"{strategy}, (\d)", said) == ["2", "1", "2"] and said.count("stopped; to resume") == 2
     assert "on 1 process instead of 2: 2 accumulation steps of 1 keep the global batch of 2" in said
 
-    made = losses(run)
-    assert sorted(made) == list(range(1, len(made) + 1))
+    assert losses(run) == pytest.approx(undisturbed(len(losses(run))), rel=1e-5)
 
-    def stop(step):
-        if step == len(made):
-            ask_to_stop(tmp_path / "alone")
 
-    with pytest.raises(Stopped):
-        train_here(LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "alone", **SETTINGS), after_step=stop)
-    assert made == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+@pytest.mark.full
+def test_the_host_of_process_0_is_lost(tmp_path, make_shards, agent, address, undisturbed, losses):
+    """They meet at a process of its own, which loses no host."""
+    store = TCPStore(*address, None, True, wait_for_workers=False)
+    make_shards(tmp_path / "out", samples=8)
+    run = tmp_path / "run"
+    words = ["lora", "--shards", "out", "--out", "run", *WORDS]
+    first, second = agent(*words), agent(*words)
+    wait_for(lambda: lines(run) >= 3 and read_run(run).facts.processes == 2, first)
+    assert first.kill()
+    wait_for(lambda: read_run(run).facts.processes == 1, second)
+    made = lines(run)
+    wait_for(lambda: lines(run) >= made + 2, second)
+    ask_to_stop(run)
+    code, out, err = second.end(120)
+    assert code == 1 and "on 1 process instead of 2" in out and "agent: ended by a signal" in err, (out, err)
+    assert losses(run) == pytest.approx(undisturbed(len(losses(run))), rel=1e-5)
+    del store
 
 
 def test_what_is_refused_is_said_once_and_not_started_again(tmp_path, make_shards, agent):
