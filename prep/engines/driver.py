@@ -119,7 +119,8 @@ class Driver:
         """As many as there are shards, at most one a GPU; and where a shard waits for another node, there."""
         waiting = [task for task in self._tasks if not task.held]
         able = sum(
-            gpu.shard is not None or not gpu.loaded or any(self._may(gpu.node, task) for task in waiting)
+            gpu.shard is not None
+            or (gpu.node.usable and (not gpu.loaded or any(self._may(gpu.node, task) for task in waiting)))
             for gpu in self._fleet.gpus
         )
         nodes = sorted(self._fleet.usable, key=lambda node: node.losses)

@@ -137,6 +137,23 @@ def test_a_node_that_loses_one_shard_after_the_other_is_sick():
     assert not cluster.driver._tasks and cluster.job.outcome.encoded == 12
 
 
+def test_idle_gpus_of_a_node_that_gets_no_shards_do_not_count(monkeypatch):
+    """As many actors are started as there are shards, on nodes that may take one."""
+    cluster, started = Cluster(1, "ab"), []
+    cluster.tell("a", Outcome(busy=[("train", 0)]))  # a is idle for a while
+    cluster.fleet.gpus.remove(cluster.at("b"))
+    cluster.fleet.gpus.append(second := Gpu(cluster.fleet.nodes["a"], None, None))
+    cluster.driver._settle(second, DISK)
+
+    def start_actor(nodes: list[Node]) -> bool:
+        started.append([node.name for node in nodes])
+        return len(started) == 1
+
+    monkeypatch.setattr(cluster.fleet, "start_actor", start_actor)
+    cluster.driver._start_actors()
+    assert started == [["b"]]
+
+
 def test_a_shard_that_another_process_writes_is_tried_again_and_left_to_it_in_the_end(monkeypatch):
     cluster = Cluster(1, "a")
     now = [0.0]
