@@ -17,6 +17,7 @@ from cogcommon.words import bytes_of, counted
 
 from .dataset.lists import DataSet, read_lists
 from .source.heartbeat import TIMEOUT_S
+from .source.remote import default_cache, use_cache
 from .video.cut import Crop, Cut, Fit, FrameMode, HdrMode, Short
 
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
@@ -36,7 +37,10 @@ class PlanSettings:
     """What decides the plan: `validate` shows it, `encode` carries it out."""
 
     data_root: Path | None = setting(
-        None, "folder with prompts.txt, videos.txt and the clips", shown="required", section="Data"
+        None,
+        "folder with prompts.txt, videos.txt and the clips, or an address: s3://bucket/ds",
+        shown="required",
+        section="Data",
     )
     prompts: str = setting("prompts.txt", "name of the list of captions, one per line", section="Data")
     videos: str = setting(
@@ -54,10 +58,11 @@ class PlanSettings:
     out: Path = setting(Path("out"), "folder for the shards, or an address: s3://bucket/out, gs://...", section="Data")
     cache: Path | None = setting(
         None,
-        "folder of this machine for shards on their way to an address",
+        "folder of this machine for shards on their way to an address, and for clips from one",
         shown="~/.cache/cogprep",
         section="Data",
     )
+    cache_size: str = setting("50GB", "bytes of clips from addresses that are kept there, as 500MB", section="Data")
 
     model: str | None = setting(
         None,
@@ -146,7 +151,7 @@ class PlanSettings:
                 where=f"--out {self.out} is the data root",
                 fix="--out takes a folder of its own, for example --out out",
             )
-        _ = self.shard_size, self.buckets
+        _ = self.shard_size, self.buckets, self.cache_bytes
 
     @property
     def root(self) -> Path:
@@ -167,6 +172,20 @@ class PlanSettings:
                 f"{self.shard_bytes!r} is not a size", where="--shard-bytes", fix="for example --shard-bytes 500MB"
             )
         return size
+
+    @property
+    def cache_bytes(self) -> int:
+        """--cache-size in bytes."""
+        size = bytes_of(self.cache_size)
+        if size is None:
+            raise SettingError(
+                f"{self.cache_size!r} is not a size", where="--cache-size", fix="for example --cache-size 50GB"
+            )
+        return size
+
+    def keep_clips(self) -> None:
+        """Have clips behind addresses kept in --cache, by this process and those that it starts."""
+        use_cache(self.cache or default_cache(), self.cache_bytes)
 
     def samples_a_shard(self, sample_bytes: int) -> int:
         """As asked for by number, else as many of this size as --shard-bytes takes, at least one."""

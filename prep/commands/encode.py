@@ -37,7 +37,7 @@ def run(settings: EncodeSettings) -> None:
         show(report, Console(), path)
     if not report.usable:
         raise DataRootError(
-            "none of the clips can be used", where=str(settings.root), fix=f"see the reasons above, or in {path}"
+            "none of the clips can be used", where=as_shown(settings.root), fix=f"see the reasons above, or in {path}"
         )
     if settings.strict and (trouble := report.trouble):
         raise DataRootError(
@@ -53,6 +53,7 @@ def encode(settings: EncodeSettings) -> Report:
         RunError: one of several processes failed.
     """
     part = choose_slice(settings.worker, os.environ)
+    settings.keep_clips()
     check_root(settings.root, settings.prompts, settings.videos)  # before a model is looked for on the hub
     if not is_address(settings.out):  # else each process looks, where it has the folder's listing
         check_shards_output(settings.out, "--out", (settings.prompts, settings.videos))

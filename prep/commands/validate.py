@@ -48,7 +48,7 @@ def run(settings: ValidateSettings) -> None:
         count = len(verdict.faults)
         raise DataRootError(
             f"{counted(count, 'fault')}; the first: {first.what}",
-            where=f"{settings.root}: {first.place} {first.entry}".rstrip(),
+            where=f"{as_shown(settings.root)}: {first.place} {first.entry}".rstrip(),
             fix=next(
                 (guess.fix for guess in verdict.guesses),
                 "mend what is listed above; `cogprep encode` leaves bad clips out, but lists must pair up",
@@ -65,6 +65,7 @@ def validate(settings: ValidateSettings) -> Verdict:
         ModelError: the model cannot be had.
     """
     begun = time.perf_counter()
+    settings.keep_clips()
     check_root(settings.root, settings.prompts, settings.videos)  # before a model is looked for on the hub
     checkpoint = settings.open_model(geometry=True)
     family = checkpoint.family

@@ -7,6 +7,7 @@ yields no samples at all; and all faults are found at once, not one a run.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,14 @@ from pathlib import Path
 
 from cogcommon.cli.names import command_line
 from cogcommon.errors import DataRootError
+from cogcommon.files.regular_file import Missing
 from cogcommon.model.families import Task
+from cogcommon.store.address import as_shown
 from cogcommon.words import counted
+
+from ..source.addresses import named_without_secrets, remote_address
+from ..source.clip import BadClip
+from ..source.remote import Unreached, read_object, state_of
 
 # Byte order marks, wherever lists were joined, and what has neither width nor meaning. The joiners U+200C and
 # U+200D do mean something, in Persian and in emoji.
@@ -70,7 +77,7 @@ class DataSet:
                 lines.append(f"and {len(self.faults) - _SHOWN} more")
             raise DataRootError(
                 "the lists do not pair up: " + counted(len(self.faults), "fault"),
-                where="\n       ".join([str(self.root), *lines]),
+                where="\n       ".join([as_shown(self.root), *lines]),
                 fix="mend these lines (line n of every list is one sample); nothing was encoded",
             )
         return self
@@ -85,7 +92,7 @@ def check_root(root: Path, *lists: str) -> None:
     Raises:
         DataRootError: it is missing, or a file, or without lists.
     """
-    if not os.path.isdir(root):  # noqa: PTH112, as `_is_there`
+    if remote_address(root) is None and not os.path.isdir(root):  # noqa: PTH112, as `_is_there`
         raise DataRootError(
             "the data root is not a folder" if _is_there(root) else "there is no such data root",
             where=str(root),
@@ -94,8 +101,10 @@ def check_root(root: Path, *lists: str) -> None:
     if lists and not any(_is_there(root / name) for name in lists):
         raise DataRootError(
             f"there is neither a {' nor a '.join(lists)} in this folder",
-            where=str(root),
-            fix=f"`{command_line('cogprep', 'init', root)}` writes both from the clips and captions that are there",
+            where=as_shown(root),
+            fix=f"`{command_line('cogprep', 'init', root)}` writes both from the clips and captions that are there"
+            if remote_address(root) is None
+            else f"put both there; of a copy on this machine `{command_line('cogprep', 'init', 'COPY')}` writes them",
         )
 
 
@@ -130,7 +139,7 @@ def read_lists(
     for column, name in names.items():
         entries = read_list(root, name, column != "captions", faults)
         if entries is not None:
-            columns[column] = entries
+            columns[column] = entries if column == "captions" else named_without_secrets(entries)
     faults += _blank_lines(columns, names)
     counts = {names[column]: len(entries) for column, entries in columns.items()}
     if len(set(counts.values())) > 1:
@@ -182,7 +191,7 @@ def read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) ->
         faults: gets what is wrong with the list.
     """
     try:
-        data = (root / name).read_bytes()
+        data = _content(root / name)
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             faults.append(ListFault(name, 0, "UTF-16, as Windows writes it; save the list as UTF-8"))
             return None
@@ -194,7 +203,7 @@ def read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) ->
         line = error.object.count(b"\n", 0, error.start) + 1
         faults.append(ListFault(name, line, "not UTF-8; save the list as UTF-8"))
         return None
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+    except (OSError, ValueError, BadClip) as error:  # ValueError: a NUL byte in the name
         faults.append(ListFault(name, 0, f"cannot be read: {getattr(error, 'strerror', None) or error}"))
         return None
     # Not splitlines(): it also cuts at form feeds and at Unicode separators, which captions contain.
@@ -222,6 +231,37 @@ def _seen(entry: str, root: Path | None) -> str:
     return entry if _is_there(root / entry) and not _is_there(root / seen) else seen
 
 
+def _content(path: Path) -> bytes:
+    """Of a list, on this machine or behind an address.
+
+    Raises:
+        OSError: as it was told.
+        BadClip: as the store has told it.
+    """
+    if (address := remote_address(path)) is None:
+        return path.read_bytes()
+    try:
+        return read_object(address)
+    except Missing:
+        raise FileNotFoundError(str(path)) from None
+
+
+def hash_of_list(path: Path) -> str:
+    """sha256 of a list as it is now, in hex; empty where it cannot be read."""
+    try:
+        return hashlib.sha256(_content(path)).hexdigest()
+    except (OSError, ValueError, BadClip):
+        return ""
+
+
 def _is_there(path: Path) -> bool:
     """Whether there is such a file or folder. `Path.exists` raises for a name that is too long to be one."""
+    if (address := remote_address(path)) is not None:
+        try:
+            state_of(address)
+        except Missing:
+            return False
+        except Unreached as error:
+            raise DataRootError("the data root cannot be read", where=str(error)) from error
+        return True
     return os.path.exists(path)  # noqa: PTH110

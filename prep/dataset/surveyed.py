@@ -11,6 +11,7 @@ from pathlib import Path
 from cogcommon.model.families import Resolution
 
 from ..source.clip import BadClip, ClipFault, Hashed
+from ..source.remote import Unreached
 from ..source.source_file import unchanged
 from ..video.cut import Cut
 from ..video.decode import Clip, Sources, decode
@@ -43,5 +44,7 @@ def decode_as_surveyed(
             if isinstance(result, ClipFault):  # read anew, not remembered: the disk may be out of reach
                 same = sources.clip.is_clip(clip.sha256)
             return result if same and (sources.image is None or sources.image.sha256 == image_sha256) else _CHANGED
+    except Unreached as error:
+        return error.fault()
     except (BadClip, OSError):  # it is not there any more, or cannot be read
         return _CHANGED

@@ -45,6 +45,7 @@ from ..plan.slice import Slice, choose_slice
 from ..plan.survey import Survey, survey
 from ..processes.pool import Pool, default_workers
 from ..settings import EncodeSettings, PlanSettings
+from ..source.remote import default_cache
 from ..store.locks import ShardBusy, at_work, lack_of_room, shard_disk_errors
 from ..store.outlet import Outlet, open_outlet
 from ..store.proof import ORIGIN_FILE
@@ -70,8 +71,9 @@ def encode_slice(settings: EncodeSettings, engine: Engine | None = None) -> Repo
         DiskError: the disk is full.
     """
     part = choose_slice(settings.worker, os.environ)
+    settings.keep_clips()
     lists = settings.prompts, settings.videos
-    with open_outlet(settings.out, cache=settings.cache, slice_=str(part), lists=lists) as outlet:
+    with open_outlet(settings.out, cache=settings.cache or default_cache(), slice_=str(part), lists=lists) as outlet:
         return _encode_slice(replace(settings, out=outlet.folder), part, outlet, engine or LocalEngine())
 
 

@@ -26,6 +26,8 @@ from ..plan.folder import shard_label, split_folder
 from ..plan.plan import PlannedSample, PlannedShard, Rejected
 from ..processes.pool import Pool
 from ..source.clip import TONED, ClipFault
+from ..source.part import file_named
+from ..source.remote import ahead
 from ..store.locks import ShardBusy
 from ..store.outlet import Outlet
 from ..store.shards import ShardDone, ShardWriter
@@ -141,7 +143,7 @@ class Pipeline:
         steps: deque[_Step] = deque()
 
         def requests() -> Iterator[tuple[Any, ...]]:
-            for step in self._steps(shards):
+            for step in ahead(self._steps(shards), self._files):
                 steps.append(step)
                 if isinstance(step, _Decode):
                     self._care.at_hand(step.planned)
@@ -198,6 +200,13 @@ class Pipeline:
                 else:
                     yield _Decode(writer, planned)
             yield _Commit(writer, shard)
+
+    def _files(self, step: _Step) -> list[Path]:
+        """The files that a step will read."""
+        if not isinstance(step, _Decode):
+            return []
+        sample = step.planned.sample
+        return [self._root / name for name in (file_named(sample.source), sample.image) if name]
 
     def _request(self, planned: PlannedSample) -> tuple[Any, ...]:
         sample = planned.sample

@@ -17,6 +17,7 @@ from cogcommon.files.atomic import commit_bytes
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.shards.records import record_name
 from cogcommon.store.address import as_shown
+from cogcommon.store.store import FAULTS
 from cogcommon.words import counted, in_words
 
 from ..plan.folder import shard_label, split_folder
@@ -84,6 +85,7 @@ class Report:
     out: str
     validation: bool  # whether OUT/val holds shards
     data_root: str
+    store_faults: str  # what failed to be read or written at an address, and was made good by further attempts
     model: str
     device: str
     gpu_busy: float | None  # share of the encode that the GPU worked, by its own clock; None on a CPU
@@ -177,7 +179,8 @@ def make_report(
         usable=bool(reused or kept or outcome.encoded or outcome.recovered or outcome.busy or part.count > 1),
         out=str(settings.out),
         validation=any((settings.out / "val").glob("*.parquet")),
-        data_root=str(settings.root),
+        data_root=as_shown(settings.root),
+        store_faults=str(FAULTS),
         model=checkpoint.name,
         device=device,
         gpu_busy=None if outcome.gpu.share is None else round(outcome.gpu.share, 4),
@@ -254,6 +257,8 @@ def show(report: Report, console: Console, report_path: Path) -> None:
         console.print(f"{counted(report.tone_mapped, 'HDR clip')} {TONED}; `cogprep preview` shows how they look")
     if report.tiled:
         console.print(f"memory was short: the VAE ran in tiles for {counted(report.tiled, 'clip')}")
+    if report.store_faults:
+        console.print(report.store_faults)
     if report.busy:
         console.print(f"another process is writing {', '.join(report.busy)}; left to it")
     if report.unfinished:

@@ -28,6 +28,7 @@ from ..plan.plan import PlannedSample, PlannedShard
 from ..processes.pool import Pool, default_workers
 from ..settings import EncodeSettings
 from ..store.locks import at_work
+from ..store.outlet import is_address
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,13 @@ class EncodeActor:
     def _load(self) -> None:
         settings, contract = self._settings, self._contract
         for name, folder in (("--data-root", settings.root), ("--out", settings.out)):
-            if not folder.is_dir():
+            if not is_address(folder) and not folder.is_dir():
                 raise SettingError(
                     "this node does not have the folder",
                     where=f"{name} {folder}",
                     fix="mount it on every node at the same path",
                 )
+        settings.keep_clips()
         device = pick_device()
         if device.type != self._device_type:
             raise SettingError(

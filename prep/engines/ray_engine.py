@@ -21,6 +21,7 @@ from cogcommon.words import first_line
 from ..encode.engine import Engine, Job
 from ..plan.slice import choose_slice
 from ..settings import EncodeSettings
+from ..store.outlet import is_address
 from .actor import EncodeActor
 from .driver import Driver
 from .fleet import Fleet
@@ -132,7 +133,7 @@ class RayEngine:
         """See `Engine`."""
         settings = replace(
             job.settings,
-            data_root=job.settings.root.resolve(),
+            data_root=job.settings.root if is_address(job.settings.root) else job.settings.root.resolve(),
             out=job.settings.out.resolve(),
             model=job.contract.model,
             precision=job.precision,

@@ -32,8 +32,9 @@ from cogcommon.model.families import Resolution
 from ..dataset.probe import Probed
 from ..processes.by_file import TOGETHER, run_by_file
 from ..processes.pool import Pool
-from ..source.clip import BadClip, ClipFault, Hashed
-from ..source.part import file_named, locate
+from ..source.clip import ClipFault, Hashed
+from ..source.part import file_named
+from ..source.source_file import file_state
 from ..store.proof import SURVEY, is_surveyed
 from .slice import Slice
 
@@ -137,7 +138,7 @@ class SurveyCache:
         """The file of a group as it is now."""
         if self._folder is None:
             return None
-        state = [(source, *_state(self._root / source)) for source in sorted(group)]
+        state = [(source, *file_state(self._root / source)) for source in sorted(group)]
         digest = hashlib.sha256(json.dumps([self._settings, state]).encode())
         return self._folder / f"{digest.hexdigest()[:32]}.json"
 
@@ -182,11 +183,3 @@ def _write(path: Path | None, probed: Mapping[str, Probed]) -> None:
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         commit_bytes(path, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    try:
-        info = locate(path).file.stat()
-    except (OSError, ValueError, BadClip):  # a NUL byte in the name
-        return -1, -1, -1
-    return info.st_size, info.st_mtime_ns, info.st_ino

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ..source.clip import ClipFault
 from ..source.part import file_named
+from ..source.remote import ahead
 from .pool import Pool
 
 R = TypeVar("R")
@@ -57,7 +58,7 @@ def _run(
     given: deque[list[str]] = deque()
 
     def arguments() -> Iterator[tuple[list[Path]]]:
-        for task in tasks:
+        for task in ahead(tasks, lambda task: [root / file_named(task[0])]):
             given.append(task)
             yield ([root / entry for entry in task],)
 

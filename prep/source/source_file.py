@@ -14,10 +14,12 @@ from typing import Any
 
 from cogcommon.files.regular_file import Missing, Unreadable, open_regular
 
+from .addresses import remote_address
 from .clip import BadClip, ClipFault, Hashed, toned
 from .heartbeat import beat
 from .near import near
 from .part import locate
+from .remote import ObjectState, open_object, state_of
 
 IN_MEMORY = 64 << 20  # bytes of a file that is held whole; a decode process holds a clip and its first frame
 _BLOCK = 1 << 20
@@ -189,24 +191,39 @@ def hash_whole(path: Path) -> Hashed | ClipFault:
         return ClipFault(str(error), passing=True)
 
 
+def file_state(path: Path) -> tuple[int, int, int]:
+    """Size, time and inode of a clip's file as it is now; of an object behind an address, what stands for its etag.
+
+    All are -1 where it cannot be told.
+    """
+    try:
+        file = locate(path).file
+        if (address := remote_address(file)) is not None:
+            found: ObjectState = state_of(address)
+            return found.size, found.time_ns, 0
+        now = file.stat()
+    except (OSError, ValueError, BadClip, Unreadable):  # ValueError: a NUL byte in the name
+        return -1, -1, -1
+    return now.st_size, now.st_mtime_ns, now.st_ino
+
+
 def unchanged(path: Path, before: Hashed) -> bool:
     """Whether a clip's file still has the size and time that it had when it was hashed."""
-    try:
-        now = locate(path).file.stat()
-    except (OSError, ValueError, BadClip):  # ValueError: a NUL byte in the name
-        return False
-    return (now.st_size, now.st_mtime_ns) == (before.size, before.mtime_ns)
+    return file_state(path)[:2] == (before.size, before.mtime_ns)
 
 
 def open_named(path: Path) -> io.FileIO:
-    """See `open_regular`; of a missing file, what lies near it is named.
+    """See `open_regular`; of a missing file, what lies near it is named. One behind an address is brought here.
 
     Raises:
-        BadClip: missing, unreadable, empty, or no regular file.
+        BadClip: missing, unreadable, empty, or no regular file; `Unreached` where a store does not give it.
     """
+    address = remote_address(path)
     try:
-        return open_regular(path)
+        return open_regular(path) if address is None else open_object(address)
     except Missing as error:
+        if address is not None:
+            raise BadClip(str(error)) from None
         raise BadClip("; ".join(filter(None, [str(error), near(path)]))) from None
     except Unreadable as error:
         raise BadClip(str(error)) from error

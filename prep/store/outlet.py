@@ -20,7 +20,6 @@ from typing import TypeVar
 from cogcommon.errors import CogError, DiskError
 from cogcommon.files.locks import Busy, open_locked
 from cogcommon.store.address import address_of
-from cogcommon.store.remote_folder import open_folder
 
 T = TypeVar("T")
 
@@ -79,11 +78,11 @@ class Outlet:
 
 
 @contextmanager
-def open_outlet(out: Path, *, cache: Path | None, slice_: str, lists: tuple[str, ...] = ()) -> Iterator[Outlet]:
+def open_outlet(out: Path, *, cache: Path, slice_: str, lists: tuple[str, ...] = ()) -> Iterator[Outlet]:
     """The outlet of an ``--out``, for one process.
 
     Args:
-        cache: the folder in which desks are kept; None for `default_cache`.
+        cache: the folder in which desks are kept.
         slice_: of the work, as ``1/4``: a run that goes on finds the desk of the one before.
         lists: names of the data root's lists, beside the usual ones.
 
@@ -95,11 +94,13 @@ def open_outlet(out: Path, *, cache: Path | None, slice_: str, lists: tuple[str,
     if address is None:
         yield Outlet(out)
         return
+    from cogcommon.store.remote_folder import open_folder
+
     from .remote_outlet import RemoteOutlet
 
     remote = open_folder(address, "--out")
     with ExitStack() as held:
-        desk = held.enter_context(_own_desk(cache or default_cache(), address, slice_))
+        desk = held.enter_context(_own_desk(cache, address, slice_))
         with _named_there(desk, remote.shown):
             outlet = RemoteOutlet(remote, desk)
             outlet.begin(lists)
@@ -123,6 +124,8 @@ def open_image(out: Path, option: str, *, changing: bool = False, leftovers: boo
     if address is None:
         yield Outlet(out)
         return
+    from cogcommon.store.remote_folder import open_folder
+
     from .remote_outlet import RemoteOutlet
 
     remote = open_folder(address, option)
@@ -139,6 +142,8 @@ def put_beside(out: Path, name: str, data: bytes) -> bool:
     """Write a file to an ``--out`` behind an address; False, and nothing done, where it is a folder of this machine."""
     if (address := address_of(out)) is None:
         return False
+    from cogcommon.store.remote_folder import open_folder
+
     open_folder(address, "--out").put(name, data)
     return True
 
@@ -147,6 +152,8 @@ def read_beside(out: Path, name: str) -> bytes:
     """A file of an ``--out``, wherever that is; it must be there."""
     if (address := address_of(out)) is None:
         return (out / name).read_bytes()
+    from cogcommon.store.remote_folder import open_folder
+
     data = open_folder(address, "--out").read(name)
     if data is None:
         raise FileNotFoundError(name)
@@ -156,11 +163,6 @@ def read_beside(out: Path, name: str) -> bytes:
 def is_address(out: Path) -> bool:
     """Whether an ``--out`` is behind an address."""
     return address_of(out) is not None
-
-
-def default_cache() -> Path:
-    """Where cogprep keeps scratch of its own on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cogprep"
 
 
 @contextmanager

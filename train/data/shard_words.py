@@ -18,9 +18,9 @@ import braceexpand
 from cogcommon.errors import ShardError
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE
 from cogcommon.store.fsspec_store import open_fsspec
+from cogcommon.store.http_store import HttpStore
 from cogcommon.store.store import OPENING, Store, StoredFile, is_web, patiently, without_secrets
 
-from ..store.http_store import HttpStore
 from ..store.local_store import LocalStore
 
 _MOST = 1_000_000  # names that one word may stand for

@@ -36,10 +36,10 @@ import pyarrow.compute as pc
 
 from cogcommon.cli.names import plain
 from cogcommon.errors import SettingError, ShardError, StoreError
+from cogcommon.store.http_store import HttpStore
 from cogcommon.store.store import OPENING, StoredFile, StoreFault, patiently
 from cogcommon.words import in_bytes
 
-from .http_store import HttpStore
 from .local_store import LocalStore
 
 _FOLDER = "cogtrain-cache"

@@ -140,7 +140,7 @@ def a_list(chance: random.Random, good: list[str], lines: int, oddness: float) -
         oddness: the chance that a line has something odd in it; the file as a whole has it less often.
     """
     odd = [
-        "\ufeff", "\u200b", "\0", "\x1b[2J", '"', "'", "\\", "C:\\a\\", "https://a/", "[/x]", "[red]", "\u2028", "\x85",
+        "\ufeff", "\u200b", "\0", "\x1b[2J", '"', "'", "\\", "C:\\a\\", "ftp://a/", "[/x]", "[red]", "\u2028", "\x85",
         "{a,b}", "~", "#t=1,2", "\t", "é", "e\u0301", ":dog:", "*", "%s", "{0}", "\U0001f469\u200d\U0001f4bb", " ",
         "#t=", "#t=,1", "#t=npt:0:00:01", "#t=2,1", "#t=nan", "#t=9,", "#t=0.5",
     ]  # fmt: skip

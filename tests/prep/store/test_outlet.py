@@ -318,13 +318,13 @@ def test_of_two_writers_one_wins_and_the_other_says_so(moment, bring, there, pro
     outcomes = []
 
     def meanwhile(handler):
-        if handler.command == "PUT" and handler.path.partition("?")[0].endswith(moment) and not outcomes:
+        if handler.command == "PUT" and handler.path.partition("?")[0] == f"/bucket/out/{moment}" and not outcomes:
             outcomes.append(None)
             outcomes.append(bring(machine="two", latents=OtherNoise()))
 
     proxy.wrong = meanwhile
     first = bring(machine="one")
-    assert first.encoded == 5 and outcomes[1].encoded + outcomes[1].recovered == 5
+    assert first.encoded == 5 and outcomes[1].recovered == (2 if moment == "000000.parquet" else 0)
     found = there()
     check(found)
     # Of the tar whose record is on its way the second one takes the samples over: both mean the same record.

@@ -15,12 +15,11 @@ import pytest
 from faulty_server import FaultyServer, zipped
 
 from cogcommon.errors import CogError, ShardError, StoreError
-from cogcommon.store import store
+from cogcommon.store import http_store, store
 from cogtrain.data import shards as sources
 from cogtrain.data.batches import read_sample
 from cogtrain.data.shards import open_shards
 from cogtrain.settings import LoraSettings
-from cogtrain.store import http_store
 
 STALL, PATIENCE = 0.25, 0.8  # seconds
 WITHIN = 8.0  # seconds in which each case must have ended, on a busy machine

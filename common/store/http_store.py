@@ -1,4 +1,4 @@
-"""Shards behind http and https: ranges, signed URLs, and servers that do not do what they should.
+"""Files behind http and https: ranges, signed URLs, and servers that do not do what they should.
 
 requests and not fsspec's HTTPFileSystem: that hides the answer's headers, so a server that sends
 the whole file, other bytes or compressed ones goes unseen.
@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit
 
-from cogcommon.store.store import SLOWEST, STALLED, NoRanges, ReadPart, StoreFault
-from cogcommon.words import in_words
+from ..words import in_words
+from .store import SLOWEST, STALLED, NoRanges, ReadPart, StoreFault
 
 if TYPE_CHECKING:
     import requests
@@ -28,7 +28,7 @@ _PIECE = 2**20  # bytes taken from the socket at a time
 _RECORD_MOST = 2**28  # bytes of a file that is read whole
 _SIGN_AGAIN = (
     "check the credentials; where a signed URL has expired, sign it again: the same command with the new URLs goes "
-    "on from the last checkpoint of --out"
+    "on where it was"
 )
 
 
@@ -215,7 +215,7 @@ def _length(answer: requests.Response) -> int | None:
 
 
 def _etag(answer: requests.Response) -> str:
-    return str(answer.headers.get("ETag", ""))
+    return str(answer.headers.get("ETag") or answer.headers.get("Last-Modified", ""))
 
 
 def _retry_after(told: str) -> float:

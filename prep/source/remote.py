@@ -1,0 +1,317 @@
+"""Clips and lists behind addresses (s3, gs, hf, http, and what else fsspec reaches): read as files of this machine.
+
+`remote_address` tells that a path names one. An object is brought whole to a cache of this machine and opened
+there; any number of processes share the cache. The file's time of change in the cache stands for the etag, so that
+`Hashed`, which remembers a file's size and time, knows the object again by address, etag and size, without reading it,
+and sees that it has been replaced.
+
+What a server refuses is never the clip's fault: `Unreached` says what it was, and the clip is left for the next run.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from io import FileIO
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from cogcommon.errors import StoreError
+from cogcommon.files.atomic import TEMPORARY, temporary_beside
+from cogcommon.files.locks import Busy, open_locked
+from cogcommon.files.readers import read_in_order
+from cogcommon.files.regular_file import Missing, Unreadable
+from cogcommon.store.store import Patience, StoreFault, is_web, patiently, without_secrets
+
+from .addresses import in_full, remote_address
+from .clip import BadClip, ClipFault
+from .heartbeat import beat
+
+if TYPE_CHECKING:
+    from cogcommon.store.fsspec_store import FsspecStore
+    from cogcommon.store.http_store import HttpStore
+
+T = TypeVar("T")
+
+_PIECE = 16 << 20  # bytes of one request
+_KNOWN, _UNKNOWN = Patience(60), Patience(4)  # of a host that has answered before, and of one that never has
+_MOMENT_NS = 60 * 10**9  # for which what a store has said of an object is believed
+FETCHING = 8  # clips on their way at once
+_CACHE = "COGPREP_CLIP_CACHE"  # of the environment: decode processes inherit it
+
+
+class Unreached(BadClip):
+    """An object that its store does not give now; it says nothing of the clip."""
+
+    def fault(self) -> ClipFault:
+        """As a value: the next run tries again."""
+        return ClipFault(str(self), passing=True)
+
+
+@dataclass(frozen=True)
+class ObjectState:
+    """An object as it is now; ``time_ns`` stands for its etag where a file has its time."""
+
+    size: int
+    time_ns: int
+
+    @classmethod
+    def of(cls, size: int, etag: str) -> ObjectState:
+        """Whole, even seconds, which every file system keeps."""
+        digest = hashlib.sha256(etag.encode()).digest()
+        return cls(size, int.from_bytes(digest[:8], "big") % 1_000_000_000 * 2_000_000_000)
+
+
+def state_of(address: str) -> ObjectState:
+    """Size and what stands for the etag, as they are now, or were a moment ago.
+
+    Raises:
+        Missing: there is no such object.
+        Unreached: the store does not say.
+    """
+    return _looked_at(_cached(address)) or _ask(address)
+
+
+def _ask(address: str) -> ObjectState:
+    store, path, shown = _place(address)
+
+    def ask() -> ObjectState:
+        part = store.stat(path, fresh=True)
+        if part.size is None:
+            raise StoreFault("the server does not say how long the file is", passing=False)
+        return ObjectState.of(part.size, part.etag)
+
+    return _reach(ask, shown)
+
+
+def read_object(address: str) -> bytes:
+    """The content of a small object. Raises as `state_of`."""
+    store, path, shown = _place(address)
+    return _reach(lambda: bytes(store.read_all(path).data), shown)
+
+
+def open_object(address: str) -> FileIO:
+    """An object, opened as a file of the cache; it is brought there if need be.
+
+    Raises:
+        Unreadable: it is missing or empty.
+        Unreached: the store does not give it, or the cache's disk does not take it.
+    """
+    path = _cached(address)
+    for _ in range(3):
+        state = state_of(address)
+        if not state.size:
+            raise Unreadable("the file is empty (0 bytes)")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if (opened := _open(path, state)) is None and _fetch(address, state, path):
+                opened = _open(path, state)
+        except OSError as error:
+            what = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"refuses: {error.strerror}"
+            raise Unreached(f"the disk of the cache {what} (--cache {path.parent.parent})") from error
+        if opened is not None:
+            return opened
+    raise Unreached(f"{_place(address)[2]} changes all the time")
+
+
+def _cached(address: str) -> Path:
+    """Where an object lies in the cache: its content of one etag, with the file's time for it."""
+    return _cache()[0] / "clips" / hashlib.sha256(without_secrets(address).encode()).hexdigest()[:32]
+
+
+def _looked_at(path: Path) -> ObjectState | None:
+    """The state of an object in the cache, where this run has asked the store a moment ago: the time of last access."""
+    with suppress(OSError):
+        info = path.stat()
+        if info.st_atime_ns >= max(_cache()[2], time.time_ns() - _MOMENT_NS):
+            return ObjectState(info.st_size, info.st_mtime_ns)
+    return None
+
+
+def _open(path: Path, state: ObjectState) -> FileIO | None:
+    with suppress(FileNotFoundError):
+        opened = path.open("rb", buffering=0)
+        info = os.fstat(opened.fileno())
+        if (info.st_size, info.st_mtime_ns) == (state.size, state.time_ns):
+            with suppress(OSError):
+                os.utime(opened.fileno(), ns=(time.time_ns(), state.time_ns))
+            return opened
+        opened.close()
+    return None
+
+
+def _fetch(address: str, state: ObjectState, path: Path) -> bool:
+    """Bring an object to the cache; false if it was replaced meanwhile."""
+    while True:  # one process fetches, the others find it
+        try:
+            lock = open_locked(path.with_name(path.name + ".lock"))
+            break
+        except Busy:
+            beat()
+            time.sleep(0.05)
+    with lock:
+        if _looked_at(path) == state:
+            return True
+        _make_room(path.parent, _cache()[1] - state.size)
+        temporary = temporary_beside(path)
+        try:
+            if not _download(address, state, temporary):
+                return False
+            os.utime(temporary, ns=(time.time_ns(), state.time_ns))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            path.with_name(path.name + ".lock").unlink(missing_ok=True)
+    return True
+
+
+def _download(address: str, state: ObjectState, to: Path) -> bool:
+    """The whole object, of this state; false if it is another one by now."""
+    from cogcommon.store.fsspec_store import FsspecStore
+
+    store, path, shown = _place(address)
+    if not isinstance(store, FsspecStore):
+
+        def whole() -> int:
+            with to.open("wb") as stream:
+                for piece in store.download(path):
+                    stream.write(piece)
+                    beat()
+                return stream.tell()
+
+        size = _reach(whole, shown)
+    else:
+        with to.open("wb") as stream:
+            for start in range(0, state.size, _PIECE):
+                last = min(start + _PIECE, state.size)
+                stream.write(_reach(lambda start=start, last=last: store.read(path, start, last).data, shown))  # type: ignore[misc]
+                beat()
+            size = stream.tell()
+    return size == state.size and _ask(address) == state
+
+
+def ahead(items: Iterable[T], files: Callable[[T], Sequence[Path]]) -> Iterator[T]:
+    """The items in their order, while the files of those to come are brought to the cache.
+
+    Args:
+        items: read a few ahead, in the caller's thread.
+        files: what an item will read. Those of this machine cost nothing; what goes wrong with one is told when it is
+            opened.
+    """
+
+    def bring(item: T) -> T:
+        for path in files(item):
+            if (address := remote_address(path)) is not None:
+                with suppress(BadClip, Unreadable):
+                    open_object(address).close()
+        return item
+
+    waiting = iter(items)
+    for item in waiting:  # none is read ahead, nor a thread begun, before the first one that is behind an address
+        if any(remote_address(path) is not None for path in files(item)):
+            yield from read_in_order(bring, chain([item], waiting), threads=FETCHING)
+        else:
+            yield item
+
+
+# The cache: set once, for this process and those that it starts.
+
+
+def default_cache() -> Path:
+    """Where cogprep keeps scratch of its own on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cogprep"
+
+
+def use_cache(folder: Path, size: int) -> None:
+    """Where clips behind addresses are kept on this machine, and how many bytes of them at most."""
+    os.environ[_CACHE] = json.dumps([str(folder), size, time.time_ns()])
+
+
+def _cache() -> tuple[Path, int, int]:
+    """The cache, its size, and since when this run uses it."""
+    if told := os.environ.get(_CACHE):
+        folder, size, since = json.loads(told)
+        return Path(folder), size, since
+    return default_cache(), 50 * 10**9, time.time_ns()
+
+
+def _make_room(folder: Path, size: int) -> None:
+    """Remove what was longest unused, down to a size. One who has it open reads on."""
+    found = []
+    for path in folder.iterdir():
+        with suppress(OSError):
+            info = path.stat()
+            if TEMPORARY.fullmatch(path.name):
+                if info.st_ctime < time.time() - 3600:
+                    path.unlink()
+            elif re.fullmatch("[0-9a-f]{32}", path.name):
+                found.append((info.st_atime, info.st_size, path))
+    total = sum(entry[1] for entry in found)
+    for _, length, path in sorted(found):
+        if total <= max(size, 0):
+            return
+        path.unlink(missing_ok=True)
+        total -= length
+
+
+# How stores are asked.
+
+
+def _place(address: str) -> tuple[FsspecStore | HttpStore, str, str]:
+    """The store of an address, the path there, and the address as messages name it.
+
+    Raises:
+        Unreached: nothing reads such an address.
+    """
+    full = in_full(address)
+    from cogcommon.store.fsspec_store import open_fsspec
+    from cogcommon.store.http_store import HttpStore
+
+    if is_web(full):
+        return HttpStore(), full, without_secrets(full)
+    try:
+        return *open_fsspec(full, "videos.txt"), without_secrets(full)
+    except StoreError as error:
+        raise Unreached(_in_a_line(error)) from error
+
+
+_answered: set[str] = set()
+_silent: set[str] = set()
+_hosts = threading.Lock()
+
+
+def _reach(act: Callable[[], T], shown: str) -> T:
+    """Ask a store, patiently where that has helped before.
+
+    Raises:
+        Missing: there is no such object.
+        Unreached: with the true reason.
+    """
+    host = "/".join(shown.split("/")[:3])
+    with _hosts:
+        patience = Patience(0) if host in _silent else _KNOWN if host in _answered else _UNKNOWN
+    try:
+        result = patiently(act, shown, patience)
+    except FileNotFoundError:
+        raise Missing("the file is missing") from None
+    except StoreError as error:
+        with _hosts:
+            _silent.add(host)
+        raise Unreached(_in_a_line(error)) from error
+    with _hosts:
+        _answered.add(host)
+        _silent.discard(host)
+    return result
+
+
+def _in_a_line(error: StoreError) -> str:
+    return f"{error.what} ({error.where})" + (f"; {error.fix}" if error.fix else "")
