@@ -225,6 +225,12 @@ class Runtime:
         if not self.sharded:
             model.to("cpu")
 
+    def make_room(self, model: torch.nn.Module) -> torch.device:
+        """Where a second copy of a model that has been trained can go; the model leaves the GPU if it must."""
+        if self.room_for(model) != self.device:
+            self.release(model)
+        return self.room_for(model)
+
     def room_for(self, model: torch.nn.Module) -> torch.device:
         """This process's GPU if a second copy of the model fits there, else the CPU."""
         return self._room(parameter.nbytes for parameter in model.parameters())

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.errors import SettingError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.copies import move
 
 from ..settings import TARGET_MODULES, AdapterName
 from .adapters import ADAPTERS
@@ -243,7 +244,8 @@ def check(
     Raises:
         RunError: the file does not give the model that was trained.
     """
-    transformer = checkpoint.load_transformer(dtype).to(device)
+    transformer = checkpoint.load_transformer(dtype)
+    move(transformer, device)
     return check_on(transformer, file, checkpoint, state, expected, dtype)
 
 

@@ -215,8 +215,7 @@ class Lora:
     def verify(self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, written: Written) -> Exported:
         plain = runtime.plain(model)
         if self._frozen is None:  # DeepSpeed holds the weights, and perhaps in parts
-            runtime.release(plain)
-            room = runtime.room_for(plain)  # a base that was streamed need not fit on the GPU
+            room = runtime.make_room(plain)  # a base that was streamed need not fit on the GPU
             found = lora.check(written.path, checkpoint, written.state, written.expected, room, runtime.dtype)
             return Exported(written.path, found)
         # The base that was trained on is the checkpoint's, bit for bit: none need be loaded beside it.
@@ -275,9 +274,7 @@ class Sft:
 
     def verify(self, runtime: Runtime, model: torch.nn.Module, checkpoint: Checkpoint, written: Written) -> Exported:
         plain = runtime.plain(model)
-        runtime.release(plain)
-        # What was trained in parts, or in host memory, need not fit on the GPU whole.
-        room = runtime.room_for(plain)
+        room = runtime.make_room(plain)  # what was trained in parts, or in host memory, need not fit on the GPU whole
         return Exported(written.path, sft.check(written.path, checkpoint, written.state, written.expected, room))
 
 

@@ -13,6 +13,7 @@ from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.ownership import replace_folder
 from cogcommon.files.typed import parse_object
 from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.copies import move
 from cogcommon.model.weights import load_part
 
 from .compare import check_answer
@@ -131,4 +132,5 @@ def check(
     transformer = load(folder, checkpoint, dtype)
     weights = dict(transformer.named_parameters())
     wrong = [name for name, weight in state.items() if not torch.equal(weights[name], weight)]
-    return check_answer(transformer.to(device), wrong, expected, dtype, what="transformer", where=folder)
+    move(transformer, device)
+    return check_answer(transformer, wrong, expected, dtype, what="transformer", where=folder)
