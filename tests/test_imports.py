@@ -55,9 +55,6 @@ def test_the_check_sees_a_forbidden_import(tmp_path):
     assert imported_packages(source) == {"cogtrain", "cogprep"}
 
 
-COMING = {"address.py", "remote_folder.py"}  # train is to write checkpoints there
-
-
 def test_a_module_in_common_is_used_from_two_sides():
     """A module earns its place in common by being used by two of the programs, itself or through common."""
     common = {path for path in (ROOT / "common").rglob("*.py") if path.name != "__init__.py"}
@@ -69,7 +66,7 @@ def test_a_module_in_common_is_used_from_two_sides():
             if side not in users[module]:
                 users[module].add(side)
                 waiting += common_modules(module)
-    assert [str(path) for path, sides in users.items() if len(sides) < 2 and path.name not in COMING] == []
+    assert [str(path) for path, sides in users.items() if len(sides) < 2] == []
 
 
 def test_everything_is_printed_by_the_console_that_prints_names_as_they_are():

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +46,7 @@ T = TypeVar("T")
 _PIECE = 16 << 20  # bytes of one request
 _KNOWN, _UNKNOWN = Patience(60), Patience(4)  # of a host that has answered before, and of one that never has
 _MOMENT_NS = 60 * 10**9  # for which what a store has said of an object is believed
+_SPARE = 1 << 30  # bytes of the disk that are left to others
 FETCHING = 8  # clips on their way at once
 _CACHE = "COGPREP_CLIP_CACHE"  # of the environment: decode processes inherit it
 
@@ -125,7 +127,7 @@ def open_object(address: str) -> FileIO:
 
 def _cached(address: str) -> Path:
     """Where an object lies in the cache: its content of one etag, with the file's time for it."""
-    return _cache()[0] / "clips" / hashlib.sha256(without_secrets(address).encode()).hexdigest()[:32]
+    return _cache()[0] / "clips" / hashlib.sha256(address.encode()).hexdigest()[:32]
 
 
 def _looked_at(path: Path) -> ObjectState | None:
@@ -161,7 +163,7 @@ def _fetch(address: str, state: ObjectState, path: Path) -> bool:
     with lock:
         if _looked_at(path) == state:
             return True
-        _make_room(path.parent, _cache()[1] - state.size)
+        _make_room(path.parent, _cache()[1], state.size)
         temporary = temporary_beside(path)
         try:
             if not _download(address, state, temporary):
@@ -244,8 +246,12 @@ def _cache() -> tuple[Path, int, int]:
     return default_cache(), 50 * 10**9, time.time_ns()
 
 
-def _make_room(folder: Path, size: int) -> None:
-    """Remove what was longest unused, down to a size. One who has it open reads on."""
+def _make_room(folder: Path, most: int, needed: int) -> None:
+    """Remove what was longest unused, for so much more to be kept. One who has it open reads on.
+
+    Args:
+        most: bytes in the cache; fewer where the disk has not so much room.
+    """
     found = []
     for path in folder.iterdir():
         with suppress(OSError):
@@ -256,8 +262,9 @@ def _make_room(folder: Path, size: int) -> None:
             elif re.fullmatch("[0-9a-f]{32}", path.name):
                 found.append((info.st_atime, info.st_size, path))
     total = sum(entry[1] for entry in found)
+    room = min(most, total + shutil.disk_usage(folder).free - _SPARE) - needed
     for _, length, path in sorted(found):
-        if total <= max(size, 0):
+        if total <= max(room, 0):
             return
         path.unlink(missing_ok=True)
         total -= length
@@ -299,13 +306,24 @@ def _reach(act: Callable[[], T], shown: str) -> T:
     host = "/".join(shown.split("/")[:3])
     with _hosts:
         patience = Patience(0) if host in _silent else _KNOWN if host in _answered else _UNKNOWN
+    passing = False
+
+    def attempt() -> T:
+        nonlocal passing
+        try:
+            return act()
+        except StoreFault as fault:
+            passing = fault.passing
+            raise
+
     try:
-        result = patiently(act, shown, patience)
+        result = patiently(attempt, shown, patience)
     except FileNotFoundError:
         raise Missing("the file is missing") from None
     except StoreError as error:
-        with _hosts:
-            _silent.add(host)
+        if passing:  # patience was of no use
+            with _hosts:
+                _silent.add(host)
         raise Unreached(_in_a_line(error)) from error
     with _hosts:
         _answered.add(host)

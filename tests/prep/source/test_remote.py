@@ -204,6 +204,10 @@ def test_signed_urls_lose_what_signs_them(web, tmp_path):
     web.begin(lambda handler: asked.append(handler.query))
     open_named(tmp_path / names[0]).close()
     assert asked and all("Signature=" in query for query in asked)
+    web.begin(lambda handler: handler.answer(200, handler.query.partition("&")[0].encode()))
+    for number in (1, 2):
+        with open_named(tmp_path / names[1 + number]) as stream:
+            assert stream.readall() == f"id={number}".encode()
 
 
 def test_validate_reads_a_bucket(there, tmp_path):
