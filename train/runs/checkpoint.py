@@ -234,7 +234,7 @@ def save(
     keep: int,
     *,
     best: int | None = None,
-    held: Collection[int] = (),
+    held: Callable[[], Collection[int]] = tuple,
     needs: int = 0,
 ) -> Path:
     """Write a checkpoint; every rank calls it. The oldest go once the new one is whole.
@@ -243,7 +243,7 @@ def save(
         shadow: this rank's part of the moving average of the weights.
         keep: how many of the newest stay.
         best: the step of one that stays, whatever its age.
-        held: steps of those that stay until the next one is written.
+        held: gives the steps of those that stay for now; asked once the new one is whole.
         needs: bytes that it takes, about, for the message of a disk that is full.
 
     Raises:
@@ -279,11 +279,15 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise NotSaved(fault) from fault
     if runtime.main:
-        others = [path for path in list_checkpoints(run) if path != final]
-        for old in others[: max(0, len(others) - max(0, keep - 1))]:
-            if step_of(old) != best and step_of(old) not in held:
-                remove_folder(old, A_CHECKPOINT, first=STATE_FILE)
+        prune(run, keep, best, held())
     return final
+
+
+def prune(run: Path, keep: int, best: int | None, held: Collection[int] = ()) -> None:
+    """Remove all checkpoints but the newest ``keep``, the best, and those of the steps in ``held``."""
+    for old in list_checkpoints(run)[:-keep]:
+        if step_of(old) != best and step_of(old) not in held:
+            remove_folder(old, A_CHECKPOINT, first=STATE_FILE)
 
 
 def how_to_go_on(run: Path, method: str) -> str:

@@ -156,7 +156,10 @@ class Followed:
         shards = counted(len(self.newest.shards.shards), "shard")
         words = f"epoch {number} (from step {now.after + 1:,}): {counted(now.samples, 'sample')} in {shards}"
         if before and now.gone:
-            words += f", {before.samples:,} in epoch {number - 1}, of which {counted(len(now.gone), 'shard')} is gone"
+            verb = "is" if len(now.gone) == 1 else "are"
+            words += (
+                f", {before.samples:,} in epoch {number - 1}, of which {counted(len(now.gone), 'shard')} {verb} gone"
+            )
         elif before:
             words += f", {now.samples - before.samples:,} new since epoch {number - 1}"
         return f"{words}; {counted(now.steps, 'step')}"

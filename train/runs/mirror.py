@@ -185,7 +185,7 @@ class Mirror:
         """End the thread. Where the run has failed, what is on its way may arrive first."""
         with self._changed:
             if error is None or isinstance(error, Exception):
-                self._changed.wait_for(lambda: self._lost or not self.uploading, _LEAVING)
+                self._changed.wait_for(lambda: self._lost or self._done >= self._asked, _LEAVING)
             self._ended = True
             self._changed.notify_all()
 
@@ -221,6 +221,8 @@ class Mirror:
             fault: CogError | None = None
             try:
                 self._upload(self.best)
+            except _Overtaken:
+                continue
             except _TakenOver as error:
                 fault, self._lost = error.fault, True
             except CogError as error:
@@ -244,19 +246,34 @@ class Mirror:
         wanted = [path for path in whole if path == whole[-1] or step_of(path) == best]
         self.uploading = frozenset(map(step_of, wanted))
         for path in reversed(wanted):
-            there, state = self._index.checkpoints.get(path.name), sha256_of(path / STATE_FILE)
-            if there is not None and there[STATE_FILE].sha256 == state:
-                continue
-            if there is not None:  # of the same step, from before the run went back
-                self._commit(replace(self._index, checkpoints=_without(self._index, path.name)))
-            files = dict(self._uploaded(path))
-            others = dict(self._uploaded_files())
-            checkpoints = {**self._index.checkpoints, path.name: files}
-            self._commit(self._pruned(replace(self._index, checkpoints=checkpoints, best=best, files=others)))
-            self._say(f"mirrored {path.name} in {self.shown}")
+            if files := self._upload_checkpoint(path):
+                others = dict(self._uploaded_files())
+                checkpoints = {**self._index.checkpoints, path.name: files}
+                self._commit(self._pruned(replace(self._index, checkpoints=checkpoints, best=best, files=others)))
+                self._say(f"mirrored {path.name} in {self.shown}")
         files_now = dict(self._uploaded_files())
         if files_now != self._index.files or best != self._index.best:
             self._commit(self._pruned(replace(self._index, files=files_now, best=best)))
+
+    def _upload_checkpoint(self, checkpoint: Path) -> dict[str, MirroredFile]:
+        """Its files, now that they are there; none if they have been.
+
+        Raises:
+            _Overtaken: it went, since newer ones had come before it was known to be on its way.
+        """
+        committed, there = checkpoint / STATE_FILE, self._index.checkpoints.get(checkpoint.name)
+        try:
+            if there is not None and there[STATE_FILE].sha256 == sha256_of(committed):
+                return {}
+            if there is not None:  # of the same step, from before the run went back
+                self._commit(replace(self._index, checkpoints=_without(self._index, checkpoint.name)))
+            files = dict(self._uploaded(checkpoint))
+        except (OSError, StoreError):
+            if committed.exists():
+                raise
+        if not committed.exists():  # what is removed loses it first: as long as it is there, so was all else
+            raise _Overtaken
+        return files
 
     def _uploaded(self, checkpoint: Path) -> Iterator[tuple[str, MirroredFile]]:
         """The files of a checkpoint, each once it is there."""
@@ -313,6 +330,10 @@ class Mirror:
         self._remote.put(MIRROR_FILE, index.to_json())
         self._remote.remove(*index.leaving)
         return replace(index, leaving=())
+
+
+class _Overtaken(Exception):
+    pass
 
 
 class _TakenOver(Exception):

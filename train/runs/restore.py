@@ -40,7 +40,7 @@ def restore(folder: Path, address: str, waits: float = 0.0) -> None:
     """
     remote = open_folder(address, "--mirror")
     index, here = read_index(remote), list_checkpoints(folder)
-    if index is None or not index.names:
+    if index is None:
         return
     if here and run_of(folder) != index.run:
         raise RunError(
@@ -49,7 +49,7 @@ def restore(folder: Path, address: str, waits: float = 0.0) -> None:
             fix="another --mirror for this one, or another --out for that one",
         )
     newer = [name for name in index.names if not here or step_of(Path(name)) > step_of(here[-1])]
-    if not newer:
+    if not newer and (here or run_of(folder) == index.run):
         return
     with disk_errors(folder), claimed(folder, waits), stage(f"restoring from {remote.shown}"):
         _restore(remote, index, newer, folder)
@@ -136,7 +136,9 @@ def _restore(remote: RemoteFolder, index: Index, newer: list[str], folder: Path)
             faults.append(fault)
             _say(f"{name} of the mirror is not whole: {fault.what}")
     else:
-        raise faults[0]
+        if faults:
+            raise faults[0]
+        return  # it was lost before its first checkpoint: it begins anew, and the mirror is still its own
     _say(f"restored {name} from {remote.shown} into {folder}")
 
 

@@ -146,7 +146,7 @@ class Saver:
             with stage("saving a checkpoint"):
                 saved = checkpoints.save(
                     runtime, self.model, self.optimizer, self._shadow, state, self.folder, run.settings.keep,
-                    best=best, held=self.mirror.uploading if self.mirror else (), needs=writes(run).checkpoint,
+                    best=best, held=lambda: self.mirror.uploading if self.mirror else (), needs=writes(run).checkpoint,
                 )  # fmt: skip
         except checkpoints.NotSaved as failed:
             self.unsaved = failed.fault
@@ -178,6 +178,8 @@ class Saver:
             if must:
                 raise
             self.log.say(f"note: {fault.what} ({fault.where})")
+        if self.mirror:
+            checkpoints.prune(self.folder, self.run.settings.keep, self.mirror.best)  # none is on its way any more
 
     def _rescue(self, step: int, fault: CogError) -> None:
         """Write the weights alone, which take less room than a checkpoint.

@@ -185,6 +185,24 @@ def test_a_store_that_fails_for_a_moment_or_for_good_does_not_stop_training(begu
     assert hashlib.sha256((run / lora.FILE).read_bytes()).hexdigest() == index_of(there).files[lora.FILE]
 
 
+@pytest.mark.full
+def test_a_store_that_is_slower_than_the_steps(begun, there, s3, tmp_path, losses, capsys):
+    """A checkpoint stays on the disk until it is uploaded; those that a newer one overtakes are left out."""
+    whole, seen = begun("whole", steps=9), set()
+
+    def slow(handler):
+        if handler.command == "PUT" and "checkpoint" in handler.name:
+            seen.add(handler.name.split("/")[-2])
+            time.sleep(0.1)
+
+    with faulty(s3, tmp_path) as server:
+        server.wrong = slow
+        run = begun("run", steps=9, save_every=1, keep=1, mirror=there)
+    assert losses(run) == losses(whole) and "behind" not in capsys.readouterr().out
+    assert index_of(there).names == ["checkpoint-9"] == [path.name for path in list_checkpoints(run)]
+    assert len(seen) < 9
+
+
 def test_a_run_that_is_asked_to_stop_waits_for_its_mirror_and_follows_on_from_there(begun, tmp_path, there, losses):
     options = {"mirror": there, "follow": True, "steps": 20}
     with pytest.raises(Stopped):
@@ -194,6 +212,18 @@ def test_a_run_that_is_asked_to_stop_waits_for_its_mirror_and_follows_on_from_th
     assert sorted(losses(bare)) == list(range(1, 21))
     first, second = (json.loads((tmp_path / name / EPOCHS_FILE).read_text()) for name in ("run", "bare"))
     assert second["epochs"][:2] == first["epochs"]
+
+
+def test_a_run_that_is_lost_before_its_first_checkpoint_begins_anew(begun, tmp_path, there, losses):
+    def kill(step):
+        raise Killed
+
+    with pytest.raises(Killed):
+        begun("run", kill, steps=2, mirror=there)
+    assert index_of(there).names == []
+    shutil.rmtree(tmp_path / "run")
+    assert sorted(losses(begun("run", steps=2, mirror=there))) == [1, 2]
+    assert index_of(there).names == ["checkpoint-2"]
 
 
 def test_a_mirror_is_one_runs(begun, tmp_path, there):
@@ -263,12 +293,13 @@ def test_a_run_is_exported_from_its_mirror(begun, tmp_path, there, monkeypatch, 
 @pytest.mark.full
 @pytest.mark.parametrize("number", range(6))
 def test_processes_killed_anywhere_lose_their_disks_each_time(begun, tmp_path, there, losses, number):
-    """Each goes on in an empty folder; the numbers are those of a run that nothing happened to."""
-    whole, rng = begun("whole", steps=12), random.Random(number)
+    """Each goes on in an empty folder, on one process or two; the numbers are those of a run that nothing met."""
+    whole, rng = begun("whole", steps=12, batch_size=2), random.Random(number)
     words = ["cogtrain", "lora", "--shards", "out", "--rank", 4, "--lr", 1e-2, "--save-every", 2, "--steps", 12]
     Forked(["cogtrain", "--version"]).end()
     for attempt in range(4):
-        process = Forked([*words, "--out", f"run-{attempt}", "--mirror", there], tmp_path, dict(os.environ))
+        on = ["--nproc", 2] if (attempt + number) % 2 else ["--batch-size", 2]
+        process = Forked([*words, *on, "--out", f"run-{attempt}", "--mirror", there], tmp_path, dict(os.environ))
         metrics, until = tmp_path / f"run-{attempt}" / "metrics.jsonl", time.monotonic() + 120
         steps = rng.randint(1, 4)
         begin = None
@@ -282,7 +313,9 @@ def test_processes_killed_anywhere_lose_their_disks_each_time(begun, tmp_path, t
         print("killed" if process.kill() else "it had ended", index_of(there).names)
         if attempt % 2:
             shutil.rmtree(tmp_path / f"run-{attempt}")
-    code, out, err = Forked([*words, "--out", "last", "--mirror", there], tmp_path, dict(os.environ)).end()
+    code, out, err = Forked(
+        [*words, "--batch-size", 2, "--out", "last", "--mirror", there], tmp_path, dict(os.environ)
+    ).end()
     assert code == 0, (out, err)
-    assert losses(tmp_path / "last") == pytest.approx(losses(whole), rel=1e-6)
+    assert losses(tmp_path / "last") == pytest.approx(losses(whole), rel=1e-5)
     assert (tmp_path / "last" / lora.FILE).read_bytes() == objects(there)[lora.FILE]
