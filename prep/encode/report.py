@@ -15,12 +15,11 @@ from cogcommon.cli.names import json_text, tars_in
 from cogcommon.cli.terminal import Console, styled
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.shards.records import record_name
 from cogcommon.store.address import as_shown
 from cogcommon.store.store import FAULTS
 from cogcommon.words import counted, in_words
 
-from ..plan.folder import shard_label, split_folder
+from ..plan.folder import SPLITS, shard_label, split_folder
 from ..plan.plan import EncodePlan, Rejected
 from ..plan.slice import Slice
 from ..plan.survey import Survey
@@ -30,6 +29,7 @@ from ..source.clip import TONED
 from ..store.locks import shard_disk_errors
 from ..store.outlet import put_beside
 from ..store.proof import refuse_foreign
+from ..store.shards import committed_shards
 from .outcome import NodeWork, Outcome
 
 _SHOWN = 20  # rejected clips that the summary lists; the report has them all
@@ -142,11 +142,12 @@ def make_report(
     encode_s = seconds.get("encode", 0.0) - outcome.warm_up_s
     if outcome.warm_up_s:
         seconds = {**seconds, "encode": encode_s, "warm_up": outcome.warm_up_s}
+    committed = {split: set(committed_shards(split_folder(settings.out, split))) for split in SPLITS}
+    busy = set(outcome.busy)
     missing = [
         shard
         for shard in plan.shards
-        if (shard.split, shard.number) in outcome.busy
-        or not (split_folder(settings.out, shard.split) / record_name(shard.number)).exists()
+        if (shard.split, shard.number) in busy or shard.number not in committed[shard.split]
     ]
     waits = {"decode_wait": outcome.decode_wait_s, "vae": outcome.vae_s, "write_wait": outcome.write_wait_s}
     reused = plan.reused + outcome.elsewhere

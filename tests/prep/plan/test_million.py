@@ -89,7 +89,7 @@ def test_the_lists_are_read_once_however_many_samples_go(tmp_path, monkeypatch):
 
 @pytest.mark.full
 def test_a_million(tmp_path):
-    """About 12 minutes alone on a core, and 9 GB of disk."""
+    """About 15 minutes on two cores, a million inodes and 1 GB of disk."""
     main(tmp_path / "million", 1_000_000, 50)
     results = {row["stage"]: row for row in map(json.loads, (tmp_path / "million/results.jsonl").open())}
     assert results.keys() == STAGES.keys()

@@ -78,6 +78,22 @@ def test_every_worker_begins_with_other_clips(place):
     assert len(set(beginnings)) == 4
 
 
+def test_what_another_has_found_out_meanwhile_is_not_looked_at_again(place, monkeypatch):
+    """Groups are looked at some way ahead of the pool, so another worker may have come first since."""
+    other, probed = Place.__new__(Place), place._probe
+    other.__dict__ |= place.__dict__
+
+    def probe_beside_another(path: Path) -> Probed | ClipFault:
+        monkeypatch.undo()
+        monkeypatch.setattr(probe_cache, "_GROUP", 4)
+        other.find("2/2")
+        return probed(path)
+
+    monkeypatch.setattr(place, "_probe", probe_beside_another)
+    found, looked = place.find("1/2")
+    assert len(found) == len(SOURCES) and len(looked) <= 6, "the group at hand, and the clip that is broken"
+
+
 def test_what_changed_is_looked_at_again(place):
     before, _ = place.find()
     (place.root / "3.mp4").write_bytes(b"another")

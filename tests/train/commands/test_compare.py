@@ -6,12 +6,9 @@ import av
 import numpy as np
 import pytest
 import torch
-import typer
+from one_command import OneCommand
 from PIL import Image
-from typer.testing import CliRunner
 
-from cogcommon.cli.command import add_command
-from cogcommon.errors import CogError
 from cogcommon.files.ownership import Made
 from cogcommon.model.families import Resolution
 from cogtrain.commands import compare
@@ -26,17 +23,8 @@ from cogtrain.validation.tuned import find_tuned
 SMALL = ["--steps", "1", "--resolution", "9x64x96", "--seed", "7"]
 
 
-def command(*words):
-    app = typer.Typer(add_completion=False)
-    add_command(app, "compare", CompareSettings, compare.run, "Compare.")
-    add_command(app, "other", CompareSettings, compare.run, "Other.")
-    return CliRunner().invoke(app, ["compare", *map(str, words)])
-
-
-def fault(*words):
-    error = command(*words).exception
-    assert isinstance(error, CogError), error
-    return str(error)
+command = OneCommand("compare", CompareSettings, compare.run)
+fault = command.fault
 
 
 @pytest.fixture

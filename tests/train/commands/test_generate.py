@@ -8,13 +8,11 @@ import av
 import numpy as np
 import pytest
 import torch
-import typer
+from one_command import OneCommand
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from cogcommon.cli.command import add_command
-from cogcommon.errors import CogError, SettingError
+from cogcommon.errors import SettingError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, Resolution
 from cogcommon.model.tokens import cut_text
@@ -31,17 +29,8 @@ from workshop.bench_train.subject import random_checkpoint
 SMALL = ["--prompt", "a red ball rolls to the left", "--steps", "2", "--resolution", "17x64x96"]
 
 
-def command(*words):
-    app = typer.Typer(add_completion=False)
-    add_command(app, "generate", GenerateSettings, generate.run, "Generate.")
-    add_command(app, "other", GenerateSettings, generate.run, "Other.")
-    return CliRunner().invoke(app, ["generate", *map(str, words)])
-
-
-def fault(*words):
-    error = command(*words).exception
-    assert isinstance(error, CogError), error
-    return str(error)
+command = OneCommand("generate", GenerateSettings, generate.run)
+fault = command.fault
 
 
 @pytest.fixture
@@ -90,7 +79,7 @@ def test_a_run_is_drawn_on_the_revision_that_it_was_trained_on(recorded_run, mon
     (recorded_run / FACTS_FILE).write_text(json.dumps(facts | {"revision": "0" * 40}))
     asked, here = [], open_checkpoint("tiny")
     monkeypatch.setattr(
-        "cogtrain.validation.tuned.open_checkpoint", lambda name, revision, **_: asked.append(revision) or here
+        "cogtrain.runs.folder.open_checkpoint", lambda name, revision=None, **_: asked.append(revision) or here
     )
     find_tuned(recorded_run, [], None, None)
     find_tuned(recorded_run, [], None, "tiny")
