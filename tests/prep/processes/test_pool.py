@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pool_tasks
 import pytest
-from places import KIT
+from places import CHILDREN
 
 from cogcommon.errors import CogError
 from cogprep.processes import child as pool_child
@@ -124,7 +124,7 @@ if __name__ == "__main__":
 
 
 def test_a_busy_child_ends_when_its_parent_is_killed(tmp_path):
-    (tmp_path / "parent.py").write_text(_HANGING_PARENT.format(folder=str(KIT)))
+    (tmp_path / "parent.py").write_text(_HANGING_PARENT.format(folder=str(CHILDREN)))
     parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
     child = Path("/proc") / parent.stdout.readline().strip()
     assert child.exists()
