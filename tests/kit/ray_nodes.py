@@ -32,7 +32,7 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self._handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own in its place
-        self._temporary = tempfile.mkdtemp(prefix="ray-")
+        self._temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the names of its sockets must be short
         head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
         self._cluster = Cluster(initialize_head=True, head_node_args=head | {"temp_dir": self._temporary})
         self.address: str = self._cluster.address
