@@ -107,10 +107,10 @@ def _step(job: Job) -> str:
 def _again() -> list[str]:
     return [
         "# 138: stopped by USR1, the time is nearly up. 143: by TERM; if Slurm has noted a time of pre-emption,",
-        "# it was that, and nobody who cancelled the job or stopped the run. Then the job goes back into the queue, to",
-        "# go on where it was.",
+        "# it was that, and nobody who cancelled the job or stopped the run. 75: a process or a host was lost.",
+        "# Then the job goes back into the queue, to go on where it was.",
         "again=no",
-        '[ "$code" = 138 ] && again=yes',
+        '[ "$code" = 138 ] || [ "$code" = 75 ] && again=yes',
         '[ "$code" = 143 ] && scontrol show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]" && again=yes',
         f'if [ "$again" = yes ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {_MOST_STARTS} ]; then',
         '  scontrol requeue "$SLURM_JOB_ID"',

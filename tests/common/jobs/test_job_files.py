@@ -121,7 +121,7 @@ sys.exit(int(os.environ.get("CODE", "0")))
 
 @pytest.mark.parametrize(
     ("code", "preempted", "restarts", "again"),
-    [(0, False, 0, False), (2, False, 0, False), (138, False, 0, True), (138, False, 100, False),
+    [(0, False, 0, False), (2, False, 0, False), (75, False, 0, True), (138, False, 0, True), (138, False, 100, False),
      (143, False, 0, False), (143, True, 0, True)],
 )  # fmt: skip
 def test_a_batch_script_asks_to_go_on_after_the_limit_and_after_pre_emption(
