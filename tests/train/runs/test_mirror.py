@@ -291,6 +291,39 @@ def test_a_run_is_exported_from_its_mirror(begun, tmp_path, there, monkeypatch, 
 
 
 @pytest.mark.full
+def test_from_a_bucket_that_is_being_filled_into_a_bucket(begun, tmp_path, there, s3, losses, capsys):
+    """Shards that come to one folder of a bucket, and a run that follows them and is lost, in another."""
+    fs, shards = files(s3), f"{there}-shards"
+
+    def come(number):
+        for name in ("empty_caption.safetensors", f"{number:06d}.tar", f"{number:06d}.parquet"):
+            fs.put(str(tmp_path / "out" / name), f"{shards.removeprefix('s3://')}/{name}")
+
+    def whole(step):
+        if step in (1, 4):
+            come({1: 1, 4: 2}[step])
+
+    def lost(step):
+        whole(step)
+        killer(there, 9, "checkpoint-8")(step)
+
+    options = {"shards": [f"{shards}/"], "follow": True, "steps": 14}
+    come(0)
+    expected = losses(begun("whole", whole, **options))
+    assert "epoch 2 (from step 7): 6 samples in 3 shards, 2 new since epoch 1" in capsys.readouterr().out
+    fs.rm(shards.removeprefix("s3://"), recursive=True)
+    come(0)
+    with pytest.raises(Killed):
+        begun("first", lost, mirror=there, **options)
+    come(3)
+    shutil.rmtree(tmp_path / "first")
+    found = losses(begun("bare", mirror=there, **options))
+    assert sorted(found) == list(range(1, 15))
+    assert {step: found[step] for step in range(1, 13)} == {step: expected[step] for step in range(1, 13)}
+    assert "epoch 3 (from step 13): 8 samples in 4 shards, 2 new since epoch 2" in capsys.readouterr().out
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("number", range(6))
 def test_processes_killed_anywhere_lose_their_disks_each_time(begun, tmp_path, there, losses, number):
     """Each goes on in an empty folder, on one process or two; the numbers are those of a run that nothing met."""
