@@ -57,7 +57,12 @@ for name in sys.argv[1:]:
         print(f"  {name}: {error!r:.80}")
         continue
     print(f"  {time.perf_counter() - started:6.2f} s  {name}", flush=True)
+import importlib.util, pathlib
+torch = sys.modules.get("torch")
+if torch and not pathlib.Path(importlib.util.cache_from_source(torch.__file__)).exists():
+    print("  torch is compiled anew from its sources at each import: its folder keeps no .pyc files")
 """
+_MARKS = ("memory ", "lora of ", "step 1/", "step 3/", "saved ", "wrote ", "next: ")  # what a run says, in this order
 
 
 @dataclass
@@ -199,7 +204,13 @@ def _log(folder: Path, title: str, typed: Typed) -> None:
     with (folder / "start.log").open("a", encoding="utf-8") as log:
         log.write(f"\n== {title}: code {typed.code}, {typed.end_s:.2f} s\n")
         log.writelines(f"{at:7.2f}  {line}\n" for at, line in typed.lines)
-    print(f"{title}: {typed.end_s:.1f} s" + ("" if typed.code == 0 else f", code {typed.code}"), flush=True)
+    marks = [f"{mark.strip()} {at:.1f}" for mark in _MARKS if (at := typed.when(mark)) is not None]
+    print(
+        f"{title}: {typed.end_s:.1f} s"
+        + (f" ({', '.join(marks)})" if len(marks) > 1 else "")
+        + ("" if typed.code == 0 else f", code {typed.code}"),
+        flush=True,
+    )
     if typed.code != 0:
         print(*(f"    {at:7.2f}  {line}" for at, line in typed.lines[-12:]), sep="\n", flush=True)
 
