@@ -185,10 +185,12 @@ def _steps(settings: CompareSettings, run: RecordedRun) -> list[int]:
     for word in (settings.checkpoints or ",".join(map(str, there))).split(","):
         step = named.get(word.strip()) or (int(word) if word.strip().isdecimal() else 0)
         if step not in there:
+            needs = "; best needs a run with --validate-shards, and a checkpoint of a step that was validated"
             raise SettingError(
                 f"there is no checkpoint {word.strip()!r}",
                 where=f"--checkpoints {settings.checkpoints}",
-                fix=f"some of {', '.join(map(str, there))}, {', '.join(named)}; --keep says how many a run keeps",
+                fix=f"some of {', '.join(map(str, there))}, {', '.join(named)}; --keep says how many a run keeps"
+                + needs * (word.strip() == "best"),
             )
         found.add(step)
     return sorted(found)

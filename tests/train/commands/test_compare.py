@@ -73,6 +73,7 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     assert f'src="compared/{first.name}/grid.mp4"' in write_report(run).read_text()
 
     (first / "grid.mp4").write_bytes(b"mine")
+    assert "best needs a run with --validate-shards" in fault(run, "--checkpoints", "1,best", "--prompt", "a ball")
     assert "not as we made it" in fault(run, "--checkpoints", "1,2", "--strengths", "0.5", "--prompt", "a ball",
                                         *SMALL)  # fmt: skip
     assert "there is no checkpoint '3'" in fault(run, "--checkpoints", "1,3", "--prompt", "a ball")
