@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from cogcommon.media.video import write_mp4
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
 
 from ..model.method import Lora, Method, method_of, of_checkpoint
+from ..report.renew import renew_report
 from ..report.sheet import Column, contact_sheet, grid
 from ..runs.checkpoint import checkpoint_name, find_checkpoint, list_checkpoints, step_of
 from ..runs.folder import COMPARED, RecordedRun, lowest, open_base, read_run, trained_settings
@@ -107,11 +109,11 @@ def run(settings: CompareSettings) -> None:
     if settings.json:
         told = [{"prompt": one.request.prompt, "files": found} for one, found in zip(asked, files, strict=True)]
         print(json_text({"videos": told, "seconds": seconds}))
-        return
-    for one, found in zip(asked, files, strict=True):
+    for one, found in [] if settings.json else zip(asked, files, strict=True):
         console.print(one.request.prompt, soft_wrap=True)
         for name, file in found.items():
             console.print(f"{name:<14} {file}", soft_wrap=True)
+    renew_report(settings.run, [one.folder for one in asked], partial(console.print, soft_wrap=True))
 
 
 def layout(steps: Sequence[int], strengths: Sequence[float]) -> list[list[Cell | None]]:

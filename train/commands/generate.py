@@ -10,6 +10,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from cogcommon.cli.names import json_text
@@ -26,6 +27,7 @@ from cogcommon.model.device import default_precision, dtype_of, pick_device, qui
 from cogcommon.model.families import Resolution
 from cogcommon.model.tokens import cut_text
 
+from ..report.renew import renew_report
 from ..report.sheet import Column, contact_sheet, side_by_side
 from ..runs.folder import GENERATED
 from ..runs.restore import local_run
@@ -88,12 +90,12 @@ def run(settings: GenerateSettings) -> None:
         told = [{"prompt": a.request.prompt, "files": {n: str(file) for n, file in a.files.items()}} for a in answers]
         print(json_text({"files": told[0]["files"], "seconds": seconds} if len(told) == 1 else
                         {"videos": told, "seconds": seconds}))  # fmt: skip
-        return
-    for answer in answers:
+    for answer in [] if settings.json else answers:
         if len(answers) > 1:
             console.print(answer.request.prompt, soft_wrap=True)
         for name, file in answer.files.items():
             console.print(f"{name:<14} {file}", soft_wrap=True)
+    renew_report(settings.run, [answer.folder for answer in answers], partial(console.print, soft_wrap=True))
 
 
 class _Answer:

@@ -13,9 +13,8 @@ from cogcommon.files.ownership import Made
 from cogcommon.model.families import Resolution
 from cogtrain.commands import compare
 from cogtrain.commands.compare import Cell, layout
-from cogtrain.report.page import write_report
 from cogtrain.report.sheet import Column, grid
-from cogtrain.runs.folder import COMPARED
+from cogtrain.runs.folder import COMPARED, REPORT_FILE
 from cogtrain.settings import CompareSettings, LoraSettings, SftSettings
 from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, to_base
 from cogtrain.validation.tuned import find_tuned
@@ -70,7 +69,10 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     assert made and made.owns("grid.mp4") and made.owns("contact-sheet.png")
     assert json.loads(made.request)["prompt"] == "a ball"
     assert Image.open(first / "contact-sheet.png").width > 1000
-    assert f'src="compared/{first.name}/grid.mp4"' in write_report(run).read_text()
+    assert f'src="compared/{first.name}/grid.mp4"' in (run / REPORT_FILE).read_text()
+    assert str(run / REPORT_FILE) in done.stdout
+    made = Made.read(run)
+    assert made and made.owns(REPORT_FILE) and made.files[REPORT_FILE]  # a later change of it is somebody's
 
     (first / "grid.mp4").write_bytes(b"mine")
     assert "best needs a run with --validate-shards" in fault(run, "--checkpoints", "1,best", "--prompt", "a ball")

@@ -7,9 +7,11 @@ import re
 import pytest
 
 from cogcommon.errors import RunError
+from cogcommon.files.ownership import record_of
 from cogtrain.report.chart import Line, chart, number, smoothed
 from cogtrain.report.page import write_report
-from cogtrain.runs.folder import RunFacts, read_metrics, read_run
+from cogtrain.report.renew import renew_report
+from cogtrain.runs.folder import A_RUN, RunFacts, read_metrics, read_run
 
 FACTS = RunFacts(
     model="tiny", revision=None, family="5b", task="t2v", method="lora", contract_fingerprint="c" * 64,
@@ -54,6 +56,25 @@ def test_a_repeated_step_counts_once_and_a_cut_line_not_at_all(tmp_path, step_li
     steps, validations = read_metrics(path)
     assert [(line.step, line.loss) for line in steps] == [(1, 1.0), (2, 7.0)]
     assert validations == []
+
+
+def test_a_page_is_written_anew_where_it_is_ours_and_videos_went_into_the_run(run):
+    told = []
+    renew_report(run, [run.parent / "elsewhere"], told.append)
+    renew_report(None, [run], told.append)
+    assert not told
+    video = run / "generated/a-ball/tuned.mp4"
+    video.parent.mkdir(parents=True)
+    video.touch()
+    renew_report(run, [video.parent], told.append)
+    assert "did not make" in told.pop() and not (run / "report.html").exists()  # these files name no maker
+    record_of(run, A_RUN).write()
+    renew_report(run, [video.parent], told.append)
+    assert told.pop().endswith(str(run / "report.html"))
+    assert 'src="generated/a-ball/tuned.mp4"' in (run / "report.html").read_text()
+    (run / "report.html").write_text("mine")
+    renew_report(run, [video.parent], told.append)
+    assert "not as we made it" in told.pop() and (run / "report.html").read_text() == "mine"
 
 
 def test_what_is_no_run_is_refused_in_words(tmp_path, run):
