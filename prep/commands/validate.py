@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from cogcommon.cli.progress import stage
@@ -24,6 +25,7 @@ from ..dataset.advice import Looked, advise, cut_captions
 from ..dataset.guesses import Guess, guess_folders, guess_turned, guess_uncaptioned
 from ..dataset.lists import DataSet, check_root
 from ..dataset.probe import Look, look_at
+from ..dataset.remedies import remedies
 from ..plan.plan import tensor_bytes
 from ..processes.by_file import run_by_file
 from ..processes.pool import Pool, default_workers
@@ -51,7 +53,9 @@ def run(settings: ValidateSettings) -> None:
             where=f"{as_shown(settings.root)}: {first.place} {first.entry}".rstrip(),
             fix=next(
                 (guess.fix for guess in verdict.guesses),
-                "mend what is listed above; `cogprep encode` leaves bad clips out, but lists must pair up",
+                (f"{first.fix}\n       " if settings.json and first.fix else "")
+                + "mend what is listed above, as is said behind ->; `cogprep encode` leaves bad clips out, but lists "
+                "must pair up",
             ),
         )
 
@@ -72,7 +76,7 @@ def validate(settings: ValidateSettings) -> Verdict:
     speed = None if checkpoint.name in BUILTIN_NAMES else vae_speed(settings.gpu)
     data = settings.read_lists(family.task)
     looks, images, hashes = look_at_all(settings, data, family.fps)
-    faults = find_faults(settings, data, looks, images)
+    faults = _with_remedies(settings, checkpoint, find_faults(settings, data, looks, images))
     looked = [
         Looked(sample, found, image)
         for sample in data.samples
@@ -83,7 +87,7 @@ def validate(settings: ValidateSettings) -> Verdict:
     tokenizer, notes = _tokenizer(checkpoint)
     cuts = cut_captions([one.sample for one in looked], tokenizer, family.text_tokens)
     forecast = foretell(settings, checkpoint, data, looks, hashes, [one.look.facts.sha256 for one in looked])
-    faults += find_refusals(settings, forecast)
+    faults += find_refusals(settings, checkpoint, forecast)
     held = forecast.holdout
     return Verdict(
         data_root=str(settings.root),
@@ -153,6 +157,12 @@ def find_faults(
     return found
 
 
+def _with_remedies(settings: ValidateSettings, checkpoint: Checkpoint, faults: Sequence[Finding]) -> list[Finding]:
+    """The faults, each with what to type against its kind."""
+    fixes = remedies((fault.what for fault in faults), settings.buckets, checkpoint.family)
+    return [replace(fault, fix=fixes[fault.what]) for fault in faults]
+
+
 def find_guesses(
     settings: ValidateSettings,
     checkpoint: Checkpoint,
@@ -170,12 +180,13 @@ def find_guesses(
     yield from guess_turned(checkpoint, settings.buckets, looks.values())
 
 
-def find_refusals(settings: ValidateSettings, forecast: EncodeForecast) -> list[Finding]:
+def find_refusals(settings: ValidateSettings, checkpoint: Checkpoint, forecast: EncodeForecast) -> list[Finding]:
     """What `encode` would object to because of what the output folder holds."""
-    found = [
+    rejected = [
         Finding(settings.videos, one.sample.line, one.sample.source, f"rejected when it was decoded: {one.reason}")
         for one in forecast.rejected_before
     ]
+    found = _with_remedies(settings, checkpoint, rejected)
     if forecast.refusal:
         found.append(Finding(as_shown(settings.out), 0, "", f"encode would refuse: {forecast.refusal}"))
     return found

@@ -31,6 +31,7 @@ class Finding:
     line: int  # from 1; 0 for the list as a whole
     entry: str  # what the list says there
     what: str
+    fix: str = ""  # what to type; empty where `what` says it, or a guess does for many lines at once
 
     @property
     def place(self) -> str:
@@ -113,6 +114,11 @@ def _show_faults(verdict: Verdict, console: Console) -> None:
     console.print(Padding(table, (0, 0, 0, 2), expand=False))
     if len(verdict.faults) > _SHOWN:
         console.print(f"  and {len(verdict.faults) - _SHOWN} more; --json lists them all")
+    for fix in dict.fromkeys(fault.fix for fault in verdict.faults if fault.fix):
+        places = [fault.place for fault in verdict.faults if fault.fix == fix]
+        more = f" and {len(places) - _SHOWN_LINES} more" if len(places) > _SHOWN_LINES else ""
+        line = styled(("-> ", "dim"), (f"{', '.join(places[:_SHOWN_LINES])}{more}: ", "cyan"), fix)
+        console.print(Padding(line, (0, 0, 0, 4), expand=False))
 
 
 def _show_advice(verdict: Verdict, console: Console) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cogcommon.model.families import Family
@@ -56,7 +56,7 @@ def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Fam
     """Everything worth saying, the gravest first."""
     found = [
         _few(looked),
-        _speed(looked, family),
+        _speed(looked, family, cut),
         _bars(looked),
         _captions(captions, family),
         _quoted(looked),
@@ -89,20 +89,52 @@ def _few(looked: Sequence[Looked]) -> Advice | None:
     )
 
 
-def _speed(looked: Sequence[Looked], family: Family) -> Advice | None:
+def _speed(looked: Sequence[Looked], family: Family, cut: Cut) -> Advice | None:
     lines = []
+    fast, slow = [], []
     for one in looked:
         rate = one.look.picked.effective_fps
         if rate > family.fps * _SPEED:
             lines.append((one.sample.line, f"{rate:.3g} fps, {rate / family.fps:.2g}x slow motion"))
+            fast.append(one.look)
         elif rate < family.fps / _SPEED:
             lines.append((one.sample.line, f"{rate:.3g} fps, {family.fps / rate:.2g}x time lapse"))
+            slow.append(one.look)
     return _of(
         "speed",
         f"played at {family.fps} fps, the family's rate, these would move too fast or too slowly",
-        "longer clips, fewer frames (--resolution), --frames auto, or --stride",
+        ", or ".join(dict.fromkeys([*_against_slow_motion(fast, family, cut), *_against_time_lapse(slow, cut)])),
         lines,
     )
+
+
+def _against_slow_motion(looks: Sequence[Look], family: Family, cut: Cut) -> Iterator[str]:
+    """What would help: by their time, frames can be no farther apart than a clip is long."""
+    if not looks:
+        return
+    lasts = [look.facts.duration_s - cut.start for look in looks]
+    if any(last * family.fps >= look.bucket.frames - 1 for last, look in zip(lasts, looks, strict=True)):
+        if cut.frames != "auto":
+            yield "--frames auto"
+        return
+    also = " with --frames auto" if cut.by_number else ""
+    yield f"longer clips{also}"
+    step = family.frame_step
+    fewer = int(max(lasts) * family.fps) // step * step + 1
+    if fewer > step:
+        yield f"fewer frames ({fewer} of the longest of them: --resolution {fewer}x...){also}"
+
+
+def _against_time_lapse(looks: Sequence[Look], cut: Cut) -> Iterator[str]:
+    """What would help: a clip has no more frames a second than its file."""
+    if not looks:
+        return
+    if cut.frames != "auto":
+        yield "--frames auto"
+    if cut.stride > 1:
+        yield f"--stride 1 instead of {cut.stride}"
+    if cut.frames == "auto" and cut.stride == 1:
+        yield "clips of a higher frame rate"
 
 
 def _bars(looked: Sequence[Looked]) -> Advice | None:

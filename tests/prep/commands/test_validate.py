@@ -15,13 +15,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cogcommon.errors import DataRootError, SettingError
-from cogcommon.model.families import FAMILIES, Resolution
+from cogcommon.model.families import BY_NAME, FAMILIES, Resolution
 from cogcommon.shards.records import read_record
 from cogprep.cli import app
 from cogprep.commands.validate import look_at_all, run, validate
 from cogprep.commands.verdict import show
 from cogprep.dataset.guesses import guess_folders, guess_turned, guess_uncaptioned
 from cogprep.dataset.probe import Look, inside_bars
+from cogprep.dataset.remedies import remedies
 from cogprep.plan.plan import tensor_bytes
 from cogprep.settings import EncodeSettings, ValidateSettings
 
@@ -88,6 +89,43 @@ def test_every_fault_is_named_with_file_line_and_reason(verdict):
     for fault, reason in zip(verdict.faults, ["cut short", "only sound", "too short: 1 frame", "missing"], strict=True):
         assert reason in fault.what
     assert (verdict.lines, verdict.usable) == (12, 8)
+
+
+def test_each_kind_of_fault_has_its_remedy_once(verdict):
+    fixes = [fault.fix for fault in verdict.faults]
+    for fix, words in zip(fixes, ["a whole copy", "a whole video", "--short repeat", "mend the path"], strict=True):
+        assert words in fix and "out of every list" in fix
+    console = Console(width=1000, file=io.StringIO(), highlight=False)
+    twice = [*verdict.faults, replace(verdict.faults[0], line=13)]
+    show(replace(verdict, faults=twice), console)
+    page = console.file.getvalue()
+    assert all(page.count(fix) == 1 for fix in fixes)
+    assert f"-> videos.txt:9, videos.txt:13: {fixes[0]}" in page
+
+
+def test_a_shorter_size_is_named_where_there_is_one():
+    def remedy(reason):
+        return remedies([reason], [Resolution(17, 64, 96)], BY_NAME["2b"])[reason]
+
+    assert "--resolution 17x64x96 9x64x96" in remedy("too short: 15 frames, 17 are needed")
+    assert "--resolution" not in remedy("too short: 8 frames, 17 are needed")
+    thinned = remedy("too short: 6 frames after --start and --stride (of 30), 17 are needed")
+    assert thinned.startswith("a smaller --start or --stride; or --short repeat")
+    assert remedy("its colours are coded as RGB; to convert it: ffmpeg -i CLIP OUT") == ""  # says its own
+
+
+def test_advice_on_speed_says_only_what_helps(settings, root):
+    (root / "timed.txt").write_text("videos/fast.mp4\n")  # half a second
+
+    def fix(**changes):
+        chosen = replace(settings, videos="timed.txt", prompts="timed.txt", **changes)
+        return next(one.fix for one in validate(chosen).advice if one.kind == "speed")
+
+    assert fix() == "longer clips"
+    assert fix(resolution=["25x64x96"]) == "longer clips"
+    (root / "timed.txt").write_text("videos/good.mp4\n")  # 2.5 s at 24 fps
+    assert fix(frames="head") == "--frames auto"
+    assert fix(resolution=["33x64x96"]).startswith("longer clips, or fewer frames (17 of the longest of them: --res")
 
 
 def test_advice_names_the_lines_it_is_about(verdict):
