@@ -53,7 +53,7 @@ class CaptionList:
     """
 
     def __init__(self, root: Path, prompts: str, videos: str) -> None:
-        check_root(root, prompts, videos)
+        check_root(root, prompts, videos, named="DS")
         self._root, self._prompts, self._videos = root, prompts, videos
         self._path = Path(os.path.realpath(root / prompts))  # a link stays one
         self.lines = len(self._read()[0])

@@ -59,7 +59,7 @@ def init(root: Path) -> Told:
     Raises:
         DataRootError: there are no clips; a table of captions is damaged; a list is there without the clips' to go by.
     """
-    check_root(root)
+    check_root(root, named="DS", holds="your clips")
     refuse_output(root)
     kept = [name for name in (VIDEOS, PROMPTS, IMAGES) if os.path.lexists(root / name)]
     if kept and VIDEOS not in kept:

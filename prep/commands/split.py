@@ -110,7 +110,7 @@ def _films(source: Path) -> list[Path]:
         raise DataRootError(
             "there is no such video or folder", where=str(source), fix="cogprep split film.mp4 --out ds"
         )
-    check_root(source)
+    check_root(source, named="FILM", holds="long videos")
     found = find(source)
     if not found.clips:
         raise DataRootError("there are no videos in this folder", where=str(source))

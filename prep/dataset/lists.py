@@ -22,6 +22,7 @@ from cogcommon.words import counted
 
 from ..source.addresses import named_without_secrets, remote_address
 from ..source.clip import BadClip
+from ..source.near import folders_like
 from ..source.remote import Unreached, read_object, state_of
 
 # Byte order marks, wherever lists were joined, and what has neither width nor meaning. The joiners U+200C and
@@ -83,11 +84,13 @@ class DataSet:
         return self
 
 
-def check_root(root: Path, *lists: str) -> None:
+def check_root(root: Path, *lists: str, named: str = "--data-root", holds: str = "prompts.txt and videos.txt") -> None:
     """Refuse what is no folder, or has none of the lists.
 
     Args:
         lists: names of the lists of captions and clips, where there must be one at least.
+        named: the option or argument that has named the folder, for the message.
+        holds: what the folder is to hold, likewise.
 
     Raises:
         DataRootError: it is missing, or a file, or without lists.
@@ -95,8 +98,8 @@ def check_root(root: Path, *lists: str) -> None:
     if remote_address(root) is None and not os.path.isdir(root):  # noqa: PTH112, as `_is_there`
         raise DataRootError(
             "the data root is not a folder" if _is_there(root) else "there is no such data root",
-            where=str(root),
-            fix="--data-root takes the folder that holds prompts.txt and videos.txt",
+            where=f"{named} {root}",
+            fix=" ".join(filter(None, [folders_like(root), f"{named} takes the folder that holds {holds}"])),
         )
     if lists and not any(_is_there(root / name) for name in lists):
         raise DataRootError(

@@ -40,6 +40,17 @@ def said(told: Told) -> str:
     return "\n".join(told.notes)
 
 
+def test_a_folder_that_is_not_there_is_told_by_the_argument_and_what_is_like_it(tmp_path):
+    lay(tmp_path, "holiday/a.mp4", "other/b.mp4")
+    with pytest.raises(DataRootError, match="no such data root") as caught:
+        init(tmp_path / "holidya")
+    assert caught.value.where == f"DS {tmp_path / 'holidya'}"
+    assert caught.value.fix == f"did you mean {tmp_path / 'holiday'}? DS takes the folder that holds your clips"
+    with pytest.raises(DataRootError) as caught:
+        init(tmp_path / "quite" / "elsewhere")
+    assert caught.value.fix == "DS takes the folder that holds your clips"
+
+
 def test_clips_of_all_folders_in_order_with_the_texts_beside_them(tmp_path):
     lay(
         tmp_path,
