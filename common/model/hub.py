@@ -8,7 +8,12 @@ from ..errors import ModelError
 
 
 def fetch(
-    name: str, patterns: list[str], revision: str | None = None, *, instead: str = "--model tiny needs no download"
+    name: str,
+    patterns: list[str],
+    revision: str | None = None,
+    *,
+    kind: str = "model",
+    instead: str = "--model tiny needs no download",
 ) -> Path:
     """A repository's files, in the hub's cache; what is not there yet is downloaded.
 
@@ -16,6 +21,7 @@ def fetch(
         name: ``owner/name``.
         patterns: of the files.
         revision: None: the newest.
+        kind: what it is, for the message.
         instead: what else can be done, for the message.
 
     Raises:
@@ -29,7 +35,7 @@ def fetch(
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         at = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"the model {name}{at} is not here, and cannot be downloaded: {_why_not(error)}",
+            f"the {kind} {name}{at} is not here, and cannot be downloaded: {_why_not(error)}",
             where=f"looked in {constants.HF_HUB_CACHE} and on the hub ({constants.ENDPOINT})",
             fix=f"check the name and the network, or fetch it elsewhere with `hf download {name} --local-dir FOLDER` "
             f"and give --model FOLDER; {instead}",

@@ -43,7 +43,7 @@ class Captioner:
 
         quiet_libraries()
         self.name, self.device = name, pick_device()
-        folder = _folder_of(name)
+        folder = _folder_of(name, _FILES)
         _check_sees(name, folder)
         self._processor = _processor(name, folder)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -168,13 +168,26 @@ def _cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
-def _folder_of(name: str) -> Path:
+def ask_for(name: str) -> None:
+    """See whether a model can be had, by its smallest file, before much is fetched or read.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    _folder_of(name, ["config.json"])
+
+
+def _folder_of(name: str, files: list[str]) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise ModelError(f"no model {name!r}", where="it is neither a folder nor a hub id (owner/name)", fix=_OTHER)
-    return fetch(name, _FILES, instead="captions can also be written by hand, or come from files (`cogprep init`)")
+    return fetch(
+        name, files, kind="captioning model",
+        instead="captions can also be written by hand, each into its blank line of prompts.txt, or come from files "
+        "(`cogprep init`)",
+    )  # fmt: skip
 
 
 def _check_sees(name: str, folder: Path) -> None:

@@ -19,7 +19,7 @@ from cogcommon.model.published import known_checkpoint
 from cogcommon.words import counted, in_words
 
 from ..caption.blank_lines import Blank, CaptionList, shared_out
-from ..caption.captioner import Captioner
+from ..caption.captioner import Captioner, ask_for
 from ..caption.frames import Seen, see
 from ..caption.words import fit, tidy
 from ..processes.pool import Pool
@@ -86,6 +86,7 @@ def caption(settings: CaptionSettings) -> Captioned:
     written = taken = 0
     faults: list[tuple[int, str, str]] = []
     if blanks:
+        ask_for(settings.model)  # without it, nothing else helps
         shorten = _shortener(settings)  # the small files first: a missing model is told before a large one is read
         captioner = Captioner(settings.model)
         if captioner.device.type == "cpu":
@@ -130,7 +131,8 @@ def _shortener(settings: CaptionSettings) -> Callable[[Captioner, Seen, Blank], 
         tokenizer = target.load_tokenizer()
     except ModelError as error:
         fix = (error.fix or "").replace("--model", "--target")
-        raise ModelError(error.what, where=f"--target; {error.where}", fix=fix) from error
+        why = f"--target {settings.target}, whose tokenizer says how long a caption may be; {error.where}"
+        raise ModelError(error.what, where=why, fix=fix) from error
     prefix = " ".join(settings.prefix.split())
 
     def tokens(text: str) -> int:

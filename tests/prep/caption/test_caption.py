@@ -288,6 +288,11 @@ def test_a_model_that_cannot_be_used_is_told_in_one_message(tmp_path, llava, mon
     with pytest.raises(ModelError, match="THUDM/CogVideoX-2b is not here") as caught:
         command.caption(CaptionSettings(ds=tmp_path, model=str(llava), target="THUDM/CogVideoX-2b"))
     assert "--target tiny" in caught.value.fix and "--model" not in caught.value.fix
+    with pytest.raises(ModelError, match=r"the captioning model .* is not here") as caught:  # both are missing
+        command.caption(CaptionSettings(ds=tmp_path))
+    assert (
+        "--target" not in str(caught.value) and "by hand, each into its blank line of prompts.txt" in caught.value.fix
+    )
 
 
 def test_a_model_that_takes_videos_gets_one(tmp_path, root):
