@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cogcommon.cli.progress import stage
 from cogcommon.files.memory import free_gpu_memory
 from cogcommon.media.video import Frames
 from cogcommon.model.checkpoint import Checkpoint
@@ -149,25 +151,30 @@ def generate_video(pipeline: DiffusionPipeline, request: Request, advance: Calla
     """
     import torch
 
-    def after_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    decoding = ExitStack()  # the stage of what the pipeline does after its last step
+
+    def after_step(_pipeline: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         advance()
+        if step + 1 == request.steps:
+            decoding.enter_context(stage("decoding the video"))
         return tensors
 
     options: dict[str, Any] = {"image": request.image} if request.image is not None else {}
-    result = pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        num_frames=request.resolution.frames,
-        height=request.resolution.height,
-        width=request.resolution.width,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        use_dynamic_cfg=request.dynamic_guidance,
-        max_sequence_length=request.text_tokens,  # the pipeline's default is 1.0's
-        generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
-        output_type="np",
-        callback_on_step_end=after_step,
-        **options,
-    )
+    with decoding:
+        result = pipeline(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            num_frames=request.resolution.frames,
+            height=request.resolution.height,
+            width=request.resolution.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            use_dynamic_cfg=request.dynamic_guidance,
+            max_sequence_length=request.text_tokens,  # the pipeline's default is 1.0's
+            generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
+            output_type="np",
+            callback_on_step_end=after_step,
+            **options,
+        )
     frames: Frames = (np.asarray(result.frames[0]) * 255).round().astype(np.uint8)
     return frames

@@ -12,6 +12,7 @@ from one_command import OneCommand
 from PIL import Image
 from safetensors.torch import save_file
 
+from cogcommon.cli import progress
 from cogcommon.errors import SettingError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, Resolution
@@ -86,16 +87,22 @@ def test_a_run_is_drawn_on_the_revision_that_it_was_trained_on(recorded_run, mon
     assert asked == ["0" * 40, None]
 
 
-def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run):
+def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run, monkeypatch):
     """Against the plain diffusers pipeline, called as its documentation says."""
     from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 
     tuned = find_tuned(make_run(), [], None, None)
     request = Request("a ball", None, Resolution(17, 64, 96), 3, 6.0, 7, 226, True)
     pipeline = load_pipeline(tuned, torch.float32)
-    steps = []
-    with_lora = generate_video(pipeline, request, lambda: steps.append(1))
-    assert len(steps) == 3
+    steps, decoding, decode = [], [], pipeline.vae.decode
+
+    def watched(*words, **options):
+        decoding.append([one.name for one in progress._display.stages])
+        return decode(*words, **options)
+
+    monkeypatch.setattr(pipeline.vae, "decode", watched)
+    with_lora = generate_video(pipeline, request, lambda: steps.append(list(progress._display.stages)))
+    assert steps == [[]] * 3 and decoding == [["decoding the video"]]
     to_base(pipeline, tuned, torch.float32)
     base = generate_video(pipeline, request, lambda: None)
 
