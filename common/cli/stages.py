@@ -44,6 +44,7 @@ class Stage:
         self.name, self.total, self.noun, self.done = name, total, noun, done
         self.notes: Sequence[str] = ()
         self.announced = False
+        self.measured: float | None = None  # seconds a unit, where who does the work measures them itself
         self._clock = clock
         self.begun = self._marked = clock()
         self._unmarked = 0
@@ -71,20 +72,26 @@ class Stage:
         return self._clock() - self.begun
 
     @property
+    def a_unit(self) -> float | None:
+        """Seconds that a unit takes: what was measured, else the median of the last ones; None: not known."""
+        return self.measured if self.measured is not None or not self._chunks else median(self._chunks)
+
+    @property
     def left(self) -> float | None:
-        """Seconds that the rest takes if a unit takes the median of the last ones; None: not known."""
-        if self.total is None or not self._chunks:
+        """Seconds that the rest takes; None: not known."""
+        a_unit = self.a_unit
+        if self.total is None or a_unit is None:
             return None
-        a_unit = median(self._chunks)
         since = min(self._clock() - self._marked, a_unit)
         return max(0.0, a_unit * (self.total - self.done) - since)
 
     @property
     def rate(self) -> str:
         """``12 clips/min``; nothing of what has no noun."""
-        if not self._chunks or not self.noun:
+        a_unit = self.a_unit
+        if a_unit is None or not self.noun:
             return ""
-        per_s = 1 / max(median(self._chunks), 1e-9)
+        per_s = 1 / max(a_unit, 1e-9)
         if self.noun == "byte":
             return f"{in_bytes(per_s)}/s"
         return f"{60 * per_s:,.{0 if per_s > 2 else 1}f} {self.noun}s/min"

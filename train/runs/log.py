@@ -6,10 +6,12 @@ import json
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _LINE_EVERY = 5.0  # seconds between plain lines
+_RECENT = 9  # steps, whose median is the pace that is shown, and that tells what is left
 _GIB = 2**30
 
 
@@ -79,6 +82,7 @@ class RunLog:
         self._bar = Stage("training", steps, "step", done)
         self.first_notes: tuple[str, ...] = ()  # what stands beside the count until a step is made
         self._last_line = -_LINE_EVERY
+        self._recent: deque[float] = deque(maxlen=_RECENT)  # seconds a step, as metrics.jsonl has them
 
     def __enter__(self) -> RunLog:
         return self
@@ -91,7 +95,7 @@ class RunLog:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Show how far the steps are, inside the ``with``."""
+        """Show how far the steps are, inside the ``with``, and at its end how long they took."""
         with stage("training", self.steps, "step", self._bar.done) as self._bar:
             self._bar.notes = self.first_notes
             yield
@@ -105,7 +109,9 @@ class RunLog:
 
     def step(self, metrics: StepLine) -> None:
         self.write(asdict(metrics))
-        loss, lr, pace = f"loss {loss_text(metrics.loss)}", f"lr {metrics.lr:.2g}", f"{metrics.s_per_step:.2f} s/step"
+        self._recent.append(metrics.s_per_step)
+        a_step = self._bar.measured = median(self._recent)
+        loss, lr, pace = f"loss {loss_text(metrics.loss)}", f"lr {metrics.lr:.2g}", f"{a_step:.2f} s/step"
         peak = f"peak {metrics.peak_gib:.1f} GiB"
         self._bar.advance(loss, pace, lr, peak)  # the most important first
         now = time.perf_counter()
@@ -113,7 +119,7 @@ class RunLog:
             not self.console.is_terminal and now - self._last_line >= _LINE_EVERY
         ):  # fmt: skip
             self._last_line = now
-            left = clock_time(self._bar.left or 0)
+            left = clock_time(a_step * (self.steps - metrics.step))
             self.say(f"step {metrics.step}/{self.steps}  {loss}  {lr}  {pace}  {peak}  ETA {left}")
 
     def validation(self, line: ValidationLine) -> None:

@@ -74,12 +74,8 @@ def train(
     go_on = partial(checkpoints.how_to_go_on, folder, run.method.name)
     with disk_errors(folder, go_on=go_on), ExitStack() as closing, memory_errors(run):
         trainer = Trainer(run, folder, peers, stop, closing)
-        while trainer.done < run.steps and not trainer.best.enough:
-            step = trainer.done + 1
-            trainer.step(step)
-            if after_step:
-                after_step(step)
-            trainer.validate_and_save(step)
+        with trainer.log.training():
+            trainer.make_steps(after_step)
         trainer.finish()
     return folder
 
@@ -135,8 +131,15 @@ class Trainer:
         closing.callback(self.feed.close)
         self.copies = CopyStream(runtime.device)
         self.readout = Readout(run, runtime, self.optimizer, log)
-        closing.enter_context(log.training())
         closing.enter_context(stop.listening())  # before this there is nothing to save
+
+    def make_steps(self, after_step: Callable[[int], None] | None) -> None:
+        """Make the steps that are left, and validate and save between them."""
+        while (step := self.done + 1) <= self.run.steps and not self.best.enough:
+            self.step(step)
+            if after_step:
+                after_step(step)
+            self.validate_and_save(step)
 
     def step(self, step: int) -> None:
         """Make an optimizer step: forward and backward over its micro-batches, clip, update, average."""

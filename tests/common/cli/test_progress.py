@@ -44,6 +44,12 @@ def test_what_is_left_is_told_by_the_median_of_the_last_units(time):
     assert slower.left == pytest.approx(87), "but not past the unit"
 
 
+def test_what_is_left_goes_by_the_seconds_that_were_measured_where_they_were(time):
+    stage = worked(time, [60] * 3, total=10)
+    stage.measured = 2.0
+    assert stage.left == pytest.approx(14) and stage.rate == "30.0 steps/min"
+
+
 def test_units_that_are_done_together_count_together(time):
     together = worked(time, [8, 0, 0, 0] * 5, total=40, noun="clip")
     assert together.left == pytest.approx(40)

@@ -6,11 +6,15 @@ import json
 import pytest
 import torch
 
+from cogcommon.cli import progress
 from cogcommon.errors import RunError
 from cogtrain.data import batches
 from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
+from cogtrain.runs.folder import StepLine
+from cogtrain.runs.log import RunLog
 from cogtrain.settings import LoraSettings
+from cogtrain.trainer import announce
 
 
 @pytest.fixture
@@ -31,6 +35,29 @@ def lines(run):
 def settings(tmp_path, **options):
     given = {"shards": [str(tmp_path / "out")], "out": tmp_path / "run", "rank": 2, "epochs": 1}
     return LoraSettings(**(given | options))
+
+
+def test_what_a_step_takes_and_what_is_left_are_of_one_median(tmp_path, capsys):
+    log = RunLog(tmp_path, 20, 0)
+    for step in range(1, 18):
+        log.step(StepLine(step, 0, 1.0, 0.1, 1.0, 4.0 if step < 13 else 11.16, 1.0, 1.0))
+        log._last_line = -9.0  # each is said
+    said = capsys.readouterr().out.splitlines()
+    assert said[11].endswith("4.00 s/step  peak 1.0 GiB  ETA 0:32") and said[12].endswith("ETA 0:28")
+    assert said[16].endswith("11.16 s/step  peak 1.0 GiB  ETA 0:33")
+
+
+def test_the_last_line_of_the_steps_comes_before_what_is_next(tmp_path, make_shards, train_here, monkeypatch):
+    make_shards(tmp_path / "out", samples=2)
+    shown, real = [], announce.ending
+
+    def ending(*words):
+        shown.append([one.name for one in progress._display.stages if one.total])
+        real(*words)
+
+    monkeypatch.setattr(announce, "ending", ending)
+    train_here(settings(tmp_path), after_step=lambda _: shown.append([one.name for one in progress._display.stages]))
+    assert shown[0] == ["training"] and shown[-1] == []
 
 
 def test_late_reading_changes_nothing(tmp_path, make_shards, train_here, late):
