@@ -34,7 +34,7 @@ class EncodeForecast:
     kept: int = 0
     dropped: int = 0
     rejected_before: Sequence[Rejected] = ()  # when they were decoded, with the same content and settings
-    refusal: str = ""  # why it would not begin
+    refusal: CogError | None = None  # why it would not begin
     question: str = ""  # what it would ask first
 
 
@@ -63,7 +63,10 @@ def foretell(
     with open_image(settings.out, "--out") as image:
         forecast = _foretell(replace(settings, out=image.folder), checkpoint, data, looks, clips, images, usable)
         here = str(image.folder)
-        return replace(forecast, refusal=forecast.refusal.replace(here, image.place))
+        if (error := forecast.refusal) is None:
+            return forecast
+        parts = [text and text.replace(here, image.place) for text in (error.what, error.where, error.fix)]
+        return replace(forecast, refusal=CogError(parts[0] or "", where=parts[1], fix=parts[2]))
 
 
 def _foretell(
@@ -87,7 +90,7 @@ def _foretell(
         check_contract(settings.out, contract)
         committed = scan(settings.out)
     except CogError as error:
-        return EncodeForecast(first.clips, 0, refusal=_in_a_line(error))
+        return EncodeForecast(first.clips, 0, refusal=error)
     before = remembered_holdout(settings.out, committed)
     found = sort_samples(data.samples, clips, images, committed, contract, settings.holdout, before)
     settings.check_holdout(held=len(found.holdout.clips & found.clips), of=len(found.clips))
@@ -107,11 +110,11 @@ def _foretell(
         kept=[one.key for one in found.kept],
     )
     dropped = plan.dropped if found.candidates else 0
-    refusal = ""
+    refusal = None
     try:
         guard_other_data(settings.out, Origin.of(settings, found.holdout), dropped)
     except CogError as error:
-        refusal = _in_a_line(error)
+        refusal = error
     moves = describe_moves(
         before, found.holdout, settings.out,
         held=found.clips & committed.clips("val"), trained=found.clips & committed.clips("train"),
@@ -122,8 +125,3 @@ def _foretell(
 
 def _hashed(look: Look) -> Hashed:
     return Hashed(look.facts.size, look.facts.mtime_ns, look.facts.sha256)
-
-
-def _in_a_line(error: CogError) -> str:
-    parts = [error.what, *(" ".join(text.split()) for text in (error.where, error.fix) if text)]
-    return "; ".join(parts)

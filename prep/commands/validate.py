@@ -35,7 +35,7 @@ from ..source.part import file_named
 from ..vae.seconds import VaeSpeed, vae_speed
 from ..video.decode import Picture, look_at_picture
 from .foretell import EncodeForecast, foretell
-from .verdict import BucketPlan, Finding, Verdict, show
+from .verdict import REFUSES, BucketPlan, Finding, Verdict, show
 
 
 def run(settings: ValidateSettings) -> None:
@@ -46,18 +46,19 @@ def run(settings: ValidateSettings) -> None:
     else:
         show(verdict, Console())
     if verdict.faults:
-        first = verdict.faults[0]
-        count = len(verdict.faults)
-        raise DataRootError(
-            f"{counted(count, 'fault')}; the first: {first.what}",
-            where=f"{as_shown(settings.root)}: {first.place} {first.entry}".rstrip(),
-            fix=next(
-                (guess.fix for guess in verdict.guesses),
-                (f"{first.fix}\n       " if settings.json and first.fix else "")
-                + "mend what is listed above, as is said behind ->; `cogprep encode` leaves bad clips out, but lists "
-                "must pair up",
-            ),
-        )
+        raise _error(settings, verdict)
+
+
+def _error(settings: ValidateSettings, verdict: Verdict) -> DataRootError:
+    """What ends the command; the page has said it all, JSON is for programs, so there the remedy stands here, too."""
+    first, count = verdict.faults[0], counted(len(verdict.faults), "fault")
+    if first.refusal:
+        fix = first.fix if settings.json else "what is said above"
+        return DataRootError(f"{count}: {REFUSES}", where=first.place, fix=fix)
+    usual = "mend what is listed above (->); `cogprep encode` leaves bad clips out, but lists must pair up"
+    fixes = [guess.fix for guess in verdict.guesses] or [first.fix or usual if settings.json else usual]
+    where = f"{as_shown(settings.root)}: {first.place} {first.entry}".rstrip()
+    return DataRootError(f"{count}; the first: {first.what}", where=where, fix=fixes[0])
 
 
 def validate(settings: ValidateSettings) -> Verdict:
@@ -188,7 +189,8 @@ def find_refusals(settings: ValidateSettings, checkpoint: Checkpoint, forecast: 
     ]
     found = _with_remedies(settings, checkpoint, rejected)
     if forecast.refusal:
-        found.append(Finding(as_shown(settings.out), 0, "", f"encode would refuse: {forecast.refusal}"))
+        what, where, fix = forecast.refusal.what, forecast.refusal.where, forecast.refusal.fix
+        found.append(Finding(as_shown(settings.out), 0, "", f"{REFUSES}: {what}", fix or "", where or ""))
     return found
 
 

@@ -13,12 +13,14 @@ from rich.text import Text
 
 from cogcommon.cli.names import json_text
 from cogcommon.cli.terminal import Console, styled
+from cogcommon.errors import DataRootError
 from cogcommon.model.families import Resolution
 from cogcommon.words import counted, in_bytes, in_words
 
 from ..dataset.advice import Advice
 from ..dataset.guesses import Guess
 
+REFUSES = "encode would refuse"  # begins what a finding says that is about the output folder
 _SHOWN = 20  # faults that the page lists; --json has them all
 _SHOWN_LINES = 3  # examples of one kind of advice
 
@@ -32,6 +34,13 @@ class Finding:
     entry: str  # what the list says there
     what: str
     fix: str = ""  # what to type; empty where `what` says it, or a guess does for many lines at once
+
+    where: str = ""  # more of it, in lines
+
+    @property
+    def refusal(self) -> bool:
+        """Whether the fault lies in the output folder, not in the data."""
+        return self.what.startswith(REFUSES)
 
     @property
     def place(self) -> str:
@@ -109,16 +118,22 @@ def _show_faults(verdict: Verdict, console: Console) -> None:
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(overflow="fold", max_width=24)
     table.add_column(overflow="fold")
-    for fault in verdict.faults[:_SHOWN]:
+    in_lists = [fault for fault in verdict.faults if not fault.refusal]
+    for fault in in_lists[:_SHOWN]:
         table.add_row(fault.place, fault.entry, fault.what)
-    console.print(Padding(table, (0, 0, 0, 2), expand=False))
-    if len(verdict.faults) > _SHOWN:
-        console.print(f"  and {len(verdict.faults) - _SHOWN} more; --json lists them all")
-    for fix in dict.fromkeys(fault.fix for fault in verdict.faults if fault.fix):
-        places = [fault.place for fault in verdict.faults if fault.fix == fix]
+    if in_lists:
+        console.print(Padding(table, (0, 0, 0, 2), expand=False))
+    if len(in_lists) > _SHOWN:
+        console.print(f"  and {len(in_lists) - _SHOWN} more; --json lists them all")
+    for fix in dict.fromkeys(fault.fix for fault in in_lists if fault.fix):
+        places = [fault.place for fault in in_lists if fault.fix == fix]
         more = f" and {len(places) - _SHOWN_LINES} more" if len(places) > _SHOWN_LINES else ""
         line = styled(("-> ", "dim"), (f"{', '.join(places[:_SHOWN_LINES])}{more}: ", "cyan"), fix)
         console.print(Padding(line, (0, 0, 0, 4), expand=False))
+    for fault in verdict.faults:
+        if fault.refusal:
+            told = str(DataRootError(fault.what, where=fault.where or fault.place, fix=fault.fix))
+            console.print("  " + told.replace("\n", "\n  "), soft_wrap=True)  # a command stays in one piece
 
 
 def _show_advice(verdict: Verdict, console: Console) -> None:

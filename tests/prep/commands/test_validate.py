@@ -161,7 +161,7 @@ def test_the_plan_says_bucket_frames_rate_and_loss(verdict):
     assert wide.loss == (0, 0)
 
 
-def test_encode_keeps_the_plan(settings, root):
+def test_encode_keeps_the_plan_and_refuses_what_validate_says(settings, root, capsys):
     """Shards, samples, held out samples and the size of the tensors are what encode then writes."""
     from cogprep.commands.encode import encode
 
@@ -189,6 +189,18 @@ def test_encode_keeps_the_plan(settings, root):
         assert bucket.bytes == pytest.approx(written, rel=0.01)  # a safetensors header a sample
         rates = [row.effective_fps for row in inside]
         assert (min(rates), max(rates)) == pytest.approx(bucket.fps)
+    (root / "one-good.txt").write_text("videos/good.mp4\n")
+    with pytest.raises(DataRootError) as caught:
+        run(replace(settings, videos="one-good.txt", prompts="one-good.txt", frames="even"))
+    page = capsys.readouterr().out
+    for line in (
+        "encode would refuse: ",
+        "where: --frames: 'even' here",
+        "       --resolution: ",
+        "do:    use the old settings",
+    ):
+        assert page.count(f"\n  {line}") == 1
+    assert caught.value.what == "1 fault: encode would refuse" and caught.value.where == str(settings.out)
 
 
 def test_unpaired_lists_are_named_beside_the_faults_of_clips(settings, root):
