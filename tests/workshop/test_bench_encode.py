@@ -8,6 +8,7 @@ import time
 import pytest
 
 from cogprep.commands.encode import encode
+from cogprep.settings import EncodeSettings
 from workshop.bench_encode.__main__ import Bench
 from workshop.bench_encode.make import glide, make_checkpoint, make_data_set
 from workshop.bench_encode.pipeline import serial
@@ -26,18 +27,19 @@ def folder(tmp_path_factory) -> Folder:
     return folder
 
 
-def test_what_it_makes_is_encoded_and_measured(folder, settings_of):
+def test_what_it_makes_is_encoded_and_measured(folder):
     assert list(measure(folder, TINY, "exact")) == [] and folder.exact.exists()
     rows = [row for lever in ("diffusers, tiled", "diffusers, whole frames") for row in measure(folder, TINY, lever, 1)]
     assert [0 < row["error"] < 0.03 and row["s"] > 0 for row in rows] == [True, True]  # bf16 against fp32
 
     report = encode(
-        settings_of(
-            folder.root,
+        EncodeSettings(
             data_root=folder.clips,
             out=folder.shards,
             model=str(folder.model),
             resolution=[TINY.resolution],
+            shard_samples=2,
+            workers=1,
         )
     )
     assert report.encoded == 4 and not report.rejected  # each of two clips under two captions
