@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import CogError, SettingError
 from ..files.failures import machines_fault
 from .mistyped import given_twice, in_our_words, no_such_command
-from .progress import shown, stage
+from .progress import say, shown, stage
 from .settings import default_of, flag_of, resolve, shown_default
 
 S = TypeVar("S")
@@ -150,7 +150,8 @@ def add_command(
 ) -> None:  # fmt: skip
     """Make ``run(settings)`` a command whose options are the fields of ``cls``.
 
-    A field called ``config`` of type ``Path | None`` is read as a TOML file of the others.
+    A field called ``config`` of type ``Path | None`` is read as a TOML file of the others. A ``KeyboardInterrupt`` is
+    said in one line: its own words, where ``run`` knows what is there and how to go on.
 
     Args:
         help: the first line is what the program's own help says of the command.
@@ -165,8 +166,13 @@ def add_command(
     assert len(several) == 1 or not any(field.metadata.get("positional") for field in several)
 
     def command(**given: Any) -> None:
-        with stage("starting"):  # until a stage of the command's own: its libraries take seconds to import
-            run(resolve(cls, given, given.get("config")))
+        try:
+            with stage("starting"):  # until a stage of the command's own: its libraries take seconds to import
+                run(resolve(cls, given, given.get("config")))
+        except KeyboardInterrupt as stopped:
+            with suppress(OSError):
+                say(str(stopped) or "stopped; run the same command again")
+            raise
 
     parameters = []
     for field in fields:

@@ -57,8 +57,9 @@ def run(settings: CaptionSettings) -> None:
     try:
         done = caption(settings)
     except KeyboardInterrupt:
-        say(f"interrupted; what is in {settings.root / settings.prompts} stays: the same command goes on")
-        raise
+        raise KeyboardInterrupt(
+            f"interrupted; what is in {settings.root / settings.prompts} stays: the same command goes on"
+        ) from None
     if settings.json:
         print(json_text(asdict(done)))
     else:

@@ -28,8 +28,8 @@ def run(settings: EncodeSettings) -> None:
     try:
         report = encode(settings)
     except KeyboardInterrupt:
-        say(f"interrupted; finished clips are kept in {as_shown(settings.out)}: run the same command again to go on")
-        raise
+        kept = f"finished clips are kept in {as_shown(settings.out)}: run the same command again to go on"
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
     path = report.write(settings.out)
     if settings.json:
         print(report.to_json())

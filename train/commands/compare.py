@@ -30,7 +30,7 @@ from ..model.method import Lora, Method, method_of, of_checkpoint
 from ..report.renew import renew_report
 from ..report.sheet import Column, contact_sheet, grid
 from ..runs.checkpoint import checkpoint_name, find_checkpoint, list_checkpoints, step_of
-from ..runs.folder import COMPARED, RecordedRun, lowest, open_base, read_run, trained_settings
+from ..runs.folder import COMPARED, SHEET_FILE, RecordedRun, lowest, open_base, read_run, trained_settings
 from ..settings import CompareSettings, GenerateSettings
 from ..validation.pipeline import Request, generate_video, move_pipeline, pipeline_of, step_bytes
 from ..validation.tuned import Tuned
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 _COMPARISON = "a comparison of checkpoints"  # what made the files of a folder
-_GRID, _SHEET = "grid.mp4", "contact-sheet.png"
+_GRID = "grid.mp4"
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _asked(
             request.prompt, settings.seed, text
         )
         if before := check_own_folder(folder, _COMPARISON, "--out"):
-            before.refuse_foreign(_GRID, _SHEET)
+            before.refuse_foreign(_GRID, SHEET_FILE)
         yield _Asked(request, text, folder)
 
 
@@ -256,5 +256,5 @@ def _write(one: _Asked, rows: Sequence[Sequence[Cell | None]], facts: str, fps: 
             video = made.commit(scratch, _GRID)
         sheet = io.BytesIO()
         contact_sheet(one.request.prompt, facts, columns, fps).save(sheet, "PNG")
-        picture = made.commit_bytes(_SHEET, sheet.getvalue())
+        picture = made.commit_bytes(SHEET_FILE, sheet.getvalue())
     return {"grid": str(video), "contact sheet": str(picture)}

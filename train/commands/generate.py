@@ -26,10 +26,11 @@ from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.model.families import Resolution
 from cogcommon.model.tokens import cut_text
+from cogcommon.words import counted
 
 from ..report.renew import renew_report
 from ..report.sheet import Column, contact_sheet, side_by_side
-from ..runs.folder import GENERATED
+from ..runs.folder import GENERATED, SHEET_FILE
 from ..runs.restore import local_run
 from ..settings import GenerateSettings
 from ..validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
@@ -67,25 +68,30 @@ def run(settings: GenerateSettings) -> None:
     step = step_bytes(checkpoint, first.resolution, first.guidance, dtype.itemsize)
     with stage("loading the model"):
         pipeline = load_pipeline(tuned, dtype, lambda text: console.print(text, soft_wrap=True))
-    started = time.monotonic()
-    for label in ["tuned", *(["base"] if settings.base else [])]:
-        with stage(f"preparing the {label} model"):
-            if label == "base":
-                to_base(pipeline, tuned, dtype)
-            move_pipeline(pipeline, device, first.resolution, step)
-        for number, answer in enumerate(answers, 1):
-            of = f" {number}/{len(answers)}" if len(answers) > 1 else ""
-            with stage(f"{label} video{of}", settings.steps, "step") as bar:
-                answer.add(Column(label, generate_video(pipeline, answer.request, bar.advance)))
-    seconds = round(time.monotonic() - started, 1)
-
     facts = (
         f"{tuned} on {checkpoint.name}  ·  {first.resolution}  ·  {settings.steps} steps  ·  "
         f"guidance {settings.guidance:g}  ·  seed {settings.seed}  ·  {precision}"
     )
-    with stage("writing contact sheets"):
-        for answer in answers:
-            answer.finish(facts)
+    left = [answer for answer in answers if not answer.before] or answers  # some are left where it was stopped
+    for answer in answers:
+        answer.files = {} if answer in left else answer.before
+    started, labels = time.monotonic(), ["tuned", *(["base"] if settings.base else [])]
+    try:
+        for label in labels:
+            with stage(f"preparing the {label} model"):
+                if label == "base":
+                    to_base(pipeline, tuned, dtype)
+                move_pipeline(pipeline, device, first.resolution, step)
+            for number, answer in enumerate(left, 1):
+                of = f" {number}/{len(left)}" if len(left) > 1 else ""
+                with stage(f"{label} video{of}", settings.steps, "step") as bar:
+                    answer.add(Column(label, generate_video(pipeline, answer.request, bar.advance)))
+                if label == labels[-1]:
+                    answer.finish(facts)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_stopped(answers)) from None
+    seconds = round(time.monotonic() - started, 1)
+
     if settings.json:
         told = [{"prompt": a.request.prompt, "files": {n: str(file) for n, file in a.files.items()}} for a in answers]
         print(json_text({"files": told[0]["files"], "seconds": seconds} if len(told) == 1 else
@@ -105,9 +111,10 @@ class _Answer:
         self.request, self.asked, self.fps = request, asked, fps
         own = default_folder(settings, request.prompt, asked)
         self.folder = (settings.out / own.name if several else settings.out) if settings.out else own
-        self.names = ["tuned.mp4", "contact-sheet.png", *(["base.mp4", "side-by-side.mp4"] if settings.base else [])]
+        self.names = ["tuned.mp4", SHEET_FILE, *(["base.mp4", "side-by-side.mp4"] if settings.base else [])]
         self.columns: list[Column] = []
         self.files: dict[str, Path] = {}
+        self.before: dict[str, Path] = {}  # its files, where all of them are there already
 
     def check_folder(self) -> None:
         """Refuse a folder of somebody's, or of another request, before a model is loaded.
@@ -124,6 +131,8 @@ class _Answer:
             )
         if before:
             before.refuse_foreign(*self.names)
+            if all(before.owns(name) for name in self.names):
+                self.before = {Path(name).stem.replace("-", " "): self.folder / name for name in self.names}
 
     def add(self, column: Column) -> None:
         """Write a video as soon as it is there, whole or not at all."""
@@ -131,20 +140,34 @@ class _Answer:
         with disk_errors(self.folder):
             self._write(take_output(self.folder, _VIDEOS, "--out", self.asked), column.label, column.frames_FHWC)
 
+    @property
+    def whole(self) -> bool:
+        return "contact sheet" in self.files
+
+    @stage("writing the contact sheet")
     def finish(self, facts: str) -> None:
-        """Write what shows the videos beside each other."""
+        """Write what shows the videos beside each other; the contact sheet last."""
         with disk_errors(self.folder):
             made = take_output(self.folder, _VIDEOS, "--out", self.asked)
             if len(self.columns) > 1:
                 self._write(made, "side by side", side_by_side(self.columns))
             sheet = io.BytesIO()
             contact_sheet(self.request.prompt, facts, self.columns, self.fps).save(sheet, "PNG")
-            self.files["contact sheet"] = made.commit_bytes("contact-sheet.png", sheet.getvalue())
+            self.files["contact sheet"] = made.commit_bytes(SHEET_FILE, sheet.getvalue())
 
     def _write(self, made: Made, label: str, frames_FHWC: Frames) -> None:
         with scratch_file(made.folder) as scratch:
             write_mp4(scratch, frames_FHWC, self.fps)
             self.files[label] = made.commit(scratch, f"{label.replace(' ', '-')}.mp4")
+
+
+def _stopped(answers: list[_Answer]) -> str:
+    """What there is when somebody stops it, and how to have the rest."""
+    half = [str(answer.folder) for answer in answers if answer.files and not answer.whole]
+    whole = sum(answer.whole for answer in answers)
+    there = f"{whole} of {counted(len(answers), 'prompt')} drawn"
+    said = ["stopped", *([there] if len(answers) > 1 else []), *([f"not finished: {', '.join(half)}"] if half else [])]
+    return f"{'; '.join(said)}; run the same command again to have the rest"
 
 
 def _prompts(settings: GenerateSettings) -> list[str]:

@@ -28,6 +28,7 @@ from ..runs.folder import (
     COMPARED,
     GENERATED,
     REPORT_FILE,
+    SHEET_FILE,
     VALIDATION,
     RecordedRun,
     lowest,
@@ -243,9 +244,11 @@ def _itself(folder: Path, index: int) -> Iterable[tuple[str, Path]]:
 
 
 def _prompt(folder: Path) -> str:
-    """Of a folder of generated videos."""
-    prompt = prompt_of(Made.read(folder))
-    return folder.name if prompt is None else prompt
+    """Of a folder of generated videos, and whether the command was stopped before it had written all of it."""
+    made = Made.read(folder)
+    prompt = prompt_of(made)
+    half = " (not finished)" * bool(made and SHEET_FILE not in made.files)
+    return (folder.name if prompt is None else prompt) + half
 
 
 def _label(path: Path) -> str:

@@ -48,6 +48,7 @@ CAPTIONS_FILE = "captions.json"  # in it, of the samples that are drawn
 CLIPS = "clips"  # in it, those samples themselves
 GENERATED = "generated"  # `cogtrain generate`: a folder a request
 COMPARED = "compared"  # `cogtrain compare`: a folder a prompt
+SHEET_FILE = "contact-sheet.png"  # in each folder of these two, written last
 STOP_FILE = ".stop"  # asks the run to save and stop (`cogtrain watch`)
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"

@@ -33,6 +33,19 @@ def run(*words):
     return result, (got[0] if got else None)
 
 
+@pytest.mark.parametrize("words", ["", "stopped; what is in out stays"])
+def test_ctrl_c_is_said_in_one_line(words):
+    def stopped(_settings):
+        raise KeyboardInterrupt(*[words] * bool(words))
+
+    app = typer.Typer(add_completion=False)
+    for name in ("go", "other"):
+        add_command(app, name, Settings, stopped, "Go.")
+    result = CliRunner().invoke(app, ["go"])
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == (words or "stopped; run the same command again") + "\n"
+
+
 @pytest.mark.parametrize(
     "words",
     [

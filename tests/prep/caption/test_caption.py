@@ -100,7 +100,7 @@ def test_what_was_made_before_an_interruption_stays_and_the_next_run_goes_on(roo
         return whole(self, seen, instruction, **how)
 
     monkeypatch.setattr(Captioner, "describe", twice)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stays: the same command goes on"):
         command.run(settings(root, llava, form="short"))
     first = written(root)
     assert all(first[:2]) and first[2:5] == [b"", b"", b""]

@@ -19,6 +19,7 @@ from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, Resolution
 from cogcommon.model.tokens import cut_text
 from cogtrain.commands import generate
 from cogtrain.model import lora
+from cogtrain.report import page
 from cogtrain.report.sheet import Column, contact_sheet, side_by_side
 from cogtrain.runs.folder import FACTS_FILE
 from cogtrain.settings import GenerateSettings
@@ -179,6 +180,31 @@ def test_several_prompts_load_the_models_once(make_run, tmp_path, monkeypatch):
     # A sentence without its quotes is no list of prompts.
     stray = command("--run", run, "--prompt", "a", "red", "ball").exception
     assert isinstance(stray, SettingError) and "red ball" in stray.what
+
+
+def test_stopped_it_says_what_is_there_and_the_same_command_makes_the_rest(make_run, monkeypatch):
+    run, drawn = make_run(), []
+    whole = generate.generate_video
+
+    def stopped(pipeline, request, advance):
+        drawn.append(request.prompt)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt  # as Ctrl-C, in the second prompt's base video
+        return whole(pipeline, request, advance)
+
+    monkeypatch.setattr(generate, "generate_video", stopped)
+    words = ["--run", run, "--prompt", "a ball", "--prompt", "a cube", "--steps", "1", "--resolution", "9x64x96"]
+    ended = command(*words)
+    (half,) = (run / "generated").glob("a-cube-*")
+    assert ended.exit_code == 130
+    (said,) = [line for line in ended.stderr.splitlines() if "stopped" in line]
+    how = "run the same command again to have the rest"
+    assert said == f"stopped; 1 of 2 prompts drawn; not finished: {half}; {how}"
+    assert [path.name for path in half.glob("[!.]*")] == ["tuned.mp4"] and page._prompt(half) == "a cube (not finished)"
+    again = command(*words)
+    assert again.exception is None and drawn[4:] == ["a cube"] * 2
+    assert len(list(half.glob("[!.]*"))) == 4 and page._prompt(half) == "a cube"
+    assert again.stdout.count("contact-sheet.png") == again.stdout.count("side-by-side.mp4") == 2
 
 
 @pytest.mark.parametrize(
