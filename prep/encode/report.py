@@ -272,6 +272,13 @@ def show(report: Report, console: Console, report_path: Path) -> None:
                 f"not finished yet: slices {slices} ({shown}); run them, or all of it without --worker",
             )
     console.print(f"shards in {report.out}, details in {as_shown(report_path)}", soft_wrap=True)
+    left_out = report.rejected + report.postponed
+    if left_out and report.usable and report.worker == "1/1":
+        lines = left_out + report.encoded + report.recovered + report.reused + report.kept
+        console.print(
+            styled((f"{left_out} of {counted(lines, 'clip')} {'is' if left_out == 1 else 'are'} not in these shards",
+                    "bold yellow"), ": the reasons are above, and `cogprep validate` says what to do about each")
+        )  # fmt: skip
     if report.usable and not report.unfinished:
         line = f"next: cogtrain lora --shards {tars_in(report.out)}"
         if report.validation:

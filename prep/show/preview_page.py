@@ -72,7 +72,9 @@ def sample_facts(shown: PreviewSample) -> list[tuple[str, str]]:
         ("bucket", row.bucket),
         (
             "frames",
-            f"{row.frames[0]} to {row.frames[-1]}, {row.effective_fps:.3g} fps" if row.frames[1:] else "a picture",
+            f"{len(row.frames)}, from {row.frames[0]} to {row.frames[-1]} of the clip, {row.effective_fps:.3g} fps"
+            if row.frames[1:]
+            else "a picture",
         ),
     ]
     if isinstance(shown.source, SourceView):
@@ -80,7 +82,9 @@ def sample_facts(shown: PreviewSample) -> list[tuple[str, str]]:
         size = shown.source.width * shown.source.height
         told.append(("source", f"{shown.source.width}x{shown.source.height}"))
         told.append(("cut away", f"{1 - (right - left) * (bottom - top) / size:.0%}"))
-    told += [("colour", row.colour), ("tokens", f"{row.caption_tokens}{' (cut)' if row.caption_truncated else ''}")]
+    # Shards keep the old words: a clip of 360x640 is read as HD is, by its height, and is not HD.
+    colour = row.colour.replace("untagged HD", "untagged, read as HD").replace("untagged SD", "untagged, read as SD")
+    told += [("colour", colour), ("tokens", f"{row.caption_tokens}{' (cut)' if row.caption_truncated else ''}")]
     return told
 
 
@@ -153,19 +157,21 @@ def _card(shown: PreviewSample) -> str:
 <header><p>{html.escape(shown.row.caption)}</p>{score}</header>
 <div class="sides">
 <div class="whole">{whole}</div>
-<div class="clips">{_loop(sides, shown.row.effective_fps)}<table><tr><th></th>{head}</tr>{strip}</table></div>
+<div class="clips">{_loop(sides, shown.row)}<table><tr><th></th>{head}</tr>{strip}</table></div>
 </div>
 <dl>{told}</dl>
 </article>"""
 
 
-def _loop(sides: list[Pixels], fps: float) -> str:
+def _loop(sides: list[Pixels], row: SampleRow) -> str:
     """The clips beside each other, still until they are played; nothing of pictures."""
     if len(sides[-1]) < 2:
         return ""
-    data = base64.b64encode(loop_of(sides, fps)).decode()
+    data = base64.b64encode(loop_of(sides, row.effective_fps)).decode()
     label = " | ".join(["encoded", "decoded"][-len(sides) :])
-    facts = f"{label}, {len(sides[-1])} frames at {fps:.3g} fps"
+    shown, encoded = len(sides[-1]), len(row.frames)
+    count = f"the first {shown} of {encoded} frames" if shown < encoded else f"{encoded} frames"
+    facts = f"{label}, {count} at {row.effective_fps:.3g} fps"
     return f"""<figure class="loop">
 <video src="data:video/mp4;base64,{data}" aria-label="{label}" loop muted playsinline></video>
 <figcaption><button type="button">play</button> {facts}</figcaption>

@@ -146,7 +146,9 @@ def test_broken_clips_are_named_and_the_rest_is_encoded(run_encode, root, tmp_pa
     )
     with pytest.raises(DataRootError, match="4 clips rejected"):
         run_command(strict)
-    assert "too short" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "too short" in said
+    assert said.index("4 of 5 clips are not in these shards") < said.index("next: cogtrain lora")
     assert json.loads((tmp_path / "out" / "report.json").read_bytes())["rejected"] == 4
 
 

@@ -29,7 +29,7 @@ from cogprep.commands.preview import Decoder, choose_samples, make_preview, psnr
 from cogprep.plan.folder import read_contract, records_in
 from cogprep.settings import EncodeSettings, PreviewSettings
 from cogprep.show.preview_loop import GAP
-from cogprep.show.preview_page import BOX, with_box
+from cogprep.show.preview_page import BOX, sample_facts, with_box
 from cogprep.show.source_view import SourceView
 from cogprep.source.clip import ClipFault
 from cogprep.store.shards import read_tensors
@@ -90,6 +90,10 @@ def test_pages_hold_everything_and_link_to_nothing(out):
     assert "a &lt;b&gt;bar&lt;/b&gt; &amp; a card" in page
     assert "cut away" in page
     assert "25%" in page
+    assert page.count("the first 9 of 17 frames at ") == page.count("<dd>17, from 0 to ") == 3
+    row = make_preview(PreviewSettings(out=out, samples=1)).shown[0]
+    read = replace(row, row=replace(row.row, colour="bt709 limited (untagged HD)"))
+    assert ("colour", "bt709 limited (untagged, read as HD)") in sample_facts(read)
     loops = re.findall('<video src="data:video/mp4;base64,([^"]+)"', page)
     assert len(loops) == 3
     with av.open(io.BytesIO(base64.b64decode(loops[0]))) as loop:
