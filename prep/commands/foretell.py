@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from cogcommon.errors import CogError
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import DTYPES
+from cogcommon.shards.contract import Contract
 
 from ..dataset.lists import DataSet
 from ..dataset.probe import Look, Probed
@@ -19,7 +20,7 @@ from ..plan.folder import Origin, check_contract, guard_other_data, read_contrac
 from ..plan.holdout import Holdout, choose_holdout, describe_moves
 from ..plan.plan import Rejected, make_plan, sample_bytes
 from ..plan.survey import sort_samples
-from ..settings import ValidateSettings
+from ..settings import PlanSettings, ValidateSettings
 from ..source.clip import ClipFault, Hashed
 from ..store.outlet import open_image
 
@@ -85,9 +86,7 @@ def _foretell(
         if theirs is None:
             settings.check_holdout(held=len(first.clips), of=len(set(usable)))
             return EncodeForecast(first.clips, len(usable))
-        dtype = DTYPES[settings.precision] if settings.precision else theirs.dtype
-        contract = make_contract(settings, checkpoint, dtype, weights=theirs)
-        check_contract(settings.out, contract)
+        contract = check_settings(settings, checkpoint, theirs)
         committed = scan(settings.out)
     except CogError as error:
         return EncodeForecast(first.clips, 0, refusal=error)
@@ -121,6 +120,21 @@ def _foretell(
     )  # fmt: skip
     kept = sum(one.status == "ok" for one in found.kept)
     return EncodeForecast(found.holdout.clips, plan.new, plan.reused, kept, dropped, plan.rejected, refusal, moves)
+
+
+def check_settings(settings: PlanSettings, checkpoint: Checkpoint, theirs: Contract) -> Contract:
+    """What shards of these settings promise, as far as it can be told without reading weights.
+
+    Args:
+        theirs: the contract of the output folder. Weights, and a precision that is not given, are taken to be its own.
+
+    Raises:
+        SettingError: the folder was encoded with other settings.
+    """
+    dtype = DTYPES[settings.precision] if settings.precision else theirs.dtype
+    contract = make_contract(settings, checkpoint, dtype, weights=theirs)
+    check_contract(settings.out, contract)
+    return contract
 
 
 def _hashed(look: Look) -> Hashed:

@@ -8,11 +8,31 @@ import pytest
 import typer.main
 from slurm import Job
 
+from cogcommon.errors import SettingError
 from cogprep.cli import app
 
 
 def tars(out):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.glob("*.tar"))}
+
+
+def test_a_job_that_the_output_folder_would_refuse_is_not_written(encoded, monkeypatch):
+    monkeypatch.chdir(encoded)
+    words = ["encode", "--data-root", "ds", "--out", "out", "--model", "tiny", "--resolution", "9x64x96"]
+
+    def launch(*more):
+        command = ["launch", "--on", "slurm", "--", *words, *more]
+        typer.main.get_command(app).main(command, prog_name="cogprep", standalone_mode=False)
+
+    with pytest.raises(SettingError, match="other settings") as caught:
+        launch("--frames", "even")
+    assert "--frames: 'even' here, 'auto' there" in caught.value.where
+    with pytest.raises(SettingError):
+        launch("--out", "ds")
+    assert not list(encoded.glob("*.sbatch"))
+    launch()
+    launch("--out", "new", "--frames", "even")
+    assert len(list(encoded.glob("*.sbatch"))) == 2
 
 
 @pytest.mark.full
