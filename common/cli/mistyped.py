@@ -26,8 +26,37 @@ _OTHER_OPTIONS = {
     "--report-to": "--tracker", "--resume-from-checkpoint": "--resume", "--validation-steps": "--validate-every",
     "--train-resolution": "--resolution", "--caption-column": "--prompts", "--video-column": "--videos",
     "--image-column": "--images", "--data": "--shards", "--num-gpus": "--nproc", "--cfg": "--guidance",
-    "--guidance-scale": "--guidance", "--lora-path": "--lora", "-v": "--version",
+    "--guidance-scale": "--guidance", "--lora-path": "--lora", "-v": "--version", "--mem": "--host",
+    "--partition": "--queue", "--cpus-per-task": "--cpus", "--job-name": "--name", "--gpus-per-node": "--gpus",
 }  # fmt: skip
+
+# What the finetune scripts of CogVideo, the sister program or a scheduler call an option, and a command has none for.
+_SHARDS = "belongs to cogprep encode{}; cogtrain takes shards: --shards out/"
+_NO_LOADER = "leave it out: shards are read ahead as they need be"
+_ALL_GPUS = "leave it out: all GPUs are taken; --nproc N takes N"
+_VALIDATION = "--validate-shards and --validate-every N, or --validate-videos"
+_TRAIN = {
+    "--data-root": _SHARDS.format(""), "--resolution": _SHARDS.format(""), "--frames": _SHARDS.format(""),
+    "--train-resolution": _SHARDS.format(", as --resolution"), "--caption-column": _SHARDS.format(", as --prompts"),
+    "--video-column": _SHARDS.format(", as --videos"), "--image-column": _SHARDS.format(", as --images"),
+    "--prompts": _SHARDS.format(""), "--videos": _SHARDS.format(""), "--images": _SHARDS.format(""),
+    "--model-path": "leave it out: the model is that of the shards, of cogprep encode --model; --model, where it moved",
+    "--model-name": "leave it out: the shards say it", "--model-type": "leave it out: the shards say it",
+    "--training-type": "cogtrain lora or cogtrain sft", "--gpus": _ALL_GPUS, "--num-gpus": _ALL_GPUS,
+    "--num-processes": _ALL_GPUS, "--pin-memory": _NO_LOADER, "--num-workers": _NO_LOADER, "--workers": _NO_LOADER,
+    "--gradient-checkpointing": "leave it out: blocks are recomputed as --memory says", "--do-validation": _VALIDATION,
+    "--validation-dir": _VALIDATION, "--gen-fps": "belongs to cogtrain generate, as --fps",
+    "--enable-slicing": "leave it out", "--enable-tiling": "leave it out: cogprep encode --tiling",
+}  # fmt: skip
+_ENCODE = {
+    "--nproc": "--gpus N",
+    **dict.fromkeys(("--shards", "--lr", "--steps", "--epochs", "--rank"), "belongs to cogtrain lora"),
+}  # fmt: skip
+_IN_WORDS: Mapping[str, Mapping[str, str]] = {
+    "lora": _TRAIN, "sft": _TRAIN, "encode": _ENCODE, "validate": _ENCODE,
+    "launch": {"--requeue": "leave it out: a job that is stopped is requeued as it is"},
+}  # fmt: skip
+_CLOSE = 0.75  # how like an option's name a word is at least that is taken for it
 
 
 def no_such_command(program: str, word: str, known: Sequence[str]) -> SettingError:
@@ -57,8 +86,18 @@ def in_our_words(ctx: Any, parameters: Sequence[Any], words: Sequence[str], erro
         options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
         if name in options:
             return SettingError(f"{name} needs a value", where=name, fix=f"{name} VALUE")
-        meant = nearest(name, options, _OTHER_OPTIONS)
-        return SettingError(f"there is no option {name}", where=name, fix=meant or help)
+        known = {*options, *(o for parameter in parameters for o in parameter.secondary_opts), *ctx.help_option_names}
+        names = [word.split("=", 1)[0] for word in itertools.takewhile(lambda word: word != "--", words)]
+        unknown = list(dict.fromkeys([name, *(word for word in names if word[:2] == "--" and word not in known)]))
+        instead = {word: _meant(word, options, ctx.command_path.split()[-1]) for word in unknown}
+        if len(unknown) == 1:
+            return SettingError(f"there is no option {name}", where=name, fix=instead[name] or help)
+        each = [f"{word}: {told}" for word, told in instead.items() if told]
+        return SettingError(
+            f"there are no options {', '.join(unknown)}",
+            where=ctx.command_path,
+            fix="\n    ".join([*each, *[help] * (len(each) < len(unknown))]),
+        )
     parameter = getattr(error, "param", None)
     if parameter is None:
         stray = re.search(r"\(([^()]*)\)$", str(error.message))
@@ -89,9 +128,16 @@ def _typed_for(options: Sequence[str], words: Sequence[str]) -> str | None:
     return found
 
 
-def nearest(word: str, known: Sequence[str], others: Mapping[str, str]) -> str | None:
+def _meant(word: str, options: Sequence[str], command: str) -> str | None:
+    """What to type instead of an option that a command does not have; None where nobody can tell."""
+    told = _IN_WORDS.get(command, {}).get(word.lower().replace("_", "-"))
+    return told or nearest(word, options, _OTHER_OPTIONS, _CLOSE)
+
+
+def nearest(word: str, known: Sequence[str], others: Mapping[str, str], cutoff: float = 0.6) -> str | None:
     """The one of ``known`` that was meant by a word: what others call so, or the one that is written like it."""
     plain = word.lower().replace("_", "-")
     if others.get(plain) in known:
         return others[plain]
-    return next(iter(difflib.get_close_matches(plain, known, n=1)), None)
+    names = {one.lstrip("-"): one for one in known}
+    return next((names[one] for one in difflib.get_close_matches(plain.lstrip("-"), names, n=1, cutoff=cutoff)), None)

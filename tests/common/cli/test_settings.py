@@ -189,6 +189,13 @@ def test_a_control_character_or_no_utf_8_on_the_command_line_is_refused():
     [
         (["lora", "--learning-rate", "1"], "there is no option --learning-rate", "--lr"),
         (["lora", "--shard", "x"], "there is no option --shard", "--shards"),
+        (["lora", "--data_root", "x"], "there is no option --data_root", "cogprep encode; cogtrain takes shards"),
+        (["lora", "--caption_column", "x"], "no option --caption_column", "cogprep encode, as --prompts"),
+        (["lora", "--gpus=8", "--gen_fps", "8"], "no options --gpus, --gen_fps", "--nproc N takes N"),
+        (["lora", "--batch_size", "1"], "there is no option --batch_size", "--batch-size"),
+        (["lora", "--nonsense", "1"], "there is no option --nonsense", " cogtrain lora --help lists them"),
+        (["launch", "--mem", "4", "--", "lora"], "there is no option --mem", "--host"),
+        (["launch", "--requeue", "--", "lora"], "there is no option --requeue", "leave it out"),
         (["train"], "there is no command 'train'", "cogtrain lora"),
         (["plann"], "there is no command 'plann'", "cogtrain plan"),
         (["lora", "--steps", "abc"], "--steps takes a whole number, not 'abc'", "--steps NUMBER"),
