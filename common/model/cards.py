@@ -162,6 +162,16 @@ def card_like(name: str, total: int | None = None) -> Card | None:
     return min(found, key=lambda card: card.sold if total is None else abs(card.bytes - total), default=None)
 
 
+def sizes_note(text: str) -> str | None:
+    """Which card a name without its memory is read as, where cards of it are sold with several; else None."""
+    found = sorted((card for card in CARDS if _plain(text) in _spellings(card)), key=lambda card: card.sold)
+    if len(found) < 2:
+        return None
+    taken, *others = found
+    names = [f"{card.name.removesuffix(f' {card.sold}GB')} {card.sold}GB".replace(" ", "-") for card in others]
+    return f"{text.strip()} is read as the {taken.sold} GB card; {' and '.join(names)} is another"
+
+
 def _spellings(card: Card) -> set[str]:
     """A card's name with and without its memory: ``a100``, ``a10080``, ``a10080g`` and ``a10080gb``."""
     plain = _plain(card.name).removesuffix(f"{card.sold}gb")

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cogcommon.cli.names import json_text
-from cogcommon.cli.progress import stage
+from cogcommon.cli.progress import say, stage
 from cogcommon.errors import RunError
+from cogcommon.model.cards import sizes_note
 from cogcommon.model.device import EMULATED
 from cogcommon.store.store import without_secrets
 from cogcommon.words import counted, in_bytes, in_words
@@ -39,6 +40,8 @@ def run(settings: ForecastSettings) -> None:
         CogError: anything that the user can put right.
     """
     machine = machine_for(settings)
+    if settings.gpu and (note := sizes_note(settings.gpu)):
+        say(f"note: {note}")
     with stage("computing what fits"):
         runs = wanted_runs(settings, machine)
         found = [line for run in runs for line in lines_of(run, machine)]

@@ -3,7 +3,7 @@
 import pytest
 
 from cogcommon.errors import SettingError
-from cogcommon.model.cards import CARDS, card_like, card_named
+from cogcommon.model.cards import CARDS, card_like, card_named, sizes_note
 
 GIB = 2**30
 
@@ -62,6 +62,20 @@ NVIDIA RTX PRO 6000 Blackwell Server Edition, 94.9, RTX PRO 6000
 )
 def test_a_card_is_known_by_the_name_that_its_driver_gives(driver, gib, name):
     assert card_like(driver, int(float(gib) * GIB)).name == name
+
+
+@pytest.mark.parametrize(
+    ("typed", "note"),
+    [
+        ("A100", "A100 is read as the 40 GB card; A100-80GB is another"),
+        ("4060 ti", "4060 ti is read as the 8 GB card; RTX-4060-Ti-16GB is another"),
+        ("a100-80", None),
+        ("H100", None),
+        ("24GB", None),
+    ],
+)
+def test_a_name_that_fits_cards_of_several_sizes_is_noted(typed, note):
+    assert sizes_note(typed) == note
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "AMD Instinct MI300X", "RTX 4090 D", ""])
