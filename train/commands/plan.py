@@ -65,7 +65,7 @@ def _show(
     console.print(rest + (f"; {run.shards.described}" if isinstance(run, Run) else ""))
     console.print(f"{run.repeated}\n" if isinstance(run, Run) and run.repeated else "")
     for method in _methods(lines):
-        for number, words in enumerate(_answer(lines, method, machine, steps)):
+        for number, words in enumerate(_answer(lines, method, machine, steps, run.settings.batch_size)):
             console.print(f"{_NAMES[method]}: {words}" if number == 0 else f"  {words}")
         console.print()
     shown = lines if everything else best_few(lines)
@@ -85,8 +85,12 @@ def advised(lines: Sequence[TrainForecast], method: str) -> TrainForecast | None
     return next((line for line in lines if line.method == method and line.fits), None)
 
 
-def _answer(lines: Sequence[TrainForecast], method: str, machine: Machine, steps: int) -> Iterator[str]:
-    """Whether it fits, how long it takes, what it writes, and the command; a line each."""
+def _answer(lines: Sequence[TrainForecast], method: str, machine: Machine, steps: int, batch: int) -> Iterator[str]:
+    """Whether it fits, how long it takes, what it writes, and the command; a line each.
+
+    Args:
+        batch: samples that each process takes in a step.
+    """
     line = advised(lines, method)
     if line is None:
         yield f"nothing fits; {_remedy([line for line in lines if line.method == method])}"
@@ -98,6 +102,9 @@ def _answer(lines: Sequence[TrainForecast], method: str, machine: Machine, steps
     elif line.computed_s:
         published = machine.speed is not None and machine.speed.published
         yield _time(line.computed_s, steps) + (", by the card's published speed" if published else ", computed")
+    if machine.gpus > 1:
+        samples = f"{batch * machine.gpus * steps:,} samples in global batches of {batch * machine.gpus:,}"
+        yield f"{samples}: as many as {steps * machine.gpus:,} steps on one {'process' if machine.cpu else 'GPU'}"
     disk, export, each = (in_bytes(1e9 * size) for size in (line.disk_gb, line.export_gb, line.checkpoint_gb))
     yield f"writes up to {disk}: weights of {export}, and checkpoints of {each} each"
     yield without_secrets(line.command)

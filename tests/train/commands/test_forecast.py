@@ -249,6 +249,8 @@ def test_the_first_answer_needs_no_shards_no_network_and_80_columns(gpus, monkey
     settings = ForecastSettings(model="THUDM/CogVideoX-5b", resolution="49x480x720", gpu="4090", gpus=gpus, steps=300)
     plan.run(settings)
     first, _, _, answer, time, *said = capsys.readouterr().out.splitlines()
+    together = "  600 samples in global batches of 2: as many as 600 steps on one GPU"
+    assert said.count(together) == (2 if gpus == 2 else 0)  # a LoRA and full fine-tuning
     assert first.startswith("THUDM/CogVideoX-5b at 49x480x720") and answer.startswith("LoRA: fits, in 1")
     assert "for 300 steps, by the card's published speed" in time and "cogtrain lora" in " ".join(said)
     lines = [line for line in said if line.startswith(("lora", "sft "))]
