@@ -11,7 +11,7 @@ from typing import Literal
 from cogcommon.cli.settings import flag_of, setting
 from cogcommon.errors import SettingError
 from cogcommon.model.device import Precision
-from cogcommon.store.address import address_of
+from cogcommon.store.address import address_of, as_shown
 from cogcommon.words import bytes_of
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
@@ -164,6 +164,12 @@ class TrainSettings:
                 f"--global-batch {self.global_batch} and --accumulate {self.accumulate} both say how large a step is",
                 where="--global-batch, --accumulate",
                 fix="give one of them",
+            )
+        if self.out is not None and (address := address_of(self.out)) is not None:
+            raise SettingError(
+                "a run's folder is on a disk; an object store gets a copy of it",
+                where=f"--out {as_shown(self.out)}",
+                fix=f"--out runs/{address.rpartition('/')[2]}, and --mirror {as_shown(self.out)}",
             )
         if self.mirror is not None and address_of(self.mirror) is None:
             raise SettingError(

@@ -15,7 +15,13 @@ from ..settings import LoraSettings, SftSettings, TrainSettings
 
 def run(settings: LaunchSettings) -> None:
     """Write the job file. Raises as `launch`."""
-    launch(settings, Program("cogtrain", {"lora": LoraSettings, "sft": SftSettings}, True, _check))
+
+    def check(train: TrainSettings, ours: bool) -> None:
+        _check(train, ours)
+        if train.config is not None or not any(word.partition("=")[0] == "--config" for word in settings.command):
+            _check_as_run(train, settings.nodes, max(1, settings.gpus))
+
+    launch(settings, Program("cogtrain", {"lora": LoraSettings, "sft": SftSettings}, True, check))
 
 
 def _check(settings: TrainSettings, ours: bool) -> None:
@@ -42,6 +48,20 @@ def _check(settings: TrainSettings, ours: bool) -> None:
         raise SettingError(
             "how many processes there are, the job says", where="--nproc", fix="leave it out; --gpus before the --"
         )
+
+
+def _check_as_run(settings: TrainSettings, nodes: int, each: int) -> None:
+    """Refuse what the run itself would on so many machines, of ``each`` processes. All its settings are known.
+
+    Raises:
+        SettingError: names the option.
+    """
+    from ..distributed.groups import data_groups
+    from ..runs.global_batch import with_accumulation
+    from ..runs.run import check_validation
+
+    check_validation(settings)
+    with_accumulation(settings, data_groups(nodes * each), None, each, [])
 
 
 def _note_missing(words: list[str]) -> None:

@@ -165,7 +165,7 @@ def open_run(
     if resume is None:
         method.check_start(checkpoint)
     _check_buckets(shards.contract.buckets if followed else shards.buckets, shards, checkpoint)
-    _check_validation(settings)
+    check_validation(settings)
     if settings.caption_dropout or settings.validate_videos:  # guidance needs it too
         shards.empty_caption()
     precision = settings.precision or default_precision(checkpoint.family, device)
@@ -259,8 +259,12 @@ def _check_buckets(buckets: Sequence[Resolution], shards: ShardSet, checkpoint: 
             ) from error
 
 
-def _check_validation(settings: TrainSettings) -> None:
-    """Refuse what needs held-out samples, where there are none."""
+def check_validation(settings: TrainSettings) -> None:
+    """Refuse what needs held-out samples, where there are none.
+
+    Raises:
+        SettingError: names the option.
+    """
     asked = {
         "--validate-videos": (settings.validate_videos, "make videos of"),
         "--keep-best": (settings.keep_best, "find the best checkpoint by"),

@@ -159,6 +159,9 @@ def test_a_batch_script_asks_to_go_on_after_the_limit_and_after_pre_emption(
         (["--on", "slurm", "--", *LORA[:3]], "begin another run"),
         (["--on", "slurm", "--", *LORA, "--resume", "never"], "begin anew"),
         (["--on", "slurm", "--", *LORA, "--nproc", "2"], "the job says"),
+        (["--on", "slurm", "--nodes", 2, "--", *LORA, "--global-batch", "24"], "cannot be divided among 16 processes"),
+        (["--on", "slurm", "--", *LORA, "--out", "s3://mine/run"], "a run's folder is on a disk"),
+        (["--on", "slurm", "--", *LORA, "--validate-videos", "2"], "no held-out samples to make videos of"),
         (["--on", "slurm", *LORA], "no -- before"),
         (["--on", "slurm", "--"], "nothing to run"),
         (["--on", "slurm", "--spot", "--", *LORA], "Slurm knows no --spot"),
@@ -231,7 +234,7 @@ def test_one_machine_may_keep_its_run_in_a_bucket_instead_of_a_volume(here):
 
 
 def test_a_file_of_settings_that_only_the_job_sees_is_said_to_be_unchecked(here, capsys):
-    launch("--on", "kubernetes", *POD, "--", *LORA, "--config", "/data/mine.toml")
+    launch("--on", "kubernetes", *POD, "--", *LORA, "--config", "/data/mine.toml", "--validate-videos", "2")
     assert "/data/mine.toml is not on this machine" in capsys.readouterr().err
     assert "--config /data/mine.toml" in (here / "lora-mine.yaml").read_text()
 
