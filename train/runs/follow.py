@@ -8,6 +8,9 @@ its last checkpoint again over the same samples, and a later look decides only e
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +22,7 @@ from cogcommon.cli.progress import said
 from cogcommon.errors import RunError, SettingError, ShardError, StoreError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.typed import build, parse_object
+from cogcommon.store.address import address_of
 from cogcommon.store.store import without_secrets
 from cogcommon.words import counted
 
@@ -37,7 +41,7 @@ from .sampling import make_sampler
 _T = TypeVar("_T")
 
 _LOOK_EVERY = 5.0  # seconds
-_SAY_EVERY = 600.0
+_SAY_EVERY = 60.0
 _SEEN_ELSEWHERE = 30.0  # as for a checkpoint: until another host sees what rank 0 has seen
 _SHOWN = 4
 # What an epoch that goes on has in common with its record, by the record's names, and what decides it.
@@ -355,5 +359,16 @@ def _wait_for(look: Callable[[], _T | None], lacks: Callable[[], str], waits: bo
         if (now := time.monotonic()) - last >= _SAY_EVERY:
             last = now
             said()
-            print(plain(f"waits for shards in {where}: {there} so far; looks every {_LOOK_EVERY:.0f} s"), flush=True)
+            folders = "".join(f"; the folder {one} does not exist (yet)" for one in _folders_missing(words))
+            line = f"waits for shards in {where}: {there} so far{folders}; looks every {_LOOK_EVERY:.0f} s"
+            print(plain(line), file=sys.stderr, flush=True)
         time.sleep(_LOOK_EVERY)
+
+
+def _folders_missing(words: Sequence[str]) -> list[str]:
+    """The folders of this machine that words for shards speak of and that are not there."""
+    folders = []
+    for word in (word for word in words if address_of(word) is None):
+        fixed = re.split(r"[*?\[{]", word)[0]
+        folders.append(word if fixed == word and not word.endswith(".tar") else os.path.dirname(fixed) or ".")  # noqa: PTH120
+    return [one for one in dict.fromkeys(folders) if not os.path.lexists(one)]

@@ -102,8 +102,9 @@ def test_it_waits_until_there_is_a_whole_step(tmp_path, shards_to_come, train_he
     monkeypatch.setattr(follow, "_SAY_EVERY", 0.0)
     settings = {"shards": [str(out)], "validate_shards": [f"{out}/000000.tar"], "batch_size": 4, "steps": 2}
     run = train_here(LoraSettings(**OPTIONS | settings, out=tmp_path / "run"))
-    said = capsys.readouterr().out
-    assert f"waits for shards in {out}/000000.tar: none so far" in said and f"waits for shards in {out}: none" in said
+    said = capsys.readouterr().err
+    lacking = f"none so far; the folder {out} does not exist (yet); looks"
+    assert f"waits for shards in {out}/000000.tar: {lacking}" in said and f"waits for shards in {out}: none" in said
     assert "2 samples of the 4 of a step so far" in said and len(waited) == 4
     # What was held out at the start is, whatever comes: the losses before and after would not compare.
     next(coming)
