@@ -23,7 +23,7 @@ from cogcommon.files.atomic import alone_with, commit, exchange, fsync_folder, g
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.locks import Busy, NoLocks, open_locked
 
-from ..dataset.lists import ListFault, check_root, read_list
+from ..dataset.lists import ListFault, check_root, read_list, refuse_address
 
 _BREAK = re.compile(rb"(\r\n|\r|\n)")
 _BOM = b"\xef\xbb\xbf"
@@ -53,6 +53,7 @@ class CaptionList:
     """
 
     def __init__(self, root: Path, prompts: str, videos: str) -> None:
+        refuse_address(root, "caption", "DS")
         check_root(root, prompts, videos, named="DS")
         self._root, self._prompts, self._videos = root, prompts, videos
         self._path = Path(os.path.realpath(root / prompts))  # a link stays one

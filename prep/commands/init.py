@@ -19,7 +19,7 @@ from cogcommon.words import counted
 
 from ..dataset.captions_found import Captions, find_captions
 from ..dataset.found import CLIPS, FoundFiles, find
-from ..dataset.lists import ListFault, check_root, read_list
+from ..dataset.lists import ListFault, check_root, read_list, refuse_address
 from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, next_steps, refuse_output, set_aside, write_list
 from ..settings import InitSettings
 from ..source.part import file_named
@@ -59,6 +59,7 @@ def init(root: Path) -> Told:
     Raises:
         DataRootError: there are no clips; a table of captions is damaged; a list is there without the clips' to go by.
     """
+    refuse_address(root, "init", "DS")
     check_root(root, named="DS", holds="your clips")
     refuse_output(root)
     kept = [name for name in (VIDEOS, PROMPTS, IMAGES) if os.path.lexists(root / name)]

@@ -20,7 +20,7 @@ from cogcommon.files.failures import disk_errors
 from cogcommon.words import counted, in_words
 
 from ..dataset.found import find, fits_a_line
-from ..dataset.lists import check_root
+from ..dataset.lists import check_root, refuse_address
 from ..dataset.new_lists import PROMPTS, VIDEOS, entry_of, next_steps, refuse_output, set_aside, write_list
 from ..processes.pool import Pool, default_workers
 from ..settings import SplitSettings
@@ -75,6 +75,8 @@ def split(settings: SplitSettings) -> SplitTold:
         DataRootError: a list is there already; there is no film, or none gives a part.
     """
     root = settings.root
+    refuse_address(settings.source, "split", "FILM")
+    refuse_address(root, "split", "--out")
     films = _films(settings.source)
     _refuse_lists(settings)
     names = {film: _name(film, root) for film in films}

@@ -111,6 +111,21 @@ def check_root(root: Path, *lists: str, named: str = "--data-root", holds: str =
         )
 
 
+def refuse_address(place: Path, command: str, named: str) -> None:
+    """Refuse an address where a command works on folders of this machine, and say how a bucket gets its lists.
+
+    Raises:
+        DataRootError: it is an address.
+    """
+    if remote_address(place) is not None:
+        raise DataRootError(
+            f"cogprep {command} works on folders of this machine, and this is an address",
+            where=f"{named} {as_shown(place)}",
+            fix="for clips in a bucket write the lists yourself, into a folder of this machine: videos.txt with lines "
+            "such as s3://bucket/a.mp4, prompts.txt with their captions; then cogprep encode --data-root FOLDER",
+        )
+
+
 def read_lists(
     root: Path,
     *,

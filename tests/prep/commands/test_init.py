@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import DataRootError
+from cogprep.caption.blank_lines import CaptionList
 from cogprep.commands.init import Told, init, run
+from cogprep.commands.split import split
 from cogprep.commands.validate import validate
 from cogprep.dataset.lists import read_lists
-from cogprep.settings import InitSettings, ValidateSettings
+from cogprep.settings import InitSettings, SplitSettings, ValidateSettings
 
 
 def lay(root: Path, *clips: str, **texts: str | bytes) -> Path:
@@ -49,6 +51,19 @@ def test_a_folder_that_is_not_there_is_told_by_the_argument_and_what_is_like_it(
     with pytest.raises(DataRootError) as caught:
         init(tmp_path / "quite" / "elsewhere")
     assert caught.value.fix == "DS takes the folder that holds your clips"
+
+
+def test_an_address_is_refused_with_what_makes_lists_for_a_bucket():
+    split_to = SplitSettings(film=Path("s3://studio/films"), out=Path("ds"))
+    told = {"init": "DS s3://studio/clips", "caption": "DS s3://studio/clips", "split": "FILM s3://studio/films"}
+    for command, do in {
+        "init": lambda: init(Path("s3://studio/clips")),
+        "caption": lambda: CaptionList(Path("s3://studio/clips"), "prompts.txt", "videos.txt"),
+        "split": lambda: split(split_to),
+    }.items():
+        with pytest.raises(DataRootError, match=f"cogprep {command} works on folders of this machine") as caught:
+            do()
+        assert caught.value.where == told[command] and "s3://bucket/a.mp4" in caught.value.fix
 
 
 def test_clips_of_all_folders_in_order_with_the_texts_beside_them(tmp_path):
