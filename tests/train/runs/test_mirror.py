@@ -71,13 +71,23 @@ def objects(there):
     return {name.removeprefix(bucket + "/"): fs.cat_file(name) for name in fs.find(bucket)}
 
 
-def killer(there, step, checkpoint):
-    """After a step the process ends, once a checkpoint is in the mirror."""
+def waiter(there, step, checkpoint):
+    """After a step the run waits until a checkpoint is in the mirror: steps as quick as these overtake uploads."""
 
     def after_step(made):
         until = time.monotonic() + 60
         while made == step and checkpoint not in index_of(there).checkpoints and time.monotonic() < until:
             time.sleep(0.05)
+
+    return after_step
+
+
+def killer(there, step, checkpoint):
+    """After a step the process ends, once a checkpoint is in the mirror."""
+    wait = waiter(there, step, checkpoint)
+
+    def after_step(made):
+        wait(made)
         if made == step:
             raise Killed
 
@@ -169,7 +179,7 @@ def test_a_store_that_fails_for_a_moment_or_for_good_does_not_stop_training(begu
 
     with faulty(s3, tmp_path) as server:
         server.wrong = once
-        run = begun("run", steps=4, mirror=there)
+        run = begun("run", waiter(there, 3, "checkpoint-2"), steps=4, mirror=there)
         assert len(failed) > 8 and index_of(there).names == ["checkpoint-2", "checkpoint-4"]
         assert sum(store.FAULTS.counts.values()) == len(failed)
         server.wrong = refused
@@ -252,7 +262,7 @@ def test_a_mirror_is_one_runs(begun, tmp_path, there):
 
 
 def test_a_checkpoint_that_was_changed_in_the_bucket_is_not_taken(begun, tmp_path, there, capsys):
-    begun("run", steps=4, mirror=there)
+    begun("run", waiter(there, 3, "checkpoint-2"), steps=4, mirror=there)
     remote = open_folder(there, "--mirror")
     remote.put("checkpoint-4/weights.safetensors", b"other")
     restore(tmp_path / "bare", there)
@@ -270,7 +280,7 @@ def test_a_run_is_exported_from_its_mirror(begun, tmp_path, there, monkeypatch, 
     from cogtrain.commands import export
     from cogtrain.settings import ExportSettings
 
-    run = begun("run", steps=4, mirror=there)
+    run = begun("run", waiter(there, 3, "checkpoint-2"), steps=4, mirror=there)
     for place in ("elsewhere", "taken"):
         (tmp_path / place).mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
