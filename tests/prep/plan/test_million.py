@@ -35,9 +35,13 @@ def laid(path: Path, clips: int) -> Trial:
 
 
 def cpu_s(call) -> float:
-    begun = time.process_time()
-    call()
-    return time.process_time() - begun
+    """Seconds of CPU, the least of three times: now and then the collector looks at all that other tests have left."""
+    spent = []
+    for _ in range(3):
+        begun = time.process_time()
+        call()
+        spent.append(time.process_time() - begun)
+    return min(spent)
 
 
 def test_four_times_the_clips_take_four_times_as_long(tmp_path):
