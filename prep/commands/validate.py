@@ -35,7 +35,7 @@ from ..source.part import file_named
 from ..vae.seconds import VaeSpeed, vae_speed
 from ..video.decode import Picture, look_at_picture
 from .foretell import EncodeForecast, foretell
-from .verdict import REFUSES, BucketPlan, Finding, Verdict, show
+from .verdict import REFUSES, BucketPlan, Finding, Refusal, Verdict, show
 
 
 def run(settings: ValidateSettings) -> None:
@@ -52,7 +52,7 @@ def run(settings: ValidateSettings) -> None:
 def _error(settings: ValidateSettings, verdict: Verdict) -> DataRootError:
     """What ends the command; the page has said it all, JSON is for programs, so there the remedy stands here, too."""
     first, count = verdict.faults[0], counted(len(verdict.faults), "fault")
-    if first.refusal:
+    if isinstance(first, Refusal):
         fix = first.fix if settings.json else "what is said above"
         return DataRootError(f"{count}: {REFUSES}", where=first.place, fix=fix)
     usual = "mend what is listed above (->); `cogprep encode` leaves bad clips out, but lists must pair up"
@@ -190,7 +190,7 @@ def find_refusals(settings: ValidateSettings, checkpoint: Checkpoint, forecast: 
     found = _with_remedies(settings, checkpoint, rejected)
     if forecast.refusal:
         what, where, fix = forecast.refusal.what, forecast.refusal.where, forecast.refusal.fix
-        found.append(Finding(as_shown(settings.out), 0, "", f"{REFUSES}: {what}", fix or "", where or ""))
+        found.append(Refusal(as_shown(settings.out), 0, "", f"{REFUSES}: {what}", fix or "", where or ""))
     return found
 
 

@@ -20,7 +20,7 @@ from cogcommon.words import counted, in_bytes, in_words
 from ..dataset.advice import Advice
 from ..dataset.guesses import Guess
 
-REFUSES = "encode would refuse"  # begins what a finding says that is about the output folder
+REFUSES = "encode would refuse"  # begins what a `Refusal` says
 _SHOWN = 20  # faults that the page lists; --json has them all
 _SHOWN_LINES = 3  # examples of one kind of advice
 
@@ -34,17 +34,16 @@ class Finding:
     entry: str  # what the list says there
     what: str
     fix: str = ""  # what to type; empty where `what` says it, or a guess does for many lines at once
-
     where: str = ""  # more of it, in lines
-
-    @property
-    def refusal(self) -> bool:
-        """Whether the fault lies in the output folder, not in the data."""
-        return self.what.startswith(REFUSES)
 
     @property
     def place(self) -> str:
         return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Refusal(Finding):
+    """What `encode` would object to: a fault of the output folder, not of the data."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _show_faults(verdict: Verdict, console: Console) -> None:
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(overflow="fold", max_width=24)
     table.add_column(overflow="fold")
-    in_lists = [fault for fault in verdict.faults if not fault.refusal]
+    in_lists = [fault for fault in verdict.faults if not isinstance(fault, Refusal)]
     for fault in in_lists[:_SHOWN]:
         table.add_row(fault.place, fault.entry, fault.what)
     if in_lists:
@@ -131,7 +130,7 @@ def _show_faults(verdict: Verdict, console: Console) -> None:
         line = styled(("-> ", "dim"), (f"{', '.join(places[:_SHOWN_LINES])}{more}: ", "cyan"), fix)
         console.print(Padding(line, (0, 0, 0, 4), expand=False))
     for fault in verdict.faults:
-        if fault.refusal:
+        if isinstance(fault, Refusal):
             told = str(DataRootError(fault.what, where=fault.where or fault.place, fix=fault.fix))
             console.print("  " + told.replace("\n", "\n  "), soft_wrap=True)  # a command stays in one piece
 
