@@ -28,8 +28,13 @@ class Entry:
     """An object of a folder."""
 
     size: int
-    etag: str  # another one where the content has changed
+    etag: str
     age: float  # seconds since it was written; infinite where the store does not say
+
+    @property
+    def version(self) -> tuple[int, str]:
+        """Another one where the content has changed."""
+        return self.size, self.etag
 
 
 class RemoteFolder:
@@ -91,7 +96,8 @@ class RemoteFolder:
                         return None
                     stream.write(got.data)
                 whole = stream.tell() == end
-            if whole and _same(before, self.stat(name)):
+            after = self.stat(name)
+            if whole and after is not None and after.version == before.version:
                 return before
         raise StoreError("cannot be read: it changes all the time", where=self.name(name))
 
@@ -187,7 +193,3 @@ def _entry(info: dict[str, Any]) -> Entry:
     at = info.get("LastModified") or info.get("last_modified") or info.get("updated") or info.get("created")
     stamp = getattr(at, "timestamp", None)
     return Entry(int(info.get("size") or 0), etag_of(info), time.time() - stamp() if stamp else float("inf"))
-
-
-def _same(one: Entry | None, other: Entry | None) -> bool:
-    return one is not None and other is not None and (one.size, one.etag) == (other.size, other.etag)

@@ -13,6 +13,7 @@ from cogcommon.cli.names import command_line, json_text
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError, ShardError
+from cogcommon.files.hashes import sha256_of
 from cogcommon.files.readers import THREADS, read_in_order
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
@@ -163,9 +164,8 @@ def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[
         if size != header.tar_size:
             yield f"{size} bytes; the record says {header.tar_size}"
             return
-        with tar.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != header.tar_sha256:
-                yield "its content is not what was recorded (sha256)"
+        if sha256_of(tar) != header.tar_sha256:
+            yield "its content is not what was recorded (sha256)"
         rows = [row for row in record.rows if row.status == "ok"]
         keys = [row.key for row in record.rows]
         if len(set(keys)) < len(keys):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cogcommon.errors import CogError, SettingError, ShardError
 from cogcommon.files.atomic import TEMPORARY
+from cogcommon.files.hashes import sha256_of
 from cogcommon.files.ownership import (
     RECORD_FILE,
     Made,
@@ -56,7 +57,7 @@ def is_ours(path: Path) -> bool:
             return _contract(path.parent) is not None
         if name == EMPTY_CAPTION_FILE:
             contract = _contract(path.parent)
-            return contract is not None and _sha256(path) == contract.empty_caption_sha256
+            return contract is not None and sha256_of(path) == contract.empty_caption_sha256
         if name == ORIGIN_FILE or _REPORT.fullmatch(name):
             told = json.loads(path.read_bytes())
             return isinstance(told, dict) and _SAYS["origin" if name == ORIGIN_FILE else "report"] <= told.keys()
@@ -92,11 +93,6 @@ def _contract(folder: Path) -> Contract | None:
         return Contract.from_json((folder / CONTRACT_FILE).read_bytes(), where="")
     except (OSError, CogError, RecursionError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def is_output(out: Path) -> bool:

@@ -28,6 +28,7 @@ from typing import TypeVar
 
 from cogcommon.errors import SettingError, StoreError
 from cogcommon.files.atomic import TEMPORARY, commit_bytes, temporary_beside
+from cogcommon.files.hashes import sha256_of
 from cogcommon.files.ownership import LISTS, foreign_folder
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
 from cogcommon.shards.records import ShardHeader, read_table, record_name, shard_number, tar_name
@@ -58,6 +59,11 @@ class _Seen:
     size: int
     etag: str
     sha256: str  # of its content, in hex
+
+    @property
+    def version(self) -> tuple[int, str]:
+        """As `Entry.version`."""
+        return self.size, self.etag
 
 
 class RemoteOutlet(Outlet):
@@ -126,7 +132,7 @@ class RemoteOutlet(Outlet):
         stay = 0
         for name in sorted(gone, key=_goes):
             entry = self._remote.stat(name)
-            if entry is not None and not _same(entry, self._there[name]):
+            if entry is not None and entry.version != self._there[name].version:
                 stay += 1
             else:
                 self._remote.remove(name)
@@ -198,9 +204,10 @@ class RemoteOutlet(Outlet):
             name: seen
             for name, seen in noted.items()
             if (entry := wanted.get(name))
-            and (entry.size, entry.etag) == (seen.size, seen.etag)
+            and entry.version == seen.version
             and seen.etag
-            and _sha256(self.folder / name) == seen.sha256
+            and (self.folder / name).is_file()
+            and sha256_of(self.folder / name) == seen.sha256
         }
 
     def _drop_others(self, wanted: dict[str, Entry]) -> None:
@@ -316,7 +323,7 @@ class RemoteOutlet(Outlet):
             return False
         copy = temporary_beside(self.folder / tar)
         try:
-            return self._remote.fetch(tar, copy) is not None and _sha256(copy) == header.tar_sha256
+            return self._remote.fetch(tar, copy) is not None and sha256_of(copy) == header.tar_sha256
         finally:
             copy.unlink(missing_ok=True)
 
@@ -342,7 +349,7 @@ class RemoteOutlet(Outlet):
     def _check_unchanged(self, record: str) -> None:
         """Leave a shard alone that somebody else has changed since the desk saw it."""
         entry = self._remote.stat(record)
-        if entry is None or (entry.size, entry.etag) != (self._seen[record].size, self._seen[record].etag):
+        if entry is None or entry.version != self._seen[record].version:
             raise ShardBusy
 
     def _replace(self, record: str, tar: str, header: ShardHeader, data: bytes) -> None:
@@ -380,7 +387,7 @@ class RemoteOutlet(Outlet):
                 entry = self._remote.fetch(tar, coming)
                 if entry is None:
                     raise StoreError("cannot be read: it is gone by now", where=self._remote.name(tar))
-                self._left[tar] = entry.etag, _sha256(coming)
+                self._left[tar] = entry.etag, sha256_of(coming)
                 coming.replace(path)
             finally:
                 coming.unlink(missing_ok=True)
@@ -456,15 +463,3 @@ def _goes(name: str) -> tuple[int, str]:
     if name in _LAST:
         return 2 + _LAST.index(name), name
     return int(_record_number(name) is None), name
-
-
-def _same(one: Entry, other: Entry) -> bool:
-    return (one.size, one.etag) == (other.size, other.etag)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-    except OSError:
-        return ""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cogcommon.cli.names import plain
-from cogcommon.cli.progress import said
+from cogcommon.cli.progress import said, say
 from cogcommon.errors import RunError, SettingError, ShardError, StoreError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.typed import build, parse_object
@@ -358,10 +357,8 @@ def _wait_for(look: Callable[[], _T | None], lacks: Callable[[], str], waits: bo
             )
         if (now := time.monotonic()) - last >= _SAY_EVERY:
             last = now
-            said()
             folders = "".join(f"; the folder {one} does not exist (yet)" for one in _folders_missing(words))
-            line = f"waits for shards in {where}: {there} so far{folders}; looks every {_LOOK_EVERY:.0f} s"
-            print(plain(line), file=sys.stderr, flush=True)
+            say(f"waits for shards in {where}: {there} so far{folders}; looks every {_LOOK_EVERY:.0f} s")
         time.sleep(_LOOK_EVERY)
 
 

@@ -20,6 +20,7 @@ from types import TracebackType
 
 from cogcommon.errors import CogError, RunError, StoreError
 from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.hashes import sha256_of
 from cogcommon.files.ownership import RECORD_FILE, is_file
 from cogcommon.files.typed import build, parse_object
 from cogcommon.store.remote_folder import RemoteFolder, open_folder
@@ -119,6 +120,11 @@ def run_of(folder: Path) -> str | None:
         return None
 
 
+def write_token(folder: Path, run: str, shown: str) -> None:
+    """Say in a folder which run it is the home of, for `run_of`, and where that is mirrored."""
+    commit_bytes(folder / MIRROR_FILE, json.dumps({"run": run, "at": shown}).encode())
+
+
 class Mirror:
     """Uploads what a run commits in its folder, which is claimed; on rank 0.
 
@@ -205,7 +211,7 @@ class Mirror:
             )
         index = Index(own or secrets.token_hex(16), holder)
         # Before the first upload, so that no other run begins there, and a kill leaves nothing that seems nobody's.
-        commit_bytes(self.folder / MIRROR_FILE, json.dumps({"run": index.run, "at": self.shown}).encode())
+        write_token(self.folder, index.run, self.shown)
         if not self._remote.create(MIRROR_FILE, index.to_json()):
             raise RunError("another run has just begun there", where=f"--mirror {self.shown}", fix=_ELSEWHERE)
         return index
@@ -344,9 +350,3 @@ class _TakenOver(Exception):
 
 def _without(index: Index, name: str) -> dict[str, Mapping[str, MirroredFile]]:
     return {other: files for other, files in index.checkpoints.items() if other != name}
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content; hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from pathlib import Path
 
-from cogcommon.cli.names import plain
-from cogcommon.cli.progress import said, stage
+from cogcommon.cli.progress import say, stage
 from cogcommon.errors import RunError
-from cogcommon.files.atomic import commit, commit_bytes, temporary_beside
+from cogcommon.files.atomic import commit, temporary_beside
 from cogcommon.files.failures import disk_errors
+from cogcommon.files.hashes import sha256_of
 from cogcommon.files.ownership import entries, replace_folder
 from cogcommon.store.address import address_of
 from cogcommon.store.remote_folder import RemoteFolder, open_folder
@@ -19,8 +17,8 @@ from cogcommon.store.remote_folder import RemoteFolder, open_folder
 from ..model import lora, sft
 from .checkpoint import fsync_tree, list_checkpoints, step_of
 from .claim import claimed
-from .folder import A_CHECKPOINT, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, MIRROR_FILE, VALIDATION
-from .mirror import A_NAME, Index, MirroredFile, read_index, run_of, sha256_of
+from .folder import A_CHECKPOINT, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, VALIDATION
+from .mirror import A_NAME, Index, MirroredFile, read_index, run_of, write_token
 
 _FILES = (METRICS_FILE, FACTS_FILE, EPOCHS_FILE)  # the others are written anew
 
@@ -83,7 +81,7 @@ def local_run(named: Path | None) -> Path | None:
             fix="work in another folder (cd)",
         )
     with disk_errors(folder), claimed(folder) as made, stage(f"fetching from {remote.shown}"):
-        _write_token(remote, index, folder)
+        write_token(folder, index.run, remote.shown)
         for file in (*_FILES, lora.FILE):
             if file in index.files:
                 _fetch(remote, file, folder / file, index.files[file] if file == lora.FILE else None)
@@ -113,14 +111,9 @@ def _fetch_transformer(remote: RemoteFolder, index: Index, folder: Path) -> None
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_token(remote: RemoteFolder, index: Index, folder: Path) -> None:
-    """Whose mirror the folder belongs to."""
-    commit_bytes(folder / MIRROR_FILE, json.dumps({"run": index.run, "at": remote.shown}).encode())
-
-
 def _restore(remote: RemoteFolder, index: Index, newer: list[str], folder: Path) -> None:
     """The checkpoint to go on from comes last: a kill before that leaves a folder that is restored again."""
-    _write_token(remote, index, folder)
+    write_token(folder, index.run, remote.shown)
     for file in index.files:
         if file in _FILES or file.startswith(f"{VALIDATION}/"):
             _fetch(remote, file, folder / file)
@@ -134,12 +127,12 @@ def _restore(remote: RemoteFolder, index: Index, newer: list[str], folder: Path)
             break
         except RunError as fault:
             faults.append(fault)
-            _say(f"{name} of the mirror is not whole: {fault.what}")
+            say(f"{name} of the mirror is not whole: {fault.what}")
     else:
         if faults:
             raise faults[0]
         return  # it was lost before its first checkpoint: it begins anew, and the mirror is still its own
-    _say(f"restored {name} from {remote.shown} into {folder}")
+    say(f"restored {name} from {remote.shown} into {folder}")
 
 
 def _fetch_checkpoint(remote: RemoteFolder, name: str, index: Index, folder: Path) -> None:
@@ -179,8 +172,3 @@ def _fetch(remote: RemoteFolder, name: str, to: Path, sha256: str | None = None)
             commit(temporary, to)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _say(text: str) -> None:
-    said()
-    print(plain(text), file=sys.stderr, flush=True)
