@@ -83,6 +83,9 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE: the driver is here, and no card, or none that may be seen
+
+
 @cache
 def _gpus_by_driver() -> tuple[str, ...] | None:
     """Names of the GPUs that torch would find, asked of the driver as torch does; None where torch must say it."""
@@ -100,7 +103,10 @@ def _gpus_by_driver() -> tuple[str, ...] | None:
     except OSError:
         return ()
     count, can, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-    if driver.cuInit(0) or driver.cuDriverGetVersion(ctypes.byref(can)) or driver.cuDeviceGetCount(ctypes.byref(count)):
+    started = driver.cuInit(0)
+    if started == _NO_DEVICE:
+        return ()
+    if started or driver.cuDriverGetVersion(ctypes.byref(can)) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return None
     if can.value // 1000 < int(built["cuda"].split(".")[0]):
         return None  # an old driver, which torch may or may not take

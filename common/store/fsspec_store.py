@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class FsspecStore:
         try:
             data = self._call("cat_file", end - start, path, start=start, end=end)
         except StoreFault as fault:
-            if "InvalidRange" not in str(fault.__cause__) and "416" not in str(fault.__cause__):
+            if not {"InvalidRange", "416"} & set(_codes(fault)):
                 raise
             data = b""  # a range behind the file's end
         return ReadPart(bytearray(data))
@@ -138,7 +138,7 @@ class FsspecStore:
         try:
             self._call(name, size, *args, **({"mode": "create"} if create else {}))
         except StoreFault as fault:
-            if create and _says_there_is_one(fault.__cause__):
+            if create and _says_there_is_one(fault):
                 raise FileExistsError from fault
             raise
 
@@ -169,18 +169,25 @@ def etag_of(info: dict[str, Any]) -> str:
     return str(next((info[name] for name in names if info.get(name)), ""))
 
 
-def _says_there_is_one(error: BaseException | None) -> bool:
+def _says_there_is_one(error: BaseException) -> bool:
     """Whether a store has refused to write over an object, each in its own words."""
+    refusals = {"PreconditionFailed", "412", "BlobAlreadyExists", "conditionNotMet"}
+    return any(isinstance(one, FileExistsError) for one in _causes(error)) or bool(refusals & set(_codes(error)))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
-        answer = getattr(error, "response", None)
-        code = str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
-        told = f"{code} {getattr(error, 'code', '')} {getattr(error, 'error_code', '')}"
-        if isinstance(error, FileExistsError) or any(
-            word in told for word in ("PreconditionFailed", "412", "BlobAlreadyExists", "conditionNotMet")
-        ):
-            return True
+        yield error
         error = error.__cause__
-    return False
+
+
+def _codes(error: BaseException) -> Iterator[str]:
+    """What an error, or what it came from, gives as its code or status: botocore's, aiohttp's, gcsfs's, Azure's."""
+    for one in _causes(error):
+        answer = getattr(one, "response", None)
+        if isinstance(answer, dict):
+            yield str(answer.get("Error", {}).get("Code", ""))
+        yield from (str(getattr(one, name, "")) for name in ("code", "error_code", "status"))
 
 
 def _within(seconds: float, act: Any, *args: Any, **options: Any) -> Any:

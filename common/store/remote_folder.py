@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import SettingError, StoreError
+from ..files.readers import read_in_order
 from .fsspec_store import FsspecStore, etag_of, open_fsspec
 from .store import OPENING, WRITING, Patience, StoreFault, is_web, patiently, without_secrets
 
 _T = TypeVar("_T")
 _PIECE = 32 << 20  # bytes of one request of a download
-_AT_ONCE = 16  # requests for small objects
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,8 @@ class RemoteFolder:
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
         """Small objects, many at a time; those that are gone are left out."""
-        names = list(names)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            got = list(pool.map(self.read, names))
-        return {name: data for name, data in zip(names, got, strict=True) if data is not None}
+        got = read_in_order(lambda name: (name, self.read(name)), names)
+        return {name: data for name, data in got if data is not None}
 
     def fetch(self, name: str, to: Path, *, most: int | None = None) -> Entry | None:
         """Download an object, piece by piece; None where there is none, or it goes meanwhile.
@@ -190,6 +187,7 @@ def _no_place() -> StoreFault:
 
 
 def _entry(info: dict[str, Any]) -> Entry:
-    at = info.get("LastModified") or info.get("last_modified") or info.get("updated") or info.get("created")
-    stamp = getattr(at, "timestamp", None)
+    """What a store says of an object; of times, the first that is one (gcsfs gives ``updated`` as text, too)."""
+    told = [info.get(name) for name in ("LastModified", "last_modified", "mtime", "updated", "created")]
+    stamp: Any = next((getattr(at, "timestamp", None) for at in told if hasattr(at, "timestamp")), None)
     return Entry(int(info.get("size") or 0), etag_of(info), time.time() - stamp() if stamp else float("inf"))

@@ -33,7 +33,7 @@ from ..store.extents import INFO_FIELDS, tar_end_whole, whole_extents
 from ..store.locks import ShardBusy, at_work, lock_shard, shard_disk_errors
 from ..store.outlet import Outlet, open_image
 from ..store.proof import check_shards_output, is_ours
-from ..store.shards import recover_folder, tars_without_record
+from ..store.shards import ShardDone, recover_folder, tars_without_record
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def index(out: Path, image: Outlet | None = None) -> Indexed:
                             whole = _put_back(folder, int(tar.stem), contract)
                             if whole:
                                 image.publish(folder, int(tar.stem))
-                except ShardBusy:
+                except (ShardBusy, ShardDone):
                     continue
                 (records if whole else broken).append(str(tar.relative_to(out)))
         samples = sum(read_table(path, ["key"])[1].num_rows for _, _, path in records_in(out))

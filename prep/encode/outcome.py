@@ -61,7 +61,8 @@ class Outcome:
         self.warm_up_s = max(self.warm_up_s, other.warm_up_s)  # side by side
         self.gpu.busy_s += other.gpu.busy_s
         self.gpu.idle_s += other.gpu.idle_s
-        self.encoder = other.encoder
+        if other.encoder.why or not self.encoder.why:  # one that had to fall back is what must be said
+            self.encoder = other.encoder
 
     @property
     def waits_for(self) -> str:

@@ -121,7 +121,6 @@ class Pipeline:
         care: Care = QUICKLY,
     ) -> None:
         self._outlet = outlet
-        self._publisher = WriteThread(ahead=1)
         self._root = root
         self._contract = contract
         self._cut = cut
@@ -151,8 +150,7 @@ class Pipeline:
 
         self._outcome.gpu.pause()
         try:
-            self._publisher = WriteThread(ahead=1)
-            with self._publisher, WriteThread() as thread:
+            with WriteThread(ahead=1) as self._publisher, WriteThread() as thread:
                 clips = self._pool.run(decode_as_surveyed, requests(), window=self._window(shards))
                 while True:
                     started = time.perf_counter()

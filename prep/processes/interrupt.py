@@ -23,8 +23,7 @@ _asked = 0  # the signal that came first
 
 def catch_interrupts() -> None:
     """Remember these signals from now on. One that is ignored, as in a shell's background job, stays ignored."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        before_each(raise_if_interrupted)
+    before_each(raise_if_interrupted)
     for number in _SIGNALS:
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
             signal.signal(number, _interrupted)
