@@ -110,7 +110,11 @@ def move_in(run: Run, folder: Path, done: int) -> list[str]:
     Raises:
         PeerLost: another process has gone on in it, after this one had looked for the newest checkpoint.
     """
-    if run.resume.newest if run.resume else run.given.resume == "auto":
+    if run.resume is None:
+        looked = run.given.resume == "auto"
+    else:  # of another folder's checkpoints the newest says nothing of this one
+        looked = run.resume.newest and run.resume.folder.parent.samefile(folder)
+    if looked:
         check_newest(folder, run.resume)
     write_config(run, folder)
     cut_metrics(folder, done)

@@ -72,6 +72,14 @@ def test_an_older_run_goes_on_and_somebodys_files_stay(older, whole, train_here,
     assert settings in [path.read_bytes() for path in older.glob("config-yours*")]
 
 
+def test_a_run_from_anothers_checkpoint_can_be_made_again(whole, tmp_path, train_here, losses):
+    """The newest checkpoint of that one says nothing of those that lie in this folder."""
+    options = {"shards": [str(whole.parent / "out")], "out": tmp_path / "b", "resume": str(whole)}
+    options = OPTIONS | options | {"steps": 7}
+    first = losses(train_here(LoraSettings(**options)))
+    assert 7 in first and losses(train_here(LoraSettings(**options))) == first
+
+
 def damage_header(run: Path) -> None:
     (run / "config.toml").write_text((run / "config.toml").read_text().partition("\n")[2])
 
