@@ -15,7 +15,7 @@ from cogcommon.store.address import address_of
 from cogcommon.store.remote_folder import RemoteFolder, open_folder
 
 from ..model import lora, sft
-from .checkpoint import fsync_tree, list_checkpoints, step_of
+from .checkpoint import STATE_FILE, fsync_tree, list_checkpoints, step_of
 from .claim import claimed
 from .folder import A_CHECKPOINT, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, VALIDATION
 from .mirror import A_NAME, Index, MirroredFile, read_index, run_of, write_token
@@ -117,22 +117,26 @@ def _restore(remote: RemoteFolder, index: Index, newer: list[str], folder: Path)
     for file in index.files:
         if file in _FILES or file.startswith(f"{VALIDATION}/"):
             _fetch(remote, file, folder / file)
-    best, faults = f"checkpoint-{index.best}", []
-    if best in index.checkpoints and not (folder / best).exists():
-        _fetch_checkpoint(remote, best, index, folder)
-    for name in reversed(newer):
+    faults: dict[str, RunError] = {}
+
+    def bring(name: str) -> bool:
         try:
-            if name != best:
+            if not (folder / name / STATE_FILE).exists():
                 _fetch_checkpoint(remote, name, index, folder)
-            break
         except RunError as fault:
-            faults.append(fault)
+            faults[name] = fault
             say(f"{name} of the mirror is not whole: {fault.what}")
-    else:
-        if faults:
-            raise faults[0]
-        return  # it was lost before its first checkpoint: it begins anew, and the mirror is still its own
-    say(f"restored {name} from {remote.shown} into {folder}")
+        return name not in faults
+
+    best = f"checkpoint-{index.best}"
+    if best in index.checkpoints:
+        bring(best)
+    name = next((name for name in reversed(newer) if name not in faults and bring(name)), None)
+    if name is not None:
+        say(f"restored {name} from {remote.shown} into {folder}")
+    elif newer:
+        raise faults[newer[-1]]
+    # Else it was lost before its first checkpoint: it begins anew, and the mirror is still its own.
 
 
 def _fetch_checkpoint(remote: RemoteFolder, name: str, index: Index, folder: Path) -> None:

@@ -312,6 +312,8 @@ def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | Non
     """The checkpoint that ``--resume`` asks for; of a run that its launcher starts again, its own."""
     own = own_folder(settings, peers)
     if own is not None and list_checkpoints(own):
+        if settings.mirror is not None:  # the job may have gone further on another machine since
+            restore(own, settings.mirror, seconds_to_wait(own, peers))
         return find_checkpoint(own)
     if settings.resume == "never":
         return None

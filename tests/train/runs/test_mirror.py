@@ -1,5 +1,6 @@
 """``--mirror s3://...``: a run's copy in a bucket (moto's server), restored where there is none; kills and faults."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -274,6 +275,26 @@ def test_a_checkpoint_that_was_changed_in_the_bucket_is_not_taken(begun, tmp_pat
     remote.put(MIRROR_FILE, b'{"schema": 1, "run": "r", "holder": "h", "files": {"../../a": "b"}}')
     with pytest.raises(RunError, match="index is damaged"):
         restore(tmp_path / "third", there)
+
+
+def test_a_damaged_best_checkpoint_does_not_keep_the_newest_away(begun, tmp_path, there, capsys):
+    begun("run", waiter(there, 3, "checkpoint-2"), steps=4, mirror=there)
+    remote = open_folder(there, "--mirror")
+    remote.put(MIRROR_FILE, dataclasses.replace(index_of(there), best=2).to_json())
+    remote.put("checkpoint-2/weights.safetensors", b"other")
+    restore(tmp_path / "bare", there)
+    assert [path.name for path in list_checkpoints(tmp_path / "bare")] == ["checkpoint-4"]
+    assert "checkpoint-2 of the mirror is not whole" in capsys.readouterr().err
+
+
+def test_a_job_that_comes_back_takes_what_others_have_mirrored(begun, tmp_path, there, monkeypatch, capsys):
+    """Requeued: first here, then on another machine, then here again, where the folder is older than the mirror."""
+    here = begun("run", steps=2, mirror=there)
+    begun("elsewhere", steps=4, mirror=there)
+    monkeypatch.setattr("cogtrain.runs.run.own_folder", lambda *_: here)
+    begun("run", steps=5, mirror=there)
+    assert f"restored checkpoint-4 from {there} into {here}" in capsys.readouterr().err
+    assert index_of(there).names[-1] == "checkpoint-5" and "checkpoint-4" in index_of(there).names
 
 
 def test_a_run_is_exported_from_its_mirror(begun, tmp_path, there, monkeypatch, capsys):
