@@ -160,12 +160,12 @@ def _fetch(address: str, state: ObjectState, path: Path) -> bool:
         except Busy:
             beat()
             time.sleep(0.05)
+    temporary = temporary_beside(path)
     with lock:
-        if _looked_at(path) == state:
-            return True
-        _make_room(path.parent, _cache()[1], state.size)
-        temporary = temporary_beside(path)
         try:
+            if _looked_at(path) == state:
+                return True
+            _make_room(path.parent, _cache()[1], state.size)
             if not _download(address, state, temporary):
                 return False
             os.utime(temporary, ns=(time.time_ns(), state.time_ns))

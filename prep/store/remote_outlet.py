@@ -132,7 +132,7 @@ class RemoteOutlet(Outlet):
         stay = 0
         for name in sorted(gone, key=_goes):
             entry = self._remote.stat(name)
-            if entry is not None and entry.version != self._there[name].version:
+            if entry is not None and (entry.version != self._there[name].version or self._taken_up(name)):
                 stay += 1
             else:
                 self._remote.remove(name)
@@ -145,6 +145,18 @@ class RemoteOutlet(Outlet):
                 except ShardBusy:
                     stay += 1
         return stay
+
+    def _taken_up(self, name: str) -> bool:
+        """Whether a writer has since committed what looked left over: a tar without its record, or a half rewrite."""
+        folder, slash, last = name.rpartition("/")
+        half = _WHOLE.fullmatch(last)
+        if half is not None:
+            commits = f"{folder}{slash}.{half[1]}.parquet.new"
+        elif (number := shard_number(last, "tar")) is not None:
+            commits = f"{folder}{slash}{record_name(number)}"
+        else:
+            return False
+        return commits not in self._there and self._remote.stat(commits) is not None
 
     def shown(self, path: Path) -> str:
         return self._remote.name(self._name(path))

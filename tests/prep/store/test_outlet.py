@@ -29,7 +29,7 @@ from cogprep.commands.verify import run as verify
 from cogprep.plan.folder import commit_contract
 from cogprep.settings import CleanSettings, IndexSettings, InspectSettings, VerifySettings
 from cogprep.store import remote_outlet
-from cogprep.store.outlet import open_outlet
+from cogprep.store.outlet import open_image, open_outlet
 
 sys.path.insert(0, str(CHILDREN))
 from crash_driver import BUCKET, CLIPS, DrawnLatents, bring_up_to_date, in_child
@@ -294,6 +294,22 @@ def test_every_request_fails_once(bring, there, proxy, on_disk, capfd):
     check(there())
     assert len(failed) > 20 and sum(store.FAULTS.counts.values()) >= 10
     assert "damaged" not in capfd.readouterr().err
+
+
+def test_a_tar_that_is_committed_while_somebody_thinks_stays(bring, there):
+    """clean-cache asks, for as long as it takes; a writer that was between a tar and its record has gone on."""
+    bring()
+    name = next(name for name in there() if name.endswith(".parquet") and "/" not in name)
+    record, tar = f"bucket/out/{name}", f"bucket/out/{name.removesuffix('parquet')}tar"
+    data = there.fs.cat_file(record)
+    there.fs.rm(record)
+    with open_image(OUT, "OUT", changing=True, leftovers=True) as image:
+        (image.folder / Path(tar).name).unlink()
+        there.fs.pipe_file(record, data)
+        assert image.publish_changes() == 1
+    there.fs.invalidate_cache()
+    assert there.fs.exists(tar) and there.fs.exists(record)
+    check(there())
 
 
 def test_an_answer_that_is_lost_is_no_other_writer(bring, there, proxy, on_disk, capfd):
