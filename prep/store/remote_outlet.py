@@ -95,6 +95,12 @@ class RemoteOutlet(Outlet):
         there = self._look()
         _refuse_lists(there, lists, f"--out {self.place}")
         there = self._sync(there, changing=True)
+        for name in [name for name in there if _record_number(name) is not None and _tar_of(name) not in there]:
+            self._remote.remove(name)  # its tar is gone, so it counts for nothing
+            for path in (self.folder / name, self.folder / _tar_of(name)):
+                path.unlink(missing_ok=True)
+            self._seen.pop(name, None)
+            del there[name]
         foreign = [name for name in there if not _is_our_name(name)]
         check_shards_output(self.folder, "--out", lists)
         if foreign and not (there.keys() & {CONTRACT_FILE} or any(_record_number(name) is not None for name in there)):
@@ -163,6 +169,9 @@ class RemoteOutlet(Outlet):
 
     @contextmanager
     def at_hand(self, tar: Path) -> Iterator[None]:
+        if not tar.exists():  # nor is it there; whoever reads it says so
+            yield
+            return
         size = tar.stat().st_size
         self._bring(self._name(tar))
         try:
@@ -178,14 +187,8 @@ class RemoteOutlet(Outlet):
             for half in halves:
                 self._finish(half)
             there = self._look()
-        if changing:
-            for name in [name for name in there if _record_number(name) is not None and _tar_of(name) not in there]:
-                self._remote.remove(name)  # its tar is gone, so it counts for nothing
-                del there[name]
         wanted = {
-            name: entry
-            for name, entry in there.items()
-            if _SMALL.fullmatch(name) or (_record_number(name) is not None and _tar_of(name) in there)
+            name: entry for name, entry in there.items() if _SMALL.fullmatch(name) or _record_number(name) is not None
         }
         with shard_disk_errors(self.folder):
             (self.folder / "val").mkdir(exist_ok=True)
@@ -195,7 +198,7 @@ class RemoteOutlet(Outlet):
             for name, data in self._remote.read_many(new).items():
                 self._take(name, data, wanted[name])
             for name in self._seen:
-                if _record_number(name) is not None:
+                if _record_number(name) is not None and _tar_of(name) in there:
                     _stand_in(self.folder / _tar_of(name), there[_tar_of(name)].size)
             self._note()
             with suppress(OSError):

@@ -296,6 +296,20 @@ def test_every_request_fails_once(bring, there, proxy, on_disk, capfd):
     assert "damaged" not in capfd.readouterr().err
 
 
+def test_a_tar_that_is_gone_from_a_bucket_is_named(bring, there, capsys):
+    bring()
+    name = next(name for name in there() if name.endswith(".tar") and "/" not in name)
+    there.fs.rm(f"bucket/out/{name}")
+    with pytest.raises(CogError):
+        verify(VerifySettings(out=OUT))
+    said = capsys.readouterr().out
+    assert name in said and "cannot be read" in said
+    assert name.removesuffix("tar") + "parquet" in there()  # nothing is removed by looking
+    bring()
+    assert name in there()
+    check(there())
+
+
 def test_a_tar_that_is_committed_while_somebody_thinks_stays(bring, there):
     """clean-cache asks, for as long as it takes; a writer that was between a tar and its record has gone on."""
     bring()
