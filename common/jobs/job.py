@@ -11,6 +11,7 @@ from typing import Any
 
 from ..cli.names import command_line, quoted
 from ..errors import SettingError
+from ..store.address import address_of
 from .settings import LaunchSettings
 
 PORT = 29500  # where the processes of a run meet
@@ -111,7 +112,7 @@ def refuse_own_disk(out: str, mount: tuple[str, str] | None) -> None:
     Raises:
         SettingError: it would not lie on shared storage.
     """
-    if re.match(r"[a-z0-9+]+:/", out):
+    if address_of(out) is not None:
         return
     if mount is None:
         raise SettingError(

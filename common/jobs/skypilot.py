@@ -5,11 +5,11 @@ The dataclasses hold the fields that we write: https://docs.skypilot.co/en/lates
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import SettingError
+from ..store.address import address_of
 from ..words import bytes_of
 from .document import from_yaml, said, to_yaml
 from .job import Job
@@ -56,7 +56,7 @@ def render(job: Job) -> str:
     """The task; `sky jobs launch` carries it out and takes its machines down, `sky launch` leaves them up."""
     settings = job.settings
     source, path = settings.mount or ("", "")
-    bucket = re.match(r"[a-z0-9]+://", source) is not None
+    bucket = address_of(source) is not None
     if bucket and job.meets:
         raise SettingError(
             "the machines of a run must see at once what one of them writes, which a bucket does not give",

@@ -25,7 +25,7 @@ _MEMORY = 4.3e12  # bytes/s, read and written
 # Norms, rotations, adapters: how often a block reads or writes an activation, without and with recomputing.
 _PASSES, _PASSES_AGAIN = 150, 200
 # Forward, and a backward pass that recomputes attention's weights: 1 + 2.5 times its two products.
-_ATTENTION_BACKWARD = 2.5
+ATTENTION_BACKWARD = 2.5
 # What of a block's twelve products the backward pass makes again; nothing asks for the last, the feed-forward's second.
 _AGAIN: Mapping[Checkpointing, float] = {
     "all": 0, "matmuls": 0, "feedforward": 4 / 12, "attention": 8 / 12, "inputs": 8 / 12,
@@ -74,7 +74,7 @@ def _computed(load: Load, plan: BlockPlan, kernel: Kernel, *, full: bool) -> tup
     gradients = 2 if full else 1  # of what went in; of the weights, too, where they are trained
     backward = 0.0
     for policy in plan.checkpointing:
-        backward += attention * (_ATTENTION_BACKWARD + (policy == "inputs")) + products * (gradients + _AGAIN[policy])
+        backward += attention * (ATTENTION_BACKWARD + (policy == "inputs")) + products * (gradients + _AGAIN[policy])
         backward += passed * ((_PASSES_AGAIN if _AGAIN[policy] else _PASSES) - _PASSES / 3)
     return load.layers * (attention + products + passed * _PASSES / 3), backward
 

@@ -16,9 +16,8 @@ from cogcommon.model.cards import card_like
 from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.model.published import published
 from cogtrain.blocks.plan import Load
+from cogtrain.memory.cost import ATTENTION_BACKWARD
 from cogtrain.memory.measured import Measured
-
-_ATTENTION_BACKWARD = 5 / 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def step_flop(family: str, method: str, resolution: str, batch_size: int = 1, la
     tokens = row.tokens(Resolution.parse(resolution))
     load = Load.of(config, tokens, batch=batch_size, size=2, trained=0)
     backward = 2 if method == "sft" else 1
-    block = load.products * (1 + backward) + load.attention * (1 + _ATTENTION_BACKWARD)
+    block = load.products * (1 + backward) + load.attention * (1 + ATTENTION_BACKWARD)
     return (layers or load.layers) * block
 
 

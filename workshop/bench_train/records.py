@@ -25,8 +25,7 @@ def add_measured(file: Path) -> int:
     new = 0
     for line in file.read_text(encoding="utf-8").splitlines():
         result = json.loads(line)
-        another = result["small"] or result.get("layers")
-        if another or result.get("gpu", "CPU") == "CPU" or "s_per_step" not in result:
+        if not _comparable(result):
             continue
         run = _measured(result)
         if _what(run) not in known:
@@ -57,8 +56,9 @@ class Moved:
 
 
 def moved(result: Mapping[str, Any]) -> Moved | None:
-    """How a result differs from what was measured before; None where the same was never measured, or it failed."""
-    if "s_per_step" not in result:
+    """How a result differs from what was measured before; None where the same was never measured, or it is not
+    comparable."""
+    if not _comparable(result):
         return None
     run = _measured(result)
     for known in measured():
@@ -68,6 +68,12 @@ def moved(result: Mapping[str, Any]) -> Moved | None:
                 run.row, run.s_per_step, run.s_per_step / known.s_per_step - 1, run.peak_gib / known.peak_gib - 1, known
             )
     return None
+
+
+def _comparable(result: Mapping[str, Any]) -> bool:
+    """Whether it was measured to its end, on a GPU, at the model's true shape."""
+    true_shape = not result["small"] and not result.get("layers")
+    return true_shape and result.get("gpu", "CPU") != "CPU" and "s_per_step" in result
 
 
 def _what(run: Measured) -> tuple[Any, ...]:
