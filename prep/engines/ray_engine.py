@@ -21,6 +21,7 @@ from cogcommon.words import first_line
 from ..encode.engine import Engine, Job
 from ..plan.slice import choose_slice
 from ..settings import EncodeSettings
+from ..source.addresses import any_signed
 from ..store.outlet import is_address
 from .actor import EncodeActor
 from .driver import Driver
@@ -130,7 +131,17 @@ class RayEngine:
         return self._device_type
 
     def encode(self, job: Job) -> None:
-        """See `Engine`."""
+        """See `Engine`.
+
+        Raises:
+            SettingError: clips have signed addresses, which do not leave this host.
+        """
+        if any_signed():
+            raise SettingError(
+                "the lists name signed addresses, and what signs them does not leave this host",
+                where="--engine ray",
+                fix="addresses that the nodes' own credentials open (s3://...), or --worker i/n on each host",
+            )
         settings = replace(
             job.settings,
             data_root=job.settings.root if is_address(job.settings.root) else job.settings.root.resolve(),

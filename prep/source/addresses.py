@@ -68,6 +68,11 @@ def _keep(signed: Mapping[str, str]) -> None:
     os.environ[_SIGNED] = name
 
 
+def any_signed() -> bool:
+    """Whether this process, and those that it starts, were given addresses that are signed."""
+    return _SIGNED in os.environ
+
+
 def in_full(name: str) -> str:
     """The address that a name stands for, with what signs it."""
     return _signed(os.environ.get(_SIGNED, "")).get(name, name)

@@ -80,3 +80,9 @@ def test_what_each_node_does_is_told_the_slowest_first():
 
 def test_every_engine_that_can_be_named_is_there():
     assert set(ENGINES) == set(get_args(EngineName))
+
+
+def test_signed_addresses_are_not_sent_to_other_hosts(monkeypatch):
+    monkeypatch.setenv("COGPREP_SIGNED_CLIPS", "file")
+    with pytest.raises(SettingError, match="does not leave this host"):
+        ray_engine.RayEngine(None).encode(None)
