@@ -16,8 +16,8 @@ from cogcommon.model.published import known_checkpoint
 from cogcommon.words import bytes_of, counted
 
 from .dataset.lists import DataSet, read_lists
+from .source.clip_cache import default_cache, use_cache
 from .source.heartbeat import TIMEOUT_S
-from .source.remote import default_cache, use_cache
 from .video.cut import Crop, Cut, Fit, FrameMode, HdrMode, Short
 
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}

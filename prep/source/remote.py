@@ -1,9 +1,8 @@
 """Clips and lists behind addresses (s3, gs, hf, http, and what else fsspec reaches): read as files of this machine.
 
-`remote_address` tells that a path names one. An object is brought whole to a cache of this machine and opened
-there; any number of processes share the cache. The file's time of change in the cache stands for the etag, so that
-`Hashed`, which remembers a file's size and time, knows the object again by address, etag and size, without reading it,
-and sees that it has been replaced.
+`remote_address` tells that a path names one. An object is brought whole to a cache of this machine (`clip_cache`) and
+opened there. The file's time of change in the cache stands for the etag, so that `Hashed`, which remembers a file's
+size and time, knows the object again by address, etag and size, without reading it, and sees that it has been replaced.
 
 What a server refuses is never the clip's fault: `Unreached` says what it was, and the clip is left for the next run.
 """
@@ -11,23 +10,17 @@ What a server refuses is never the clip's fault: `Unreached` says what it was, a
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
-import os
-import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from io import FileIO
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cogcommon.errors import StoreError
-from cogcommon.files.atomic import TEMPORARY, temporary_beside
+from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.locks import Busy, open_locked
 from cogcommon.files.readers import read_in_order
 from cogcommon.files.regular_file import Missing, Unreadable
@@ -35,6 +28,7 @@ from cogcommon.store.store import Patience, StoreFault, is_web, patiently, witho
 
 from .addresses import in_full, remote_address
 from .clip import BadClip, ClipFault
+from .clip_cache import ObjectState, believe, believed, keep, make_room, open_kept, place_of
 from .heartbeat import beat
 
 if TYPE_CHECKING:
@@ -45,10 +39,7 @@ T = TypeVar("T")
 
 _PIECE = 16 << 20  # bytes of one request
 _KNOWN, _UNKNOWN = Patience(60), Patience(4)  # of a host that has answered before, and of one that never has
-_MOMENT_NS = 60 * 10**9  # for which what a store has said of an object is believed
-_SPARE = 1 << 30  # bytes of the disk that are left to others
 FETCHING = 8  # clips on their way at once
-_CACHE = "COGPREP_CLIP_CACHE"  # of the environment: decode processes inherit it
 
 
 class Unreached(BadClip):
@@ -59,20 +50,6 @@ class Unreached(BadClip):
         return ClipFault(str(self), passing=True)
 
 
-@dataclass(frozen=True)
-class ObjectState:
-    """An object as it is now; ``time_ns`` stands for its etag where a file has its time."""
-
-    size: int
-    time_ns: int
-
-    @classmethod
-    def of(cls, size: int, etag: str) -> ObjectState:
-        """Whole, even seconds, which every file system keeps."""
-        digest = hashlib.sha256(etag.encode()).digest()
-        return cls(size, int.from_bytes(digest[:8], "big") % 1_000_000_000 * 2_000_000_000)
-
-
 def state_of(address: str) -> ObjectState:
     """Size and what stands for the etag, as they are now, or were a moment ago.
 
@@ -80,7 +57,12 @@ def state_of(address: str) -> ObjectState:
         Missing: there is no such object.
         Unreached: the store does not say.
     """
-    return _looked_at(_cached(address)) or _ask(address)
+    content = place_of(address)
+    if (state := believed(content)) is None:
+        asked_ns = time.time_ns()
+        state = _ask(address)
+        believe(content, state, asked_ns)
+    return state
 
 
 def _ask(address: str) -> ObjectState:
@@ -108,47 +90,21 @@ def open_object(address: str) -> FileIO:
         Unreadable: it is missing or empty.
         Unreached: the store does not give it, or the cache's disk does not take it.
     """
-    path = _cached(address)
+    path = place_of(address)
     for _ in range(3):
         state = state_of(address)
         if not state.size:
             raise Unreadable("the file is empty (0 bytes)")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if (opened := _open(path, state)) is None and _fetch(address, state, path):
-                opened = _open(path, state)
+            if (opened := open_kept(path, state)) is None and _fetch(address, state, path):
+                opened = open_kept(path, state)
         except OSError as error:
             what = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"refuses: {error.strerror}"
             raise Unreached(f"the disk of the cache {what} (--cache {path.parent.parent})") from error
         if opened is not None:
             return opened
     raise Unreached(f"{_place(address)[2]} changes all the time")
-
-
-def _cached(address: str) -> Path:
-    """Where an object lies in the cache: its content of one etag, with the file's time for it."""
-    return _cache()[0] / "clips" / hashlib.sha256(address.encode()).hexdigest()[:32]
-
-
-def _looked_at(path: Path) -> ObjectState | None:
-    """The state of an object in the cache, where this run has asked the store a moment ago: the time of last access."""
-    with suppress(OSError):
-        info = path.stat()
-        if info.st_atime_ns >= max(_cache()[2], time.time_ns() - _MOMENT_NS):
-            return ObjectState(info.st_size, info.st_mtime_ns)
-    return None
-
-
-def _open(path: Path, state: ObjectState) -> FileIO | None:
-    with suppress(FileNotFoundError):
-        opened = path.open("rb", buffering=0)
-        info = os.fstat(opened.fileno())
-        if (info.st_size, info.st_mtime_ns) == (state.size, state.time_ns):
-            with suppress(OSError):
-                os.utime(opened.fileno(), ns=(time.time_ns(), state.time_ns))
-            return opened
-        opened.close()
-    return None
 
 
 def _fetch(address: str, state: ObjectState, path: Path) -> bool:
@@ -163,21 +119,23 @@ def _fetch(address: str, state: ObjectState, path: Path) -> bool:
     temporary = temporary_beside(path)
     with lock:
         try:
-            if _looked_at(path) == state:
+            if believed(path) == state:
                 return True
-            _make_room(path.parent, _cache()[1], state.size)
-            if not _download(address, state, temporary):
+            make_room(state.size)
+            whole = _download(address, state.size, temporary)
+            asked_ns = time.time_ns()
+            if not whole or _ask(address) != state:
                 return False
-            os.utime(temporary, ns=(time.time_ns(), state.time_ns))
-            temporary.replace(path)
+            keep(temporary, path, state)
+            believe(path, state, asked_ns)
         finally:
             temporary.unlink(missing_ok=True)
             path.with_name(path.name + ".lock").unlink(missing_ok=True)
     return True
 
 
-def _download(address: str, state: ObjectState, to: Path) -> bool:
-    """The whole object, of this state; false if it is another one by now."""
+def _download(address: str, length: int, to: Path) -> bool:
+    """The whole object; false if it has another length by now."""
     from cogcommon.store.fsspec_store import FsspecStore
 
     store, path, shown = _place(address)
@@ -193,12 +151,12 @@ def _download(address: str, state: ObjectState, to: Path) -> bool:
         size = _reach(whole, shown)
     else:
         with to.open("wb") as stream:
-            for start in range(0, state.size, _PIECE):
-                last = min(start + _PIECE, state.size)
+            for start in range(0, length, _PIECE):
+                last = min(start + _PIECE, length)
                 stream.write(_reach(lambda start=start, last=last: store.read(path, start, last).data, shown))  # type: ignore[misc]
                 beat()
             size = stream.tell()
-    return size == state.size and _ask(address) == state
+    return size == length
 
 
 def ahead(items: Iterable[T], files: Callable[[T], Sequence[Path]]) -> Iterator[T]:
@@ -223,51 +181,6 @@ def ahead(items: Iterable[T], files: Callable[[T], Sequence[Path]]) -> Iterator[
             yield from read_in_order(bring, chain([item], waiting), threads=FETCHING)
         else:
             yield item
-
-
-# The cache: set once, for this process and those that it starts.
-
-
-def default_cache() -> Path:
-    """Where cogprep keeps scratch of its own on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cogprep"
-
-
-def use_cache(folder: Path, size: int) -> None:
-    """Where clips behind addresses are kept on this machine, and how many bytes of them at most."""
-    os.environ[_CACHE] = json.dumps([str(folder), size, time.time_ns()])
-
-
-def _cache() -> tuple[Path, int, int]:
-    """The cache, its size, and since when this run uses it."""
-    if told := os.environ.get(_CACHE):
-        folder, size, since = json.loads(told)
-        return Path(folder), size, since
-    return default_cache(), 50 * 10**9, time.time_ns()
-
-
-def _make_room(folder: Path, most: int, needed: int) -> None:
-    """Remove what was longest unused, for so much more to be kept. One who has it open reads on.
-
-    Args:
-        most: bytes in the cache; fewer where the disk has not so much room.
-    """
-    found = []
-    for path in folder.iterdir():
-        with suppress(OSError):
-            info = path.stat()
-            if TEMPORARY.fullmatch(path.name):
-                if info.st_ctime < time.time() - 3600:
-                    path.unlink()
-            elif re.fullmatch("[0-9a-f]{32}", path.name):
-                found.append((info.st_atime, info.st_size, path))
-    total = sum(entry[1] for entry in found)
-    room = min(most, total + shutil.disk_usage(folder).free - _SPARE) - needed
-    for _, length, path in sorted(found):
-        if total <= max(room, 0):
-            return
-        path.unlink(missing_ok=True)
-        total -= length
 
 
 # How stores are asked.

@@ -16,10 +16,11 @@ from cogcommon.files.regular_file import Missing, Unreadable, open_regular
 
 from .addresses import remote_address
 from .clip import BadClip, ClipFault, Hashed, toned
+from .clip_cache import ObjectState
 from .heartbeat import beat
 from .near import near
 from .part import locate
-from .remote import ObjectState, open_object, state_of
+from .remote import open_object, state_of
 
 IN_MEMORY = 64 << 20  # bytes of a file that is held whole; a decode process holds a clip and its first frame
 _BLOCK = 1 << 20

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,10 +15,11 @@ from cogcommon.store import store
 from cogprep.commands.encode import encode
 from cogprep.commands.validate import validate
 from cogprep.settings import ValidateSettings
-from cogprep.source import remote
+from cogprep.source import clip_cache, remote
 from cogprep.source.addresses import named_without_secrets, remote_address
 from cogprep.source.clip import BadClip
-from cogprep.source.remote import Unreached, open_object, state_of, use_cache
+from cogprep.source.clip_cache import use_cache
+from cogprep.source.remote import Unreached, open_object, state_of
 from cogprep.source.source_file import file_state, hash_whole, open_named, unchanged
 
 
@@ -186,6 +188,22 @@ def test_the_cache_is_bounded_and_notices_another_etag(web, tmp_path):
     assert (hashed.size, hashed.mtime_ns) != before[:2] and unchanged(path, hashed)
     with open_named(path) as stream:
         assert stream.readall() == bytes(data)
+
+
+def test_a_clip_in_use_is_still_asked_after(web, tmp_path, monkeypatch):
+    """What a store has said is believed for a moment from when it was asked, not from the last use."""
+    monkeypatch.setattr(clip_cache, "_MOMENT_NS", 10**8)
+    path = Path(f"{web.url}/0.mp4")
+    open_named(path).close()
+    data = bytes(reversed((tmp_path / "0.mp4").read_bytes()))
+    (tmp_path / "0.mp4").write_bytes(data)
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        with open_named(path) as stream:
+            if stream.readall() == data:
+                return
+        time.sleep(0.01)
+    pytest.fail("the change was never noticed")
 
 
 def test_signed_urls_lose_what_signs_them(web, tmp_path):
