@@ -78,6 +78,7 @@ def transformer(
     calls: Calls = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips of a step.")] = 128,
     lr: Rate = 5e-4,
+    decay: Annotated[float, typer.Option(min=0, help="Of the weights, for each unit of the learning rate.")] = 0.1,
     seed: Seed = 0,
     variants: Variants = 16,
     scenes: Scenes = None,
@@ -106,6 +107,7 @@ def transformer(
         calls=calls,
         batch_size=batch_size,
         lr=lr,
+        decay=decay,
         seed=seed,
         device=device,
         variants=variants,
@@ -220,13 +222,14 @@ def proof(
     clips: Annotated[int, typer.Option(min=1, max=100, help="To generate of each kind, tuned and base.")] = 100,
     sampling_steps: Annotated[int, typer.Option(min=1, help="Of the sampler.")] = 20,
     guidance: Annotated[list[float], typer.Option(help="1 is none; one examination each.")] = [3.0],  # noqa: B006
+    lr: Annotated[float | None, typer.Option(help="Learning rate; the case's own unless told.")] = None,
 ) -> None:
     """Teach a form a motion that it has never seen, by our two programs, and examine what it learned."""
-    from .proof import teach
+    from .proof import method_of, teach
 
-    run = teach(folder, case)
+    run = teach(folder, case, lr)
     for scale in guidance:
-        typer.echo(f"{case}, guidance {scale:g}")
+        typer.echo(f"{method_of(case, lr)}, {case}, guidance {scale:g}")
         concept(run, clips=clips, sampling_steps=sampling_steps, guidance=scale, batch_size=25)
 
 

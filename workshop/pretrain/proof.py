@@ -44,13 +44,24 @@ def lessons(
     ).split()
 
 
-def teach(folder: Path, case: str) -> Path:
+def method_of(case: str, lr: float | None = None) -> str:
+    """What teaches a case: words of ``cogtrain``, with this learning rate if told."""
+    words = CASES[case].split()
+    if lr is not None:
+        words[words.index("--lr") + 1] = f"{lr:g}"
+    return " ".join(words)
+
+
+def teach(folder: Path, case: str, lr: float | None = None) -> Path:
     """The run folder of a case, taught by processes of their own.
+
+    Args:
+        lr: learning rate; the case's unless told.
 
     Raises:
         subprocess.CalledProcessError: a command failed; it has said why.
     """
     folder.mkdir(parents=True)
-    for program, *words in lessons(folder, case.split()[0], CASES[case]):
+    for program, *words in lessons(folder, case.split()[0], method_of(case, lr)):
         subprocess.run([sys.executable, "-m", program, *words], cwd=folder, check=True)
     return folder / "run"

@@ -30,7 +30,7 @@ STRANGE, STRANGE_SHARE = 7, 0.25  # captions with unknown words: of each scene, 
 # A step with this many text tokens takes less than half the time; captions have 23 or fewer. They must be as many as
 # the family's at the end, because the padding is attended to.
 SHORT_TEXT, SHORT_UNTIL = 40, 0.5
-DECAY = 0.1
+DECAY = 0.1  # of the weights, for each unit of the learning rate
 
 
 def batch_at(
@@ -82,6 +82,7 @@ def train_transformer(
     minutes: float | None = None,
     until: float | None = None,
     calls: float = 1.0,
+    decay: float = DECAY,
     variants: int = VARIANTS,
     cache: Path | None = None,
     first: Path | None = None,
@@ -92,7 +93,7 @@ def train_transformer(
     """Train, or continue to train, a form's transformer in ``folder``; write ``<form>.safetensors`` there, bf16.
 
     Args:
-        steps, minutes, until, calls, graphs: as `fit` has them.
+        steps, minutes, until, calls, decay, graphs: as `fit` has them.
         variants, cache, workers: as `encode_world` has them.
         first: weights to begin with where the folder has none.
         compiled: on a GPU, run the blocks in the project's own way, compiled and in bf16.
@@ -107,7 +108,16 @@ def train_transformer(
     objective = Objective.of(checkpoint)
     # On the device, or every step waits for its timesteps to come to the CPU.
     objective = dataclasses.replace(objective, schedule=Schedule(objective.schedule.abar_T.to(device)))
-    world = encode_world(checkpoint, scenes, device, variants=variants, strange=STRANGE, workers=workers, cache=cache)
+    world = encode_world(
+        checkpoint,
+        scenes,
+        device,
+        variants=variants,
+        elsewhere=checkpoint.family.task == "i2v",
+        strange=STRANGE,
+        workers=workers,
+        cache=cache,
+    )
     if compiled and device.type == "cuda":
         every: Checkpointing = "all"
         plan = BlockPlan((every,) * len(transformer.transformer_blocks), compiled=True)
@@ -136,7 +146,7 @@ def train_transformer(
         until=until,
         calls=calls,
         lr=lr,
-        decay=DECAY,
+        decay=decay,
         graphs=graphs,
     )
     weights = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in transformer.state_dict().items()}

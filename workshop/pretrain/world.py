@@ -16,7 +16,7 @@ from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Family
 from cogcommon.model.tiny import NATIVE
 
-from ..scenes import Scene, draw
+from ..scenes import MOTIONS, Scene, draw
 from .captions import strange_caption, unknown_words
 from .clips import draw_all, to_tensor
 
@@ -51,6 +51,7 @@ def encode_world(
     device: torch.device,
     *,
     variants: int = VARIANTS,
+    elsewhere: bool = False,
     strange: int = 0,
     workers: int = 0,
     cache: Path | None = None,
@@ -59,13 +60,14 @@ def encode_world(
 
     Args:
         variants: clips of each scene.
+        elsewhere: whether every second clip of a scene begins where any motion begins, not only its own.
         strange: captions with unknown words for each scene, beside its own.
         workers: processes that draw.
         cache: folder where forms of one frame rate share what the VAE, which is theirs too, makes of the clips.
     """
     mean, std, image = _shared(
-        lambda: _latents(checkpoint, scenes, device, variants, workers),
-        cache and cache / f"world-{checkpoint.family.fps}fps-{len(scenes)}x{variants}.pt",
+        lambda: _latents(checkpoint, scenes, device, variants, elsewhere, workers),
+        cache and cache / f"world-{checkpoint.family.fps}fps-{len(scenes)}x{variants}{'-elsewhere' * elsewhere}.pt",
     )
     rng, tokenizer = np.random.default_rng(1), checkpoint.load_tokenizer()
     words = unknown_words(frozenset(tokenizer.get_vocab()))
@@ -98,12 +100,16 @@ Latents = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _latents(
-    checkpoint: Checkpoint, scenes: Sequence[Scene], device: torch.device, variants: int, workers: int
+    checkpoint: Checkpoint, scenes: Sequence[Scene], device: torch.device, variants: int, elsewhere: bool, workers: int
 ) -> Latents:
     """Means and deviations of the clips' latents, and the latents of their first frames."""
     vae, rng = checkpoint.load_vae(torch.float32).to(device), np.random.default_rng(0)
     moments = times(checkpoint.family)
-    items = [(scene, moments, tuple(rng.uniform(-OFF, OFF, 2))) for scene in scenes for _ in range(variants)]
+    items = [
+        (scene, moments, path_off(scene, rng, elsewhere=elsewhere and bool(variant % 2)))
+        for scene in scenes
+        for variant in range(variants)
+    ]
     clips_NFHWC = draw_all(_drawn, items, workers)
     made: list[Latents] = []
     with torch.no_grad():
@@ -113,6 +119,19 @@ def _latents(
             made.append((posterior.mean, posterior.std, vae.encode(clip_BCFHW[:, :, :1]).latent_dist.mean))
     mean, std, image = (torch.cat(parts) for parts in zip(*made, strict=True))
     return mean, std, image
+
+
+def path_off(scene: Scene, rng: np.random.Generator, *, elsewhere: bool) -> tuple[float, float]:
+    """By how many pixels, across and down, the path of a clip is moved: a few; elsewhere, to where any motion begins.
+
+    Each motion begins at a place of its own. Were that always so, an I2V form would know the motion from the first
+    frame, and in the end not listen to its caption at all: no LoRA could teach it another motion by a word.
+    """
+    across, down = rng.uniform(-OFF, OFF, 2)
+    if elsewhere:
+        (mine_x, mine_y, _), (x, y, _) = MOTIONS[scene.motion](0), MOTIONS[str(rng.choice([*MOTIONS]))](0)
+        across, down = across + (x - mine_x) * NATIVE.width / 2, down + (y - mine_y) * NATIVE.height / 2
+    return float(across), float(down)
 
 
 def _shared(make: Callable[[], Latents], file: Path | None) -> Latents:

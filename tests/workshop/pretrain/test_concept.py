@@ -4,7 +4,7 @@ import pytest
 from forked import Forked
 
 from workshop.pretrain.concept import examine_run, tell
-from workshop.pretrain.proof import CASES, LORA, lessons
+from workshop.pretrain.proof import CASES, LORA, lessons, method_of
 
 
 def taught(folder, form, method, **lesson):
@@ -27,6 +27,11 @@ def test_a_new_motion_is_learned_and_nothing_forgotten(tmp_path, case):
     assert proof.kept[1] >= 0.7
     base, tuned = proof.held_out_loss
     assert tuned < 0.8 * base
+
+
+def test_a_case_is_taught_at_another_rate_if_told():
+    assert method_of("tiny-1.5") == CASES["tiny-1.5"]
+    assert method_of("tiny by sft", 1e-3) == "sft --lr 0.001 --strategy ddp"
 
 
 def test_a_short_run_already_learns(tmp_path):

@@ -11,14 +11,26 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.model.objective import Objective
 from workshop.pretrain.exam import examine
 from workshop.pretrain.transformer import batch_at, train_transformer
-from workshop.pretrain.world import encode_world, times
-from workshop.scenes import HELD_OUT, draw, every_scene, split_scenes
+from workshop.pretrain.world import OFF, encode_world, path_off, times
+from workshop.scenes import HELD_OUT, MOTIONS, Scene, draw, every_scene, split_scenes
 
 
 def test_held_out_scenes_are_not_trained_on():
     train, held_out = split_scenes()
     assert len(held_out) == HELD_OUT and len(train) == 864 - HELD_OUT
     assert not {scene.caption for scene in train} & {scene.caption for scene in held_out}
+
+
+def test_elsewhere_every_motion_begins_where_any_may():
+    """So that an I2V form cannot know the motion from its first frame."""
+    rng = np.random.default_rng(0)
+    begins = {name: np.array(at(0)[:2]) * (48, 32) for name, at in MOTIONS.items()}  # pixels from the middle
+    for name, own in begins.items():
+        scene = Scene("ring", "red", name, "warm sand")
+        places = np.array([own + path_off(scene, rng, elsewhere=True) for _ in range(60)])
+        for place in begins.values():
+            assert (abs(places - place).max(1) <= OFF).any()
+        assert all(abs(np.array(path_off(scene, rng, elsewhere=False))).max() <= OFF for _ in range(60))
 
 
 @pytest.mark.parametrize("form", ["random-tiny", "random-tiny-1.5-i2v"])
