@@ -9,7 +9,7 @@ from cogcommon.jobs.settings import LaunchSettings
 from cogprep.settings import CaptionSettings, EncodeSettings
 from cogtrain.settings import CompareSettings, ExportSettings, GenerateSettings, LoraSettings
 from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
-from workshop.bench_train.verdicts import card_table, verdict_table
+from workshop.verdicts import card_table, verdict_table
 
 ROOT = Path(__file__).parents[1]
 README, PREP, TRAIN, HARDWARE = (

@@ -57,7 +57,7 @@ class CopyStream:
         if after is not None:
             self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            queue_copy(target, source)
         return self._stream.record_event()
 
     def wait(self, event: Any) -> None:
@@ -71,6 +71,14 @@ class CopyStream:
 
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
+
+
+def queue_copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Queue a copy between host and GPU on the current stream: all of them but a batch's, its losses' and a load's.
+
+    `workshop.bench_train --link` puts one in its place that takes as long as on a slower link.
+    """
+    target.copy_(source, non_blocking=True)
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from cogtrain.memory.measured import measured
 from workshop.bench_train import __main__ as bench
@@ -99,7 +100,7 @@ def test_what_was_measured_on_a_gpu_is_kept_once(tmp_path, monkeypatch):
         "precision": "bf16", "strategy": "ddp", "memory": "low", "plan": "as planned", "gpu": "H100", "card_gib": 79.2,
         "attention": "cudnn",
         "s_per_step": 3.0, "peak_gib": 11.0, "first_peak_gib": 12.0, "host_gib": 90.0, "locked_gib": 70.0,
-        "compile_s": 9.0, "versions": {"torch": "2.11"},
+        "compile_s": 9.0, "losses": [2.0, 1.5], "versions": {"torch": "2.11"},
     }  # fmt: skip
     lines = [row, row, row | {"small": True}, row | {"gpu": "CPU"}, {"small": False, "failed": "exit 1"}]
     lines.append(row | {"row": "09/reference", "kind": "reference"})
@@ -109,7 +110,9 @@ def test_what_was_measured_on_a_gpu_is_kept_once(tmp_path, monkeypatch):
     assert records.add_measured(tmp_path / "bench.jsonl") == 2
     ours, plain = added
     assert ours.peak_gib == 12.0 and ours.rank is None and (ours.memory, plain.memory) == ("low", "reference")
-    assert plain.command == "python -m workshop.bench_train 09/reference"
+    assert plain.command == "python -m workshop.bench_train 09/reference" and ours.losses == (2.0, 1.5)
+    added.clear()
+    assert records.add_measured(tmp_path / "bench.jsonl", "abc1234") == 2 and added[0].commit == "abc1234"
 
 
 @pytest.mark.full  # half a minute: two processes a row, and DeepSpeed
@@ -197,20 +200,70 @@ def test_a_step_of_5b_computes_what_the_design_counts():
     assert str(achieved(fast)) == "526, 53%"
 
 
-def test_a_check_says_by_how_much_a_row_has_moved(monkeypatch, capsys):
-    known = next(run for run in measured() if run.row == "5b/fast" and not run.faster_since)
-    row = rows_named(["5b/fast"])[0]
-    result = dataclasses.asdict(row) | dataclasses.asdict(known) | {"bucket": known.resolution, "processes": 1}
+@pytest.fixture
+def as_known(monkeypatch):
+    """The newest result of 5b/fast with cuDNN that is known, as the benchmark would find it again; and that itself."""
     monkeypatch.setattr(records, "_commit", lambda: "now")
+    known = next(run for run in measured() if (run.row, run.attention) == ("5b/fast", "cudnn"))
+    row = rows_named(["5b/fast"])[0]
+    return dataclasses.asdict(row) | dataclasses.asdict(known) | {"bucket": known.resolution, "processes": 1}, known
+
+
+def test_a_check_says_by_how_much_a_row_has_moved(as_known, capsys):
+    result, known = as_known
+    row = rows_named(["5b/fast"])[0]
 
     def check(**changes):
-        slower = bench._slower([result | changes])
-        return slower, capsys.readouterr().out
+        worse = bench._worse([row], [result | changes])
+        return worse, capsys.readouterr().out, records.compared_table([result | changes]).splitlines()[-1]
 
-    assert check() == (False, f"5b/fast: {known.s_per_step:.2f} s a step, +0.0% of {known.s_per_step:.2f} s on "
-                       f"{known.date} ({known.commit}); peak +0.0%\n")  # fmt: skip
-    slower, said = check(s_per_step=known.s_per_step * 1.05)
-    assert slower and "+5.0% of" in said
-    assert check(gpu="another card") == (False, "5b/fast: never measured on such a GPU\n")
-    result.pop("s_per_step")
-    assert check() == (True, "5b/fast: failed\n")
+    worse, said, line = check()
+    then = f"{known.s_per_step:.2f} ({known.date}, {known.commit}) | +0.0% | {known.peak_gib:.1f} | +0.0% |"
+    assert not worse and said == "none is slower by more than 3%\n"
+    assert line.startswith(f"| 5b/fast, cuDNN | {known.s_per_step:.2f} | 448, 45% | {then}") and line.endswith("% |")
+    worse, said, line = check(s_per_step=known.s_per_step * 1.05)
+    assert worse and said == "slower by more than 3%: 5b/fast\n" and "| +5.0% |" in line
+    assert not check(s_per_step=known.s_per_step * 1.02)[0]
+    worse, _, line = check(gpu="another card")
+    assert not worse and "| never |" in line
+    slow = dataclasses.asdict(row) | {"row": "5b/fast", "failed": "exit 1: no memory"}
+    assert bench._worse([row, row], [slow]) and capsys.readouterr().out == "failed: 5b/fast\nnot reached: 5b/fast\n"
+    assert records.compared_table([slow]).endswith("| 5b/fast | exit 1: no memory |")
+
+
+def test_losses_of_the_same_random_weights_are_compared_with_what_they_were(as_known, monkeypatch):
+    result, known = as_known
+    then = dataclasses.replace(known, losses=(1.0, 2.0))
+    monkeypatch.setattr(records, "everything_measured", lambda: (then,))
+    assert records.compared(result).losses_off is None
+    assert records.compared(result | {"losses": [1.0, 2.02, 9.0]}).losses_off == pytest.approx(0.01)
+
+
+def test_a_row_on_a_slower_link_stands_beside_its_like_and_what_plan_says_of_that_link(as_known):
+    result, _ = as_known
+    low = next(run for run in measured() if run.row == "5b/low")
+    result |= dataclasses.asdict(low) | {"bucket": low.resolution, "kind": "low", "link": 6.0}
+    found = records.compared(result)
+    own = records.compared(result | {"link": None})
+    assert found.since is None and own.since == low  # a run on its machine's own link says nothing of this one
+    # 42 blocks: weights of 10 GB twice and what is kept once come from the host, less what two blocks find there.
+    assert 4.5 < found.planned_s < 5.5 and own.planned_s < 2.3
+    assert str(found).startswith("| 5b/low at 6 GB/s, cuDNN |")
+    assert records._measured(result).link == 6.0
+
+
+def test_what_a_benchmark_cannot_hold_to_a_link_is_refused(monkeypatch, tmp_path):
+    rows = {row.name: row for row in rows_named(["5b", "09", "10/auto"])}
+    ours = {"5b/low", "5b/fast", "5b/auto", "09/low", "09/auto", "10/auto"}
+    assert {name for name, row in rows.items() if row.copies_by_us} == ours
+    monkeypatch.setattr("cogcommon.model.device.visible_gpus", lambda: 0)
+    for words, said in (("5b/low", "no GPU here"), ("5b/reference", "not ours are those of: 5b/reference")):
+        done = CliRunner().invoke(bench.app, [words, "--link", "12", "--out", str(tmp_path)])
+        assert done.exit_code == 2 and said in " ".join(done.output.replace("│", " ").split())
+
+
+def test_every_recorded_run_says_on_what_it_was_measured_and_how():
+    from cogtrain.memory.measured import everything_measured
+
+    for run in everything_measured():
+        assert run.gpu and run.versions["torch"] and run.command and run.commit and run.date and run.attention, run

@@ -36,6 +36,7 @@ _OPTIMIZER, _CASTS = 40 / 16, 30 / 16
 # A weight that is trained in host memory (`cpu_adam`), on a host of 16 cores: 28 bytes at 57 GB/s, measured alone.
 # fp16 is converted more slowly.
 _ON_CPU, _ON_CPU_FP16 = 0.49e-9, 0.60e-9
+_THERE = 2  # blocks whose copies are on the GPU already as a pass begins (`BlockSwap`, `ActivationOffload`)
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,16 @@ def _computed(load: Load, plan: BlockPlan, kernel: Kernel, *, full: bool) -> tup
 
 
 def _copied(load: Load, plan: BlockPlan) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Bytes that leave for the host and that come from it, in the forward and in the backward pass."""
-    kept = plan.offloaded(load)
-    weights, gradients = load.blocks if plan.swap_blocks else 0, 0
+    """Bytes that leave for the host and that come from it, in the forward and in the backward pass.
+
+    Each pass finds on the GPU what the one before had there last: two blocks' weights, and at its turn what two blocks
+    keep, which leaves while the backward pass begins. Only weights that the host has updated are all fetched.
+    """
+    moving = max(0, load.layers - _THERE) / load.layers
+    kept, weights = plan.offloaded(load) * moving, (load.blocks if plan.swap_blocks else 0) * moving
     if plan.train_on_cpu:
         assert load.cpu_trained
-        weights = gradients = plan.train_on_cpu * load.cpu_trained.block
-    return (kept, weights), (gradients, kept + weights)
+        fetched = plan.train_on_cpu * load.cpu_trained.block
+        again = max(0, plan.train_on_cpu - _THERE) * load.cpu_trained.block
+        return (kept, fetched), (fetched, kept + again)
+    return (kept, weights), (0, kept + weights)

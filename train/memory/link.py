@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from cogcommon.model import copies
+
 from ..offload.pinned import page_locked, unlock
 from .cost import PRODUCTS, Speed
 
@@ -27,8 +29,8 @@ def timed_speed(device: torch.device, dtype: torch.dtype) -> Speed:
 
     there, host = torch.empty(_COPIED, dtype=torch.uint8, device=device), page_locked(_COPIED, device)
     try:
-        out = _per_second(lambda: host.copy_(there, non_blocking=True))
-        back = _per_second(lambda: there.copy_(host, non_blocking=True))
+        out = _per_second(lambda: copies.queue_copy(host, there))
+        back = _per_second(lambda: copies.queue_copy(there, host))
     finally:
         unlock(host)
     matrix = torch.ones(_WIDE, _WIDE, dtype=dtype, device=device)

@@ -46,12 +46,19 @@ class Measured:
     compile_s: float | None = None  # once, beside the steps
     date: str = ""
     commit: str = ""
+    link: float | None = None  # GB/s in each direction that copies were held to; None: to nothing
+    losses: tuple[float, ...] = ()  # of the first steps, on random weights and samples that are the same everywhere
     faster_since: bool = False  # our code has been made faster: the bytes still hold, the seconds do not
     versions: dict[str, str] = field(default_factory=dict)
 
 
-@lru_cache
 def measured() -> tuple[Measured, ...]:
+    """All runs that are in the project and had the whole of their machine's link, the newest first."""
+    return tuple(run for run in everything_measured() if run.link is None)
+
+
+@lru_cache
+def everything_measured() -> tuple[Measured, ...]:
     """All runs that are in the project, the newest first."""
     lines = resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8").splitlines()
     return tuple(Measured(**json.loads(line)) for line in reversed(lines))

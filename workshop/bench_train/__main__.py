@@ -17,13 +17,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .records import add_measured, moved
+from .records import NOISE, add_measured, compared, compared_table
 from .rows import ROWS, BenchRow, rows_named, table
 from .started import Started, result_file
 
 app = typer.Typer(add_completion=False)
 
-_CHECKED = ("2b/fast", "5b/fast", "5b/low")  # of a small step, a large one, and one that streams; three minutes
+_CHECKED = ("2b/fast", "5b/fast", "5b/low")  # of a small step, a large one, and one that streams
+_CHECK_MINUTES = 4  # in all, by which a row that is being measured is given up
 
 
 @app.command()
@@ -32,7 +33,7 @@ def main(
         list[str] | None,
         typer.Argument(help="Rows such as 5b/low, or of the hardware table such as 9 or 9/low; the LoRAs by default."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for bench.jsonl, bench.md and bench.log.")] = Path("bench"),
+    out: Annotated[Path, typer.Option(help="Folder for bench.jsonl, its tables and bench.log.")] = Path("bench"),
     minutes: Annotated[float, typer.Option(help="No row is begun after this.")] = 60,
     row_seconds: Annotated[float, typer.Option(help="A row that takes longer is given up.")] = 600,
     gpus: Annotated[int | None, typer.Option(help="GPUs for rows of several; those that are here by default.")] = None,
@@ -48,14 +49,30 @@ def main(
     within: Annotated[
         float | None, typer.Option(help="GiB of GPU memory that rows may use, as on a smaller card.")
     ] = None,
+    link: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="GB/s that our copies between host and GPU are held to, in each direction, as on a slower link; "
+            "given several times, each row is measured at each."
+        ),
+    ] = None,
+    plain_steps: Annotated[
+        int | None, typer.Option(min=3, help="Steps of plain loops' rows, where only their losses are wanted.")
+    ] = None,
     memory_trace: Annotated[bool, typer.Option(help="Who holds the memory at the peak, into bench.jsonl.")] = False,
     keep: Annotated[
         list[Path] | None,
         typer.Option(help="A bench.jsonl: measure nothing, and add its rows to what the project knows."),
     ] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="With --keep: of the code that was measured; this checkout's by default.")
+    ] = None,
     check: Annotated[
         bool,
-        typer.Option(help="Say by how much rows have moved from what the project knows; 1 if one is slower by 3%."),
+        typer.Option(
+            help="In four minutes: by how much three rows, or those named, have moved from what the project knows. "
+            "Exits with 1 if one failed or is slower by more than 3%."
+        ),
     ] = False,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -65,7 +82,7 @@ def main(
         return
     if keep:
         for file in keep:
-            print(f"{add_measured(file)} rows of {file} added; `make readme` writes the table anew")
+            print(f"{add_measured(file, commit)} rows of {file} added; `make readme` writes the table anew")
         return
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -82,6 +99,14 @@ def main(
     }
     changes = {"small": small, "compile": compile} | {name: value for name, value in given.items() if value is not None}
     wanted = [dataclasses.replace(row, **changes, processes=row.processes_of(here)) for row in wanted]  # type: ignore[arg-type]
+    if plain_steps:
+        wanted = [dataclasses.replace(row, steps=plain_steps) if row.kind == "reference" else row for row in wanted]
+    if link:
+        _refuse_links(wanted)
+        wanted = [dataclasses.replace(row, link=rate) for row in wanted for rate in link]
+    if check:
+        wanted = [dataclasses.replace(row, profile=False, memory_trace=False) for row in wanted]
+        minutes = min(minutes, _CHECK_MINUTES)
     print(_machine(), flush=True)
     began = time.monotonic()
     results: list[dict[str, Any]] = []
@@ -108,19 +133,42 @@ def main(
         print(f"{time.monotonic() - began:4.0f} s  {row.shown}: {result.get('failed', '')} {shown}", flush=True)
         print(f"      {result.get('losses') or result.get('numerics') or ''}", flush=True)
         (out / "bench.md").write_text(f"{_machine()}\n\n{table(results)}\n", encoding="utf-8")
-    print(table(results), flush=True)
-    if check and _slower(results):
+    if not check:
+        print(table(results), flush=True)
+    (out / "compared.md").write_text(f"{_machine()}\n\n{compared_table(results)}\n", encoding="utf-8")
+    print(f"\n{compared_table(results)}", flush=True)
+    if check and _worse(wanted, results):
         raise typer.Exit(1)
 
 
-def _slower(results: list[dict[str, Any]]) -> bool:
-    """Say of each row by how much it has moved; whether one is slower than noise explains, or failed."""
-    slower = False
-    for result in results:
-        there, failed = moved(result), "s_per_step" not in result
-        print(there or f"{result['row']}: {'failed' if failed else 'never measured on such a GPU'}", flush=True)
-        slower = slower or (there.slower if there else failed)
-    return slower
+def _refuse_links(rows: list[BenchRow]) -> None:
+    """Refuse to hold what is not ours to hold.
+
+    Raises:
+        typer.BadParameter: a row copies by other ways than ours, or there is no GPU.
+    """
+    from cogcommon.model.device import visible_gpus
+
+    if theirs := [row.name for row in rows if not row.copies_by_us]:
+        raise typer.BadParameter(
+            f"--link holds our own copies between host and GPU; not ours are those of: {' '.join(theirs)}"
+        )
+    if not visible_gpus():
+        raise typer.BadParameter("--link holds copies between host and GPU, and there is no GPU here")
+
+
+def _worse(wanted: list[BenchRow], results: list[dict[str, Any]]) -> bool:
+    """Say which rows are slower than two runs of the same code differ by, failed, or were not reached."""
+    found = [(result["row"], compared(result)) for result in results]
+    slower = [name for name, row in found if row and row.slower]
+    failed = [result["row"] for result in results if "s_per_step" not in result]
+    missed = [row.name for row in wanted[len(results) :]]
+    for what, names in ((f"slower by more than {NOISE:.0%}", slower), ("failed", failed), ("not reached", missed)):
+        if names:
+            print(f"{what}: {' '.join(names)}", flush=True)
+    if not slower + failed + missed:
+        print(f"none is slower by more than {NOISE:.0%}", flush=True)
+    return bool(slower + failed + missed)
 
 
 def _work(row: BenchRow, out: Path) -> None:

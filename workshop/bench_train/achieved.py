@@ -28,7 +28,12 @@ class Achieved:
     share: float | None  # of the card's peak (`cards`: bf16, dense, sums in fp32); None: its maker's figure is not here
 
     def __str__(self) -> str:
+        """As a cell of a table that says what it is."""
         return f"{self.tflops:.0f}" + ("" if self.share is None else f", {self.share:.0%}")
+
+    @property
+    def words(self) -> str:
+        return f"{self.tflops:.0f} TFLOP/s" + ("" if self.share is None else f", {self.share:.0%}")
 
 
 def step_flop(family: str, method: str, resolution: str, batch_size: int = 1, layers: int | None = None) -> float:

@@ -67,7 +67,7 @@ def beside_table() -> str:
 def _took(run: Measured) -> str:
     how = ", offloaded" if STRATEGIES[run.strategy].offloads else ""
     how += ", FlashAttention 4" if run.attention == "flash4" else ""
-    took = "" if run.faster_since else f"{run.s_per_step:.2f} s, "
+    took = "" if run.faster_since else f"{run.s_per_step:.2f} s ({achieved(run).words}), "
     return f"{took}{run.peak_gib:.1f} GB{how}"
 
 
@@ -113,6 +113,8 @@ def computed_for(measured: Measured) -> tuple[Estimate, float | None]:
     found = estimate(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
     found = replace(found, plan=BlockPlan.of_fields(measured.block_plan))
     speed = speed_of(measured.gpu)
+    if speed and measured.link:
+        speed = replace(speed, link=measured.link * 1e9)
     return found, seconds(run, found, speed, measured.attention) if speed else None  # type: ignore[arg-type]
 
 
@@ -129,7 +131,7 @@ def _cell(row: GuideRow, way: Way) -> str:
     if run := _measured_as(row, way, needs):
         if run.faster_since:
             return f"**{run.peak_gib:.1f} GB**, {seconds(_run_of(row, way), needs, H200):.1f} s"
-        return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s**"
+        return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s** ({achieved(run).words})"
     if way == "reference":
         return ""
     return f"{needs.peak / _GIB:.1f} GB, {seconds(_run_of(row, way), needs, H200):.1f} s"
@@ -153,7 +155,8 @@ def takes(row: GuideRow) -> str:
     needs = _estimate(row, "file")
     if run := _measured_as(row, "file", needs):
         where = f"{run.gpus} {run.gpu}{'s' * (run.gpus > 1)}"
-        return f"Takes {run.peak_gib:.1f} GB of each GPU and {run.s_per_step:.2f} s a step: measured on {where}."
+        second = f"{run.s_per_step:.2f} s a step ({achieved(run).words} of its peak)"
+        return f"Takes {run.peak_gib:.1f} GB of each GPU and {second}: measured on {where}."
     host = round(needs.host * row.gpus / _GIB)
     took = seconds(_run_of(row, "file"), needs, H200)
     took_s = f", {took:.1f} s a step at an H200's speed" if took else ""

@@ -16,7 +16,7 @@ from cogtrain.runs.run import Run
 
 _GIB = 2**30
 _OURSELVES = 4 * _GIB  # Python, torch, CUDA and the samples, for each process
-_LIBRARIES = ("torch", "diffusers", "accelerate", "deepspeed", "triton")
+_LIBRARIES = ("torch", "diffusers", "accelerate", "deepspeed", "triton", "flash-attn-4")
 
 
 class BenchMachine:
@@ -41,7 +41,7 @@ class BenchMachine:
             "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if gpu else 0.0,
             "gpu": gpu_here() or "CPU",
             "card_gib": share * torch.cuda.get_device_properties(0).total_memory / _GIB if gpu else 0.0,
-            "versions": {name: _version(name) for name in _LIBRARIES},
+            "versions": _versions(),
             "precision": run.precision,
             "strategy": run.strategy,
             "method": run.method.name,
@@ -71,6 +71,16 @@ def _held() -> int:
 
     memory = psutil.virtual_memory()
     return int(memory.total - memory.available)
+
+
+def _versions() -> dict[str, str]:
+    """Of all that a step's time depends on and that is installed; cuDNN's as one number (91900: 9.19.0)."""
+    import torch
+
+    found = {name: _version(name) for name in _LIBRARIES} | {"cuda": torch.version.cuda}
+    if torch.backends.cudnn.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return {name: version for name, version in found.items() if version}
 
 
 def _version(name: str) -> str:

@@ -23,6 +23,7 @@ from cogtrain.trainer.trainer import train
 from .allocations import Allocations
 from .machine import BenchMachine
 from .rows import BenchRow
+from .slower_link import SlowerLink, hold
 from .subject import RandomCheckpoint, random_checkpoint, random_run, random_shards
 
 if TYPE_CHECKING:
@@ -74,10 +75,14 @@ class _Steps:
         measured: called then.
         profile: make two more, under the profiler.
         trace: make one more, and remember every allocation.
+        link: that copies are held to.
     """
 
-    def __init__(self, steps: int, measured: Callable[[], None], profile: bool, trace: bool) -> None:
+    def __init__(
+        self, steps: int, measured: Callable[[], None], profile: bool, trace: bool, link: SlowerLink | None = None
+    ) -> None:
         self._steps = steps + 1
+        self._link = link
         self._measured = measured
         self._more: list[_Profiled | Allocations] = []
         if profile:
@@ -87,6 +92,7 @@ class _Steps:
         self._watch: _Profiled | Allocations | None = None
         self._until = 0
         self.first_peak_gib = 0.0
+        self.copied: dict[str, float] = {}
         self.found: dict[str, list[str]] = {}
         self.machine = BenchMachine()
 
@@ -103,7 +109,11 @@ class _Steps:
             # The first step compiles and tries; what it held more than the others is told apart.
             self.first_peak_gib = peak_gib(torch.device("cuda"))
             torch.cuda.reset_peak_memory_stats()
+        if self._link and step == 1:
+            self._link.begin()
         if step == self._steps:
+            if self._link:
+                self.copied = self._link.found(step - 1)
             self._measured()
             if not torch.cuda.is_available():
                 raise _Enough
@@ -188,8 +198,14 @@ def product(run: Run, row: BenchRow, measured: Callable[[Mapping[str, Any]], Non
 
     Args:
         measured: gets the result before a profile is taken.
+
+    Raises:
+        ValueError: the link is slower than the row's.
     """
-    steps = _Steps(row.steps, lambda: measured(_result(run, row, steps)), row.profile, row.memory_trace)
+    import torch
+
+    link = hold(torch.device("cuda", torch.cuda.current_device()), row.link * 1e9) if row.link else None
+    steps = _Steps(row.steps, lambda: measured(_result(run, row, steps)), row.profile, row.memory_trace, link)
     with contextlib.suppress(_Enough):
         train(run, _Deaf(), after_step=steps.after_step)
     return {**_result(run, row, steps), **steps.found}
@@ -216,6 +232,7 @@ def _result(run: Run, row: BenchRow, steps: _Steps) -> Mapping[str, Any]:
         "plan": facts.plan,
         "block_plan": facts.block_plan,
         "attention": facts.attention,
+        **steps.copied,
         **steps.machine.found(run),
         "losses": [round(line.loss or math.nan, 5) for line in lines],
         "norms": [round(line.grad_norm or math.nan, 5) for line in lines],

@@ -1,33 +1,39 @@
-"""Rows that were measured, added to what the project knows (``measured.jsonl``)."""
+"""Rows that were measured, beside what the project knows (``measured.jsonl``), and added to it."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogtrain.memory.measured import REFERENCE, Measured, add_measured_run, measured
+from cogtrain.memory.measured import REFERENCE, Measured, add_measured_run, everything_measured
 
-_SAME = ("row", "gpu", "gpus", "resolution", "rank", "precision", "strategy", "attention", "memory")
-_NOISE = 0.03  # between two leases of one kind of GPU: 1.6% at most so far
+from .achieved import achieved
+from .hardware import computed_for
+
+_SAME = ("row", "gpu", "gpus", "resolution", "rank", "precision", "strategy", "attention", "memory", "link")
+NOISE = 0.03  # between two leases of one kind of GPU: 1.6% at most so far
 
 
-def add_measured(file: Path) -> int:
+def add_measured(file: Path, commit: str | None = None) -> int:
     """Add the rows of a bench.jsonl that were measured on a GPU, at true shape and to their end.
+
+    Args:
+        commit: of the code that was measured, where the file does not say; by default this checkout's.
 
     Returns:
         How many were new.
     """
-    known = set(map(_what, measured()))
+    known = set(map(_what, everything_measured()))
     new = 0
     for line in file.read_text(encoding="utf-8").splitlines():
         result = json.loads(line)
         if not _comparable(result):
             continue
-        run = _measured(result)
+        run = _measured(result, commit)
         if _what(run) not in known:
             known.add(_what(run))
             add_measured_run(run)
@@ -36,38 +42,69 @@ def add_measured(file: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Moved:
-    """A row beside the newest of its kind that the project knows."""
+class Compared:
+    """A row beside the newest of its kind that the project knows, and beside what `cogtrain plan` computes for it."""
 
-    row: str
-    s_per_step: float
-    seconds: float  # by how much they have grown, as a share
-    peak: float  # so the GPU memory's peak
-    since: Measured
+    run: Measured
+    since: Measured | None
+    planned_s: float | None
 
     @property
     def slower(self) -> bool:
         """By more than two runs of the same code differ."""
-        return self.seconds > _NOISE
+        return self.since is not None and self.run.s_per_step / self.since.s_per_step - 1 > NOISE
+
+    @property
+    def losses_off(self) -> float | None:
+        """The largest difference of a step's loss from what it was, relative; None where that is not known."""
+        pairs = zip(self.run.losses, self.since.losses if self.since else (), strict=False)
+        return max((abs(now / then - 1) for now, then in pairs), default=None)
 
     def __str__(self) -> str:
-        then = f"{self.since.s_per_step:.2f} s on {self.since.date} ({self.since.commit})"
-        return f"{self.row}: {self.s_per_step:.2f} s a step, {self.seconds:+.1%} of {then}; peak {self.peak:+.1%}"
+        """A line of `compared_table`."""
+        run, since = self.run, self.since
+        link = f" at {run.link:g} GB/s" if run.link else ""
+        kernel = {"flash4": ", FlashAttention 4", "cudnn": ", cuDNN"}.get(run.attention, "")
+        cells = [f"{run.row}{link}{kernel}", f"{run.s_per_step:.2f}", str(achieved(run))]
+        if since:
+            cells += [f"{since.s_per_step:.2f} ({since.date}, {since.commit})", _off(run.s_per_step, since.s_per_step)]
+        else:
+            cells += ["never", ""]
+        cells += [f"{run.peak_gib:.1f}", _off(run.peak_gib, since.peak_gib) if since else ""]
+        cells += ["" if self.losses_off is None else f"{self.losses_off:.3%}"]
+        cells += [f"{self.planned_s:.2f}", _off(self.planned_s, run.s_per_step)] if self.planned_s else ["", ""]
+        return f"| {' | '.join(cells)} |"
 
 
-def moved(result: Mapping[str, Any]) -> Moved | None:
-    """How a result differs from what was measured before; None where the same was never measured, or it is not
-    comparable."""
+def compared(result: Mapping[str, Any]) -> Compared | None:
+    """A result beside what is known; None where it is of another shape or no GPU, or has no seconds."""
     if not _comparable(result):
         return None
     run = _measured(result)
-    for known in measured():
+    planned = computed_for(run)[1] if run.memory != REFERENCE else None
+    for known in everything_measured():
         same = all(getattr(known, name) == getattr(run, name) for name in _SAME)
         if same and not known.faster_since and (run.memory != "auto" or known.block_plan == run.block_plan):
-            return Moved(
-                run.row, run.s_per_step, run.s_per_step / known.s_per_step - 1, run.peak_gib / known.peak_gib - 1, known
-            )
-    return None
+            return Compared(run, known, planned)
+    return Compared(run, None, planned)
+
+
+def compared_table(results: Iterable[Mapping[str, Any]]) -> str:
+    """Rows beside what the project knows of them (``measured.jsonl``) and beside `cogtrain plan`, as Markdown."""
+    lines = [
+        "| row | s/step | TFLOP/s, of the card's | known | moved | peak GiB | moved | losses moved | plan's s | off |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        if found := compared(result):
+            lines.append(str(found))
+        else:
+            lines.append(f"| {result['row']} | {result.get('failed', 'not of a true shape, or not on a GPU')} |")
+    return "\n".join(lines)
+
+
+def _off(now: float, then: float) -> str:
+    return f"{now / then - 1:+.1%}"
 
 
 def _comparable(result: Mapping[str, Any]) -> bool:
@@ -77,10 +114,10 @@ def _comparable(result: Mapping[str, Any]) -> bool:
 
 
 def _what(run: Measured) -> tuple[Any, ...]:
-    return run.row, run.gpu, run.gpus, run.card_gib, run.date, run.s_per_step
+    return run.row, run.gpu, run.gpus, run.card_gib, run.link, run.date, run.s_per_step
 
 
-def _measured(result: Mapping[str, Any]) -> Measured:
+def _measured(result: Mapping[str, Any], commit: str | None = None) -> Measured:
     reference = result["kind"] == "reference"
     return Measured(
         row=result["row"],
@@ -106,13 +143,17 @@ def _measured(result: Mapping[str, Any]) -> Measured:
         first_peak_gib=round(result["first_peak_gib"], 2),
         compile_s=round(result["compile_s"], 1),
         date=result["date"],
-        commit=_commit(),
+        commit=commit or _commit(),
+        link=result.get("link"),
+        losses=tuple(result["losses"]),
         versions=result["versions"],
     )
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return done.stdout.strip()
+    """This checkout's; nothing where the code is no checkout, or git is not installed."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

@@ -37,6 +37,7 @@ class BenchRow:
     within_gib: float | None = None  # of GPU memory; as on a smaller card
     profile: bool = False  # two more steps, under torch's profiler
     memory_trace: bool = False  # one more step, with every allocation remembered
+    link: float | None = None  # GB/s that copies between host and GPU are held to, in each direction
     small: bool = False
     layers: int | None = None  # of the transformer; as published by default
     resolution: str | None = None  # the family's native one by default
@@ -56,9 +57,16 @@ class BenchRow:
 
     @property
     def shown(self) -> str:
-        """Its name, and on how many GPUs it runs where the row is about another number."""
+        """Its name, on how many GPUs it runs where the row is about another number, and what its link is held to."""
         wanted = guide_rows()[self.number].processes if self.number else None
-        return f"{self.name} on {self.processes} of {wanted} GPUs" if (wanted or 1) > self.processes else self.name
+        name = f"{self.name} on {self.processes} of {wanted} GPUs" if (wanted or 1) > self.processes else self.name
+        return name + (f" at {self.link:g} GB/s" if self.link else "")
+
+    @property
+    def copies_by_us(self) -> bool:
+        """Whether all that it copies between host and GPU in a step can be held to a rate (`slower_link`)."""
+        strategy = self.settings.strategy
+        return self.kind not in ("reference", "numerics") and not (strategy != "auto" and STRATEGIES[strategy].offloads)
 
     def processes_of(self, here: int) -> int:
         """GPUs to run on, of those that are here; LoRAs of the default rows take one."""
@@ -180,4 +188,6 @@ def _named(result: Mapping[str, Any]) -> str:
         name = f"{result['number']:02d}: {name}, {result['strategy']}{gpus}"
     if result["within_gib"]:
         name += f" within {result['within_gib']:g} GiB"
+    if result.get("link"):
+        name += f", copies at {result['link']:g} GB/s"
     return name + (", not compiled" if result["compile"] == "off" and result["kind"] != "reference" else "")

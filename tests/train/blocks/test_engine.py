@@ -1,5 +1,6 @@
 """The blocks run in our own way give what diffusers' blocks give, kept, parked, streamed and compiled."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from cogcommon.errors import RunError
 from cogtrain.blocks import compiler
 from cogtrain.blocks.checkpointing import ACTIVATIONS
 from cogtrain.blocks.engine import BlockEngine
-from cogtrain.blocks.plan import BlockPlan
+from cogtrain.blocks.plan import BlockPlan, Load
 from cogtrain.blocks.trial import kernel_works
 from cogtrain.model import lora
 
@@ -93,6 +94,35 @@ def test_nothing_is_used_before_its_copy_is_waited_for(monkeypatch):
     # 5 blocks forward and 3 backward (two are still there); the first pass finds the slots empty.
     assert engine._block_swap._copies.made in range(3 * (LAYERS - 2) * 2, 3 * 2 * LAYERS + 1)
     assert engine._offload._back.made > 0
+
+
+def test_a_step_fetches_from_the_host_what_is_computed(monkeypatch):
+    """Of each pass all but what two blocks have on the GPU from the one before."""
+    from cogcommon.model.copies import CopyStream
+    from cogtrain.memory.cost import _copied
+
+    fetched = []
+    copy = CopyStream.copy
+
+    def counted(self, target, source, after=None):
+        if self is not engine._offload._out:
+            fetched.append(target.numel() * target.element_size())
+        return copy(self, target, source, after)
+
+    monkeypatch.setattr(CopyStream, "copy", counted)
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    plan = BlockPlan(("inputs",) * LAYERS, offload_activations=True, swap_blocks=True)
+    engine = BlockEngine(transformer, plan, CPU, torch.float32)
+    engine.offload_all()
+    for _ in range(2):  # the first pass finds nothing there
+        fetched.clear()
+        gradients(checkpoint, transformer)
+    config, tokens = dict(checkpoint.transformer_config) | {"num_layers": LAYERS}, 5 * 4 * 6 + 226
+    load = Load.of(config, tokens, batch=2, size=4, trained=0)
+    block = engine._block_swap._host[0].numel()  # with biases, which are more of a small model
+    (_, forward), (_, backward) = _copied(dataclasses.replace(load, block=block), plan)
+    assert sum(fetched) == pytest.approx(forward + backward, rel=0.1)
+    assert forward == (LAYERS - 2) * block
 
 
 def most_bytes(function):
