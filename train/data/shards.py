@@ -34,7 +34,7 @@ _COLUMNS = [
     "key", "status", "bucket", "offset", "size", "json_offset", "json_size", "tensors_offset", "tensors_size",
     "sha256", "source_sha256",
 ]  # fmt: skip
-_TAIL = 10240  # a tar ends with zeros, at most one record of 20 blocks
+_TAIL = 21 * 512  # a tar ends with two blocks of zeros or more, up to a multiple of 20 blocks
 _PARQUET = b"PAR1"  # how a record begins
 
 

@@ -38,6 +38,14 @@ def test_a_batch_is_the_samples_and_their_draws(tmp_path, make_shards, form):
     assert set(batch.conditions) == (set() if form == "tiny" else {"image"})
 
 
+def test_a_shard_is_whole_wherever_its_last_sample_ends(tmp_path, make_shards):
+    """A tar's end is two blocks of zeros or more, up to a multiple of 20 blocks: 2 to 21."""
+    captions = tuple("x" * (512 * blocks) for blocks in range(20))
+    shards, _ = opened(tmp_path, make_shards, samples=20, per_shard=1, captions=captions)
+    ends = {size // 512 % 20 for size in shards.table["size"].to_pylist()}
+    assert ends == set(range(20))
+
+
 def test_an_image_variant_is_drawn_by_epoch_and_the_clean_one_is_for_validation(tmp_path, make_shards):
     shards, objective = opened(tmp_path, make_shards, "tiny-i2v", samples=1, image_variants=3, posterior="sample")
     sample = read_sample(shards, 0)
