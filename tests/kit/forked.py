@@ -57,10 +57,16 @@ class Forked:
         """End it and what it has started; gives whether it was still running."""
         running = self.running
         if running:
-            os.kill(self.pid, signal.SIGKILL)
-            with suppress(ProcessLookupError):  # it has begun no group yet
-                os.killpg(self.pid, signal.SIGKILL)
+            for send in (os.kill, os.killpg):
+                with suppress(ProcessLookupError):  # it has just ended; it has begun no group yet
+                    send(self.pid, signal.SIGKILL)
         self.end()
+        return running
+
+    def lose(self) -> bool:
+        """As `kill`; it must not have failed by itself before."""
+        running, (code, out, err) = self.kill(), self.end()
+        assert code in (0, -signal.SIGKILL), (code, out, err)
         return running
 
     def end(self, timeout: float = 300) -> tuple[int, str, str]:
@@ -74,18 +80,26 @@ class Forked:
         return self._process.exitcode, said[0], said[1]
 
 
+def held_port() -> socket.socket:
+    """A port of this machine where processes can meet, which no other is given as long as the socket lives.
+
+    It does not listen, so one that sets SO_REUSEADDR, as torch's stores do, can.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
 class ForkedRanks:
     """`Forked` as so many processes of one run, as torchrun would begin them."""
 
     def __init__(self, world: int, words: Sequence[object], cwd: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        same = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        self._ranks = [
-            Forked(words, cwd, same | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)})
-            for rank in range(world)
-        ]
+        same = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+        if world > 1:  # one process meets nobody
+            self._port = held_port()
+            same |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._port.getsockname()[1])}
+        self._ranks = [Forked(words, cwd, same | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
 
     @property
     def running(self) -> bool:
@@ -94,11 +108,18 @@ class ForkedRanks:
     def kill(self) -> bool:
         """End all of them at once; gives whether they were still running."""
         running = self.running
-        for rank in self._ranks:
-            with suppress(ProcessLookupError):  # it has ended
-                os.kill(rank.pid, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # a stopped one does not see another die, and leave
+            for rank in self._ranks:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(rank.pid, number)
         for rank in self._ranks:
             rank.kill()
+        return running
+
+    def lose(self) -> bool:
+        """As `kill`; none of them must have failed by itself before."""
+        running, ended = self.kill(), [rank.end() for rank in self._ranks]
+        assert all(code in (0, -signal.SIGKILL) for code, *_ in ended), ended
         return running
 
     def end(self, timeout: float = 300) -> list[tuple[int, str, str]]:

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -266,6 +265,8 @@ def start(
     _hush()
     peers = peers or meet()
     config = None
+    if peers.world == 1 and (strategy != "ddp" or "RANK" in os.environ):
+        join_alone(cpu)
     if strategy == "ddp":
         # Gradients live in the buckets they are exchanged in, not beside them: 6.8 GB less for all weights of 2B.
         # Buffers are position tables, the same on every rank.
@@ -276,7 +277,6 @@ def start(
         accelerator = Accelerator(cpu=cpu, **options)
     else:
         config = deepspeed_config(settings, strategy, precision, peers.world)
-        single_process_environment()
         if cpu:
             zero.without_shared_memory_op()
             # Without the backend's name accelerate takes itself for a single process.
@@ -300,14 +300,16 @@ def _detached(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.detach()
 
 
-def single_process_environment() -> None:
-    """DeepSpeed wants a process group even for one process."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def join_alone(cpu: bool) -> None:
+    """Join a process group of one: DeepSpeed wants a group even for one process, and accelerate where RANK is set."""
+    import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    if not dist.is_initialized():
+        store = TCPStore("127.0.0.1", 0, 1, is_master=True)  # the port that MASTER_PORT names may have been taken since
+        dist.init_process_group("gloo" if cpu else "nccl", store=store, rank=0, world_size=1)
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

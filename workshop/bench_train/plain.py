@@ -13,7 +13,7 @@ from cogtrain.data.batches import Collator, prefetch
 from cogtrain.data.sampler import group_slots
 from cogtrain.distributed import zero
 from cogtrain.distributed.strategies import STRATEGIES
-from cogtrain.distributed.strategy import single_process_environment
+from cogtrain.distributed.strategy import join_alone
 from cogtrain.model.objective import Objective
 from cogtrain.runs.log import peak_gib
 from cogtrain.runs.run import Run
@@ -99,7 +99,8 @@ def _accelerator(run: Run, pinned: bool) -> Accelerator:
     options: dict[str, Any] = {"mixed_precision": "no" if run.precision == "fp32" else run.precision}
     if run.strategy == "ddp":
         return Accelerator(cpu=cpu, **options)
-    single_process_environment()
+    if run.world == 1:
+        join_alone(cpu)
     if cpu:
         zero.without_shared_memory_op()
         options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from forked import Forked
+from forked import Forked, held_port
 from places import CHILDREN, CHILDREN_PATH
 
 from cogtrain.distributed import peers
@@ -26,15 +25,13 @@ from cogtrain.distributed.peers import Node
     ],
 )
 def test_all_leave_when_one_does(how, victim, says):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     script = CHILDREN / "leaving.py"
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     began = time.monotonic()
     words = [script, "leave", how, victim]
-    both = [Forked(words, environment=meeting | {"RANK": str(rank)}) for rank in range(2)]
-    ended = [process.end(120) for process in both]
+    with held_port() as port:
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
+        both = [Forked(words, environment=meeting | {"RANK": str(rank)}) for rank in range(2)]
+        ended = [process.end(120) for process in both]
     assert time.monotonic() - began < 100
     codes = [2, 2] if how == "raises" else [LOST, LOST]
     codes[victim] = -signal.SIGKILL if how != "raises" else 2
