@@ -11,6 +11,7 @@ import torch
 from forked import Forked
 
 from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.runs.folder import read_run
 from workshop.draw import write_data_set
 
 
@@ -53,10 +54,9 @@ def test_a_broken_clip_is_named_and_the_rest_is_encoded(folder):
 
 
 def test_training_never_sees_a_held_out_sample(folder, run_folder):
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
-    assert all(line["val_loss"] > 0 and line["base_val_loss"] > 0 for line in lines if "val_loss" in line)
-    assert sum("val_loss" in line for line in lines) == 2
+    run = read_run(run_folder)
+    assert [line.step for line in run.steps] == [1, 2]
+    assert len(run.validations) == 2 and all(line.val_loss > 0 and line.base_val_loss > 0 for line in run.validations)
     # A training set that holds only the held-out clip has nothing left to train on.
     words = "cogtrain lora --shards out/val/*.tar --steps 1 --validate-shards out/val/*.tar"
     code, _, err = Forked(words.split(), folder).end()

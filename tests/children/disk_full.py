@@ -23,11 +23,6 @@ def digest(run):
     return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
 
 
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def main(case):
     import torch
     from accelerate.state import AcceleratorState
@@ -36,6 +31,7 @@ def main(case):
     from cogcommon.model.device import pick_device, quiet_libraries
     from cogtrain.distributed.signals import StopRequest
     from cogtrain.runs.checkpoint import list_checkpoints
+    from cogtrain.runs.folder import read_run
     from cogtrain.runs.run import open_run
     from cogtrain.settings import LoraSettings
     from cogtrain.trainer.trainer import train
@@ -66,10 +62,11 @@ def main(case):
         kept = [path.name for path in list_checkpoints(out / "run")]
         layer.full_disk(b"", ctypes.c_long(-1))
         folder = run()
+        losses = [line.loss for line in read_run(folder).steps]
         print(
             json.dumps({
                 "at": [pattern, number], "said": said, "writes": made, "left": left, "kept": kept,
-                "losses": losses(folder), "weights": digest(folder), "report": (folder / "report.html").is_file(),
+                "losses": losses, "weights": digest(folder), "report": (folder / "report.html").is_file(),
             }),
             flush=True,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from crash_driver import BUCKET, bring_up_to_date, faults
+from in_process import InlinePool
 
 from cogcommon.errors import CogError
 from cogcommon.files.locks import locked_elsewhere
@@ -40,23 +41,6 @@ from cogprep.settings import CleanSettings
 from cogprep.store.locks import at_work, temporary_name
 from cogprep.store.proof import A_PREVIEW, check_shards_output
 from cogprep.store.shards import ShardWriter
-
-
-class InlinePool:
-    """Looks at clips in this process."""
-
-    def __init__(self, _workers: int) -> None:
-        pass
-
-    def __enter__(self) -> InlinePool:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        pass
-
-    def run(self, function: Callable[..., Any], tasks: Any, **_options: Any) -> Any:
-        return [function(*task) for task in tasks]
-
 
 stale.Pool = InlinePool  # type: ignore[attr-defined, assignment, misc]
 ALL = ["a", "b", "c", "d", "e"]

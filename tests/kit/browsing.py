@@ -1,15 +1,5 @@
 """What tests do in a real browser (the fixture `browser`)."""
 
-import time
-
-
-def until(true, seconds=15):
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return found
-
 
 def js(browser, text, *arguments):
     return browser.execute_script(text, *arguments)

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,12 +63,3 @@ class Job:
                 self._process.kill()
         self._log.seek(0)
         return code, (self.control / "requeued").exists(), self._log.read()
-
-    def wait_until(self, ready: object, timeout: float = 240) -> None:
-        """Wait until a callable is true, while the job runs."""
-        deadline = time.monotonic() + timeout
-        while self.running and time.monotonic() < deadline:
-            if ready():  # type: ignore[operator]
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"it did not come to that: {self.end()}")

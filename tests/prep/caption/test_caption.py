@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from corpus import cards, index_shown, write
 from PIL import Image
-from seeing import make_llava, make_qwen
 from typer.testing import CliRunner
 
 from cogcommon.errors import DataRootError, ModelError
@@ -28,11 +27,6 @@ from cogprep.settings import CaptionSettings
 from cogprep.source.clip import ClipFault
 
 FRAMES = 60
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    return make_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
@@ -295,9 +289,8 @@ def test_a_model_that_cannot_be_used_is_told_in_one_message(tmp_path, llava, mon
     )
 
 
-def test_a_model_that_takes_videos_gets_one(tmp_path, root):
-    pytest.importorskip("torchvision")
-    captioner = Captioner(str(make_qwen(tmp_path / "qwen")))
+def test_a_model_that_takes_videos_gets_one(qwen, root):
+    captioner = Captioner(str(qwen))
     describe = partial(captioner.describe, instruction="Say what you see.", tokens=24)
     seen = see(root / "videos/a.mp4", 8, 448)
     inputs = captioner._inputs(seen, "Say what you see.")
@@ -307,4 +300,4 @@ def test_a_model_that_takes_videos_gets_one(tmp_path, root):
     shuffled = type(seen)(np.ascontiguousarray(seen.frames_FHWC[::-1]), seen.fps, still=False)
     assert describe(shuffled)[0] != answer
     assert "image_grid_thw" in captioner._inputs(see(root / "photo.png", 8, 448), "Say what you see.")
-    assert command.caption(settings(root, tmp_path / "qwen")).written == 4
+    assert command.caption(settings(root, qwen)).written == 4

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+from waiting import wait_until
 
 from cogcommon.errors import SettingError
 from cogcommon.files.atomic import temporary_beside
@@ -258,8 +259,7 @@ def test_a_run_that_begins_while_the_last_files_go_waits_until_they_are_gone(enc
         with removing(out) as busy:
             begun.set()
             assert not busy
-            while not any(out.glob(".encode.*.tmp")):
-                time.sleep(0.01)
+            wait_until(lambda: any(out.glob(".encode.*.tmp")))
             time.sleep(0.3)  # a run that does not wait looks at the folder now
             for path in out.iterdir():
                 if not path.name.endswith(".tmp"):

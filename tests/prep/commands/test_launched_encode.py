@@ -7,6 +7,7 @@ import hashlib
 import pytest
 import typer.main
 from slurm import Job
+from waiting import wait_until
 
 from cogcommon.errors import SettingError
 from cogprep.cli import app
@@ -45,7 +46,7 @@ def test_two_tasks_encode_their_parts_and_go_on_after_the_limit(encoded, monkeyp
     typer.main.get_command(app).main(launch, prog_name="cogprep", standalone_mode=False)
     script, new = encoded / "encode-new.sbatch", encoded / "new"
     first = Job(script, encoded / "slurm", 42)
-    first.wait_until(lambda: any(new.glob("*.tar")) or any(new.glob(".*.tmp")))
+    assert wait_until(lambda: any(new.glob("*.tar")) or any(new.glob(".*.tmp")), first), first.end()
     first.signal_step()
     code, requeued, said = first.end()
     assert (code, requeued) == (138, True), said

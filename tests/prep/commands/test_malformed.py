@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from in_process import InlinePool
 from PIL import Image
 
 from cogcommon.errors import CogError
@@ -40,20 +41,6 @@ from cogprep.video.decode import decode_clip
 
 DEEP = "[" * 100_000 + "]" * 100_000
 WRONG = [None, True, 0, -1, 1.5, 1e300, float("nan"), "", "x", "\x1b[2J", "\ud800", [], [1], {}, {"a": 1}, "9" * 5000]
-
-
-class Inline:
-    """The pool without processes: the same calls, here."""
-
-    def __init__(self, *_arguments: object, **_options: object) -> None: ...
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *_exception: object) -> None: ...
-
-    def run(self, function: Callable, arguments: Iterator[tuple], **_options: object) -> Iterator:
-        return (function(*given) for given in arguments)
 
 
 def ends(command: Callable[[], object]) -> int:
@@ -100,7 +87,7 @@ def inline(monkeypatch) -> None:
     tokenizer = open_checkpoint("tiny").load_tokenizer()
     monkeypatch.setattr(Checkpoint, "load_tokenizer", lambda _: tokenizer)
     for name in ("commands.validate", "plan.stale"):
-        monkeypatch.setattr(f"cogprep.{name}.Pool", Inline)
+        monkeypatch.setattr(f"cogprep.{name}.Pool", InlinePool)
 
 
 def try_fields(folder: Path, every: int) -> Counter:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from forked import Forked
 from places import CHILDREN
+from waiting import wait_until
 
 from cogcommon.shards.records import read_record
 from cogprep.commands.encode import encode
@@ -114,8 +115,7 @@ def test_two_hundred_random_kills(encoded):
 def test_interrupted_it_says_how_to_go_on(encoded, number):
     out = encoded / "new"
     process = start(encoded)
-    while process.running and not out.exists():  # the models are still to be loaded: it cannot be done by then
-        time.sleep(0.01)
+    assert wait_until(out.exists, process)  # the models are still to be loaded: it cannot be done by then
     os.kill(process.pid, number)
     code, _, said = process.end()
     # Python 3.11 ends by SIGINT itself, which a shell shows as 130 too, if one came during an exec().
@@ -152,8 +152,7 @@ def test_workers_at_once_one_killed_and_another_division_finishes(count, later, 
     for _ in range(4):  # on a busy machine its last shard may be there before the kill is: then once more
         shutil.rmtree(out, ignore_errors=True)
         workers = [start(encoded, *one, "--worker", f"{index}/{count}") for index in range(1, count + 1)]
-        while not (out / "000000.parquet").exists() and workers[0].running:
-            time.sleep(0.01)
+        wait_until((out / "000000.parquet").exists, workers[0])
         killed = workers[0].kill()
         for worker in workers[1:]:
             code, _, err = worker.end()

@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from in_process import InlinePool
 
 from cogprep.plan import folder
 from cogprep.plan.folder import Origin
@@ -15,11 +16,6 @@ from cogprep.plan.plan import EncodePlan
 from workshop.million import STAGES, Trial, cache_of, commit, lay, main, nothing, planned, pretend, train
 
 FEW, MANY = 2_000, 8_000
-
-
-class InlinePool:
-    def run(self, function, tasks):
-        return (function(*task) for task in tasks)
 
 
 def laid(path: Path, clips: int) -> Trial:

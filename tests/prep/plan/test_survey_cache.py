@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from in_process import InlinePool
 
 from cogcommon.model.families import Resolution
 from cogprep.commands.encode import encode
@@ -18,11 +19,6 @@ from cogprep.source.clip import ClipFault, Hashed
 from cogprep.store.proof import SURVEY
 
 SOURCES = [f"{index}.mp4" for index in range(20)]
-
-
-class InlinePool:
-    def run(self, function, tasks):
-        return (function(*task) for task in tasks)
 
 
 class Place:

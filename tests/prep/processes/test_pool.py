@@ -11,6 +11,7 @@ import numpy as np
 import pool_tasks
 import pytest
 from places import CHILDREN
+from waiting import wait_until
 
 from cogcommon.errors import CogError
 from cogprep.processes import child as pool_child
@@ -131,10 +132,7 @@ def test_a_busy_child_ends_when_its_parent_is_killed(tmp_path):
     time.sleep(0.5)  # let it take the second task
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 20
-    while child.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not child.exists()
+    wait_until(lambda: not child.exists(), seconds=20)
 
 
 def test_a_shared_mapping_is_freed_with_its_last_array():
@@ -149,7 +147,4 @@ def test_a_shared_mapping_is_freed_with_its_last_array():
         assert isinstance(result["array"], np.ndarray)
         assert mapped() == 1
         del result
-        deadline = time.monotonic() + 5
-        while mapped() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert mapped() == 0
+        wait_until(lambda: not mapped(), seconds=5)

@@ -14,10 +14,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from browsing import faults, fits, js, until
+from browsing import faults, fits, js
 from corpus import FRAMES, assert_shows, cards, write
 from PIL import Image
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from cogcommon.errors import DiskError, ModelError, SettingError, ShardError
 from cogcommon.model.checkpoint import open_checkpoint
@@ -121,13 +122,13 @@ def test_the_page_fits_a_phone_and_its_loops_play_when_asked(out, browser):
     assert all(fits(browser, page, width, dark=dark) for width in (390, 1280) for dark in (False, True))
     browser.get(page)
     video, button = (f"document.querySelector('.loop {name}')" for name in ("video", "button"))
-    until(lambda: js(browser, f"return {video}.readyState") >= 2)
+    wait_until(lambda: js(browser, f"return {video}.readyState") >= 2)
     assert js(browser, f"return [{video}.paused, {button}.textContent]") == [True, "play"]
     js(browser, f"{button}.click()")
-    until(lambda: js(browser, f"return {video}.currentTime") > 0.2)
+    wait_until(lambda: js(browser, f"return {video}.currentTime") > 0.2)
     assert js(browser, f"return {button}.textContent") == "pause"
     js(browser, f"{video}.click()")
-    until(lambda: js(browser, f"return [{video}.paused, {button}.textContent]") == [True, "play"])
+    wait_until(lambda: js(browser, f"return [{video}.paused, {button}.textContent]") == [True, "play"])
     assert faults(browser) == []
 
 

@@ -1,7 +1,5 @@
 """Whole runs under each --memory: the same losses on one process and two, an export that answers alike."""
 
-import json
-
 import pytest
 
 from cogtrain.settings import LoraSettings
@@ -9,11 +7,7 @@ from cogtrain.settings import LoraSettings
 COMMON = {"rank": 4, "epochs": 1, "lr": 1e-2, "seed": 3}
 
 
-def losses(run):
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_every_memory_setting_is_the_same_run(tmp_path, make_shards, train_here):
+def test_every_memory_setting_is_the_same_run(tmp_path, make_shards, train_here, losses):
     make_shards(tmp_path / "out", samples=4)
     found = {
         memory: losses(
@@ -26,7 +20,7 @@ def test_every_memory_setting_is_the_same_run(tmp_path, make_shards, train_here)
     assert found["low"] == pytest.approx(found["fast"], rel=1e-6)
 
 
-def test_streamed_on_two_processes(tmp_path, make_shards, run_ranks, train_here):
+def test_streamed_on_two_processes(tmp_path, make_shards, run_ranks, train_here, losses):
     """DDP must neither copy nor refuse weights that live elsewhere."""
     make_shards(tmp_path / "out", samples=4)
     settings = COMMON | {"shards": [str(tmp_path / "out")], "memory": "low"}

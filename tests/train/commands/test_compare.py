@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from one_command import OneCommand
+from in_process import OneCommand
 from PIL import Image
 
 from cogcommon.files.ownership import Made

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import typer.main
 import yaml
 from forked import Forked
 from slurm import Job
+from waiting import steps_made, wait_for_steps, wait_until
 
 from cogcommon.errors import SettingError
 from cogtrain.cli import app
@@ -59,17 +59,13 @@ def alone(folder, train_here, losses):
     return losses(train_here(settings))
 
 
-def steps_made(run):
-    return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count('"loss"')
-
-
 @pytest.mark.full
 def test_a_batch_script_saves_before_its_limit_and_goes_on_when_it_is_requeued(folder, train_here, losses):
     """Two tasks over gloo, by stand-ins for sbatch, srun and scontrol; USR1 comes as --signal asks for."""
     launch("--on", "slurm", "--gpus", 2, "--cpus", 1, "--time", "10m", "--grace", 60, "--", *LORA)
     script, run = folder / "lora-run.sbatch", folder / "run"
     first = Job(script, folder / "slurm", 41)
-    first.wait_until(lambda: steps_made(run) >= 2)
+    assert wait_for_steps(run, 2, first), first.end()
     first.signal_step()
     code, requeued, said = first.end()
     assert (code, requeued) == (138, True), said
@@ -102,8 +98,7 @@ def test_the_pods_of_a_jobset_are_one_run_that_saves_when_one_of_them_is_taken_a
         ]  # fmt: skip
 
     pods = start(29711)
-    while all(pod.poll() is None for pod in pods) and not steps_made(run) >= 2:
-        time.sleep(0.05)
+    wait_until(lambda: steps_made(run) >= 2 or any(pod.poll() is not None for pod in pods))
     pods[1].terminate()
     said = [pod.communicate(timeout=200)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [143, 143], said

@@ -12,6 +12,7 @@ from cogtrain.data.caption_draw import CaptionDraw, hash_words
 from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
 from cogtrain.runs import checkpoint as checkpoints
+from cogtrain.runs.folder import read_run
 from cogtrain.settings import ForecastSettings, LoraSettings
 
 
@@ -79,8 +80,7 @@ def test_an_epoch_is_as_long_as_there_are_clips_and_a_resume_is_exact(here, tmp_
     whole = here(epochs=3, out=tmp_path / "whole")
     said = capsys.readouterr().out
     assert "6 samples (captions of 2 clips)" in said and "one caption of each of 2 clips" in said
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 0, 1, 1, 2, 2]
+    assert [line.epoch for line in read_run(whole).steps] == [0, 0, 1, 1, 2, 2]
     here(steps=3)
     assert losses(here(epochs=3)) == losses(whole)
     with pytest.raises(RunError, match="--captions: one then, all now"):

@@ -16,6 +16,7 @@ from cogtrain.data.sampler import Sampler, Slot, group_slots
 from cogtrain.data.shards import open_shards
 from cogtrain.model.objective import Objective
 from cogtrain.runs import checkpoint as checkpoints
+from cogtrain.runs.folder import read_run
 from cogtrain.settings import ForecastSettings, LoraSettings
 
 SIZES = (Resolution(9, 64, 96), Resolution(1, 64, 96))
@@ -83,8 +84,7 @@ def test_a_mixed_run_resumes_exactly_and_says_what_it_repeats(out, tmp_path, tra
 
     whole = run("whole", steps=12)
     assert "each epoch trains 8 samples, of which 2 samples 3 times each (--repeat)" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0] * 8 + [1] * 4
+    assert [line.epoch for line in read_run(whole).steps] == [0] * 8 + [1] * 4
     run("halves", steps=5)
     # Named in another way, by its size.
     assert losses(run("halves", steps=12, repeat=["1x64x96=3"])) == losses(whole)

@@ -6,9 +6,10 @@ import socket
 import time
 
 import pytest
-from forked import Forked
+from forked import Forked, held_port
 from places import CHILDREN
 from torch.distributed import TCPStore
+from waiting import steps_made, wait_until
 
 from cogtrain.distributed import elastic
 from cogtrain.distributed.signals import Stopped
@@ -23,9 +24,8 @@ WORDS = [word for name, value in SETTINGS.items() for word in ("--" + name.repla
 @pytest.fixture
 def address():
     """Where the agents of a test meet: the first one's, if nobody is there before."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()
+    with held_port() as port:
+        yield port.getsockname()
 
 
 @pytest.fixture
@@ -45,16 +45,8 @@ def agent(tmp_path, address):
         one.kill()
 
 
-def wait_for(true, running, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert running.running and time.monotonic() < deadline, running.end(1)
-        time.sleep(0.05)
-
-
-def lines(run):
-    metrics = run / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.exists() else 0
+def wait_for(true, agent):
+    assert wait_until(true, agent), agent.end(1)
 
 
 @pytest.fixture
@@ -86,16 +78,16 @@ def test_a_host_is_lost_and_another_joins(strategy, tmp_path, make_shards, agent
     run = tmp_path / "run"
     words = ["lora", "--shards", "out", "--out", "run", "--strategy", strategy, "--resume", "never", *WORDS]
     first, second = agent(*words), agent(*words)
-    wait_for(lambda: lines(run) >= 3, first)
+    wait_for(lambda: steps_made(run) >= 3, first)
     assert read_run(run).facts.processes == 2
     assert second.kill()
-    began, made = time.monotonic(), lines(run)
-    wait_for(lambda: lines(run) >= made + 2 and read_run(run).facts.processes == 1, first)
+    began, made = time.monotonic(), steps_made(run)
+    wait_for(lambda: steps_made(run) >= made + 2 and read_run(run).facts.processes == 1, first)
     print(f"goes on alone after {time.monotonic() - began:.1f} s")
     third = agent(*words)
     wait_for(lambda: read_run(run).facts.processes == 2, first)
-    made = lines(run)
-    wait_for(lambda: lines(run) >= made + 2, first)
+    made = steps_made(run)
+    wait_for(lambda: steps_made(run) >= made + 2, first)
     ask_to_stop(run)  # for good: torchrun does not start it again
     ended = [process.end(120) for process in (first, third)]
     assert [code for code, *_ in ended] == [1, 1] and all("agent: ended by a signal" in err for *_, err in ended), ended
@@ -114,11 +106,11 @@ def test_the_host_of_process_0_is_lost(tmp_path, make_shards, agent, address, un
     run = tmp_path / "run"
     words = ["lora", "--shards", "out", "--out", "run", *WORDS]
     first, second = agent(*words), agent(*words)
-    wait_for(lambda: lines(run) >= 3 and read_run(run).facts.processes == 2, first)
+    wait_for(lambda: steps_made(run) >= 3 and read_run(run).facts.processes == 2, first)
     assert first.kill()
     wait_for(lambda: read_run(run).facts.processes == 1, second)
-    made = lines(run)
-    wait_for(lambda: lines(run) >= made + 2, second)
+    made = steps_made(run)
+    wait_for(lambda: steps_made(run) >= made + 2, second)
     ask_to_stop(run)
     code, out, err = second.end(120)
     assert code == 1 and "on 1 process instead of 2" in out and "agent: ended by a signal" in err, (out, err)

@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 from forked import Forked, ForkedRanks
+from waiting import wait_for_steps
 
 from cogcommon.errors import SettingError
 from cogtrain.distributed import launch
@@ -145,10 +145,7 @@ def test_a_damaged_sample_on_one_process_stops_all_with_its_name(folder):
 def test_a_dead_process_ends_the_run_and_says_so(folder):
     words = ["lora", "--shards", "out", "--steps", "500", "--rank", "2", "--out", "run", "--nproc", "2"]
     process = Forked(["cogtrain", *words], folder)
-    metrics = folder / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while process.running and not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert wait_for_steps(folder / "run", 1, process), process.end()
     children = psutil.Process(process.pid).children()
     assert len(children) == 2
     children[1].send_signal(signal.SIGKILL)

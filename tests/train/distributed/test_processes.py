@@ -1,14 +1,10 @@
 """The same run on 1, 2 and 4 processes; every setting on each of them."""
 
-import json
-
 import pytest
 
+from cogtrain.runs.folder import read_run
+
 STRATEGIES = ["zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
-
-
-def rates(run):
-    return [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_one_two_and_four_processes_are_the_same_run(tmp_path, make_shards, run_ranks, losses):
@@ -25,7 +21,7 @@ def test_one_two_and_four_processes_are_the_same_run(tmp_path, make_shards, run_
         ranks = run_ranks(world, [{"name": "run", "method": "lora", "settings": settings}], tmp_path / f"w{world}")[
             "run"
         ]
-        found[world] = (losses(run), ranks, rates(run))
+        found[world] = (losses(run), ranks, [line.lr for line in read_run(run).steps])
     reference, (alone,), one_rates = found[1]
     assert len(reference) == 6 and len(alone["samples"]) == 24
     assert len({noise for _, _, noise in alone["samples"]}) == 24  # also of the clip that comes three times an epoch

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import threading
 import time
@@ -347,11 +346,6 @@ def test_predicted_host_bytes_are_those_that_are_there():
 # Whole runs
 
 
-def read(folder, kind="loss"):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind in line]
-
-
 @pytest.fixture
 def run(tmp_path, make_shards, train_here):
     """run(name, form, **settings) -> losses, gradient norms and the folder of a run of four samples."""
@@ -361,8 +355,8 @@ def run(tmp_path, make_shards, train_here):
             make_shards(tmp_path / form, form, samples=4)
         common = {"shards": [str(tmp_path / form)], "lr": 1e-3, "seed": 3, "memory": "low"}
         folder = train_here(SftSettings(**common | {"out": tmp_path / name} | settings))
-        lines = read(folder)
-        return [line["loss"] for line in lines], [line["grad_norm"] for line in lines], folder
+        steps = read_run(folder).steps
+        return [line.loss for line in steps], [line.grad_norm for line in steps], folder
 
     return train
 
@@ -425,7 +419,7 @@ def test_validation_sees_the_weights_as_they_are(run, tmp_path, make_shards):
     lines = []
     for memory in ("auto", "low"):
         folder = run(memory, memory=memory, steps=4, validate_every=2, validate_shards=[str(tmp_path / "held")])[2]
-        lines.append([(line["val_loss"], line["base_val_loss"]) for line in read(folder, "val_loss")])
+        lines.append([(line.val_loss, line.base_val_loss) for line in read_run(folder).validations])
     assert len(lines[1]) == 2 and lines[1][1][0] != lines[1][0][0] != lines[1][0][1]
     for auto, low in zip(*lines, strict=True):
         assert low == pytest.approx(auto, rel=1e-5)

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from browsing import faults, fits, js, until
+from browsing import faults, fits, js
+from waiting import wait_until
 
 from cogcommon.files.locks import open_locked
 from cogcommon.media.video import write_mp4
@@ -24,10 +25,10 @@ def test_a_page_answers(browser, recorded_run):
 
     browser.get(f"file://{write_report(recorded_run)}")
     svg = browser.find_element(By.CSS_SELECTOR, "#plot-loss svg")
-    until(lambda: "drawn" in svg.get_attribute("class"))
+    wait_until(lambda: "drawn" in svg.get_attribute("class"))
     ActionChains(browser).move_to_element(svg).perform()
     tip = browser.find_element(By.CSS_SELECTOR, "#plot-loss .tip")
-    until(tip.is_displayed)
+    wait_until(tip.is_displayed)
     assert "each step: 0.0" in tip.text and "held out: 0.15" in tip.text
     everything = points_shown(browser)
     ActionChains(browser).move_to_element(svg).click_and_hold().move_by_offset(200, 0).release().perform()
@@ -52,17 +53,17 @@ def test_videos_are_still_until_they_are_played_and_then_all_at_once(browser, re
         write_mp4(recorded_run / "validation" / name, frames, 8)
     with served(recorded_run) as port:
         browser.get(f"http://127.0.0.1:{port}/")
-        labels = until(
+        labels = wait_until(
             lambda: js(browser, "return [...document.querySelectorAll('.row figcaption')].map(c => c.innerText)")
         )
         assert labels == ["the clip itself", "step 20", "base model"]  # live: the newest first
         videos = "return [...document.querySelectorAll('video')]"
-        until(lambda: js(browser, f"{videos}.every(v => v.readyState >= 2)"))
+        wait_until(lambda: js(browser, f"{videos}.every(v => v.readyState >= 2)"))
         assert js(browser, f"{videos}.every(v => v.paused && !v.controls)")
         ActionChains(browser).move_to_element(browser.find_element(By.CSS_SELECTOR, "video")).perform()
-        until(lambda: js(browser, f"{videos}.map(v => v.controls)") == [True, False, False])
+        wait_until(lambda: js(browser, f"{videos}.map(v => v.controls)") == [True, False, False])
         browser.find_element(By.CSS_SELECTOR, ".together").click()
-        until(lambda: js(browser, f"{videos}.every(v => !v.paused && v.currentTime > 0)"))
+        wait_until(lambda: js(browser, f"{videos}.every(v => !v.paused && v.currentTime > 0)"))
 
 
 def test_a_live_page_renews_itself_and_keeps_what_is_looked_at(browser, recorded_run, served, step_line):
@@ -72,17 +73,17 @@ def test_a_live_page_renews_itself_and_keeps_what_is_looked_at(browser, recorded
     with served(recorded_run) as port, open_locked(recorded_run / LOCK_FILE):
         browser.get(f"http://127.0.0.1:{port}/")
         svg = browser.find_element(By.CSS_SELECTOR, "#plot-loss svg")
-        until(lambda: "drawn" in svg.get_attribute("class"))
+        wait_until(lambda: "drawn" in svg.get_attribute("class"))
         ActionChains(browser).move_to_element(svg).click_and_hold().move_by_offset(150, 0).release().perform()
         zoomed = js(browser, LABELS)
         state = browser.find_element(By.CSS_SELECTOR, "[data-part=state]")
         assert "38 of 40 steps" in state.text and "left" in state.text
         with (recorded_run / "metrics.jsonl").open("a") as stream:
             stream.write(step_line(39))
-        until(lambda: "39 of 40 steps" in state.text)
+        wait_until(lambda: "39 of 40 steps" in state.text)
         assert js(browser, LABELS) == zoomed
         browser.find_element(By.CSS_SELECTOR, ".stop").click()
-        until(lambda: "asked to save and stop" in state.text)
+        wait_until(lambda: "asked to save and stop" in state.text)
         assert asked_to_stop(recorded_run)
 
 

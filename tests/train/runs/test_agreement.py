@@ -1,6 +1,5 @@
 """Two real processes that differ are refused in seconds, once, with what to do; two that agree train as ever."""
 
-import json
 import shutil
 
 import pytest
@@ -50,10 +49,6 @@ def refusal(seen, name):
     return text
 
 
-def losses(run):
-    return {line["step"]: line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
-
-
 def test_a_run_folder_that_is_not_shared_is_refused(seen):
     text = refusal(seen, "not shared")
     assert "the run folder is not shared" in text and "(process 1 of 2, on " in text
@@ -77,7 +72,7 @@ def test_what_one_process_lacks_is_said_once(seen):
     assert "nowhere" in text and "process 1 of 2" in text
 
 
-def test_with_a_shared_folder_the_losses_are_the_undisturbed_ones(seen):
+def test_with_a_shared_folder_the_losses_are_the_undisturbed_ones(seen, losses):
     _, folder = seen
     whole = losses(folder / "whole")
     assert losses(folder / "run") == whole and sorted(whole) == [1, 2, 3, 4]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from forked import Forked, ForkedRanks
+from waiting import steps_made, wait_for_steps
 
 from cogcommon.errors import RunError, SettingError, StoreError
 from cogcommon.media.video import write_mp4
@@ -56,11 +57,9 @@ def followed(tmp_path, shards_to_come, train_here):
     return run
 
 
-def lines(run):
-    """Of metrics.jsonl, those of steps; none before there are any."""
-    metrics = run / "metrics.jsonl"
-    found = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    return [line for line in found if "loss" in line]
+def epochs_of(run):
+    """Of each step."""
+    return [line.epoch for line in read_run(run).steps]
 
 
 def test_killed_in_any_epoch_and_resumed_it_makes_the_same_steps(followed, losses, capsys):
@@ -70,7 +69,7 @@ def test_killed_in_any_epoch_and_resumed_it_makes_the_same_steps(followed, losse
     assert "epoch 0 (from step 1): 2 samples in 1 shard; 2 steps" in said
     assert "epoch 2 (from step 7): 8 samples in 4 shards, 4 new since epoch 1; 8 steps" in said
     assert "epoch 3 (from step 15): 10 samples in 5 shards, 2 new since epoch 2; 10 steps" in said
-    assert [line["epoch"] for line in lines(whole)] == [0] * 2 + [1] * 4 + [2] * 8 + [3] * 2
+    assert epochs_of(whole) == [0] * 2 + [1] * 4 + [2] * 8 + [3] * 2
     for step in (3, 8):  # before any checkpoint; in the epoch after the last one
         # The step after which it dies commits as in the whole run, so a resume finds more than its epochs had.
         assert losses(followed(f"killed-{step}", commits, step, **options)) == losses(whole), step
@@ -86,7 +85,7 @@ def test_sizes_captions_and_repeats_that_come_later(followed, losses):
     options = {"steps": 16, "save_every": 6, "captions": "one", "repeat": ["1x64x96=3"], "shards": shards}
     shards["form"] = "tiny-1.5"
     whole = followed("whole", [2, 3, 5], **options)
-    assert [line["epoch"] for line in lines(whole)] == [0] * 1 + [1] * 1 + [2] * 2 + [3] * 5 + [4] * 7
+    assert epochs_of(whole) == [0] * 1 + [1] * 1 + [2] * 2 + [3] * 5 + [4] * 7
     assert losses(followed("killed", [2, 3, 5], 11, **options)) == losses(whole)
 
 
@@ -119,12 +118,11 @@ def test_two_processes_train_what_one_does(tmp_path, shards_to_come, train_here,
     words = ["cogtrain", "lora", "--shards", "out", "--rank", 4, "--lr", 1e-2, "--follow", "--save-every", 3]
     words += ["--steps", 8, "--out", "run"]
     ranks = ForkedRanks(2, words, tmp_path)
-    run, until = tmp_path / "run", time.monotonic() + 240
+    run = tmp_path / "run"
     for steps in (1, 4):
-        while ranks.running and time.monotonic() < until and len(lines(run)) < steps:
-            time.sleep(0.01)
+        wait_for_steps(run, steps, ranks)
         next(coming)
-    ranks.kill()
+    ranks.lose()
     before = losses(run)
     ended = ForkedRanks(2, words, tmp_path).end()
     assert all(code == 0 for code, *_ in ended), ended
@@ -183,7 +181,7 @@ def test_shards_that_go_or_cannot_be_looked_for(followed, tmp_path, monkeypatch,
     assert "cannot look for new shards: cannot be read: the store is away (there); trains the last ones again" in said
     assert "epoch 2 (from step 5): 4 samples in 2 shards, 2 new since epoch 1" in said
     assert "epoch 3 (from step 9): 2 samples in 1 shard, 4 in epoch 2, of which 1 shard is gone; 2 steps" in said
-    assert [line["epoch"] for line in lines(run)] == [0] * 2 + [1] * 2 + [2] * 4 + [3] * 2 + [4] * 2
+    assert epochs_of(run) == [0] * 2 + [1] * 2 + [2] * 4 + [3] * 2 + [4] * 2
 
 
 @pytest.mark.full
@@ -215,13 +213,13 @@ def test_a_real_encode_and_a_real_run_both_killed(tmp_path, train_here, losses, 
     ranks, encoder, seen = ForkedRanks(2, train, tmp_path), Forked(encode, tmp_path), {}
     until = time.monotonic() + 240
     for kills in (2, 9, 20):  # steps
-        while ranks.running and time.monotonic() < until and len(lines(run)) < kills:
+        while ranks.running and time.monotonic() < until and steps_made(run) < kills:
             if encoder.running and list((tmp_path / "out").glob("*.parquet")) and rng.random() < 0.05:
-                encoder.kill()
+                encoder.lose()
                 encoder = Forked(encode, tmp_path)
             time.sleep(0.05)
         time.sleep(rng.random())
-        ranks.kill()
+        ranks.lose()
         seen = losses(run) | seen
         ranks = ForkedRanks(2, train, tmp_path)
     ended = ranks.end()

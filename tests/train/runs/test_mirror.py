@@ -13,6 +13,7 @@ import pytest
 from bucket import faulty, files, s3_server
 from forked import Forked
 from safetensors.torch import load_file
+from waiting import steps_made, wait_for_steps, wait_until
 
 from cogcommon.errors import RunError, SettingError, StoreError
 from cogcommon.store import store
@@ -76,9 +77,8 @@ def waiter(there, step, checkpoint):
     """After a step the run waits until a checkpoint is in the mirror: steps as quick as these overtake uploads."""
 
     def after_step(made):
-        until = time.monotonic() + 60
-        while made == step and checkpoint not in index_of(there).checkpoints and time.monotonic() < until:
-            time.sleep(0.05)
+        if made == step:
+            wait_until(lambda: checkpoint in index_of(there).checkpoints, seconds=60)
 
     return after_step
 
@@ -364,17 +364,11 @@ def test_processes_killed_anywhere_lose_their_disks_each_time(begun, tmp_path, t
     for attempt in range(4):
         on = ["--nproc", 2] if (attempt + number) % 2 else ["--batch-size", 2]
         process = Forked([*words, *on, "--out", f"run-{attempt}", "--mirror", there], tmp_path, dict(os.environ))
-        metrics, until = tmp_path / f"run-{attempt}" / "metrics.jsonl", time.monotonic() + 120
-        steps = rng.randint(1, 4)
-        begin = None
-        while process.running and time.monotonic() < until:
-            lines = metrics.read_text().count("\n") if metrics.exists() else 0
-            begin = lines if begin is None and lines else begin
-            if begin is not None and lines >= begin + steps:
-                break
-            time.sleep(0.02)
+        run = tmp_path / f"run-{attempt}"
+        wait_for_steps(run, 1, process)
+        wait_for_steps(run, steps_made(run) + rng.randint(1, 4), process)
         time.sleep(rng.random() * 0.3)
-        print("killed" if process.kill() else "it had ended", index_of(there).names)
+        print("killed" if process.lose() else "it had ended", index_of(there).names)
         if attempt % 2:
             shutil.rmtree(tmp_path / f"run-{attempt}")
     code, out, err = Forked(

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from forked import Forked, ForkedRanks
 from safetensors.torch import load_file
+from waiting import wait_for_steps
 
 from cogcommon.errors import RunError, SettingError
 from cogcommon.files.atomic import temporary_beside
@@ -25,26 +26,10 @@ STEPS = 6
 OPTIONS = ["--steps", STEPS, "--rank", 4, "--lr", 1e-2, "--save-every", 1, "--keep", 2]
 
 
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len({line["step"] for line in lines}) == len(lines), "a step stands twice"
-    return {line["step"]: line["loss"] for line in lines}
-
-
 def finish(process, expected=0):
     code, out, err = process.end()
     assert code == expected, (code, out, err)
     return out, err
-
-
-def wait_for_step(running, run, step):
-    """Until the run has written a step, or has ended."""
-    metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while running() and time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_text().count("\n") >= step:
-            return
-        time.sleep(0.01)
 
 
 def words_for(strategy, world, run):
@@ -68,7 +53,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place, make_shards):
+def undisturbed(place, make_shards, losses):
     """undisturbed(strategy) -> losses of a run that nothing happened to, on two processes."""
     make_shards(place / "out", samples=8)
     Forked(["cogtrain", "--version"]).end()  # from now on the server has imported what they need
@@ -91,14 +76,14 @@ KILLS = [("zero3", 1, 2, 0)] + [  # the first in CI; DDP is stopped there by sig
 
 
 @pytest.mark.parametrize(("strategy", "before", "after", "number"), KILLS)
-def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, before, after, number):
+def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, before, after, number, losses):
     expected = undisturbed(strategy)
     run = place / f"{strategy}-{before}-{after}-{number}"
     rng = random.Random(number)
     ranks = begin_ranks(strategy, before, run)
-    wait_for_step(lambda: ranks.running, run, rng.randint(0, STEPS))
+    wait_for_steps(run, rng.randint(0, STEPS), ranks)
     time.sleep(rng.random() * 0.2)  # in the middle of a step, of a checkpoint, between two, of the export
-    killed = ranks.kill()
+    killed = ranks.lose()
     print(f"{'killed' if killed else 'it had ended'}; {sorted(path.name for path in run.iterdir())}")
     finish_ranks(begin_ranks(strategy, after, run))
     assert losses(run) == pytest.approx(expected, rel=1e-5)
@@ -108,13 +93,13 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, bef
 
 # SLURM sends its signals to the launcher and to its processes at once.
 @pytest.mark.parametrize(("number", "code", "world"), [(signal.SIGUSR1, 138, 2), (signal.SIGTERM, 143, 1)])
-def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, code, world):
+def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, code, world, losses):
     expected = undisturbed("ddp")
     run = place / f"stopped-{code}"
     words = [*words_for("ddp", world, run.name), "--nproc", world]
     words[words.index("--save-every") + 1] = 100  # nothing but the signal saves
     process = Forked(["cogtrain", *words], place)
-    wait_for_step(lambda: process.running, run, 2)
+    assert wait_for_steps(run, 2, process), process.end()
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children()]:
         member.send_signal(number)
     out, err = finish(process, code)
@@ -138,7 +123,7 @@ def here(tmp_path, make_shards, train_here):
     return run
 
 
-def test_on_one_process_a_resumed_run_is_bit_equal(here, tmp_path):
+def test_on_one_process_a_resumed_run_is_bit_equal(here, tmp_path, losses):
     whole = here(steps=6, out=tmp_path / "whole", lora_dropout=0.1, caption_dropout=0.5)
     here(steps=3, lora_dropout=0.1, caption_dropout=0.5)
     counted = []
@@ -169,7 +154,7 @@ def test_a_second_process_in_the_same_folder_is_refused_and_harms_nothing(here, 
     here(steps=3)
 
 
-def test_a_moving_average_is_resumed_and_exported(here, tmp_path):
+def test_a_moving_average_is_resumed_and_exported(here, tmp_path, losses):
     from cogtrain.model import lora
 
     plain = here(steps=4, out=tmp_path / "plain")
@@ -182,7 +167,7 @@ def test_a_moving_average_is_resumed_and_exported(here, tmp_path):
     assert any((files[0][name] != files[1][name]).any() for name in files[0])
 
 
-def test_never_starts_anew_and_a_path_is_continued(here, tmp_path):
+def test_never_starts_anew_and_a_path_is_continued(here, tmp_path, losses):
     first = here(steps=3)
     assert losses(here(steps=2, resume="never")) == {k: v for k, v in losses(first).items() if k <= 2}
     other = here(steps=4, out=tmp_path / "other", resume=str(tmp_path / "run" / "checkpoint-2"))
@@ -214,7 +199,7 @@ def test_the_resume_command_of_a_run_that_began_anew_resumes(here):
     assert resolve(LoraSettings, {}, run / "config.toml").resume == "auto"
 
 
-def test_a_finished_run_is_not_trained_further(here):
+def test_a_finished_run_is_not_trained_further(here, losses):
     before = losses(here(steps=2))
     assert losses(here(steps=2)) == before
 

@@ -1,6 +1,5 @@
 """`cogtrain lora` from shards to weights, as a user starts it."""
 
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.model import lora
 from cogtrain.runs.claim import claimed
 from cogtrain.runs.config import write_config
+from cogtrain.runs.folder import read_run
 from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings
 
@@ -26,17 +26,13 @@ def cogtrain(*words, cwd):
     return out
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_two_steps_from_several_words(tmp_path, make_shards):
     tars = make_shards(tmp_path / "out")
     assert len(tars) == 3
     out = cogtrain("lora", "--shards", *tars, "--steps", 2, "--rank", 4, cwd=tmp_path)
     (run,) = (tmp_path / "runs").iterdir()
-    assert [line["step"] for line in metrics(run)] == [1, 2]
-    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in metrics(run))
+    steps = read_run(run).steps
+    assert [line.step for line in steps] == [1, 2] and all(line.loss > 0 and line.grad_norm > 0 for line in steps)
     state = load_file(run / lora.FILE)
     assert len(state) == 2 * 4 * 4  # A and B, four blocks, four layers each
     assert any(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)

@@ -1,6 +1,5 @@
 """Whole runs of one GPU process, small ones: every strategy trains, saves, goes on and exports there, too."""
 
-import json
 import math
 import os
 import subprocess
@@ -70,7 +69,7 @@ def shards(tmp_path_factory, make_shards):
         pytest.param(EIGHT_BITS, id="8bit", marks=without_eight_bits),
     ],
 )
-def test_steps_a_checkpoint_a_resume_and_an_export(tmp_path, shards, run_ranks, rows):
+def test_steps_a_checkpoint_a_resume_and_an_export(tmp_path, shards, run_ranks, losses, rows):
     """The export is loaded back and compared by the run itself. Three steps at a time: fp16's first may overflow."""
     cases = []
     for number, (strategy, method, form, more) in enumerate(rows):
@@ -91,12 +90,11 @@ def test_steps_a_checkpoint_a_resume_and_an_export(tmp_path, shards, run_ranks, 
     seen = run_ranks(1, cases, tmp_path / "ranks", os.environ)
     for number, (strategy, method, form, more) in enumerate(rows):
         run, row = tmp_path / str(number), (strategy, method, form, more)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
-        assert sorted(losses) == [*range(1, 7)] and all(map(math.isfinite, losses.values())), row
-        held_out = {line["step"]: line for line in lines if "val_loss" in line}
-        assert sorted(held_out) == [3, 6], row
-        assert held_out[6]["val_loss"] != held_out[6]["base_val_loss"], row  # trained, in spite of fp16's first scales
+        found = losses(run)
+        assert sorted(found) == [*range(1, 7)] and all(map(math.isfinite, found.values())), row
+        held_out = read_run(run).validations
+        assert [line.step for line in held_out] == [3, 6], row
+        assert held_out[1].val_loss != held_out[1].base_val_loss, row  # trained, in spite of fp16's first scales
         assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"], row
         assert seen[f"{number}-6"][0]["samples"] != seen[f"{number}-3"][0]["samples"], row  # it went on
         if method == "lora":

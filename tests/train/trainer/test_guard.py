@@ -1,7 +1,6 @@
 """Losses that are not finite, and memory that is not enough."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -11,6 +10,7 @@ from cogcommon.errors import RunError
 from cogtrain.data import batches
 from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
+from cogtrain.runs.folder import read_run
 from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
 from cogtrain.trainer.failures import out_of_memory
@@ -31,11 +31,7 @@ def spoil(monkeypatch):
     return make
 
 
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_sample(tmp_path, make_shards, train_here, spoil):
+def test_a_loss_that_is_not_finite_stops_and_names_the_sample(tmp_path, make_shards, train_here, losses, spoil):
     make_shards(tmp_path / "out", samples=4)
     shards = open_shards([str(tmp_path / "out")])
     step = [int(batch[0]) for batch in Sampler(shards.shard_of, shards.bucket_of, 1, 42).epoch(0)].index(2) + 1
@@ -45,7 +41,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_sample(tmp_path, make_sha
     extent = shards.extent(2)
     assert extent.key in caught.value.where and shards.shards[extent.shard].shown in caught.value.where
     assert f"step {step}" in caught.value.where and "--on-nonfinite skip" in caught.value.fix
-    assert len(lines(tmp_path / "run")) == step - 1  # nothing was trained on it
+    assert len(losses(tmp_path / "run")) == step - 1  # nothing was trained on it
 
 
 def test_skip_leaves_it_out_and_goes_on(tmp_path, make_shards, train_here, spoil, capsys):
@@ -54,8 +50,8 @@ def test_skip_leaves_it_out_and_goes_on(tmp_path, make_shards, train_here, spoil
     settings = LoraSettings(
         shards=[str(tmp_path / "out")], out=tmp_path / "run", epochs=2, rank=2, on_nonfinite="skip", accumulate=2
     )
-    run = train_here(settings)
-    assert len(lines(run)) == 4 and all(line["loss"] and math.isfinite(line["grad_norm"]) for line in lines(run))
+    steps = read_run(train_here(settings)).steps
+    assert len(steps) == 4 and all(line.loss and math.isfinite(line.grad_norm) for line in steps)
     assert open_shards([str(tmp_path / "out")]).extent(2).key in capsys.readouterr().out
 
 
@@ -63,7 +59,7 @@ def test_skip_leaves_it_out_and_goes_on(tmp_path, make_shards, train_here, spoil
     "strategies",
     [pytest.param(["ddp"], id="ddp"), pytest.param(["zero2", "zero3"], id="zero", marks=pytest.mark.full)],
 )
-def test_skip_on_two_processes(tmp_path, make_shards, run_ranks, strategies):
+def test_skip_on_two_processes(tmp_path, make_shards, run_ranks, losses, strategies):
     make_shards(tmp_path / "out", samples=6)
     settings = {"shards": [str(tmp_path / "out")], "epochs": 1, "on_nonfinite": "skip"}
     cases = [
@@ -72,7 +68,7 @@ def test_skip_on_two_processes(tmp_path, make_shards, run_ranks, strategies):
     ]
     run_ranks(2, cases, tmp_path / "ranks")
     for name in strategies:
-        found = [line["loss"] for line in lines(tmp_path / name)]
+        found = [*losses(tmp_path / name).values()]
         assert len(found) == 3 and found.count(None) == 1  # the step whose only accumulation was left out
 
 

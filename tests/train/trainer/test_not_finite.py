@@ -55,11 +55,6 @@ def here(tmp_path, make_shards, train_here):
     return run
 
 
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
 def steps_saved(run):
     return [int(path.name[11:]) for path in checkpoints.list_checkpoints(run)]
 
@@ -82,7 +77,9 @@ def check_whole(run):
         pytest.param(SftSettings, {"memory": "low", "precision": "bf16"}, False, id="trained-on-the-host"),
     ],
 )
-def test_a_nan_gradient_is_in_no_checkpoint_and_three_restarts_go_on(here, spoil, monkeypatch, cls, settings, late):
+def test_a_nan_gradient_is_in_no_checkpoint_and_three_restarts_go_on(
+    here, spoil, monkeypatch, cls, settings, late, losses
+):
     if late:
         monkeypatch.setattr(torch.optim, "AdamW", _Fused)
     undisturbed = losses(here("undisturbed", cls, **settings))
@@ -130,7 +127,7 @@ STRATEGIES = ["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"
         ),
     ],
 )
-def test_under_each_strategy_on_two_processes(tmp_path, make_shards, run_ranks, strategy, methods, memories):
+def test_under_each_strategy_on_two_processes(tmp_path, make_shards, run_ranks, strategy, methods, memories, losses):
     make_shards(tmp_path / "out", samples=8)
     cases = []
     for method, memory in product(methods, memories):

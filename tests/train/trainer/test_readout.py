@@ -1,7 +1,6 @@
 """Losses read one step late: what is not finite is named, and has not touched the weights."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from cogcommon.errors import RunError
 from cogtrain.data import batches
 from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
-from cogtrain.runs.folder import StepLine
+from cogtrain.runs.folder import StepLine, read_run
 from cogtrain.runs.log import RunLog
 from cogtrain.settings import LoraSettings
 from cogtrain.trainer import announce
@@ -26,10 +25,6 @@ def late(monkeypatch):
 class _Fused(torch.optim.AdamW):
     def __init__(self, parameters, **options):
         super().__init__(parameters, **(options | {"fused": True}))
-
-
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def settings(tmp_path, **options):
@@ -62,21 +57,23 @@ def test_the_last_line_of_the_steps_comes_before_what_is_next(tmp_path, make_sha
 
 def test_late_reading_changes_nothing(tmp_path, make_shards, train_here, late):
     make_shards(tmp_path / "out", samples=4)
-    late_run = lines(train_here(settings(tmp_path, accumulate=2, epochs=2)))
-    at_once = lines(train_here(settings(tmp_path, accumulate=2, epochs=2, out=tmp_path / "again", on_nonfinite="skip")))
-    keys = ("step", "loss", "grad_norm", "lr", "epoch")
-    assert len(late_run) == 4
-    assert [[line[key] for key in keys] for line in late_run] == [[line[key] for key in keys] for line in at_once]
+    found = []
+    for options in ({}, {"out": tmp_path / "at once", "on_nonfinite": "skip"}):
+        steps = read_run(train_here(settings(tmp_path, accumulate=2, epochs=2, **options))).steps
+        found.append([(line.step, line.loss, line.grad_norm, line.lr, line.epoch) for line in steps])
+    assert len(found[0]) == 4 and found[0] == found[1]
 
 
 def test_parts_of_a_step_make_the_step(tmp_path, make_shards, train_here):
     make_shards(tmp_path / "out", samples=4)
-    for line in lines(train_here(settings(tmp_path))):
-        parts = [line[f"{part}_s"] for part in ("data", "forward", "backward", "optimizer")]
-        assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(line["s_per_step"])
+    for line in read_run(train_here(settings(tmp_path))).steps:
+        parts = [line.data_s, line.forward_s, line.backward_s, line.optimizer_s]
+        assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(line.s_per_step)
 
 
-def test_a_spoilt_step_is_held_back_and_named_one_step_late(tmp_path, make_shards, train_here, late, monkeypatch):
+def test_a_spoilt_step_is_held_back_and_named_one_step_late(
+    tmp_path, make_shards, train_here, losses, late, monkeypatch
+):
     make_shards(tmp_path / "out", samples=6)
     shards = open_shards([str(tmp_path / "out")])
     places = [int(batch[0]) for batch in Sampler(shards.shard_of, shards.bucket_of, 1, 42).epoch(0)]
@@ -98,7 +95,7 @@ def test_a_spoilt_step_is_held_back_and_named_one_step_late(tmp_path, make_shard
     with pytest.raises(RunError, match="loss of 1 sample is not finite") as caught:
         train_here(settings(tmp_path))
     assert shards.extent(spoilt).key in caught.value.where and "step 4" in caught.value.where
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+    assert list(losses(tmp_path / "run")) == [1, 2, 3]
     assert len(seen) == 4  # the fourth is queued, and does nothing; there is no fifth
     assert all(torch.equal(before, after) for before, after in zip(seen[2], seen[3], strict=True))
     assert not all(torch.equal(before, after) for before, after in zip(seen[1], seen[2], strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +18,18 @@ _TEMPLATE = (
 _WORDS = "a red ring moves to the left over warm sand while the camera stands still. the blue square grows slowly."
 
 
-def make_llava(folder: Path) -> Path:
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory) -> Path:
+    return _make_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory) -> Path:
+    pytest.importorskip("torchvision")
+    return _make_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+def _make_llava(folder: Path) -> Path:
     """A LLaVA: it takes pictures, and needs no torchvision."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -42,7 +54,7 @@ def make_llava(folder: Path) -> Path:
     return _save(LlavaForConditionalGeneration, config, processor, folder)
 
 
-def make_qwen(folder: Path, **text: int) -> Path:
+def _make_qwen(folder: Path, **text: int) -> Path:
     """A Qwen2.5-VL, the default model's class: it takes videos, for which transformers needs torchvision.
 
     Args:

@@ -1,6 +1,9 @@
-"""A command of ours run in this process, as typed."""
+"""What runs in processes of its own otherwise, run in this one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
 
 import typer
 from typer.testing import CliRunner
@@ -10,8 +13,9 @@ from cogcommon.errors import CogError
 
 
 class OneCommand:
-    """``OneCommand("generate", GenerateSettings, generate.run)``, called with the words that follow the name.
+    """A command of ours, as typed: ``OneCommand("generate", GenerateSettings, generate.run)``.
 
+    It is called with the words that follow the name.
     A program of one command would take its name for a word, so there is another one beside it.
     """
 
@@ -30,3 +34,17 @@ class OneCommand:
         error = self(*words).exception
         assert isinstance(error, CogError), error
         return str(error)
+
+
+class InlinePool:
+    """As `cogprep.processes.pool.Pool`, without processes."""
+
+    def __init__(self, *_arguments: object, **_options: object) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None: ...
+
+    def run(self, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], **_options: object) -> Iterator[Any]:
+        return (function(*task) for task in tasks)
