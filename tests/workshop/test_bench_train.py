@@ -224,8 +224,8 @@ def test_a_check_says_by_how_much_a_row_has_moved(as_known, capsys):
     worse, said, line = check(s_per_step=known.s_per_step * 1.05)
     assert worse and said == "slower by more than 3%: 5b/fast\n" and "| +5.0% |" in line
     assert not check(s_per_step=known.s_per_step * 1.02)[0]
-    worse, _, line = check(gpu="another card")
-    assert not worse and "| never |" in line
+    worse, said, line = check(gpu="another card")
+    assert not worse and "| never |" in line and said == "nothing to compare with is recorded of: 5b/fast\n"
     slow = dataclasses.asdict(row) | {"row": "5b/fast", "failed": "exit 1: no memory"}
     assert bench._worse([row, row], [slow]) and capsys.readouterr().out == "failed: 5b/fast\nnot reached: 5b/fast\n"
     assert records.compared_table([slow]).endswith("| 5b/fast | exit 1: no memory |")

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,11 +86,6 @@ def main(
             print(f"{add_measured(file, commit)} rows of {file} added; `make readme` writes the table anew")
         return
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        wanted = rows_named(rows) if rows else rows_named(_CHECKED) if check else list(ROWS)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    here = gpus or _gpus()
     given = {
         "steps": steps,
         "layers": layers,
@@ -98,14 +94,19 @@ def main(
         "memory_trace": memory_trace or None,
     }
     changes = {"small": small, "compile": compile} | {name: value for name, value in given.items() if value is not None}
-    wanted = [dataclasses.replace(row, **changes, processes=row.processes_of(here)) for row in wanted]  # type: ignore[arg-type]
+    if link or check:  # seconds alone are asked for
+        changes |= {"profile": False, "memory_trace": memory_trace}
+    here = gpus or _gpus()
+    wanted = [
+        dataclasses.replace(row, **changes, processes=row.processes_of(here))  # type: ignore[arg-type]
+        for row in _named(rows or (_CHECKED if check else None))
+    ]
     if plain_steps:
         wanted = [dataclasses.replace(row, steps=plain_steps) if row.kind == "reference" else row for row in wanted]
     if link:
         _refuse_links(wanted)
         wanted = [dataclasses.replace(row, link=rate) for row in wanted for rate in link]
     if check:
-        wanted = [dataclasses.replace(row, profile=False, memory_trace=False) for row in wanted]
         minutes = min(minutes, _CHECK_MINUTES)
     print(_machine(), flush=True)
     began = time.monotonic()
@@ -132,6 +133,8 @@ def main(
         shown = {name: round(value, 3) for name, value in result.items() if isinstance(value, float)}
         print(f"{time.monotonic() - began:4.0f} s  {row.shown}: {result.get('failed', '')} {shown}", flush=True)
         print(f"      {result.get('losses') or result.get('numerics') or ''}", flush=True)
+        if beside := compared(result):
+            print(f"      {beside}", flush=True)
         (out / "bench.md").write_text(f"{_machine()}\n\n{table(results)}\n", encoding="utf-8")
     if not check:
         print(table(results), flush=True)
@@ -139,6 +142,18 @@ def main(
     print(f"\n{compared_table(results)}", flush=True)
     if check and _worse(wanted, results):
         raise typer.Exit(1)
+
+
+def _named(words: Sequence[str] | None) -> list[BenchRow]:
+    """Rows by their names; the LoRAs without any.
+
+    Raises:
+        typer.BadParameter: there is no such row.
+    """
+    try:
+        return rows_named(words) if words else list(ROWS)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _refuse_links(rows: list[BenchRow]) -> None:
@@ -163,10 +178,16 @@ def _worse(wanted: list[BenchRow], results: list[dict[str, Any]]) -> bool:
     slower = [name for name, row in found if row and row.slower]
     failed = [result["row"] for result in results if "s_per_step" not in result]
     missed = [row.name for row in wanted[len(results) :]]
-    for what, names in ((f"slower by more than {NOISE:.0%}", slower), ("failed", failed), ("not reached", missed)):
+    new = [name for name, row in found if name not in failed and not (row and row.since)]
+    for what, names in (
+        (f"slower by more than {NOISE:.0%}", slower),
+        ("failed", failed),
+        ("not reached", missed),
+        ("nothing to compare with is recorded of", new),
+    ):
         if names:
             print(f"{what}: {' '.join(names)}", flush=True)
-    if not slower + failed + missed:
+    if not slower + failed + missed + new:
         print(f"none is slower by more than {NOISE:.0%}", flush=True)
     return bool(slower + failed + missed)
 
