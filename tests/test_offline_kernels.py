@@ -35,18 +35,21 @@ def qk_kernels():
 
 
 def vae_kernels():
-    from cogprep.vae import kernels
+    from cogprep.vae import kernels, steps
 
     for dtype, channels in product(TYPES, CHANNELS):
-        same = dict.fromkeys(("x", "other", "bias", "out", "weight", "norm_bias"), f"*{dtype}")
-        types = same | {"parts": "*fp32", "affine": "*fp32", "share": "fp32", "eps": "fp32"}
+        same = dict.fromkeys(("x", "other", "out", "weight", "norm_bias", "video"), f"*{dtype}")
+        types = same | {"parts": "*fp32", "affine": "*fp32", "bias": "*fp32", "eps": "fp32"}
         shape = {"C": channels, "ROWS": max(1, kernels._BLOCK // channels)}
         for other, store in ((False, False), (False, True), (True, True)):
-            yield kernels._sum_kernel, types, shape | {"OTHER": other, "STORE": store}
-        yield kernels._affine_kernel, types, {"C": channels, "WIDTH": channels // 32, "BLOCK": 128}
-        yield kernels._norm_silu_kernel, types, shape
+            yield steps.sum_kernel, types, shape | {"OTHER": other, "STORE": store}
+        yield steps.affine_kernel, types, {"C": channels, "WIDTH": channels // 32, "BLOCK": 128}
+        for backwards in (False, True):
+            yield steps.norm_silu_kernel, types, shape | {"BACKWARDS": backwards}
         for halve, odd in product((False, True), (False, True)):
-            yield kernels._add_pool_kernel, types, shape | {"HALVE": halve, "ODD": odd}
+            yield steps.add_pool_kernel, types, shape | {"HALVE": halve, "ODD": odd}
+        if channels == CHANNELS[0]:
+            yield steps.first_kernel, types, {"C": channels, "INPUTS": 3, "TAPS": 32, "ROWS": kernels._FIRST}
 
 
 def shared_kib(kernel, types, constants, capability):

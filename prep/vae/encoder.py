@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import SettingError
+from cogcommon.files.memory import free_gpu_memory
 from cogcommon.model.copies import CopyStream, download
 from cogcommon.shards.records import (
     IMAGE_CLEAN_MEAN,
@@ -22,11 +23,14 @@ from cogcommon.shards.records import (
 
 from ..settings import Posterior, Tiling
 from .choice import Choice, use_fused_encoder
+from .chunks import Together, chunks_of, together
 from .gpu_time import Span, record
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+_ROOM = 0.7  # of the memory that is free for the tensors of a layer; the rest is for cuDNN and the next clip's pixels
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class LatentEncoder:
         self._seed = seed
         self._too_large: set[tuple[int, ...]] = set()
         self._warm: set[tuple[int, ...]] = set()
+        self._together: dict[tuple[int, ...], Together] = {}  # chunks of a size that the encoder takes at once
         self.choice = Choice("diffusers")
         with self._on_device():
             self._copies = CopyStream(device)
@@ -222,11 +227,15 @@ class LatentEncoder:
                 except RuntimeError as error:
                     if not _is_out_of_memory(error):
                         raise
-                    if self._tiling == "off":
+                    fewer = self._together.get(shape, Together()) != Together()
+                    if self._tiling == "off" and not fewer:
                         raise self._no_memory(shape, "--tiling auto, or --precision bf16") from error
                 # Outside the handler: there the traceback still holds the tensors of the failed try.
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
+                if fewer:
+                    self._together[shape] = Together()
+                    return self._moments(pixels_1CFHW)
                 self._too_large.add(shape)
             try:
                 return self._run(pixels, tiles=True)
@@ -244,10 +253,26 @@ class LatentEncoder:
     def _run(self, pixels: torch.Tensor, *, tiles: bool) -> Moments:
         vae = self._vae
         vae.enable_tiling() if tiles else vae.disable_tiling()
-        posterior = vae.encode(pixels).latent_dist
+        posterior = vae.encode(pixels).latent_dist if tiles else self._whole(pixels)
         height, width = pixels.shape[-2:]
         tiled = tiles and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width)
         return Moments(download(posterior.mean[0]), download(posterior.std[0]), tiled)
+
+    def _whole(self, pixels: torch.Tensor) -> Any:
+        """The posterior of whole frames, as many chunks of them together as memory has room for."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        vae, shape = self._vae, tuple(pixels.shape)
+        if self.choice.encoder != "fused" or not vae.encoder.ways.together:
+            return vae.encode(pixels).latent_dist
+        frames = vae.num_sample_frames_batch_size
+        if shape not in self._together:
+            channels = vae.config.block_out_channels[0]
+            room = _ROOM * free_gpu_memory(self._device)
+            self._together[shape] = together(
+                chunks_of(shape[2], frames), shape[3], shape[4], channels, pixels.itemsize, room
+            )
+        return DiagonalGaussianDistribution(vae.encoder.clip(pixels, frames, self._together[shape]))
 
     def _named(self, mean_name: str, std_name: str, moments: Moments, purpose: str) -> dict[str, torch.Tensor]:
         import torch

@@ -7,6 +7,9 @@ and 1080p clips in FOLDER (11 GB), then measures on this machine's first GPU
 * one ``cogprep encode``: clips a minute, and the share of time that the GPU was busy;
 * a plain serial loop over the same clips: decode, tiled VAE, T5.
 
+With ``--ways`` it measures the ways of the fused encoder instead, each alone and all together, then an encode with all
+and one with none (``--ways --seconds 240``).
+
 Every part is a process of its own; one that fails or takes too long leaves its last
 line and the rest goes on. Results: FOLDER/results.jsonl, FOLDER/table.md, FOLDER/log.txt.
 """
@@ -18,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -135,12 +138,25 @@ def more_of_the_vae(bench: Bench, size: Size) -> None:
             levers(bench, size, [lever])
 
 
-def encode(bench: Bench, size: Size) -> None:
-    """`cogprep encode`, as a user runs it."""
-    words = ["--data-root", bench.folder.clips, "--model", bench.folder.model, "--out", bench.folder.shards]
-    part = bench.start("cogprep", "encode", *words, "--resolution", SHAPES[size].resolution)
+def encode(bench: Bench, size: Size, ways: Mapping[str, Any] | None = None) -> None:
+    """`cogprep encode`, as a user runs it, or with other ways of the VAE's encoder (`stage`)."""
+    out = bench.folder.shards / str(len(bench.results))
+    module, first = ("cogprep", []) if ways is None else ("workshop.bench_encode.stage", [json.dumps(ways)])
+    words = ["--data-root", bench.folder.clips, "--model", bench.folder.model, "--out", out]
+    part = bench.start(module, *first, "encode", *words, "--resolution", SHAPES[size].resolution)
     if bench.finish(part, 120):
-        bench.add({"encode": json.loads((bench.folder.shards / "report.json").read_bytes())})
+        name = "" if ways is None else json.dumps(ways)
+        bench.add({"encode": json.loads((out / "report.json").read_bytes()), "ways": name})
+
+
+def every_way(bench: Bench, size: Size) -> None:
+    """The fused encoder's ways by themselves, then a whole encode with all of them, and one with none."""
+    budget = max(30.0, bench.left_s - 110)
+    bench.finish(bench.start("workshop.bench_encode.ways", bench.folder.root, size, budget), budget + 40)
+    everything = {"together": True, "bias_later": True, "first_kernel": True, "kernels": {"backwards": True}}
+    for ways in (everything, {}):
+        if bench.left_s > 30:
+            encode(bench, size, ways)
 
 
 def main(
@@ -151,6 +167,7 @@ def main(
     serial: Annotated[int, typer.Option(min=1, help="Clips of the serial loop.")] = 6,
     size: Annotated[str, typer.Option(help="true, or tiny to try the benchmark on a CPU.")] = "true",
     vae: Annotated[bool, typer.Option(help="The VAE alone, one lever at a time, too.")] = True,
+    ways: Annotated[bool, typer.Option(help="Only the fused encoder's ways, and encodes with all and none.")] = False,
 ) -> None:
     """Measure how fast this machine encodes."""
     chosen: Size = "tiny" if size == "tiny" else "true"
@@ -160,7 +177,10 @@ def main(
         raise typer.BadParameter(f"{where.root} is not empty")
     with (where.root / "log.txt").open("w", encoding="utf-8") as log:
         bench = Bench(where, time.monotonic() + seconds, log)
-        if make(bench, chosen, clips, text_layers):
+        made = make(bench, chosen, clips, text_layers)
+        if made and ways:
+            every_way(bench, chosen)
+        elif made:
             if vae:
                 levers(bench, chosen, _LEVERS)
             encode(bench, chosen)

@@ -14,10 +14,17 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
             lines += [f"{result['machine']}; {versions}; `{result['command']}`", ""]
     lines += _vae([result for result in results if "vae" in result])
+    encodes = [result for result in results if "encode" in result]
     lines += _pipeline(
-        next((result["encode"] for result in results if "encode" in result), None),
+        [(result["encode"], result.get("ways", "")) for result in encodes],
         next((result for result in results if "serial" in result), None),
     )
+    lines += _steps([result for result in results if "step" in result])
+    for result in results:
+        if "failed" in result:
+            lines.append(f"failed: {result['failed']}: {result['why']}")
+        if "skipped" in result:
+            lines.append(f"no time was left for: {result['skipped']}")
     for result in results:
         if "profile_of" in result:
             lines += ["", f"GPU kernels of one clip, {result['profile_of']}:", "", "| kernel | ms |", "|---|---|"]
@@ -37,18 +44,26 @@ def _vae(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def _pipeline(report: dict[str, Any] | None, serial: dict[str, Any] | None) -> list[str]:
+def _steps(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["", "| alone | ms | |", "|---|---|---|"]
+    return lines + [f"| {row['step']} | {row['ms']:.3f} | {row['rate']:.3g} {row['unit']} |" for row in rows]
+
+
+def _pipeline(reports: Sequence[tuple[dict[str, Any], str]], serial: dict[str, Any] | None) -> list[str]:
+    """Encodes, each with the ways that it was told to take, and the serial loop."""
     lines = ["| whole pipeline | clips/min | |", "|---|---|---|"]
-    if report is not None:
+    for report, ways in reports:
         seconds = report["seconds"]
-        work_s = seconds["text"] + seconds["encode"]
         busy = "no GPU" if report["gpu_busy"] is None else f"GPU busy {report['gpu_busy']:.1%}"
+        told = f" with `{ways}`" if ways else ""
         lines.append(
-            f"| cogprep encode, T5 and VAE, models loaded | {60 * report['encoded'] / work_s:.1f} | "
+            f"| cogprep encode{told}, T5 and VAE, models loaded | {_clips_a_minute(report):.1f} | "
             f"{report['encoded']} clips, {busy}, encoder {report['vae_encoder']}, bound by {report['bound_by']} |"
         )
         lines.append(
-            f"| cogprep encode, from start to end | {60 * report['encoded'] / seconds['total']:.1f} | "
+            f"| cogprep encode{told}, from start to end | {60 * report['encoded'] / seconds['total']:.1f} | "
             + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
             + " |"
         )
@@ -57,7 +72,12 @@ def _pipeline(report: dict[str, Any] | None, serial: dict[str, Any] | None) -> l
         lines.append(
             f"| serial loop: decode, tiled VAE, T5; models loaded | {serial['clips_per_minute']:.1f} | {parts} |"
         )
-    if report is not None and serial is not None:
-        ratio = 60 * report["encoded"] / work_s / serial["clips_per_minute"]
+    if reports and serial is not None:
+        ratio = _clips_a_minute(reports[0][0]) / serial["clips_per_minute"]
         lines.append(f"| ratio | {ratio:.1f} | |")
     return lines if len(lines) > 2 else []
+
+
+def _clips_a_minute(report: dict[str, Any]) -> float:
+    """Without loading, checking and warm-up."""
+    return float(60 * report["encoded"] / (report["seconds"]["text"] + report["seconds"]["encode"]))

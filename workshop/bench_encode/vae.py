@@ -99,10 +99,10 @@ def measure(folder: Folder, shape: Shape, lever: str, runs: int = 5) -> Iterator
             torch.save(vae.encode(clip_1CFHW).latent_dist.mean.cpu(), folder.exact.with_suffix(".tmp"))
             folder.exact.with_suffix(".tmp").rename(folder.exact)
             return
-        first_s, _ = _timed(lambda: vae.encode(clip_1CFHW), device)
+        first_s, _ = timed(lambda: vae.encode(clip_1CFHW), device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        rest = [_timed(lambda: vae.encode(clip_1CFHW), device) for _ in range(runs)]
+        rest = [timed(lambda: vae.encode(clip_1CFHW), device) for _ in range(runs)]
         yield {
             "vae": lever,
             "size": shape.resolution,
@@ -128,9 +128,9 @@ def measure_large(folder: Folder, lever: str) -> Iterator[dict[str, object]]:
         wanted = None
         for name in ("diffusers, whole frames", lever):
             LEVERS[name](vae)
-            first_s, _ = _timed(lambda: vae.encode(clip_1CFHW), device)
+            first_s, _ = timed(lambda: vae.encode(clip_1CFHW), device)
             torch.cuda.reset_peak_memory_stats()
-            seconds, found = _timed(lambda: vae.encode(clip_1CFHW), device)
+            seconds, found = timed(lambda: vae.encode(clip_1CFHW), device)
             peak = torch.cuda.max_memory_allocated() / 2**30
             mean = found.latent_dist.mean.double()
             wanted = mean if wanted is None else wanted
@@ -165,7 +165,7 @@ def profile(work: Callable[[], object]) -> dict[str, float]:
     return {f"{row.key[:90]} x{row.count}": round(row.self_device_time_total / 1000, 2) for row in rows[:16]}
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     if device.type != "cuda":
         started = time.perf_counter()
         result = work()
