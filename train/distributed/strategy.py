@@ -232,7 +232,7 @@ class Runtime:
 
     def room_for(self, model: torch.nn.Module) -> torch.device:
         """This process's GPU if a second copy of the model fits there, else the CPU."""
-        return self._room(parameter.nbytes for parameter in model.parameters())
+        return self._room(_whole_bytes(parameter) for parameter in model.parameters())
 
     def room_of(self, model: torch.nn.Module) -> torch.device:
         """This process's GPU if what lies elsewhere of the model fits there, too, else the CPU."""
@@ -286,6 +286,11 @@ def start(
         )
     assert accelerator.num_processes == peers.world, (accelerator.num_processes, peers.world)
     return Runtime(accelerator, strategy, precision, config, peers)
+
+
+def _whole_bytes(parameter: torch.nn.Parameter) -> int:
+    """Of a weight, though ZeRO-3 holds it in parts, and none of it in the parameter itself."""
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
 def _hush() -> None:

@@ -15,7 +15,7 @@ from ..distributed.strategies import STRATEGIES
 from ..distributed.zero_config import can_spread, deepspeed_config
 from ..settings import LoraSettings, Memory, Optimizer, Strategy
 from .cost import Speed, plan_cost
-from .host import HostNeeds, itself, offloaded_bytes
+from .host import HostNeeds, export_bytes, itself, offloaded_bytes
 from .weights import trained_weights
 
 if TYPE_CHECKING:
@@ -141,12 +141,10 @@ def host_needs(
     """
     strategy, batch = strategy or run.strategy, batch or run.settings.batch_size
     load = load_of(run, strategy=strategy, batch=batch)
-    weights, size, loading = trained_weights(run), _size(run), _loading(run, strategy)
-    full, ddp = run.method.full, strategy == "ddp"
-    # What was trained is there as it is written, and again as it is loaded back (`Method.export`).
-    exported = 2 * size * weights if full else loading + 8 * weights
-    if run.settings.keep_best:  # as the checkpoint holds it, and in a model of its own
-        exported += (4 + size) * weights if full else loading + 4 * weights
+    weights, full, loading = trained_weights(run), run.method.full, _loading(run, strategy)
+    exported, released = export_bytes(
+        loading, weights, size=_size(run), full=full, sharded=strategy != "ddp", keep_best=run.settings.keep_best
+    )
     return HostNeeds(
         load=load,
         gpu=gpu,
@@ -158,7 +156,7 @@ def host_needs(
         masters=4 * weights // load.layers if full else 0,
         apart=0 if gpu else _apart(run, strategy),
         exported=exported,
-        released=(4 * weights if full else loading) if ddp else 0,
+        released=released,
     )
 
 

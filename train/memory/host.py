@@ -85,6 +85,35 @@ def itself(*, gpu: bool, strategy: Strategy) -> int:
     return ITSELF + (0 if strategy == "ddp" else _DEEPSPEED)
 
 
+def export_bytes(
+    base: int, weights: int, *, size: int, full: bool, sharded: bool, keep_best: bool
+) -> tuple[int, int]:  # fmt: skip
+    """Host memory that the process takes which exports and proves it (`Saver.finish`, `Method.verify`).
+
+    A LoRA is proved on the model that was trained. Only where DeepSpeed holds that one's weights, or a kept checkpoint
+    is exported, is a base loaded beside it; where both are so, two.
+
+    Args:
+        base: bytes of the checkpoint's weights as loaded.
+        weights: how many are trained.
+        size: bytes of a number as computed.
+        full: all weights are trained.
+        sharded: by DeepSpeed.
+        keep_best: a kept checkpoint may be what is exported.
+
+    Returns:
+        Copies that it makes, and what comes back from the GPU to make room for them there.
+    """
+    masters = 4 * weights
+    if full:  # as written and as loaded back; of a kept checkpoint as read, too, and in a model of its own
+        copies = max(4 * size, 2 * size + 4) if keep_best else 2 * size
+        return copies * weights, 0 if sharded else masters
+    # Adapters as written, as read back, as they act, and as they lay on the GPU; those that a kept one's take the place
+    # of, too.
+    copies = (5 if keep_best else 4) * masters + (sharded + keep_best) * base
+    return copies, base if keep_best and not sharded else 0
+
+
 def offloaded_bytes(weights: float, strategy: Strategy) -> float:
     """Host memory that DeepSpeed takes for a process's part of the trained weights.
 

@@ -125,12 +125,16 @@ def adapted(transformer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def state_dict(
-    transformer: torch.nn.Module, read: Callable[[torch.nn.Parameter], torch.Tensor] | None = None
+    transformer: torch.nn.Module,
+    read: Callable[[torch.nn.Parameter], torch.Tensor] | None = None,
+    *,
+    keep: bool = True,
 ) -> dict[str, torch.Tensor]:
     """The adapters as the file holds them: fp32, on the CPU, the scale folded into B.
 
     Args:
         read: gives a weight whole; under ZeRO the ranks hold parts, and all of them call this.
+        keep: false on ranks that only help to gather; they get an empty dict.
 
     Raises:
         RunError: a weight is not finite.
@@ -144,12 +148,15 @@ def state_dict(
     for name, layer in adapted(transformer):
         for side in ("lora_A", "lora_B"):
             parameter = getattr(layer, side)[ADAPTER].weight
-            weight = (read(parameter) if read else parameter.detach()).to("cpu", torch.float32, copy=True)
+            weight = read(parameter) if read else parameter.detach()
+            if not keep:
+                continue
+            weight = weight.to("cpu", torch.float32, copy=True)
             assert weight.ndim == 2 and weight.numel(), "a part of a weight: it must be gathered"
             if side == "lora_B":
                 weight *= layer.scaling[ADAPTER]
             state[f"{PREFIX}{name}.{side}.weight"] = weight.contiguous()
-    assert state, "no adapters attached"
+    assert state or not keep, "no adapters attached"
     refuse_to_write(state.values(), "the adapters' weights are")
     return state
 

@@ -106,7 +106,10 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """A file or folder of weights, and what it must be: the weights, and the live model's `output_on_noise`."""
+    """A file or folder of weights, and what it must be: the weights, and the live model's `output_on_noise`.
+
+    ``state`` is rank 0's; others hold none.
+    """
 
     path: Path
     state: Mapping[str, torch.Tensor]
@@ -192,7 +195,7 @@ class Lora:
         of_adapter = {"adapter": self.settings.adapter, "rank": str(self.settings.rank), "alpha": f"{self.alpha:g}"}
         return _written(
             runtime, plain, folder / lora.FILE, go_on,
-            lambda: lora.state_dict(plain, runtime.full_weight()),
+            lambda: lora.state_dict(plain, runtime.full_weight(), keep=runtime.main),
             lambda state: lora.save(state, folder, {**facts, **of_adapter}),
         )  # fmt: skip
 

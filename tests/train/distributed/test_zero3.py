@@ -2,10 +2,15 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cogcommon.model.families import FAMILIES
+from cogtrain.distributed import strategy as strategies
+from cogtrain.distributed.peers import ALONE
+from cogtrain.distributed.strategy import Runtime
 
 FORMS = [family.builtin for family in FAMILIES]
 IN_CI = [("zero3", "lora", "tiny-1.5-i2v", "low"), ("zero3", "sft", "tiny", "auto")]
@@ -41,3 +46,14 @@ def test_two_steps_with_a_resume_between_and_an_export(tmp_path, make_shards, ru
         assert sorted(expected) == [1, 2]
         assert losses(ours) == pytest.approx(expected, rel=1e-5), ours.name
         assert list(ours.glob("*.safetensors" if method == "lora" else "transformer/*.safetensors"))
+
+
+def test_room_for_a_model_is_that_of_all_its_weights_though_they_lie_in_parts(monkeypatch):
+    """ZeRO-3 leaves nothing in a parameter itself; a second model beside it is whole."""
+    weight = torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16))
+    weight.ds_numel = 1000
+    model = torch.nn.ParameterList([weight])
+    runtime = Runtime(SimpleNamespace(device=torch.device("cuda")), "zero3", "bf16", {}, ALONE)
+    for free, room in ((2500, "cuda"), (2000, "cpu")):
+        monkeypatch.setattr(strategies, "free_gpu_memory", lambda device, free=free: free)
+        assert runtime.room_for(model) == torch.device(room)

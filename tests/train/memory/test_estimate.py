@@ -1,12 +1,15 @@
 """What a run is said to take, against small models that live and published shapes that do not fit here."""
 
 import dataclasses
+import gc
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from live import Live
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from cogcommon.model.checkpoint import open_checkpoint
@@ -16,8 +19,10 @@ from cogtrain.blocks.plan import BlockPlan, Load, choose_plan
 from cogtrain.data.batches import AHEAD, READERS, Collator, bytes_ahead, read_sample
 from cogtrain.data.sampler import Slot
 from cogtrain.distributed.optimizer import make_optimizer
+from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.memory.estimate import bytes_a_weight, estimate, host_needs, load_of, trained_weights
 from cogtrain.memory.host import offloaded_bytes
+from cogtrain.memory.machine import host_memory
 from cogtrain.model.batch import Batch
 from cogtrain.model.ema import EMA
 from cogtrain.model.method import method_of
@@ -25,6 +30,8 @@ from cogtrain.model.objective import Objective
 from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings, SftSettings
 from cogtrain.trainer.failures import out_of_memory
+from cogtrain.trainer.saver import Saver
+from cogtrain.validation.validate import Validation
 from workshop.bench_train.subject import random_checkpoint, random_shards
 
 GIB = 2**30
@@ -119,20 +126,82 @@ def test_what_deepspeed_will_take_of_the_host_is_left_to_it(run_of):
         assert plan.host(load) <= 0.8 * left
 
 
-def test_each_plan_leaves_room_for_its_own_end(run_of):
-    """To export a LoRA, rank 0 loads the base again; where that came from the host it is there twice, else on both."""
-    needs = host_needs(run_of(LoraSettings(), "5b"), gpu=True)
-    inputs = ("inputs",) * needs.load.layers
-    streamed, resident = (
-        BlockPlan(inputs, offload_activations=True, swap_blocks=True),
-        BlockPlan(inputs, offload_activations=True),
-    )
-    weights = needs.load.blocks
-    assert needs.ending(resident) - needs.ending(streamed) == needs.loading >= weights
-    for plan in (streamed, resident):
+def keeping_best(run, keep_best):
+    return dataclasses.replace(run, settings=dataclasses.replace(run.settings, keep_best=keep_best))
+
+
+STREAMED, RESIDENT = (BlockPlan(("inputs",) * 42, offload_activations=True, swap_blocks=swap) for swap in (True, False))
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_each_plan_leaves_room_for_its_own_end(run_of, keep_best):
+    """To export a kept checkpoint a base is loaded again; where that came from the host it is there twice, else on
+    both."""
+    needs = host_needs(keeping_best(run_of(LoraSettings(), "5b"), keep_best), gpu=True)
+    assert needs.ending(RESIDENT) - needs.ending(STREAMED) == keep_best * needs.loading
+    for plan in (STREAMED, RESIDENT):
         worst = needs.at_most(plan, 1)
-        assert worst == needs.itself + needs.batches + plan.host(needs.load) + needs.ending(plan)
+        ending = plan.host(needs.load) + needs.ending(plan)
+        assert worst == needs.itself + needs.batches + max(ending, needs.loading)
         assert needs.fits(plan, int(1.3 * worst), 1) and not needs.fits(plan, worst - GIB, 1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_base_is_counted_at_the_end_only_where_one_is_loaded(run_of, strategy):
+    """`Lora.verify` takes the model that was trained, but where DeepSpeed holds it; a kept checkpoint has one of its
+    own."""
+    for keep_best, bases in ((False, strategy != "ddp"), (True, 1 + (strategy != "ddp"))):
+        needs = host_needs(keeping_best(run_of(LoraSettings(strategy=strategy), "5b"), keep_best), gpu=True)
+        assert needs.exported // needs.loading == bases and needs.exported % needs.loading < 3 * GIB
+        assert needs.released == (needs.loading if keep_best and strategy == "ddp" else 0)
+
+
+def test_a_lora_of_5b_fits_a_host_of_16_gb(run_of):
+    needs = host_needs(run_of(LoraSettings(), "5b"), gpu=True)
+    assert needs.fits(BlockPlan(("attention",) * 42, compiled=True), host_memory("16GB"), 1)
+
+
+@pytest.mark.parametrize("settings", [LoraSettings(rank=32), SftSettings()], ids=["lora", "sft"])
+@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.full)])
+def test_the_end_of_a_run_takes_what_is_computed(
+    tmp_path, make_shards, train_here, monkeypatch, settings, keep_best, strategy
+):
+    """Every tensor that begins to live as a run exports and proves its weights, those of a kept checkpoint, too."""
+    make_shards(tmp_path / "out", samples=2)
+    make_shards(tmp_path / "held", samples=1, seed=9)
+    losses, live = iter((0.1, 0.2)), Live()
+    there, measure = [], Validation.measure
+
+    def scripted(*arguments):
+        return dataclasses.replace(measure(*arguments), val_loss=next(losses))
+
+    def counting(call):
+        def counted(saver, *arguments):
+            if not there:
+                gc.collect()
+                for tensor in gc.get_objects():
+                    if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                        live.count(tensor)
+                there.append(live.now)
+            with live if live not in _get_current_dispatch_mode_stack() else nullcontext():
+                return call(saver, *arguments)
+
+        return counted
+
+    monkeypatch.setattr(Validation, "measure", scripted)
+    monkeypatch.setattr(Saver, "export", counting(Saver.export))
+    monkeypatch.setattr(Saver, "finish", counting(Saver.finish))
+    settings = dataclasses.replace(
+        settings, shards=[str(tmp_path / "out")], validate_shards=[str(tmp_path / "held")], out=tmp_path / "run",
+        validate_every=1, steps=2, keep_best=keep_best, strategy=strategy,
+    )  # fmt: skip
+    train_here(settings)
+    needs = host_needs(open_run(settings, torch.device("cpu"), 1), gpu=False)
+    computed, answer = needs.exported, 14 * 4 * 242 * 192  # and what 242 tokens take in a forward pass
+    lives = live.most - there[0]
+    print(f"{type(settings).__name__}, keep best {keep_best}: computed {computed >> 10} KiB, lives {lives >> 10}")
+    assert 0.7 * computed <= lives <= computed + answer
 
 
 def test_what_is_left_counts_every_process_and_every_batch(run_of):

@@ -2,14 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
 
+from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import Resolution
+from cogtrain.memory.estimate import estimate
+from cogtrain.model.lora_file import FILE, read_facts
+from cogtrain.runs.run import open_run
+from cogtrain.settings import LoraSettings
 
 pytestmark = pytest.mark.full  # a minute for each batch; and groups are root's
 
@@ -85,6 +93,38 @@ def test_a_run_takes_what_the_plan_says(in_group, shards_of, tmp_path, size, bat
     code, error, most = in_group(int(1.02 * said), words)  # the plan says two digits
     print(f"{size}, batch {batch}: the plan says {said >> 20} MiB, the run held {most >> 20}")
     assert code == 0, error
+    assert (1 - MARGIN) * said <= most <= 1.02 * said
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_a_run_whose_end_takes_most_takes_what_is_computed(in_group, tmp_path, make_shards, keep_best):
+    """Of a model of 0.5 GiB on few tokens, whose second base is what a kept checkpoint adds.
+
+    Its file is in half precision: weights in the type that is computed in would stay in the file cache.
+    """
+    model = tmp_path / "model"
+    shutil.copytree(open_checkpoint("random-tiny").root, model)
+    config = open_checkpoint(str(model)).transformer_config
+    wide = CogVideoXTransformer3DModel.from_config(
+        dict(config) | {"num_attention_heads": 24, "attention_head_dim": 64, "num_layers": 4}
+    )
+    wide.half().save_pretrained(model / "transformer")
+    make_shards(tmp_path / "shards", str(model), samples=4)
+    make_shards(tmp_path / "held", str(model), samples=1, seed=9)
+    settings = LoraSettings(
+        shards=[str(tmp_path / "shards")], validate_shards=[str(tmp_path / "held")], validate_every=1, steps=3,
+        lr=0.5, warmup=0, keep_best=keep_best, out=tmp_path / "run",  # a rate at which the first step is the best
+    )  # fmt: skip
+    words = [
+        "lora", "--shards", str(tmp_path / "shards"), "--validate-shards", str(tmp_path / "held"), "--validate-every",
+        "1", "--steps", "3", "--lr", "0.5", "--warmup", "0", "--out", str(tmp_path / "run"),
+        *["--keep-best"] * keep_best,
+    ]  # fmt: skip
+    said = estimate(open_run(settings, torch.device("cpu"), 1), gpu=False).host_at_most(1)
+    code, error, most = in_group(int(1.02 * said), words)
+    print(f"keep best {keep_best}: computed {said >> 20} MiB, the run held {most >> 20}")
+    assert code == 0, error
+    assert (read_facts(tmp_path / "run" / FILE)["steps"] != "3") == keep_best
     assert (1 - MARGIN) * said <= most <= 1.02 * said
 
 
