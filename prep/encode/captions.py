@@ -6,13 +6,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from cogcommon.cli.progress import say
 from cogcommon.files.memory import free_gpu_memory
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.copies import move
+from cogcommon.model.copies import download, move
 
 from ..store.locks import shard_disk_errors
 
@@ -78,6 +79,10 @@ class TextEncoder:
         kernels, and with them the last bits. On a CPU that is one row, and the bits are the same
         however the work is divided.
         """
+        return self.start(captions)()
+
+    def start(self, captions: Sequence[str]) -> Callable[[], list[tuple[torch.Tensor, CaptionFacts]]]:
+        """Begin with captions; what comes back waits for the device, and gives what `encode_batch` does."""
         import torch
 
         assert 0 < len(captions) <= self.batch
@@ -86,12 +91,19 @@ class TextEncoder:
             filled, padding="max_length", max_length=self._length, truncation=True, return_tensors="pt"
         )
         with torch.inference_mode():
-            text_BLD = self._model(padded.input_ids.to(self._device))[0].cpu()
-        tokens = [len(self._tokenizer(caption).input_ids) for caption in captions]
-        return [
-            (text_LD, CaptionFacts(count, count > self._length))
-            for text_LD, count in zip(text_BLD, tokens, strict=False)
-        ]
+            text_BLD = download(self._model(padded.input_ids.to(self._device))[0])
+        there = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+
+        def finish() -> list[tuple[torch.Tensor, CaptionFacts]]:
+            tokens = [len(self._tokenizer(caption).input_ids) for caption in captions]
+            if there is not None:
+                there.synchronize()
+            return [
+                (text_LD, CaptionFacts(count, count > self._length))
+                for text_LD, count in zip(text_BLD, tokens, strict=False)
+            ]
+
+        return finish
 
 
 def _free(device: torch.device) -> float:
@@ -119,19 +131,33 @@ class TextStore:
         Raises:
             DiskError: the disk is full.
         """
-        import torch
-
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._facts]
+        before: Callable[[], None] | None = None  # a batch is written while the device is at the next
         for start in range(0, len(new), encoder.batch):
             batch = new[start : start + encoder.batch]
-            for caption, (text_LD, facts) in zip(batch, encoder.encode_batch(batch), strict=True):
-                self._shape, self._dtype = text_LD.shape, text_LD.dtype
-                with shard_disk_errors(self._folder):
-                    self._file.write(text_LD.contiguous().view(torch.uint8).numpy().data)
-                self._facts[caption] = (len(self._facts), facts)
-                done()
+            after = partial(self._add, batch, encoder.start(batch), done)
+            if before is not None:
+                before()
+            before = after
+        if before is not None:
+            before()
         with shard_disk_errors(self._folder):
             self._file.flush()
+
+    def _add(
+        self,
+        captions: Sequence[str],
+        finish: Callable[[], list[tuple[torch.Tensor, CaptionFacts]]],
+        done: Callable[[], None],
+    ) -> None:
+        import torch
+
+        for caption, (text_LD, facts) in zip(captions, finish(), strict=True):
+            self._shape, self._dtype = text_LD.shape, text_LD.dtype
+            with shard_disk_errors(self._folder):
+                self._file.write(text_LD.contiguous().view(torch.uint8).numpy().data)
+            self._facts[caption] = (len(self._facts), facts)
+            done()
 
     def read(self, caption: str) -> tuple[torch.Tensor, CaptionFacts]:
         """An embedding (L, D) and what is known of its caption. Threads may read at once."""
