@@ -291,6 +291,10 @@ class ForecastSettings:
     host: str | None = setting(
         None, "memory of the host, as 64GB", shown="what is free here; with --gpu, as much as it takes"
     )
+    link: float | None = setting(
+        None, "GB/s that copies between host and GPU get in each direction, as on a slower slot (doctor times them)",
+        shown="as the card's maker has it",
+    )  # fmt: skip
     rank: int = setting(128, "rank of the LoRA")
     batch_size: int = setting(1, "samples per process and accumulation step")
     optimizer: Optimizer = setting("adamw", "as for training")

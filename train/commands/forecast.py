@@ -19,7 +19,7 @@ from ..memory.disk import writes
 from ..memory.estimate import Estimate, Intent, Trains, choices
 from ..memory.machine import Machine
 from ..memory.measured import Measured, measured
-from ..memory.seconds import seconds
+from ..memory.seconds import seconds, speed_of
 from ..model.method import method_of
 from ..runs.run import Run, open_run
 from ..settings import ForecastSettings, LoraSettings, Memory, SftSettings, Strategy, TrainSettings
@@ -200,6 +200,9 @@ def _measured(run: Trains, needs: Estimate, machine: Machine) -> Measured | None
     if settings.optimizer != "adamw" or settings.ema:
         return None
     (resolution,) = run.buckets if len(run.buckets) == 1 else (None,)
+    card = speed_of(machine.name)
+    if needs.plan.host(needs.load) and card and machine.speed and machine.speed.link != card.link:
+        return None  # it copies, and was measured over the card's own link
     same = {
         "family": run.checkpoint.family.name,
         "method": run.method.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import SettingError
@@ -64,8 +64,24 @@ def machine_for(settings: ForecastSettings) -> Machine:
     """The machine that the settings name, or this one.
 
     Raises:
-        SettingError: there is no such card or host, or no GPU here.
+        SettingError: there is no such card, host or link, or no GPU here.
     """
+    machine = _named(settings)
+    if settings.link is None:
+        return machine
+    if not 0.1 <= settings.link <= 1000:
+        raise SettingError(f"no link copies {settings.link:g} GB/s", where="--link", fix="--link 12")
+    if machine.speed is None:
+        raise SettingError(
+            f"{machine.name}: its seconds are not computed, and the link changes nothing else",
+            where="--link",
+            fix="leave it out",
+        )
+    return replace(machine, speed=replace(machine.speed, link=settings.link * 1e9))
+
+
+def _named(settings: ForecastSettings) -> Machine:
+    """The same over its own link."""
     here = visible_gpus()
     if settings.gpu is None and not here:
         raise SettingError(

@@ -194,6 +194,26 @@ def test_what_is_parked_is_chosen_by_what_it_costs(plan_of):
     assert low.host_gib > 10 and low.computed_s > 30
 
 
+def test_a_slower_link_than_the_cards_own_is_planned_for():
+    def line(memory, **settings):
+        settings = ForecastSettings(gpu="h200", method="lora", **settings)
+        machine = machine_for(settings)
+        family = BY_NAME["5b"]
+        (run,) = forecast.intents(settings, published(family), [family.native], machine)
+        return of(forecast.lines_of(run, machine), "lora", "ddp")[memory]
+
+    own, slow = line("low"), line("low", link=6)
+    assert own.s_per_step == 2.277 and slow.s_per_step is None  # measured over an H200's own link
+    assert slow.computed_s > 2 * own.computed_s and slow.command == own.command
+    assert line("fast", link=6) == line("fast")  # it copies nothing
+    for settings, said in (
+        ({"gpu": "none", "link": 12}, "no GPU: its seconds"),
+        ({"link": 0}, "no link copies 0 GB/s"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            machine_for(ForecastSettings(**{"gpu": "h200"} | settings))
+
+
 def test_a_quick_link_changes_no_plan(plan_of):
     for family, gib in itertools.product(("2b", "5b", "1.5-5b"), (12, 24, 80)):
         known, unknown = (plan_of(gib, family=family, speed=speed) for speed in (H200, None))
