@@ -146,7 +146,17 @@ class TrainSettings:
 
     validate_shards: list[str] = setting([], "held-out shards; their samples are never trained on", section=_VALIDATE)
     validate_every: int = setting(200, "steps between validations", section=_VALIDATE)
-    validate_videos: int = setting(0, "videos to make at each validation", section=_VALIDATE)
+    validate_videos: int = setting(0, "videos of held-out captions to make at each validation", section=_VALIDATE)
+    validate_prompt: list[str] = setting(
+        [], "make a video of this prompt, too, and one by the base model; with the --id-token, if the clips were "
+        "encoded with one; give it again for more videos; needs no --validate-shards", section=_VALIDATE, prose=True,
+        one_word=True,
+    )  # fmt: skip
+    validate_prompts: Path | None = setting(None, "text file with such a prompt in each line", section=_VALIDATE)
+    validate_image: list[str] = setting(
+        [], "first frame of these videos (image-to-video only), cut to their shape: one for all prompts, or one for "
+        "each", section=_VALIDATE,
+    )  # fmt: skip
     patience: int = setting(
         0, "end the run after so many validations in a row without a lower held-out loss; 0: train all steps",
         section=_VALIDATE,
@@ -180,6 +190,12 @@ class TrainSettings:
                 "a copy of the run's folder is wanted, and its folder is not named", where="--mirror",
                 fix="--out runs/mine, too: there the run goes on, on this machine or another",
             )  # fmt: skip
+        if self.validate_image and not (self.validate_prompt or self.validate_prompts):
+            raise SettingError(
+                "there is no prompt that it could be the first frame of",
+                where=f"--validate-image {self.validate_image[0]}",
+                fix='--validate-prompt "what the video shows", too',
+            )
         if self.follow and self.steps is None:
             raise SettingError(
                 "how long an epoch will be is not known while its shards are being encoded",

@@ -27,14 +27,16 @@ _OTHER_OPTIONS = {
     "--train-resolution": "--resolution", "--caption-column": "--prompts", "--video-column": "--videos",
     "--image-column": "--images", "--data": "--shards", "--num-gpus": "--nproc", "--cfg": "--guidance",
     "--guidance-scale": "--guidance", "--lora-path": "--lora", "-v": "--version", "--mem": "--host",
-    "--partition": "--queue", "--cpus-per-task": "--cpus", "--job-name": "--name", "--gpus-per-node": "--gpus",
+    "--validation-prompt": "--validate-prompt", "--validation-prompts": "--validate-prompts",
+    "--validation-images": "--validate-image", "--validation-image": "--validate-image", "--partition": "--queue",
+    "--cpus-per-task": "--cpus", "--job-name": "--name", "--gpus-per-node": "--gpus",
 }  # fmt: skip
 
 # What the finetune scripts of CogVideo, the sister program or a scheduler call an option, and a command has none for.
 _SHARDS = "belongs to cogprep encode{}; cogtrain takes shards: --shards out/"
 _NO_LOADER = "leave it out: shards are read ahead as they need be"
 _ALL_GPUS = "leave it out: all GPUs are taken; --nproc N takes N"
-_VALIDATION = "--validate-shards and --validate-every N, or --validate-videos"
+_VALIDATION = '--validate-prompt "..." and --validate-every N; of clips set aside, --validate-shards'
 _TRAIN = {
     "--data-root": _SHARDS.format(""), "--resolution": _SHARDS.format(""), "--frames": _SHARDS.format(""),
     "--train-resolution": _SHARDS.format(", as --resolution"), "--caption-column": _SHARDS.format(", as --prompts"),
@@ -45,7 +47,8 @@ _TRAIN = {
     "--training-type": "cogtrain lora or cogtrain sft", "--gpus": _ALL_GPUS, "--num-gpus": _ALL_GPUS,
     "--num-processes": _ALL_GPUS, "--pin-memory": _NO_LOADER, "--num-workers": _NO_LOADER, "--workers": _NO_LOADER,
     "--gradient-checkpointing": "leave it out: blocks are recomputed as --memory says", "--do-validation": _VALIDATION,
-    "--validation-dir": _VALIDATION, "--gen-fps": "belongs to cogtrain generate, as --fps",
+    "--validation-dir": "--validate-prompts FILE, a prompt in each line",
+    "--gen-fps": "belongs to cogtrain generate, as --fps",
     "--enable-slicing": "leave it out", "--enable-tiling": "leave it out: cogprep encode --tiling",
 }  # fmt: skip
 _ENCODE = {

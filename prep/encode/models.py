@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cogcommon.cli.progress import say, stage
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import Precision, dtype_of, quiet_libraries
+from cogcommon.model.text_encoder import TextEncoder
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import TEXT
 
@@ -18,7 +19,7 @@ from ..settings import EncodeSettings
 from ..store.locks import shard_disk_errors
 from ..store.outlet import Outlet
 from ..vae.encoder import LatentEncoder
-from .captions import TextEncoder, TextStore
+from .captions import TextStore
 from .clock import Clock
 
 if TYPE_CHECKING:

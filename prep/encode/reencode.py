@@ -12,6 +12,7 @@ from cogcommon.errors import ShardError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
 from cogcommon.model.families import Resolution
+from cogcommon.model.text_encoder import TextEncoder
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import TEXT, SampleRow, ShardRecord
 
@@ -22,7 +23,6 @@ from ..store.shards import read_tensors
 from ..vae.encoder import LatentEncoder
 from ..video.cut import Cut
 from ..video.decode import decode_clip
-from .captions import TextEncoder
 
 if TYPE_CHECKING:
     import torch

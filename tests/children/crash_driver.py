@@ -32,11 +32,11 @@ import torch
 
 from cogcommon.errors import DiskError
 from cogcommon.model.families import BY_NAME, Resolution
+from cogcommon.model.text_encoder import CaptionFacts
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import read_record
 from cogprep.commands.verify import check_shard
 from cogprep.dataset.lists import Sample
-from cogprep.encode.captions import CaptionFacts
 from cogprep.encode.outcome import Outcome
 from cogprep.encode.pipeline import Pipeline
 from cogprep.plan.folder import SPLITS, records_in, scan, split_folder

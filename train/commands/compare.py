@@ -26,6 +26,7 @@ from cogcommon.files.ownership import check_own_folder, state_of, take_output
 from cogcommon.media.video import write_mp4
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
 
+from ..data.prompts import named_after
 from ..model.method import Lora, Method, method_of, of_checkpoint
 from ..report.renew import renew_report
 from ..report.sheet import Column, contact_sheet, grid
@@ -237,9 +238,7 @@ def _asked(
         text = json.dumps(
             {"prompt": request.prompt, "resolution": str(request.resolution), **shared}, ensure_ascii=False
         )
-        folder = (settings.out or settings.run / COMPARED) / generate.video_folder_name(
-            request.prompt, settings.seed, text
-        )
+        folder = (settings.out or settings.run / COMPARED) / named_after(request.prompt, settings.seed, text)
         if before := check_own_folder(folder, _COMPARISON, "--out"):
             before.refuse_foreign(_GRID, SHEET_FILE)
         yield _Asked(request, text, folder)

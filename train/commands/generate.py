@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
-import re
 import time
-import unicodedata
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,14 +17,13 @@ from cogcommon.errors import SettingError
 from cogcommon.files.atomic import scratch_file
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.ownership import Made, check_own_folder, state_of, take_output
-from cogcommon.media.image import BadImage, read_upright, scale_to_cover
 from cogcommon.media.video import Frames, write_mp4
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.model.families import Resolution
-from cogcommon.model.tokens import cut_text
 from cogcommon.words import counted
 
+from ..data.prompts import cut_notes, named_after, read_first_frame, read_prompts, shortened
 from ..report.renew import renew_report
 from ..report.sheet import Column, contact_sheet, side_by_side
 from ..runs.folder import GENERATED, SHEET_FILE
@@ -170,39 +166,10 @@ def _stopped(answers: list[_Answer]) -> str:
     return f"{'; '.join(said)}; run the same command again to have the rest"
 
 
-def _prompts(settings: GenerateSettings) -> list[str]:
-    """The prompts of --prompt and of the lines of --prompts, each once."""
-    prompts = list(settings.prompt)
-    if settings.prompts:
-        try:
-            prompts += settings.prompts.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingError(
-                f"the prompts cannot be read: {getattr(error, 'strerror', None) or 'they are not UTF-8'}",
-                where=f"--prompts {settings.prompts}",
-                fix="a text file (UTF-8) with a prompt in each line",
-            ) from error
-    found = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
-    if not found:
-        raise SettingError(
-            "there is no prompt", where="--prompt", fix='--prompt "what the video shows", or --prompts FILE'
-        )
-    return found
-
-
 def cut_texts(requests: list[Request], checkpoint: Checkpoint) -> Iterator[str]:
     """What to know of prompts that are longer than the model reads."""
-    limit = requests[0].text_tokens
-    texts = [(f'"{request.prompt[:30]}..."', request.prompt) for request in requests]
-    texts.append(("the negative prompt", requests[0].negative_prompt))
-    long = [(name, text) for name, text in texts if 2 * len(text) >= limit]  # no token is less than half a letter
-    tokenizer = checkpoint.load_tokenizer() if long else None
-    for name, text in long:
-        if cut := cut_text(text, tokenizer, limit):
-            yield (
-                f"{name} has {cut.tokens} tokens, and {checkpoint.family.name} reads {limit}: "
-                f'it ends at "...{cut.kept[-30:]}"; this is lost: "{cut.lost}"'
-            )
+    texts = [(shortened(request.prompt), request.prompt) for request in requests]
+    return cut_notes([*texts, ("the negative prompt", requests[0].negative_prompt)], checkpoint)
 
 
 def requests_of(settings: GenerateSettings, tuned: Tuned) -> list[Request]:
@@ -211,7 +178,7 @@ def requests_of(settings: GenerateSettings, tuned: Tuned) -> list[Request]:
     Raises:
         SettingError: the options do not go together, or with the model.
     """
-    prompts = _prompts(settings)
+    prompts = read_prompts(settings.prompt, settings.prompts)
     if settings.steps < 1:
         raise SettingError(f"{settings.steps} sampling steps are too few", where="--steps", fix="--steps 50")
     checkpoint = tuned.checkpoint
@@ -230,14 +197,7 @@ def requests_of(settings: GenerateSettings, tuned: Tuned) -> list[Request]:
                 where=f"--image {settings.image}",
                 fix="leave --image out, or use weights of an I2V model",
             )
-        try:
-            upright = read_upright(settings.image)
-        except BadImage as bad:
-            raise SettingError(
-                f"the image cannot be used: {bad}", where=str(settings.image), fix="--image FILE, a PNG or JPEG"
-            ) from None
-        # Scaled to cover and cut, as the encoder does; the pipeline alone would stretch it.
-        image = scale_to_cover(upright, resolution.width, resolution.height)
+        image = read_first_frame(settings.image, resolution)
     if settings.negative_prompt and settings.guidance <= 1:
         raise SettingError(
             "a negative prompt acts through guidance, and there is none",
@@ -279,12 +239,4 @@ def request_text(settings: GenerateSettings, tuned: Tuned, request: Request, fps
 
 def default_folder(settings: GenerateSettings, prompt: str, asked: str) -> Path:
     """A folder of its own for each request."""
-    return (settings.run or Path()) / GENERATED / video_folder_name(prompt, settings.seed, asked)
-
-
-def video_folder_name(prompt: str, seed: int, asked: str) -> str:
-    """A name after the prompt in whatever letters, and after all that was asked."""
-    letters = unicodedata.normalize("NFC", prompt).lower()
-    words = re.sub(r"[\W_]+", "-", letters).strip("-")[:40].rstrip("-")
-    digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{words or 'video'}-{seed}-{digest}"
+    return (settings.run or Path()) / GENERATED / named_after(prompt, settings.seed, asked)

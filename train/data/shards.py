@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,6 +119,12 @@ class ShardSet:
         """Index into ``buckets`` of each sample."""
         names = pa.array([str(bucket) for bucket in self.buckets])
         return pc.index_in(self.table["bucket"], names).to_numpy().astype(np.int64)
+
+    @property
+    def samples(self) -> dict[Resolution, int]:
+        """How many there are of each bucket."""
+        counts = np.bincount(self.bucket_of, minlength=len(self.buckets))
+        return {bucket: int(count) for bucket, count in zip(self.buckets, counts, strict=True)}
 
     @cached_property
     def clip_of(self) -> Ints:
@@ -264,6 +270,15 @@ class ShardSet:
             where=file.shown,
             fix="remove it; `cogprep encode` writes it again",
         )
+
+
+def usual_size(samples: Mapping[Resolution, int]) -> Resolution:
+    """The size of the most clips; of the most pictures where there are no clips.
+
+    Args:
+        samples: how many there are of each bucket.
+    """
+    return max(samples, key=lambda bucket: (bucket.frames > 1, samples[bucket]))
 
 
 def open_shards(words: Sequence[str], option: str = "--shards", cache: SampleCache | None = None) -> ShardSet:

@@ -24,11 +24,15 @@ _PAGES = 1_000_000  # bytes of settings, lines of metrics, card and report
 
 @dataclass(frozen=True)
 class Writes:
-    """Bytes that a run writes; videos of validation are not counted."""
+    """Bytes that a run writes; videos of validation are not counted.
+
+    ``prompts`` are the embeddings of --validate-prompt, which stay in the run's folder.
+    """
 
     checkpoint: int  # each
     export: int
     keep: int  # checkpoints
+    prompts: int = 0
     best: bool = False  # one more of them, the best; its weights are exported in the place of the last ones
 
     @property
@@ -39,7 +43,7 @@ class Writes:
     @property
     def least(self) -> int:
         """Without any checkpoint."""
-        return self.export * (1 + self.best) + _PAGES
+        return self.export * (1 + self.best) + self.prompts + _PAGES
 
     def __str__(self) -> str:
         kept = f"--keep {self.keep}" + " --keep-best" * self.best
@@ -62,7 +66,10 @@ def writes(run: Trains, strategy: Strategy | None = None) -> Writes:
         states -= 2  # half of the adapters began at zero, which it need not remember
     # The fp32 weights and what the optimizer keeps of them; stages 1 and 2 write what they compute with, too.
     each = 4 + states + 4 * (settings.ema > 0) + (size if STRATEGIES[strategy].stage in (1, 2) else 0)
-    return Writes(int(each * weights), weights * (size if run.method.full else 4), settings.keep, settings.keep_best)
+    config = run.checkpoint.transformer_config
+    prompts = len(run.prompts) * config["max_text_seq_length"] * config["text_embed_dim"] * size
+    export = weights * (size if run.method.full else 4)
+    return Writes(int(each * weights), export, settings.keep, prompts, settings.keep_best)
 
 
 def check_room(run: Run, folder: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cogcommon.model.device import Precision
     from cogcommon.model.families import Resolution
 
+    from ..data.prompts import Prompt
     from ..model.method import Method
     from ..settings import TrainSettings
 
@@ -39,7 +40,9 @@ class Trains(Protocol):
     @property
     def buckets(self) -> tuple[Resolution, ...]: ...
     @property
-    def held_out_buckets(self) -> tuple[Resolution, ...]: ...
+    def validated_buckets(self) -> tuple[Resolution, ...]: ...
+    @property
+    def prompts(self) -> Sequence[Prompt]: ...
     @property
     def strategy(self) -> Strategy: ...
     @property
@@ -59,7 +62,8 @@ class Intent:
     strategy: Strategy
     precision: Precision
     world: int
-    held_out_buckets: tuple[Resolution, ...] = ()
+    validated_buckets: tuple[Resolution, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
 
 
 # Bytes that an optimizer holds for a weight. AdamW: two moments. In 8 bits: two, with a scale in fp32 for each 256 of
@@ -126,7 +130,9 @@ def estimate(
     plan = choose_plan(
         memory, load, free=card, fits_host=fits_host, compiled=compiled and gpu, gpu=gpu, cost=cost
     )  # fmt: skip
-    validating = max((plan.evaluating(load, _load(run, bucket, batch=1)) for bucket in run.held_out_buckets), default=0)
+    validating = max(
+        (plan.evaluating(load, _load(run, bucket, batch=1)) for bucket in run.validated_buckets), default=0
+    )
     return Estimate(strategy, memory, plan, load, needs, apart=max(_apart(run, strategy), validating))
 
 

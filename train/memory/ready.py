@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
-from cogcommon.files.memory import free_gpu_memory, held_here, host_memory_left
+from cogcommon.files.memory import Headroom, free_gpu_memory, held_here, host_memory_left
 from cogcommon.model.device import visible_gpus
 
 from ..blocks.plan import gib
@@ -15,6 +15,8 @@ from ..distributed.strategies import STRATEGIES
 from ..runs.run import Run
 from ..settings import Memory
 from .estimate import estimate
+from .host import itself
+from .weights import text_encoder_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,7 @@ def check_ready(run: Run, processes: int, device: torch.device | None = None) ->
     """
     check_optimizer_installed(run.settings.optimizer, run.strategy)
     check_host_memory(run, processes, device)
+    check_text_encoder(run, processes, device)
     if STRATEGIES[run.strategy].offloads:
         from ..distributed.zero import check_deepspeed_cpu_adam
 
@@ -52,9 +55,7 @@ def check_host_memory(run: Run, processes: int, device: torch.device | None = No
     Raises:
         RunError: with what it takes, what is there, and what to type.
     """
-    left, asked = host_memory_left(), run.settings.batch_size
-    # What a process is already is counted as the run's; one that only starts the others stays beside them.
-    there = left.bytes + (processes * held_here() if device is not None else 0)
+    left, there, asked = *_host_memory(processes, device), run.settings.batch_size
     gpu = visible_gpus() > 0
     card = free_gpu_memory(device) if device is not None and device.type == "cuda" else sys.maxsize
 
@@ -79,3 +80,33 @@ def check_host_memory(run: Run, processes: int, device: torch.device | None = No
         fix=", ".join([*ways, "or a host, or a limit, with more"]).removeprefix("or ")
         + "; `cogtrain plan` says what each way to train takes",
     )
+
+
+def check_text_encoder(run: Run, processes: int, device: torch.device | None = None) -> None:
+    """Refuse prompts to embed where the host has no memory for T5, which one process loads before the transformer.
+
+    Args:
+        processes, device: as for `check_host_memory`.
+
+    Raises:
+        RunError: with what it takes, what is there, and what to do.
+    """
+    if not run.new_prompts:
+        return
+    left, there = _host_memory(processes, device)
+    each = itself(gpu=visible_gpus() > 0, strategy=run.strategy)
+    needed = text_encoder_bytes(run.checkpoint.text_config, run.precision) + processes * each
+    if needed > there:
+        raise RunError(
+            f"T5, which embeds the prompts of --validate-prompt, takes {gib(needed)} of host memory with the processes "
+            f"of the run, and {gib(there)} are there",
+            where=left.where,
+            fix="begin on a host with more: the run's folder keeps the embeddings; or leave --validate-prompt out",
+        )
+
+
+def _host_memory(processes: int, device: torch.device | None) -> tuple[Headroom, int]:
+    """What is left of the host's memory, and the bytes of it that a run may take."""
+    left = host_memory_left()
+    # What a process is already is counted as the run's; one that only starts the others stays beside them.
+    return left, left.bytes + (processes * held_here() if device is not None else 0)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..settings import LoraSettings
 
 if TYPE_CHECKING:
+    from cogcommon.model.device import Precision
+
     from .estimate import Trains
 
 
@@ -57,6 +59,17 @@ def linear_layers(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         yield name + "ff.net.2", 4 * width, width
     yield "norm_out.linear", times, 2 * width
     yield "proj_out", width, config["out_channels"] * patch
+
+
+def text_encoder_bytes(config: Mapping[str, Any], precision: Precision) -> int:
+    """Of T5's encoder as it is loaded; transformers leaves the last layer of each feed-forward in fp32 beside fp16."""
+    width, inner, middle = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
+    into = 2 if config.get("feed_forward_proj", "gated-gelu").startswith("gated") else 1
+    layer = 4 * width * inner + into * width * middle + 2 * width
+    table = config.get("relative_attention_num_buckets", 32) * config["num_heads"]
+    out = config["num_layers"] * middle * width
+    rest = config["vocab_size"] * width + table + config["num_layers"] * layer + width
+    return int((2 if precision == "bf16" else 4) * out + (4 if precision == "fp32" else 2) * rest)
 
 
 def _width(config: Mapping[str, Any]) -> int:

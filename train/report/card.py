@@ -17,7 +17,7 @@ from cogcommon.model.device import DTYPES
 from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, RANDOM
 from cogcommon.words import counted
 
-from ..runs.folder import CAPTIONS_FILE, CARD_FILE, GENERATED, VALIDATION, RecordedRun, lowest, prompt_of
+from ..runs.folder import CAPTIONS_FILE, CARD_FILE, GENERATED, VALIDATION, RecordedRun, drawn_prompts, lowest, prompt_of
 from .chart import number, smoothed
 
 Kind = Literal["lora", "comfyui", "peft", "transformer"]
@@ -72,7 +72,7 @@ def write_card(folder: Path, run: RecordedRun, kind: Kind, step: int | None = No
 
 
 def _samples(run: RecordedRun, step: int) -> list[_Sample]:
-    """Videos of the weights at a step: what was generated with them, and the newest of held-out captions."""
+    """Videos of the weights at a step: what was generated with them, and validation's newest, prompts first."""
     found = []
     if step == run.exported:
         for video in sorted((run.folder / GENERATED).glob("*/tuned.mp4")):
@@ -82,10 +82,11 @@ def _samples(run: RecordedRun, step: int) -> list[_Sample]:
     trained = (path for path in (run.folder / VALIDATION).glob("step-*") if path.name > "step-000000")  # the base's
     newest = max((path for path in trained if path.name <= f"step-{step:06d}"), default=None)
     if newest:
+        videos = [(prompt, newest / f"{name}.mp4") for name, prompt in drawn_prompts(run.folder).items()]
         with suppress(OSError, ValueError, TypeError):
             captions = json.loads((run.folder / VALIDATION / CAPTIONS_FILE).read_text(encoding="utf-8"))
-            videos = [(str(caption), newest / f"{index}.mp4") for index, caption in enumerate(captions)]
-            found += [_Sample(caption, video) for caption, video in videos if video.is_file()]
+            videos += [(str(caption), newest / f"{index}.mp4") for index, caption in enumerate(captions)]
+        found += [_Sample(caption, video) for caption, video in videos if video.is_file()]
     return found[:_MOST_SAMPLES]
 
 

@@ -31,6 +31,8 @@ from ..runs.folder import (
     SHEET_FILE,
     VALIDATION,
     RecordedRun,
+    drawn_prompts,
+    embedding_file,
     lowest,
     page_head,
     prompt_of,
@@ -209,22 +211,17 @@ def _curves(run: RecordedRun) -> Iterable[str]:
 
 
 def _videos(run: RecordedRun, *, newest_first: bool) -> Iterable[str]:
-    """A row a sample: the clip itself, the base model's video, then each validation's; then what was generated."""
+    """A row a prompt or a held-out sample: what is given, the base model's video, each validation's; then what was
+    generated."""
     folder = run.folder
+    prompts = ((prompt, name, _first_frame(folder, name)) for name, prompt in drawn_prompts(folder).items())
+    if rows := "".join(_validated(folder, prompts, newest_first)):
+        yield f"<h2>Prompts</h2>{rows}"
     captions_file = folder / VALIDATION / CAPTIONS_FILE
-    if captions_file.exists():
-        captions = json.loads(captions_file.read_text(encoding="utf-8"))
-        rounds = sorted((path for path in (folder / VALIDATION).glob("step-*") if path.is_dir()), key=_step_of)
-        rows = []
-        for index, caption in enumerate(captions):
-            found = [path for path in rounds if (path / f"{index}.mp4").exists()]
-            if found:
-                drawn = [(_label(path), path / f"{index}.mp4") for path in found]
-                if newest_first:
-                    drawn.reverse()
-                rows.append(_row(folder, caption, [*_itself(folder, index), *drawn]))
-        if rows:
-            yield "<h2>Held-out clips</h2>" + "".join(rows)
+    captions = json.loads(captions_file.read_text(encoding="utf-8")) if captions_file.exists() else []
+    clips = ((caption, str(index), _itself(folder, index)) for index, caption in enumerate(captions))
+    if rows := "".join(_validated(folder, clips, newest_first)):
+        yield f"<h2>Held-out clips</h2>{rows}"
     grids = sorted((folder / COMPARED).glob("*/grid.mp4"), key=lambda path: path.stat().st_mtime, reverse=True)
     if grids:
         yield "<h2>Compared</h2>" + "".join(_row(folder, _prompt(path.parent), [("", path)]) for path in grids)
@@ -234,6 +231,27 @@ def _videos(run: RecordedRun, *, newest_first: bool) -> Iterable[str]:
         yield "<h2>Generated</h2>"
     for place in folders:
         yield _row(folder, _prompt(place), [(path.stem, path) for path in sorted(place.glob("*.mp4"), reverse=True)])
+
+
+def _validated(
+    folder: Path, asked: Iterable[tuple[str, str, Iterable[tuple[str, Path]]]], newest_first: bool
+) -> Iterable[str]:  # fmt: skip
+    """A row for each of which there are videos.
+
+    Args:
+        asked: the text, the name of its files, and what stands before its videos.
+    """
+    rounds = sorted((path for path in (folder / VALIDATION).glob("step-*") if path.is_dir()), key=_step_of)
+    for text, name, given in asked:
+        found = [(_label(path), path / f"{name}.mp4") for path in rounds if (path / f"{name}.mp4").exists()]
+        if found:
+            yield _row(folder, text, [*given, *(found[::-1] if newest_first else found)])
+
+
+def _first_frame(folder: Path, prompt: str) -> Iterable[tuple[str, Path]]:
+    """What was given beside a prompt."""
+    if (path := embedding_file(folder, prompt).with_suffix(".png")).exists():
+        yield "first frame", path
 
 
 def _itself(folder: Path, index: int) -> Iterable[tuple[str, Path]]:

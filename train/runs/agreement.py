@@ -41,6 +41,8 @@ _PLACES = {
     "repeat",
     "resume",
     "shards",
+    "validate_image",
+    "validate_prompts",
     "validate_shards",
 }
 _TOKEN = ".ranks-{}.tmp"  # in the run folder; one that a killed run left is cleared with what is half-written
@@ -89,6 +91,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "--validate-shards": run.held_out.fingerprint if run.held_out else None,
         "--repeat": described(run.sampler.times),
         "base model": run.checkpoint.fingerprint,
+        "--validate-prompt, --validate-image": [prompt.name for prompt in run.prompts],
         "steps": run.steps,
         "checkpoint to go on from": run.resume.digest if run.resume else None,
         "--strategy": run.strategy,

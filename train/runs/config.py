@@ -74,7 +74,7 @@ def _absolute(settings: TrainSettings) -> TrainSettings:
         for field in dataclasses.fields(settings)
         if isinstance(value := getattr(settings, field.name), Path)
     }
-    for name in ("shards", "validate_shards"):
+    for name in ("shards", "validate_shards", "validate_image"):
         changed[name] = [absolute(word) for word in getattr(settings, name)]
     changed["repeat"] = [word if is_size(split_repeat(word)[0]) else absolute(word) for word in settings.repeat]
     return dataclasses.replace(settings, **changed)
@@ -90,4 +90,6 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):  # JSON leaves the one control character as it is that TOML does not take
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

@@ -8,7 +8,7 @@
     epochs.json      what each epoch was over, with --follow
     mirror.json      whose copy --mirror keeps
     checkpoint-N/    to resume from
-    validation/      videos: clips/ as they are stored, step-000000/ by the base model, step-N/
+    validation/      videos: clips/ as they are stored, step-000000/ by the base model, step-N/; prompts/ embedded
     generated/       what `cogtrain generate` has drawn
     compared/        what `cogtrain compare` has
     report.html, README.md (the model card), and the export
@@ -34,6 +34,7 @@ from cogcommon.files.typed import build, parse_object
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.families import Resolution
 
+from ..data.shards import usual_size
 from ..model import lora
 from ..model.adapters import ADAPTERS
 from ..settings import AdapterName, LoraSettings, SftSettings, TrainSettings
@@ -46,6 +47,8 @@ MIRROR_FILE = "mirror.json"  # of a run with --mirror (`mirror`): which run it i
 VALIDATION = "validation"
 CAPTIONS_FILE = "captions.json"  # in it, of the samples that are drawn
 CLIPS = "clips"  # in it, those samples themselves
+PROMPTS = "prompts"  # in it, a person's prompts: the embedding of each, and its first frame
+PROMPTS_FILE = "prompts.json"  # in it, those prompts by the names of their files (`drawn_prompts`)
 GENERATED = "generated"  # `cogtrain generate`: a folder a request
 COMPARED = "compared"  # `cogtrain compare`: a folder a prompt
 SHEET_FILE = "contact-sheet.png"  # in each folder of these two, written last
@@ -99,8 +102,7 @@ class RunFacts:
     @property
     def size(self) -> Resolution:
         """Of its most clips; of its most pictures where it has no clips."""
-        buckets = [(Resolution.parse(bucket), count) for bucket, count in self.samples.items()]
-        return max(buckets, key=lambda bucket: (bucket[0].frames > 1, bucket[1]))[0]
+        return usual_size({Resolution.parse(bucket): count for bucket, count in self.samples.items()})
 
     def write(self, run: Path) -> None:
         commit_bytes(run / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
@@ -168,6 +170,20 @@ def prompt_of(made: Made | None) -> str | None:
         return str(json.loads(made.request if made else "")["prompt"])
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def embedding_file(run: Path, name: str) -> Path:
+    """Where the embedding of a prompt is kept, by its name; its first frame lies beside it, as a PNG."""
+    return run / VALIDATION / PROMPTS / f"{name}.safetensors"
+
+
+def drawn_prompts(run: Path) -> dict[str, str]:
+    """The prompts whose videos validation has made, by their names: those of now, then those of before."""
+    try:
+        found = parse_object((run / VALIDATION / PROMPTS_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {name: str(prompt) for name, prompt in found.items() if not {"/", "\0"} & {*name}}
 
 
 def loss_text(loss: float | None) -> str:

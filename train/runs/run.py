@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.progress import stage
-from cogcommon.errors import SettingError, ShardError
+from cogcommon.errors import ModelError, SettingError, ShardError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16
 from cogcommon.model.families import Resolution
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.epochs import Epoch
+from ..data.prompts import Prompt, validation_prompts, without_token
 from ..data.repeats import described, told
 from ..data.sampler import Sampler
-from ..data.shards import ShardSet, open_shards
+from ..data.shards import ShardSet, open_shards, usual_size
 from ..distributed import zero
 from ..distributed.groups import DataGroups, data_groups
 from ..distributed.optimizer import check_optimizer
@@ -32,6 +33,7 @@ from ..store.cache import SampleCache
 from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
 from .config import settings_json
+from .folder import embedding_file
 from .follow import Followed, open_followed
 from .global_batch import FACT, with_accumulation
 from .restart import RUNS, own_folder, seconds_to_wait
@@ -68,6 +70,7 @@ class Run:
     resume: SavedCheckpoint | None
     notes: tuple[str, ...]  # what the user should know, one sentence each
     followed: Followed | None = None  # with --follow; shards and sampler are of the epoch at which it was opened
+    prompts: tuple[Prompt, ...] = ()  # whose videos validation makes, beside those of held-out captions
 
     @property
     def buckets(self) -> tuple[Resolution, ...]:
@@ -75,8 +78,15 @@ class Run:
         return tuple(self.shards.contract.buckets if self.followed else self.shards.buckets)
 
     @property
-    def held_out_buckets(self) -> tuple[Resolution, ...]:
-        return tuple(self.held_out.buckets) if self.held_out else ()
+    def validated_buckets(self) -> tuple[Resolution, ...]:
+        """Sizes of what validation runs: held-out samples, and videos of prompts."""
+        return (*(self.held_out.buckets if self.held_out else ()), *(prompt.size for prompt in self.prompts))
+
+    @property
+    def new_prompts(self) -> list[Prompt]:
+        """Those that T5 has to embed first: the run's folder keeps the embeddings."""
+        folder = run_folder(self)
+        return [prompt for prompt in self.prompts if not embedding_file(folder, prompt.name).is_file()]
 
     @property
     def groups(self) -> DataGroups:
@@ -166,7 +176,8 @@ def open_run(
         method.check_start(checkpoint)
     _check_buckets(shards.contract.buckets if followed else shards.buckets, shards, checkpoint)
     check_validation(settings)
-    if settings.caption_dropout or settings.validate_videos:  # guidance needs it too
+    draws = settings.validate_videos or settings.validate_prompt or settings.validate_prompts
+    if settings.caption_dropout or draws:  # guidance needs it too
         shards.empty_caption()
     precision = settings.precision or default_precision(checkpoint.family, device)
     if precision == "fp16" and device.type == "cpu":
@@ -183,8 +194,13 @@ def open_run(
     if held_out:
         check_shards_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
         _check_buckets(held_out.buckets, held_out, checkpoint)
+    prompts = validation_prompts(
+        settings.validate_prompt, settings.validate_prompts, settings.validate_image, checkpoint,
+        usual_size(shards.samples), precision,
+    )  # fmt: skip
+    notes += without_token(prompts, str(shards.contract.settings.get("id_token", "")))
     checkpoint.check_weights("transformer")
-    if settings.validate_videos:
+    if draws:
         checkpoint.check_weights("vae")
     sampler = followed.newest.sampler if followed else make_sampler(settings, shards, groups.count)
     if followed is None:
@@ -212,7 +228,10 @@ def open_run(
         resume=resume,
         notes=tuple(notes),
         followed=followed,
+        prompts=prompts,
     )
+    if run.new_prompts:
+        _check_text_encoder(checkpoint)
     if run.resume is not None:
         check_same(run.resume, run.resume_facts(), groups.count, settings.batch_size)
         changed = _changed(run.resume, settings)
@@ -257,6 +276,17 @@ def _check_buckets(buckets: Sequence[Resolution], shards: ShardSet, checkpoint: 
                 where=shards.shards[0].shown,
                 fix=f"other shards, or encode these clips again with {error.fix}",
             ) from error
+
+
+def _check_text_encoder(checkpoint: Checkpoint) -> None:
+    try:
+        checkpoint.check_weights("text_encoder")
+    except ModelError as error:
+        raise ModelError(
+            f"{error.what}: T5, which embeds the prompts of --validate-prompt",
+            where=error.where,
+            fix=f"{error.fix}; or leave --validate-prompt out",
+        ) from error
 
 
 def check_validation(settings: TrainSettings) -> None:
@@ -329,8 +359,9 @@ def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | Non
 # They say where and how long, not what is trained.
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "global_batch", "shards",
          "validate_shards", "save_every", "save_minutes", "keep", "keep_best", "patience", "validate_every",
-         "validate_videos", "tracker", "model", "memory", "compile", "deepspeed", "nvme", "on_nonfinite", "strategy",
-         "precision", "cache", "cache_size", "init_lora", "repeat", "follow", "mirror"}  # fmt: skip
+         "validate_videos", "validate_prompt", "validate_prompts", "validate_image", "tracker", "model", "memory",
+         "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision",
+         "cache", "cache_size", "init_lora", "repeat", "follow", "mirror"}  # fmt: skip
 
 
 def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:

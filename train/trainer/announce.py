@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from cogcommon import __version__
 from cogcommon.cli.names import command_line
@@ -30,7 +29,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def beginning(run: Run, log: RunLog, folder: Path, trainable: int) -> None:
+def beginning(run: Run, log: RunLog, folder: Path, trainable: int, abandoned: Sequence[str]) -> None:
+    """The first lines.
+
+    Args:
+        abandoned: names of checkpoints that were removed.
+    """
+    if abandoned:
+        log.say(f"removed {', '.join(abandoned)}: their steps are made again")
     log.say(
         f"{run.method.name} of {run.checkpoint.name} ({run.checkpoint.family.name}): {trainable:,} weights trained, "
         f"{run.precision}, {run.strategy}, {counted(run.world, 'process', 'processes')}"
@@ -179,11 +185,10 @@ def _facts(
 def _samples(run: Run) -> dict[str, Any]:
     """The facts of what is trained; with --follow of the newest epoch."""
     shards = run.newest.shards
-    counts = np.bincount(shards.bucket_of, minlength=len(shards.buckets))
     return {
         "shards_fingerprint": shards.fingerprint,
         "shards": len(shards.shards),
-        "samples": {str(bucket): int(count) for bucket, count in zip(shards.buckets, counts, strict=True)},
+        "samples": {str(bucket): count for bucket, count in shards.samples.items()},
         "samples_at_start": run.followed.samples_at_start if run.followed else 0,
     }
 

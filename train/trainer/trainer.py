@@ -38,6 +38,7 @@ from ..runs.log import RunLog
 from ..runs.restart import seconds_to_wait
 from ..runs.run import Run, run_folder
 from ..runs.tracker import open_tracker
+from ..validation.embed import embed_prompts
 from ..validation.validate import Validation
 from . import announce
 from .best import Best
@@ -111,15 +112,14 @@ class Trainer:
         for note in peers.together(lambda: check_room(run, folder) if peers.main else []):
             log.say(f"note: {note}")
         mirror = peers.together(lambda: open_mirror(run, folder, self.done, log, closing) if peers.main else None)
+        prompts = embed_prompts(run, runtime, folder, log)  # T5 has gone before the transformer comes
         self.model, self.optimizer, self.trained, engine = _load_model(run, runtime, log)
-        if abandoned:
-            log.say(f"removed {', '.join(abandoned)}: their steps are made again")
         trainable = announce.count_weights(self.trained)
-        announce.beginning(run, log, folder, trainable)
+        announce.beginning(run, log, folder, trainable, abandoned)
         if runtime.main:
             announce.write_facts(run, folder, runtime, trainable, engine.plan, engine.kernel)
         # It measures the base model, so it comes before the resume.
-        self.validation = Validation.begin(run, runtime, self.model, folder, log, stop)
+        self.validation = Validation.begin(run, runtime, self.model, folder, log, stop, prompts)
         self.best = Best.of(settings, folder, peers, self.validation)
         self.ema = EMA(self.trained, settings.ema) if settings.ema else None
         self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log, mirror)

@@ -55,6 +55,10 @@ class Conditions:
     empty_BLD: torch.Tensor  # text embedding of the empty caption
     named: Mapping[str, torch.Tensor]  # as of a `Batch`
 
+    def to(self, device: torch.device) -> Conditions:
+        named = {name: tensor.to(device) for name, tensor in self.named.items()}
+        return Conditions(self.noise_BFCHW.to(device), self.text_BLD.to(device), self.empty_BLD.to(device), named)
+
 
 def denoise(
     transformer: torch.nn.Module,

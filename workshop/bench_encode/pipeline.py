@@ -17,7 +17,7 @@ import torch
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import pick_device, quiet_libraries
 from cogcommon.model.families import Resolution
-from cogprep.encode.captions import TextEncoder
+from cogcommon.model.text_encoder import TextEncoder
 from cogprep.video.cut import Cut
 from cogprep.video.decode import Clip, decode_clip
 

@@ -77,7 +77,7 @@ def test_the_last_value_is_that_of_the_exported_weights(tmp_path, shards, train_
 
 def test_training_does_not_notice_a_validation(tmp_path, shards, train_here, monkeypatch):
     """Losses are bit-equal; and there is no text encoder to be had."""
-    monkeypatch.setattr("cogtrain.validation.validate.denoise", functools.partial(denoise, steps=2))
+    monkeypatch.setattr("cogtrain.validation.drawing.denoise", functools.partial(denoise, steps=2))
     base = tmp_path / "model"
     shutil.copytree(open_checkpoint("tiny").root, base)
     for weights in (base / "text_encoder").glob("*.safetensors"):
@@ -129,12 +129,12 @@ def test_its_memory_is_counted_apart_from_trainings(tmp_path, shards, train_here
 @pytest.mark.parametrize("form", [pytest.param("tiny-i2v", marks=pytest.mark.full), "tiny-1.5-i2v"])  # 10 s each
 def test_videos_start_from_the_stored_image(tmp_path, make_shards, train_here, monkeypatch, form):
     """The clean one, with the stored caption; 17 frames come out, the padding is gone."""
-    monkeypatch.setattr("cogtrain.validation.validate.denoise", functools.partial(denoise, steps=2))
+    monkeypatch.setattr("cogtrain.validation.drawing.denoise", functools.partial(denoise, steps=2))
     make_shards(tmp_path / "out", form, samples=1)
     make_shards(tmp_path / "held", form, samples=2, seed=9, captions=("a", "b"))
     given = {"shards": [str(tmp_path / "out")], "validate_shards": [str(tmp_path / "held")], "rank": 4}
     seen = []
-    monkeypatch.setattr("cogtrain.validation.validate.Conditions", lambda *args: seen.append(args) or Conditions(*args))
+    monkeypatch.setattr("cogtrain.validation.drawing.Conditions", lambda *args: seen.append(args) or Conditions(*args))
     run = train_here(LoraSettings(**given, steps=1, validate_videos=2, out=tmp_path / "run"))
     held_out = open_shards(given["validate_shards"])
     for index in range(2):
