@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _COPIED = 64 << 20  # bytes; large enough for a link's full rate, small beside what a plan locks
 _WIDE = 4096  # of the square matrices: 0.14 TFLOP a product
-_MILLISECONDS = 150.0  # of each of the three trials
+_MILLISECONDS = 75.0  # of each of the three trials, the first half to warm up
 
 
 @lru_cache
