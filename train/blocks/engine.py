@@ -14,7 +14,7 @@ from .block import BlockFunction, Layout, block_function
 from .checkpointing import Checkpointing, with_checkpointing
 from .compiler import compiled, in_one_line, is_compilers
 from .plan import BlockPlan
-from .trial import attention_kernel, qk_norm_works
+from .trial import attention_kernel, forget_trials, qk_norm_works
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,7 @@ class BlockEngine:
                 raise
             self.plan = self.plan.uncompiled
             self._functions.clear()
+            forget_trials(self._device)
             self._say(f"note: blocks are not compiled, a step takes longer and more memory ({in_one_line(error)})")
             return self._compute(index, training, inputs, rotary=bool(tables))
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from cogcommon.errors import SettingError
 
 from .attention import Kernel, attend
 from .checkpointing import with_checkpointing
 from .compiler import compiled, in_one_line
+from .verdicts import forget, gpu_facts, recalled
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +22,30 @@ _HEAD_DIM = 64  # of every published CogVideoX
 _FARTHEST = 0.05  # from fp32; bf16 is off by less than 0.02 here
 
 
+def _facts(device: torch.device) -> Mapping[str, str]:
+    return gpu_facts(device, Path(__file__).parent)
+
+
+def forget_trials(device: torch.device) -> None:
+    """The compiler has failed on what it had been found to work for: the next start tries everything again."""
+    if facts := _facts(device):
+        forget(facts)
+
+
 @lru_cache
 def compiler_fault(device: torch.device) -> str | None:
     """Why torch.compile does not work on the device; None if it does."""
+    faults: list[str] = []
+
+    def trial() -> str:
+        faults.extend(filter(None, [_compiler_fault(device)]))
+        return "" if faults else "works"
+
+    recalled("compiler", _facts(device), trial)
+    return faults[0] if faults else None
+
+
+def _compiler_fault(device: torch.device) -> str | None:
     import torch
     import torch.nn.functional as F
 
@@ -59,11 +83,25 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, compiling: bool) 
 
     if device.type != "cuda" or dtype == torch.float32:
         return "torch"
+    found = recalled(
+        f"attention in {dtype}{', compiled' * compiling}", _facts(device),
+        lambda: _fastest_attention(device, dtype, compiling) or "",
+    )  # fmt: skip
+    if found:
+        return cast(Kernel, found)
+    return "flash" if kernel_works("flash", device, dtype, compiling) else "torch"
+
+
+def _fastest_attention(device: torch.device, dtype: torch.dtype, compiling: bool) -> Kernel | None:
+    """Of those that are fast; None if none of them works."""
     candidates: tuple[Kernel, ...] = ("flash4", "cudnn") if flash4_is_there() else ("cudnn",)
     working = [kernel for kernel in candidates if kernel_works(kernel, device, dtype, compiling)]
     if not working:
-        return "flash" if kernel_works("flash", device, dtype, compiling) else "torch"
-    return working[0] if len(working) == 1 else min(working, key=lambda kernel: _milliseconds(kernel, device, dtype))
+        return None
+    if len(working) == 1:
+        return working[0]
+    times: dict[Kernel, float] = {kernel: _milliseconds(kernel, device, dtype) for kernel in working}
+    return min(times, key=times.__getitem__)
 
 
 def flash4_is_there() -> bool:
@@ -126,10 +164,14 @@ def kernel_works(kernel: Kernel, device: torch.device, dtype: torch.dtype, compi
 @lru_cache
 def qk_norm_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels of `qk_norm` can be built for a GPU, and give there what they give on a CPU."""
-    import torch
-
     if device.type != "cuda":
         return False
+    return bool(recalled(f"qk_norm in {dtype}", _facts(device), lambda: "works" * _qk_norm_works(device, dtype)))
+
+
+def _qk_norm_works(device: torch.device, dtype: torch.dtype) -> bool:
+    import torch
+
     from .qk_norm import qk_norm, qk_norm_backward
 
     generator = torch.Generator().manual_seed(0)
