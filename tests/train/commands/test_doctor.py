@@ -28,6 +28,16 @@ def test_it_says_what_is_here(capsys, monkeypatch):
     assert all(line["found"] in said and line["advice"] in said for line in found)
 
 
+def test_libraries_that_are_compiled_at_each_start_are_named(monkeypatch, tmp_path):
+    assert not list(doctor._bytecode())
+    monkeypatch.setattr(doctor, "cache_from_source", lambda file: str(tmp_path / "none.pyc"))
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    (finding,) = doctor._bytecode()
+    assert finding.verdict == "note"
+    assert "compileall" in finding.advice
+    assert "PYTHONDONTWRITEBYTECODE" in finding.advice
+
+
 @pytest.mark.parametrize(
     ("cuda", "driver", "hidden", "verdict", "told"),
     [
