@@ -16,6 +16,7 @@ from cogcommon.errors import SettingError
 from cogcommon.files.typed import parse_object
 
 from ..settings import Optimizer, Strategy, TrainSettings
+from . import zero
 from .strategies import STRATEGIES
 
 
@@ -53,6 +54,40 @@ def choose_strategy(settings: TrainSettings, *, full: bool, gpus: int) -> Strate
         return named  # type: ignore[return-value]
     # On one GPU `offload.cpu_training` offloads more than DeepSpeed, and only what does not fit.
     return "zero2" if full and gpus > 1 else "ddp"
+
+
+def check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
+    """Refuse options that a strategy cannot do.
+
+    Raises:
+        SettingError: names both.
+    """
+    if settings.deepspeed is not None and strategy == "ddp":
+        raise SettingError(
+            "a DeepSpeed file has no meaning for --strategy ddp",
+            where=f"--deepspeed {settings.deepspeed}, --strategy ddp",
+            fix="leave one of them out",
+        )
+    if settings.ema and strategy != "ddp":
+        raise SettingError(
+            f"--ema averages weights that every process holds; {strategy} spreads them",
+            where="--ema, --strategy",
+            fix="--strategy ddp, or leave --ema out",
+        )
+    if settings.nvme is not None and not STRATEGIES[strategy].offloads:
+        raise SettingError(
+            f"--nvme is where an -offload strategy puts things; {strategy} offloads nothing",
+            where="--nvme, --strategy",
+            fix="--strategy zero3-offload",
+        )
+    if settings.nvme is not None and not STRATEGIES[strategy].offloads_weights:
+        raise SettingError(
+            f"{strategy} offloads to host memory only",
+            where="--nvme, --strategy",
+            fix="--strategy zero3-offload",
+        )
+    if settings.nvme is not None:
+        zero.check_nvme(settings.nvme)
 
 
 def deepspeed_config(settings: TrainSettings, strategy: Strategy, precision: str, world: int) -> dict[str, Any]:

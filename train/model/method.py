@@ -50,6 +50,14 @@ class Method(Protocol):
         """
         ...
 
+    def check_files(self) -> None:
+        """Refuse files that a new run begins with and that are not there; no model is needed.
+
+        Raises:
+            ModelError: the file of --init-lora is missing.
+        """
+        ...
+
     def check_start(self, checkpoint: Checkpoint) -> None:
         """Refuse what a new run cannot begin with; one that is resumed needs it no longer.
 
@@ -146,6 +154,10 @@ class Lora:
     def check(self, checkpoint: Checkpoint) -> None:
         if tuple(self.settings.target_modules) != TARGET_MODULES:  # which every family has
             lora.check_targets(outline(checkpoint.transformer_config), self.settings.target_modules)
+
+    def check_files(self) -> None:
+        if self.settings.init_lora:
+            lora_in(self.settings.init_lora)
 
     def check_start(self, checkpoint: Checkpoint) -> None:
         if self.settings.init_lora:
@@ -244,6 +256,9 @@ class Sft:
         return dtype if sharded else torch.float32
 
     def check(self, checkpoint: Checkpoint) -> None:
+        pass
+
+    def check_files(self) -> None:
         pass
 
     def check_start(self, checkpoint: Checkpoint) -> None:

@@ -24,6 +24,7 @@ from cogcommon.files.locks import Busy, NoLocks, lock, open_locked
 from cogcommon.files.ownership import (
     RECORD_FILE,
     Made,
+    check_own_folder,
     is_file,
     is_folder,
     record_of,
@@ -65,6 +66,16 @@ _OF_A_CHECKPOINT = re.compile(
 _OF_A_TRANSFORMER = re.compile(
     r"config\.json|diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", re.ASCII
 )
+
+
+def check_claimable(folder: Path) -> None:
+    """Refuse a folder that `claimed` would, before anything is waited for; nothing is written.
+
+    Raises:
+        SettingError: it holds files that no run of ours has made.
+    """
+    if os.path.lexists(folder / RECORD_FILE) or _facts(folder) is None:
+        check_own_folder(folder, A_RUN, "--out")
 
 
 @contextmanager

@@ -21,17 +21,16 @@ from ..data.prompts import Prompt, validation_prompts, without_token
 from ..data.repeats import described, told
 from ..data.sampler import Sampler
 from ..data.shards import ShardSet, open_shards, usual_size
-from ..distributed import zero
 from ..distributed.groups import DataGroups, data_groups
 from ..distributed.optimizer import check_optimizer
 from ..distributed.peers import ALONE, Peers
-from ..distributed.strategies import STRATEGIES
-from ..distributed.zero_config import choose_strategy, deepspeed_config
+from ..distributed.zero_config import check_strategy, choose_strategy, deepspeed_config
 from ..model.method import Method, method_of
 from ..settings import Strategy, TrainSettings
 from ..store.cache import SampleCache
 from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
+from .claim import check_claimable
 from .config import settings_json
 from .folder import embedding_file
 from .follow import Followed, open_followed
@@ -152,12 +151,17 @@ def open_run(
     given, groups = settings, data_groups(world)
     settings = with_accumulation(settings, groups, resume, peers.here if peers.world > 1 else world, notes)
     settings = _as_it_began(settings, resume)
-    followed = open_followed(settings, resume, groups.count, peers) if settings.follow else None
     method = method_of(settings)
     strategy = choose_strategy(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
-    _check_strategy(settings, strategy)
-    check_optimizer(settings, strategy)
-    check_tracker_installed(settings.tracker)
+    _check_settings(settings, strategy, device)
+    if resume is None:
+        method.check_files()
+    if settings.follow and settings.model:  # which the shards may name, too, once there are some
+        checkpoint = _open_model(settings.model, None, resume)
+        _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
+        if not checkpoint.on_hub:  # which may have a newer revision than the shards were made with
+            _check_weights(settings, checkpoint)
+    followed = open_followed(settings, resume, groups.count, peers) if settings.follow else None
     held_out: ShardSet | None = None
     if followed:
         cache, shards, held_out = followed.cache, followed.newest.shards, followed.held_out
@@ -171,20 +175,12 @@ def open_run(
         notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")
     checkpoint = _base_model(settings, shards, resume)
     check_model(shards.contract, checkpoint, shards.shards[0].shown)
-    method.check(checkpoint)
-    if resume is None:
-        method.check_start(checkpoint)
-    _check_buckets(shards.contract.buckets if followed else shards.buckets, shards, checkpoint)
-    check_validation(settings)
-    draws = settings.validate_videos or settings.validate_prompt or settings.validate_prompts
-    if settings.caption_dropout or draws:  # guidance needs it too
-        shards.empty_caption()
-    precision = settings.precision or default_precision(checkpoint.family, device)
-    if precision == "fp16" and device.type == "cpu":
-        raise SettingError("fp16 needs a GPU", where="--precision fp16", fix="--precision bf16 or fp32")
+    precision = _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
     if precision == "bf16" and not has_bf16(device):
         notes.append(EMULATED.format("this GPU"))
-    deepspeed_config(settings, strategy, precision, world)
+    _check_buckets(shards.contract.buckets if followed else shards.buckets, shards, checkpoint)
+    if settings.caption_dropout or _draws(settings):  # guidance needs it too
+        shards.empty_caption()
     if followed is None and settings.validate_shards:
         held_out = open_shards(settings.validate_shards, "--validate-shards", cache)
         total = len(shards)
@@ -199,9 +195,7 @@ def open_run(
         usual_size(shards.samples), precision,
     )  # fmt: skip
     notes += without_token(prompts, str(shards.contract.settings.get("id_token", "")))
-    checkpoint.check_weights("transformer")
-    if draws:
-        checkpoint.check_weights("vae")
+    _check_weights(settings, checkpoint)
     sampler = followed.newest.sampler if followed else make_sampler(settings, shards, groups.count)
     if followed is None:
         notes += check_sampler(sampler, settings, shards, groups.count)
@@ -256,13 +250,58 @@ def _base_model(settings: TrainSettings, shards: ShardSet, resume: SavedCheckpoi
     """The checkpoint to train: at the revision that the run began with, or that the shards were made with. The hub may
     have a newer one by now."""
     contract = shards.contract
-    name, revision = settings.model or contract.model, None
+    name = settings.model or contract.model
+    made_for = f"the contract of {shards.shards[0].shown}"
+    revision = contract.revision if name == contract.model else None
+    return _open_model(name, revision, resume, named_by=None if settings.model else made_for)
+
+
+def _open_model(
+    name: str, revision: str | None, resume: SavedCheckpoint | None, *, named_by: str | None = None
+) -> Checkpoint:
     if resume is not None:
         revision = resume.state.facts.get(_REVISION)
-    elif name == contract.model:
-        revision = contract.revision
-    made_for = f"the contract of {shards.shards[0].shown}"
-    return open_checkpoint(name, revision, named_by=None if settings.model else made_for)
+    return open_checkpoint(name, revision, named_by=named_by)
+
+
+def _check_settings(settings: TrainSettings, strategy: Strategy, device: torch.device) -> None:
+    """Refuse what is wrong whatever the shards and the model: shards that are followed may be hours away."""
+    check_strategy(settings, strategy)
+    check_optimizer(settings, strategy)
+    check_tracker_installed(settings.tracker)
+    check_validation(settings)
+    if settings.precision == "fp16" and device.type == "cpu":
+        raise SettingError("fp16 needs a GPU", where="--precision fp16", fix="--precision bf16 or fp32")
+    if settings.out is not None:
+        check_claimable(settings.out)
+
+
+def _check_training(
+    settings: TrainSettings, method: Method, checkpoint: Checkpoint, strategy: Strategy, device: torch.device,
+    world: int, *, new: bool,
+) -> Precision:  # fmt: skip
+    """Refuse what cannot be done to a model; the precision in which it is computed with.
+
+    Args:
+        new: the run resumes nothing.
+    """
+    method.check(checkpoint)
+    if new:
+        method.check_start(checkpoint)
+    precision = settings.precision or default_precision(checkpoint.family, device)
+    deepspeed_config(settings, strategy, precision, world)
+    return precision
+
+
+def _draws(settings: TrainSettings) -> bool:
+    """Whether validation makes videos."""
+    return bool(settings.validate_videos or settings.validate_prompt or settings.validate_prompts)
+
+
+def _check_weights(settings: TrainSettings, checkpoint: Checkpoint) -> None:
+    checkpoint.check_weights("transformer")
+    if _draws(settings):
+        checkpoint.check_weights("vae")
 
 
 def _check_buckets(buckets: Sequence[Resolution], shards: ShardSet, checkpoint: Checkpoint) -> None:
@@ -307,35 +346,6 @@ def check_validation(settings: TrainSettings) -> None:
                 where=option,
                 fix=f"--validate-shards with some that `cogprep encode --holdout` set aside, or leave {option} out",
             )
-
-
-def _check_strategy(settings: TrainSettings, strategy: Strategy) -> None:
-    if settings.deepspeed is not None and strategy == "ddp":
-        raise SettingError(
-            "a DeepSpeed file has no meaning for --strategy ddp",
-            where=f"--deepspeed {settings.deepspeed}, --strategy ddp",
-            fix="leave one of them out",
-        )
-    if settings.ema and strategy != "ddp":
-        raise SettingError(
-            f"--ema averages weights that every process holds; {strategy} spreads them",
-            where="--ema, --strategy",
-            fix="--strategy ddp, or leave --ema out",
-        )
-    if settings.nvme is not None and not STRATEGIES[strategy].offloads:
-        raise SettingError(
-            f"--nvme is where an -offload strategy puts things; {strategy} offloads nothing",
-            where="--nvme, --strategy",
-            fix="--strategy zero3-offload",
-        )
-    if settings.nvme is not None and not STRATEGIES[strategy].offloads_weights:
-        raise SettingError(
-            f"{strategy} offloads to host memory only",
-            where="--nvme, --strategy",
-            fix="--strategy zero3-offload",
-        )
-    if settings.nvme is not None:
-        zero.check_nvme(settings.nvme)
 
 
 def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | None:

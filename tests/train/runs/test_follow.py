@@ -4,20 +4,23 @@ import json
 import random
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from forked import Forked, ForkedRanks
 from waiting import steps_made, wait_for_steps
 
-from cogcommon.errors import RunError, SettingError, StoreError
+from cogcommon.errors import CogError, RunError, SettingError, StoreError
 from cogcommon.media.video import write_mp4
 from cogcommon.model.families import Resolution
 from cogtrain.data import growing
 from cogtrain.report.page import write_report
 from cogtrain.runs import follow
 from cogtrain.runs.folder import EPOCHS_FILE, read_run
+from cogtrain.runs.run import open_run
 from cogtrain.settings import LoraSettings
 
 OPTIONS = {"rank": 4, "lr": 1e-2, "follow": True}
@@ -135,6 +138,38 @@ def test_two_processes_train_what_one_does(tmp_path, shards_to_come, train_here,
     one = shutil.copytree(run, tmp_path / "one", ignore=shutil.ignore_patterns("checkpoint-*"))
     settings = {"shards": [str(tmp_path / "out")], "batch_size": 2, "steps": 8, "out": one}
     assert losses(train_here(LoraSettings(**OPTIONS | settings))) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "changes"),
+    [
+        ("--deepspeed", {"deepspeed": Path("mine.json"), "strategy": "ddp"}),
+        ("--ema", {"ema": 0.9, "strategy": "zero2"}),
+        ("--lr", {"lr": 3.0}),
+        ("--keep-best", {"keep_best": True}),
+        ("--precision fp16", {"precision": "fp16"}),
+        ("--out", {"out": Path("somebodys")}),
+        ("gone.safetensors", {"init_lora": Path("gone.safetensors")}),
+        ("no-such-model", {"model": "no-such-model"}),
+        ("--target-modules", {"model": "tiny", "target_modules": ["to_x"]}),
+        ("mine.json: fp16.enabled", {"model": "tiny", "deepspeed": Path("mine.json"), "strategy": "zero2"}),
+    ],
+)
+def test_what_needs_no_shards_is_refused_before_it_waits_for_them(tmp_path, monkeypatch, option, changes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('{"fp16": {"enabled": true}}')
+    (tmp_path / "somebodys").mkdir()
+    (tmp_path / "somebodys" / "photo.jpg").write_bytes(b"")
+
+    def waits(seconds):
+        pytest.fail("it waits for shards")
+
+    monkeypatch.setattr(follow, "time", SimpleNamespace(sleep=waits, monotonic=time.monotonic))
+    settings = LoraSettings(**OPTIONS | {"shards": [str(tmp_path / "to-come")]} | {"steps": 2} | changes)
+    with pytest.raises(CogError) as caught:
+        open_run(settings, torch.device("cpu"), 1)
+    print(caught.value)
+    assert option in str(caught.value)
 
 
 def test_what_cannot_be_followed_or_gone_on_with_is_refused(tmp_path, followed, train_here):
