@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def settings_json(settings: TrainSettings) -> dict[str, Any]:
     """The settings as JSON values; URLs have lost what signs them, since people share what a run writes."""
     plain = dataclasses.asdict(settings)
-    plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards", "repeat")}
+    plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards")}
+    plain["repeat"] = [_repeat_without_secrets(word) for word in settings.repeat]
     plain["mirror"] = settings.mirror and without_secrets(settings.mirror)
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
@@ -47,8 +48,8 @@ def write_config(run: Run, folder: Path) -> None:
         steps=run.steps,
         epochs=None,
     )
-    if any(without_secrets(word) != word for word in _words(run.settings)):
-        lines.append("# Signatures and passwords of URLs are left out: give --shards (and --validate-shards) again.")
+    if signed := _signed(run.settings):
+        lines.append(f"# Signatures and passwords of URLs are left out: give {', '.join(signed)} again.")
     values = settings_json(resolved)
     del values["accumulate"]  # follows from the global batch
     lines += [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
@@ -80,9 +81,19 @@ def _absolute(settings: TrainSettings) -> TrainSettings:
     return dataclasses.replace(settings, **changed)
 
 
-def _words(settings: TrainSettings) -> list[str]:
-    """All words that may be URLs."""
-    return [*settings.shards, *settings.validate_shards, *settings.repeat, settings.mirror or ""]
+def _repeat_without_secrets(word: str) -> str:
+    """A word of --repeat as people may see it: ``=N``, which stands behind what signs a URL, stays."""
+    what, times = split_repeat(word)
+    return f"{without_secrets(what)}={times}"
+
+
+def _signed(settings: TrainSettings) -> list[str]:
+    """The options that name URLs with signatures or passwords."""
+    named = {
+        "--shards": settings.shards, "--validate-shards": settings.validate_shards, "--repeat": settings.repeat,
+        "--mirror": [settings.mirror or ""],
+    }  # fmt: skip
+    return [option for option, words in named.items() if any(without_secrets(word) != word for word in words)]
 
 
 def _toml(value: Any) -> str:

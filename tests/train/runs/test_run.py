@@ -1,5 +1,6 @@
 """`cogtrain lora` from shards to weights, as a user starts it."""
 
+import dataclasses
 import shlex
 import shutil
 from pathlib import Path
@@ -73,3 +74,22 @@ def test_the_settings_of_a_run_mean_the_same_in_every_working_folder(tmp_path, m
         open_run(LoraSettings(shards=[str(start / "out")]), torch.device("cpu"), 1)
     assert str(start / "out") in caught.value.where and "--model FOLDER" in caught.value.fix
     open_run(LoraSettings(shards=[str(start / "out")], model=str(start / "moved")), torch.device("cpu"), 1)
+
+
+def test_what_opens_an_address_is_left_out_of_a_runs_settings_and_nothing_else(tmp_path, make_shards):
+    make_shards(tmp_path / "out", samples=2)
+    run = open_run(LoraSettings(shards=[str(tmp_path / "out")]), torch.device("cpu"), 1)
+    signed = {
+        "shards": ["https://me:secret@host/a/000000.tar?sig=a/b=="],
+        "repeat": ["https://me:secret@host/a/000000.tar?sig=a/b===8", "9x64x96=2"],
+    }
+    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, **signed))
+    with claimed(tmp_path / "run"):
+        write_config(run, tmp_path / "run")
+    text = (tmp_path / "run" / "config.toml").read_text()
+    assert "me:secret" not in text and "a/b=" not in text
+    assert "are left out: give --shards, --repeat again." in text
+    again = resolve(LoraSettings, {}, tmp_path / "run" / "config.toml")
+    assert (again.shards, again.repeat) == (
+        ["https://host/a/000000.tar"], ["https://host/a/000000.tar=8", "9x64x96=2"]
+    )  # fmt: skip
