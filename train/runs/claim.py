@@ -146,7 +146,7 @@ def _locked(folder: Path, wait: float) -> IO[bytes]:
             if time.monotonic() >= until:
                 raise
         if not told:
-            print(plain(f"waits for the process that trained in {folder} before to end"), file=sys.stderr, flush=True)
+            print(plain(f"waits for another process to be done with {folder}"), file=sys.stderr, flush=True)
             told = True
         time.sleep(0.5)
 

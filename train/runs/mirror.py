@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from cogcommon.errors import CogError, RunError, StoreError
 from cogcommon.files.atomic import commit_bytes
@@ -113,16 +114,27 @@ def read_index(remote: RemoteFolder) -> Index | None:
 
 
 def run_of(folder: Path) -> str | None:
-    """Which run a folder is the home of, as its mirror knows it; None where it has none."""
+    """Which run a folder holds, as its mirror knows it; None where it has none."""
+    return str(token["run"]) if "run" in (token := _token(folder)) else None
+
+
+def is_copy(folder: Path) -> bool:
+    """Whether a folder was brought from a mirror to be used, and no run was made in it."""
+    return bool(_token(folder).get("copy"))
+
+
+def _token(folder: Path) -> dict[str, Any]:
     try:
-        return str(parse_object((folder / MIRROR_FILE).read_bytes())["run"])
-    except (OSError, ValueError, KeyError):
-        return None
+        return parse_object((folder / MIRROR_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
 
 
-def write_token(folder: Path, run: str, shown: str) -> None:
-    """Say in a folder which run it is the home of, for `run_of`, and where that is mirrored."""
-    commit_bytes(folder / MIRROR_FILE, json.dumps({"run": run, "at": shown}).encode())
+def write_token(folder: Path, run: str, shown: str, *, copy: bool = False) -> None:
+    """Say in a folder which run it holds, for `run_of`, where that is mirrored, and whether it is a copy (`is_copy`)
+    or the run's home."""
+    told = {"run": run, "at": shown, **({"copy": True} if copy else {})}
+    commit_bytes(folder / MIRROR_FILE, json.dumps(told).encode())
 
 
 class Mirror:
@@ -201,6 +213,7 @@ class Mirror:
         if index is not None and index.run != own:
             raise RunError("another run is mirrored there", where=f"--mirror {self.shown}", fix=_ELSEWHERE)
         if index is not None:
+            write_token(self.folder, index.run, self.shown)  # a copy becomes the run's home
             stays = {name: files for name, files in index.checkpoints.items() if step_of(Path(name)) <= done}
             return self._put(replace(index, holder=holder, checkpoints=stays), index)
         if self._remote.entries():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cogcommon.cli.progress import say, stage
@@ -18,9 +20,10 @@ from ..model import lora, sft
 from .checkpoint import STATE_FILE, fsync_tree, list_checkpoints, step_of
 from .claim import claimed
 from .folder import A_CHECKPOINT, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, VALIDATION
-from .mirror import A_NAME, Index, MirroredFile, read_index, run_of, write_token
+from .mirror import A_NAME, Index, MirroredFile, is_copy, read_index, run_of, write_token
 
 _FILES = (METRICS_FILE, FACTS_FILE, EPOCHS_FILE)  # the others are written anew
+_OTHERS = 1800.0  # seconds for others to bring the same to a folder: a checkpoint of all weights of 5B has 67 GB
 
 
 def restore(folder: Path, address: str, waits: float = 0.0) -> None:
@@ -46,17 +49,30 @@ def restore(folder: Path, address: str, waits: float = 0.0) -> None:
             where=f"--mirror {remote.shown}",
             fix="another --mirror for this one, or another --out for that one",
         )
-    newer = [name for name in index.names if not here or step_of(Path(name)) > step_of(here[-1])]
-    if not newer and (here or run_of(folder) == index.run):
-        return
-    with disk_errors(folder), claimed(folder, waits), stage(f"restoring from {remote.shown}"):
-        _restore(remote, index, newer, folder)
+    if _lacks(folder, index):
+        # The other hosts of the run may be at it, too, in the folder that all share.
+        with disk_errors(folder), claimed(folder, max(waits, _OTHERS)):
+            if _lacks(folder, index):
+                with stage(f"restoring from {remote.shown}"):
+                    _restore(remote, index, _newer(folder, index), folder)
+
+
+def _newer(folder: Path, index: Index) -> list[str]:
+    """The checkpoints of a mirror that are newer than all of the folder's, oldest first."""
+    here = list_checkpoints(folder)
+    return [name for name in index.names if not here or step_of(Path(name)) > step_of(here[-1])]
+
+
+def _lacks(folder: Path, index: Index) -> bool:
+    """Whether there is something in a mirror for a folder to go on with."""
+    return bool(_newer(folder, index)) or not (list_checkpoints(folder) or run_of(folder) == index.run)
 
 
 def local_run(named: Path | None) -> Path | None:
     """The folder of a run, or of a checkpoint in it; where the address of its mirror is given, brought here.
 
-    It comes to ``runs/NAME``, with weights, settings and metrics, and the checkpoint if that is what was named.
+    It comes to ``runs/NAME``, with weights, settings and metrics, and the checkpoint if that is what was named. Where
+    that is the folder in which the run is made, and no older than its mirror, its own files stay as they are.
 
     Raises:
         RunError: no run is mirrored there, or the folder holds something else.
@@ -80,8 +96,14 @@ def local_run(named: Path | None) -> Path | None:
             where=f"--run {remote.shown}",
             fix="work in another folder (cd)",
         )
-    with disk_errors(folder), claimed(folder) as made, stage(f"fetching from {remote.shown}"):
-        write_token(folder, index.run, remote.shown)
+    if run_of(folder) == index.run and not is_copy(folder) and not _newer(folder, index):
+        say(f"{folder} is the run's own folder, and no older than {remote.shown}: its files are used as they are")
+        if checkpoint and not (folder / checkpoint).exists():
+            with disk_errors(folder), claimed(folder, _OTHERS), stage(f"fetching from {remote.shown}"):
+                _fetch_checkpoint(remote, checkpoint, index, folder)
+        return folder / checkpoint
+    with disk_errors(folder), claimed(folder, _OTHERS) as made, stage(f"fetching from {remote.shown}"):
+        write_token(folder, index.run, remote.shown, copy=run_of(folder) is None or is_copy(folder))
         for file in (*_FILES, lora.FILE):
             if file in index.files:
                 _fetch(remote, file, folder / file, index.files[file] if file == lora.FILE else None)
@@ -98,17 +120,10 @@ def local_run(named: Path | None) -> Path | None:
 def _fetch_transformer(remote: RemoteFolder, index: Index, folder: Path) -> None:
     """The folder that full fine-tuning exports, unless it is here."""
     files = {name: sha for name, sha in index.files.items() if name.startswith(f"{sft.FOLDER}/")}
-    if all((folder / name).is_file() and sha256_of(folder / name) == sha for name, sha in files.items()):
-        return
-    final = folder / sft.FOLDER
-    temporary = temporary_beside(final)
-    try:
-        for name, sha in files.items():
-            _fetch(remote, name, temporary / Path(name).relative_to(sft.FOLDER), sha)
-        fsync_tree(temporary)
-        replace_folder(temporary, final, sft.A_TRANSFORMER)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if not all((folder / name).is_file() and sha256_of(folder / name) == sha for name, sha in files.items()):
+        with _replacing(folder / sft.FOLDER, sft.A_TRANSFORMER) as temporary:
+            for name, sha in files.items():
+                _fetch(remote, name, temporary / Path(name).relative_to(sft.FOLDER), sha)
 
 
 def _restore(remote: RemoteFolder, index: Index, newer: list[str], folder: Path) -> None:
@@ -140,14 +155,20 @@ def _restore(remote: RemoteFolder, index: Index, newer: list[str], folder: Path)
 
 
 def _fetch_checkpoint(remote: RemoteFolder, name: str, index: Index, folder: Path) -> None:
-    final = folder / name
+    with _replacing(folder / name, A_CHECKPOINT) as temporary:
+        for file, told in index.checkpoints[name].items():
+            _fetch_checked(remote, f"{name}/{file}", told, temporary / file)
+
+
+@contextmanager
+def _replacing(final: Path, by: str) -> Iterator[Path]:
+    """A folder to fill, which takes the place of another once all is in it."""
     temporary = temporary_beside(final)
     temporary.mkdir()
     try:
-        for file, told in index.checkpoints[name].items():
-            _fetch_checked(remote, f"{name}/{file}", told, temporary / file)
+        yield temporary
         fsync_tree(temporary)
-        replace_folder(temporary, final, A_CHECKPOINT)
+        replace_folder(temporary, final, by)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

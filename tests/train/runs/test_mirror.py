@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,11 @@ from cogcommon.store.fsspec_store import FsspecStore
 from cogcommon.store.remote_folder import open_folder
 from cogtrain.distributed.signals import Stopped
 from cogtrain.model import lora
+from cogtrain.runs import restore as restoring
 from cogtrain.runs.checkpoint import find_checkpoint, list_checkpoints
 from cogtrain.runs.folder import EPOCHS_FILE, MIRROR_FILE, ask_to_stop, read_run
 from cogtrain.runs.mirror import Mirror, read_index
-from cogtrain.runs.restore import restore
+from cogtrain.runs.restore import local_run, restore
 from cogtrain.settings import LoraSettings
 
 WRITES = ("pipe_file", "put_file", "rm_file", "cp_file")
@@ -295,6 +298,56 @@ def test_a_job_that_comes_back_takes_what_others_have_mirrored(begun, tmp_path, 
     begun("run", steps=5, mirror=there)
     assert f"restored checkpoint-4 from {there} into {here}" in capsys.readouterr().err
     assert index_of(there).names[-1] == "checkpoint-5" and "checkpoint-4" in index_of(there).names
+
+
+def test_hosts_that_restore_into_one_folder_do_so_one_after_another(begun, tmp_path, there, monkeypatch):
+    """What starts a run's processes looks at the run first, on each host, in a folder that all share."""
+    begun("run", steps=2, mirror=there)
+    fetch, fetched, meeting = restoring._fetch_checkpoint, [], threading.Barrier(2)
+    monkeypatch.setattr(restoring, "read_index", lambda remote: (read_index(remote), meeting.wait(60))[0])
+
+    def slowly(*arguments):
+        fetched.append(arguments[1])
+        time.sleep(0.7)
+        fetch(*arguments)
+
+    monkeypatch.setattr(restoring, "_fetch_checkpoint", slowly)
+    with ThreadPoolExecutor(2) as hosts:
+        list(hosts.map(lambda _: restore(tmp_path / "shared", there), range(2)))
+    assert fetched == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(tmp_path / "shared")] == fetched
+
+
+def test_a_runs_own_folder_is_not_made_older_from_its_mirror(begun, tmp_path, there, monkeypatch, capsys):
+    """Named by its address, from the folder above: the run has gone on since, or goes on at this moment."""
+    name = f"runs/{there.rpartition('/')[2]}"
+    home = begun(name, steps=2, mirror=there)
+    monkeypatch.chdir(tmp_path)
+
+    def brought():
+        folder = local_run(Path(there))
+        return {file: (folder / file).read_bytes() for file in ("metrics.jsonl", lora.FILE)}
+
+    def after_step(step):  # it trains, and holds the folder
+        if step == 3:
+            before = (home / lora.FILE).read_bytes()
+            assert brought()[lora.FILE] == before
+
+    begun(name, after_step, steps=4)
+    newer = {file: (home / file).read_bytes() for file in ("metrics.jsonl", lora.FILE)}
+    assert len(newer["metrics.jsonl"].splitlines()) == 4
+    assert brought() == newer
+    assert "is the run's own folder, and no older than" in capsys.readouterr().err
+    # Elsewhere it has gone on further, and a copy follows its mirror.
+    copy = tmp_path / "elsewhere" / name
+    monkeypatch.chdir((copy.parents[1]).mkdir(parents=True) or copy.parents[1])
+    older = brought()
+    begun(name, steps=5, mirror=there)
+    assert brought() != older and brought()["metrics.jsonl"] == (home / "metrics.jsonl").read_bytes()
+    begun(str(copy.relative_to(tmp_path)), steps=6, mirror=there)  # which makes it the run's home
+    kept = (copy / "metrics.jsonl").read_bytes()
+    (copy / "metrics.jsonl").write_bytes(kept + b"\n")
+    assert brought()["metrics.jsonl"] == kept + b"\n"
 
 
 def test_a_run_is_exported_from_its_mirror(begun, tmp_path, there, monkeypatch, capsys):

@@ -74,7 +74,7 @@ def test_a_restart_waits_for_the_process_before_it_and_nobody_else_does(tmp_path
     began = time.monotonic()
     with claimed(tmp_path / "run", 30):
         assert time.monotonic() - began < 20
-    assert "waits for the process" in capsys.readouterr().err
+    assert "waits for another process" in capsys.readouterr().err
 
 
 def test_what_was_made_meanwhile_is_not_taken_away(begin, tmp_path):
