@@ -25,12 +25,15 @@ class Program:
         commands: those that pay on several machines, and their settings.
         together: the processes of all machines are one run. Else each takes its own part of the work.
         check: refuses settings that make no job, given them and whether the machines share this one's files.
+        check_all: refuses what can be told only where all settings are known, and none is set by a file that the job's
+            machines have and this one has not.
     """
 
     name: str
     commands: Mapping[str, type[Any]]
     together: bool
     check: Callable[[Any, bool], None]
+    check_all: Callable[[Any], None] = lambda settings: None
 
 
 @dataclass(frozen=True)

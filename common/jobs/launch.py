@@ -80,6 +80,8 @@ def _checked_command(settings: LaunchSettings, program: Program, target: Target)
     options = _without_unseen_file(words[1:], target)
     what = parse(program.name, words[0], program.commands[words[0]], options)
     program.check(what, target.ours)
+    if options == list(words[1:]):
+        program.check_all(what)
     return what
 
 

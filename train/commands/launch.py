@@ -16,12 +16,10 @@ from ..settings import LoraSettings, SftSettings, TrainSettings
 def run(settings: LaunchSettings) -> None:
     """Write the job file. Raises as `launch`."""
 
-    def check(train: TrainSettings, ours: bool) -> None:
-        _check(train, ours)
-        if train.config is not None or not any(word.partition("=")[0] == "--config" for word in settings.command):
-            _check_as_run(train, settings.nodes, max(1, settings.gpus))
+    def check_all(train: TrainSettings) -> None:
+        _check_as_run(train, settings.nodes, max(1, settings.gpus))
 
-    launch(settings, Program("cogtrain", {"lora": LoraSettings, "sft": SftSettings}, True, check))
+    launch(settings, Program("cogtrain", {"lora": LoraSettings, "sft": SftSettings}, True, _check, check_all))
 
 
 def _check(settings: TrainSettings, ours: bool) -> None:

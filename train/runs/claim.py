@@ -52,6 +52,7 @@ from .folder import (
     ValidationLine,
     forget_stop,
     report_head,
+    run_facts,
     trained_settings,
 )
 from .log import cut_metrics
@@ -201,7 +202,7 @@ def _facts(folder: Path) -> RunFacts | None:
         if not is_file(config) or not is_file(folder / FACTS_FILE):
             return None
         heading = re.match(rb"# cogtrain (lora|sft) --config \S", config.read_bytes())
-        facts = build(RunFacts, parse_object((folder / FACTS_FILE).read_bytes()))
+        facts = run_facts(folder)
         if heading is None or heading[1].decode() != facts.method:
             return None
         trained_settings(folder, facts.method)

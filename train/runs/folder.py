@@ -281,17 +281,25 @@ def open_base(named: str | None, trained: str, revision: str | None, said_by: Pa
     return open_checkpoint(named) if named else open_checkpoint(trained, revision or None, named_by=str(said_by))
 
 
+def run_facts(run: Path) -> RunFacts:
+    """The facts in a run's folder.
+
+    Raises:
+        RunError: they are missing, or damaged.
+    """
+    try:
+        return build(RunFacts, parse_object((run / FACTS_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"the facts of the run are missing or damaged: {error}", where=str(run / FACTS_FILE)) from error
+
+
 def read_run(run: Path) -> RecordedRun:
     """Read everything but weights.
 
     Raises:
         RunError: no run folder, or a damaged one.
     """
-    settings = read_settings(run)
-    try:
-        facts = build(RunFacts, parse_object((run / FACTS_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"the facts of the run are missing or damaged: {error}", where=str(run / FACTS_FILE)) from error
+    settings, facts = read_settings(run), run_facts(run)
     steps, validations = read_metrics(run / METRICS_FILE)
     return RecordedRun(run, settings, facts, steps, validations)
 

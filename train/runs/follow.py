@@ -91,6 +91,7 @@ class Followed:
     _held_out: dict[str, str] = field(default_factory=dict)  # names of the tars that hold them, by sha256
     _epochs: list[Epoch] = field(default_factory=list)  # the last two: losses may be read a step late
     _record: EpochRecord | None = None  # of the newest
+    _decided: Epoch | None = None  # on rank 0, until it is the newest: what was put together to decide it
     _known: dict[str, dict[str, Opened]] = field(default_factory=dict)  # by option, by name: what has been opened
 
     @property
@@ -203,7 +204,8 @@ class Followed:
             size = self.groups * self.settings.batch_size * self.settings.accumulate
             return f"{counted(samples, 'sample')} of the {size:,} of a step" if samples else ""
 
-        return self._record_of(_wait_for(enough, lacks, waits, self.settings.shards))
+        self._decided = _wait_for(enough, lacks, waits, self.settings.shards)
+        return self._record_of(self._decided)
 
     def _record_of(self, epoch: Epoch) -> EpochRecord:
         before = _shards_at(self.records, epoch.number - 1)
@@ -227,7 +229,9 @@ class Followed:
         """
         self._open_held_out(decided.held_out, patience)
         record = decided.record
-        epoch = self._epoch(record.epoch, record.after, self._open(decided.shards, "--shards", patience))
+        epoch, self._decided = self._decided, None
+        if epoch is None:
+            epoch = self._epoch(record.epoch, record.after, self._open(decided.shards, "--shards", patience))
         made = self._record_of(epoch)
         for name, option in _SAME.items():
             then, now = (str(getattr(one, name)) for one in (record, made))

@@ -8,15 +8,16 @@ path of another run's checkpoint, is meant for the first. That this is a later o
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
+from cogcommon.errors import RunError
 from cogcommon.files.ownership import is_file
-from cogcommon.files.typed import build, parse_object
 
 from ..distributed.elastic import is_restart
 from ..distributed.peers import Peers
 from ..settings import TrainSettings
-from .folder import FACTS_FILE, RunFacts
+from .folder import FACTS_FILE, RunFacts, run_facts
 
 RUNS = Path("runs")  # where folders lie that nobody has named
 
@@ -44,9 +45,7 @@ def seconds_to_wait(folder: Path, peers: Peers) -> float:
 
 
 def _facts(folder: Path) -> RunFacts | None:
-    try:
+    with suppress(RunError):
         if is_file(folder / FACTS_FILE):
-            return build(RunFacts, parse_object((folder / FACTS_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        pass
+            return run_facts(folder)
     return None

@@ -20,7 +20,7 @@ from ..blocks.plan import BlockPlan
 from ..distributed.strategy import Runtime
 from ..model.method import Exported
 from ..runs.checkpoint import checkpoint_name
-from ..runs.folder import REPORT_FILE, RunFacts, ValidationLine, loss_text, lowest, read_run
+from ..runs.folder import REPORT_FILE, RunFacts, ValidationLine, loss_text, lowest, run_facts
 from ..runs.log import RunLog
 from ..runs.run import Run
 from .best import Best
@@ -70,7 +70,7 @@ def new_epoch(run: Run, log: RunLog, folder: Path) -> None:
     if told := run.followed.told():
         log.say(told)
         newest = {name: value for name, value in _samples(run).items() if name != "samples_at_start"}
-        dataclasses.replace(read_run(folder).facts, **newest).write(folder)
+        dataclasses.replace(run_facts(folder), **newest).write(folder)
 
 
 def watch(folder: Path) -> str:
@@ -133,7 +133,7 @@ def write_facts(
     begun, exported = time.time(), 0
     if run.resume is not None:
         with suppress(CogError):
-            before = read_run(folder).facts
+            before = run_facts(folder)
             begun, exported = before.begun, before.exported
     _facts(run, runtime, trainable, plan, attention, begun, exported).write(folder)
 
@@ -145,7 +145,7 @@ def write_end(folder: Path, exported: int, ended: str) -> None:
         exported: the step whose weights were.
         ended: why before its last step, if it has.
     """
-    dataclasses.replace(read_run(folder).facts, exported=exported, ended=ended).write(folder)
+    dataclasses.replace(run_facts(folder), exported=exported, ended=ended).write(folder)
 
 
 def _facts(

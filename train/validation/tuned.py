@@ -13,7 +13,7 @@ from cogcommon.model.families import Resolution
 
 from ..model import lora, sft
 from ..model.lora_file import base_of, lora_in
-from ..runs.folder import FACTS_FILE, open_base, read_run, read_settings
+from ..runs.folder import FACTS_FILE, open_base, read_settings, run_facts
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def find_tuned(
     applied = tuple(applied_lora(word) for word in loras)
     trained: str | None = None
     revision, said_by = None, run or transformer
-    facts = read_run(run).facts if run and (run / FACTS_FILE).exists() else None
+    facts = run_facts(run) if run and (run / FACTS_FILE).exists() else None
     if run:
         trained, revision = read_settings(run).get("model"), facts.revision if facts else None
         applied = (AppliedLora(run / lora.FILE, strength),) if (run / lora.FILE).is_file() else ()

@@ -65,9 +65,12 @@ def epochs_of(run):
     return [line.epoch for line in read_run(run).steps]
 
 
-def test_killed_in_any_epoch_and_resumed_it_makes_the_same_steps(followed, losses, capsys):
+def test_killed_in_any_epoch_and_resumed_it_makes_the_same_steps(followed, losses, capsys, monkeypatch):
     commits, options = [1, 4, 5, 8], {"steps": 16, "save_every": 5}
+    made, make = [], follow.make_sampler
+    monkeypatch.setattr(follow, "make_sampler", lambda *arguments: made.append(arguments) or make(*arguments))
     whole = followed("whole", commits, **options)
+    assert len(made) == 4  # one for each epoch: of a million samples each takes seconds
     said = capsys.readouterr().out
     assert "epoch 0 (from step 1): 2 samples in 1 shard; 2 steps" in said
     assert "epoch 2 (from step 7): 8 samples in 4 shards, 4 new since epoch 1; 8 steps" in said
