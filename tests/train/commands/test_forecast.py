@@ -164,9 +164,9 @@ def test_a_card_without_bf16_is_told_so(tmp_path, make_shards, capsys):
 
 
 def test_what_fits_fits_the_host_too(plan_of):
-    """5B's LoRA takes 10.4 GiB of host memory to load, as much to export, and on a small card to train."""
+    """5B's LoRA takes 10.4 GiB of host memory to load, beside the process itself, and on a small card to train."""
     for gib in (24, 80):
-        large, small = (of(plan_of(gib, host=host, method="lora"), "lora", "ddp")["auto"] for host in (120, 16))
+        large, small = (of(plan_of(gib, host=host, method="lora"), "lora", "ddp")["auto"] for host in (120, 14))
         assert large.fits and not small.fits and small.lacks == "host memory"
     eight = of(plan_of(80, 8, host=60, method="lora"), "lora", "ddp")["auto"]
     assert eight.lacks == "host memory" and eight.host_total_gib > 8 * 10.4  # each loads the model
