@@ -1,4 +1,4 @@
-"""Still pictures read, and H.264 videos written. (Reading clips is prep's alone.)
+"""Still pictures read, and H.264 videos written, and read back. (Reading clips is prep's alone.)
 
 Imports files.
 """

@@ -1,4 +1,4 @@
-"""Writing H.264 mp4: what `cogtrain generate` shows, and the clips that demo and tests draw."""
+"""Writing H.264 mp4: what `cogtrain generate` shows, and the clips that demo and tests draw; and reading it back."""
 
 from __future__ import annotations
 
@@ -48,3 +48,9 @@ def write_mp4(path: Path, frames_FHWC: Frames, fps: float, *, crf: int = 18, pre
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def read_mp4(path: Path) -> Frames:
+    """The frames of a video that `write_mp4` has written: uint8 RGB (F, H, W, 3), as near as its quality is."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

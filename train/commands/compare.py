@@ -6,30 +6,28 @@ same time. Full fine-tuning has another transformer for each checkpoint.
 
 from __future__ import annotations
 
-import io
 import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import RunError, SettingError
-from cogcommon.files.atomic import scratch_file
-from cogcommon.files.failures import disk_errors
-from cogcommon.files.ownership import check_own_folder, state_of, take_output
-from cogcommon.media.video import write_mp4
+from cogcommon.files.ownership import state_of
+from cogcommon.media.video import read_mp4
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.words import counted
 
 from ..data.prompts import named_after
 from ..model.method import Lora, Method, method_of, of_checkpoint
 from ..report.renew import renew_report
-from ..report.sheet import Column, contact_sheet, grid
+from ..report.sheet import Column, grid
+from ..report.videos import SHEET, VideoFolder, file_name
 from ..runs.checkpoint import checkpoint_name, find_checkpoint, list_checkpoints, step_of
 from ..runs.folder import COMPARED, SHEET_FILE, RecordedRun, lowest, open_base, read_run, trained_settings
 from ..settings import CompareSettings, GenerateSettings
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
 _COMPARISON = "a comparison of checkpoints"  # what made the files of a folder
-_GRID = "grid.mp4"
+_GRID = "grid"
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,35 @@ class Cell:
     strength: float = 1.0
     label: str = "base model"
 
+    @property
+    def name(self) -> str:
+        """Of its video's file, in words."""
+        return self.label.replace(",", "")
 
-@dataclass
-class _Asked:
-    """A prompt, where its files go, and its videos as they are drawn."""
 
-    request: Request
-    text: str  # all that they depend on
-    folder: Path
-    drawn: dict[Cell, Column] = field(default_factory=dict)
+class _Asked(VideoFolder):
+    """What is drawn for a prompt.
+
+    Attributes:
+        left: cells whose videos are not there yet; all of them where everything is.
+    """
+
+    def __init__(self, request: Request, asked: str, folder: Path, fps: float, cells: Sequence[Cell]) -> None:
+        super().__init__(folder, _COMPARISON, asked, fps)
+        self.request = request
+        files = {cell: file_name(cell.name) for cell in cells}
+        made = self.made_before(file_name(_GRID), SHEET_FILE, *files.values())
+        left = [cell for cell in cells if not (made and made.owns(files[cell]))]
+        whole = not left and made and made.owns(file_name(_GRID)) and made.owns(SHEET_FILE)
+        self.left = list(cells) if whole else left
+
+    def finish(self, rows: Sequence[Sequence[Cell | None]], facts: str) -> Mapping[str, Path]:
+        """Write the grid and the sheet, of the videos as they are there; what there is now, by names in words."""
+        cells = sorted({cell for row in rows for cell in row if cell}, key=lambda cell: (cell.step, cell.strength))
+        columns = {cell: Column(cell.label, read_mp4(self.folder / file_name(cell.name))) for cell in cells}
+        self.add(_GRID, grid([[columns[cell] if cell else None for cell in row] for row in rows]))
+        self.add_sheet(self.request.prompt, facts, list(columns.values()))
+        return {_GRID: self.files[_GRID], SHEET: self.files[SHEET], "each video": self.folder}
 
 
 def run(settings: CompareSettings) -> None:
@@ -89,32 +107,38 @@ def run(settings: CompareSettings) -> None:
 
     quiet_libraries()
     started = time.monotonic()
-    with stage("loading the model"):
-        pipeline = _Pipeline(settings.run, method, tuned, dtype_of(precision), device, asked[0].request, steps)
-    number = 0
-    for cell in cells:
-        with stage(f"preparing {cell.label}"):
-            pipeline.use(cell)
-        for one in asked:
-            number += 1
-            label = f"video {number}/{len(cells) * len(asked)}, {cell.label}"
-            with stage(label, settings.steps, "step") as bar:
-                one.drawn[cell] = Column(cell.label, generate_video(pipeline.pipeline, one.request, bar.advance))
+    if any(one.left for one in asked):
+        with stage("loading the model"):
+            pipeline = _Pipeline(settings.run, method, tuned, dtype_of(precision), device, asked[0].request, steps)
+        _draw(pipeline, cells, asked, settings.steps)
     facts = (
         f"{settings.run} on {checkpoint.name}  ·  {asked[0].request.resolution}  ·  {settings.steps} steps  ·  "
         f"guidance {settings.guidance:g}  ·  seed {settings.seed}  ·  {precision}"
     )
     with stage("writing the grids"):
-        files = [_write(one, rows, facts, fps) for one in asked]
-    seconds = round(time.monotonic() - started, 1)
-    if settings.json:
-        told = [{"prompt": one.request.prompt, "files": found} for one, found in zip(asked, files, strict=True)]
-        print(json_text({"videos": told, "seconds": seconds}))
-    for one, found in [] if settings.json else zip(asked, files, strict=True):
-        console.print(one.request.prompt, soft_wrap=True)
-        for name, file in found.items():
-            console.print(f"{name:<14} {file}", soft_wrap=True)
+        told = [(one.request.prompt, one.finish(rows, facts)) for one in asked]
+    generate.tell(told, round(time.monotonic() - started, 1), console, as_json=settings.json)
     renew_report(settings.run, [one.folder for one in asked], partial(console.print, soft_wrap=True))
+
+
+def _draw(pipeline: _Pipeline, cells: Sequence[Cell], asked: Sequence[_Asked], steps: int) -> None:
+    """Draw what is left, each of the weights once for all prompts, and write each video before the next."""
+    number, total = 0, sum(len(one.left) for one in asked)
+    try:
+        for cell in cells:
+            if not any(cell in one.left for one in asked):
+                continue
+            with stage(f"preparing {cell.label}"):
+                pipeline.use(cell)
+            for one in asked:
+                if cell in one.left:
+                    with stage(f"video {number + 1}/{total}, {cell.label}", steps, "step") as bar:
+                        one.add(cell.name, generate_video(pipeline.pipeline, one.request, bar.advance))
+                    number += 1
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped; {number} of {counted(total, 'video')} drawn; run the same command again to have the rest"
+        ) from None
 
 
 def layout(steps: Sequence[int], strengths: Sequence[float]) -> list[list[Cell | None]]:
@@ -239,21 +263,4 @@ def _asked(
             {"prompt": request.prompt, "resolution": str(request.resolution), **shared}, ensure_ascii=False
         )
         folder = (settings.out or settings.run / COMPARED) / named_after(request.prompt, settings.seed, text)
-        if before := check_own_folder(folder, _COMPARISON, "--out"):
-            before.refuse_foreign(_GRID, SHEET_FILE)
-        yield _Asked(request, text, folder)
-
-
-def _write(one: _Asked, rows: Sequence[Sequence[Cell | None]], facts: str, fps: float) -> Mapping[str, str]:
-    """The grid and the sheet, each whole or not at all."""
-    columns = [one.drawn[cell] for cell in sorted(one.drawn, key=lambda cell: (cell.step, cell.strength))]
-    shown = [[one.drawn[cell] if cell else None for cell in row] for row in rows]
-    with disk_errors(one.folder):
-        made = take_output(one.folder, _COMPARISON, "--out", one.text)
-        with scratch_file(made.folder) as scratch:
-            write_mp4(scratch, grid(shown), fps)
-            video = made.commit(scratch, _GRID)
-        sheet = io.BytesIO()
-        contact_sheet(one.request.prompt, facts, columns, fps).save(sheet, "PNG")
-        picture = made.commit_bytes(SHEET_FILE, sheet.getvalue())
-    return {"grid": str(video), "contact sheet": str(picture)}
+        yield _Asked(request, text, folder, fps, cells)

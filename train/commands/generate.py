@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +13,7 @@ from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError
-from cogcommon.files.atomic import scratch_file
-from cogcommon.files.failures import disk_errors
-from cogcommon.files.ownership import Made, check_own_folder, state_of, take_output
-from cogcommon.media.video import Frames, write_mp4
+from cogcommon.files.ownership import state_of
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
 from cogcommon.model.families import Resolution
@@ -25,7 +21,8 @@ from cogcommon.words import counted
 
 from ..data.prompts import cut_notes, named_after, read_first_frame, read_prompts, shortened
 from ..report.renew import renew_report
-from ..report.sheet import Column, contact_sheet, side_by_side
+from ..report.sheet import Column, side_by_side
+from ..report.videos import SHEET, VideoFolder, file_name
 from ..runs.folder import GENERATED, SHEET_FILE
 from ..runs.restore import local_run
 from ..settings import GenerateSettings
@@ -33,6 +30,7 @@ from ..validation.pipeline import Request, generate_video, load_pipeline, move_p
 from ..validation.tuned import Tuned, find_tuned
 
 _VIDEOS = "generated videos"  # what made the files of a folder
+_BESIDE = "side by side"
 
 
 def run(settings: GenerateSettings) -> None:
@@ -52,8 +50,6 @@ def run(settings: GenerateSettings) -> None:
         _Answer(request, request_text(settings, tuned, request, fps, precision), fps, settings, len(requests) > 1)
         for request in requests
     ]
-    for answer in answers:
-        answer.check_folder()
     console = Console(stderr=settings.json)
     first = requests[0]
     for note in cut_texts(requests, checkpoint):
@@ -81,80 +77,74 @@ def run(settings: GenerateSettings) -> None:
             for number, answer in enumerate(left, 1):
                 of = f" {number}/{len(left)}" if len(left) > 1 else ""
                 with stage(f"{label} video{of}", settings.steps, "step") as bar:
-                    answer.add(Column(label, generate_video(pipeline, answer.request, bar.advance)))
+                    answer.show(Column(label, generate_video(pipeline, answer.request, bar.advance)))
                 if label == labels[-1]:
                     answer.finish(facts)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_stopped(answers)) from None
     seconds = round(time.monotonic() - started, 1)
 
-    if settings.json:
-        told = [{"prompt": a.request.prompt, "files": {n: str(file) for n, file in a.files.items()}} for a in answers]
-        print(json_text({"files": told[0]["files"], "seconds": seconds} if len(told) == 1 else
-                        {"videos": told, "seconds": seconds}))  # fmt: skip
-    for answer in [] if settings.json else answers:
-        if len(answers) > 1:
-            console.print(answer.request.prompt, soft_wrap=True)
-        for name, file in answer.files.items():
-            console.print(f"{name:<14} {file}", soft_wrap=True)
+    told = [(answer.request.prompt, answer.files) for answer in answers]
+    if settings.json and len(told) == 1:
+        print(json_text({"files": in_text(answers[0].files), "seconds": seconds}))
+    else:
+        tell(told, seconds, console, as_json=settings.json)
     renew_report(settings.run, [answer.folder for answer in answers], partial(console.print, soft_wrap=True))
 
 
-class _Answer:
-    """What is drawn for one prompt, and its folder: --out, or one of its own in there if there are several prompts."""
+def tell(
+    drawn: Sequence[tuple[str, Mapping[str, Path]]], seconds: float, console: Console, *, as_json: bool
+) -> None:  # fmt: skip
+    """Say which files there are for which prompt."""
+    if as_json:
+        told = [{"prompt": prompt, "files": in_text(files)} for prompt, files in drawn]
+        print(json_text({"videos": told, "seconds": seconds}))
+        return
+    for prompt, files in drawn:
+        if len(drawn) > 1:
+            console.print(prompt, soft_wrap=True)
+        for name, file in files.items():
+            console.print(f"{name:<14} {file}", soft_wrap=True)
+
+
+def in_text(files: Mapping[str, Path]) -> dict[str, str]:
+    return {name: str(file) for name, file in files.items()}
+
+
+class _Answer(VideoFolder):
+    """What is drawn for one prompt, and its folder: --out, or one of its own in there if there are several prompts.
+
+    Attributes:
+        before: its files, where all of them are there already.
+    """
 
     def __init__(self, request: Request, asked: str, fps: float, settings: GenerateSettings, several: bool) -> None:
-        self.request, self.asked, self.fps = request, asked, fps
         own = default_folder(settings, request.prompt, asked)
-        self.folder = (settings.out / own.name if several else settings.out) if settings.out else own
-        self.names = ["tuned.mp4", SHEET_FILE, *(["base.mp4", "side-by-side.mp4"] if settings.base else [])]
+        folder = (settings.out / own.name if several else settings.out) if settings.out else own
+        super().__init__(folder, _VIDEOS, asked, fps)
+        self.request = request
         self.columns: list[Column] = []
-        self.files: dict[str, Path] = {}
-        self.before: dict[str, Path] = {}  # its files, where all of them are there already
+        videos = ["tuned", *(["base", _BESIDE] if settings.base else [])]
+        names = {name: file_name(name) for name in videos} | {SHEET: SHEET_FILE}
+        made = self.made_before(*names.values())
+        all_there = made and all(map(made.owns, names.values()))
+        self.before = {name: folder / file for name, file in names.items()} if all_there else {}
 
-    def check_folder(self) -> None:
-        """Refuse a folder of somebody's, or of another request, before a model is loaded.
-
-        Raises:
-            SettingError: it is one.
-        """
-        before = check_own_folder(self.folder, _VIDEOS, "--out")
-        if before and before.request != self.asked:
-            raise SettingError(
-                "this folder holds a video of another prompt, or of other settings or weights",
-                where=f"--out {self.folder}",
-                fix="--out with another folder, or leave it out: every prompt gets a folder of its own",
-            )
-        if before:
-            before.refuse_foreign(*self.names)
-            if all(before.owns(name) for name in self.names):
-                self.before = {Path(name).stem.replace("-", " "): self.folder / name for name in self.names}
-
-    def add(self, column: Column) -> None:
-        """Write a video as soon as it is there, whole or not at all."""
+    def show(self, column: Column) -> None:
+        """Take in a video, and write it."""
         self.columns.append(column)
-        with disk_errors(self.folder):
-            self._write(take_output(self.folder, _VIDEOS, "--out", self.asked), column.label, column.frames_FHWC)
+        self.add(column.label, column.frames_FHWC)
 
     @property
     def whole(self) -> bool:
-        return "contact sheet" in self.files
+        return SHEET in self.files
 
     @stage("writing the contact sheet")
     def finish(self, facts: str) -> None:
         """Write what shows the videos beside each other; the contact sheet last."""
-        with disk_errors(self.folder):
-            made = take_output(self.folder, _VIDEOS, "--out", self.asked)
-            if len(self.columns) > 1:
-                self._write(made, "side by side", side_by_side(self.columns))
-            sheet = io.BytesIO()
-            contact_sheet(self.request.prompt, facts, self.columns, self.fps).save(sheet, "PNG")
-            self.files["contact sheet"] = made.commit_bytes(SHEET_FILE, sheet.getvalue())
-
-    def _write(self, made: Made, label: str, frames_FHWC: Frames) -> None:
-        with scratch_file(made.folder) as scratch:
-            write_mp4(scratch, frames_FHWC, self.fps)
-            self.files[label] = made.commit(scratch, f"{label.replace(' ', '-')}.mp4")
+        if len(self.columns) > 1:
+            self.add(_BESIDE, side_by_side(self.columns))
+        self.add_sheet(self.request.prompt, facts, self.columns)
 
 
 def _stopped(answers: list[_Answer]) -> str:

@@ -10,10 +10,12 @@ from in_process import OneCommand
 from PIL import Image
 
 from cogcommon.files.ownership import Made
+from cogcommon.media.video import read_mp4
 from cogcommon.model.families import Resolution
 from cogtrain.commands import compare
 from cogtrain.commands.compare import Cell, layout
 from cogtrain.report.sheet import Column, grid
+from cogtrain.report.videos import VideoFolder
 from cogtrain.runs.folder import COMPARED, REPORT_FILE
 from cogtrain.settings import CompareSettings, LoraSettings, SftSettings
 from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, to_base
@@ -38,13 +40,13 @@ def make_run(tmp_path, make_shards, train_here):
 @pytest.fixture
 def drawn(monkeypatch):
     """What was drawn, by label, for the first prompt."""
-    found, real = {}, compare.grid
+    found, real = {}, VideoFolder.add
 
-    def keep(rows):
-        found.update({c.label: c.frames_FHWC for row in rows for c in row if c and c.label not in found})
-        return real(rows)
+    def keep(folder, name, frames):
+        found.setdefault(name, frames)
+        real(folder, name, frames)
 
-    monkeypatch.setattr(compare, "grid", keep)
+    monkeypatch.setattr(VideoFolder, "add", keep)
     return found
 
 
@@ -52,8 +54,8 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     run = make_run(LoraSettings, rank=4, alpha=64.0, lr=0.1)  # strong enough to be seen after two steps
     done = command(run, "--checkpoints", "1,last", "--strengths", "0.5", "--prompt", "a ball", *SMALL)
     assert done.exception is None, done.output
-    assert list(drawn) == ["base model", "step 1 at 0.5", "step 2 at 0.5"]
-    assert len({frames.tobytes() for frames in drawn.values()}) == 3
+    assert list(drawn) == ["base model", "step 1 at 0.5", "step 2 at 0.5", "grid"]
+    assert len({frames.tobytes() for frames in drawn.values()}) == 4
     request = Request("a ball", None, Resolution(9, 64, 96), 1, 6.0, 7, 226, True)
     tuned = find_tuned(run, [], None, None, 0.5)
     pipeline = load_pipeline(tuned, torch.float32)
@@ -65,8 +67,11 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     assert first.name.startswith("a-ball-7-")
     with av.open(str(first / "grid.mp4")) as video:
         assert video.streams.video[0].frames == 9
+    read = read_mp4(first / "step-2-at-0.5.mp4")
+    far = {name: np.abs(read.astype(int) - frames).mean() for name, frames in drawn.items() if name != "grid"}
+    assert min(far, key=far.get) == "step 2 at 0.5" and far["step 2 at 0.5"] < 8  # noise, of which H.264 keeps less
     made = Made.read(first)
-    assert made and made.owns("grid.mp4") and made.owns("contact-sheet.png")
+    assert made and made.owns("grid.mp4") and made.owns("base-model.mp4") and made.owns("contact-sheet.png")
     assert json.loads(made.request)["prompt"] == "a ball"
     assert Image.open(first / "contact-sheet.png").width > 1000
     assert f'src="compared/{first.name}/grid.mp4"' in (run / REPORT_FILE).read_text()
@@ -82,6 +87,29 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     assert "no strengths" in fault(run, "--strengths", "1,strong", "--prompt", "a ball")
     assert "there is no prompt" in fault(run)
     assert "red ball" in fault(run, "--prompt", "a", "red", "ball")  # a sentence without its quotes
+
+
+def test_stopped_it_keeps_what_is_drawn_and_the_same_command_makes_the_rest(make_run, monkeypatch):
+    """What is drawn is not the point here: each video is of one grey."""
+    run = make_run(LoraSettings, rank=4, lr=0.1)
+    words = (run, "--prompt", "a ball", "--prompt", "a cube", *SMALL)
+    calls = []
+
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return np.full((9, 64, 96, 3), 20 * len(calls), np.uint8)
+
+    monkeypatch.setattr(compare, "generate_video", stopping)
+    stopped = command(*words)
+    assert "3 of 6 videos drawn; run the same command again" in stopped.output + str(stopped.exception)
+    there = sorted(path.relative_to(run / COMPARED).name for path in (run / COMPARED).glob("*/*.mp4"))
+    assert there == ["base-model.mp4", "base-model.mp4", "step-1.mp4"]
+    done = command(*words)
+    assert done.exception is None, done.output
+    assert len(calls) == 7 and len(list((run / COMPARED).glob("*/*.mp4"))) == 8
+    assert command(*words).exception is None and len(calls) == 13  # all of it was there: drawn anew
 
 
 @pytest.mark.full
