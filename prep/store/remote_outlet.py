@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +35,7 @@ from cogcommon.store.remote_folder import Entry, RemoteFolder
 from .locks import ShardBusy, shard_disk_errors
 from .outlet import Outlet
 from .proof import ORIGIN_FILE, check_shards_output
+from .seen import SeenObject, SeenObjects
 from .shards import ShardDone
 
 T = TypeVar("T")
@@ -52,20 +51,6 @@ _HALF = re.compile(r"\.(\d{6,18})\.parquet\.new", re.ASCII)
 _WHOLE = re.compile(r"\.(\d{6,18})\.tar\.rewrite-[0-9a-f]{16}\.tmp", re.ASCII)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """An object as the desk has it."""
-
-    size: int
-    etag: str
-    sha256: str  # of its content, in hex
-
-    @property
-    def version(self) -> tuple[int, str]:
-        """As `Entry.version`."""
-        return self.size, self.etag
-
-
 class RemoteOutlet(Outlet):
     """See the module.
 
@@ -79,8 +64,7 @@ class RemoteOutlet(Outlet):
     def __init__(self, remote: RemoteFolder, desk: Path) -> None:
         super().__init__(desk, remote.shown)
         self._remote = remote
-        self._noted = desk.with_name(desk.name + ".json")  # what the desk has of the folder there
-        self._seen: dict[str, _Seen] = {}
+        self._seen = SeenObjects(desk.with_name(desk.name + ".json"))
         self._there: dict[str, Entry] = {}  # as it was mirrored
         self._left: dict[str, tuple[str, str]] = {}  # tars without a record that were brought: etag and sha256
 
@@ -99,7 +83,7 @@ class RemoteOutlet(Outlet):
             self._remote.remove(name)  # its tar is gone, so it counts for nothing
             for path in (self.folder / name, self.folder / _tar_of(name)):
                 path.unlink(missing_ok=True)
-            self._seen.pop(name, None)
+            self._seen.forget(name)
             del there[name]
         foreign = [name for name in there if not _is_our_name(name)]
         check_shards_output(self.folder, "--out", lists)
@@ -145,12 +129,15 @@ class RemoteOutlet(Outlet):
         for name in mirrored:
             path = self.folder / name
             number = _record_number(name)
-            if number is not None and path.exists():
+            if number is not None and path.exists() and not self._is_as_seen(name):
                 try:
                     self.publish(path.parent, number)
                 except ShardBusy:
                     stay += 1
         return stay
+
+    def _is_as_seen(self, name: str) -> bool:
+        return name in self._seen and sha256_of(self.folder / name) == self._seen[name].sha256
 
     def _taken_up(self, name: str) -> bool:
         """Whether a writer has since committed what looked left over: a tar without its record, or a half rewrite."""
@@ -192,7 +179,7 @@ class RemoteOutlet(Outlet):
         }
         with shard_disk_errors(self.folder):
             (self.folder / "val").mkdir(exist_ok=True)
-            self._seen = self._believed(wanted)
+            self._seen.begin(self._believed(wanted))
             self._drop_others(wanted)
             new = [name for name in wanted if name not in self._seen]
             for name, data in self._remote.read_many(new).items():
@@ -200,7 +187,6 @@ class RemoteOutlet(Outlet):
             for name in self._seen:
                 if _record_number(name) is not None and _tar_of(name) in there:
                     _stand_in(self.folder / _tar_of(name), there[_tar_of(name)].size)
-            self._note()
             with suppress(OSError):
                 (self.folder / "val").rmdir()  # as on a disk: none where it would be empty
         return there
@@ -209,15 +195,11 @@ class RemoteOutlet(Outlet):
         with ThreadPoolExecutor(len(_FOLDERS)) as pool:
             return {name: entry for found in pool.map(self._remote.entries, _FOLDERS) for name, entry in found.items()}
 
-    def _believed(self, wanted: dict[str, Entry]) -> dict[str, _Seen]:
+    def _believed(self, wanted: dict[str, Entry]) -> dict[str, SeenObject]:
         """What the desk has whole, and is still the same there."""
-        try:
-            noted = {str(name): _Seen(*seen) for name, seen in json.loads((self._noted).read_bytes()).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
         return {
             name: seen
-            for name, seen in noted.items()
+            for name, seen in self._seen.noted().items()
             if (entry := wanted.get(name))
             and entry.version == seen.version
             and seen.etag
@@ -270,8 +252,7 @@ class RemoteOutlet(Outlet):
             if record in self._seen:
                 self._check_unchanged(record)
                 self._remote.remove(record, tar)
-                del self._seen[record]
-                self._note()
+                self._seen.forget(record)
             return
         data = path.read_bytes()
         header, _ = read_table(io.BytesIO(data), ["key"])
@@ -284,7 +265,6 @@ class RemoteOutlet(Outlet):
         if entry is not None:
             self._saw(record, entry, data)
         _stand_in(self.folder / tar, header.tar_size)
-        self._note()
 
     def agree(self, settle: Callable[[], T]) -> T:
         result = settle()
@@ -299,7 +279,6 @@ class RemoteOutlet(Outlet):
                 result = settle()
             elif (entry := self._remote.stat(name)) is not None:
                 self._saw(name, entry, path.read_bytes())
-        self._note()
         return result
 
     def put(self, name: str) -> None:
@@ -358,7 +337,6 @@ class RemoteOutlet(Outlet):
             return False
         self._take(record, data, entry)
         _stand_in(self.folder / tar, tar_entry.size)
-        self._note()
         return True
 
     def _check_unchanged(self, record: str) -> None:
@@ -424,11 +402,7 @@ class RemoteOutlet(Outlet):
         self._saw(name, entry, data)
 
     def _saw(self, name: str, entry: Entry, data: bytes) -> None:
-        self._seen[name] = _Seen(entry.size, entry.etag, hashlib.sha256(data).hexdigest())
-
-    def _note(self) -> None:
-        told = {name: (seen.size, seen.etag, seen.sha256) for name, seen in self._seen.items()}
-        commit_bytes(self._noted, json.dumps(told).encode())
+        self._seen.note(name, SeenObject(entry.size, entry.etag, hashlib.sha256(data).hexdigest()))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()

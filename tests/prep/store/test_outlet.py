@@ -326,6 +326,31 @@ def test_a_tar_that_is_committed_while_somebody_thinks_stays(bring, there):
     check(there())
 
 
+def test_only_what_was_changed_is_asked_after(bring, there, monkeypatch):
+    bring()
+    with open_image(OUT, "OUT", changing=True, leftovers=True) as image:
+        requests = Requests(monkeypatch)
+        assert image.publish_changes() == 0 and not requests.done
+        (image.folder / "000000.parquet").unlink()
+        assert image.publish_changes() == 0 and 0 < len(requests.done) < 6
+    assert "000000.parquet" not in there() and "000001.parquet" in there()
+
+
+def test_a_note_is_a_line_and_one_that_is_cut_costs_a_reading(bring, there, on_disk, tmp_path, monkeypatch):
+    bring()
+    (file,) = (tmp_path / "one" / "desks").glob("*.json")
+    lines = file.read_bytes().splitlines()
+    names = ["val/000000.parquet", "000000.parquet", "000001.parquet"]
+    assert [list(json.loads(line)) for line in lines[-3:]] == [[name] for name in names]
+    file.write_bytes(b"\n".join([*lines[:-2], lines[-2][:-9], b"null", lines[-1]]))
+    with monkeypatch.context() as patch:
+        requests = Requests(patch)
+        assert bring().encoded == 0
+    assert requests.done.count("cat_file") == 1
+    assert len(file.read_bytes().splitlines()) == 2  # all in one, and the one that was read again
+    assert tars_of(there()) == on_disk("fresh")
+
+
 def test_an_answer_that_is_lost_is_no_other_writer(bring, there, proxy, on_disk, capfd):
     lost = set()
 
