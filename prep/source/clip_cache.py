@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cogcommon.files.atomic import TEMPORARY
 
 _MOMENT_NS = 60 * 10**9  # for which what a store has said of an object is believed
 _SPARE = 1 << 30  # bytes of the disk that are left to others
+_PROCESSES = 16  # which may fill the cache at once
 _CACHE = "COGPREP_CLIP_CACHE"  # of the environment: decode processes inherit it
 _ASKED = ".asked"
 _CONTENT = re.compile("[0-9a-f]{32}")
@@ -109,13 +111,57 @@ def keep(temporary: Path, content: Path, state: ObjectState) -> None:
     temporary.replace(content)
 
 
+class _Allowance:
+    """How many more bytes this process may bring before it lists the cache again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = 0
+        self._of: object = None
+
+    def take(self, needed: int) -> None:
+        """See `make_room`."""
+        cache = _cache()
+        folder, most, _ = cache
+        with self._lock:
+            if cache != self._of or needed > self._left or shutil.disk_usage(folder).free < needed + _SPARE:
+                self._left = needed + _clear(folder / "clips", most, needed) // _PROCESSES
+                self._of = cache
+            self._left -= needed
+
+
+_allowance = _Allowance()
+
+
 def make_room(needed: int) -> None:
     """Remove what was longest unused, for so much more to be kept. One who has it open reads on.
+
+    The cache is listed only now and then: what it has room for is divided among processes, and some is left free.
 
     Args:
         needed: bytes. Fewer are kept in all than were allowed where the disk has not so much room.
     """
-    folder, most = _cache()[0] / "clips", _cache()[1]
+    _allowance.take(needed)
+
+
+def _clear(folder: Path, most: int, needed: int) -> int:
+    """List the cache, and remove what is too much; the bytes that may still come beside those needed."""
+    found = _listed(folder)
+    total = sum(entry[1] for entry in found)
+    most = min(most, total + shutil.disk_usage(folder).free - _SPARE)
+    room = most - needed
+    if total > max(room - most // 16, 0):
+        for _, length, path in sorted(found):
+            if total <= max(room - most // 8, 0):
+                break
+            path.unlink(missing_ok=True)
+            _asked(path).unlink(missing_ok=True)
+            total -= length
+    return max(room - total, 0)
+
+
+def _listed(folder: Path) -> list[tuple[int, int, Path]]:
+    """When each content was last asked after, its bytes, and where it is; what a kill has left half-brought goes."""
     found = []
     for path in folder.iterdir():
         with suppress(OSError):
@@ -124,14 +170,7 @@ def make_room(needed: int) -> None:
                     path.unlink()
             elif _CONTENT.fullmatch(path.name):
                 found.append((_last_asked(path), path.stat().st_size, path))
-    total = sum(entry[1] for entry in found)
-    room = min(most, total + shutil.disk_usage(folder).free - _SPARE) - needed
-    for _, length, path in sorted(found):
-        if total <= max(room, 0):
-            return
-        path.unlink(missing_ok=True)
-        _asked(path).unlink(missing_ok=True)
-        total -= length
+    return found
 
 
 def _asked(content: Path) -> Path:

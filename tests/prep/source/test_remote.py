@@ -18,7 +18,7 @@ from cogprep.settings import ValidateSettings
 from cogprep.source import clip_cache, remote
 from cogprep.source.addresses import named_without_secrets, remote_address
 from cogprep.source.clip import BadClip
-from cogprep.source.clip_cache import use_cache
+from cogprep.source.clip_cache import ObjectState, place_of, use_cache
 from cogprep.source.remote import Unreached, open_object, state_of
 from cogprep.source.source_file import file_state, hash_whole, open_named, unchanged
 
@@ -188,6 +188,24 @@ def test_the_cache_is_bounded_and_notices_another_etag(web, tmp_path):
     assert (hashed.size, hashed.mtime_ns) != before[:2] and unchanged(path, hashed)
     with open_named(path) as stream:
         assert stream.readall() == bytes(data)
+
+
+def test_a_full_cache_is_listed_now_and_then(tmp_path, monkeypatch):
+    clips = tmp_path / "cache" / "clips"
+    clips.mkdir(parents=True)
+    use_cache(tmp_path / "cache", 400_000)
+    listings, real = [], clip_cache._listed
+    monkeypatch.setattr(clip_cache, "_listed", lambda folder: listings.append(real(folder)) or listings[-1])
+    for index in range(1500):
+        clip_cache.make_room(400)
+        content, state = place_of(f"s3://bucket/{index}.mp4"), ObjectState(400, 2 * 10**9)
+        (clips / "new").write_bytes(bytes(400))
+        clip_cache.keep(clips / "new", content, state)
+        clip_cache.believe(content, state, index)
+    kept = [path for path in clips.iterdir() if path.stat().st_size]
+    assert 800 < len(kept) <= 1000 and len(listings) < 300
+    assert all(place_of(f"s3://bucket/{index}.mp4") in kept for index in range(700, 1500))  # the last ones
+    assert len(list(clips.iterdir())) == 2 * len(kept)
 
 
 def test_a_clip_in_use_is_still_asked_after(web, tmp_path, monkeypatch):
