@@ -79,7 +79,7 @@ def _clean(settings: CleanSettings, image: Outlet) -> None:
         for folder in _folders(out).values():
             finish_rewrites(folder)  # it may only lack its last renames
     with stage("comparing shards and data root"):
-        removals = list(find_removals(out, everything=settings.all, say=console.print))
+        removals = list(find_removals(out, everything=settings.all, say=lambda text: console.print(image.told(text))))
     if settings.json:
         print(json_text([{"path": image.shown(r.path), "why": r.why, "bytes": r.size} for r in removals]))
     else:

@@ -30,7 +30,7 @@ def run(settings: EncodeSettings) -> None:
     except KeyboardInterrupt:
         kept = f"finished clips are kept in {as_shown(settings.out)}: run the same command again to go on"
         raise KeyboardInterrupt(f"interrupted; {kept}") from None
-    path = report.write(settings.out)
+    path = as_shown(report.write(settings.out))
     if settings.json:
         print(report.to_json())
     else:
@@ -40,9 +40,7 @@ def run(settings: EncodeSettings) -> None:
             "none of the clips can be used", where=as_shown(settings.root), fix=f"see the reasons above, or in {path}"
         )
     if settings.strict and (trouble := report.trouble):
-        raise DataRootError(
-            trouble, where=str(path), fix="mend or remove these lines of the lists, or leave --strict out"
-        )
+        raise DataRootError(trouble, where=path, fix="mend or remove these lines of the lists, or leave --strict out")
 
 
 def encode(settings: EncodeSettings) -> Report:

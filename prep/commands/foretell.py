@@ -63,11 +63,9 @@ def foretell(
     }
     with open_image(settings.out, "--out") as image:
         forecast = _foretell(replace(settings, out=image.folder), checkpoint, data, looks, clips, images, usable)
-        here = str(image.folder)
-        if (error := forecast.refusal) is None:
-            return forecast
-        parts = [text and text.replace(here, image.place) for text in (error.what, error.where, error.fix)]
-        return replace(forecast, refusal=CogError(parts[0] or "", where=parts[1], fix=parts[2]))
+        if forecast.refusal:
+            image.retell(forecast.refusal)
+        return replace(forecast, question=image.told(forecast.question))
 
 
 def _foretell(
@@ -115,7 +113,7 @@ def _foretell(
     except CogError as error:
         refusal = error
     moves = describe_moves(
-        before, found.holdout, settings.out,
+        before, found.holdout, str(settings.out),
         held=found.clips & committed.clips("val"), trained=found.clips & committed.clips("train"),
     )  # fmt: skip
     kept = sum(one.status == "ok" for one in found.kept)

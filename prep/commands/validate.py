@@ -91,7 +91,7 @@ def validate(settings: ValidateSettings) -> Verdict:
     faults += find_refusals(settings, checkpoint, forecast)
     held = forecast.holdout
     return Verdict(
-        data_root=str(settings.root),
+        data_root=as_shown(settings.root),
         model=checkpoint.name,
         family=family.name,
         family_fps=family.fps,

@@ -109,7 +109,7 @@ def _encode_slice(settings: EncodeSettings, part: Slice, outlet: Outlet, engine:
             if not settings.replace:
                 guard_other_data(out, origin, plan.dropped)
             ask_to_move(
-                remembered_holdout(out, committed), found.holdout, out, settings.yes,
+                remembered_holdout(out, committed), found.holdout, outlet.place, settings.yes,
                 held=found.clips & committed.clips("val"), trained=found.clips & committed.clips("train"),
             )  # fmt: skip
         except CogError:

@@ -215,8 +215,12 @@ def advice_for(bound: Bound, workers: int, cores: int, device: str) -> str:
     return ""
 
 
-def show(report: Report, console: Console, report_path: Path) -> None:
-    """The summary, readable in 80 columns."""
+def show(report: Report, console: Console, report_path: str) -> None:
+    """The summary, readable in 80 columns.
+
+    Args:
+        report_path: as messages name it.
+    """
     _show_samples(f"{counted(report.rejected, 'clip')} rejected", report.rejections, console, report_path)
     _show_samples(
         f"{counted(report.postponed, 'clip')} left for the next run, which tries again",
@@ -271,7 +275,7 @@ def show(report: Report, console: Console, report_path: Path) -> None:
             console.print(
                 f"not finished yet: slices {slices} ({shown}); run them, or all of it without --worker",
             )
-    console.print(f"shards in {report.out}, details in {as_shown(report_path)}", soft_wrap=True)
+    console.print(f"shards in {report.out}, details in {report_path}", soft_wrap=True)
     left_out = report.rejected + report.postponed
     if left_out and report.usable and report.worker == "1/1":
         lines = left_out + report.encoded + report.recovered + report.reused + report.kept
@@ -286,7 +290,7 @@ def show(report: Report, console: Console, report_path: Path) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _show_samples(title: str, samples: Sequence[Rejection], console: Console, report_path: Path) -> None:
+def _show_samples(title: str, samples: Sequence[Rejection], console: Console, report_path: str) -> None:
     if not samples:
         return
     table = Table(title=title, title_justify="left", title_style="bold yellow", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -296,5 +300,5 @@ def _show_samples(title: str, samples: Sequence[Rejection], console: Console, re
     for sample in samples[:_SHOWN]:
         table.add_row(str(sample.line), sample.source, sample.reason)
     if len(samples) > _SHOWN:
-        table.add_row("", f"and {len(samples) - _SHOWN} more", str(report_path))
+        table.add_row("", f"and {len(samples) - _SHOWN} more", report_path)
     console.print(table)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from cogcommon.cli.progress import paused, say
 from cogcommon.errors import SettingError
@@ -53,7 +52,7 @@ def choose_holdout(
 
 
 def describe_moves(
-    before: Holdout, after: Holdout, out: Path, *, held: Collection[bytes], trained: Collection[bytes]
+    before: Holdout, after: Holdout, out: str, *, held: Collection[bytes], trained: Collection[bytes]
 ) -> str:
     """Which clips another choice moves between training and validation, in words; empty where none is."""
     ways = {
@@ -67,12 +66,12 @@ def describe_moves(
 
 
 def ask_to_move(
-    before: Holdout, after: Holdout, out: Path, yes: bool, *, held: Collection[bytes], trained: Collection[bytes]
+    before: Holdout, after: Holdout, out: str, yes: bool, *, held: Collection[bytes], trained: Collection[bytes]
 ) -> None:
     """Ask before another `--holdout` moves clips between training and validation.
 
     Args:
-        out: the folder of shards.
+        out: the folder of shards, as messages name it.
         yes: say what moves, and do not ask.
         held: clips that are in its validation shards and stay in the data.
         trained: clips that are in its training shards and stay in the data.

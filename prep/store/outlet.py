@@ -64,6 +64,20 @@ class Outlet:
         """A file of the folder, as messages name it."""
         return str(path)
 
+    def told(self, text: str) -> str:
+        """A message about the folder, naming where shards go instead of the folder in which they are made."""
+        here = str(self.folder)
+        if here == self.place:
+            return text
+        return re.sub(r"`rm ([^`]*)`", r"remove \1", text.replace(here, self.place))
+
+    def retell(self, error: CogError) -> None:
+        """Put an error about the folder in the words of `told`; one of this machine's disk stays as it is."""
+        if not isinstance(error, DiskError):
+            error.what = self.told(error.what)
+            error.where = error.where and self.told(error.where)
+            error.fix = error.fix and self.told(error.fix)
+
     @contextmanager
     def at_hand(self, tar: Path) -> Iterator[None]:
         """Have a tar of the folder itself there to read."""
@@ -101,8 +115,8 @@ def open_outlet(out: Path, *, cache: Path, slice_: str, lists: tuple[str, ...] =
     remote = open_folder(address, "--out")
     with ExitStack() as held:
         desk = held.enter_context(_own_desk(cache, address, slice_))
-        with _named_there(desk, remote.shown):
-            outlet = RemoteOutlet(remote, desk)
+        outlet = RemoteOutlet(remote, desk)
+        with _retold(outlet):
             outlet.begin(lists)
             yield outlet
 
@@ -132,8 +146,8 @@ def open_image(out: Path, option: str, *, changing: bool = False, leftovers: boo
     with tempfile.TemporaryDirectory(prefix="cogprep-") as folder:
         desk = Path(os.path.realpath(folder)) / "desk"
         desk.mkdir()
-        with _named_there(desk, remote.shown):
-            outlet = RemoteOutlet(remote, desk)
+        outlet = RemoteOutlet(remote, desk)
+        with _retold(outlet):
             outlet.mirror(option, changing=changing, leftovers=leftovers)
             yield outlet
 
@@ -182,15 +196,9 @@ def _own_desk(cache: Path, address: str, slice_: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _named_there(desk: Path, place: str) -> Iterator[None]:
-    """Errors name where shards go, not the desk; but for the disk's own."""
+def _retold(outlet: Outlet) -> Iterator[None]:
     try:
         yield
-    except DiskError:
-        raise
     except CogError as error:
-        here = str(desk)
-        error.what = error.what.replace(here, place)
-        error.where = error.where and error.where.replace(here, place)
-        error.fix = error.fix and re.sub(r"`rm ([^`]*)`", r"remove \1", error.fix.replace(here, place))
+        outlet.retell(error)
         raise

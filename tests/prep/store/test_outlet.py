@@ -25,9 +25,10 @@ from cogprep.commands.clean_cache import run as clean_cache
 from cogprep.commands.encode import encode, run
 from cogprep.commands.index import run as index
 from cogprep.commands.inspection import run as inspect
+from cogprep.commands.validate import validate
 from cogprep.commands.verify import run as verify
 from cogprep.plan.folder import commit_contract
-from cogprep.settings import CleanSettings, IndexSettings, InspectSettings, VerifySettings
+from cogprep.settings import CleanSettings, IndexSettings, InspectSettings, ValidateSettings, VerifySettings
 from cogprep.store import remote_outlet
 from cogprep.store.outlet import open_image, open_outlet
 
@@ -155,6 +156,25 @@ class TestWhole:
         with pytest.raises(CogError, match="1 of 3 shards not as recorded") as caught:
             verify(VerifySettings(out=OUT))
         assert "remove s3://bucket/out/000000.tar s3://bucket/out/000000.parquet" in caught.value.fix
+
+    def test_messages_name_the_bucket(self, encoded, settings_of, there, tmp_path, capfd):
+        settings = settings_of(encoded, out=OUT, cache=tmp_path / "cache", strict=True)
+        run(settings)
+        (encoded / "ds" / "4.mp4").write_bytes(b"no video")
+        with pytest.raises(CogError, match="1 clip kept") as caught:
+            run(settings)
+        assert caught.value.where == "s3://bucket/out/report.json"
+        resolution, model = settings.resolution, settings.model
+        moved = ValidateSettings(encoded / "ds", out=OUT, resolution=resolution, model=model, holdout=2, workers=1)
+        assert "s3://bucket/out was encoded with --holdout" in " ".join(validate(moved).notes)
+        with pytest.raises(CogError, match="s3://bucket/out was encoded with --holdout"):
+            encode(dataclasses.replace(settings, holdout=2))
+        for name in there():
+            there.fs.rm(f"bucket/out/{name}")
+        there.fs.pipe_file("bucket/out/report.json", b"{}")
+        clean_cache(CleanSettings(out=OUT, yes=True))
+        said = capfd.readouterr()
+        assert "s3://bucket/out was not made by cogprep" in said.out and "/desk" not in said.out + said.err
 
     @pytest.mark.parametrize(("name", "says"), [("prompts.txt", "data root"), ("photo.jpg", "did not make")])
     def test_somebodys_folder_is_refused(self, bring, there, name, says):
