@@ -15,6 +15,10 @@ class Missing(Unreadable):
     """There is nothing of that name."""
 
 
+class Empty(Unreadable):
+    """There is a file of that name, and nothing in it."""
+
+
 def open_regular(path: Path) -> FileIO:
     """Open a file to read it. What is not a regular file is refused: opening a pipe or a device could block for ever.
 
@@ -28,7 +32,7 @@ def open_regular(path: Path) -> FileIO:
         if not stat.S_ISREG(info.st_mode):
             raise Unreadable("not a regular file (a pipe, socket or device)")
         if info.st_size == 0:
-            raise Unreadable("the file is empty (0 bytes)")
+            raise Empty("the file is empty (0 bytes)")
         return path.open("rb", buffering=0)
     except FileNotFoundError:
         if path.is_symlink():

@@ -142,12 +142,16 @@ class CaptionList:
             captions.pop()
         if not any(captions):
             captions += [""] * (len(clips) - len(captions))
-        faults += [ListFault(self._videos, line, "blank line") for line, clip in enumerate(clips, 1) if not clip]
+        faults += [
+            ListFault(self._videos, line, "blank line", "blank") for line, clip in enumerate(clips, 1) if not clip
+        ]
         if not faults and not clips:
-            faults.append(ListFault(self._videos, 0, "the list is empty"))
+            faults.append(ListFault(self._videos, 0, "the list is empty", "no list"))
         if not faults and len(clips) != len(captions):
             said = f"{self._videos} has {len(clips)} lines, and this list {len(captions)}"
-            faults.append(ListFault(self._prompts, min(len(clips), len(captions)) + 1, f"unpaired from here: {said}"))
+            faults.append(
+                ListFault(self._prompts, min(len(clips), len(captions)) + 1, f"unpaired from here: {said}", "unpaired")
+            )
         if faults:
             raise DataRootError(
                 "the lists do not pair up, so nobody can tell which clip a blank line belongs to",

@@ -129,9 +129,9 @@ def _listed(root: Path) -> list[str]:
     while entries and not entries[-1]:
         entries.pop()
     if "" in entries:
-        faults.append(ListFault(VIDEOS, entries.index("") + 1, "blank line"))
+        faults.append(ListFault(VIDEOS, entries.index("") + 1, "blank line", "blank"))
     if faults or not entries:
-        faults = faults or [ListFault(VIDEOS, 0, "the list is empty")]
+        faults = faults or [ListFault(VIDEOS, 0, "the list is empty", "no list")]
         raise DataRootError(
             "the list of clips that is there cannot be used",
             where="\n       ".join([str(root), *map(str, faults)]),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from cogcommon.cli.progress import stage
@@ -17,7 +16,7 @@ from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError, ModelError
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import DTYPES, item_bytes, quiet_libraries
-from cogcommon.model.families import BUILTIN_NAMES, Resolution
+from cogcommon.model.families import BUILTIN_NAMES, Family, Resolution
 from cogcommon.store.address import as_shown
 from cogcommon.words import counted
 
@@ -25,7 +24,7 @@ from ..dataset.advice import Looked, advise, cut_captions
 from ..dataset.guesses import Guess, guess_folders, guess_turned, guess_uncaptioned
 from ..dataset.lists import DataSet, check_root
 from ..dataset.probe import Look, look_at
-from ..dataset.remedies import remedies
+from ..dataset.remedies import Remedies, recorded
 from ..plan.plan import tensor_bytes
 from ..processes.by_file import run_by_file
 from ..processes.pool import Pool, default_workers
@@ -77,7 +76,7 @@ def validate(settings: ValidateSettings) -> Verdict:
     speed = None if checkpoint.name in BUILTIN_NAMES else vae_speed(settings.gpu)
     data = settings.read_lists(family.task)
     looks, images, hashes = look_at_all(settings, data, family.fps)
-    faults = _with_remedies(settings, checkpoint, find_faults(settings, data, looks, images))
+    faults = find_faults(settings, family, data, looks, images)
     looked = [
         Looked(sample, found, image)
         for sample in data.samples
@@ -88,7 +87,7 @@ def validate(settings: ValidateSettings) -> Verdict:
     tokenizer, notes = _tokenizer(checkpoint)
     cuts = cut_captions([one.sample for one in looked], tokenizer, family.text_tokens)
     forecast = foretell(settings, checkpoint, data, looks, hashes, [one.look.facts.sha256 for one in looked])
-    faults += find_refusals(settings, checkpoint, forecast)
+    faults += find_refusals(settings, family, forecast)
     held = forecast.holdout
     return Verdict(
         data_root=as_shown(settings.root),
@@ -142,26 +141,22 @@ def look_at_all(
 
 def find_faults(
     settings: ValidateSettings,
+    family: Family,
     data: DataSet,
     looks: Mapping[str, Look | ClipFault],
     images: Mapping[str, Picture | ClipFault],
 ) -> list[Finding]:
-    """Faults of the lists, then of single clips and images, each where the list names it."""
-    found = [Finding(fault.file, fault.line, "", fault.what) for fault in data.faults]
+    """Faults of the lists, then of single clips and images, each where the list names it, and with its remedy."""
+    fixes = Remedies((one for one in looks.values() if isinstance(one, ClipFault)), settings.buckets, family)
+    found = [Finding(fault.file, fault.line, "", fault.what, fixes.of(fault)) for fault in data.faults]
     bad: Mapping[str, Mapping[str, object]] = {"clips": looks, "images": images}
     names = {"clips": settings.videos, "images": settings.images or "images.txt"}
     for column, results in bad.items():
         for line, entry in enumerate(data.columns.get(column, ()), 1):
             result = results.get(entry)
             if isinstance(result, ClipFault):
-                found.append(Finding(names[column], line, entry, result.reason))
+                found.append(Finding(names[column], line, entry, result.reason, fixes.of(result)))
     return found
-
-
-def _with_remedies(settings: ValidateSettings, checkpoint: Checkpoint, faults: Sequence[Finding]) -> list[Finding]:
-    """The faults, each with what to type against its kind."""
-    fixes = remedies((fault.what for fault in faults), settings.buckets, checkpoint.family)
-    return [replace(fault, fix=fixes[fault.what]) for fault in faults]
 
 
 def find_guesses(
@@ -181,13 +176,17 @@ def find_guesses(
     yield from guess_turned(checkpoint, settings.buckets, looks.values())
 
 
-def find_refusals(settings: ValidateSettings, checkpoint: Checkpoint, forecast: EncodeForecast) -> list[Finding]:
+def find_refusals(settings: ValidateSettings, family: Family, forecast: EncodeForecast) -> list[Finding]:
     """What `encode` would object to because of what the output folder holds."""
-    rejected = [
-        Finding(settings.videos, one.sample.line, one.sample.source, f"rejected when it was decoded: {one.reason}")
-        for one in forecast.rejected_before
-    ]
-    found = _with_remedies(settings, checkpoint, rejected)
+    rejected = [(one.sample, recorded(one.reason)) for one in forecast.rejected_before]
+    fixes = Remedies((fault for _, fault in rejected), settings.buckets, family)
+    found = [
+        Finding(
+            settings.videos, sample.line, sample.source,
+            f"rejected when it was decoded: {fault.reason}", fixes.of(fault),
+        )
+        for sample, fault in rejected
+    ]  # fmt: skip
     if forecast.refusal:
         what, where, fix = forecast.refusal.what, forecast.refusal.where, forecast.refusal.fix
         found.append(Refusal(as_shown(settings.out), 0, "", f"{REFUSES}: {what}", fix or "", where or ""))

@@ -10,8 +10,9 @@ import codecs
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cogcommon.cli.names import command_line
 from cogcommon.errors import DataRootError
@@ -41,6 +42,10 @@ class Sample:
     image: str  # likewise; empty without one
 
 
+# What may be done about a fault of a list (`remedies`); of one that is "told" the fault itself says it.
+ListKind = Literal["uncaptioned", "blank", "no list", "unpaired", "unreached", "told", "other"]
+
+
 @dataclass(frozen=True, order=True)
 class ListFault:
     """Why the lists cannot be paired."""
@@ -48,6 +53,7 @@ class ListFault:
     file: str
     line: int  # from 1; 0 for the file as a whole
     what: str
+    kind: ListKind = field(default="other", compare=False)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.what}" if self.line else f"{self.file}: {self.what}"
@@ -167,6 +173,7 @@ def read_lists(
                 max(counts, key=lambda name: counts[name]),
                 min(counts.values()) + 1,
                 f"unpaired from here: {said} lines",
+                "unpaired",
             )
         )
     unused = task == "t2v" and _is_there(root / (images or "images.txt"))
@@ -193,12 +200,14 @@ def _blank_lines(columns: Mapping[str, list[str]], names: Mapping[str, str]) -> 
         while len(entries) > least and not entries[-1]:
             entries.pop()
         if not entries:
-            yield ListFault(names[column], 0, "the list is empty")
+            yield ListFault(names[column], 0, "the list is empty", "no list")
         paired = column == "captions" and len(entries) == len(clips)
         for line, entry in enumerate(entries, 1):
             if not entry:
-                what = f"no caption yet for {clips[line - 1]}" if paired and clips[line - 1] else "blank line"
-                yield ListFault(names[column], line, what)
+                if paired and clips[line - 1]:
+                    yield ListFault(names[column], line, f"no caption yet for {clips[line - 1]}", "uncaptioned")
+                else:
+                    yield ListFault(names[column], line, "blank line", "blank")
 
 
 def read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) -> list[str] | None:
@@ -211,18 +220,20 @@ def read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) ->
     try:
         data = _content(root / name)
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            faults.append(ListFault(name, 0, "UTF-16, as Windows writes it; save the list as UTF-8"))
+            faults.append(ListFault(name, 0, "UTF-16, as Windows writes it; save the list as UTF-8", "told"))
             return None
         text = data.decode("utf-8")
     except FileNotFoundError:
-        faults.append(ListFault(name, 0, f"the list is missing{_remedy(root, name)}"))
+        told = _remedy(root, name)
+        faults.append(ListFault(name, 0, f"the list is missing{told}", "told" if told else "no list"))
         return None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        faults.append(ListFault(name, line, "not UTF-8; save the list as UTF-8"))
+        faults.append(ListFault(name, line, "not UTF-8; save the list as UTF-8", "told"))
         return None
     except (OSError, ValueError, BadClip) as error:  # ValueError: a NUL byte in the name
-        faults.append(ListFault(name, 0, f"cannot be read: {getattr(error, 'strerror', None) or error}"))
+        said = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        faults.append(ListFault(name, 0, said, "unreached"))
         return None
     # Not splitlines(): it also cuts at form feeds and at Unicode separators, which captions contain.
     entries = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]

@@ -125,7 +125,7 @@ def _choose(
     bucket = best_bucket(facts, buckets_for(buckets, picture=facts.picture), cut, family_fps)
     picked = pick_frames(video.times_s, bucket.frames, cut, family_fps, video.last_s)
     if isinstance(picked, ClipFault):
-        raise BadClip(picked.reason)
+        raise BadClip(picked.reason, picked.kind, picked.frames)
     return facts, bucket, picked
 
 

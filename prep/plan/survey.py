@@ -218,6 +218,6 @@ def hash_image(path: Path) -> bytes | ClipFault:
     try:
         return hash_file(path)
     except BadClip as bad:
-        return replace(bad.fault(), reason=f"image: {bad}")
+        return bad.named("image").fault()
     except OSError as error:
-        return ClipFault(f"image: cannot be read: {error.strerror}")
+        return ClipFault(f"image: cannot be read: {error.strerror}", kind="unreached")

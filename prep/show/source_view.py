@@ -55,4 +55,4 @@ def view_source(
     except OSError as error:
         return ClipFault(f"the source cannot be read: {error.strerror}")
     except BadClip as bad:
-        return ClipFault(str(bad))
+        return bad.fault()

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 from dataclasses import dataclass
+from typing import Literal
 
 TONED = "tone-mapped to SDR"  # in what is recorded of the colours of a clip that is HDR
+
+
+# What may be done about a fault (`cogprep.dataset.remedies`); of one that is "told" the reason itself says it.
+Kind = Literal[
+    "missing", "empty", "unreached", "no video", "damaged", "shape", "short", "thinned", "brief", "slow", "start",
+    "part", "told", "other",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +28,8 @@ class ClipFault:
     reason: str
     passing: bool = False
     refused: bool = False  # it could be read, but a setting is against it: what was encoded of it goes
+    kind: Kind = "other"
+    frames: int = 0  # of a clip that has too few: how many it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +42,36 @@ class Hashed:
 
 
 class BadClip(Exception):
-    """Inside the reader only: unwinds to `look` or `decode_clip`, which return a `ClipFault`."""
+    """Inside the reader only: unwinds to `look` or `decode_clip`, which return a `ClipFault`.
+
+    Args:
+        reason, kind, frames: see `ClipFault`.
+    """
+
+    def __init__(self, reason: str, kind: Kind = "other", frames: int = 0) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.frames = frames
 
     def fault(self) -> ClipFault:
         """As a value."""
-        return ClipFault(str(self))
+        return ClipFault(str(self), kind=self.kind, frames=self.frames)
+
+    def named(self, what: str) -> BadClip:
+        """The same, with what it is about in front."""
+        named = copy(self)
+        named.args = (f"{what}: {self}",)
+        return named
 
 
 class Refused(BadClip):
-    """A clip that could be read, but that a setting is against."""
+    """A clip that could be read, but that a setting is against; the reason says which, and what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "told")
 
     def fault(self) -> ClipFault:
-        return ClipFault(str(self), refused=True)
+        return ClipFault(str(self), refused=True, kind=self.kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,15 +45,16 @@ class Part:
         """
         length_s = times_s[-1] - times_s[0] + interval_s
         if self.begin_s > times_s[-1] - times_s[0] + _SLACK_S:
-            raise BadClip(f"{self} begins at or past the end of the clip, which is {length_s:.3f} s long")
+            raise BadClip(f"{self} begins at or past the end of the clip, which is {length_s:.3f} s long", "part")
         if not math.isinf(self.end_s) and self.end_s > length_s + max(interval_s, 0.1):
             raise BadClip(
                 f"{self} ends past the end of the clip, which is {length_s:.3f} s long; "
-                f"{Part(self.begin_s, math.inf)} is all from there"
+                f"{Part(self.begin_s, math.inf)} is all from there",
+                "part",
             )
         first, end = (bisect_left(times_s, times_s[0] + time - _SLACK_S) for time in (self.begin_s, self.end_s))
         if first >= end:
-            raise BadClip(f"{self} holds no picture: the clip has one every {interval_s:.3g} s")
+            raise BadClip(f"{self} holds no picture: the clip has one every {interval_s:.3g} s", "part")
         return range(first, end)
 
 
@@ -110,11 +111,12 @@ def read_part(text: str) -> Part:
     if begin_s is None or end_s is None or not (first or second) or (comma and not second):
         raise BadClip(
             f"{FRAGMENT}{text} is no part of a clip: type {FRAGMENT}12.5,18 for 12.5 s to 18 s, "
-            f"{FRAGMENT}12.5 for all from there, {FRAGMENT},18 for all up to there; 1:02:03.5 is a time, too"
+            f"{FRAGMENT}12.5 for all from there, {FRAGMENT},18 for all up to there; 1:02:03.5 is a time, too",
+            "part",
         )
     if end_s <= begin_s:
         turned = f"; the other way round it is {Part(end_s, begin_s)}" if end_s < begin_s else ""
-        raise BadClip(f"{FRAGMENT}{text} ends {'before' if turned else 'where'} it begins{turned}")
+        raise BadClip(f"{FRAGMENT}{text} ends {'before' if turned else 'where'} it begins{turned}", "part")
     return Part(begin_s, end_s)
 
 

@@ -23,7 +23,7 @@ from cogcommon.errors import StoreError
 from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.locks import Busy, open_locked
 from cogcommon.files.readers import read_in_order
-from cogcommon.files.regular_file import Missing, Unreadable
+from cogcommon.files.regular_file import Empty, Missing, Unreadable
 from cogcommon.store.store import Patience, StoreFault, is_web, patiently, without_secrets
 
 from .addresses import in_full, remote_address
@@ -45,9 +45,12 @@ FETCHING = 8  # clips on their way at once
 class Unreached(BadClip):
     """An object that its store does not give now; it says nothing of the clip."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "unreached")
+
     def fault(self) -> ClipFault:
         """As a value: the next run tries again."""
-        return ClipFault(str(self), passing=True)
+        return ClipFault(str(self), passing=True, kind=self.kind)
 
 
 def state_of(address: str) -> ObjectState:
@@ -94,7 +97,7 @@ def open_object(address: str) -> FileIO:
     for _ in range(3):
         state = state_of(address)
         if not state.size:
-            raise Unreadable("the file is empty (0 bytes)")
+            raise Empty("the file is empty (0 bytes)")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if (opened := open_kept(path, state)) is None and _fetch(address, state, path):

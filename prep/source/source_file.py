@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogcommon.files.regular_file import Missing, Unreadable, open_regular
+from cogcommon.files.regular_file import Empty, Missing, Unreadable, open_regular
 
 from .addresses import remote_address
 from .clip import BadClip, ClipFault, Hashed, toned
@@ -188,8 +189,10 @@ def hash_whole(path: Path) -> Hashed | ClipFault:
     try:
         with ClipSource(path) as source:
             return Hashed(source.size, source.info.st_mtime_ns, source.identity)
-    except (BadClip, OSError) as error:
-        return ClipFault(str(error), passing=True)
+    except BadClip as bad:
+        return replace(bad.fault(), passing=True)
+    except OSError as error:
+        return ClipFault(str(error), passing=True, kind="unreached")
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
@@ -224,7 +227,9 @@ def open_named(path: Path) -> io.FileIO:
         return open_regular(path) if address is None else open_object(address)
     except Missing as error:
         if address is not None:
-            raise BadClip(str(error)) from None
-        raise BadClip("; ".join(filter(None, [str(error), near(path)]))) from None
+            raise BadClip(str(error), "missing") from None
+        raise BadClip("; ".join(filter(None, [str(error), near(path)])), "missing") from None
+    except Empty as error:
+        raise BadClip(str(error), "empty") from error
     except Unreadable as error:
-        raise BadClip(str(error)) from error
+        raise BadClip(str(error), "unreached" if isinstance(error.__cause__, OSError) else "other") from error

@@ -164,10 +164,11 @@ def _hdr_colour(frame: VideoFrame, tags: Tags, transfer: Transfer, hdr: HdrMode)
     if hdr == "reject":
         raise Refused(f"HDR ({transfer}), which --hdr reject refuses; to make it SDR: {_TO_SDR}")
     if frame.format.name.startswith(("gray", "ya")) or any(one.is_alpha for one in frame.format.components):
-        raise BadClip(f"HDR ({transfer}) in gray or with alpha; to make it SDR: {_TO_SDR}")
+        raise BadClip(f"HDR ({transfer}) in gray or with alpha; to make it SDR: {_TO_SDR}", "told")
     if tags.matrix in _OTHER_MATRICES and not _is_rgb(frame):
         raise BadClip(
-            f"HDR ({transfer}), its colours coded as {_OTHER_MATRICES[tags.matrix]}; to make it SDR: {_TO_SDR}"
+            f"HDR ({transfer}), its colours coded as {_OTHER_MATRICES[tags.matrix]}; to make it SDR: {_TO_SDR}",
+            "told",
         )
     light = light_of(frame, transfer, tags.primaries)
     if _is_rgb(frame):
@@ -194,22 +195,26 @@ def _refuse_unknown_light(frame: VideoFrame, tags: Tags) -> None:
     """Refuse what a plain conversion would show in wrong colours, saying how to convert it."""
     if tags.transfer in _UNSPECIFIED:
         if frame.side_data.get("DOVI_METADATA") is not None:
-            raise BadClip(f"HDR (Dolby Vision): its colours would come out wrong; to make it SDR: {_DOLBY_TO_SDR}")
+            raise BadClip(
+                f"HDR (Dolby Vision): its colours would come out wrong; to make it SDR: {_DOLBY_TO_SDR}", "told"
+            )
         for name, what in _HDR_SIDE_DATA.items():
             if frame.side_data.get(name) is not None:
                 raise BadClip(
                     f"HDR, as {what} in it tells, but which kind it does not say; if it is PQ: "
                     + _TO_SDR.replace(
                         "-vf ", "-vf setparams=color_primaries=bt2020:color_trc=smpte2084:colorspace=bt2020nc,"
-                    )
+                    ),
+                    "told",
                 )
     if tags.transfer in _NOT_FOR_SCREENS:
         raise BadClip(
             f"its brightness is not made for a screen ({_NOT_FOR_SCREENS[tags.transfer]}); to convert it: "
-            "ffmpeg -i CLIP -vf zscale=t=bt709:m=bt709:r=tv,format=yuv420p OUT"
+            "ffmpeg -i CLIP -vf zscale=t=bt709:m=bt709:r=tv,format=yuv420p OUT",
+            "told",
         )
     if tags.matrix in _OTHER_MATRICES and not _is_rgb(frame):
-        raise BadClip(f"its colours are coded as {_OTHER_MATRICES[tags.matrix]}; to convert it: {_TO_709}")
+        raise BadClip(f"its colours are coded as {_OTHER_MATRICES[tags.matrix]}; to convert it: {_TO_709}", "told")
 
 
 def _refuse_above_white(frame: VideoFrame) -> None:
@@ -223,7 +228,7 @@ def _refuse_above_white(frame: VideoFrame) -> None:
     for plane in planes:
         rows = np.frombuffer(plane, sample).reshape(-1, plane.line_size // sample.itemsize)[: frame.height, :wide]
         if not (top := float(rows.max())) <= _WHITE:
-            raise BadClip(f"its floats go up to {top:.4g}, where 1 is white; {_FROM_FLOATS}")
+            raise BadClip(f"its floats go up to {top:.4g}, where 1 is white; {_FROM_FLOATS}", "told")
 
 
 def turn_of(frame: VideoFrame) -> Turn:

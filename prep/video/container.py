@@ -13,7 +13,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from ..source.clip import BadClip
+from ..source.clip import BadClip, Kind
 from ..source.source_file import Source
 from .aperture import Aperture
 
@@ -31,18 +31,23 @@ _BIT_1 = re.escape(bytes(flags for flags in range(256) if flags & 2))  # of VP8X
 _WEBP = """python -c "from PIL import Image; Image.open('CLIP').save('OUT.png', save_all=True)\""""
 
 # How a file begins that FFmpeg would open wrongly or refuse without a true word.
-_KNOWN = (
-    (rb"#EXTM3U", f"a playlist (m3u8), not a video: {_JOIN}"),
-    (rb"ffconcat version", f"a list of other files (ffconcat), not a video: {_JOIN}"),
-    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<MPD\b", f"a playlist (DASH), not a video: {_JOIN}"),
-    (rb"v=0\r?\no=", "the description of a network stream (SDP), not a video"),
-    (rb"MLVI", "a Magic Lantern recording, which may go on in other files; convert it to mp4 first"),
+_KNOWN: tuple[tuple[bytes, str, Kind], ...] = (
+    (rb"#EXTM3U", f"a playlist (m3u8), not a video: {_JOIN}", "told"),
+    (rb"ffconcat version", f"a list of other files (ffconcat), not a video: {_JOIN}", "told"),
+    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<MPD\b", f"a playlist (DASH), not a video: {_JOIN}", "told"),
+    (rb"v=0\r?\no=", "the description of a network stream (SDP), not a video", "no video"),
+    (rb"MLVI", "a Magic Lantern recording, which may go on in other files; convert it to mp4 first", "told"),
     (
         rb"RIFF....WEBPVP8X....[" + _BIT_1 + rb"]",
         f"an animated WebP, which FFmpeg cannot decode; to convert it: {_WEBP}",
+        "told",
     ),
-    (rb"version https://git-lfs\.github\.com/spec", "a Git LFS pointer, not the video itself; type: git lfs pull"),
-    (rb"(<!--.*?-->\s*)?<(!doctype html|html)\b", "a web page, not a video: the download went wrong"),
+    (
+        rb"version https://git-lfs\.github\.com/spec",
+        "a Git LFS pointer, not the video itself; type: git lfs pull",
+        "told",
+    ),
+    (rb"(<!--.*?-->\s*)?<(!doctype html|html)\b", "a web page, not a video: the download went wrong", "no video"),
 )
 
 
@@ -61,7 +66,9 @@ def open_video(source: Source) -> tuple[InputContainer, VideoStream]:
         # A title that is not UTF-8 is no reason to refuse a clip.
         container = av.open(source.stream(), "r", options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BadClip(_cut_in_a_box(source) or f"not a video, or damaged: {said_by_ffmpeg(error)}") from error
+        if cut := _cut_in_a_box(source):
+            raise BadClip(cut, "damaged") from error
+        raise BadClip(f"not a video, or damaged: {said_by_ffmpeg(error)}", "no video") from error
     try:
         stream = _choose(container, source)
     except BadClip:
@@ -123,10 +130,13 @@ def _choose(container: InputContainer, source: Source) -> VideoStream:
             key=lambda stream: (bool(stream.disposition & av.stream.Disposition.default), stream.width * stream.height),
         )
     if cut := _cut_in_a_box(source):
-        raise BadClip(cut)
+        raise BadClip(cut, "damaged")
     if streams:
-        raise BadClip("its codec cannot be decoded here; to convert it, where that is known: ffmpeg -i CLIP OUT.mp4")
-    raise BadClip("there is only sound in it, no video" if container.streams.audio else "there is no video in it")
+        raise BadClip(
+            "its codec cannot be decoded here; to convert it, where that is known: ffmpeg -i CLIP OUT.mp4", "told"
+        )
+    said = "there is only sound in it, no video" if container.streams.audio else "there is no video in it"
+    raise BadClip(said, "no video")
 
 
 @cache
@@ -138,10 +148,10 @@ def _refuse_known(source: Source) -> None:
     try:
         start = bytes(source.read(0, 1024)).removeprefix(b"\xef\xbb\xbf").lstrip()
     except OSError as error:
-        raise BadClip(f"cannot be read: {error.strerror}") from error
-    for pattern, reason in _KNOWN:
+        raise BadClip(f"cannot be read: {error.strerror}", "unreached") from error
+    for pattern, reason, kind in _KNOWN:
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
-            raise BadClip(reason)
+            raise BadClip(reason, kind)
 
 
 def _cut_in_a_box(source: Source) -> str | None:

@@ -126,14 +126,15 @@ def pick_frames(
         return Picked((0,), family_fps)
     candidates = range(bisect_left(times_s, times_s[0] + cut.start - 1e-6), len(times_s), cut.stride)
     if not candidates:
-        return ClipFault(f"--start {cut.start:g} is past its end ({times_s[-1] - times_s[0]:.2f} s)")
+        return ClipFault(f"--start {cut.start:g} is past its end ({times_s[-1] - times_s[0]:.2f} s)", kind="start")
     shown = [ShownFrame(index, times_s[index]) for index in candidates]
     if not cut.by_number:
         shown = _show(shown, count, family_fps, times_s[-1] + last_s)
     if len(shown) < count:
         if cut.short == "reject":
             thinned = "" if len(candidates) == len(times_s) else f" after --start and --stride (of {len(times_s)})"
-            return ClipFault(f"too short: {_frames(len(candidates))}{thinned}, {count} are needed")
+            reason = f"too short: {_frames(len(candidates))}{thinned}, {count} are needed"
+            return ClipFault(reason, kind="thinned" if thinned else "short", frames=len(candidates))
         repeated = [*shown, *[shown[-1]] * (count - len(shown))]
         return Picked(tuple(one.index for one in repeated), _rate([one.time_s for one in shown], family_fps))
     times = [one.time_s for one in shown]
@@ -147,7 +148,7 @@ def pick_frames(
         long_enough = at_speed[-1] <= times[-1] + _interval(times) / 2
         if cut.frames == "fps" and not long_enough:
             return ClipFault(f"too short: {times[-1] - times[0]:.2f} s; {count} frames at {family_fps:g} fps take "
-                         f"{(count - 1) / family_fps:.2f} s")  # fmt: skip
+                         f"{(count - 1) / family_fps:.2f} s", kind="brief")  # fmt: skip
         if cut.frames == "even" or not long_enough:
             span = times[-1] - times[0]
             chosen = _nearest(times, [times[0] + span * index / (count - 1) for index in range(count)])
@@ -155,7 +156,7 @@ def pick_frames(
             chosen = _nearest(times, at_speed)
     rate = _rate([times[index] for index in chosen], family_fps)
     if cut.frames == "fps" and abs(rate / family_fps - 1) > 0.05:
-        return ClipFault(f"too slow: its own rate gives {rate:.2f} fps where the model has {family_fps:g}")
+        return ClipFault(f"too slow: its own rate gives {rate:.2f} fps where the model has {family_fps:g}", kind="slow")
     return Picked(tuple(shown[index].index for index in chosen), rate)
 
 
@@ -269,11 +270,13 @@ def buckets_for(buckets: Sequence[Resolution], *, picture: bool) -> Sequence[Res
     if picture:
         raise BadClip(
             f"a picture is a clip of one frame, and no size is of one: --resolution {given} 1x{one.height}x{one.width} "
-            "(of a text-to-video model; the others learn from clips only)"
+            "(of a text-to-video model; the others learn from clips only)",
+            "told",
         )
     raise BadClip(
         "a clip, and all sizes are of one frame, which are for pictures: "
-        f"--resolution 49x{one.height}x{one.width} {given}"
+        f"--resolution 49x{one.height}x{one.width} {given}",
+        "told",
     )
 
 

@@ -117,11 +117,11 @@ def look_at_picture(path: Path) -> tuple[bytes | ClipFault, Picture | ClipFault]
                 image, fault = _show_upright(source)
                 return source.sha256, Picture(image.width, image.height, fault)
             except BadClip as bad:
-                return source.sha256, ClipFault(str(bad))
+                return source.sha256, bad.fault()
     except BadClip as bad:
-        unread = ClipFault(str(bad))
+        unread = bad.fault()
     except OSError as error:
-        unread = ClipFault(f"image: cannot be read: {error.strerror}")
+        unread = ClipFault(f"image: cannot be read: {error.strerror}", kind="unreached")
     return unread, unread
 
 
@@ -147,7 +147,7 @@ def _open_image(path: Path) -> Source:
     try:
         return Source(path, hashing=True)
     except BadClip as bad:
-        raise BadClip(f"image: {bad}") from None
+        raise bad.named("image") from None
 
 
 def _show_upright(source: Source) -> tuple[Image.Image, str]:

@@ -65,7 +65,7 @@ class Video:
             return self._times
         for _index, frame in self._indexed(None):
             return self._times.after_delay(frame, float(self._stream.time_base or 0))
-        raise BadClip("not one frame can be decoded")
+        raise BadClip("not one frame can be decoded", "damaged")
 
     def __enter__(self) -> Video:
         return self
@@ -107,7 +107,7 @@ class Video:
         """The first decoded frame: what it says of colour, rotation and shape is what counts."""
         for _index, frame in self._decode():
             return frame
-        raise BadClip("not one frame can be decoded")
+        raise BadClip("not one frame can be decoded", "damaged")
 
     @cached_property
     def colour(self) -> Colour:
@@ -138,7 +138,7 @@ class Video:
         try:
             digest = self._source.sha256 if self._part is None else in_parts.sha256(self._source)
         except OSError as error:
-            raise BadClip(f"cannot be read: {error.strerror}") from error
+            raise BadClip(f"cannot be read: {error.strerror}", "unreached") from error
         identity = self._source.place.identity(digest)
         return ClipFacts(
             width=width,
@@ -208,9 +208,9 @@ class Video:
             if index != next_wanted:
                 continue
             if (frame.width, frame.height) != (self.first_frame.width, self.first_frame.height):
-                raise BadClip(f"the picture size changes at frame {index}, to {frame.width}x{frame.height}")
+                raise BadClip(f"the picture size changes at frame {index}, to {frame.width}x{frame.height}", "shape")
             if turn_of(frame) != self.turn:
-                raise BadClip(f"the picture is turned another way from frame {index} on")
+                raise BadClip(f"the picture is turned another way from frame {index} on", "shape")
             colour = colour_of(frame, self._container_tags, self._hdr)  # each its own: joined streams may change it
             if colour.light is not None and self.colour.light is not None:
                 colour = replace(colour, light=self.colour.light)  # but no flicker where some frames say more of it
@@ -219,7 +219,7 @@ class Video:
             if next_wanted is None:
                 return
         if next_wanted is not None:
-            raise BadClip(f"frame {next_wanted} of {len(self.times_s)} cannot be decoded")
+            raise BadClip(f"frame {next_wanted} of {len(self.times_s)} cannot be decoded", "damaged")
 
     def _shown(self) -> Iterator[tuple[int, VideoFrame]]:
         """Every frame with its index, as a player shows them.
@@ -233,7 +233,7 @@ class Video:
                 yield expected, last
                 expected += 1
             if index != expected:
-                raise BadClip(f"frame {expected} of {len(self.times_s)} cannot be decoded")
+                raise BadClip(f"frame {expected} of {len(self.times_s)} cannot be decoded", "damaged")
             yield index, frame
             expected, last = index + 1, frame
 
@@ -276,13 +276,15 @@ class Video:
         try:
             for frame in self._read(key):
                 if frame.is_corrupt:
-                    raise BadClip(f"frame {expected} is damaged")
+                    raise BadClip(f"frame {expected} is damaged", "damaged")
                 index = self._times.index_of(frame, expected)
                 if index is not None:
                     yield index, frame
                     expected = index + 1
         except (av.error.FFmpegError, OSError) as error:
-            raise BadClip(f"damaged: frame {expected} cannot be decoded ({said_by_ffmpeg(error)})") from error
+            raise BadClip(
+                f"damaged: frame {expected} cannot be decoded ({said_by_ffmpeg(error)})", "damaged"
+            ) from error
 
     def _read(self, key: Key | None) -> Iterator[VideoFrame]:
         """Decoded frames as they come, from a key frame on or from the beginning."""

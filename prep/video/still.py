@@ -42,7 +42,9 @@ class Still:
 
     def __init__(self, source: ClipSource) -> None:
         if source.place.part is not None:
-            raise BadClip(f"{source.place.part} is a part of a picture, which has none: take it out of the line")
+            raise BadClip(
+                f"{source.place.part} is a part of a picture, which has none: take it out of the line", "told"
+            )
         self._source = source
         try:
             self.image, self.profile_fault = show_upright(io.BufferedReader(source.stream()))
@@ -70,7 +72,7 @@ class Still:
         try:
             return self._source.identity
         except OSError as error:
-            raise BadClip(f"cannot be read: {error.strerror}") from error
+            raise BadClip(f"cannot be read: {error.strerror}", "unreached") from error
 
     def facts(self) -> ClipFacts:
         """See `ClipFacts`."""

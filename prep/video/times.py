@@ -117,12 +117,13 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
             if packet.is_corrupt:
                 of = f" of {promised}" if promised > packets else ""
                 joined = ", or joined byte by byte" if container.format.name == "mpegts" else ""
-                raise BadClip(f"damaged or cut short{joined}: frame {packets}{of} is incomplete")
+                raise BadClip(f"damaged or cut short{joined}: frame {packets}{of} is incomplete", "damaged")
             if packet.dts is not None:
                 if latest is not None and (latest - packet.dts) * packet.time_base > _BACK_S:
                     raise BadClip(
                         f"its times start anew at frame {packets}, as where recordings were joined byte by byte; "
-                        "to give it one clock: ffmpeg -i CLIP OUT.mp4"
+                        "to give it one clock: ffmpeg -i CLIP OUT.mp4",
+                        "told",
                     )
                 latest = packet.dts
             packets += 1
@@ -135,9 +136,9 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
                 if packet.is_keyframe and packet.pts is not None:
                     keys.append(Key(packet.pts, packet.pts if packet.dts is None else packet.dts))
     except (av.error.FFmpegError, OSError) as error:
-        raise BadClip(f"damaged or cut short after {packets} frames: {said_by_ffmpeg(error)}") from error
+        raise BadClip(f"damaged or cut short after {packets} frames: {said_by_ffmpeg(error)}", "damaged") from error
     if "matroska" not in container.format.name and packets < promised:
-        raise BadClip(f"cut short: {packets} of {promised} frames are in the file")
+        raise BadClip(f"cut short: {packets} of {promised} frames are in the file", "damaged")
     _check_end(container, last_end)
     shown = shown[skipped or 0 :]  # before the first key frame nothing can be decoded
     if not shown:
@@ -178,4 +179,4 @@ def _check_end(container: InputContainer, last_end_s: float) -> None:
     promised = container.duration / av.time_base
     end = max(last_end_s, last_end_s - start)  # Matroska counts from zero, also where the clip begins later
     if promised - end > max(0.5, 0.1 * promised):
-        raise BadClip(f"cut short: the header says {promised:.1f} s, the data ends at {end:.1f} s")
+        raise BadClip(f"cut short: the header says {promised:.1f} s, the data ends at {end:.1f} s", "damaged")

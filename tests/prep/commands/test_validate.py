@@ -22,9 +22,12 @@ from cogprep.commands.validate import look_at_all, run, validate
 from cogprep.commands.verdict import show
 from cogprep.dataset.guesses import guess_folders, guess_turned, guess_uncaptioned
 from cogprep.dataset.probe import Look, inside_bars
-from cogprep.dataset.remedies import remedies
+from cogprep.dataset.remedies import Remedies, recorded
 from cogprep.plan.plan import tensor_bytes
 from cogprep.settings import EncodeSettings, ValidateSettings
+from cogprep.source.clip import ClipFault
+from cogprep.source.remote import Unreached
+from cogprep.video.cut import Cut, pick_frames
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +107,26 @@ def test_each_kind_of_fault_has_its_remedy_once(verdict):
 
 
 def test_a_shorter_size_is_named_where_there_is_one():
-    def remedy(reason):
-        return remedies([reason], [Resolution(17, 64, 96)], BY_NAME["2b"])[reason]
+    def remedy(*faults):
+        return Remedies(faults, [Resolution(17, 64, 96)], BY_NAME["2b"]).of(faults[0])
 
-    assert "--resolution 17x64x96 9x64x96" in remedy("too short: 15 frames, 17 are needed")
-    assert "--resolution" not in remedy("too short: 8 frames, 17 are needed")
-    thinned = remedy("too short: 6 frames after --start and --stride (of 30), 17 are needed")
-    assert thinned.startswith("a smaller --start or --stride; or --short repeat")
-    assert remedy("its colours are coded as RGB; to convert it: ffmpeg -i CLIP OUT") == ""  # says its own
+    fault = pick_frames([index / 8 for index in range(15)], 17, Cut(), 8.0)
+    assert "--resolution 17x64x96 9x64x96" in remedy(fault) == remedy(recorded(fault.reason))
+    assert "--resolution" not in remedy(fault, pick_frames([index / 8 for index in range(8)], 17, Cut(), 8.0))
+    thinned = pick_frames([index / 8 for index in range(30)], 17, Cut(stride=5), 8.0)
+    assert remedy(thinned).startswith("a smaller --start or --stride; or --short repeat")
+    assert remedy(thinned) == remedy(recorded(thinned.reason))
+
+
+def test_a_remedy_is_for_the_kind_of_a_fault_whatever_its_words():
+    def remedy(fault):
+        return Remedies([], [Resolution(17, 64, 96)], BY_NAME["2b"]).of(fault)
+
+    again = "the same command again, once it can be read"
+    assert remedy(Unreached("the server answers 503 (s3://empty/damaged/no video in it.mp4)").fault()) == again
+    assert remedy(ClipFault("the decoder was killed", passing=True)) == again
+    says_its_own = "its colours are coded as RGB; to convert it: ffmpeg -i CLIP OUT"
+    assert remedy(recorded(says_its_own)) == "" and "saves them" in remedy(recorded("frame 3 of 9 cannot be decoded"))
 
 
 def test_advice_on_speed_says_only_what_helps(settings, root):

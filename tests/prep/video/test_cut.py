@@ -89,7 +89,7 @@ def test_even_reaches_from_the_first_frame_to_the_last():
 
 def test_fps_rejects_what_is_too_short_or_too_slow():
     too_short = pick_frames(at(24, 40), 17, Cut(frames="fps"), 8)
-    assert too_short == ClipFault("too short: 1.62 s; 17 frames at 8 fps take 2.00 s")
+    assert too_short == ClipFault("too short: 1.62 s; 17 frames at 8 fps take 2.00 s", kind="brief")
     assert "too slow" in pick_frames(at(5, 100), 17, Cut(frames="fps"), 8).reason
 
 
@@ -105,7 +105,8 @@ def test_start_and_stride_thin_the_source_first():
     assert picked.indices == tuple(range(10, 37, 3))
     assert "past its end" in pick_frames(at(10, 100), 9, Cut(start=20), 8).reason
     short = pick_frames(at(10, 30), 9, Cut(stride=5), 8)
-    assert short == ClipFault("too short: 6 frames after --start and --stride (of 30), 9 are needed")
+    told = "too short: 6 frames after --start and --stride (of 30), 9 are needed"
+    assert short == ClipFault(told, kind="thinned", frames=6)
 
 
 def test_short_repeat_holds_the_last_frame():

@@ -701,7 +701,9 @@ def test_the_image_of_a_clip_goes_through_the_same_cut(tmp_path):
     for cut in (Cut(), Cut(crop="random"), Cut(fit="pad"), Cut(fit="stretch")):
         clip = decode_clip(path, SIZE, cut, 8, "key", tmp_path / "a.png")
         assert psnr(clip.image_HWC, clip.frames_FHWC[0]) > 22
-    assert decode_clip(path, SIZE, Cut(), 8, "key", tmp_path / "b.png") == ClipFault("image: the file is missing")
+    assert decode_clip(path, SIZE, Cut(), 8, "key", tmp_path / "b.png") == ClipFault(
+        "image: the file is missing", kind="missing"
+    )
 
 
 def test_frames_are_bit_equal_on_a_second_run(tmp_path):
