@@ -99,7 +99,7 @@ def test_stopped_it_keeps_what_is_drawn_and_the_same_command_makes_the_rest(make
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return np.full((9, 64, 96, 3), 20 * len(calls), np.uint8)
+        return np.full((9, 64, 96, 3), 15 * len(calls), np.uint8)
 
     monkeypatch.setattr(compare, "generate_video", stopping)
     stopped = command(*words)
