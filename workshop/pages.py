@@ -9,7 +9,7 @@ from cogcommon.jobs.settings import LaunchSettings
 from cogprep.settings import CaptionSettings, EncodeSettings
 from cogtrain.settings import CompareSettings, ExportSettings, GenerateSettings, LoraSettings
 from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
-from workshop.verdicts import card_table, verdict_table
+from workshop.verdicts import card_table, eight_table, verdict_table
 
 ROOT = Path(__file__).parents[1]
 README, PREP, TRAIN, HARDWARE = (
@@ -37,7 +37,8 @@ def tables_of(page: Path) -> dict[str, str]:
             "lora": LoraSettings, "generate": GenerateSettings, "compare": CompareSettings, "export": ExportSettings,
             "launch": LaunchSettings,
         }  # fmt: skip
-        return {f"options of cogtrain {name}": table(cls) for name, cls in by_command.items()}
+        options = {f"options of cogtrain {name}": table(cls) for name, cls in by_command.items()}
+        return {"eight GPUs": eight_table(), **options}
     if page == HARDWARE:
         return {
             "hardware table": guide_table(), "beside a plain loop": beside_table(), "what fits": verdict_table(),

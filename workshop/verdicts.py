@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 from cogcommon.model.cards import card_named
@@ -10,8 +11,10 @@ from cogcommon.model.published import published
 from cogcommon.words import in_words
 from cogtrain.commands.forecast import intents, lines_of
 from cogtrain.commands.plan import advised, best_few
+from cogtrain.memory.cost import plan_cost
+from cogtrain.memory.estimate import estimate
 from cogtrain.memory.machine import Machine, machine_for
-from cogtrain.settings import ForecastSettings
+from cogtrain.settings import ForecastSettings, Strategy
 
 _CARDS, _HOSTS = (12, 16, 24, 48, 80), (32, 64, 128)  # GB
 _NAMED, _THEIR_HOST = ("4060", "4070", "4080", "4090", "l40s", "h100"), 64  # of the first page's table
@@ -37,6 +40,30 @@ def card_table() -> str:
         machine = machine_for(ForecastSettings(gpu=name, host=f"{_THEIR_HOST}GB"))
         cells = [_takes(machine, BY_NAME[family]) for family in _FAMILIES]
         lines.append(f"| {card_named(name).sold} GB ({machine.name}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def eight_table() -> str:
+    """Full fine-tuning on eight GPUs: what is computed for H200s, and for A100s what is known, as Markdown."""
+    lines = [
+        "| all weights of | strategy | each GPU, host in all | 8 x H200, a step | 500 steps "
+        "| 8 x A100, computing alone |",
+        "|---|---|---|---|---|---|",
+    ]
+    h200, a100 = (machine_for(ForecastSettings(gpu=name, gpus=8)) for name in ("h200", "a100 80gb"))
+    assert a100.speed
+    strategies: tuple[Strategy, ...] = ("zero2", "zero3")
+    for name, strategy in product(_FAMILIES, strategies):
+        family = BY_NAME[name]
+        (run,) = intents(ForecastSettings(method="sft"), published(family), [family.native], h200)
+        line = next(x for x in lines_of(run, h200) if (x.strategy, x.memory) == (strategy, "auto"))
+        needs = estimate(run, card=a100.gpu, processes=8, speed=a100.speed, strategy=strategy, memory="auto")
+        assert needs.fits(a100.gpu) and line.computed_s
+        alone = plan_cost(run, replace(needs.load, trained=0), a100.speed)(needs.plan)
+        lines.append(
+            f"| {name.upper()} | {strategy} | {line.peak_gib:.0f} GB, {line.host_total_gib:.0f} GB "
+            f"| {line.computed_s:.1f} s | {in_words(500 * line.computed_s)} | {alone:.1f} s |"
+        )
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from cogcommon.model.checkpoint import Checkpoint
 
 _GIB = 2**30
+_FASTER, _WITH_ROOM = 0.95, 0.75  # of auto's seconds, and of the card: when `fast` is advised
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,20 @@ def _wanted(settings: ForecastSettings) -> list[TrainSettings]:
 
 
 def lines_of(run: Trains, machine: Machine) -> list[TrainForecast]:
-    """A run under every strategy and memory setting."""
+    """A run under every strategy and memory setting, in the order in which they are advised."""
     found = choices(run, machine.gpu, machine.host, machine.together, machine.speed, gpu=not machine.cpu)
-    return [_line(run, needs, machine) for needs in found]
+    lines = [_line(run, needs, machine) for needs in found]
+    for number, (auto, fast) in enumerate(pairwise(lines)):
+        if fast.memory == "fast" and fast.strategy == auto.strategy and _pays(fast, auto, machine):
+            lines[number : number + 2] = fast, auto
+    return lines
+
+
+def _pays(fast: TrainForecast, auto: TrainForecast, machine: Machine) -> bool:
+    """Whether `fast` saves time, and leaves room on the card for what else comes: another program, a larger rank."""
+    if not (fast.fits and fast.computed_s and auto.computed_s):
+        return False
+    return fast.computed_s <= _FASTER * auto.computed_s and fast.peak_gib * _GIB <= _WITH_ROOM * machine.gpu
 
 
 def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:

@@ -19,6 +19,7 @@ from cogcommon.model.device import EMULATED
 from cogcommon.store.store import without_secrets
 from cogcommon.words import counted, in_bytes, in_words
 
+from ..distributed.strategies import STRATEGIES
 from ..memory.estimate import Intent
 from ..memory.machine import Machine, machine_for
 from ..runs.folder import METRICS_FILE, read_metrics
@@ -102,6 +103,8 @@ def _answer(lines: Sequence[TrainForecast], method: str, machine: Machine, steps
     elif line.computed_s:
         published = machine.speed is not None and machine.speed.published
         yield _time(line.computed_s, steps) + (", by the card's published speed" if published else ", computed")
+    elif machine.speed and STRATEGIES[line.strategy].stage:
+        yield "seconds are not known: what cards exchange was measured of H200s alone"
     if machine.gpus > 1:
         samples = f"{batch * machine.gpus * steps:,} samples in global batches of {batch * machine.gpus:,}"
         yield f"{samples}: as many as {steps * machine.gpus:,} steps on one {'process' if machine.cpu else 'GPU'}"

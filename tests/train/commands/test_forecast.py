@@ -214,12 +214,30 @@ def test_a_slower_link_than_the_cards_own_is_planned_for():
             machine_for(ForecastSettings(**{"gpu": "h200"} | settings))
 
 
+def test_fast_is_advised_where_it_saves_time_and_leaves_room(plan_of):
+    def command(gib, **options):
+        line = plan.advised(plan_of(gib, method="lora", **options), "lora")
+        return shlex.split(line.command)
+
+    assert "fast" in command(80)  # 57 GiB, a tenth faster
+    for options in ({"gib": 62}, {"gib": 24}, {"gib": 80, "speed": None, "on": None}):  # no room; nothing is known
+        assert "--memory" not in command(**options), options
+
+
+def test_plan_says_why_it_gives_no_seconds(capsys):
+    plan.run(ForecastSettings(gpu="a100 80gb", gpus=8, method="sft"))
+    said = capsys.readouterr().out
+    assert "seconds are not known" in said and "s a step" not in said
+    plan.run(ForecastSettings(gpu="h200", gpus=8, method="sft"))
+    assert "seconds are not known" not in (said := capsys.readouterr().out) and "s a step" in said
+
+
 def test_a_quick_link_changes_no_plan(plan_of):
     for family, gib in itertools.product(("2b", "5b", "1.5-5b"), (12, 24, 80)):
         known, unknown = (plan_of(gib, family=family, speed=speed) for speed in (H200, None))
-        assert [(x.strategy, x.memory, x.peak_gib) for x in known] == [
+        assert {(x.strategy, x.memory, x.peak_gib) for x in known} == {
             (x.strategy, x.memory, x.peak_gib) for x in unknown
-        ]
+        }
 
 
 @pytest.mark.parametrize(("optimizer", "bytes_less"), [("adamw8bit", 6), ("prodigy", -8)])
