@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
@@ -59,9 +60,9 @@ def check_host_memory(run: Run, processes: int, device: torch.device | None = No
     gpu = visible_gpus() > 0
     card = free_gpu_memory(device) if device is not None and device.type == "cuda" else sys.maxsize
 
-    def takes(batch: int = asked, memory: Memory = run.settings.memory) -> int:
+    def takes(batch: int = asked, memory: Memory = run.settings.memory, of: Run = run) -> int:
         needs = estimate(
-            run, card=card, host=there, processes=processes, batch=batch, memory=memory, gpu=gpu
+            of, card=card, host=there, processes=processes, batch=batch, memory=memory, gpu=gpu
         )  # fmt: skip
         return needs.host_at_most(processes)
 
@@ -71,6 +72,9 @@ def check_host_memory(run: Run, processes: int, device: torch.device | None = No
     ways = ["--memory low"] if takes(memory="low") <= there else []
     if smaller := next((batch for batch in range(asked - 1, 0, -1) if takes(batch) <= there), 0):
         ways.append(f"--batch-size {smaller}")
+    if run.settings.keep_best:  # at whose end a base is loaded again
+        without = dataclasses.replace(run, settings=dataclasses.replace(run.settings, keep_best=False))
+        ways += ["leave --keep-best out"] * (takes(of=without) <= there)
     ways += ["--nproc with fewer processes"] * (processes > 1)
     ways += ["another --strategy"] * STRATEGIES[run.strategy].offloads
     each = f", {gib(needed / processes)} for each of {processes} processes" if processes > 1 else ""

@@ -12,6 +12,8 @@ from live import Live
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
+from cogcommon.errors import RunError
+from cogcommon.files.memory import Headroom
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.blocks.engine import BlockEngine
@@ -20,6 +22,7 @@ from cogtrain.data.batches import AHEAD, READERS, Collator, bytes_ahead, read_sa
 from cogtrain.data.sampler import Slot
 from cogtrain.distributed.optimizer import make_optimizer
 from cogtrain.distributed.strategies import STRATEGIES
+from cogtrain.memory import ready
 from cogtrain.memory.estimate import bytes_a_weight, estimate, host_needs, load_of, trained_weights
 from cogtrain.memory.host import offloaded_bytes
 from cogtrain.memory.machine import host_memory
@@ -144,6 +147,19 @@ def test_each_plan_leaves_room_for_its_own_end(run_of, keep_best):
         ending = plan.host(needs.load) + needs.ending(plan)
         assert worst == needs.itself + needs.batches + max(ending, needs.loading)
         assert needs.fits(plan, int(1.3 * worst), 1) and not needs.fits(plan, worst - GIB, 1)
+
+
+def test_a_host_that_has_no_room_for_the_kept_checkpoint_is_told_what_to_leave_out(run_of, monkeypatch):
+    run = run_of(LoraSettings(memory="low"), "5b")
+    without, kept = (estimate(keeping_best(run, keep), gpu=False).host_at_most(1) for keep in (False, True))
+    assert kept - without > 4 * GIB
+    room = Headroom((without + kept) // 2, "the memory limit of box")
+    monkeypatch.setattr(ready, "host_memory_left", lambda: room)
+    monkeypatch.setattr(ready, "visible_gpus", lambda: 0)
+    ready.check_host_memory(run, 1)
+    with pytest.raises(RunError) as caught:
+        ready.check_host_memory(keeping_best(run, True), 1)
+    assert caught.value.fix.startswith("leave --keep-best out, or a host")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
