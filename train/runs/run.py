@@ -17,7 +17,7 @@ from cogcommon.model.families import Resolution
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.epochs import Epoch
-from ..data.prompts import Prompt, validation_prompts, without_token
+from ..data.prompts import Prompt, read_prompts, validation_prompts, without_token
 from ..data.repeats import described, told
 from ..data.sampler import Sampler
 from ..data.shards import ShardSet, open_shards, usual_size
@@ -158,7 +158,8 @@ def open_run(
         method.check_files()
     if settings.follow and settings.model:  # which the shards may name, too, once there are some
         checkpoint = _open_model(settings.model, None, resume)
-        _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
+        precision = _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
+        _prompts(settings, checkpoint, checkpoint.native, precision)
         if not checkpoint.on_hub:  # which may have a newer revision than the shards were made with
             _check_weights(settings, checkpoint)
     followed = open_followed(settings, resume, groups.count, peers) if settings.follow else None
@@ -190,10 +191,7 @@ def open_run(
     if held_out:
         check_shards_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
         _check_buckets(held_out.buckets, held_out, checkpoint)
-    prompts = validation_prompts(
-        settings.validate_prompt, settings.validate_prompts, settings.validate_image, checkpoint,
-        usual_size(shards.samples), precision,
-    )  # fmt: skip
+    prompts = _prompts(settings, checkpoint, usual_size(shards.samples), precision)
     notes += without_token(prompts, str(shards.contract.settings.get("id_token", "")))
     _check_weights(settings, checkpoint)
     sampler = followed.newest.sampler if followed else make_sampler(settings, shards, groups.count)
@@ -270,6 +268,8 @@ def _check_settings(settings: TrainSettings, strategy: Strategy, device: torch.d
     check_optimizer(settings, strategy)
     check_tracker_installed(settings.tracker)
     check_validation(settings)
+    if settings.validate_prompts:
+        read_prompts(settings.validate_prompt, settings.validate_prompts, "--validate-prompt")
     if settings.precision == "fp16" and device.type == "cpu":
         raise SettingError("fp16 needs a GPU", where="--precision fp16", fix="--precision bf16 or fp32")
     if settings.out is not None:
@@ -296,6 +296,14 @@ def _check_training(
 def _draws(settings: TrainSettings) -> bool:
     """Whether validation makes videos."""
     return bool(settings.validate_videos or settings.validate_prompt or settings.validate_prompts)
+
+
+def _prompts(
+    settings: TrainSettings, checkpoint: Checkpoint, size: Resolution, precision: Precision
+) -> tuple[Prompt, ...]:  # fmt: skip
+    return validation_prompts(
+        settings.validate_prompt, settings.validate_prompts, settings.validate_image, checkpoint, size, precision
+    )
 
 
 def _check_weights(settings: TrainSettings, checkpoint: Checkpoint) -> None:
