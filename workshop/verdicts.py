@@ -16,7 +16,7 @@ from cogtrain.memory.estimate import estimate
 from cogtrain.memory.machine import Machine, machine_for
 from cogtrain.settings import ForecastSettings, Strategy
 
-_CARDS, _HOSTS = (12, 16, 24, 48, 80), (32, 64, 128)  # GB
+_CARDS, _HOSTS = (12, 16, 24, 48, 80), (16, 32, 64, 128)  # GB
 _NAMED, _THEIR_HOST = ("4060", "4070", "4080", "4090", "l40s", "h100"), 64  # of the first page's table
 _METHODS, _FAMILIES = {"lora": "LoRA", "sft": "all weights"}, ("2b", "5b", "1.5-5b")
 
