@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from cogcommon.cli.command import add_command, make_app, run_app
+from cogcommon.cli.leaving import run_and_leave
 from cogcommon.jobs.settings import LaunchSettings
 
 from .processes import interrupt
@@ -129,6 +130,12 @@ for _name, _settings, _module, _help, _examples in _COMMANDS:
 
 
 def main() -> None:
+    """The program, which ends this process."""
+    run_and_leave(run)
+
+
+def run() -> None:
+    """The command line; raises SystemExit."""
     interrupt.catch_interrupts()
     with interrupt.exit_code():
         run_app(app)

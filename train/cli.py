@@ -6,6 +6,7 @@ import os
 import sys
 
 from cogcommon.cli.command import add_command, make_app, run_app
+from cogcommon.cli.leaving import run_and_leave
 from cogcommon.cli.progress import paused
 from cogcommon.errors import CogError
 from cogcommon.jobs.settings import LaunchSettings
@@ -191,6 +192,12 @@ add_command(
 
 
 def main() -> None:
+    """The program, which ends this process."""
+    run_and_leave(run)
+
+
+def run() -> None:
+    """The command line; raises SystemExit."""
     from .distributed import elastic
 
     try:

@@ -46,10 +46,19 @@ def fsync_folder(folder: Path) -> None:
 
 def honour_umask(path: Path) -> None:
     """Give a file the permissions of every other new file; safetensors makes its own for their owner alone."""
-    mask = os.umask(0o077)  # there is no other way to ask
-    os.umask(mask)
+    mask = _umask()
     with suppress(OSError):  # file systems without permissions
         path.chmod(0o666 & ~mask)
+
+
+def _umask() -> int:
+    """What the process takes away of each new file's permissions."""
+    with suppress(OSError, StopIteration, ValueError):  # Linux; nothing changes for a moment, as it does below
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    mask = os.umask(0o077)  # there is no other way to ask
+    os.umask(mask)
+    return mask
 
 
 def commit(temporary: Path, final: Path) -> None:

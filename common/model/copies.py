@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _PIECE = 16 << 20  # bytes that are page-locked at a time, twice for each of so many threads
 _THREADS = 6
+_SMALL = 1 << 16  # bytes; what is smaller needs no pieces
 
 
 class CopyStream:
@@ -167,3 +168,58 @@ def _send(
                 target.copy_(buffer, non_blocking=True)
             free[turn] = stream.record_event()
         stream.synchronize()
+
+
+def downloaded(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of the tensors in ordinary host memory, each of its own, all of them there: nothing changes them later.
+
+    From a GPU they come by way of page-locked memory, and several threads fill the pages.
+    """
+    import torch
+
+    sources = [tensor.detach() for tensor in tensors]
+    pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+    here = []
+    for source in sources:
+        if source.device.type == "cuda" and source.is_contiguous() and source.nbytes >= _SMALL:
+            copy = torch.empty(source.shape, dtype=source.dtype)
+            parts = (tensor.view(-1).view(torch.uint8).split(_PIECE) for tensor in (source, copy))
+            pieces += zip(*parts, strict=True)
+        else:
+            copy = source.to("cpu", copy=True)
+        here.append(copy)
+    if pieces:
+        device = pieces[0][0].device
+        threads = max(1, min(_THREADS, os.cpu_count() or 1, len(pieces)))
+        behind = torch.cuda.current_stream(device).record_event()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda number: _receive(pieces[number::threads], device, behind), range(threads)))
+    return here
+
+
+def _receive(
+    pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device, behind: torch.cuda.Event
+) -> None:  # fmt: skip
+    """Copy bytes from the GPU by way of two page-locked buffers: one is emptied while the other is filled."""
+    import numpy as np
+    import torch
+
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(behind)
+        buffers = [torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        arriving: list[tuple[torch.cuda.Event, torch.Tensor, torch.Tensor]] = []
+        for number, (source, target) in enumerate(pieces):
+            buffer = buffers[number % 2][: len(source)]
+            with torch.cuda.stream(stream):
+                buffer.copy_(source, non_blocking=True)
+            arriving.append((stream.record_event(), buffer, target))
+            if number:
+                _empty(*arriving.pop(0), copy=np.copyto)
+        for piece in arriving:
+            _empty(*piece, copy=np.copyto)
+
+
+def _empty(event: torch.cuda.Event, buffer: torch.Tensor, target: torch.Tensor, copy: Callable[..., None]) -> None:
+    event.synchronize()
+    copy(target.numpy(), buffer.numpy())  # in this thread alone, and without the interpreter's lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .block import BlockFunction
@@ -37,6 +38,25 @@ def _options() -> dict[str, Any]:
     import torch._inductor.config as inductor
 
     return {"triton.mix_order_reduction": False} if hasattr(inductor.triton, "mix_order_reduction") else {}
+
+
+def end_workers() -> None:
+    """Have the compiler's processes end, in a thread: nothing more will be compiled.
+
+    Until they have, this process's own end would wait for them, for two seconds.
+    """
+    import sys
+    import threading
+
+    # Private to torch; where it is not, they end with this process.
+    shut = getattr(sys.modules.get("torch._inductor.async_compile"), "shutdown_compile_workers", None)
+
+    def work() -> None:
+        with suppress(Exception):  # they then end with this process
+            shut()
+
+    if shut is not None:
+        threading.Thread(target=work, daemon=True, name="cogtrain-compiler").start()
 
 
 def seconds_so_far() -> float:

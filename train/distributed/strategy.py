@@ -22,16 +22,13 @@ from cogcommon.files.memory import free_gpu_memory
 from ..settings import Strategy, TrainSettings
 from . import zero
 from .peers import Peers, meet
+from .snapshot import EMA, OPTIMIZER, WEIGHTS, Snapshot
 from .strategies import STRATEGIES
 from .zero_config import deepspeed_config
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-
-_WEIGHTS = "weights.safetensors"  # what is trained, under the transformer's own names
-_EMA = "average.safetensors"
-_OPTIMIZER = "optimizer.pt"
 
 
 @dataclass
@@ -132,30 +129,31 @@ class Runtime:
         for state in states.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
+    def snapshot(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None) -> Snapshot | None:
+        """What this process writes into a checkpoint, live; None where it writes nothing, or DeepSpeed does.
+
+        Args:
+            shadow: moving average of the trained weights (DDP).
+        """
+        if self.sharded or not self.main:
+            return None
+        state = {"optimizer": optimizer.state_dict()}  # first: it ends an update that `CpuAdamW` still makes
+        trained = self._trained(model)
+        average = None if shadow is None else dict(zip(trained, shadow, strict=True))
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        return Snapshot(trained, average, state)
+
     def save_state(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None, folder: Path) -> None:
-        """Write what was trained and the optimizer's state; every rank calls it.
+        """Write what was trained and the optimizer's state, as they are now; every rank calls it.
 
         Args:
             shadow: moving average of the trained weights (DDP).
         """
         if self.sharded:
             zero.save(model, folder)
-            return
-        if not self.main:
-            return
-        import safetensors.torch
-        import torch
-
-        state = {"optimizer": optimizer.state_dict()}  # first: it ends an update that `CpuAdamW` still makes
-        trained = self._trained(model)
-        safetensors.torch.save_file({name: p.detach().contiguous() for name, p in trained.items()}, folder / _WEIGHTS)
-        if shadow is not None:
-            named = dict(zip(trained, (tensor.contiguous() for tensor in shadow), strict=True))
-            safetensors.torch.save_file(named, folder / _EMA)
-        if self.accelerator.scaler is not None:
-            state["scaler"] = self.accelerator.scaler.state_dict()
-        with (folder / _OPTIMIZER).open("wb") as stream:  # a file that torch opens itself loses the system's error
-            torch.save(state, stream)
+        elif snapshot := self.snapshot(model, optimizer, shadow):
+            snapshot.write(folder)
 
     def load_state(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None, folder: Path) -> None:
         """Read back what `save_state` wrote, on this or another number of processes.
@@ -192,9 +190,9 @@ class Runtime:
         import torch
 
         trained = self._trained(model)
-        files: dict[str, list[torch.Tensor]] = {_WEIGHTS: [*trained.values()]}
+        files: dict[str, list[torch.Tensor]] = {WEIGHTS: [*trained.values()]}
         if shadow is not None:
-            files[_EMA] = list(shadow)
+            files[EMA] = list(shadow)
         for file, into in files.items():
             saved = safetensors.torch.load_file(folder / file)
             if trained.keys() != saved.keys():
@@ -202,7 +200,7 @@ class Runtime:
             with torch.no_grad():
                 for name, tensor in zip(trained, into, strict=True):
                     tensor.copy_(saved[name])
-        state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -326,7 +324,7 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     import safetensors.torch
 
     try:
-        for file in (_EMA, _WEIGHTS):
+        for file in (EMA, WEIGHTS):
             if (checkpoint / file).exists():
                 return safetensors.torch.load_file(checkpoint / file)
         return zero.gather_weights(checkpoint)

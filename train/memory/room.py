@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from cogcommon.files.memory import free_gpu_memory, free_host_memory, held_here
 
+from ..blocks.plan import BlockPlan
 from ..distributed.peers import Peers
 from .cost import Speed
+from .host import HostNeeds
 from .link import timed_speed
 
 if TYPE_CHECKING:
@@ -57,3 +59,12 @@ def smallest(measured: list[tuple[str, int, int]]) -> Room:
 def slowest(speeds: list[Speed]) -> Speed:
     """What all processes have to wait for."""
     return Speed(max(speed.relative for speed in speeds), min(speed.link for speed in speeds))
+
+
+def left_beside(needs: HostNeeds, plan: BlockPlan, processes: int) -> int:
+    """Bytes of this host's memory that are free now, beside all that the run's plan may yet take; below 0: none.
+
+    Args:
+        processes: of the run, on this host; they hold as much as this one.
+    """
+    return free_host_memory() + processes * held_here() - needs.at_most(plan, processes)

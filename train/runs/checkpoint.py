@@ -13,6 +13,8 @@ import os
 import re
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -224,26 +226,90 @@ class NotSaved(Exception):
         self.fault = fault
 
 
-def save(
+class Saving:
+    """A checkpoint on its way to the disk; each rank has one, for they learn together what becomes of it.
+
+    Attributes:
+        beside: a thread of rank 0 writes it from a copy in host memory, while the next steps are made.
+    """
+
+    def __init__(self, runtime: Runtime, final: Path, temporary: Path) -> None:
+        self.beside = False
+        self._peers, self._final, self._temporary = runtime.peers, final, temporary
+        self._thread: threading.Thread | None = None
+        self._fault: Exception | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is durable, or has failed; on ranks other than 0 always."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def together(self, act: Callable[[], object]) -> None:
+        """Do a part of it on all ranks, or fail on all.
+
+        Raises:
+            NotSaved: nothing of the checkpoint is left.
+        """
+        try:
+            self._peers.together(act)
+        except CogError as fault:
+            if self._peers.main:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise NotSaved(fault) from fault
+
+    def start(self, act: Callable[[], object]) -> None:
+        """Do the rest of it in a thread."""
+
+        def work() -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
+            try:
+                act()
+            except Exception as error:
+                self._fault = error
+                shutil.rmtree(self._temporary, ignore_errors=True)  # at once: the steps write, too
+
+        self._thread = threading.Thread(target=work, name="cogtrain-checkpoint")
+        self._thread.start()
+
+    def wait(self) -> Exception | None:
+        """Wait for the thread of this rank; its fault, if it has failed."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._fault
+
+    def end(self) -> Path:
+        """Wait until it is durable; every rank calls it.
+
+        Raises:
+            NotSaved: the disk is full, or another fault of the file system; nothing of the checkpoint is left.
+        """
+
+        def found() -> None:
+            if fault := self.wait():
+                raise fault
+
+        if self.beside:
+            self.together(found)
+        return self._final
+
+
+def begin_saving(
     runtime: Runtime,
     model: Any,
     optimizer: Any,
     shadow: list[torch.Tensor] | None,
     state: RunState,
     run: Path,
-    keep: int,
     *,
-    best: int | None = None,
-    held: Callable[[], Collection[int]] = tuple,
+    room: Callable[[int], bool] = lambda size: False,
     needs: int = 0,
-) -> Path:
-    """Write a checkpoint; every rank calls it. The oldest go once the new one is whole.
+) -> Saving:
+    """Begin to write a checkpoint; every rank calls it. Once it has returned, steps may change all that it holds.
 
     Args:
         shadow: this rank's part of the moving average of the weights.
-        keep: how many of the newest stay.
-        best: the step of one that stays, whatever its age.
-        held: gives the steps of those that stay for now; asked once the new one is whole.
+        room: whether so many bytes are free for a copy in host memory, on rank 0; where not, or where DeepSpeed writes
+            (from the live weights, in collectives), the checkpoint is written before this returns.
         needs: bytes that it takes, about, for the message of a disk that is full.
 
     Raises:
@@ -269,18 +335,23 @@ def save(
 
         return told
 
-    peers = runtime.peers
-    try:
-        peers.together(write(begin) if runtime.main else lambda: None)
-        peers.together(write(lambda: runtime.save_state(model, optimizer, shadow, temporary)))
-        peers.together(write(commit) if runtime.main else lambda: None)
-    except CogError as fault:
-        if runtime.main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise NotSaved(fault) from fault
-    if runtime.main:
-        prune(run, keep, best, held())
-    return final
+    saving, main = Saving(runtime, final, temporary), runtime.main
+    saving.together(write(begin) if main else lambda: None)
+    live = None if runtime.sharded else runtime.snapshot(model, optimizer, shadow)
+    copy = live.copied() if live is not None and live.plain and room(live.nbytes) else None
+    saving.beside = bool(runtime.all_reduce_max(int(copy is not None)))
+    if copy is not None:
+        snapshot = copy
+
+        def rest() -> None:
+            snapshot.write(temporary)
+            commit()
+
+        saving.start(write(rest))
+    elif not saving.beside:
+        saving.together(write(lambda: runtime.save_state(model, optimizer, shadow, temporary)))
+        saving.together(write(commit) if main else lambda: None)
+    return saving
 
 
 def prune(run: Path, keep: int, best: int | None, held: Collection[int] = ()) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.progress import stage
 from cogcommon.errors import CogError, DiskError
+from cogcommon.files.failures import room_of
+from cogcommon.words import in_bytes
 
+from ..distributed.optimizer import finish_update
 from ..distributed.peers import ALONE
 from ..distributed.strategy import Runtime
 from ..memory.disk import writes
@@ -31,15 +35,23 @@ if TYPE_CHECKING:
     import torch
 
 
+_COSTS = 5_000_000_000  # bytes of a checkpoint that take several seconds to write
+
+
 @dataclass
 class Saver:
     """Every rank calls each method alike. What is trained is kept, even where a checkpoint finds no room.
 
+    A checkpoint is a snapshot: what it holds is copied to host memory, and a thread writes it beside the next steps.
+    Its fault comes up after the step in which it is known, at the latest before the next checkpoint, validation or
+    export. Prune, mirror and "saved" wait until it is durable.
+
     Attributes:
+        host_left: bytes of this host's memory that are free beside all that the run may take (`left_beside`).
         mirror: keeps the copy of --mirror, on rank 0.
         exported: the weights, once they have been written.
         unsaved: why there is no checkpoint of the last step, if that costs only the resume.
-        saved_at: when the last checkpoint was written, or the run was set up (`time.monotonic`).
+        saved_at: when the last checkpoint was begun, or the run was set up (`time.monotonic`).
     """
 
     run: Run
@@ -49,10 +61,14 @@ class Saver:
     ema: EMA | None
     folder: Path
     log: RunLog
+    host_left: Callable[[], int]
     mirror: Mirror | None = None
     exported: Written | None = None
     unsaved: CogError | None = None
     saved_at: float = field(default_factory=lambda: time.monotonic())
+    _saving: checkpoints.Saving | None = None  # the last checkpoint, until it is known what has become of it
+    _best: int | None = None  # that stays beside it
+    _said: bool = False
 
     @property
     def _shadow(self) -> list[torch.Tensor] | None:
@@ -100,6 +116,8 @@ class Saver:
             best: the validation of the step to export instead; None: export the last.
         """
         live = best is None or best.step == step
+        if not live:  # it is the last checkpoint, perhaps
+            self.settle(step)
         # Nothing was left to train; or only now is there a loss for the file to tell of.
         if self.exported is None or (live and best and not self.run.method.full):
             self.export(step, best if live else None)
@@ -132,7 +150,10 @@ class Saver:
             return run.method.verify(alone, model, run.checkpoint, written)
 
     def checkpoint(self, step: int, best: int | None = None) -> None:
-        """Write a checkpoint, and the report; once the weights are exported, a checkpoint is for a resume only.
+        """Begin to write a checkpoint of the step that was made last, once the one before is written.
+
+        Where there is room for a copy of it in host memory, it is written beside the next steps, and `look` and
+        `settle` say what has become of it.
 
         Args:
             best: the step of one that stays, whatever its age.
@@ -140,27 +161,98 @@ class Saver:
         Raises:
             CogError: there is no room for it, and training ends here; says where the weights are.
         """
+        self.settle(step)
         run, runtime = self.run, self.runtime
         state = checkpoints.RunState(step, runtime.world, run.resume_facts(), settings_json(run.given))
+        size = writes(run).checkpoint
         try:
             with stage("saving a checkpoint"):
-                saved = checkpoints.save(
-                    runtime, self.model, self.optimizer, self._shadow, state, self.folder, run.settings.keep,
-                    best=best, held=lambda: self.mirror.uploading if self.mirror else (), needs=writes(run).checkpoint,
+                saving = checkpoints.begin_saving(
+                    runtime, self.model, self.optimizer, self._shadow, state, self.folder,
+                    room=self._has_room, needs=size,
                 )  # fmt: skip
         except checkpoints.NotSaved as failed:
-            self.unsaved = failed.fault
-        else:
-            self.unsaved = None
-            self.log.say(f"saved {saved}")
-        self.saved_at = time.monotonic()
-        if self.unsaved and not self.exported:
-            self._rescue(step, self.unsaved)
-        if runtime.main:
+            self._conclude(step, failed.fault)
+            return
+        finally:
+            self.saved_at = time.monotonic()
+        self._saving, self._best = saving, best
+        if not saving.beside:
+            self._say_cost(size)
+            self.settle(step)
+
+    def look(self, step: int) -> None:
+        """Take note of a checkpoint that has been written meanwhile; every rank calls it after each step.
+
+        Raises:
+            CogError: as `checkpoint`.
+        """
+        if self._saving and self.runtime.all_reduce_max(int(self.runtime.main and self._saving.ended)):
+            self.settle(step)
+
+    def settle(self, step: int) -> None:
+        """Wait until the last checkpoint is durable, and write the report; every rank calls it.
+
+        Args:
+            step: the last that was made, whose weights are rescued where the checkpoint has failed.
+
+        Raises:
+            CogError: as `checkpoint`.
+        """
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        try:
+            with stage("waiting for the checkpoint"):
+                saved = saving.end()
+        except checkpoints.NotSaved as failed:
+            self._conclude(step, failed.fault)
+            return
+        self.unsaved = None
+        if self.runtime.main:
+            held = self.mirror.uploading if self.mirror else ()
+            checkpoints.prune(self.folder, self.run.settings.keep, self._best, held)
+        self.log.say(f"saved {saved}")
+        self._report()
+
+    def close(self) -> None:
+        """Wait for what is still being written, where a fault ends the run."""
+        saving, self._saving = self._saving, None
+        if saving is not None and (fault := saving.wait()):
+            self.log.say(f"note: the last checkpoint was not written: {getattr(fault, 'what', fault)}")
+
+    def _conclude(self, step: int, fault: CogError) -> None:
+        """Go on without the checkpoint where the weights are exported.
+
+        Raises:
+            CogError: they are not.
+        """
+        self.unsaved = fault
+        if not self.exported:
+            self._rescue(step, fault)
+        self._report()
+
+    def _report(self) -> None:
+        if self.runtime.main and not self.exported:  # else the run's end writes it
             write_report(self.folder)
         if self.mirror:
-            self.mirror.best = best
+            self.mirror.best = self._best
             self.mirror.soon()
+
+    def _has_room(self, size: int) -> bool:
+        """Whether a copy of a checkpoint has room in host memory, and the checkpoint on the disk beyond doubt."""
+        free = room_of(self.folder)
+        return (free is None or free >= 1.1 * size + writes(self.run).least) and self.host_left() >= size
+
+    def _say_cost(self, size: int) -> None:
+        """Say once that training waits for checkpoints, where that is long."""
+        if size < _COSTS or self._said:
+            return
+        self._said = True
+        why = "host memory has no room for a copy of it beside the run"
+        if self.runtime.sharded:
+            why = "DeepSpeed writes it from the weights themselves"
+        self.log.say(f"training waits while a checkpoint of {in_bytes(size)} is written: {why}")
 
     def mirrored(self, *, must: bool = True) -> None:
         """Wait until the mirror, if there is one, holds all that the folder does; every rank calls it.
@@ -187,6 +279,7 @@ class Saver:
         Raises:
             CogError: always: the fault, and where the weights are.
         """
+        finish_update(self.optimizer)
         try:
             rescued = self._write(self.folder / f"step-{step}", step)
             kept = f"; the weights after step {step} are in {rescued.path}"

@@ -214,7 +214,7 @@ def test_what_was_mistyped_is_said_in_our_words_with_what_was_meant(words, what,
 
     monkeypatch.setattr("sys.argv", ["cogtrain", *words])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        cli.run()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and what in said and do in said.split("do:")[1]
 
@@ -228,7 +228,7 @@ def test_help_names_all_commands_under_headings_and_no_type_of_pythons(program, 
     for words in (["-h"], *([name, "-h"] for name in commands)):
         monkeypatch.setattr("sys.argv", [program, *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            cli.run()
         said = capsys.readouterr().out
         assert (
             ended.value.code == 0 and f"Usage: {program}" in said and not re.search("<(list|path|str|bool|int)", said)

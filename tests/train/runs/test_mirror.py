@@ -102,7 +102,7 @@ def test_a_run_that_lost_its_machine_makes_the_same_steps_on_a_bare_one(begun, t
     held_out = {"validate_shards": [str(tmp_path / "out" / "000003.tar")], "validate_every": 2, "keep_best": True}
     whole = begun("whole", steps=7, keep=1, **held_out)
     with pytest.raises(Killed):
-        begun("first", killer(there, 5, "checkpoint-4"), steps=7, keep=1, mirror=there, **held_out)
+        begun("first", killer(there, 6, "checkpoint-4"), steps=7, keep=1, mirror=there, **held_out)
     shutil.rmtree(tmp_path / "first")
     bare = begun("bare", steps=7, keep=1, mirror=there, **held_out)
     said = capsys.readouterr()
