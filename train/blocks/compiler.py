@@ -49,7 +49,7 @@ def end_workers() -> None:
     import threading
 
     # Private to torch; where it is not, they end with this process.
-    shut = getattr(sys.modules.get("torch._inductor.async_compile"), "shutdown_compile_workers", None)
+    shut: Any = getattr(sys.modules.get("torch._inductor.async_compile"), "shutdown_compile_workers", None)
 
     def work() -> None:
         with suppress(Exception):  # they then end with this process

@@ -389,7 +389,7 @@ def test_from_a_bucket_that_is_being_filled_into_a_bucket(begun, tmp_path, there
 
     def lost(step):
         whole(step)
-        killer(there, 9, "checkpoint-8")(step)
+        killer(there, 10, "checkpoint-8")(step)
 
     options = {"shards": [f"{shards}/"], "follow": True, "steps": 14}
     come(0)
