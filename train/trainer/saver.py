@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,14 @@ from cogcommon.errors import CogError, DiskError
 from cogcommon.files.failures import room_of
 from cogcommon.words import in_bytes
 
+from ..blocks.compiler import end_workers
+from ..blocks.engine import BlockEngine
 from ..distributed.optimizer import finish_update
 from ..distributed.peers import ALONE
 from ..distributed.strategy import Runtime
 from ..memory.disk import writes
+from ..memory.estimate import host_needs
+from ..memory.room import left_beside
 from ..model.ema import EMA
 from ..model.method import Exported, Written, of_checkpoint
 from ..report.page import write_report
@@ -47,7 +50,8 @@ class Saver:
     export. Prune, mirror and "saved" wait until it is durable.
 
     Attributes:
-        host_left: bytes of this host's memory that are free beside all that the run may take (`left_beside`).
+        engine: whose plan tells what the run may take of the host's memory.
+        closing: waits for what is being written when a fault ends the run.
         mirror: keeps the copy of --mirror, on rank 0.
         exported: the weights, once they have been written.
         unsaved: why there is no checkpoint of the last step, if that costs only the resume.
@@ -61,7 +65,8 @@ class Saver:
     ema: EMA | None
     folder: Path
     log: RunLog
-    host_left: Callable[[], int]
+    engine: BlockEngine
+    closing: InitVar[ExitStack]
     mirror: Mirror | None = None
     exported: Written | None = None
     unsaved: CogError | None = None
@@ -69,6 +74,9 @@ class Saver:
     _saving: checkpoints.Saving | None = None  # the last checkpoint, until it is known what has become of it
     _best: int | None = None  # that stays beside it
     _said: bool = False
+
+    def __post_init__(self, closing: ExitStack) -> None:
+        closing.callback(self.close)
 
     @property
     def _shadow(self) -> list[torch.Tensor] | None:
@@ -105,26 +113,33 @@ class Saver:
             RunError: they are not finite.
             DiskError: the disk is full, or another fault of the file system; nothing of them is left.
         """
+        end_workers()
+        finish_update(self.optimizer)
         self.exported = self._write(self.folder, step, line)
         return self.exported
 
     def finish(self, step: int, best: ValidationLine | None) -> Exported | None:
         """Export what is not yet, and load it back; every rank calls it, and rank 0 gets what was found.
 
+        The last checkpoint is written meanwhile, and is durable then, or `unsaved` says why not.
+
         Args:
             step: the last that was made.
             best: the validation of the step to export instead; None: export the last.
         """
         live = best is None or best.step == step
-        if not live:  # it is the last checkpoint, perhaps
+        if not live:  # it may be the one that is being written
             self.settle(step)
         # Nothing was left to train; or only now is there a loss for the file to tell of.
         if self.exported is None or (live and best and not self.run.method.full):
             self.export(step, best if live else None)
-        if not self.runtime.main:
-            return None
-        if best and not live:
-            return self._export_kept(best)
+        found = self._prove(None if live else best) if self.runtime.main else None
+        self.settle(step)
+        return found
+
+    def _prove(self, kept: ValidationLine | None) -> Exported:
+        if kept:
+            return self._export_kept(kept)
         assert self.exported
         with stage("proving the export"):
             return self.run.method.verify(self.runtime, self.model, self.run.checkpoint, self.exported)
@@ -152,8 +167,8 @@ class Saver:
     def checkpoint(self, step: int, best: int | None = None) -> None:
         """Begin to write a checkpoint of the step that was made last, once the one before is written.
 
-        Where there is room for a copy of it in host memory, it is written beside the next steps, and `look` and
-        `settle` say what has become of it.
+        Where there is room for a copy of it in host memory, it is written beside the next steps, and `settle` says
+        what has become of it.
 
         Args:
             best: the step of one that stays, whatever its age.
@@ -162,7 +177,7 @@ class Saver:
             CogError: there is no room for it, and training ends here; says where the weights are.
         """
         self.settle(step)
-        run, runtime = self.run, self.runtime
+        self._best, run, runtime = best, self.run, self.runtime
         state = checkpoints.RunState(step, runtime.world, run.resume_facts(), settings_json(run.given))
         size = writes(run).checkpoint
         try:
@@ -176,30 +191,24 @@ class Saver:
             return
         finally:
             self.saved_at = time.monotonic()
-        self._saving, self._best = saving, best
+        self._saving = saving
         if not saving.beside:
             self._say_cost(size)
             self.settle(step)
 
-    def look(self, step: int) -> None:
-        """Take note of a checkpoint that has been written meanwhile; every rank calls it after each step.
-
-        Raises:
-            CogError: as `checkpoint`.
-        """
-        if self._saving and self.runtime.all_reduce_max(int(self.runtime.main and self._saving.ended)):
-            self.settle(step)
-
-    def settle(self, step: int) -> None:
-        """Wait until the last checkpoint is durable, and write the report; every rank calls it.
+    def settle(self, step: int, *, wait: bool = True) -> None:
+        """Take note of what has become of the last checkpoint, and write the report; every rank calls it.
 
         Args:
             step: the last that was made, whose weights are rescued where the checkpoint has failed.
+            wait: else only if it is known by now.
 
         Raises:
             CogError: as `checkpoint`.
         """
         if self._saving is None:
+            return
+        if not wait and not self.runtime.all_reduce_max(int(self.runtime.main and self._saving.ended)):
             return
         saving, self._saving = self._saving, None
         try:
@@ -241,8 +250,11 @@ class Saver:
 
     def _has_room(self, size: int) -> bool:
         """Whether a copy of a checkpoint has room in host memory, and the checkpoint on the disk beyond doubt."""
-        free = room_of(self.folder)
-        return (free is None or free >= 1.1 * size + writes(self.run).least) and self.host_left() >= size
+        runtime, free = self.runtime, room_of(self.folder)
+        if free is not None and free < 1.1 * size + writes(self.run).least:
+            return False
+        needs = host_needs(self.run, gpu=runtime.device.type == "cuda")
+        return left_beside(needs, self.engine.plan, runtime.peers.here) >= size
 
     def _say_cost(self, size: int) -> None:
         """Say once that training waits for checkpoints, where that is long."""
@@ -253,6 +265,15 @@ class Saver:
         if self.runtime.sharded:
             why = "DeepSpeed writes it from the weights themselves"
         self.log.say(f"training waits while a checkpoint of {in_bytes(size)} is written: {why}")
+
+    def leave(self, step: int) -> None:
+        """Wait for the last checkpoint, and for the mirror, where the run stops before its end; every rank calls it.
+
+        Raises:
+            CogError: as `checkpoint`.
+        """
+        self.settle(step)
+        self.mirrored(must=False)
 
     def mirrored(self, *, must: bool = True) -> None:
         """Wait until the mirror, if there is one, holds all that the folder does; every rank calls it.

@@ -14,18 +14,16 @@ from cogcommon.cli.progress import stage
 from cogcommon.files.failures import disk_errors
 from cogcommon.model.copies import CopyStream
 
-from ..blocks.compiler import end_workers
 from ..blocks.engine import BlockEngine
 from ..data.sample_rng import seed_of
-from ..distributed.optimizer import clip_gradients, finish_update, learning_rate, make_optimizer
+from ..distributed.optimizer import clip_gradients, learning_rate, make_optimizer
 from ..distributed.peers import Peers, meet
 from ..distributed.signals import BY_A_PERSON, Stopped, StopRequest
 from ..distributed.strategies import STRATEGIES
 from ..distributed.strategy import Runtime, start
 from ..memory.disk import check_room
-from ..memory.estimate import host_needs
 from ..memory.install import install
-from ..memory.room import common_room, left_beside
+from ..memory.room import common_room
 from ..model.batch import Batch
 from ..model.ema import EMA
 from ..model.objective import Objective
@@ -124,12 +122,7 @@ class Trainer:
         self.validation = Validation.begin(run, runtime, self.model, folder, log, stop, prompts)
         self.best = Best.of(settings, folder, peers, self.validation)
         self.ema = EMA(self.trained, settings.ema) if settings.ema else None
-        needs = host_needs(run, gpu=runtime.device.type == "cuda")
-        self.saver = Saver(
-            run, runtime, self.model, self.optimizer, self.ema, folder, log,
-            lambda: left_beside(needs, engine.plan, peers.here), mirror,
-        )  # fmt: skip
-        closing.callback(self.saver.close)
+        self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log, engine, closing, mirror)
         if run.resume:
             self.saver.resume(run.resume.folder)
         gamma = settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None
@@ -183,14 +176,13 @@ class Trainer:
             Stopped: by a signal, once a checkpoint is there.
         """
         self.done = step
-        self.saver.look(step)
         settings, last = self.run.settings, step == self.run.steps
         stop = self._signal()
         validates = self.validation and not stop and (last or step % settings.validate_every == 0)
         saves = stop or last or step % settings.save_every == 0 or self.saver.due()
         if validates or saves:
             self.readout.catch_up()
-            self.saver.settle(step)
+        self.saver.settle(step, wait=bool(validates or saves))
         if last:  # first of all, and in its smallest form
             self._export(step)
         if self.validation and validates:
@@ -203,8 +195,7 @@ class Trainer:
             self.saver.checkpoint(step, self.best.step)
             stop = stop or self._signal()  # one that came meanwhile: this checkpoint will do
         if stop and not last:
-            self.saver.settle(step)
-            self.saver.mirrored(must=False)
+            self.saver.leave(step)
             again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
             raise Stopped(128 + stop % BY_A_PERSON, again, for_good=stop > BY_A_PERSON)
 
@@ -216,16 +207,12 @@ class Trainer:
 
     def _export(self, step: int) -> None:
         self.readout.end()
-        end_workers()
-        finish_update(self.optimizer)
         self.saver.export(step)
 
     def finish(self) -> None:
         """Load back what is exported, of the last step or of the best, and say so."""
         run, folder, best, done = self.run, self.folder, self.best, self.done
-        checked = self.saver.finish(done, best.line)
-        self.saver.settle(done)  # the last checkpoint, which was written meanwhile
-        if checked:
+        if checked := self.saver.finish(done, best.line):
             announce.write_end(folder, best.step or done, best.why() if best.enough and done < run.steps else "")
             if not write_card(folder, read_run(folder), "transformer" if run.method.full else "lora"):
                 self.log.say(f"{folder / CARD_FILE} was changed by somebody, and stays as it is")

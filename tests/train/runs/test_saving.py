@@ -15,7 +15,7 @@ from cogtrain.distributed.signals import Stopped
 from cogtrain.distributed.snapshot import EMA, OPTIMIZER, WEIGHTS, Snapshot
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.settings import LoraSettings
-from cogtrain.trainer import saver, trainer
+from cogtrain.trainer import saver
 
 COMMON = {"rank": 4, "lr": 1e-2, "save_every": 1, "keep": 9}
 
@@ -83,7 +83,7 @@ def test_steps_are_made_while_it_is_written_and_it_holds_none_of_them(here, tmp_
     assert names(run) == ["checkpoint-2", "checkpoint-4"]
     assert f"saved {run}/checkpoint-2" in capsys.readouterr().out
     monkeypatch.undo()
-    monkeypatch.setattr(trainer, "left_beside", lambda *_: 0)
+    monkeypatch.setattr(saver, "left_beside", lambda *_: 0)
     monkeypatch.setattr(Snapshot, "copied", None)
     monkeypatch.setattr(saver, "_COSTS", 1)
     waiting = here(steps=4, save_every=2, ema=0.9, out=tmp_path / "waiting")
