@@ -33,7 +33,7 @@ from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import SampleRow, ShardRecord, record_bytes, record_name, tar_name
 from cogprep.dataset.probe import Probed
-from cogprep.encode.part import make_contract, survey_and_plan
+from cogprep.encode.part import make_contract, survey_and_plan, survey_cache
 from cogprep.encode.pipeline import planned_row
 from cogprep.plan.folder import scan, split_folder
 from cogprep.plan.plan import EncodePlan, PlannedShard
@@ -119,8 +119,7 @@ def nothing() -> None:
 
 
 def cache_of(settings: EncodeSettings, checkpoint: Checkpoint) -> SurveyCache:
-    depend_on = f"{settings.buckets} {settings.cut} {checkpoint.family.fps}"
-    return SurveyCache(settings.out, settings.root, depend_on, Slice(1, 1, "default"))
+    return survey_cache(settings, checkpoint, Slice(1, 1, "default"))
 
 
 def probe(trial: Trial) -> str:

@@ -37,11 +37,21 @@ def refuse_data_root(folder: Path, option: str, lists: tuple[str, ...] = LISTS) 
     Raises:
         SettingError: the folder holds a list.
     """
+    refuse_lists(lambda name: (folder / name).is_file(), str(folder), option, lists)
+
+
+def refuse_lists(holds: Callable[[str], bool], place: str, option: str, lists: tuple[str, ...] = ()) -> None:
+    """As `refuse_data_root`, of a folder wherever it is.
+
+    Args:
+        holds: whether there is a file of this name in it.
+        place: the folder, as messages name it.
+    """
     for name in (*lists, *LISTS):
-        if (folder / name).is_file():
+        if holds(name):
             raise SettingError(
                 f"this folder is a data root: it holds {name}",
-                where=f"{option} {folder}",
+                where=f"{option} {place}",
                 fix=f"{option} takes a folder of its own",
             )
 

@@ -11,6 +11,7 @@ jobset.x-k8s.io/v1alpha2: https://kubernetes.io/docs/concepts/workloads/controll
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from ..errors import SettingError
@@ -260,17 +261,21 @@ def _pod(job: Job) -> PodSpec:
 
 def check(text: str) -> str:
     """Read the file back as the document that it is. Returns and raises as `slurm.check`."""
-    kind: type[JobSet] | type[IndexedJob] = JobSet if "\nkind: JobSet\n" in text else IndexedJob
-    try:
-        document = from_yaml(kind, text)
-    except ValueError as error:
-        raise SettingError(f"this is no {kind.__name__}: {error}", where="the job file") from error
+    document = _read(text)
     return f"{document.kind} of {document.apiVersion}"
 
 
 def shell_of(text: str) -> list[str]:
     """The shell in the file."""
-    kind: type[JobSet] | type[IndexedJob] = JobSet if "\nkind: JobSet\n" in text else IndexedJob
-    document = from_yaml(kind, text)
+    document = _read(text)
     spec = document.spec if isinstance(document, IndexedJob) else document.spec.replicatedJobs[0].template.spec
     return spec.template.spec.containers[0].args
+
+
+@lru_cache(maxsize=1)  # the same file is checked, and its shell is
+def _read(text: str) -> JobSet | IndexedJob:
+    kind: type[JobSet] | type[IndexedJob] = JobSet if "\nkind: JobSet\n" in text else IndexedJob
+    try:
+        return from_yaml(kind, text)
+    except ValueError as error:
+        raise SettingError(f"this is no {kind.__name__}: {error}", where="the job file") from error

@@ -73,6 +73,11 @@ def visible_gpus() -> int:
     return found
 
 
+def device_type() -> str:
+    """Of what models run on here, as torch calls it: "cuda" or "cpu". As `visible_gpus`."""
+    return "cuda" if visible_gpus() else "cpu"
+
+
 def gpu_name() -> str | None:
     """The driver's name of the first GPU; None without one."""
     names = None if "torch" in sys.modules else _gpus_by_driver()

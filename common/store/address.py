@@ -8,6 +8,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+# What reads a kind of address through fsspec: the module, what installs it, and our extra where there is one.
+READERS = {
+    "s3": ("s3fs", "s3fs", "s3"),
+    "s3a": ("s3fs", "s3fs", "s3"),
+    "gs": ("gcsfs", "gcsfs", "gcs"),
+    "gcs": ("gcsfs", "gcsfs", "gcs"),
+    "hf": ("huggingface_hub", "huggingface_hub", "hf"),
+    "abfs": ("adlfs", "adlfs", ""),
+    "az": ("adlfs", "adlfs", ""),
+}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])(.*)", re.DOTALL)
 
 

@@ -12,18 +12,9 @@ import fsspec
 import fsspec.asyn
 
 from ..errors import StoreError
+from .address import READERS
 from .store import STALLED, ReadPart, StoreFault, without_secrets
 
-# What reads a kind of URL: the module, what installs it, and our extra where there is one.
-_READERS = {
-    "s3": ("s3fs", "s3fs", "s3"),
-    "s3a": ("s3fs", "s3fs", "s3"),
-    "gs": ("gcsfs", "gcsfs", "gcs"),
-    "gcs": ("gcsfs", "gcsfs", "gcs"),
-    "hf": ("huggingface_hub", "huggingface_hub", "hf"),
-    "abfs": ("adlfs", "adlfs", ""),
-    "az": ("adlfs", "adlfs", ""),
-}
 _SLOW = 64 * 1024  # bytes a second: fsspec tells nothing of progress, so an attempt may take this long in all
 _CREDENTIALS = "check the credentials that this machine gives (environment, configuration file or role)"
 
@@ -36,7 +27,7 @@ def open_fsspec(url: str, option: str) -> tuple[FsspecStore, str]:
     """
     scheme = url.partition("://")[0].rpartition("::")[2].lower()
     shown = without_secrets(url)
-    module, package, extra = _READERS.get(scheme, ("", "", ""))
+    module, package, extra = READERS.get(scheme, ("", "", ""))
     if module:
         try:
             importlib.import_module(module)

@@ -16,10 +16,9 @@ from typing import Any, TypeVar
 from ..errors import SettingError, StoreError
 from ..files.readers import read_in_order
 from .fsspec_store import FsspecStore, etag_of, open_fsspec
-from .store import OPENING, WRITING, Patience, StoreFault, is_web, patiently, without_secrets
+from .store import OPENING, WRITING, Patience, StoreFault, is_web, patiently, pieces, without_secrets
 
 _T = TypeVar("_T")
-_PIECE = 32 << 20  # bytes of one request of a download
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ class RemoteFolder:
                 return None
             end = before.size if most is None else min(most, before.size)
             with to.open("wb") as stream:
-                for start in range(0, end, _PIECE):
-                    last = min(start + _PIECE, end)
+                for start, last in pieces(end):
                     got = self._try(self._store.read, self._at(name), name, start, last, missing=None)
                     if got is None:
                         return None

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -26,6 +26,14 @@ STALLED = 20.0  # seconds without an answer, or with less than `SLOWEST`, end an
 SLOWEST = 1024  # bytes a second
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0  # seconds between attempts; they double
 _SAY_EVERY = 30.0  # seconds between lines on what is being waited for
+
+
+PIECE = 16 << 20  # bytes of one request, where a file is read from its beginning to its end
+
+
+def pieces(size: int) -> Iterator[tuple[int, int]]:
+    """Where the requests begin and end that read a file of so many bytes, or so much of its beginning."""
+    return ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
 
 
 class WholeFilesOnly(StoreError):

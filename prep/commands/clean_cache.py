@@ -23,7 +23,6 @@ from cogcommon.errors import SettingError
 from cogcommon.files.atomic import TEMPORARY
 from cogcommon.files.locks import locked_elsewhere, remove_unless_held
 from cogcommon.files.ownership import RECORD_FILE, is_file, is_folder, refuse_data_root
-from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
 from cogcommon.shards.records import SampleRow, read_table, record_name, shard_number, tar_name
 from cogcommon.words import counted, in_bytes
 
@@ -32,11 +31,17 @@ from ..plan.stale import Wanted
 from ..settings import CleanSettings
 from ..store.locks import ShardBusy, is_lock_of_removing, lock_shard, removing, shard_disk_errors, temporary_name
 from ..store.outlet import Outlet, open_image
-from ..store.proof import A_PREVIEW, ORIGIN_FILE, PREVIEW, SHARD_TEMPORARY, SURVEY, is_ours, is_output, preview_record
+from ..store.proof import (
+    A_PREVIEW,
+    OF_THE_SHARDS,
+    PREVIEW,
+    SHARD_TEMPORARY,
+    SURVEY,
+    is_ours,
+    is_output,
+    preview_record,
+)
 from ..store.shards import committed_shards, drop_samples, finish_rewrites
-
-# These tell what the shards are, so they go after the last of them; the one that proves the folder ours, last.
-_OF_THE_SHARDS = (EMPTY_CAPTION_FILE, ORIGIN_FILE, CONTRACT_FILE)
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
 
 
 def _when(path: Path) -> int:
-    return _OF_THE_SHARDS.index(path.name) if path.name in _OF_THE_SHARDS else -1
+    return OF_THE_SHARDS.index(path.name) if path.name in OF_THE_SHARDS else -1
 
 
 def _files(folder: Path) -> list[Path]:
@@ -260,7 +265,7 @@ def _remove_beside(out: Path, removals: Sequence[Removal], everything: bool, bus
     for removal in removals:
         if removal.shard is not None or is_lock_of_removing(removal.path):
             continue
-        last = removal.path.parent == out and removal.path.name in _OF_THE_SHARDS
+        last = removal.path.parent == out and removal.path.name in OF_THE_SHARDS
         if (removal.path, removal.state) not in now or (last and not empty):
             stay += 1
         elif TEMPORARY.fullmatch(removal.path.name):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.device import Precision, item_bytes, pick_device, start_gpu, visible_gpus
+from cogcommon.model.device import Precision, device_type, item_bytes, pick_device, start_gpu, visible_gpus
 from cogcommon.shards.contract import Contract
 
 from ..plan.plan import PlannedShard
@@ -69,8 +69,8 @@ class LocalEngine:
     """This process, on one device of this machine."""
 
     def device_type(self) -> str:
-        """See `Engine`. No torch is imported for it: an encode with nothing to do needs none."""
-        return "cuda" if visible_gpus() else "cpu"
+        """See `Engine`."""
+        return device_type()
 
     def encode(self, job: Job) -> None:
         """See `Engine`; the shards in rounds (`rounds`)."""

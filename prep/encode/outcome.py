@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ..plan.folder import Split
 from ..plan.plan import Rejected
@@ -51,14 +51,13 @@ class Outcome:
 
     def add(self, other: Outcome) -> None:
         """Add what became of other shards, which another process encoded at the same time."""
-        for name in ("rejected", "postponed", "busy"):
-            getattr(self, name).extend(getattr(other, name))
-        for name in (
-            "encoded", "recovered", "elsewhere", "tiled", "tone_mapped", "truncated", "pictures", "profiles_unused",
-            "decode_wait_s", "vae_s", "write_wait_s",
-        ):  # fmt: skip
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.warm_up_s = max(self.warm_up_s, other.warm_up_s)  # side by side
+        warm_up_s = max(self.warm_up_s, other.warm_up_s)  # side by side
+        for name in (one.name for one in fields(self)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(mine, int | float | list):
+                mine += theirs
+                setattr(self, name, mine)
+        self.warm_up_s = warm_up_s
         self.gpu.busy_s += other.gpu.busy_s
         self.gpu.idle_s += other.gpu.idle_s
         if other.encoder.why or not self.encoder.why:  # one that had to fall back is what must be said

@@ -101,7 +101,7 @@ def _encode_slice(settings: EncodeSettings, part: Slice, outlet: Outlet, engine:
             for split in SPLITS:
                 recover_folder(split_folder(out, split))
         with clock("probe"):
-            cache = SurveyCache(out, settings.root, f"{settings.buckets} {settings.cut} {checkpoint.family.fps}", part)
+            cache = survey_cache(settings, checkpoint, part)
             committed = scan(out, retry_rejected=settings.retry_rejected)
             found, plan = survey_and_plan(settings, data, contract, committed, pool, cache)
         origin = Origin.of(settings, found.holdout)
@@ -135,6 +135,12 @@ def _encode_slice(settings: EncodeSettings, part: Slice, outlet: Outlet, engine:
     if not report.unfinished:
         cache.discard()
     return report
+
+
+def survey_cache(settings: PlanSettings, checkpoint: Checkpoint, part: Slice) -> SurveyCache:
+    """What earlier runs of the same settings have found out about the clips."""
+    depend_on = f"{settings.buckets} {settings.cut} {checkpoint.family.fps}"
+    return SurveyCache(settings.out, settings.root, depend_on, part)
 
 
 def survey_and_plan(

@@ -27,8 +27,8 @@ from ..encode.pipeline import Care
 from ..plan.plan import PlannedSample, PlannedShard
 from ..processes.pool import Pool, default_workers
 from ..settings import EncodeSettings
+from ..source.addresses import remote_address
 from ..store.locks import at_work
-from ..store.outlet import is_address
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,11 @@ class EncodeActor:
 
     def _load(self) -> None:
         settings, contract = self._settings, self._contract
-        for name, folder in (("--data-root", settings.root), ("--out", settings.out)):
-            if not is_address(folder) and not folder.is_dir():
+        folders = {"--out": settings.out}  # which is no address: the driver has refused that
+        if remote_address(settings.root) is None:
+            folders = {"--data-root": settings.root, **folders}
+        for name, folder in folders.items():
+            if not folder.is_dir():
                 raise SettingError(
                     "this node does not have the folder",
                     where=f"{name} {folder}",

@@ -15,14 +15,13 @@ from typing import Any
 
 from cogcommon.cli.progress import stage
 from cogcommon.errors import SettingError
-from cogcommon.model.device import visible_gpus
+from cogcommon.model.device import device_type
 from cogcommon.words import first_line
 
 from ..encode.engine import Engine, Job
 from ..plan.slice import choose_slice
 from ..settings import EncodeSettings
-from ..source.addresses import any_signed
-from ..store.outlet import is_address
+from ..source.addresses import any_signed, remote_address
 from .actor import EncodeActor
 from .driver import Driver
 from .fleet import Fleet
@@ -125,7 +124,7 @@ class RayEngine:
     def device_type(self) -> str:
         """See `Engine`; the first GPU that is free is asked."""
         if self._device_type is None:
-            ask = self._ray.remote(num_gpus=1, num_cpus=0, max_retries=-1)(_device_type)
+            ask = self._ray.remote(num_gpus=1, num_cpus=0, max_retries=-1)(device_type)
             with stage("waiting for a GPU of the cluster"):
                 self._device_type = self._ray.get(ask.remote())
         return self._device_type
@@ -142,9 +141,10 @@ class RayEngine:
                 where="--engine ray",
                 fix="addresses that the nodes' own credentials open (s3://...), or --worker i/n on each host",
             )
+        root = job.settings.root
         settings = replace(
             job.settings,
-            data_root=job.settings.root if is_address(job.settings.root) else job.settings.root.resolve(),
+            data_root=root if remote_address(root) is not None else root.resolve(),
             out=job.settings.out.resolve(),
             model=job.contract.model,
             precision=job.precision,
@@ -154,7 +154,3 @@ class RayEngine:
             Driver(fleet, job, settings).run()
         finally:
             fleet.end()
-
-
-def _device_type() -> str:
-    return "cuda" if visible_gpus() else "cpu"

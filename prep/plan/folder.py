@@ -22,13 +22,14 @@ from cogcommon.files.typed import build, parse_object
 from cogcommon.model.families import Task
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import ShardHeader, read_table, record_name, tar_name
-from cogcommon.store.address import address_of, as_shown
+from cogcommon.store.address import as_shown
 from cogcommon.words import counted
 
 from ..dataset.lists import DataSet, hash_of_list, read_lists
 from ..settings import PlanSettings
 from ..source.addresses import remote_address
 from ..source.clip import TONED, Hashed
+from ..store.outlet import ABOUT_TO_WRITE_S
 from ..store.proof import ORIGIN_FILE, refuse_foreign
 from ..store.shards import committed_shards
 from .holdout import Holdout
@@ -40,8 +41,6 @@ Split = Literal["train", "val"]
 _Read = tuple[Split, int, "tuple[ShardHeader, pa.Table] | None"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 _SETTLED_NS = 2_000_000_000  # a file that was written longer ago than the coarsest clock of a file system ticks
-_ABOUT_TO_WRITE_S = 5.0  # between another worker's contract and its empty caption
-
 _BELIEVED_S = 10.0  # for which what a list behind an address held is believed
 
 _SCANNED = ["key", "status", "reason", "source", "source_size", "source_mtime_ns", "source_sha256", "colour"]
@@ -211,7 +210,7 @@ def commit_contract(out: Path, ours: Contract, empty_caption: bytes) -> Contract
     if theirs.empty_caption_sha256 == digest:
         commit_bytes(path, empty_caption, exclusive=True)
     else:  # on another GPU a caption's last bits differ; the one who wrote the contract is about to write its own
-        deadline = time.monotonic() + _ABOUT_TO_WRITE_S
+        deadline = time.monotonic() + ABOUT_TO_WRITE_S
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != theirs.empty_caption_sha256:
@@ -241,7 +240,7 @@ class Origin:
     def of(cls, settings: PlanSettings, holdout: Holdout) -> Origin:
         """Where the samples of an encode come from, and which clips it sets aside."""
         held_out = sorted(clip.hex() for clip in holdout.clips)
-        root = str(settings.root.resolve()) if address_of(settings.root) is None else as_shown(settings.root)
+        root = str(settings.root.resolve()) if remote_address(settings.root) is None else as_shown(settings.root)
         lists = settings.prompts, settings.videos, settings.images
         return cls(root, *lists, settings.id_token, holdout.count, held_out)
 
@@ -279,24 +278,18 @@ class Origin:
 def _hash_of(path: Path) -> str:
     """Of a list's content. It is asked after for every sample that would go, and read only if it may have changed."""
     if remote_address(path) is not None:
-        return _hash_there(path, int(time.monotonic() / _BELIEVED_S))
+        return _hash_as_it_was(path, (int(time.monotonic() / _BELIEVED_S),))
     try:
         info = path.stat()
-        state = info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
-        if time.time_ns() - max(info.st_mtime_ns, info.st_ctime_ns) < _SETTLED_NS:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        return _hash_as_it_was(path, state)
     except OSError:
         return ""
+    if time.time_ns() - max(info.st_mtime_ns, info.st_ctime_ns) < _SETTLED_NS:
+        return hash_of_list(path)
+    return _hash_as_it_was(path, (info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino))
 
 
 @lru_cache(maxsize=8)
 def _hash_as_it_was(path: Path, state: tuple[int, ...]) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@lru_cache(maxsize=8)
-def _hash_there(path: Path, moment: int) -> str:
     return hash_of_list(path)
 
 

@@ -13,9 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
+from cogcommon.store.address import READERS
 from cogcommon.store.store import is_web, without_secrets
 
-SCHEMES = ("s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "http", "https", "memory")
+SCHEMES = (*READERS, "http", "https", "memory")
 _ADDRESS = re.compile(rf"(?:^|/)({'|'.join(SCHEMES)}):/+(?=[^/])", re.IGNORECASE)
 # Of a signed URL: what signs it, and for how long. The rest of a query may say which object is meant.
 _SIGNS = re.compile(

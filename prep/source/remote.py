@@ -24,7 +24,7 @@ from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.locks import Busy, open_locked
 from cogcommon.files.readers import read_in_order
 from cogcommon.files.regular_file import Empty, Missing, Unreadable
-from cogcommon.store.store import Patience, StoreFault, is_web, patiently, without_secrets
+from cogcommon.store.store import Patience, StoreFault, is_web, patiently, pieces, without_secrets
 
 from .addresses import in_full, remote_address
 from .clip import BadClip, ClipFault
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PIECE = 16 << 20  # bytes of one request
 _KNOWN, _UNKNOWN = Patience(60), Patience(4)  # of a host that has answered before, and of one that never has
 FETCHING = 8  # clips on their way at once
 
@@ -154,8 +153,7 @@ def _download(address: str, length: int, to: Path) -> bool:
         size = _reach(whole, shown)
     else:
         with to.open("wb") as stream:
-            for start in range(0, length, _PIECE):
-                last = min(start + _PIECE, length)
+            for start, last in pieces(length):
                 stream.write(_reach(lambda start=start, last=last: store.read(path, start, last).data, shown))  # type: ignore[misc]
                 beat()
             size = stream.tell()

@@ -23,6 +23,8 @@ from cogcommon.store.address import address_of
 
 T = TypeVar("T")
 
+ABOUT_TO_WRITE_S = 5.0  # between another writer's contract and its empty caption
+
 
 class Outlet:
     """A folder of this machine, where shards are made and stay."""

@@ -37,8 +37,15 @@ PREVIEW, A_PREVIEW = "preview", "a preview"  # its folder, and what made what is
 _PAGE = "index.html"  # of a preview
 SHARD_TEMPORARY = re.compile(r"\.(\d{6,18})\.(tar\.tmp|tar\.new|parquet\.new)", re.ASCII)
 _REPORT = re.compile(r"report(-\d+-of-\d+)?\.json", re.ASCII)
+# These tell what the shards are, so they go after the last of them; the one that proves the folder ours, last.
+OF_THE_SHARDS = (EMPTY_CAPTION_FILE, ORIGIN_FILE, CONTRACT_FILE)
 # What those files say, whatever the version that wrote them.
 _SAYS = {"report": {"encoded", "reused", "rejected", "worker"}, "origin": {"data_root", "prompts", "videos"}}
+
+
+def is_beside_shards(name: str) -> bool:
+    """Whether a name is that of a file which tells of a folder of shards: its contract, its origin, a report."""
+    return name in OF_THE_SHARDS or _REPORT.fullmatch(name) is not None
 
 
 def is_ours(path: Path) -> bool:

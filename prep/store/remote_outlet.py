@@ -18,23 +18,23 @@ import hashlib
 import io
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from cogcommon.errors import SettingError, StoreError
+from cogcommon.errors import StoreError
 from cogcommon.files.atomic import TEMPORARY, commit_bytes, temporary_beside
 from cogcommon.files.hashes import sha256_of
-from cogcommon.files.ownership import LISTS, foreign_folder
+from cogcommon.files.ownership import foreign_folder, refuse_lists
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
 from cogcommon.shards.records import ShardHeader, read_table, record_name, shard_number, tar_name
 from cogcommon.store.remote_folder import Entry, RemoteFolder
 
 from .locks import ShardBusy, shard_disk_errors
-from .outlet import Outlet
-from .proof import ORIGIN_FILE, check_shards_output
+from .outlet import ABOUT_TO_WRITE_S, Outlet
+from .proof import OF_THE_SHARDS, check_shards_output, is_beside_shards
 from .seen import SeenObject, SeenObjects
 from .shards import ShardDone
 
@@ -44,9 +44,6 @@ _FOLDERS = ("", "val")  # of a folder of shards
 _AT_ONCE = 16  # requests
 _HEAD = 1 << 16  # bytes of a tar that tell whose it is
 _ABANDONED_S = 600.0  # of a tar without a record: it follows within seconds where its writer lives
-_ABOUT_TO_WRITE_S = 5.0  # between another writer's contract and its empty caption
-_LAST = (EMPTY_CAPTION_FILE, ORIGIN_FILE, CONTRACT_FILE)
-_SMALL = re.compile(r"contract\.json|origin\.json|empty_caption\.safetensors|report(-\d+-of-\d+)?\.json", re.ASCII)
 _HALF = re.compile(r"\.(\d{6,18})\.parquet\.new", re.ASCII)
 _WHOLE = re.compile(r"\.(\d{6,18})\.tar\.rewrite-[0-9a-f]{16}\.tmp", re.ASCII)
 
@@ -77,7 +74,7 @@ class RemoteOutlet(Outlet):
             SettingError, ShardError: as `check_shards_output`.
         """
         there = self._look()
-        _refuse_lists(there, lists, f"--out {self.place}")
+        refuse_lists(there.__contains__, self.place, "--out", lists)
         there = self._sync(there, changing=True)
         for name in [name for name in there if _record_number(name) is not None and _tar_of(name) not in there]:
             self._remote.remove(name)  # its tar is gone, so it counts for nothing
@@ -97,7 +94,7 @@ class RemoteOutlet(Outlet):
         """Make the desk an image of the folder there, also of tars without a record; see `open_image`."""
         there = self._look()
         if changing:
-            _refuse_lists(there, (), f"{option} {self.place}")
+            refuse_lists(there.__contains__, self.place, option)
         there = self._there = self._sync(there, changing=changing)
         heads = [
             name
@@ -175,7 +172,7 @@ class RemoteOutlet(Outlet):
                 self._finish(half)
             there = self._look()
         wanted = {
-            name: entry for name, entry in there.items() if _SMALL.fullmatch(name) or _record_number(name) is not None
+            name: entry for name, entry in there.items() if is_beside_shards(name) or _record_number(name) is not None
         }
         with shard_disk_errors(self.folder):
             (self.folder / "val").mkdir(exist_ok=True)
@@ -218,7 +215,7 @@ class RemoteOutlet(Outlet):
                 record = _record_number(name) is not None
                 if path.name.endswith((".tar.new", ".parquet.new")) or TEMPORARY.fullmatch(path.name):
                     path.unlink()
-                elif name not in keep and (record or _SMALL.fullmatch(name)):
+                elif name not in keep and (record or is_beside_shards(name)):
                     path.unlink()
                     if record:
                         path.with_suffix(".tar").unlink(missing_ok=True)
@@ -275,7 +272,7 @@ class RemoteOutlet(Outlet):
             if not self._remote.create(name, path.read_bytes()):
                 self._take_small(name)
                 if name == CONTRACT_FILE:
-                    self._take_small(EMPTY_CAPTION_FILE, wait_s=_ABOUT_TO_WRITE_S)
+                    self._take_small(EMPTY_CAPTION_FILE, wait_s=ABOUT_TO_WRITE_S)
                 result = settle()
             elif (entry := self._remote.stat(name)) is not None:
                 self._saw(name, entry, path.read_bytes())
@@ -430,7 +427,7 @@ def _record_number(name: str) -> int | None:
 def _is_our_name(name: str) -> bool:
     last = name.rpartition("/")[2]
     ours = any(shard_number(last, kind) is not None for kind in ("tar", "parquet"))
-    return bool(ours or _SMALL.fullmatch(name) or _HALF.fullmatch(last) or _WHOLE.fullmatch(last))
+    return bool(ours or is_beside_shards(name) or _HALF.fullmatch(last) or _WHOLE.fullmatch(last))
 
 
 def _stand_in(tar: Path, size: int) -> None:
@@ -439,16 +436,8 @@ def _stand_in(tar: Path, size: int) -> None:
         stream.truncate(size)
 
 
-def _refuse_lists(there: Collection[str], lists: tuple[str, ...], where: str) -> None:
-    for name in (*lists, *LISTS):
-        if name in there:
-            raise SettingError(
-                f"this folder is a data root: it holds {name}", where=where, fix="name a folder of its own"
-            )
-
-
 def _goes(name: str) -> tuple[int, str]:
     """When an object goes: a record before its tar, what proves the folder ours last."""
-    if name in _LAST:
-        return 2 + _LAST.index(name), name
+    if name in OF_THE_SHARDS:
+        return 2 + OF_THE_SHARDS.index(name), name
     return int(_record_number(name) is None), name

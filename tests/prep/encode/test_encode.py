@@ -296,7 +296,7 @@ def test_bad_lists_stop_everything(run_encode, root, tmp_path):
 
 def test_an_empty_caption_that_no_contract_speaks_for_is_not_taken(encoded_once, tmp_path, monkeypatch):
     """As a run of another model leaves one, or a person; and as another GPU's is, whose writer was killed."""
-    monkeypatch.setattr("cogprep.plan.folder._ABOUT_TO_WRITE_S", 0.1)
+    monkeypatch.setattr("cogprep.plan.folder.ABOUT_TO_WRITE_S", 0.1)
     contract, path = read_contract(encoded_once / "out"), tmp_path / "empty_caption.safetensors"
     ours = (encoded_once / "out" / path.name).read_bytes()
     path.write_bytes(b"another model's")
