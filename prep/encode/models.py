@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cogcommon.cli.progress import say, stage
+from cogcommon.files.memory import free_gpu_memory
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import Precision, dtype_of, quiet_libraries
 from cogcommon.model.text_encoder import TextEncoder
@@ -18,7 +19,7 @@ from ..plan.plan import PlannedShard
 from ..settings import EncodeSettings
 from ..store.locks import shard_disk_errors
 from ..store.outlet import Outlet
-from ..vae.encoder import LatentEncoder
+from ..vae.encoder import LatentEncoder, free_wanted
 from .captions import TextStore
 from .clock import Clock
 
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
     import torch
 
 
+_BESIDE = 8 << 30  # bytes for the VAE itself, its trial (`use_fused_encoder`), and what CUDA's libraries take
+
+
 class Models:
     """T5 and the VAE of one device, each loaded at its first use. T5 makes room for the VAE.
 
     Args:
-        keep_text: T5 waits in host memory (9.5 GB for T5-XXL in bf16) between its passes; else it is loaded for each.
+        keep_text: between its passes T5 stays on the GPU where the VAE has all the memory that it can use beside it,
+            and else waits in host memory (9.5 GB for T5-XXL in bf16); without, it is loaded for each.
     """
 
     def __init__(
@@ -88,12 +93,22 @@ class Models:
         import torch
 
         if self._text is not None and self._keep_text:
+            if self._has_room():
+                return
             self._text.make_room()
         else:
             self._text = None
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _has_room(self) -> bool:
+        """Whether the VAE does the same with T5 beside it: what it does with less room may differ in last bits."""
+        if self._device.type != "cuda":
+            return True
+        channels: int = self._checkpoint.vae_config["block_out_channels"][0]
+        wanted = (free_wanted(size, channels, self._dtype.itemsize) for size in self._settings.buckets)
+        return free_gpu_memory(self._device) >= max(wanted) + _BESIDE
 
     @property
     def latents(self) -> LatentEncoder:

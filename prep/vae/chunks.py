@@ -53,6 +53,16 @@ class Together:
     deep: int = 1
 
 
+def bytes_together(frames: int, height: int, width: int, channels: int, item: int) -> int:
+    """With so much room all chunks of a clip go through every layer together (`together`), and more changes nothing.
+
+    Args:
+        height, width, channels: of the first layer.
+        item: bytes of a number.
+    """
+    return 3 * (frames + 2) * height * width * channels * item
+
+
 def together(chunks: Chunks, height: int, width: int, channels: int, item: int, free: float) -> Together:
     """As many as ``free`` bytes have room for, at least one.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.errors import SettingError
 from cogcommon.files.memory import free_gpu_memory
 from cogcommon.model.copies import CopyStream, download
+from cogcommon.model.families import Resolution
 from cogcommon.shards.records import (
     IMAGE_CLEAN_MEAN,
     IMAGE_CLEAN_STD,
@@ -23,7 +24,7 @@ from cogcommon.shards.records import (
 
 from ..settings import Posterior, Tiling
 from .choice import Choice, use_fused_encoder
-from .chunks import Together, chunks_of, together
+from .chunks import Together, bytes_together, chunks_of, together
 from .gpu_time import Span, record
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ class Pending:
         """The latents, when they are there."""
         self.wait()
         return self._finish()
+
+
+def free_wanted(size: Resolution, channels: int, item: int) -> float:
+    """Free bytes of a GPU with which clips of a size are encoded as they would be with any more.
+
+    Args:
+        channels: of the VAE's first layer.
+        item: bytes of a number.
+    """
+    return bytes_together(size.frames, size.height, size.width, channels, item) / _ROOM
 
 
 def generator_of(seed: int, key: str, purpose: str) -> torch.Generator:

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from cogcommon.model.text_encoder import TextEncoder
 from cogcommon.shards.contract import Contract
+from cogprep.encode.models import Models
 from cogprep.encode.outcome import Outcome
 from cogprep.encode.part import encode_slice
 from cogprep.engines.actor import EncodeActor, Fault
@@ -50,6 +52,35 @@ def test_what_a_node_refuses(job, tmp_path, change, what, where):
     assert isinstance(fault, Fault) and fault.told
     assert what in fault.what and (where is None or where in fault.where)
     assert not list(job.settings.out.glob("contract.json"))
+
+
+def test_t5_stays_where_it_is_while_there_is_room(job, encoded, monkeypatch):
+    moves = []
+    for name in ("make_room", "come_back"):
+        moved = getattr(TextEncoder, name)
+        monkeypatch.setattr(TextEncoder, name, lambda text, name=name, moved=moved: (moves.append(name), moved(text)))
+    actor = EncodeActor(job.settings, job.contract, "cpu", 1)
+    assert actor.load() is None and actor.encode(job.shards[0], {}, careful=False).encoded == 2
+    assert "make_room" not in moves
+    monkeypatch.setattr(Models, "_has_room", lambda models: False)
+    assert actor.encode(job.shards[1], {}, careful=False).encoded == 2 and moves[-1] == "make_room"
+    assert actor.encode(job.shards[2], {}, careful=False).encoded == 1 and moves[-2:] == ["come_back", "make_room"]
+    for tar in (encoded / "out").glob("*.tar"):
+        assert (encoded / "new" / tar.name).read_bytes() == tar.read_bytes()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_bytes_are_the_same_wherever_t5_waits(job, tmp_path, monkeypatch):
+    found = []
+    for stays in (True, False):
+        out = tmp_path / f"{stays}"
+        out.mkdir()
+        monkeypatch.setattr(Models, "_has_room", lambda models, stays=stays: stays)
+        actor = EncodeActor(replace(job.settings, out=out), job.contract, "cuda", 1)
+        assert actor.load() is None
+        assert sum(actor.encode(shard, {}, careful=False).encoded for shard in job.shards) == 5
+        found.append({tar.name: tar.read_bytes() for tar in out.rglob("*.tar")})
+    assert found[0] == found[1] and len(found[0]) == 3
 
 
 def test_clips_are_begun_when_they_have_been_seen(job, encoded):

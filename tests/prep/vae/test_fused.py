@@ -17,7 +17,7 @@ from cogprep.vae import choice as encoder_choice
 from cogprep.vae import convolve, fused
 from cogprep.vae import encoder as encoder_module
 from cogprep.vae.choice import Choice, use_fused_encoder
-from cogprep.vae.chunks import Chunks, Together, chunks_of, together
+from cogprep.vae.chunks import Chunks, Together, bytes_together, chunks_of, together
 from cogprep.vae.encoder import LatentEncoder
 from cogprep.vae.fused import CannotFuse, FusedEncoder, Ways
 from cogprep.vae.gpu_time import GpuTime, Span
@@ -123,6 +123,9 @@ def test_as_many_chunks_go_together_as_memory_has_room_for():
     assert together(chunks, 480, 720, 128, 2, 35 * frame - 1) == Together(3, 6)
     assert together(chunks, 480, 720, 128, 2, 10 * frame) == Together(1, 4)
     assert together(chunks, 480, 720, 128, 2, 0) == Together(1, 1)
+    all_of_them = bytes_together(49, 480, 720, 128, 2)
+    assert together(chunks, 480, 720, 128, 2, all_of_them) == together(chunks, 480, 720, 128, 2, 1e15) == Together(6, 6)
+    assert together(chunks, 480, 720, 128, 2, all_of_them - 1) != Together(6, 6)
 
 
 def test_it_gives_what_diffusers_gives_in_tiles(vae):
