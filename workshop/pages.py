@@ -8,7 +8,7 @@ from cogcommon.cli.settings import flag_of, shown_default
 from cogcommon.jobs.settings import LaunchSettings
 from cogprep.settings import CaptionSettings, EncodeSettings
 from cogtrain.settings import CompareSettings, ExportSettings, GenerateSettings, LoraSettings
-from workshop.bench_train.hardware import beside_table, config_files, guide_table, measured_table
+from workshop.bench_train.hardware import beside_table, config_files, guide_table, link_table, measured_table
 from workshop.verdicts import card_table, eight_table, verdict_table
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def tables_of(page: Path) -> dict[str, str]:
     if page == HARDWARE:
         return {
             "hardware table": guide_table(), "beside a plain loop": beside_table(), "what fits": verdict_table(),
-            "runs measured": measured_table(),
+            "runs measured": measured_table(), "slower links": link_table(),
         }  # fmt: skip
     return {"which card": card_table()}
 

@@ -15,6 +15,8 @@ from cogcommon.model.device import gpu_name
 from ..settings import Strategy
 
 FILE = "measured.jsonl"
+# What two runs must share to be the same thing measured twice, but for the link.
+SAME = ("row", "gpu", "gpus", "resolution", "rank", "precision", "strategy", "attention", "memory")
 REFERENCE = "reference"  # as ``memory``: not ours, the plain loop of ``workshop.bench_train.plain`` beside it
 
 

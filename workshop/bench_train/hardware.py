@@ -12,7 +12,7 @@ from cogtrain.blocks.plan import BlockPlan
 from cogtrain.data.shards import ShardSet
 from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.memory.estimate import Estimate, estimate
-from cogtrain.memory.measured import REFERENCE, Measured, measured
+from cogtrain.memory.measured import REFERENCE, SAME, Measured, everything_measured, measured
 from cogtrain.memory.seconds import H200, seconds, speed_of
 from cogtrain.runs.run import Run
 from cogtrain.settings import LoraSettings, SftSettings, TrainSettings
@@ -96,6 +96,22 @@ def measured_table() -> str:
             f"| {what}, {run.memory} | {run.gpus} x {run.gpu}{given} | {run.s_per_step:.2f}"
             f"{', faster since' if run.faster_since else ''} | {achieved(run)} | {run.peak_gib:.1f} GB "
             f"| {off} | {host} | `{run.command}` |"
+        )
+    return "\n".join(lines)
+
+
+def link_table() -> str:
+    """What was measured with copies held to a slower link, beside the same over the machine's own, as Markdown."""
+    lines = ["| run | GB/s | s/step | over its own link | peak | computed |", "|---|---|---|---|---|---|"]
+    held = [run for run in reversed(everything_measured()) if run.link is not None]
+    for run in sorted(held, key=lambda run: (run.row, -(run.link or 0))):
+        same = (known for known in measured() if all(getattr(known, it) == getattr(run, it) for it in SAME))
+        own = next((f"{known.s_per_step:.2f} s" for known in same if not known.faster_since), "")
+        takes = computed_for(run)[1]
+        off = f"{takes:.2f} s ({takes / run.s_per_step - 1:+.0%})" if takes else ""
+        lines.append(
+            f"| `{run.command}` | {run.link:g} | {run.s_per_step:.2f} ({achieved(run).words}) | {own} "
+            f"| {run.peak_gib:.1f} GB | {off} |"
         )
     return "\n".join(lines)
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogtrain.memory.measured import REFERENCE, Measured, add_measured_run, everything_measured
+from cogtrain.memory.measured import REFERENCE, SAME, Measured, add_measured_run, everything_measured
 
 from .achieved import achieved
 from .hardware import computed_for
 
-_SAME = ("row", "gpu", "gpus", "resolution", "rank", "precision", "strategy", "attention", "memory", "link")
 NOISE = 0.03  # between two leases of one kind of GPU: 1.6% at most so far
 
 
@@ -83,7 +82,7 @@ def compared(result: Mapping[str, Any]) -> Compared | None:
     run = _measured(result)
     planned = computed_for(run)[1] if run.memory != REFERENCE else None
     for known in everything_measured():
-        same = all(getattr(known, name) == getattr(run, name) for name in _SAME)
+        same = all(getattr(known, name) == getattr(run, name) for name in (*SAME, "link"))
         if same and not known.faster_since and (run.memory != "auto" or known.block_plan == run.block_plan):
             return Compared(run, known, planned)
     return Compared(run, None, planned)

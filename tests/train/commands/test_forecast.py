@@ -15,7 +15,7 @@ from cogcommon.model.published import published
 from cogtrain.commands import forecast, plan
 from cogtrain.memory.cost import Speed
 from cogtrain.memory.machine import Machine, machine_for
-from cogtrain.memory.measured import REFERENCE, measured
+from cogtrain.memory.measured import REFERENCE, everything_measured, measured
 from cogtrain.memory.seconds import H200
 from cogtrain.settings import ForecastSettings
 from workshop.bench_train.hardware import computed_for
@@ -114,6 +114,13 @@ def test_seconds_are_within_a_tenth_of_every_run_that_was_measured(run):
         assert computed_for(run)[1] < run.s_per_step
     else:
         assert computed_for(run)[1] == pytest.approx(run.s_per_step, rel=0.1)
+
+
+def test_seconds_over_a_slower_link_are_within_6_percent_of_what_was_measured():
+    held = [run for run in everything_measured() if run.link]
+    assert held
+    for run in held:
+        assert computed_for(run)[1] == pytest.approx(run.s_per_step, rel=0.06)
 
 
 def test_seconds_are_told_of_gpus_and_kernels_that_we_have_measured():
