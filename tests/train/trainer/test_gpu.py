@@ -8,13 +8,21 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.device import pick_device
+from cogcommon.model.text_encoder import TextEncoder
+from cogtrain.distributed.signals import StopRequest
 from cogtrain.distributed.strategy import read_weights
 from cogtrain.model import lora
 from cogtrain.model.finite import all_finite
 from cogtrain.runs.checkpoint import list_checkpoints
 from cogtrain.runs.folder import read_run
+from cogtrain.runs.run import open_run
+from cogtrain.settings import LoraSettings
+from cogtrain.trainer.trainer import train
 
 pytestmark = pytest.mark.gpu  # NCCL, fp16's scaler, page-locked memory, Triton; about two minutes in all
 
@@ -147,7 +155,7 @@ def test_a_nan_gradient_is_in_no_checkpoint(tmp_path, shards, run_ranks):
 def test_what_is_trained_there_generates_there(tmp_path, shards):
     for words in (
         ["lora", "--shards", str(shards / "tiny"), "--steps", "1", "--rank", "4", "--compile", "off",
-         "--validate-shards", str(shards / "held-tiny"), "--validate-videos", "1"],
+         "--validate-shards", str(shards / "held-tiny"), "--validate-videos", "1", "--validate-prompt", "a red ball"],
         ["generate", "--run", str(tmp_path), "--prompt", "a red ball", "--steps", "2"],
     ):  # fmt: skip
         words += ["--out", str(tmp_path)] if words[0] == "lora" else []
@@ -156,3 +164,27 @@ def test_what_is_trained_there_generates_there(tmp_path, shards):
     for name in ("tuned.mp4", "base.mp4"):
         assert next(tmp_path.rglob(name)).stat().st_size > 500
     assert (tmp_path / "validation/step-000001/0.mp4").stat().st_size > 500
+    assert next(tmp_path.glob("validation/step-000001/a-red-ball-*.mp4")).stat().st_size > 500
+
+
+def test_t5_has_left_the_gpu_when_the_transformer_comes(tmp_path, shards, monkeypatch):
+    before, held = torch.cuda.memory_allocated(), {}
+
+    def note(cls, name):
+        method = getattr(cls, name)
+
+        def noting(*given):
+            held.setdefault(name, torch.cuda.memory_allocated() - before)
+            return method(*given)
+
+        monkeypatch.setattr(cls, name, noting)
+
+    note(TextEncoder, "encode_batch")
+    note(Checkpoint, "load_transformer")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = {"shards": [str(shards / "tiny")], "rank": 4, "compile": "off", "steps": 1, "out": tmp_path / "run"}
+    settings = LoraSettings(**given, validate_prompt=["a red ball"])
+    train(open_run(settings, pick_device(), 1), StopRequest())
+    print(f"bytes of the GPU held: {held}")
+    assert list(held) == ["encode_batch", "load_transformer"]
+    assert held["load_transformer"] <= 0.1 * held["encode_batch"]
