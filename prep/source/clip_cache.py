@@ -178,8 +178,8 @@ def _asked(content: Path) -> Path:
 
 
 def _last_asked(content: Path) -> int:
-    """When it was last used, to the moment; 0 where nothing says so."""
+    """When it was last used, to the moment; where it was only brought, or by an older version, when it was changed."""
     try:
         return _asked(content).stat().st_mtime_ns
     except FileNotFoundError:
-        return 0
+        return content.stat().st_ctime_ns
