@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _COPIED = 64 << 20  # bytes; large enough for a link's full rate, small beside what a plan locks
 _WIDE = 4096  # of the square matrices: 0.14 TFLOP a product
-_MILLISECONDS = 75.0  # of each of the three trials, the first half to warm up
+_MILLISECONDS = 50.0  # of the last round of each of the three trials, after as much to warm up
 
 
 @lru_cache
@@ -39,19 +39,20 @@ def timed_speed(device: torch.device, dtype: torch.dtype) -> Speed:
 
 
 def _per_second(act: Callable[[], object]) -> float:
-    """How often a GPU does something in a second, once it is warm."""
+    """How often a GPU does something in a second, once it is warm.
+
+    The first time does not count: it loads the kernel, for longer than all the others may take.
+    """
     import torch
 
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times, spent = 2, 0.0
-    while True:
+    times, took = 1, 0.0
+    while took < _MILLISECONDS:
         begin.record()
         for _ in range(times):
             act()
         end.record()
         end.synchronize()
-        took = begin.elapsed_time(end)
-        spent += took
-        if spent >= _MILLISECONDS:
-            return times / took * 1000
+        took = begin.elapsed_time(end) if times > 1 else 0.0
         times *= 2
+    return times / 2 / took * 1000
