@@ -51,7 +51,8 @@ class Ways:
     first_kernel: bool = False
 
 
-WAYS = Ways()  # of an encode: the fastest that was measured (`python -m workshop.bench_encode.ways`)
+# The fastest that was measured (`python -m workshop.bench_encode --ways`).
+WAYS = Ways(together=True, bias_later=True, first_kernel=True)
 
 
 class Kernels(Protocol):

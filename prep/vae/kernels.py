@@ -39,7 +39,7 @@ class TritonKernels:
     block: int = _BLOCK
     warps: int = 4
     per_sm: int = _PER_SM
-    backwards: bool = False
+    backwards: bool = True
     first_rows: int = _FIRST
     first_warps: int = 4
 

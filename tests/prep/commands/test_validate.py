@@ -334,11 +334,11 @@ def test_gpu_time_is_that_of_the_card_and_the_encoder_that_will_run():
         settings = ValidateSettings(data_root=Path(), resolution=[size], model=model, out=Path("out"), gpu=card)
         return clip_seconds(settings, settings.open_model(geometry=True), settings.buckets[0], vae_speed(card))
 
-    assert seconds("THUDM/CogVideoX-5b", "49x480x720", None) == pytest.approx(0.28)  # as measured
-    assert seconds("THUDM/CogVideoX1.5-5B", "81x768x1360", "h200") == pytest.approx(0.28 * 741 / 149, rel=0.01)
-    assert seconds("THUDM/CogVideoX-5b-I2V", "49x480x720", "H200") == pytest.approx(0.28 * 54 / 49)
-    assert seconds("THUDM/CogVideoX-5b", "49x480x720", "4090") == pytest.approx(0.28 * 989.4 / 165.2)
-    assert "one RTX 4090: 1.7 s a clip" in str(vae_speed("4090")) and "measured on an H200" in str(vae_speed("4090"))
+    assert seconds("THUDM/CogVideoX-5b", "49x480x720", None) == pytest.approx(0.26)  # as measured
+    assert seconds("THUDM/CogVideoX1.5-5B", "81x768x1360", "h200") == pytest.approx(0.26 * 741 / 149, rel=0.01)
+    assert seconds("THUDM/CogVideoX-5b-I2V", "49x480x720", "H200") == pytest.approx(0.26 * 54 / 49)
+    assert seconds("THUDM/CogVideoX-5b", "49x480x720", "4090") == pytest.approx(0.26 * 989.4 / 165.2)
+    assert "one RTX 4090: 1.6 s a clip" in str(vae_speed("4090")) and "measured on an H200" in str(vae_speed("4090"))
     for unknown in ("24GB", "RTX 9999"):
         with pytest.raises(SettingError):
             vae_speed(unknown)
