@@ -23,7 +23,7 @@ _SERVER.set_forkserver_preload(
         "cogprep.cli", "cogprep.encode.part", "cogprep.encode.models", "diffusers.models.autoencoders",
         "transformers.models.t5.modeling_t5", "transformers.models.t5.tokenization_t5", "cogtrain.cli",
         "cogtrain.memory.ready", "cogtrain.trainer.trainer", "diffusers.models.transformers.cogvideox_transformer_3d",
-        "peft", "accelerate", "torch.distributed.launcher.api", "deepspeed", "cogtrain.distributed.zero_files",
+        "peft", "accelerate", "torch.distributed.run", "deepspeed", "cogtrain.distributed.zero_files",
     ]
 )  # fmt: skip
 
@@ -131,16 +131,17 @@ class ForkedRanks:
 
 
 def _fork_ranks() -> None:
-    """Let `cogtrain.distributed.launch.relaunch` fork the processes of its run, as this one was."""
+    """Let `cogtrain.distributed.launch.relaunch`, and accelerate, fork the processes of a run, as this one was."""
     import torch.distributed.launcher.api as launcher
+    import torch.distributed.run as torchrun
 
     launch = launcher.elastic_launch
 
-    def elastic_launch(config: launcher.LaunchConfig, python: str) -> Callable[..., object]:
+    def elastic_launch(config: launcher.LaunchConfig, entrypoint: str) -> Callable[..., object]:
         config.start_method = "fork"
-        return lambda _m, *words: launch(config, _start)([*words])
+        return lambda *words: launch(config, _start)([*words[words.index("-m") + 1 :]])  # after python's own options
 
-    launcher.elastic_launch = elastic_launch  # type: ignore[misc, assignment]
+    launcher.elastic_launch = torchrun.elastic_launch = elastic_launch  # type: ignore[misc, assignment]
 
 
 def _run(words: list[str], cwd: str, environment: dict[str, str], *files: str) -> None:
@@ -149,7 +150,7 @@ def _run(words: list[str], cwd: str, environment: dict[str, str], *files: str) -
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(cwd)
     os.environ.update(environment)
-    if words[0] == "cogtrain":
+    if words[0] in ("cogtrain", "accelerate.commands.launch"):
         _fork_ranks()
     _start(words)
 
