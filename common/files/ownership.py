@@ -207,9 +207,18 @@ class Made:
         self.files = {name: states for name, states in self.files.items() if name not in names}
         self.write()
 
-    def write(self) -> None:
+    def write(self, *, exclusive: bool = False) -> None:
+        """Write the record.
+
+        Args:
+            exclusive: not over one that another process has written meanwhile.
+
+        Raises:
+            NoLocks: for ``exclusive``, where that cannot be had.
+        """
         told = {"by": self.by, "request": self.request, "files": self.files}
-        commit_bytes(self.folder / RECORD_FILE, json.dumps(told, indent=1, ensure_ascii=False).encode())
+        data = json.dumps(told, indent=1, ensure_ascii=False).encode()
+        commit_bytes(self.folder / RECORD_FILE, data, exclusive=exclusive)
 
 
 def state_of(path: Path) -> str:
@@ -235,7 +244,7 @@ def check_own_folder(folder: Path, by: str, option: str) -> Made | None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise SettingError("this is no folder", where=f"{option} {folder}", fix=f"{option} with a new folder")
     made = Made.read(folder)
-    if made is None and entries(folder):
+    if made is None and entries(folder) and (made := Made.read(folder)) is None:  # not one that has just been written
         raise foreign_folder(folder, option)
     if made is not None and made.by != by:
         raise SettingError(

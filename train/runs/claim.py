@@ -94,9 +94,7 @@ def claimed(folder: Path, wait: float = 0.0) -> Iterator[Made]:
     try:
         with disk_errors(folder):
             _adopt(folder)
-            made = take_output(folder, A_RUN, "--out")
-            made.open(*RUN_FILES)
-            refuse_other(folder / sft.FOLDER, sft.A_TRANSFORMER)
+            _begin_record(folder)
             lock = _locked(folder, wait)
     except NoLocks:
         print(plain(f"note: no locks here, so nothing keeps a second run out of {folder}"), file=sys.stderr)
@@ -107,6 +105,10 @@ def claimed(folder: Path, wait: float = 0.0) -> Iterator[Made]:
             "another process trains in this folder", where=str(folder), fix="give another --out" + gone * bool(wait)
         ) from None
     with lock:
+        with disk_errors(folder):
+            made = take_output(folder, A_RUN, "--out")
+            made.open(*RUN_FILES)
+            refuse_other(folder / sft.FOLDER, sft.A_TRANSFORMER)
         try:
             forget_stop(folder)  # whom it asked has ended
             yield made
@@ -131,6 +133,16 @@ def move_in(run: Run, folder: Path, done: int) -> list[str]:
     write_config(run, folder)
     cut_metrics(folder, done)
     return clear(folder, after=done)
+
+
+def _begin_record(folder: Path) -> None:
+    """Write a record where there is none, so that the lock can lie in the folder; all else waits until that is ours.
+
+    Hosts may begin in one folder at the same moment: none writes over what another has recorded.
+    """
+    if check_own_folder(folder, A_RUN, "--out") is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        Made(folder, A_RUN, files={name: [] for name in RUN_FILES}).write(exclusive=True)
 
 
 def _locked(folder: Path, wait: float) -> IO[bytes]:
