@@ -24,7 +24,7 @@ from cogcommon.store.remote_folder import open_folder
 from cogtrain.distributed.signals import Stopped
 from cogtrain.model import lora
 from cogtrain.runs import restore as restoring
-from cogtrain.runs.checkpoint import find_checkpoint, list_checkpoints
+from cogtrain.runs.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints
 from cogtrain.runs.folder import EPOCHS_FILE, MIRROR_FILE, ask_to_stop, read_run
 from cogtrain.runs.mirror import Mirror, read_index
 from cogtrain.runs.restore import local_run, restore
@@ -76,19 +76,24 @@ def objects(there):
     return {name.removeprefix(bucket + "/"): fs.cat_file(name) for name in fs.find(bucket)}
 
 
-def waiter(there, step, checkpoint):
-    """After a step the run waits until a checkpoint is in the mirror: steps as quick as these overtake uploads."""
+def waiter(folder, there, step, checkpoint):
+    """After a step the run waits until a checkpoint is in the mirror: steps as quick as these overtake uploads.
+
+    The step before has waited until it is written: it is, beside the steps, and between two of them the mirror is told.
+    """
 
     def after_step(made):
+        if made == step - 1:
+            wait_until((folder / checkpoint / STATE_FILE).exists, seconds=60)
         if made == step:
             wait_until(lambda: checkpoint in index_of(there).checkpoints, seconds=60)
 
     return after_step
 
 
-def killer(there, step, checkpoint):
+def killer(folder, there, step, checkpoint):
     """After a step the process ends, once a checkpoint is in the mirror."""
-    wait = waiter(there, step, checkpoint)
+    wait = waiter(folder, there, step, checkpoint)
 
     def after_step(made):
         wait(made)
@@ -102,7 +107,7 @@ def test_a_run_that_lost_its_machine_makes_the_same_steps_on_a_bare_one(begun, t
     held_out = {"validate_shards": [str(tmp_path / "out" / "000003.tar")], "validate_every": 2, "keep_best": True}
     whole = begun("whole", steps=7, keep=1, **held_out)
     with pytest.raises(Killed):
-        begun("first", killer(there, 6, "checkpoint-4"), steps=7, keep=1, mirror=there, **held_out)
+        begun("first", killer(tmp_path / "first", there, 6, "checkpoint-4"), steps=7, keep=1, mirror=there, **held_out)
     shutil.rmtree(tmp_path / "first")
     bare = begun("bare", steps=7, keep=1, mirror=there, **held_out)
     said = capsys.readouterr()
@@ -183,7 +188,7 @@ def test_a_store_that_fails_for_a_moment_or_for_good_does_not_stop_training(begu
 
     with faulty(s3, tmp_path) as server:
         server.wrong = once
-        run = begun("run", waiter(there, 3, "checkpoint-2"), steps=4, mirror=there)
+        run = begun("run", waiter(tmp_path / "run", there, 4, "checkpoint-2"), steps=4, mirror=there)
         assert len(failed) > 8 and index_of(there).names == ["checkpoint-2", "checkpoint-4"]
         assert sum(store.FAULTS.counts.values()) == len(failed)
         server.wrong = refused
@@ -266,7 +271,7 @@ def test_a_mirror_is_one_runs(begun, tmp_path, there):
 
 
 def test_a_checkpoint_that_was_changed_in_the_bucket_is_not_taken(begun, tmp_path, there, capsys):
-    begun("run", waiter(there, 3, "checkpoint-2"), steps=4, mirror=there)
+    begun("run", waiter(tmp_path / "run", there, 4, "checkpoint-2"), steps=4, mirror=there)
     remote = open_folder(there, "--mirror")
     remote.put("checkpoint-4/weights.safetensors", b"other")
     restore(tmp_path / "bare", there)
@@ -281,7 +286,7 @@ def test_a_checkpoint_that_was_changed_in_the_bucket_is_not_taken(begun, tmp_pat
 
 
 def test_a_damaged_best_checkpoint_does_not_keep_the_newest_away(begun, tmp_path, there, capsys):
-    begun("run", waiter(there, 3, "checkpoint-2"), steps=4, mirror=there)
+    begun("run", waiter(tmp_path / "run", there, 4, "checkpoint-2"), steps=4, mirror=there)
     remote = open_folder(there, "--mirror")
     remote.put(MIRROR_FILE, dataclasses.replace(index_of(there), best=2).to_json())
     remote.put("checkpoint-2/weights.safetensors", b"other")
@@ -354,7 +359,7 @@ def test_a_run_is_exported_from_its_mirror(begun, tmp_path, there, monkeypatch, 
     from cogtrain.commands import export
     from cogtrain.settings import ExportSettings
 
-    run = begun("run", waiter(there, 3, "checkpoint-2"), steps=4, mirror=there)
+    run = begun("run", waiter(tmp_path / "run", there, 4, "checkpoint-2"), steps=4, mirror=there)
     for place in ("elsewhere", "taken"):
         (tmp_path / place).mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -389,7 +394,7 @@ def test_from_a_bucket_that_is_being_filled_into_a_bucket(begun, tmp_path, there
 
     def lost(step):
         whole(step)
-        killer(there, 10, "checkpoint-8")(step)
+        killer(tmp_path / "first", there, 10, "checkpoint-8")(step)
 
     options = {"shards": [f"{shards}/"], "follow": True, "steps": 14}
     come(0)
