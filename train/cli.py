@@ -142,7 +142,8 @@ add_command(
     "Train a LoRA.",
     (
         "cogtrain lora --shards out/*.tar",
-        "cogtrain lora --shards out/*.tar --validate-shards out/val/*.tar --steps 2000 --out runs/mine",
+        'cogtrain lora --shards out/*.tar --steps 2000 --out runs/mine --validate-prompt "A red ball rolls."',
+        "cogtrain lora --shards out/*.tar --validate-shards out/val/*.tar --keep-best --out runs/mine",
     ),
     _TRAIN,
 )  # fmt: skip

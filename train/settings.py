@@ -153,7 +153,7 @@ class TrainSettings:
         one_word=True,
     )  # fmt: skip
     validate_prompts: Path | None = setting(None, "text file with such a prompt in each line", section=_VALIDATE)
-    validate_image: list[str] = setting(
+    validate_image: list[Path] = setting(
         [], "first frame of these videos (image-to-video only), cut to their shape: one for all prompts, or one for "
         "each", section=_VALIDATE,
     )  # fmt: skip

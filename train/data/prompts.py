@@ -42,7 +42,7 @@ class Prompt:
 
 
 def validation_prompts(
-    given: Sequence[str], file: Path | None, images: Sequence[str], checkpoint: Checkpoint, size: Resolution,
+    given: Sequence[str], file: Path | None, images: Sequence[Path], checkpoint: Checkpoint, size: Resolution,
     precision: str,
 ) -> tuple[Prompt, ...]:  # fmt: skip
     """The prompts of --validate-prompt and --validate-prompts, each with its first frame of --validate-image.
@@ -58,7 +58,7 @@ def validation_prompts(
     if not given and file is None:
         return ()
     texts = read_prompts(given, file, "--validate-prompt", once=len(images) < 2)
-    family, each = checkpoint.family, [Path(image) for image in images]
+    family, each = checkpoint.family, list(images)
     if each and family.task == "t2v":
         raise SettingError(
             f"{checkpoint.name} is a text-to-video model; it takes no image",

@@ -26,6 +26,7 @@ def settings_json(settings: TrainSettings) -> dict[str, Any]:
     plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards")}
     plain["repeat"] = [_repeat_without_secrets(word) for word in settings.repeat]
     plain["mirror"] = settings.mirror and without_secrets(settings.mirror)
+    plain["validate_image"] = [str(path) for path in settings.validate_image]
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
@@ -75,8 +76,9 @@ def _absolute(settings: TrainSettings) -> TrainSettings:
         for field in dataclasses.fields(settings)
         if isinstance(value := getattr(settings, field.name), Path)
     }
-    for name in ("shards", "validate_shards", "validate_image"):
+    for name in ("shards", "validate_shards"):
         changed[name] = [absolute(word) for word in getattr(settings, name)]
+    changed["validate_image"] = [path.absolute() for path in settings.validate_image]
     changed["repeat"] = [word if is_size(split_repeat(word)[0]) else absolute(word) for word in settings.repeat]
     return dataclasses.replace(settings, **changed)
 

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from pathlib import Path
 
 import av
 import numpy as np
@@ -23,6 +24,7 @@ from cogtrain.data.batches import read_sample
 from cogtrain.data.prompts import SEED, Prompt, without_token
 from cogtrain.data.shards import ShardSet, open_shards
 from cogtrain.memory import ready
+from cogtrain.memory.disk import writes
 from cogtrain.memory.ready import check_ready
 from cogtrain.memory.weights import text_encoder_bytes
 from cogtrain.runs.folder import drawn_prompts, embedding_file
@@ -31,6 +33,7 @@ from cogtrain.settings import GenerateSettings, LoraSettings
 from cogtrain.validation.videos import denoise
 
 SMALL = (Resolution(9, 32, 48),)
+PICTURE = Path("none.png")
 RED, BLUE = "A red ball rolls to the left.", "青い 球"
 
 
@@ -135,6 +138,9 @@ def test_what_t5_needs_is_asked_before_training(tmp_path, given, monkeypatch):
     shutil.copytree(open_checkpoint("tiny").root, tmp_path / "model")
     settings = LoraSettings(**given, steps=1, validate_prompt=[RED], model=str(tmp_path / "model"))
     run = open_run(settings, torch.device("cpu"), 1)
+    (prompt,) = run.prompts
+    assert prompt.size in run.validated_buckets  # so that the memory plan has it
+    assert writes(run).prompts == 4 * run.checkpoint.family.text_tokens * model.config.d_model
     monkeypatch.setattr(ready, "host_memory_left", lambda: Headroom(0, "a test"))
     monkeypatch.setattr(ready, "check_host_memory", lambda *_: None)
     with pytest.raises(RunError, match="T5, which embeds the prompts of --validate-prompt, takes"):
@@ -160,8 +166,9 @@ def test_one_pass_draws_held_out_captions_and_prompts_from_first_frames(tmp_path
     for path, colour in zip(images, ((200, 30, 30), (30, 30, 200)), strict=True):
         Image.new("RGB", (300, 200), colour).save(path)
     given = {"shards": [str(tmp_path / "shards")], "validate_shards": [str(tmp_path / "held")], "rank": 4}
-    prompts = {"validate_prompt": [RED, RED], "validate_image": [str(path) for path in images], "validate_videos": 1}
+    prompts = {"validate_prompt": [RED, RED], "validate_image": images, "validate_videos": 1}
     run = train_here(LoraSettings(**given, **prompts, steps=1, out=tmp_path / "run"))
+    assert resolve(LoraSettings, {}, run / "config.toml").validate_image == images
     names = list(drawn_prompts(run))
     assert len(names) == 2
     assert {path.stem for path in (run / "validation/step-000001").iterdir()} == {"0", *names}
@@ -190,11 +197,26 @@ def test_one_pass_draws_held_out_captions_and_prompts_from_first_frames(tmp_path
     [
         ("tiny", {"validate_prompt": ["  "]}, "there is no prompt", '--validate-prompt "'),
         ("tiny", {"validate_prompts": "none.txt"}, "cannot be read", "a prompt in each line"),
-        ("tiny", {"validate_prompt": [RED], "validate_image": ["a.png"]}, "takes no image", "leave --validate-image"),
-        ("tiny", {"validate_image": ["a.png"]}, "no prompt that it could", "--validate-prompt"),
+        (
+            "tiny",
+            {"validate_prompt": [RED], "validate_image": [PICTURE]},
+            "takes no image",
+            "leave --validate-image",
+        ),
+        ("tiny", {"validate_image": [PICTURE]}, "no prompt that it could", "--validate-prompt"),
         ("tiny-i2v", {"validate_prompt": [RED]}, "none was given", "--validate-image FILE"),
-        ("tiny-i2v", {"validate_prompt": [RED], "validate_image": ["a.png"]}, "cannot be used", "--validate-image"),
-        ("tiny-i2v", {"validate_prompt": list("abc"), "validate_image": ["a", "b"]}, "2 images", "one for each"),
+        (
+            "tiny-i2v",
+            {"validate_prompt": [RED], "validate_image": [PICTURE]},
+            "cannot be used",
+            "--validate-image",
+        ),
+        (
+            "tiny-i2v",
+            {"validate_prompt": list("abc"), "validate_image": [PICTURE] * 2},
+            "2 images",
+            "one for each",
+        ),
     ],
 )
 def test_refused_before_a_weight_is_read(tmp_path, make_shards, train_here, monkeypatch, form, settings, says, fix):
