@@ -25,6 +25,7 @@ class Connections:
     """One process's ends: on process 0 one to each of the others, on these one to process 0."""
 
     def __init__(self, ends: Mapping[int, socket.socket]) -> None:
+        self._ends = list(ends.values())
         self._selector = selectors.DefaultSelector()
         for rank, end in ends.items():
             _ask_when_silent(end)
@@ -47,6 +48,18 @@ class Connections:
             if said != _BYE:
                 return int(key.data)
         return None
+
+    def outlive(self, seconds: float) -> None:
+        """Wait until the processes at the other ends have ended, but no longer than so many seconds."""
+        until = time.monotonic() + seconds
+        for end in self._ends:
+            with suppress(OSError):
+                while time.monotonic() < until:
+                    try:
+                        if not end.recv(1):
+                            break
+                    except BlockingIOError:
+                        time.sleep(0.05)
 
     def bye(self) -> None:
         """Tell the others that this process needs them no more."""

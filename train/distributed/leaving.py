@@ -32,6 +32,7 @@ REFUSED, FAILED = 2, 1  # exit codes, as of any command
 LOST = 75  # as sysexits.h has it: "temporary failure"; the same command goes on
 _CODES: dict[str, int] = {"refused": REFUSED, "failed": FAILED, "lost": LOST, "gone": LOST}
 _LOOK = 0.5  # seconds between looks for a peer that has failed
+_SAYING = 10.0  # seconds for process 0 to say why, and to end
 _GRACE = 3.0  # seconds for a process to leave by itself, once a peer has failed
 
 
@@ -81,7 +82,11 @@ class Leaving:
             threading.Thread(target=watch, daemon=True, name="cogtrain-peers").start()
         try:
             yield
-        except (PeerFailed, Stopped):
+        except PeerFailed:  # process 0 says why; the launcher of its host would end it as soon as any other has left
+            self._left.set()
+            self._connections.outlive(_SAYING)
+            raise
+        except Stopped:
             raise
         except Exception as error:
             reason = self._reason(error)
