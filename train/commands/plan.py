@@ -110,7 +110,17 @@ def _answer(lines: Sequence[TrainForecast], method: str, machine: Machine, steps
         yield f"{samples}: as many as {steps * machine.gpus:,} steps on one {'process' if machine.cpu else 'GPU'}"
     disk, export, each = (in_bytes(1e9 * size) for size in (line.disk_gb, line.export_gb, line.checkpoint_gb))
     yield f"writes up to {disk}: weights of {export}, and checkpoints of {each} each"
+    yield _saves(line, machine)
     yield without_secrets(line.command)
+
+
+def _saves(line: TrainForecast, machine: Machine) -> str:
+    """When checkpoints are written: they take host memory that is free beside what the run takes, or none."""
+    size = 1e9 * line.checkpoint_gb
+    if line.strategy != "ddp" or (machine.host is not None and 2**30 * line.host_total_gib + size > machine.host):
+        return "training waits while a checkpoint is written"
+    where = "where" if machine.host is None else "since"
+    return f"checkpoints: written beside steps {where} {in_bytes(size)} more of host memory is free"
 
 
 def _time(seconds: float, steps: int) -> str:

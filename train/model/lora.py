@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import SettingError
-from cogcommon.files.atomic import commit_bytes
+from cogcommon.files.atomic import honour_umask, whole
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.copies import move
 
@@ -190,12 +190,14 @@ def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, st
     Returns:
         The file.
     """
-    from safetensors.torch import save as to_bytes
+    from safetensors.torch import save_file
 
     path = folder / name
     metadata = {"format": "pt", FACTS: json.dumps(dict(facts), sort_keys=True)}
     folder.mkdir(parents=True, exist_ok=True)
-    commit_bytes(path, to_bytes(dict(state), metadata=metadata))
+    with whole(path) as temporary:
+        save_file(dict(state), temporary, metadata)
+        honour_umask(temporary)
     return path
 
 
@@ -291,10 +293,18 @@ def take_off(transformer: CogVideoXTransformer3DModel) -> None:
 
 
 def acting_otherwise(transformer: CogVideoXTransformer3DModel, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """The adapters of a transformer that are not those of a `state_dict`, with the scale that a loader gave them."""
-    acting = state_dict(transformer)
-    differing = [name for name in acting.keys() & state.keys() if not _equal(acting[name], state[name])]
-    return sorted([*differing, *(acting.keys() ^ state.keys())])
+    """The adapters of a transformer that are not those of a `state_dict`, with the scale that a loader gave them.
+
+    They are compared where the transformer is.
+    """
+    differing, acting = [], set()
+    for name, layer in adapted(transformer):
+        for side, scale in (("lora_A", 1.0), ("lora_B", layer.scaling[ADAPTER])):
+            weight, key = getattr(layer, side)[ADAPTER].weight.detach().float(), f"{PREFIX}{name}.{side}.weight"
+            acting.add(key)
+            if key in state and not _equal(weight * scale, state[key].to(weight.device)):
+                differing.append(key)
+    return sorted([*differing, *(acting ^ state.keys())])
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -172,8 +172,12 @@ def read_lora(file: Path, checkpoint: Checkpoint, transformer: torch.nn.Module) 
             if there != here:
                 raise _misfit(file, checkpoint, f"{layer} is {here} wide in the model and {there} in the file")
         more = rank - len(a)
-        state[f"transformer.{layer}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, more)).contiguous()
-        state[f"transformer.{layer}.lora_B.weight"] = torch.nn.functional.pad(b * scales[layer], (0, more)).contiguous()
+        if scales[layer] != 1:
+            b = b * scales[layer]
+        if more:
+            a, b = torch.nn.functional.pad(a, (0, 0, 0, more)), torch.nn.functional.pad(b, (0, more))
+        state[f"transformer.{layer}.lora_A.weight"] = a.contiguous()
+        state[f"transformer.{layer}.lora_B.weight"] = b.contiguous()
     return LoraFile(file, form, where, rank, state)
 
 

@@ -238,6 +238,7 @@ class Saving:
         self._peers, self._final, self._temporary = runtime.peers, final, temporary
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
+        self._after: Exception | None = None  # what has failed once it was durable
 
     @property
     def ended(self) -> bool:
@@ -257,8 +258,8 @@ class Saving:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             raise NotSaved(fault) from fault
 
-    def start(self, act: Callable[[], object]) -> None:
-        """Do the rest of it in a thread."""
+    def start(self, act: Callable[[], object], then: Callable[[], object]) -> None:
+        """Do the rest of it in a thread, and ``then`` what is to be done once it is durable."""
 
         def work() -> None:
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
@@ -267,6 +268,11 @@ class Saving:
             except Exception as error:
                 self._fault = error
                 shutil.rmtree(self._temporary, ignore_errors=True)  # at once: the steps write, too
+                return
+            try:
+                then()
+            except Exception as error:
+                self._after = error
 
         self._thread = threading.Thread(target=work, name="cogtrain-checkpoint")
         self._thread.start()
@@ -290,6 +296,8 @@ class Saving:
 
         if self.beside:
             self.together(found)
+        if self._after:
+            raise self._after
         return self._final
 
 
@@ -303,6 +311,7 @@ def begin_saving(
     *,
     room: Callable[[int], bool] = lambda size: False,
     needs: int = 0,
+    then: Callable[[], object] = lambda: None,
 ) -> Saving:
     """Begin to write a checkpoint; every rank calls it. Once it has returned, steps may change all that it holds.
 
@@ -311,6 +320,7 @@ def begin_saving(
         room: whether so many bytes are free for a copy in host memory, on rank 0; where not, or where DeepSpeed writes
             (from the live weights, in collectives), the checkpoint is written before this returns.
         needs: bytes that it takes, about, for the message of a disk that is full.
+        then: called on rank 0 as soon as it is durable, perhaps in the thread: older ones can go.
 
     Raises:
         RunError: a weight, or a number of the optimizer's state, is not finite.
@@ -347,10 +357,12 @@ def begin_saving(
             snapshot.write(temporary)
             commit()
 
-        saving.start(write(rest))
+        saving.start(write(rest), then)
     elif not saving.beside:
         saving.together(write(lambda: runtime.save_state(model, optimizer, shadow, temporary)))
         saving.together(write(commit) if main else lambda: None)
+        if main:
+            then()
     return saving
 
 

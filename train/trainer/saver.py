@@ -47,7 +47,7 @@ class Saver:
 
     A checkpoint is a snapshot: what it holds is copied to host memory, and a thread writes it beside the next steps.
     Its fault comes up after the step in which it is known, at the latest before the next checkpoint, validation or
-    export. Prune, mirror and "saved" wait until it is durable.
+    export. What is older goes once it is durable; the mirror is told, and "saved" said, when that is noticed.
 
     Attributes:
         engine: whose plan tells what the run may take of the host's memory.
@@ -184,7 +184,7 @@ class Saver:
             with stage("saving a checkpoint"):
                 saving = checkpoints.begin_saving(
                     runtime, self.model, self.optimizer, self._shadow, state, self.folder,
-                    room=self._has_room, needs=size,
+                    room=self._has_room, needs=size, then=partial(self._prune, best),
                 )  # fmt: skip
         except checkpoints.NotSaved as failed:
             self._conclude(step, failed.fault)
@@ -218,9 +218,6 @@ class Saver:
             self._conclude(step, failed.fault)
             return
         self.unsaved = None
-        if self.runtime.main:
-            held = self.mirror.uploading if self.mirror else ()
-            checkpoints.prune(self.folder, self.run.settings.keep, self._best, held)
         self.log.say(f"saved {saved}")
         self._report()
 
@@ -247,6 +244,10 @@ class Saver:
         if self.mirror:
             self.mirror.best = self._best
             self.mirror.soon()
+
+    def _prune(self, best: int | None) -> None:
+        held = self.mirror.uploading if self.mirror else ()
+        checkpoints.prune(self.folder, self.run.settings.keep, best, held)
 
     def _has_room(self, size: int) -> bool:
         """Whether a copy of a checkpoint has room in host memory, and the checkpoint on the disk beyond doubt."""

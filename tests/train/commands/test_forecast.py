@@ -281,6 +281,11 @@ def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
     plan.run(settings)
     said = capsys.readouterr().out
     assert "  writes up to " in said and "LoRA: fits" in said and "s a step" not in said
+    assert "checkpoints: written beside steps where " in said  # no --host: as much as it takes
+    plan.run(ForecastSettings(gpu="H200", host="64GB"))
+    lora, sft = capsys.readouterr().out.split("Full fine-tuning")[:2]
+    assert "checkpoints: written beside steps since 1.59 GB more of host memory is free" in lora
+    assert "training waits while a checkpoint is written" in sft
     plan.run(dataclasses.replace(settings, json=True))
     lines = [forecast.TrainForecast(**line) for line in json.loads(capsys.readouterr().out)]
     assert lines[0].command in said and "--rank 4" in lines[0].command and lines[0].fits
