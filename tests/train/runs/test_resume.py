@@ -84,7 +84,7 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, bef
     wait_for_steps(run, rng.randint(0, STEPS), ranks)
     time.sleep(rng.random() * 0.2)  # in the middle of a step, of a checkpoint, between two, of the export
     killed = ranks.lose()
-    print(f"{'killed' if killed else 'it had ended'}; {sorted(path.name for path in run.glob("*"))}")
+    print(f"{'killed' if killed else 'it had ended'}; {sorted(path.name for path in run.glob('*'))}")
     finish_ranks(begin_ranks(strategy, after, run))
     assert losses(run) == pytest.approx(expected, rel=1e-5)
     assert {path.name for path in run.iterdir() if path.name.startswith(".")} == {".cogtune.json", ".lock"}
