@@ -85,11 +85,11 @@ def test_a_signal_in_a_validation_cuts_it_short(tmp_path, make_shards, train_her
     make_shards(tmp_path / "held", samples=6, seed=3, captions=("held out",))
     read, seen = validate.Validation._read, []
 
-    def read_and_be_told(self, index):
-        seen.append(index)
+    def read_and_be_told(self, *held_out_and_index):
+        seen.append(held_out_and_index)
         if len(seen) == 6 + 2:  # the base model's, and two more
             os.kill(os.getpid(), signal.SIGUSR1)
-        return read(self, index)
+        return read(self, *held_out_and_index)
 
     monkeypatch.setattr(validate.Validation, "_read", read_and_be_told)
     settings = LoraSettings(
