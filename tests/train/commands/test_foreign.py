@@ -99,7 +99,8 @@ def generate_in(tmp_path, monkeypatch) -> Callable:
     family = BY_NAME["5b"]
     tuned = SimpleNamespace(
         checkpoint=SimpleNamespace(
-            family=family, name="tiny", native=Resolution(17, 64, 96), transformer_config={}
+            family=family, name="tiny", native=Resolution(17, 64, 96),
+            transformer_config={"max_text_seq_length": 226},
         ),
         loras=(AppliedLora(tmp_path / "lora.safetensors"),), transformer_folder=None,
         resolution=Resolution(17, 64, 96),
