@@ -16,6 +16,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -348,7 +349,10 @@ def begin_saving(
     saving, main = Saving(runtime, final, temporary), runtime.main
     saving.together(write(begin) if main else lambda: None)
     live = None if runtime.sharded else runtime.snapshot(model, optimizer, shadow)
-    copy = live.copied() if live is not None and live.plain and room(live.nbytes) else None
+    copy = None
+    if live is not None and live.plain and room(live.nbytes):
+        with suppress(RuntimeError, MemoryError):  # the system gives no page-locked memory: training waits, instead
+            copy = live.copied()
     saving.beside = bool(runtime.all_reduce_max(int(copy is not None)))
     if copy is not None:
         snapshot = copy

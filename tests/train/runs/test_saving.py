@@ -186,3 +186,13 @@ def test_killed_while_it_is_written_the_one_before_is_resumed(here, tmp_path, sh
     assert losses(run) == losses(whole) and names(run)[-1] == "checkpoint-5"
     assert not list(Path(run).glob(".checkpoint*"))
     assert json.loads((run / "checkpoint-5" / "state.json").read_text())["step"] == 5
+
+
+def test_it_is_written_while_training_waits_where_no_copy_can_be_made(here, monkeypatch, losses):
+    def refused(snapshot):
+        raise RuntimeError("CUDA error: out of memory")  # as page-locked memory is refused
+
+    monkeypatch.setattr(Snapshot, "copied", refused)
+    run = here(steps=2)
+    assert set(losses(run)) == {1, 2}
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
