@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +32,7 @@ def use_fused_encoder(vae: Any, device: torch.device) -> Choice:
 
     Kernels are compiled on the user's machine, by the Triton that came with their
     PyTorch, for a GPU that we may never have tested. So the encoder is tried on a short
-    clip and compared: first the ways that were measured to be the fastest, then the plain
+    clip and a picture, and compared: first the ways that were measured to be the fastest, then the plain
     ones; if anything fails with both, diffusers' encoder stays.
     """
     plain = vae.encoder
@@ -40,10 +41,11 @@ def use_fused_encoder(vae: Any, device: torch.device) -> Choice:
         from .fused import WAYS, Ways
 
         clip = _trial_clip(vae.dtype, device)
-        wanted = vae.encode(clip).latent_dist.parameters.double()
+        samples = (clip, clip[:, :, :1].contiguous())
+        wanted = [vae.encode(sample).latent_dist.parameters.double() for sample in samples]
         for ways in dict.fromkeys((WAYS, Ways())):
             try:
-                difference = _difference(vae, plain, ways, clip, wanted)
+                difference = _difference(vae, plain, ways, samples, wanted)
                 if difference < _TOLERANCE[vae.dtype.itemsize]:  # False for NaN, too
                     return Choice("fused", difference)
                 why = why or f"the fused encoder is {difference:.1%} off on this GPU"
@@ -55,8 +57,15 @@ def use_fused_encoder(vae: Any, device: torch.device) -> Choice:
     return Choice("diffusers", why=why)
 
 
-def _difference(vae: Any, plain: Any, ways: Ways, clip: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Put the fused encoder into the VAE, and compare it; relative, rms."""
+def _difference(
+    vae: Any, plain: Any, ways: Ways, samples: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
+) -> float:
+    """Put the fused encoder into the VAE, and compare it; relative, rms, the largest of all.
+
+    Args:
+        samples: a clip of several chunks, and others.
+        wanted: diffusers' moments of each.
+    """
     import torch
 
     from .chunks import Together
@@ -64,10 +73,12 @@ def _difference(vae: Any, plain: Any, ways: Ways, clip: torch.Tensor, wanted: to
     from .kernels import TritonKernels
 
     vae.encoder = FusedEncoder(plain, TritonKernels(), ways)
-    found = [vae.encode(clip).latent_dist.parameters.double()]
+    found = [vae.encode(sample).latent_dist.parameters.double() for sample in samples]
+    pairs = list(zip(found, wanted, strict=True))
     if ways.together:
-        found.append(vae.encoder.clip(clip, vae.num_sample_frames_batch_size, Together(2, 3)).double())
-    return torch.stack([(one - wanted).norm() / wanted.norm() for one in found]).max().item()  # NaN, if one is
+        found_together = vae.encoder.clip(samples[0], vae.num_sample_frames_batch_size, Together(2, 3))
+        pairs.append((found_together.double(), wanted[0]))
+    return torch.stack([(one - other).norm() / other.norm() for one, other in pairs]).max().item()  # NaN, if one is
 
 
 def _words(error: Exception) -> str:

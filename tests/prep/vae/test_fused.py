@@ -232,6 +232,18 @@ def test_the_plain_ways_are_used_where_others_are_not_right(monkeypatch, short_t
     assert relative(moments(vae, pixels(9)), wanted) < 1e-6
 
 
+class WrongPicture(PlainKernels):
+    def first(self, pixels_CTHW, weight_3KC, bias_C, chunks):
+        wrong = 2 * weight_3KC if chunks.frames == 1 else weight_3KC
+        return super().first(pixels_CTHW, wrong, bias_C, chunks)
+
+
+def test_a_picture_is_tried_as_well_as_a_clip(monkeypatch, short_trial):
+    vae = random_vae()
+    monkeypatch.setitem(sys.modules, "cogprep.vae.kernels", SimpleNamespace(TritonKernels=WrongPicture))
+    assert use_fused_encoder(vae, CPU).encoder == "fused" and vae.encoder.ways == Ways()
+
+
 def test_chunks_go_one_by_one_where_memory_is_too_short_for_more(monkeypatch):
     vae, asked = random_vae(), []
     frames_FHWC = (pixels(25)[0].permute(1, 2, 3, 0) * 127 + 128).to(torch.uint8).numpy()
