@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -126,19 +126,35 @@ def uploaded(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torc
         for tensor in tensors
     ]
     pieces = [
-        (start, target)
+        piece
         for tensor, moved in zip(tensors, there, strict=True)
         if _in_pages(tensor)
-        for start, target in zip(
-            tensor.view(-1).view(torch.uint8).split(_PIECE), moved.view(-1).view(torch.uint8).split(_PIECE), strict=True
-        )
+        for piece in _in_pieces(tensor, moved)
     ]
-    threads = max(1, min(_THREADS, os.cpu_count() or 1, len(pieces)))
-    behind = torch.cuda.current_stream(device).record_event()  # memory that is used again may still be read
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda number: _send(pieces[number::threads], device, behind), range(threads)))
+    _in_threads(_send, pieces, device)  # behind what is queued: memory that is used again may still be read
     torch.cuda.current_stream(device).synchronize()
     return there
+
+
+def _in_pieces(source: torch.Tensor, target: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The bytes of two contiguous tensors of one type and shape, side by side, as many as are page-locked at a time."""
+    import torch
+
+    return zip(*(tensor.view(-1).view(torch.uint8).split(_PIECE) for tensor in (source, target)), strict=True)
+
+
+def _in_threads(
+    carry: Callable[[Sequence[tuple[torch.Tensor, torch.Tensor]], torch.device, torch.cuda.Event], None],
+    pieces: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
+) -> None:
+    """Have several threads carry pieces, each behind all that is queued now; they have when this returns."""
+    import torch
+
+    threads = max(1, min(_THREADS, os.cpu_count() or 1, len(pieces)))
+    behind = torch.cuda.current_stream(device).record_event()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda number: carry(pieces[number::threads], device, behind), range(threads)))
 
 
 def _in_pages(tensor: torch.Tensor) -> bool:
@@ -183,17 +199,12 @@ def downloaded(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for source in sources:
         if source.device.type == "cuda" and source.is_contiguous() and source.nbytes >= _SMALL:
             copy = torch.empty(source.shape, dtype=source.dtype)
-            parts = (tensor.view(-1).view(torch.uint8).split(_PIECE) for tensor in (source, copy))
-            pieces += zip(*parts, strict=True)
+            pieces += _in_pieces(source, copy)
         else:
             copy = source.to("cpu", copy=True)
         here.append(copy)
     if pieces:
-        device = pieces[0][0].device
-        threads = max(1, min(_THREADS, os.cpu_count() or 1, len(pieces)))
-        behind = torch.cuda.current_stream(device).record_event()
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda number: _receive(pieces[number::threads], device, behind), range(threads)))
+        _in_threads(_receive, pieces, pieces[0][0].device)
     return here
 
 
@@ -201,7 +212,6 @@ def _receive(
     pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device, behind: torch.cuda.Event
 ) -> None:  # fmt: skip
     """Copy bytes from the GPU by way of two page-locked buffers: one is emptied while the other is filled."""
-    import numpy as np
     import torch
 
     with torch.cuda.device(device):
@@ -215,11 +225,13 @@ def _receive(
                 buffer.copy_(source, non_blocking=True)
             arriving.append((stream.record_event(), buffer, target))
             if number:
-                _empty(*arriving.pop(0), copy=np.copyto)
+                _empty(*arriving.pop(0))
         for piece in arriving:
-            _empty(*piece, copy=np.copyto)
+            _empty(*piece)
 
 
-def _empty(event: torch.cuda.Event, buffer: torch.Tensor, target: torch.Tensor, copy: Callable[..., None]) -> None:
+def _empty(event: torch.cuda.Event, buffer: torch.Tensor, target: torch.Tensor) -> None:
+    import numpy as np
+
     event.synchronize()
-    copy(target.numpy(), buffer.numpy())  # in this thread alone, and without the interpreter's lock
+    np.copyto(target.numpy(), buffer.numpy())  # in this thread alone, and without the interpreter's lock
