@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,33 @@ from .tiny import cache_root
 _YOUNG_NS = 3_000_000_000
 
 
+class CacheFile:
+    """A small file of JSON in the user's cache; it may be removed at any time.
+
+    Args:
+        kind: of what it remembers: its folder there.
+        about: tells it from others of its kind.
+    """
+
+    def __init__(self, kind: str, about: str) -> None:
+        self._file = cache_root() / kind / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
+
+    def read(self) -> dict[str, Any]:
+        """What it holds; nothing where it is not there, or damaged."""
+        with contextlib.suppress(OSError, ValueError):
+            return dict(parse_object(self._file.read_bytes()))
+        return {}
+
+    def write(self, known: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # no room, no permission: found out again the next time
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            commit_bytes(self._file, json.dumps(dict(known)).encode())
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.unlink()
+
+
 class Remembered:
     """What is known of the files in one folder.
 
@@ -31,13 +58,9 @@ class Remembered:
 
     def __init__(self, folder: Path) -> None:
         path = str(folder.resolve())
-        self._file = cache_root() / "weights" / f"{hashlib.sha256(path.encode()).hexdigest()[:24]}.json"
-        self._known: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            known = parse_object(self._file.read_bytes())
-            if known.get("folder") == path:
-                self._known = dict(known)
-        self._known["folder"] = path
+        self._file = CacheFile("weights", path)
+        known = self._file.read()
+        self._known: dict[str, Any] = known if known.get("folder") == path else {"folder": path}
 
     def recall(self, what: str, files: Sequence[Path], find: Callable[[], str]) -> str:
         """What ``find`` gives, without calling it where it was called before and no file has changed since.
@@ -55,9 +78,7 @@ class Remembered:
         newest = max((max(times) for _, *times in before.values()), default=0)
         if _facts_of(files) == before and newest < time.time_ns() - _YOUNG_NS:
             self._known[what] = {"files": before, "found": found}
-            with contextlib.suppress(OSError):  # no room, no permission: found out again the next time
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                commit_bytes(self._file, json.dumps(self._known).encode())
+            self._file.write(self._known)
         return found
 
 

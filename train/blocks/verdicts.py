@@ -8,19 +8,17 @@ file for each GPU with its libraries; it may be removed at any time.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogcommon.files.atomic import commit_bytes
-from cogcommon.files.typed import parse_object
-from cogcommon.model.tiny import cache_root
+from cogcommon.files.hashes import sha256_of
+from cogcommon.model.remembered import CacheFile
 
 if TYPE_CHECKING:
     import torch
@@ -37,29 +35,24 @@ def recalled(what: str, facts: Mapping[str, str], trial: Callable[[], str]) -> s
         facts: all that its outcome depends on; empty: nothing is kept.
         trial: says what works; empty if nothing does.
     """
+    if not facts:
+        return trial()
     file = _file(facts)
-    known: dict[str, object] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = dict(parse_object(file.read_bytes()))
-    if facts and (verdict := known.get(what)) and isinstance(verdict, str):
+    known = file.read()
+    if (verdict := known.get(what)) and isinstance(verdict, str):
         return verdict
-    found = trial()
-    if facts and found:
-        with contextlib.suppress(OSError):  # no room, no permission: tried again the next time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            commit_bytes(file, json.dumps({**known, what: found, "facts": dict(facts)}).encode())
+    if found := trial():
+        file.write({**known, what: found, "facts": dict(facts)})
     return found
 
 
 def forget(facts: Mapping[str, str]) -> None:
     """Believe nothing of it any more: what was tried has failed."""
-    with contextlib.suppress(OSError):
-        _file(facts).unlink()
+    _file(facts).remove()
 
 
-def _file(facts: Mapping[str, str]) -> Path:
-    named = json.dumps(dict(facts), sort_keys=True).encode()
-    return cache_root() / "trials" / f"{hashlib.sha256(named).hexdigest()[:24]}.json"
+def _file(facts: Mapping[str, str]) -> CacheFile:
+    return CacheFile("trials", json.dumps(dict(facts), sort_keys=True))
 
 
 @cache
@@ -83,7 +76,7 @@ def gpu_facts(device: torch.device, sources: Path) -> Mapping[str, str]:
         "built": f"CUDA {torch.version.cuda} cuDNN {torch.backends.cudnn.version()}",
         "libraries": ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES),
         "compiler": shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc") or "",
-        "sources": _digest(sorted(sources.glob("*.py"))),
+        "sources": ", ".join(f"{file.name} {sha256_of(file)}" for file in sorted(sources.glob("*.py"))),
     }
 
 
@@ -92,10 +85,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "none"
-
-
-def _digest(files: Iterable[Path]) -> str:
-    found = hashlib.sha256()
-    for file in files:
-        found.update(file.name.encode() + b"\0" + file.read_bytes())
-    return found.hexdigest()[:24]
