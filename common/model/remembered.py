@@ -31,22 +31,22 @@ class CacheFile:
     """
 
     def __init__(self, kind: str, about: str) -> None:
-        self._file = cache_root() / kind / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
+        self.path = cache_root() / kind / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
 
     def read(self) -> dict[str, Any]:
         """What it holds; nothing where it is not there, or damaged."""
         with contextlib.suppress(OSError, ValueError):
-            return dict(parse_object(self._file.read_bytes()))
+            return dict(parse_object(self.path.read_bytes()))
         return {}
 
     def write(self, known: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # no room, no permission: found out again the next time
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            commit_bytes(self._file, json.dumps(dict(known)).encode())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            commit_bytes(self.path, json.dumps(dict(known)).encode())
 
     def remove(self) -> None:
         with contextlib.suppress(OSError):
-            self._file.unlink()
+            self.path.unlink()
 
 
 class Remembered:

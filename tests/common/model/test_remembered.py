@@ -77,5 +77,5 @@ def test_damage_in_the_cache_is_passed_over(model):
     file = model.root / PART
     kept = Remembered(file.parent)
     assert kept.recall("it", [file], lambda: "found") == "found"
-    kept._file.write_text('{"folder": 3')
+    kept._file.path.write_text('{"folder": 3')
     assert Remembered(file.parent).recall("it", [file], lambda: "again") == "again"
