@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -146,22 +145,31 @@ def test_an_interrupt_that_a_library_drops_still_stops_the_work(encoded, tmp_pat
 
 
 @pytest.mark.parametrize("count, later", [(2, 3), (4, 2)])
-def test_workers_at_once_one_killed_and_another_division_finishes(count, later, encoded, one_a_shard, settings_of):
+def test_workers_at_once_one_killed_and_another_division_finishes(
+    count, later, encoded, one_a_shard, settings_of, tmp_path
+):
     """Every slice has a process; the first, which has most to do, is killed after its first shard."""
+    halting = tmp_path / "halting.py"  # however late the kill is, it comes before the second shard is committed
+    halting.write_text(
+        "import os, time\n"
+        "replace = os.replace\n"
+        "def halt(source, target, **options):\n"
+        "    if str(target).endswith('.parquet') and not str(target).endswith('000000.parquet'): time.sleep(600)\n"
+        "    return replace(source, target, **options)\n"
+        "os.replace = halt\n"
+        "from cogprep.cli import main\n"
+        "if __name__ == '__main__': main()\n"
+    )
     out, one = encoded / "new", ("--shard-samples", "1")
-    for _ in range(4):  # on a busy machine its last shard may be there before the kill is: then once more
-        shutil.rmtree(out, ignore_errors=True)
-        workers = [start(encoded, *one, "--worker", f"{index}/{count}") for index in range(1, count + 1)]
-        wait_until((out / "000000.parquet").exists, workers[0])
-        killed = workers[0].kill()
-        for worker in workers[1:]:
-            code, _, err = worker.end()
-            assert code == 0, err
-        committed = {int(path.stem) for path in out.glob("*.parquet")}
-        if len(committed) < 5:
-            break
+    first = Forked(command_line(encoded, *one, "--worker", f"1/{count}", program=halting))
+    others = [start(encoded, *one, "--worker", f"{index}/{count}") for index in range(2, count + 1)]
+    wait_until((out / "000000.parquet").exists, first)
+    assert first.kill(), first.end()
+    for worker in others:
+        code, _, err = worker.end()
+        assert code == 0, err
     left_by_the_killed = {number for number in range(5) if number % count == 0}
-    assert killed and {*range(5)} - left_by_the_killed <= committed and 0 in committed and len(committed) < 5
+    assert {int(path.stem) for path in out.glob("*.parquet")} == {*range(5)} - left_by_the_killed | {0}
     reports = [json.loads((out / f"report-{index}-of-{count}.json").read_text()) for index in range(2, count + 1)]
     assert sum(report["encoded"] for report in reports) == 5 - len(left_by_the_killed)
     before = samples_on_disk(out)
