@@ -11,18 +11,9 @@ from cogcommon.cli.leaving import run_and_leave
 from cogcommon.jobs.settings import LaunchSettings
 
 from .processes import interrupt
-from .settings import (
-    CaptionSettings,
-    CleanSettings,
-    EncodeSettings,
-    IndexSettings,
-    InitSettings,
-    InspectSettings,
-    PreviewSettings,
-    SplitSettings,
-    ValidateSettings,
-    VerifySettings,
-)
+from .settings.encode import EncodeSettings, ValidateSettings
+from .settings.lists import CaptionSettings, InitSettings, SplitSettings
+from .settings.shards import CleanSettings, IndexSettings, InspectSettings, PreviewSettings, VerifySettings
 
 app = make_app("cogprep", "Turn a folder of clips and captions into shards that cogtrain reads.")
 

@@ -20,7 +20,8 @@ from cogprep import settings as prep_settings
 from cogprep.commands.validate import validate
 from cogprep.commands.verdict import show
 from cogprep.commands.verify import expected_shapes
-from cogprep.settings import PreviewSettings, ValidateSettings
+from cogprep.settings.encode import ValidateSettings
+from cogprep.settings.shards import PreviewSettings
 from cogtrain.blocks.plan import Load
 
 SIXTH = replace(

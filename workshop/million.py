@@ -40,7 +40,7 @@ from cogprep.plan.plan import EncodePlan, PlannedShard
 from cogprep.plan.probe_cache import SurveyCache
 from cogprep.plan.slice import Slice
 from cogprep.processes.pool import Pool
-from cogprep.settings import EncodeSettings
+from cogprep.settings.encode import EncodeSettings
 from cogprep.source.clip import ClipFault, Hashed
 
 SIZE = "17x64x96"

@@ -23,7 +23,7 @@ from ..caption.captioner import Captioner, ask_for
 from ..caption.frames import Seen, see
 from ..caption.words import fit, tidy
 from ..processes.pool import Pool
-from ..settings import CaptionForm, CaptionSettings
+from ..settings.lists import CaptionForm, CaptionSettings
 from ..source.clip import ClipFault
 
 # What is asked for, of the one or the other "video" or "picture"; and of the model's own tokens at most how many.

@@ -28,7 +28,7 @@ from cogcommon.words import counted, in_bytes
 
 from ..plan.folder import SPLITS, Split, records_in, split_folder
 from ..plan.stale import Wanted
-from ..settings import CleanSettings
+from ..settings.shards import CleanSettings
 from ..store.locks import ShardBusy, is_lock_of_removing, lock_shard, removing, shard_disk_errors, temporary_name
 from ..store.outlet import Outlet, open_image
 from ..store.proof import (

@@ -18,7 +18,7 @@ from ..encode.part import encode_slice
 from ..encode.report import Report, show
 from ..engines.table import ENGINES
 from ..plan.slice import POD, choose_slice
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from ..store.outlet import is_address
 from ..store.proof import check_shards_output
 

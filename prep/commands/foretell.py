@@ -20,7 +20,7 @@ from ..plan.folder import Origin, check_contract, guard_other_data, read_contrac
 from ..plan.holdout import Holdout, choose_holdout, describe_moves
 from ..plan.plan import Rejected, make_plan, sample_bytes
 from ..plan.survey import sort_samples
-from ..settings import PlanSettings, ValidateSettings
+from ..settings.encode import PlanSettings, ValidateSettings
 from ..source.clip import ClipFault, Hashed
 from ..store.outlet import open_image
 

@@ -28,7 +28,7 @@ from cogcommon.shards.records import (
 from cogcommon.words import counted
 
 from ..plan.folder import SPLITS, read_contract, records_in, split_folder
-from ..settings import IndexSettings
+from ..settings.shards import IndexSettings
 from ..store.extents import INFO_FIELDS, tar_end_whole, whole_extents
 from ..store.locks import ShardBusy, at_work, lock_shard, shard_disk_errors
 from ..store.outlet import Outlet, open_image

@@ -21,7 +21,7 @@ from ..dataset.captions_found import Captions, find_captions
 from ..dataset.found import CLIPS, FoundFiles, find
 from ..dataset.lists import ListFault, check_root, read_list, refuse_address
 from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, next_steps, refuse_output, set_aside, write_list
-from ..settings import InitSettings
+from ..settings.lists import InitSettings
 from ..source.part import file_named
 
 _SHOWN = 4  # names that one line shows

@@ -19,7 +19,7 @@ from cogcommon.shards.records import read_table
 from cogcommon.words import counted, in_bytes
 
 from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label, split_folder
-from ..settings import InspectSettings
+from ..settings.shards import InspectSettings
 from ..store.outlet import open_image
 from ..store.shards import tars_without_record
 

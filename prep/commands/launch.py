@@ -9,7 +9,7 @@ from cogcommon.jobs.settings import LaunchSettings
 
 from ..dataset.lists import check_root
 from ..plan.folder import read_contract
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from ..store.outlet import is_address
 from ..store.proof import check_shards_output
 

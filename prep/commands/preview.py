@@ -34,7 +34,7 @@ from cogcommon.store.address import as_shown
 
 from ..plan.folder import Split, read_contract, read_origin, records_in, shard_label, split_folder
 from ..processes.pool import Pool
-from ..settings import PreviewSettings
+from ..settings.shards import PreviewSettings
 from ..show.preview_page import Preview, PreviewSample, html_of
 from ..show.preview_sheet import draw_sheets
 from ..show.source_view import view_source

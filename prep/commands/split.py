@@ -23,7 +23,7 @@ from ..dataset.found import find, fits_a_line
 from ..dataset.lists import check_root, refuse_address
 from ..dataset.new_lists import PROMPTS, VIDEOS, entry_of, next_steps, refuse_output, set_aside, write_list
 from ..processes.pool import Pool, default_workers
-from ..settings import SplitSettings
+from ..settings.lists import SplitSettings
 from ..show.cut_sheet import ShownPart, draw_cut_sheets
 from ..source.clip import ClipFault
 from ..split.film import Film, Stretch, look_at_stretch, open_film

@@ -28,7 +28,7 @@ from ..dataset.remedies import Remedies, recorded
 from ..plan.plan import tensor_bytes
 from ..processes.by_file import run_by_file
 from ..processes.pool import Pool, default_workers
-from ..settings import ValidateSettings
+from ..settings.encode import ValidateSettings
 from ..source.clip import ClipFault
 from ..source.part import file_named
 from ..vae.seconds import VaeSpeed, vae_speed

@@ -31,7 +31,7 @@ from cogcommon.words import counted, in_bytes
 
 from ..encode.reencode import Difference
 from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label, split_folder
-from ..settings import VerifySettings
+from ..settings.shards import VerifySettings
 from ..store.outlet import Outlet, open_image
 from ..store.shards import tars_without_record
 

@@ -15,7 +15,7 @@ from cogcommon.shards.contract import Contract
 
 from ..plan.plan import PlannedShard
 from ..processes.pool import Pool
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from ..store.outlet import Outlet
 from .captions import TextStore
 from .clock import Clock

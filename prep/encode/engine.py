@@ -14,7 +14,7 @@ from cogcommon.shards.contract import Contract
 from ..plan.plan import PlannedShard
 from ..plan.slice import local_rank
 from ..processes.pool import Pool
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from ..store.outlet import Outlet
 from .clock import Clock
 from .encoder import ShardEncoder

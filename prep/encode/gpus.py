@@ -24,7 +24,7 @@ from cogcommon.errors import CogError, RunError, SettingError
 
 from ..plan.slice import Slice
 from ..processes.pool import default_workers
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from ..store.outlet import read_beside
 from .report import Rejection, Report
 

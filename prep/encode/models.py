@@ -16,7 +16,7 @@ from cogcommon.shards.records import TEXT
 
 from ..plan.folder import commit_contract
 from ..plan.plan import PlannedShard
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from ..store.locks import shard_disk_errors
 from ..store.outlet import Outlet
 from ..vae.encoder import LatentEncoder, free_wanted

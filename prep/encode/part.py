@@ -44,7 +44,7 @@ from ..plan.probe_cache import SurveyCache
 from ..plan.slice import Slice, choose_slice
 from ..plan.survey import Survey, survey
 from ..processes.pool import Pool, default_workers
-from ..settings import EncodeSettings, PlanSettings
+from ..settings.encode import EncodeSettings, PlanSettings
 from ..source.clip_cache import default_cache
 from ..store.locks import ShardBusy, at_work, lack_of_room, shard_disk_errors
 from ..store.outlet import Outlet, open_outlet

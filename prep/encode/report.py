@@ -24,7 +24,7 @@ from ..plan.plan import EncodePlan, Rejected
 from ..plan.slice import Slice
 from ..plan.survey import Survey
 from ..processes.pool import default_workers
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from ..source.clip import TONED
 from ..store.locks import shard_disk_errors
 from ..store.outlet import put_beside

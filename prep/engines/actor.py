@@ -26,7 +26,7 @@ from ..encode.part import make_contract
 from ..encode.pipeline import Care
 from ..plan.plan import PlannedSample, PlannedShard
 from ..processes.pool import Pool, default_workers
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from ..source.addresses import remote_address
 from ..store.locks import at_work
 

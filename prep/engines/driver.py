@@ -27,7 +27,7 @@ from ..encode.engine import Job
 from ..encode.outcome import NodeWork, Outcome
 from ..plan.folder import shard_label
 from ..plan.plan import PlannedShard
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from .actor import Fault
 from .fleet import LOGS, Fleet, Gpu, Node, why_lost
 

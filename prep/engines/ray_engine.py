@@ -20,7 +20,7 @@ from cogcommon.words import first_line
 
 from ..encode.engine import Engine, Job
 from ..plan.slice import choose_slice
-from ..settings import EncodeSettings
+from ..settings.encode import EncodeSettings
 from ..source.addresses import any_signed, remote_address
 from .actor import EncodeActor
 from .driver import Driver

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from ..encode.engine import Engine, LocalEngine
-from ..settings import EncodeSettings, EngineName
+from ..settings.encode import EncodeSettings, EngineName
 from .ray_engine import ray_engine
 
 ENGINES: Mapping[EngineName, Callable[[EncodeSettings], AbstractContextManager[Engine]]] = {

@@ -26,7 +26,7 @@ from cogcommon.store.address import as_shown
 from cogcommon.words import counted
 
 from ..dataset.lists import DataSet, hash_of_list, read_lists
-from ..settings import PlanSettings
+from ..settings.encode import PlanSettings
 from ..source.addresses import remote_address
 from ..source.clip import TONED, Hashed
 from ..store.outlet import ABOUT_TO_WRITE_S

@@ -22,7 +22,7 @@ from cogcommon.shards.records import (
     LATENT_STD,
 )
 
-from ..settings import Posterior, Tiling
+from ..settings.encode import Posterior, Tiling
 from .choice import Choice, use_fused_encoder
 from .chunks import Together, bytes_together, chunks_of, together
 from .gpu_time import Span, record

@@ -37,7 +37,7 @@ from cogprep.commands.preview import choose_samples
 from cogprep.commands.verify import verify
 from cogprep.plan import stale
 from cogprep.plan.folder import Origin, check_contract, commit_contract, records_in
-from cogprep.settings import CleanSettings
+from cogprep.settings.shards import CleanSettings
 from cogprep.store.locks import at_work, temporary_name
 from cogprep.store.proof import A_PREVIEW, check_shards_output
 from cogprep.store.shards import ShardWriter

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray_nodes import an_actor, encode_on_nodes
 
-from cogprep.settings import EncodeSettings
+from cogprep.settings.encode import EncodeSettings
 
 if __name__ == "__main__":
     folder, out, address, log, seconds = sys.argv[1:]

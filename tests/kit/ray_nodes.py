@@ -21,7 +21,7 @@ from cogprep.encode.report import Report
 from cogprep.engines.actor import EncodeActor, Fault
 from cogprep.engines.ray_engine import ray_engine
 from cogprep.plan.plan import PlannedSample
-from cogprep.settings import EncodeSettings
+from cogprep.settings.encode import EncodeSettings
 from cogprep.store.extents import whole_extents
 
 

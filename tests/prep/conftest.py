@@ -14,7 +14,7 @@ import pytest
 from cogcommon.media.video import write_mp4
 from cogprep.commands.encode import encode
 from cogprep.encode.report import Report
-from cogprep.settings import EncodeSettings
+from cogprep.settings.encode import EncodeSettings
 
 SIZE = "9x64x96"
 

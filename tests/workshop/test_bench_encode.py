@@ -8,7 +8,7 @@ import time
 import pytest
 
 from cogprep.commands.encode import encode
-from cogprep.settings import EncodeSettings
+from cogprep.settings.encode import EncodeSettings
 from workshop.bench_encode.__main__ import Bench
 from workshop.bench_encode.make import glide, make_checkpoint, make_data_set
 from workshop.bench_encode.pipeline import serial

@@ -23,7 +23,7 @@ from cogprep.caption.frames import see, spread
 from cogprep.caption.words import fit, tidy
 from cogprep.cli import app
 from cogprep.commands import caption as command
-from cogprep.settings import CaptionSettings
+from cogprep.settings.lists import CaptionSettings
 from cogprep.source.clip import ClipFault
 
 FRAMES = 60

@@ -21,7 +21,7 @@ from cogcommon.shards.records import read_record, write_record
 from cogprep.commands import clean_cache
 from cogprep.commands.clean_cache import run
 from cogprep.commands.encode import encode
-from cogprep.settings import CleanSettings
+from cogprep.settings.shards import CleanSettings
 from cogprep.store.locks import at_work, removing
 from cogprep.store.shards import ShardWriter
 

@@ -21,7 +21,7 @@ from cogprep.commands.init import init
 from cogprep.commands.verify import verify
 from cogprep.encode.report import Report
 from cogprep.plan.folder import check_contract, commit_contract, read_contract, read_origin
-from cogprep.settings import CleanSettings, PreviewSettings
+from cogprep.settings.shards import CleanSettings, PreviewSettings
 from cogprep.store.locks import at_work
 from cogprep.store.proof import A_PREVIEW, check_shards_output
 from cogprep.store.shards import ShardWriter

@@ -16,7 +16,8 @@ from cogprep.commands.init import Told, init, run
 from cogprep.commands.split import split
 from cogprep.commands.validate import validate
 from cogprep.dataset.lists import read_lists
-from cogprep.settings import InitSettings, SplitSettings, ValidateSettings
+from cogprep.settings.encode import ValidateSettings
+from cogprep.settings.lists import InitSettings, SplitSettings
 
 
 def lay(root: Path, *clips: str, **texts: str | bytes) -> Path:

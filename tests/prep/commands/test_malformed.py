@@ -28,14 +28,9 @@ from cogprep.dataset.found import METADATA
 from cogprep.dataset.lists import read_lists
 from cogprep.dataset.probe import look_at
 from cogprep.processes.pool import Pool
-from cogprep.settings import (
-    CleanSettings,
-    IndexSettings,
-    InitSettings,
-    InspectSettings,
-    ValidateSettings,
-    VerifySettings,
-)
+from cogprep.settings.encode import ValidateSettings
+from cogprep.settings.lists import InitSettings
+from cogprep.settings.shards import CleanSettings, IndexSettings, InspectSettings, VerifySettings
 from cogprep.source.clip import ClipFault
 from cogprep.video.decode import decode_clip
 

@@ -24,7 +24,7 @@ from cogprep.dataset.guesses import guess_folders, guess_turned, guess_uncaption
 from cogprep.dataset.probe import Look, inside_bars
 from cogprep.dataset.remedies import Remedies, recorded
 from cogprep.plan.plan import tensor_bytes
-from cogprep.settings import EncodeSettings, ValidateSettings
+from cogprep.settings.encode import EncodeSettings, ValidateSettings
 from cogprep.source.clip import ClipFault
 from cogprep.source.remote import Unreached
 from cogprep.video.cut import Cut, pick_frames

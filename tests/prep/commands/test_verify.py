@@ -17,7 +17,7 @@ from cogcommon.shards.records import ShardRecord, read_record
 from cogprep.commands.index import index
 from cogprep.commands.inspection import inspect
 from cogprep.commands.verify import check_shard, run, verify
-from cogprep.settings import VerifySettings
+from cogprep.settings.shards import VerifySettings
 from cogprep.store.shards import ShardWriter
 
 

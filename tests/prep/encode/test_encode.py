@@ -26,7 +26,7 @@ from cogcommon.shards.records import SampleRow, read_record, split_extent
 from cogprep.commands.encode import run as run_command
 from cogprep.commands.validate import run as validate
 from cogprep.plan.folder import commit_contract, read_contract
-from cogprep.settings import EncodeSettings, ValidateSettings
+from cogprep.settings.encode import EncodeSettings, ValidateSettings
 from cogprep.vae.encoder import generator_of
 from cogprep.video.decode import decode_clip
 

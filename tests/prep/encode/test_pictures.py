@@ -20,7 +20,7 @@ from cogcommon.shards.records import SampleRow, read_record, split_extent
 from cogprep.cli import app
 from cogprep.commands.validate import validate
 from cogprep.dataset.probe import look_at
-from cogprep.settings import EncodeSettings, ValidateSettings
+from cogprep.settings.encode import EncodeSettings, ValidateSettings
 from cogprep.source.clip import ClipFault
 from cogprep.video.decode import decode_clip
 

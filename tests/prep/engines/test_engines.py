@@ -15,7 +15,7 @@ from cogprep.engines.driver import standing
 from cogprep.engines.fleet import Gpu, Node
 from cogprep.engines.table import ENGINES
 from cogprep.plan.plan import PlannedShard
-from cogprep.settings import EngineName
+from cogprep.settings.encode import EngineName
 
 
 @pytest.mark.parametrize(

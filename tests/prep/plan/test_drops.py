@@ -21,7 +21,8 @@ from cogprep.encode import encoder, part
 from cogprep.plan import holdout as holdout_module
 from cogprep.plan.folder import read_origin
 from cogprep.plan.holdout import Holdout, choose_holdout
-from cogprep.settings import CleanSettings, ValidateSettings
+from cogprep.settings.encode import ValidateSettings
+from cogprep.settings.shards import CleanSettings
 
 CAPTIONS = [f"wave number {index}" for index in range(5)]
 CLIPS = [f"{index}.mp4" for index in range(5)]

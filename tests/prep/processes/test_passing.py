@@ -21,7 +21,7 @@ from cogprep.commands.encode import run as run_command
 from cogprep.commands.verify import verify
 from cogprep.encode import pipeline as pipeline_module
 from cogprep.plan import survey as survey_module
-from cogprep.settings import EncodeSettings
+from cogprep.settings.encode import EncodeSettings
 from cogprep.source.heartbeat import TIMEOUT_S
 
 

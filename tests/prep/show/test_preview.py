@@ -28,7 +28,8 @@ from cogprep.commands.clean_cache import find_removals
 from cogprep.commands.encode import encode
 from cogprep.commands.preview import Decoder, choose_samples, make_preview, psnr, run
 from cogprep.plan.folder import read_contract, records_in
-from cogprep.settings import EncodeSettings, PreviewSettings
+from cogprep.settings.encode import EncodeSettings
+from cogprep.settings.shards import PreviewSettings
 from cogprep.show.preview_loop import GAP
 from cogprep.show.preview_page import BOX, sample_facts, with_box
 from cogprep.show.source_view import SourceView

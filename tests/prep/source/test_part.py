@@ -16,7 +16,7 @@ from cogcommon.shards.records import SampleRow, read_record
 from cogprep.commands.init import init
 from cogprep.commands.validate import validate
 from cogprep.commands.verify import verify
-from cogprep.settings import ValidateSettings
+from cogprep.settings.encode import ValidateSettings
 from cogprep.show.source_view import SourceView, view_source
 from cogprep.source import source_file
 from cogprep.source.clip import BadClip, ClipFault

@@ -14,7 +14,7 @@ from cogcommon.errors import CogError
 from cogcommon.store import store
 from cogprep.commands.encode import encode
 from cogprep.commands.validate import validate
-from cogprep.settings import ValidateSettings
+from cogprep.settings.encode import ValidateSettings
 from cogprep.source import clip_cache, remote
 from cogprep.source.addresses import named_without_secrets, remote_address
 from cogprep.source.clip import BadClip

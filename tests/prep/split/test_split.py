@@ -15,7 +15,7 @@ from cogcommon.errors import DataRootError, SettingError
 from cogcommon.media.video import write_mp4
 from cogprep.commands.split import split
 from cogprep.dataset.lists import read_lists
-from cogprep.settings import SplitSettings
+from cogprep.settings.lists import SplitSettings
 from cogprep.source.part import Part
 from cogprep.source.source_file import ClipSource
 from cogprep.split.cuts import Cuts, find_cuts

@@ -28,7 +28,8 @@ from cogprep.commands.inspection import run as inspect
 from cogprep.commands.validate import validate
 from cogprep.commands.verify import run as verify
 from cogprep.plan.folder import commit_contract
-from cogprep.settings import CleanSettings, IndexSettings, InspectSettings, ValidateSettings, VerifySettings
+from cogprep.settings.encode import ValidateSettings
+from cogprep.settings.shards import CleanSettings, IndexSettings, InspectSettings, VerifySettings
 from cogprep.store import remote_outlet
 from cogprep.store.outlet import open_image, open_outlet
 

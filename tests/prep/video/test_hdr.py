@@ -8,7 +8,7 @@ from cogcommon.model.families import Resolution
 from cogcommon.shards.records import read_record
 from cogprep.commands.validate import validate
 from cogprep.plan.folder import scan
-from cogprep.settings import ValidateSettings
+from cogprep.settings.encode import ValidateSettings
 from cogprep.show.source_view import SourceView, view_source
 from cogprep.video.cut import Cut
 

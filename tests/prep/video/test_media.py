@@ -507,7 +507,7 @@ def test_the_whole_corpus_through_the_pool_ends_no_run(tmp_path):
 
 def test_encode_names_every_bad_clip_and_encodes_the_rest(tmp_path):
     from cogprep.commands.encode import encode
-    from cogprep.settings import EncodeSettings
+    from cogprep.settings.encode import EncodeSettings
 
     makers = {kind: make for kind, (make, _) in BAD.items() if kind != "a NUL in the name"}  # the lists refuse that
     makers |= {kind: GOOD[kind][0] for kind in ("rotated by 90", "vp9 in webm")}

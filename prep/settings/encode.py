@@ -1,8 +1,7 @@
-"""The settings of `cogprep`: what is encoded, how it is cut, and how the work is spread."""
+"""The settings of `cogprep encode` and `validate`: what is encoded, how it is cut, and how the work is spread."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,14 +10,14 @@ from cogcommon.cli.settings import setting
 from cogcommon.errors import ModelError, SettingError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import Precision
-from cogcommon.model.families import FAMILIES, Family, Resolution, Task
+from cogcommon.model.families import FAMILIES, Resolution, Task
 from cogcommon.model.published import known_checkpoint
 from cogcommon.words import bytes_of, counted
 
-from .dataset.lists import DataSet, read_lists
-from .source.clip_cache import default_cache, use_cache
-from .source.heartbeat import TIMEOUT_S
-from .video.cut import Crop, Cut, Fit, FrameMode, HdrMode, Short
+from ..dataset.lists import DataSet, read_lists
+from ..source.clip_cache import default_cache, use_cache
+from ..source.heartbeat import TIMEOUT_S
+from ..video.cut import Crop, Cut, Fit, FrameMode, HdrMode, Short
 
 DEFAULT_MODEL: dict[Task, str] = {"t2v": "THUDM/CogVideoX-5b", "i2v": "THUDM/CogVideoX-5b-I2V"}
 
@@ -29,7 +28,6 @@ Posterior = Literal["moments", "sample"]
 Tiling = Literal["off", "on", "auto"]
 Encoder = Literal["auto", "diffusers"]
 EngineName = Literal["local", "ray"]
-CaptionForm = Literal["long", "short"]
 
 
 @dataclass(frozen=True)
@@ -320,172 +318,3 @@ class ValidateSettings(PlanSettings):
         section="Work",
     )
     json: bool = setting(False, "print everything as JSON", section="Work")
-
-
-@dataclass(frozen=True)
-class InitSettings:
-    """Every option of `cogprep init`."""
-
-    ds: Path | None = setting(None, "folder with clips, and their captions", shown="required", positional=True)
-    json: bool = setting(False, "print what was found and written as JSON")
-
-    def __post_init__(self) -> None:
-        if self.ds is None:
-            raise SettingError("no folder", where="DS", fix="name the folder that your clips are in: cogprep init ds")
-
-    @property
-    def root(self) -> Path:
-        assert self.ds is not None  # __post_init__
-        return self.ds
-
-
-@dataclass(frozen=True)
-class SplitSettings:
-    """Every option of `cogprep split`."""
-
-    film: Path | None = setting(None, "a long video, or a folder of them", shown="required", positional=True)
-    out: Path | None = setting(None, "folder for the lists of its parts, and the sheets of the cuts", shown="required")
-    scenes: bool = setting(False, "cut where the scene changes, which is what is done without --every, too")
-    every: float | None = setting(None, "cut every so many seconds instead, wherever scenes change")
-    shortest: float = setting(2.0, "seconds that a part must last")
-    longest: float = setting(10.0, "seconds that a part may last; a longer scene is divided into equal parts")
-    workers: int | None = setting(None, "processes that decode", shown="by cores and free memory")
-    json: bool = setting(False, "print what was found and written as JSON")
-
-    def __post_init__(self) -> None:
-        if self.film is None:
-            raise SettingError("no video", where="FILM", fix="cogprep split film.mp4 --out ds")
-        if self.out is None:
-            raise SettingError("no folder for the lists", where="--out", fix="--out ds, a folder of its own")
-        if self.scenes and self.every is not None:
-            raise SettingError("scenes, or pieces of one length?", where="--scenes, --every", fix="give one of the two")
-        for name in ("every", "shortest", "longest"):
-            value = getattr(self, name)
-            if value is not None and not 0.1 <= value < float("inf"):
-                raise SettingError(f"{value:g} s is too short", where=f"--{name}", fix=f"--{name} 0.1 or more")
-        most, flag = (self.longest, "--longest") if self.every is None else (self.every, "--every")
-        if most < self.shortest:
-            raise SettingError(
-                f"{flag} {most:g} is shorter than --shortest {self.shortest:g}: nothing would be left",
-                where=f"{flag}, --shortest",
-                fix=f"{flag} {most:g} --shortest {most:g}",
-            )
-        if self.workers is not None and self.workers < 1:
-            raise SettingError(f"{self.workers} is too small", where="--workers", fix="--workers 1 or more")
-
-    @property
-    def source(self) -> Path:
-        assert self.film is not None  # __post_init__
-        return self.film
-
-    @property
-    def root(self) -> Path:
-        """The new data root."""
-        assert self.out is not None  # __post_init__
-        return self.out
-
-
-@dataclass(frozen=True)
-class CaptionSettings:
-    """Every option of `cogprep caption`."""
-
-    ds: Path | None = setting(None, "folder with videos.txt and prompts.txt", shown="required", positional=True)
-    model: str = setting(
-        "Qwen/Qwen2.5-VL-3B-Instruct", "vision-language model: hub id or folder, of any kind that transformers loads"
-    )
-    form: CaptionForm = setting("long", "a paragraph, which CogVideoX was trained with, or a sentence")
-    instruction: str = setting("", "what to ask of the model instead", shown="by --form", prose=True)
-    prefix: str = setting("", "word to put in front of every caption", shown="none")
-    frames: int = setting(8, "frames of each clip that the model sees, spread over it")
-    target: str = setting(DEFAULT_MODEL["t2v"], "the CogVideoX that captions are for; its tokenizer says what fits")
-    prompts: str = setting("prompts.txt", "name of the list whose blank lines are filled")
-    videos: str = setting("videos.txt", "name of the list of clips and pictures")
-    workers: int = setting(2, "processes that decode clips")
-    json: bool = setting(False, "print what was done as JSON")
-
-    def __post_init__(self) -> None:
-        if self.ds is None:
-            raise SettingError("no folder", where="DS", fix="name the folder of your lists: cogprep caption ds")
-        for name in ("frames", "workers"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{getattr(self, name)} is too small", where=f"--{name}", fix=f"--{name} 1 or more")
-
-    @property
-    def root(self) -> Path:
-        assert self.ds is not None  # __post_init__
-        return self.ds
-
-
-@dataclass(frozen=True)
-class CleanSettings:
-    """Every option of `cogprep clean-cache`."""
-
-    out: Path = setting(Path("out"), "folder with the shards")
-    all: bool = setting(False, "remove everything that was made here, not only what is stale or half-written")
-    dry_run: bool = setting(False, "only list what would be removed")
-    yes: bool = setting(False, "remove without asking")
-    json: bool = setting(False, "print the list as JSON")
-
-
-@dataclass(frozen=True)
-class PreviewSettings:
-    """Every option of `cogprep preview`."""
-
-    out: Path = setting(Path("out"), "folder with the shards", positional=True)
-    to: Path | None = setting(None, "folder for the page and the sheets", shown="OUT/preview")
-    samples: int | None = setting(
-        None, "samples to show, from all over the folder", shown="8, or 3 of a large size on a CPU"
-    )
-    frames: int = setting(9, "frames to decode of each sample, from its first: 9, 17, ...")
-    model: str | None = setting(None, "checkpoint to decode with", shown="the one that encoded the folder")
-    json: bool = setting(False, "print paths and PSNR as JSON")
-
-    def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
-            raise SettingError(f"{self.samples} is too small", where="--samples", fix="--samples 1 or more")
-        self.check_frames(FAMILIES)
-
-    def check_frames(self, families: Sequence[Family]) -> None:
-        """Refuse a number of frames that none of the families' VAEs decodes.
-
-        Raises:
-            SettingError: with two numbers near it.
-        """
-        faults = [family.frames_fault(self.frames) for family in families]
-        if self.frames == 1 or all(faults):
-            low, high = families[0].frames_near(self.frames)
-            fault = faults[0] or "1 frame: the first three of a clip's latent are decoded together"
-            raise SettingError(fault, where=f"--frames {self.frames}", fix=f"--frames {low} or {high}")
-
-
-@dataclass(frozen=True)
-class InspectSettings:
-    """Every option of `cogprep inspect`."""
-
-    out: Path = setting(Path("out"), "folder with the shards", positional=True)
-    json: bool = setting(False, "print everything as JSON")
-
-
-@dataclass(frozen=True)
-class IndexSettings:
-    """Every option of `cogprep index`."""
-
-    out: Path = setting(Path("out"), "folder with the shards", positional=True)
-    json: bool = setting(False, "print what was put back as JSON")
-
-
-@dataclass(frozen=True)
-class VerifySettings:
-    """Every option of `cogprep verify`."""
-
-    out: Path = setting(Path("out"), "folder with the shards", positional=True)
-    reencode: int = setting(0, "encode this many samples again and report the largest difference")
-    workers: int = setting(1, "processes that decode clips for --reencode")
-    model: str | None = setting(None, "checkpoint for --reencode, if it is elsewhere now", shown="as encoded")
-    json: bool = setting(False, "print the result as JSON")
-
-    def __post_init__(self) -> None:
-        if self.reencode < 0 or self.workers < 1:
-            raise SettingError(
-                "a number is too small", where="--reencode, --workers", fix="--reencode 0 or more, --workers 1 or more"
-            )
