@@ -11,17 +11,9 @@ from cogcommon.cli.progress import paused
 from cogcommon.errors import CogError
 from cogcommon.jobs.settings import LaunchSettings
 
-from .settings import (
-    CompareSettings,
-    DoctorSettings,
-    ExportSettings,
-    ForecastSettings,
-    GenerateSettings,
-    LoraSettings,
-    SftSettings,
-    TrainSettings,
-    WatchSettings,
-)
+from .settings.planning import DoctorSettings, ForecastSettings
+from .settings.results import CompareSettings, ExportSettings, GenerateSettings, WatchSettings
+from .settings.training import LoraSettings, SftSettings, TrainSettings
 
 app = make_app("cogtrain", "Fine-tune CogVideoX on the shards that cogprep encode wrote.")
 

@@ -8,7 +8,8 @@ from cogcommon.cli.settings import flag_of, shown_default
 from cogcommon.jobs.settings import LaunchSettings
 from cogprep.settings.encode import EncodeSettings
 from cogprep.settings.lists import CaptionSettings
-from cogtrain.settings import CompareSettings, ExportSettings, GenerateSettings, LoraSettings
+from cogtrain.settings.results import CompareSettings, ExportSettings, GenerateSettings
+from cogtrain.settings.training import LoraSettings
 from workshop.bench_train.hardware import beside_table, config_files, guide_table, link_table, measured_table
 from workshop.verdicts import card_table, eight_table, verdict_table
 

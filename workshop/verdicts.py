@@ -14,7 +14,8 @@ from cogtrain.commands.plan import advised, best_few
 from cogtrain.memory.cost import plan_cost
 from cogtrain.memory.estimate import estimate
 from cogtrain.memory.machine import Machine, machine_for
-from cogtrain.settings import ForecastSettings, Strategy
+from cogtrain.settings.planning import ForecastSettings
+from cogtrain.settings.training import Strategy
 
 _CARDS, _HOSTS = (12, 16, 24, 48, 80), (16, 32, 64, 128)  # GB
 _NAMED, _THEIR_HOST = ("4060", "4070", "4080", "4090", "l40s", "h100"), 64  # of the first page's table

@@ -33,7 +33,7 @@ def main(case):
     from cogtrain.runs.checkpoint import list_checkpoints
     from cogtrain.runs.folder import read_run
     from cogtrain.runs.run import open_run
-    from cogtrain.settings import LoraSettings
+    from cogtrain.settings.training import LoraSettings
     from cogtrain.trainer.trainer import train
 
     pick_device()

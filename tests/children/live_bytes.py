@@ -26,7 +26,7 @@ from cogtrain.distributed.strategy import start  # noqa: E402
 from cogtrain.model.ema import EMA  # noqa: E402
 from cogtrain.model.method import Sft  # noqa: E402
 from cogtrain.model.objective import Objective  # noqa: E402
-from cogtrain.settings import SftSettings  # noqa: E402
+from cogtrain.settings.training import SftSettings  # noqa: E402
 from workshop.bench_train.rows import SMALL  # noqa: E402
 from workshop.bench_train.subject import random_checkpoint  # noqa: E402
 

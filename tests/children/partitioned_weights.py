@@ -27,7 +27,7 @@ from cogtrain.distributed import zero  # noqa: E402
 from cogtrain.distributed.optimizer import make_optimizer  # noqa: E402
 from cogtrain.distributed.strategy import start  # noqa: E402
 from cogtrain.model.method import Sft  # noqa: E402
-from cogtrain.settings import SftSettings  # noqa: E402
+from cogtrain.settings.training import SftSettings  # noqa: E402
 from workshop.bench_train.subject import random_checkpoint  # noqa: E402
 
 LAYERS = 6

@@ -23,7 +23,7 @@ from cogtrain.data.shards import ShardSet  # noqa: E402
 from cogtrain.distributed.signals import StopRequest  # noqa: E402
 from cogtrain.model.method import Lora  # noqa: E402
 from cogtrain.runs.run import Run  # noqa: E402
-from cogtrain.settings import LoraSettings  # noqa: E402
+from cogtrain.settings.training import LoraSettings  # noqa: E402
 from cogtrain.trainer.trainer import train  # noqa: E402
 from cogtrain.validation.validate import Validation  # noqa: E402
 from workshop.bench_train.rows import SMALL, SMALL_BUCKET  # noqa: E402

@@ -38,7 +38,7 @@ from cogtrain.distributed.strategy import Runtime  # noqa: E402
 from cogtrain.model.objective import Objective  # noqa: E402
 from cogtrain.runs import run as run_module  # noqa: E402
 from cogtrain.runs.run import open_run  # noqa: E402
-from cogtrain.settings import LoraSettings, SftSettings  # noqa: E402
+from cogtrain.settings.training import LoraSettings, SftSettings  # noqa: E402
 from cogtrain.trainer.trainer import train  # noqa: E402
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cogcommon.words import counted
 
-from ..settings import Memory
+from ..settings.training import Memory
 from .checkpointing import ACTIVATIONS, ALL_UNCOMPILED, Checkpointing
 
 _GIB = 2**30

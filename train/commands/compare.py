@@ -30,7 +30,7 @@ from ..report.sheet import Column, grid
 from ..report.videos import SHEET, VideoFolder, file_name
 from ..runs.checkpoint import checkpoint_name, find_checkpoint, list_checkpoints, step_of
 from ..runs.folder import COMPARED, SHEET_FILE, RecordedRun, lowest, open_base, read_run, trained_settings
-from ..settings import CompareSettings, GenerateSettings
+from ..settings.results import CompareSettings, GenerateSettings
 from ..validation.pipeline import Request, generate_video, move_pipeline, pipeline_of, step_bytes
 from ..validation.tuned import Tuned
 from . import generate

@@ -29,7 +29,7 @@ from ..memory.measured import measured
 if TYPE_CHECKING:
     import torch
 
-    from ..settings import DoctorSettings
+    from ..settings.planning import DoctorSettings
 
 _GIB = 2**30
 _SHARED = 1 * _GIB  # of /dev/shm, what NCCL and decode processes are content with; a container has 64 MB by default

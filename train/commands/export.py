@@ -31,7 +31,7 @@ from ..report.card import Kind, write_card
 from ..runs import checkpoint as checkpoints
 from ..runs.folder import CARD_FILE, RecordedRun, open_base, read_run, trained_settings
 from ..runs.restore import local_run
-from ..settings import ExportSettings
+from ..settings.results import ExportSettings
 from ..trainer.announce import checked
 
 if TYPE_CHECKING:

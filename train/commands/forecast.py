@@ -23,7 +23,8 @@ from ..memory.measured import Measured, measured
 from ..memory.seconds import seconds, speed_of
 from ..model.method import method_of
 from ..runs.run import Run, open_run
-from ..settings import ForecastSettings, LoraSettings, Memory, SftSettings, Strategy, TrainSettings
+from ..settings.planning import ForecastSettings
+from ..settings.training import LoraSettings, Memory, SftSettings, Strategy, TrainSettings
 
 if TYPE_CHECKING:
     from cogcommon.model.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from cogcommon.jobs.job import Program
 from cogcommon.jobs.launch import launch
 from cogcommon.jobs.settings import LaunchSettings
 
-from ..settings import LoraSettings, SftSettings, TrainSettings
+from ..settings.training import LoraSettings, SftSettings, TrainSettings
 
 
 def run(settings: LaunchSettings) -> None:

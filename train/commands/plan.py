@@ -24,7 +24,7 @@ from ..memory.estimate import Intent
 from ..memory.machine import Machine, machine_for
 from ..runs.folder import METRICS_FILE, read_metrics
 from ..runs.run import Run
-from ..settings import ForecastSettings
+from ..settings.planning import ForecastSettings
 from .forecast import TrainForecast, lines_of, wanted_runs
 
 _NAMES = {"lora": "LoRA", "sft": "Full fine-tuning"}

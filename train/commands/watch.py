@@ -20,7 +20,7 @@ from cogcommon.files.ownership import is_file
 
 from ..report.page import comparison, page
 from ..runs.folder import COMPARED, GENERATED, VALIDATION, RecordedRun, ask_to_stop, asked_to_stop, read_run
-from ..settings import WatchSettings
+from ..settings.results import WatchSettings
 
 _EVERY = 3  # seconds between the page's looks at what is new
 _TYPES = {".mp4": "video/mp4", ".png": "image/png"}

@@ -14,7 +14,7 @@ from typing import Any
 
 from cogcommon.errors import RunError, SettingError
 
-from ..settings import TrainSettings
+from ..settings.training import TrainSettings
 from .signals import StopRequest, end_by
 
 _MEET_S = 600  # for all hosts to be there: images are pulled, nodes boot

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import SettingError
 
-from ..settings import Optimizer, Strategy, TrainSettings
+from ..settings.training import Optimizer, Strategy, TrainSettings
 from . import zero
 from .strategies import STRATEGIES
 from .zero_config import can_spread

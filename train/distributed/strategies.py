@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import Strategy
+from ..settings.training import Strategy
 
 
 @dataclass(frozen=True)

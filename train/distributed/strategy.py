@@ -19,7 +19,7 @@ from cogcommon.errors import RunError
 from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.memory import free_gpu_memory
 
-from ..settings import Strategy, TrainSettings
+from ..settings.training import Strategy, TrainSettings
 from . import zero
 from .peers import Peers, meet
 from .snapshot import EMA, OPTIMIZER, WEIGHTS, Snapshot

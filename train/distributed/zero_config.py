@@ -15,7 +15,7 @@ from typing import Any
 from cogcommon.errors import SettingError
 from cogcommon.files.typed import parse_object
 
-from ..settings import Optimizer, Strategy, TrainSettings
+from ..settings.training import Optimizer, Strategy, TrainSettings
 from . import zero
 from .strategies import STRATEGIES
 

@@ -12,7 +12,7 @@ from cogcommon.words import in_bytes
 
 from ..distributed.strategies import STRATEGIES
 from ..runs.checkpoint import list_checkpoints
-from ..settings import Strategy
+from ..settings.training import Strategy
 from .estimate import STATES, Trains
 from .weights import trained_weights
 

@@ -13,7 +13,7 @@ from ..blocks.plan import USABLE, BlockPlan, Load, choose_plan
 from ..data.batches import bytes_ahead
 from ..distributed.strategies import STRATEGIES
 from ..distributed.zero_config import can_spread, deepspeed_config
-from ..settings import LoraSettings, Memory, Optimizer, Strategy
+from ..settings.training import LoraSettings, Memory, Optimizer, Strategy
 from .cost import Speed, plan_cost
 from .host import HostNeeds, export_bytes, itself, offloaded_bytes
 from .weights import trained_weights
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..data.prompts import Prompt
     from ..model.method import Method
-    from ..settings import TrainSettings
+    from ..settings.training import TrainSettings
 
 
 class Trains(Protocol):

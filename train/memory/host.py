@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..blocks.plan import BlockPlan, Load
 from ..distributed.strategies import STRATEGIES
-from ..settings import Strategy
+from ..settings.training import Strategy
 
 # A process itself. On CPUs: Python, torch, diffusers and what they import, all that no other process shares. On a GPU
 # CUDA's libraries and context, too: runs of measured.jsonl held 2.3 to 3.5 GiB each that no plan explains.

@@ -19,7 +19,7 @@ from .measured import gpu_here
 from .seconds import published_speed, speed_of
 
 if TYPE_CHECKING:
-    from ..settings import ForecastSettings
+    from ..settings.planning import ForecastSettings
 
 _GIB = 2**30
 _GPUS_OF_A_HOST = 8  # at most; of more, each eight are taken to have a host of their own

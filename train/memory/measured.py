@@ -12,7 +12,7 @@ from typing import Any
 
 from cogcommon.model.device import gpu_name
 
-from ..settings import Strategy
+from ..settings.training import Strategy
 
 FILE = "measured.jsonl"
 # What two runs must share to be the same thing measured twice, but for the link.

@@ -14,7 +14,7 @@ from ..blocks.plan import gib
 from ..distributed.optimizer import check_optimizer_installed
 from ..distributed.strategies import STRATEGIES
 from ..runs.run import Run
-from ..settings import Memory
+from ..settings.training import Memory
 from .estimate import estimate
 from .host import itself
 from .weights import text_encoder_bytes

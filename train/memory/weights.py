@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..settings import LoraSettings
+from ..settings.training import LoraSettings
 
 if TYPE_CHECKING:
     from cogcommon.model.device import Precision

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..settings import AdapterName
+from ..settings.training import AdapterName
 
 
 @dataclass(frozen=True)

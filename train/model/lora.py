@@ -22,7 +22,7 @@ from cogcommon.files.atomic import honour_umask, whole
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.copies import move
 
-from ..settings import TARGET_MODULES, AdapterName
+from ..settings.training import TARGET_MODULES, AdapterName
 from .adapters import ADAPTERS
 from .compare import check_answer
 from .finite import refuse_to_write

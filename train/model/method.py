@@ -19,7 +19,7 @@ from cogcommon.files.failures import disk_errors
 from cogcommon.model.checkpoint import Checkpoint
 
 from ..distributed.strategy import Runtime, read_weights
-from ..settings import TARGET_MODULES, AdapterName, LoraSettings, TrainSettings
+from ..settings.training import TARGET_MODULES, AdapterName, LoraSettings, TrainSettings
 from . import lora, sft
 from .adapters import ADAPTERS
 from .compare import Frozen, output_on_noise

@@ -16,7 +16,7 @@ from ..data.repeats import is_size, split_repeat
 from .folder import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from ..settings import TrainSettings
+    from ..settings.training import TrainSettings
     from .run import Run
 
 

@@ -37,7 +37,7 @@ from cogcommon.model.families import Resolution
 from ..data.shards import usual_size
 from ..model import lora
 from ..model.adapters import ADAPTERS
-from ..settings import AdapterName, LoraSettings, SftSettings, TrainSettings
+from ..settings.training import AdapterName, LoraSettings, SftSettings, TrainSettings
 
 CONFIG_FILE = "config.toml"
 FACTS_FILE = "facts.json"

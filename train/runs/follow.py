@@ -31,7 +31,7 @@ from ..data.repeats import described
 from ..data.shard_words import can_grow
 from ..data.shards import NoSamples, Opened, ShardSet, shard_set
 from ..distributed.peers import Peers
-from ..settings import TrainSettings
+from ..settings.training import TrainSettings
 from ..store.cache import SampleCache
 from .checkpoint import SavedCheckpoint
 from .folder import EPOCHS_FILE

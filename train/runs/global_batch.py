@@ -16,7 +16,7 @@ from cogcommon.words import counted
 from ..distributed.groups import DataGroups
 
 if TYPE_CHECKING:
-    from ..settings import TrainSettings
+    from ..settings.training import TrainSettings
     from .checkpoint import SavedCheckpoint
 
 FACT = "global batch"  # what a checkpoint calls it

@@ -16,7 +16,7 @@ from cogcommon.files.ownership import is_file
 
 from ..distributed.elastic import is_restart
 from ..distributed.peers import Peers
-from ..settings import TrainSettings
+from ..settings.training import TrainSettings
 from .folder import FACTS_FILE, RunFacts, run_facts
 
 RUNS = Path("runs")  # where folders lie that nobody has named

@@ -26,7 +26,7 @@ from ..distributed.optimizer import check_optimizer
 from ..distributed.peers import ALONE, Peers
 from ..distributed.zero_config import check_strategy, choose_strategy, deepspeed_config
 from ..model.method import Method, method_of
-from ..settings import Strategy, TrainSettings
+from ..settings.training import Strategy, TrainSettings
 from ..store.cache import SampleCache
 from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints

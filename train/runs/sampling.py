@@ -8,7 +8,7 @@ from cogcommon.words import counted
 from ..data.repeats import of_clips, times_of
 from ..data.sampler import Sampler
 from ..data.shards import ShardSet
-from ..settings import TrainSettings
+from ..settings.training import TrainSettings
 
 
 def make_sampler(settings: TrainSettings, shards: ShardSet, groups: int) -> Sampler:

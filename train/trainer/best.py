@@ -11,7 +11,7 @@ from cogcommon.words import counted
 from ..distributed.peers import Peers
 from ..runs.checkpoint import list_checkpoints, step_of
 from ..runs.folder import METRICS_FILE, ValidationLine, finite, lowest, read_metrics
-from ..settings import TrainSettings
+from ..settings.training import TrainSettings
 from ..validation.validate import Validation
 
 

@@ -15,7 +15,7 @@ from cogtrain.memory.estimate import Estimate, estimate
 from cogtrain.memory.measured import REFERENCE, SAME, Measured, everything_measured, measured
 from cogtrain.memory.seconds import H200, seconds, speed_of
 from cogtrain.runs.run import Run
-from cogtrain.settings import LoraSettings, SftSettings, TrainSettings
+from cogtrain.settings.training import LoraSettings, SftSettings, TrainSettings
 
 from .achieved import achieved
 from .reference_guide import GuideRow, Way, guide_rows

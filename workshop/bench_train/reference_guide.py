@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cogcommon.model.families import BY_NAME
-from cogtrain.settings import LoraSettings, SftSettings, TrainSettings
+from cogtrain.settings.training import LoraSettings, SftSettings, TrainSettings
 
 # auto and low: --memory, and on one GPU our own offload in place of ZeRO's; file: as the file says; reference: plainly.
 Way = Literal["auto", "low", "file", "reference"]

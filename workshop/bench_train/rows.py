@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.distributed.strategies import STRATEGIES
-from cogtrain.settings import LoraSettings, TrainSettings
+from cogtrain.settings.training import LoraSettings, TrainSettings
 
 from .achieved import achieved_by
 from .reference_guide import guide_rows

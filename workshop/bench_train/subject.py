@@ -24,7 +24,7 @@ from cogtrain.data.shards import Shard, ShardSet
 from cogtrain.distributed.zero_config import choose_strategy
 from cogtrain.model.method import method_of
 from cogtrain.runs.run import Run
-from cogtrain.settings import TrainSettings
+from cogtrain.settings.training import TrainSettings
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 COMMON = {"rank": 4, "epochs": 1, "lr": 1e-2, "seed": 3}
 

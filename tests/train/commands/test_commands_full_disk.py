@@ -12,7 +12,8 @@ import safetensors.torch
 from cogcommon.errors import DiskError
 from cogtrain.commands import export, generate
 from cogtrain.model import lora
-from cogtrain.settings import ExportSettings, GenerateSettings, LoraSettings
+from cogtrain.settings.results import ExportSettings, GenerateSettings
+from cogtrain.settings.training import LoraSettings
 
 
 @pytest.fixture(scope="module")

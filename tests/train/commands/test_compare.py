@@ -17,7 +17,8 @@ from cogtrain.commands.compare import Cell, layout
 from cogtrain.report.sheet import Column, grid
 from cogtrain.report.videos import VideoFolder
 from cogtrain.runs.folder import COMPARED, REPORT_FILE
-from cogtrain.settings import CompareSettings, LoraSettings, SftSettings
+from cogtrain.settings.results import CompareSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, to_base
 from cogtrain.validation.tuned import find_tuned
 

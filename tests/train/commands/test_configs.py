@@ -12,7 +12,7 @@ from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.distributed.zero_config import choose_strategy, deepspeed_config
 from cogtrain.runs import run
 from cogtrain.runs.folder import read_metrics
-from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 TEMPLATES = sorted((ROOT / "configs/deepspeed").glob("*.json"))

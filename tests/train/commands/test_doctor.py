@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 
 from cogtrain.commands import doctor
-from cogtrain.settings import DoctorSettings
+from cogtrain.settings.planning import DoctorSettings
 
 
 def about(findings, name):

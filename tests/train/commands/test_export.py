@@ -22,7 +22,8 @@ from cogtrain.model.compare import difference, output_on_noise
 from cogtrain.model.sft import load
 from cogtrain.report.card import write_card
 from cogtrain.runs.folder import read_run
-from cogtrain.settings import ExportSettings, LoraSettings, SftSettings
+from cogtrain.settings.results import ExportSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.validation.tuned import find_tuned
 
 

@@ -17,7 +17,7 @@ from cogtrain.memory.cost import Speed
 from cogtrain.memory.machine import Machine, machine_for
 from cogtrain.memory.measured import REFERENCE, everything_measured, measured
 from cogtrain.memory.seconds import H200
-from cogtrain.settings import ForecastSettings
+from cogtrain.settings.planning import ForecastSettings
 from workshop.bench_train.hardware import computed_for
 
 GIB = 2**30

@@ -27,7 +27,7 @@ from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.claim import claimed
 from cogtrain.runs.folder import RunFacts, StepLine
 from cogtrain.runs.log import RunLog, cut_metrics
-from cogtrain.settings import GenerateSettings
+from cogtrain.settings.results import GenerateSettings
 from cogtrain.validation.pipeline import Request
 from cogtrain.validation.tuned import AppliedLora
 

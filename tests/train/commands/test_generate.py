@@ -22,7 +22,7 @@ from cogtrain.model import lora
 from cogtrain.report import page
 from cogtrain.report.sheet import Column, contact_sheet, side_by_side
 from cogtrain.runs.folder import FACTS_FILE
-from cogtrain.settings import GenerateSettings
+from cogtrain.settings.results import GenerateSettings
 from cogtrain.validation import pipeline
 from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
 from cogtrain.validation.tuned import find_tuned

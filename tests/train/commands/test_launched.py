@@ -19,7 +19,7 @@ from cogcommon.errors import SettingError
 from cogtrain.cli import app
 from cogtrain.distributed.launch import Hosts
 from cogtrain.runs import checkpoint as checkpoints
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 STEPS = 12
 LORA = [

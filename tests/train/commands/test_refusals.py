@@ -20,7 +20,7 @@ from cogtrain.memory import ready
 from cogtrain.memory.estimate import estimate
 from cogtrain.memory.ready import check_ready
 from cogtrain.runs.run import open_run
-from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from cogcommon.errors import RunError, SettingError
 from cogcommon.files.locks import open_locked
 from cogtrain.commands import watch
 from cogtrain.runs.folder import COMPARED, LOCK_FILE, asked_to_stop
-from cogtrain.settings import WatchSettings
+from cogtrain.settings.results import WatchSettings
 
 
 def ask(port, path, method="GET", **headers):

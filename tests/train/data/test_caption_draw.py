@@ -13,7 +13,8 @@ from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.folder import read_run
-from cogtrain.settings import ForecastSettings, LoraSettings
+from cogtrain.settings.planning import ForecastSettings
+from cogtrain.settings.training import LoraSettings
 
 
 def draw_of(counts, seed=0, first=0):

@@ -17,7 +17,8 @@ from cogtrain.data.shards import open_shards
 from cogtrain.model.objective import Objective
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.folder import read_run
-from cogtrain.settings import ForecastSettings, LoraSettings
+from cogtrain.settings.planning import ForecastSettings
+from cogtrain.settings.training import LoraSettings
 
 SIZES = (Resolution(9, 64, 96), Resolution(1, 64, 96))
 

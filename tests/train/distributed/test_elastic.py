@@ -14,7 +14,7 @@ from waiting import steps_made, wait_until
 from cogtrain.distributed import elastic
 from cogtrain.distributed.signals import Stopped
 from cogtrain.runs.folder import ask_to_stop, read_run
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 STEPS = 500  # which no run here comes to
 SETTINGS = {"global_batch": 2, "rank": 4, "lr": 1e-2, "save_every": 1, "keep": 2, "steps": STEPS}

@@ -7,7 +7,7 @@ import torch
 
 from cogtrain.distributed.groups import DataGroups, data_groups
 from cogtrain.runs.folder import read_metrics
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 
 def test_every_process_is_a_group_today():

@@ -13,7 +13,7 @@ from waiting import wait_for_steps
 
 from cogcommon.errors import SettingError
 from cogtrain.distributed import launch
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 LORA = ["lora", "--shards", "out", "--steps", "1", "--rank", "2", "--out", "run"]
 

@@ -15,7 +15,7 @@ from cogtrain.distributed.optimizer import (
     make_optimizer,
     warmup_steps,
 )
-from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import pytest
 from cogtrain.distributed import signals
 from cogtrain.distributed.signals import SIGNALS, StopRequest
 from cogtrain.runs.folder import ask_to_stop, asked_to_stop, read_run
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

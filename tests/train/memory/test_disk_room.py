@@ -9,7 +9,7 @@ from cogtrain.memory import disk
 from cogtrain.memory.disk import check_room, writes
 from cogtrain.model import lora
 from cogtrain.runs.run import open_run
-from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from cogcommon.model.families import Resolution
 from cogtrain.memory.estimate import estimate
 from cogtrain.model.lora_file import FILE, read_facts
 from cogtrain.runs.run import open_run
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 pytestmark = pytest.mark.full  # a minute for each batch; and groups are root's
 

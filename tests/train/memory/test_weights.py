@@ -11,7 +11,7 @@ from cogcommon.model.published import published
 from cogtrain.memory.weights import all_weights, linear_layers, trained_weights
 from cogtrain.model.lora import targets
 from cogtrain.model.method import outline
-from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 
 CHECKPOINTS = {
     **{family.name: lambda family=family: published(family) for family in FAMILIES},

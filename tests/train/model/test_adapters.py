@@ -22,7 +22,8 @@ from cogtrain.model.compare import difference, output_on_noise
 from cogtrain.model.lora_file import read_facts
 from cogtrain.model.method import method_of
 from cogtrain.model.objective import Objective
-from cogtrain.settings import AdapterName, ExportSettings, LoraSettings
+from cogtrain.settings.results import ExportSettings
+from cogtrain.settings.training import AdapterName, LoraSettings
 
 RANK, ALPHA = 6, 3.0  # alpha/sqrt(rank) is 1.22; alpha/rank, 0.5
 

@@ -15,7 +15,7 @@ from cogtrain.model.init_lora import cut_to
 from cogtrain.model.method import Lora
 from cogtrain.runs.folder import read_metrics
 from cogtrain.runs.run import open_run
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 
 def kohya(state, alpha, rank):

@@ -11,7 +11,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.model import lora
 from cogtrain.model.compare import Frozen, output_on_noise
 from cogtrain.model.method import Lora, Written
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 CPU = torch.device("cpu")
 

@@ -23,7 +23,7 @@ from cogtrain.offload import cpu_adam
 from cogtrain.offload.cpu_adam import CpuAdamW
 from cogtrain.runs.folder import read_run
 from cogtrain.runs.run import open_run
-from cogtrain.settings import SftSettings
+from cogtrain.settings.training import SftSettings
 from workshop.bench_train.subject import random_checkpoint
 
 # Where a gradient should be zero (a key's bias), AdamW would make whole steps of rounding errors but for this epsilon.

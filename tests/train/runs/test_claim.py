@@ -15,7 +15,8 @@ from cogcommon.files.ownership import Made
 from cogtrain.commands import export
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.claim import claimed
-from cogtrain.settings import ExportSettings, LoraSettings
+from cogtrain.settings.results import ExportSettings
+from cogtrain.settings.training import LoraSettings
 
 OPTIONS = {"rank": 4, "lr": 1e-2, "steps": 6, "save_every": 1, "keep": 4}
 

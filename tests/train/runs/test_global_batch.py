@@ -9,7 +9,7 @@ import torch
 from cogcommon.cli.settings import resolve
 from cogcommon.errors import RunError, SettingError
 from cogtrain.runs.run import open_run
-from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 
 CPU = torch.device("cpu")
 

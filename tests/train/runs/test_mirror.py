@@ -28,7 +28,7 @@ from cogtrain.runs.checkpoint import STATE_FILE, find_checkpoint, list_checkpoin
 from cogtrain.runs.folder import EPOCHS_FILE, MIRROR_FILE, ask_to_stop, read_run
 from cogtrain.runs.mirror import Mirror, read_index
 from cogtrain.runs.restore import local_run, restore
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 WRITES = ("pipe_file", "put_file", "rm_file", "cp_file")
 
@@ -357,7 +357,7 @@ def test_a_runs_own_folder_is_not_made_older_from_its_mirror(begun, tmp_path, th
 
 def test_a_run_is_exported_from_its_mirror(begun, tmp_path, there, monkeypatch, capsys):
     from cogtrain.commands import export
-    from cogtrain.settings import ExportSettings
+    from cogtrain.settings.results import ExportSettings
 
     run = begun("run", waiter(tmp_path / "run", there, 4, "checkpoint-2"), steps=4, mirror=there)
     for place in ("elsewhere", "taken"):

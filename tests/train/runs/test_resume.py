@@ -19,7 +19,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.distributed.strategy import read_weights
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.claim import claimed
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 STEPS = 6
 # In a learning rate that lets the losses depend on every step before.

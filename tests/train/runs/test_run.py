@@ -18,7 +18,7 @@ from cogtrain.runs.claim import claimed
 from cogtrain.runs.config import write_config
 from cogtrain.runs.folder import read_run
 from cogtrain.runs.run import open_run
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 
 def cogtrain(*words, cwd):

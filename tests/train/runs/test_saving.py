@@ -14,7 +14,7 @@ from cogcommon.errors import DiskError
 from cogtrain.distributed.signals import Stopped
 from cogtrain.distributed.snapshot import EMA, OPTIMIZER, WEIGHTS, Snapshot
 from cogtrain.runs import checkpoint as checkpoints
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 from cogtrain.trainer import saver
 
 COMMON = {"rank": 4, "lr": 1e-2, "save_every": 1, "keep": 9}

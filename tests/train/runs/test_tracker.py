@@ -10,7 +10,7 @@ from forked import Forked
 from cogcommon.errors import SettingError
 from cogtrain.runs import tracker
 from cogtrain.runs.folder import read_metrics
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 
 def test_tensorboard_gets_the_numbers_of_the_metrics_and_the_settings(tmp_path, make_shards, train_here):

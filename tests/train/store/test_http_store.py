@@ -19,7 +19,7 @@ from cogcommon.store import http_store, store
 from cogtrain.data import shards as sources
 from cogtrain.data.batches import read_sample
 from cogtrain.data.shards import open_shards
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 STALL, PATIENCE = 0.25, 0.8  # seconds
 WITHIN = 8.0  # seconds in which each case must have ended, on a busy machine

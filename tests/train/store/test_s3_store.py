@@ -14,7 +14,7 @@ from cogcommon.store import fsspec_store, store
 from cogtrain.data import shards as sources
 from cogtrain.data.growing import committed
 from cogtrain.data.shards import open_shards
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 
 
 @pytest.fixture(scope="module")

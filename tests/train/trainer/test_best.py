@@ -11,7 +11,7 @@ from cogtrain.model import lora, sft
 from cogtrain.model.lora_file import FILE, read_facts
 from cogtrain.runs.folder import read_run
 from cogtrain.runs.run import open_run
-from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.validation import validate
 
 

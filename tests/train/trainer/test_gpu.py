@@ -21,7 +21,7 @@ from cogtrain.model.finite import all_finite
 from cogtrain.runs.checkpoint import list_checkpoints
 from cogtrain.runs.folder import read_run
 from cogtrain.runs.run import open_run
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 from cogtrain.trainer.trainer import train
 
 pytestmark = pytest.mark.gpu  # NCCL, fp16's scaler, page-locked memory, Triton; about two minutes in all

@@ -22,7 +22,7 @@ from cogtrain.model.finite import all_finite
 from cogtrain.model.objective import Objective
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.folder import read_run
-from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.trainer.step_check import Judge
 
 STEPS = 3
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_is_not_finite_is_neither_resumed_nor_exported(here):
     import safetensors.torch
 
     from cogtrain.commands.export import run as export
-    from cogtrain.settings import ExportSettings
+    from cogtrain.settings.results import ExportSettings
 
     run = here(steps=2)
     file = run / "checkpoint-2" / "weights.safetensors"
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_is_not_finite_is_neither_resumed_nor_exported(here):
 
 def test_weights_too_large_for_the_files_type_are_not_exported(here):
     from cogtrain.commands.export import run as export
-    from cogtrain.settings import ExportSettings
+    from cogtrain.settings.results import ExportSettings
 
     run = here(cls=SftSettings, steps=1, precision="fp32")
     import safetensors.torch

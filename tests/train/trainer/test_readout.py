@@ -12,7 +12,7 @@ from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
 from cogtrain.runs.folder import StepLine, read_run
 from cogtrain.runs.log import RunLog
-from cogtrain.settings import LoraSettings
+from cogtrain.settings.training import LoraSettings
 from cogtrain.trainer import announce
 
 

@@ -19,7 +19,7 @@ from cogtrain.model import lora
 from cogtrain.model.diffusion import Schedule
 from cogtrain.model.objective import Objective
 from cogtrain.runs.folder import read_metrics, read_run
-from cogtrain.settings import LoraSettings, SftSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.validation import validate
 from cogtrain.validation.validate import TIMESTEPS
 from cogtrain.validation.videos import Conditions, denoise
