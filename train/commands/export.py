@@ -30,7 +30,7 @@ from ..model.method import Exported, method_of, of_checkpoint
 from ..report.card import Kind, write_card
 from ..runs import checkpoint as checkpoints
 from ..runs.folder import CARD_FILE, RecordedRun, open_base, read_run, trained_settings
-from ..runs.restore import local_run
+from ..runs.mirror.restore import local_run
 from ..settings.results import ExportSettings
 from ..trainer.announce import checked
 

@@ -24,7 +24,7 @@ from ..report.renew import renew_report
 from ..report.sheet import Column, side_by_side
 from ..report.videos import SHEET, VideoFolder, file_name
 from ..runs.folder import GENERATED, SHEET_FILE
-from ..runs.restore import local_run
+from ..runs.mirror.restore import local_run
 from ..settings.results import GenerateSettings
 from ..validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
 from ..validation.tuned import Tuned, find_tuned

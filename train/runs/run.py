@@ -35,8 +35,8 @@ from .config import settings_json
 from .folder import embedding_file
 from .follow import Followed, open_followed
 from .global_batch import FACT, with_accumulation
+from .mirror.restore import restore
 from .restart import RUNS, own_folder, seconds_to_wait
-from .restore import restore
 from .sampling import check_sampler, make_sampler
 from .tracker import check_tracker_installed
 

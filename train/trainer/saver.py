@@ -30,7 +30,7 @@ from ..runs import checkpoint as checkpoints
 from ..runs.config import settings_json
 from ..runs.folder import ValidationLine
 from ..runs.log import RunLog
-from ..runs.mirror import Mirror
+from ..runs.mirror.mirror import Mirror
 from ..runs.run import Run
 from .announce import weights_file_facts
 

@@ -23,11 +23,12 @@ from cogcommon.store.fsspec_store import FsspecStore
 from cogcommon.store.remote_folder import open_folder
 from cogtrain.distributed.signals import Stopped
 from cogtrain.model import lora
-from cogtrain.runs import restore as restoring
 from cogtrain.runs.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints
 from cogtrain.runs.folder import EPOCHS_FILE, MIRROR_FILE, ask_to_stop, read_run
-from cogtrain.runs.mirror import Mirror, read_index
-from cogtrain.runs.restore import local_run, restore
+from cogtrain.runs.mirror import restore as restoring
+from cogtrain.runs.mirror.index import read_index
+from cogtrain.runs.mirror.mirror import Mirror
+from cogtrain.runs.mirror.restore import local_run, restore
 from cogtrain.settings.training import LoraSettings
 
 WRITES = ("pipe_file", "put_file", "rm_file", "cp_file")

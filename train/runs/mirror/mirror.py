@@ -9,26 +9,21 @@ and the hash of each file, so a kill at any request leaves the one before, or th
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from cogcommon.errors import CogError, RunError, StoreError
-from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.hashes import sha256_of
 from cogcommon.files.ownership import RECORD_FILE, is_file
-from cogcommon.files.typed import build, parse_object
-from cogcommon.store.remote_folder import RemoteFolder, open_folder
+from cogcommon.store.remote_folder import open_folder
 
-from ..model import lora, sft
-from .checkpoint import STATE_FILE, list_checkpoints, step_of
-from .folder import (
+from ...model import lora, sft
+from ..checkpoint import STATE_FILE, list_checkpoints, step_of
+from ..folder import (
     CARD_FILE,
     CONFIG_FILE,
     EPOCHS_FILE,
@@ -38,103 +33,12 @@ from .folder import (
     REPORT_FILE,
     VALIDATION,
 )
+from .index import ELSEWHERE, Index, MirroredFile, read_index, run_of, without, write_token
 
-A_NAME = re.compile("checkpoint-[0-9]{1,18}")  # of a checkpoint
-_SCHEMA = 1
 _AGAIN = 60.0  # seconds after which a failed upload is tried again; the next checkpoint tries at once
 _LEAVING = 60.0  # seconds that a run that fails waits for what is on its way
 _FILES = (CONFIG_FILE, FACTS_FILE, EPOCHS_FILE, METRICS_FILE, lora.FILE, CARD_FILE, REPORT_FILE)
 _FOLDERS = (VALIDATION, sft.FOLDER)
-_ELSEWHERE = "name an address of its own: --mirror s3://bucket/runs/another"
-
-
-@dataclass(frozen=True)
-class MirroredFile:
-    """A file of a checkpoint, as it was uploaded."""
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Index:
-    """``mirror.json``: what a mirror holds.
-
-    Args:
-        run: whose it is; the run's own folder says the same.
-        holder: the process that uploads. One that has restored the run elsewhere takes the mirror over.
-        checkpoints: the files of each that is whole, by their names.
-        best: the step that --keep-best keeps.
-        files: what else was uploaded: a hash of each, by name.
-        leaving: objects that are about to be removed; a kill may have left them.
-    """
-
-    run: str
-    holder: str
-    checkpoints: Mapping[str, Mapping[str, MirroredFile]] = field(default_factory=dict)
-    best: int | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-    leaving: Sequence[str] = ()
-    schema: int = _SCHEMA
-
-    @property
-    def names(self) -> list[str]:
-        """Of its checkpoints, oldest first."""
-        return sorted(self.checkpoints, key=lambda name: step_of(Path(name)))
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode()
-
-
-def read_index(remote: RemoteFolder) -> Index | None:
-    """What a mirror says of itself; None where there is none.
-
-    Raises:
-        RunError: it cannot be believed.
-        StoreError: it cannot be read, and why.
-    """
-    raw = remote.read(MIRROR_FILE)
-    if raw is None:
-        return None
-    try:
-        values = parse_object(raw)
-        if values.get("schema") != _SCHEMA:
-            raise ValueError(f"schema {values.get('schema')}, this version reads {_SCHEMA}")
-        index = build(Index, values)
-        names = [*index.checkpoints, *(file for files in index.checkpoints.values() for file in files), *index.files]
-        if bad := [name for name in names if name.startswith("/") or ".." in name.split("/") or "\0" in name]:
-            raise ValueError(f"{bad[0]!r} is no name of a file in it")
-        if odd := [name for name in index.checkpoints if not A_NAME.fullmatch(name)]:
-            raise ValueError(f"{odd[0]!r} is no name of a checkpoint")
-        return index
-    except ValueError as error:
-        raise RunError(
-            f"the mirror's index is damaged: {error}", where=remote.name(MIRROR_FILE), fix=_ELSEWHERE
-        ) from error
-
-
-def run_of(folder: Path) -> str | None:
-    """Which run a folder holds, as its mirror knows it; None where it has none."""
-    return str(token["run"]) if "run" in (token := _token(folder)) else None
-
-
-def is_copy(folder: Path) -> bool:
-    """Whether a folder was brought from a mirror to be used, and no run was made in it."""
-    return bool(_token(folder).get("copy"))
-
-
-def _token(folder: Path) -> dict[str, Any]:
-    try:
-        return parse_object((folder / MIRROR_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-
-
-def write_token(folder: Path, run: str, shown: str, *, copy: bool = False) -> None:
-    """Say in a folder which run it holds, for `run_of`, where that is mirrored, and whether it is a copy (`is_copy`)
-    or the run's home."""
-    told = {"run": run, "at": shown, **({"copy": True} if copy else {})}
-    commit_bytes(folder / MIRROR_FILE, json.dumps(told).encode())
 
 
 class Mirror:
@@ -211,7 +115,7 @@ class Mirror:
         own, index = run_of(self.folder), read_index(self._remote)
         holder = secrets.token_hex(16)
         if index is not None and index.run != own:
-            raise RunError("another run is mirrored there", where=f"--mirror {self.shown}", fix=_ELSEWHERE)
+            raise RunError("another run is mirrored there", where=f"--mirror {self.shown}", fix=ELSEWHERE)
         if index is not None:
             write_token(self.folder, index.run, self.shown)  # a copy becomes the run's home
             stays = {name: files for name, files in index.checkpoints.items() if step_of(Path(name)) <= done}
@@ -220,13 +124,13 @@ class Mirror:
             raise RunError(
                 "there are objects that no run has put there; none of them was touched",
                 where=f"--mirror {self.shown}",
-                fix=_ELSEWHERE,
+                fix=ELSEWHERE,
             )
         index = Index(own or secrets.token_hex(16), holder)
         # Before the first upload, so that no other run begins there, and a kill leaves nothing that seems nobody's.
         write_token(self.folder, index.run, self.shown)
         if not self._remote.create(MIRROR_FILE, index.to_json()):
-            raise RunError("another run has just begun there", where=f"--mirror {self.shown}", fix=_ELSEWHERE)
+            raise RunError("another run has just begun there", where=f"--mirror {self.shown}", fix=ELSEWHERE)
         return index
 
     def _work(self) -> None:
@@ -285,7 +189,7 @@ class Mirror:
             if there is not None and there[STATE_FILE].sha256 == sha256_of(committed):
                 return {}
             if there is not None:  # of the same step, from before the run went back
-                self._commit(replace(self._index, checkpoints=_without(self._index, checkpoint.name)))
+                self._commit(replace(self._index, checkpoints=without(self._index, checkpoint.name)))
             files = dict(self._uploaded(checkpoint))
         except (OSError, StoreError):
             if committed.exists():
@@ -359,7 +263,3 @@ class _TakenOver(Exception):
     def __init__(self, fault: CogError) -> None:
         super().__init__(str(fault))
         self.fault = fault
-
-
-def _without(index: Index, name: str) -> dict[str, Mapping[str, MirroredFile]]:
-    return {other: files for other, files in index.checkpoints.items() if other != name}

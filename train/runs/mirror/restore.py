@@ -16,11 +16,11 @@ from cogcommon.files.ownership import entries, replace_folder
 from cogcommon.store.address import address_of
 from cogcommon.store.remote_folder import RemoteFolder, open_folder
 
-from ..model import lora, sft
-from .checkpoint import STATE_FILE, fsync_tree, list_checkpoints, step_of
-from .claim import claimed
-from .folder import A_CHECKPOINT, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, VALIDATION
-from .mirror import A_NAME, Index, MirroredFile, is_copy, read_index, run_of, write_token
+from ...model import lora, sft
+from ..checkpoint import STATE_FILE, fsync_tree, list_checkpoints, step_of
+from ..claim import claimed
+from ..folder import A_CHECKPOINT, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, VALIDATION
+from .index import A_NAME, Index, MirroredFile, is_copy, read_index, run_of, write_token
 
 _FILES = (METRICS_FILE, FACTS_FILE, EPOCHS_FILE)  # the others are written anew
 _OTHERS = 1800.0  # seconds for others to bring the same to a folder: a checkpoint of all weights of 5B has 67 GB
