@@ -32,7 +32,7 @@ def train(settings: TrainSettings) -> None:
         from .distributed.leaving import LOST, REFUSED, PeerFailed, PeerLost
         from .distributed.peers import meet
         from .memory.ready import check_ready
-        from .runs.run import open_run
+        from .runs.opening import open_run
 
         give_back_what_is_freed()
         if not join_environment():

@@ -32,7 +32,7 @@ def main(case):
     from cogtrain.distributed.signals import StopRequest
     from cogtrain.runs.checkpoint import list_checkpoints
     from cogtrain.runs.folder import read_run
-    from cogtrain.runs.run import open_run
+    from cogtrain.runs.opening import open_run
     from cogtrain.settings.training import LoraSettings
     from cogtrain.trainer.trainer import train
 

@@ -36,8 +36,9 @@ from cogtrain.distributed.peers import meet  # noqa: E402
 from cogtrain.distributed.signals import StopRequest  # noqa: E402
 from cogtrain.distributed.strategy import Runtime  # noqa: E402
 from cogtrain.model.objective import Objective  # noqa: E402
+from cogtrain.runs import opening  # noqa: E402
 from cogtrain.runs import run as run_module  # noqa: E402
-from cogtrain.runs.run import open_run  # noqa: E402
+from cogtrain.runs.opening import open_run  # noqa: E402
 from cogtrain.settings.training import LoraSettings, SftSettings  # noqa: E402
 from cogtrain.trainer.trainer import train  # noqa: E402
 
@@ -100,7 +101,7 @@ def main(cases, out):
         if "full" in case:
             ctypes.CDLL(None).full_disk(case["full"].encode(), ctypes.c_long(1))
         if "groups" in case:
-            run_module.data_groups = functools.partial(DataGroups, count=case["groups"])
+            opening.data_groups = run_module.data_groups = functools.partial(DataGroups, count=case["groups"])
         if "compiler" in case:
             torch.compile = functools.partial(torch.compile, backend=case["compiler"])
         began = time.monotonic()

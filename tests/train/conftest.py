@@ -24,7 +24,7 @@ def train_here() -> Callable:
     from accelerate.state import AcceleratorState
 
     from cogtrain.distributed.signals import StopRequest
-    from cogtrain.runs.run import open_run
+    from cogtrain.runs.opening import open_run
     from cogtrain.trainer.trainer import train
 
     def run(settings, **options):

@@ -22,7 +22,8 @@ from ..memory.machine import Machine
 from ..memory.measured import Measured, measured
 from ..memory.seconds import seconds, speed_of
 from ..model.method import method_of
-from ..runs.run import Run, open_run
+from ..runs.opening import open_run
+from ..runs.run import Run
 from ..settings.planning import ForecastSettings
 from ..settings.training import LoraSettings, Memory, SftSettings, Strategy, TrainSettings
 

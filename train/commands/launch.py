@@ -56,7 +56,7 @@ def _check_as_run(settings: TrainSettings, nodes: int, each: int) -> None:
     """
     from ..distributed.groups import data_groups
     from ..runs.global_batch import with_accumulation
-    from ..runs.run import check_validation
+    from ..runs.opening import check_validation
 
     check_validation(settings)
     with_accumulation(settings, data_groups(nodes * each), None, each, [])

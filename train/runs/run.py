@@ -1,50 +1,31 @@
-"""Opens a run: everything that can be refused is refused here, before any weight is read."""
+"""A run that can start: what it trains, with what, and for how long."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cogcommon.cli.progress import stage
-from cogcommon.errors import ModelError, SettingError, ShardError
-from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
-from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16
+from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.device import Precision
 from cogcommon.model.families import Resolution
 
-from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.epochs import Epoch
-from ..data.prompts import Prompt, read_prompts, validation_prompts, without_token
+from ..data.prompts import Prompt
 from ..data.repeats import described, told
 from ..data.sampler import Sampler
-from ..data.shards import ShardSet, open_shards, usual_size
+from ..data.shards import ShardSet
 from ..distributed.groups import DataGroups, data_groups
-from ..distributed.optimizer import check_optimizer
-from ..distributed.peers import ALONE, Peers
-from ..distributed.zero_config import check_strategy, choose_strategy, deepspeed_config
-from ..model.method import Method, method_of
+from ..model.method import Method
 from ..settings.training import Strategy, TrainSettings
-from ..store.cache import SampleCache
-from .agreement import agree_on_resume
-from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
-from .claim import check_claimable
-from .config import settings_json
+from .checkpoint import SavedCheckpoint
 from .folder import embedding_file
-from .follow import Followed, open_followed
-from .global_batch import FACT, with_accumulation
-from .mirror.restore import restore
-from .restart import RUNS, own_folder, seconds_to_wait
-from .sampling import check_sampler, make_sampler
-from .tracker import check_tracker_installed
+from .follow import Followed
+from .global_batch import FACT
+from .restart import RUNS
 
-if TYPE_CHECKING:
-    import torch
-
-DEFAULT_EPOCHS = 10
-_REVISION, _STRATEGY, _PRECISION = "revision of the base model", "--strategy", "--precision"
+REVISION, STRATEGY, PRECISION = "revision of the base model", "--strategy", "--precision"  # facts of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -115,7 +96,7 @@ class Run:
         return {
             "method": self.method.name,
             "base model": f"{self.checkpoint.family.name} {self.checkpoint.name}",
-            _REVISION: self.checkpoint.fingerprint,
+            REVISION: self.checkpoint.fingerprint,
             "--follow": self.settings.follow,
             # What each epoch is over, and how often it trains a sample, its own record says.
             "shards": self.shards.contract.fingerprint if self.followed else self.shards.fingerprint,
@@ -123,272 +104,11 @@ class Run:
             "--captions": self.settings.captions,
             "--repeat": "" if self.followed else described(self.sampler.times),
             "--seed": self.settings.seed,
-            _STRATEGY: self.strategy,
-            _PRECISION: self.precision,
+            STRATEGY: self.strategy,
+            PRECISION: self.precision,
             "--optimizer": self.settings.optimizer,
             **self.method.resume_facts(),
         }
-
-
-@stage("opening shards")
-def open_run(
-    settings: TrainSettings, device: torch.device, world: int, peers: Peers = ALONE
-) -> Run:  # fmt: skip
-    """Check the settings, the shards and the model against each other.
-
-    Args:
-        device: that this process trains on.
-        world: processes of the run.
-        peers: those of them that have met; each calls this, and each may find a fault that the others do not.
-
-    Raises:
-        CogError: anything that the user can put right.
-    """
-    notes: list[str] = []
-    resume = agree_on_resume(
-        lambda: _find_resume(settings, peers), peers
-    )  # together, so before anything that may fail here
-    given, groups = settings, data_groups(world)
-    settings = with_accumulation(settings, groups, resume, peers.here if peers.world > 1 else world, notes)
-    settings = _as_it_began(settings, resume)
-    method = method_of(settings)
-    strategy = choose_strategy(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
-    _check_settings(settings, strategy, device)
-    if resume is None:
-        method.check_files()
-    if settings.follow and settings.model:  # which the shards may name, too, once there are some
-        checkpoint = _open_model(settings.model, None, resume)
-        precision = _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
-        _prompts(settings, checkpoint, checkpoint.native, precision)
-        if not checkpoint.on_hub:  # which may have a newer revision than the shards were made with
-            _check_weights(settings, checkpoint)
-    followed = open_followed(settings, resume, groups.count, peers) if settings.follow else None
-    held_out: ShardSet | None = None
-    if followed:
-        cache, shards, held_out = followed.cache, followed.newest.shards, followed.held_out
-    else:
-        cache = SampleCache(settings.cache, settings.cache_bytes) if settings.cache else None
-        shards = open_shards(settings.shards, cache=cache)
-    if cache is not None and not any(shard.file.remote for shard in shards.shards):
-        notes.append("--cache has nothing to do: these shards are on this machine, or wholly in the cache")
-    if lost := lost_tars(shards):
-        names = ", ".join(lost[:4]) + " ..." * (len(lost) > 4)
-        notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")
-    checkpoint = _base_model(settings, shards, resume)
-    check_model(shards.contract, checkpoint, shards.shards[0].shown)
-    precision = _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
-    if precision == "bf16" and not has_bf16(device):
-        notes.append(EMULATED.format("this GPU"))
-    _check_buckets(shards.contract.buckets if followed else shards.buckets, shards, checkpoint)
-    if settings.caption_dropout or _draws(settings):  # guidance needs it too
-        shards.empty_caption()
-    if followed is None and settings.validate_shards:
-        held_out = open_shards(settings.validate_shards, "--validate-shards", cache)
-        total = len(shards)
-        shards = shards.without(held_out)
-        if len(shards) < total:
-            notes.append(f"{total - len(shards)} samples of --shards are held out for validation and not trained")
-    if held_out:
-        check_shards_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
-        _check_buckets(held_out.buckets, held_out, checkpoint)
-    prompts = _prompts(settings, checkpoint, usual_size(shards.samples), precision)
-    notes += without_token(prompts, str(shards.contract.settings.get("id_token", "")))
-    _check_weights(settings, checkpoint)
-    sampler = followed.newest.sampler if followed else make_sampler(settings, shards, groups.count)
-    if followed is None:
-        notes += check_sampler(sampler, settings, shards, groups.count)
-    steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * sampler.steps_per_epoch
-    if resume is not None and resume.state.step > steps:
-        notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
-        steps = resume.state.step
-    if settings.warmup is not None and settings.warmup >= steps:
-        notes.append(f"the rate of --lr is never reached: {settings.warmup} steps of warm-up, {steps} in all")
-    if settings.lr == 0:
-        notes.append("--lr 0 trains nothing")
-    run = Run(
-        settings=settings,
-        given=given,
-        method=method,
-        shards=shards,
-        held_out=held_out,
-        checkpoint=checkpoint,
-        sampler=sampler,
-        steps=steps,
-        strategy=strategy,
-        precision=precision,
-        world=world,
-        resume=resume,
-        notes=tuple(notes),
-        followed=followed,
-        prompts=prompts,
-    )
-    if run.new_prompts:
-        _check_text_encoder(checkpoint)
-    if run.resume is not None:
-        check_same(run.resume, run.resume_facts(), groups.count, settings.batch_size)
-        changed = _changed(run.resume, settings)
-        if changed:
-            notes.append("changed since the checkpoint: " + ", ".join(changed))
-    return dataclasses.replace(run, notes=tuple(notes))
-
-
-def _as_it_began(settings: TrainSettings, resume: SavedCheckpoint | None) -> TrainSettings:
-    """What is chosen by the number of processes and by the device stays what it was when the run began."""
-    if resume is None:
-        return settings
-    facts, chosen = resume.state.facts, {}
-    if settings.strategy == "auto" and settings.deepspeed is None and _STRATEGY in facts:
-        chosen["strategy"] = facts[_STRATEGY]
-    if settings.precision is None and _PRECISION in facts:
-        chosen["precision"] = facts[_PRECISION]
-    return dataclasses.replace(settings, **chosen)
-
-
-def _base_model(settings: TrainSettings, shards: ShardSet, resume: SavedCheckpoint | None) -> Checkpoint:
-    """The checkpoint to train: at the revision that the run began with, or that the shards were made with. The hub may
-    have a newer one by now."""
-    contract = shards.contract
-    name = settings.model or contract.model
-    made_for = f"the contract of {shards.shards[0].shown}"
-    revision = contract.revision if name == contract.model else None
-    return _open_model(name, revision, resume, named_by=None if settings.model else made_for)
-
-
-def _open_model(
-    name: str, revision: str | None, resume: SavedCheckpoint | None, *, named_by: str | None = None
-) -> Checkpoint:
-    if resume is not None:
-        revision = resume.state.facts.get(_REVISION)
-    return open_checkpoint(name, revision, named_by=named_by)
-
-
-def _check_settings(settings: TrainSettings, strategy: Strategy, device: torch.device) -> None:
-    """Refuse what is wrong whatever the shards and the model: shards that are followed may be hours away."""
-    check_strategy(settings, strategy)
-    check_optimizer(settings, strategy)
-    check_tracker_installed(settings.tracker)
-    check_validation(settings)
-    if settings.validate_prompts:
-        read_prompts(settings.validate_prompt, settings.validate_prompts, "--validate-prompt")
-    if settings.precision == "fp16" and device.type == "cpu":
-        raise SettingError("fp16 needs a GPU", where="--precision fp16", fix="--precision bf16 or fp32")
-    if settings.out is not None:
-        check_claimable(settings.out)
-
-
-def _check_training(
-    settings: TrainSettings, method: Method, checkpoint: Checkpoint, strategy: Strategy, device: torch.device,
-    world: int, *, new: bool,
-) -> Precision:  # fmt: skip
-    """Refuse what cannot be done to a model; the precision in which it is computed with.
-
-    Args:
-        new: the run resumes nothing.
-    """
-    method.check(checkpoint)
-    if new:
-        method.check_start(checkpoint)
-    precision = settings.precision or default_precision(checkpoint.family, device)
-    deepspeed_config(settings, strategy, precision, world)
-    return precision
-
-
-def _draws(settings: TrainSettings) -> bool:
-    """Whether validation makes videos."""
-    return bool(settings.validate_videos or settings.validate_prompt or settings.validate_prompts)
-
-
-def _prompts(
-    settings: TrainSettings, checkpoint: Checkpoint, size: Resolution, precision: Precision
-) -> tuple[Prompt, ...]:  # fmt: skip
-    return validation_prompts(
-        settings.validate_prompt, settings.validate_prompts, settings.validate_image, checkpoint, size, precision
-    )
-
-
-def _check_weights(settings: TrainSettings, checkpoint: Checkpoint) -> None:
-    checkpoint.check_weights("transformer")
-    if _draws(settings):
-        checkpoint.check_weights("vae")
-
-
-def _check_buckets(buckets: Sequence[Resolution], shards: ShardSet, checkpoint: Checkpoint) -> None:
-    """Refuse samples of a size that the model cannot take, wherever they come from."""
-    for bucket in buckets:
-        try:
-            checkpoint.check_resolution(bucket)
-        except SettingError as error:
-            raise ShardError(
-                f"samples of {bucket}: {error.what}",
-                where=shards.shards[0].shown,
-                fix=f"other shards, or encode these clips again with {error.fix}",
-            ) from error
-
-
-def _check_text_encoder(checkpoint: Checkpoint) -> None:
-    try:
-        checkpoint.check_weights("text_encoder")
-    except ModelError as error:
-        raise ModelError(
-            f"{error.what}: T5, which embeds the prompts of --validate-prompt",
-            where=error.where,
-            fix=f"{error.fix}; or leave --validate-prompt out",
-        ) from error
-
-
-def check_validation(settings: TrainSettings) -> None:
-    """Refuse what needs held-out samples, where there are none.
-
-    Raises:
-        SettingError: names the option.
-    """
-    asked = {
-        "--validate-videos": (settings.validate_videos, "make videos of"),
-        "--keep-best": (settings.keep_best, "find the best checkpoint by"),
-        "--patience": (settings.patience, "end the run by"),
-    }
-    for option, (given, purpose) in asked.items():
-        if given and not settings.validate_shards:
-            raise SettingError(
-                f"there are no held-out samples to {purpose}",
-                where=option,
-                fix=f"--validate-shards with some that `cogprep encode --holdout` set aside, or leave {option} out",
-            )
-
-
-def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | None:
-    """The checkpoint that ``--resume`` asks for; of a run that its launcher starts again, its own."""
-    own = own_folder(settings, peers)
-    if own is not None and list_checkpoints(own):
-        if settings.mirror is not None:  # the job may have gone further on another machine since
-            restore(own, settings.mirror, seconds_to_wait(own, peers))
-        return find_checkpoint(own)
-    if settings.resume == "never":
-        return None
-    if settings.resume != "auto":
-        return find_checkpoint(Path(settings.resume))
-    if settings.mirror is not None and settings.out is not None:
-        restore(settings.out, settings.mirror, seconds_to_wait(settings.out, peers))
-    if settings.out is not None and list_checkpoints(settings.out):
-        return find_checkpoint(settings.out)
-    return None
-
-
-# They say where and how long, not what is trained.
-_FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "global_batch", "shards",
-         "validate_shards", "save_every", "save_minutes", "keep", "keep_best", "patience", "validate_every",
-         "validate_videos", "validate_prompt", "validate_prompts", "validate_image", "tracker", "model", "memory",
-         "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision",
-         "cache", "cache_size", "init_lora", "repeat", "follow", "mirror"}  # fmt: skip
-
-
-def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
-    now = settings_json(settings)
-    return [
-        f"{settings.option(name)} {found.state.settings.get(name)} -> {value}"
-        for name, value in now.items()
-        if name not in _FREE and name in found.state.settings and found.state.settings[name] != value
-    ]
 
 
 def run_folder(run: Run) -> Path:

@@ -10,7 +10,7 @@ from places import ROOT
 from cogtrain.cli import app
 from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.distributed.zero_config import choose_strategy, deepspeed_config
-from cogtrain.runs import run
+from cogtrain.runs import opening
 from cogtrain.runs.folder import read_metrics
 from cogtrain.settings.training import LoraSettings, SftSettings
 
@@ -41,7 +41,7 @@ def parsed(config, monkeypatch):
     program, *words = shlex.split(first.removeprefix("# "))
     assert program == "cogtrain"
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(run, "open_run", stop)
+    monkeypatch.setattr(opening, "open_run", stop)
     with pytest.raises(Parsed) as caught:
         app(words, standalone_mode=False)
     return caught.value.args[0]

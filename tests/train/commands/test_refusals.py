@@ -19,7 +19,7 @@ from cogtrain.distributed.zero_config import choose_strategy, deepspeed_config
 from cogtrain.memory import ready
 from cogtrain.memory.estimate import estimate
 from cogtrain.memory.ready import check_ready
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings, SftSettings
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, FAMILIES
 from cogtrain.memory.disk import writes
 from cogtrain.model import lora
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings, SftSettings
 
 STRATEGIES = ["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]

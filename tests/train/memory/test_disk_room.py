@@ -8,7 +8,7 @@ from cogcommon.model.checkpoint import Checkpoint
 from cogtrain.memory import disk
 from cogtrain.memory.disk import check_room, writes
 from cogtrain.model import lora
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings, SftSettings
 
 

@@ -30,7 +30,7 @@ from cogtrain.model.batch import Batch
 from cogtrain.model.ema import EMA
 from cogtrain.model.method import method_of
 from cogtrain.model.objective import Objective
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.trainer.failures import out_of_memory
 from cogtrain.trainer.saver import Saver

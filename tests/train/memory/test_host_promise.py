@@ -16,7 +16,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import Resolution
 from cogtrain.memory.estimate import estimate
 from cogtrain.model.lora_file import FILE, read_facts
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings
 
 pytestmark = pytest.mark.full  # a minute for each batch; and groups are root's

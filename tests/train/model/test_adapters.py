@@ -75,7 +75,7 @@ def run(tmp_path_factory, make_shards):
     from accelerate.state import AcceleratorState
 
     from cogtrain.distributed.signals import StopRequest
-    from cogtrain.runs.run import open_run
+    from cogtrain.runs.opening import open_run
     from cogtrain.trainer.trainer import train
 
     top = tmp_path_factory.mktemp("rslora")

@@ -14,7 +14,7 @@ from cogtrain.model.compare import difference, output_on_noise
 from cogtrain.model.init_lora import cut_to
 from cogtrain.model.method import Lora
 from cogtrain.runs.folder import read_metrics
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings
 
 

@@ -22,7 +22,7 @@ from cogtrain.memory.install import no_room
 from cogtrain.offload import cpu_adam
 from cogtrain.offload.cpu_adam import CpuAdamW
 from cogtrain.runs.folder import read_run
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import SftSettings
 from workshop.bench_train.subject import random_checkpoint
 

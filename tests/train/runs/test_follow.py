@@ -20,7 +20,7 @@ from cogtrain.data import growing
 from cogtrain.report.page import write_report
 from cogtrain.runs import follow
 from cogtrain.runs.folder import EPOCHS_FILE, read_run
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings
 
 OPTIONS = {"rank": 4, "lr": 1e-2, "follow": True}

@@ -8,7 +8,7 @@ import torch
 
 from cogcommon.cli.settings import resolve
 from cogcommon.errors import RunError, SettingError
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings, SftSettings
 
 CPU = torch.device("cpu")

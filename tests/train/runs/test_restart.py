@@ -12,7 +12,7 @@ from cogtrain.distributed.leaving import PeerLost
 from cogtrain.distributed.peers import ALONE
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.claim import claimed
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings
 
 STARTED = dataclasses.replace(ALONE, started_by=("agent 1", "agent 2"))

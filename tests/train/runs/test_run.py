@@ -17,7 +17,7 @@ from cogtrain.model import lora
 from cogtrain.runs.claim import claimed
 from cogtrain.runs.config import write_config
 from cogtrain.runs.folder import read_run
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings
 
 

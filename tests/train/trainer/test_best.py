@@ -10,7 +10,7 @@ from cogtrain.memory.disk import writes
 from cogtrain.model import lora, sft
 from cogtrain.model.lora_file import FILE, read_facts
 from cogtrain.runs.folder import read_run
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.validation import validate
 

@@ -20,7 +20,7 @@ from cogtrain.model import lora
 from cogtrain.model.finite import all_finite
 from cogtrain.runs.checkpoint import list_checkpoints
 from cogtrain.runs.folder import read_run
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings
 from cogtrain.trainer.trainer import train
 

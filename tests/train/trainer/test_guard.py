@@ -11,7 +11,7 @@ from cogtrain.data import batches
 from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
 from cogtrain.runs.folder import read_run
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.trainer.failures import out_of_memory
 

@@ -28,7 +28,7 @@ from cogtrain.memory.disk import writes
 from cogtrain.memory.ready import check_ready
 from cogtrain.memory.weights import text_encoder_bytes
 from cogtrain.runs.folder import drawn_prompts, embedding_file
-from cogtrain.runs.run import open_run
+from cogtrain.runs.opening import open_run
 from cogtrain.settings.results import GenerateSettings
 from cogtrain.settings.training import LoraSettings
 from cogtrain.validation.videos import denoise
