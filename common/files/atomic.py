@@ -44,6 +44,20 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Make a folder and all that is in it durable."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        else:
+            fsync_folder(path)
+    fsync_folder(folder)
+
+
 def honour_umask(path: Path) -> None:
     """Give a file the permissions of every other new file; safetensors makes its own for their owner alone."""
     mask = _umask()

@@ -32,6 +32,7 @@ from ..runs.folder import ValidationLine
 from ..runs.log import RunLog
 from ..runs.mirror.mirror import Mirror
 from ..runs.run import Run
+from ..runs.saving import NotSaved, Saving, begin_saving, load_checkpoint
 from .announce import weights_file_facts
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Saver:
     exported: Written | None = None
     unsaved: CogError | None = None
     saved_at: float = field(default_factory=lambda: time.monotonic())
-    _saving: checkpoints.Saving | None = None  # the last checkpoint, until it is known what has become of it
+    _saving: Saving | None = None  # the last checkpoint, until it is known what has become of it
     _best: int | None = None  # that stays beside it
     _said: bool = False
 
@@ -101,7 +102,7 @@ class Saver:
         Raises:
             RunError: it is damaged, does not fit this model, or holds what is not finite.
         """
-        checkpoints.load(self.runtime, self.model, self.optimizer, self._shadow, checkpoint)
+        load_checkpoint(self.runtime, self.model, self.optimizer, self._shadow, checkpoint)
 
     def export(self, step: int, line: ValidationLine | None = None) -> Written:
         """Write the weights as they are exported.
@@ -182,11 +183,11 @@ class Saver:
         size = writes(run).checkpoint
         try:
             with stage("saving a checkpoint"):
-                saving = checkpoints.begin_saving(
+                saving = begin_saving(
                     runtime, self.model, self.optimizer, self._shadow, state, self.folder,
                     room=self._has_room, needs=size, then=partial(self._prune, best),
                 )  # fmt: skip
-        except checkpoints.NotSaved as failed:
+        except NotSaved as failed:
             self._conclude(step, failed.fault)
             return
         finally:
@@ -214,7 +215,7 @@ class Saver:
         try:
             with stage("waiting for the checkpoint"):
                 saved = saving.end()
-        except checkpoints.NotSaved as failed:
+        except NotSaved as failed:
             self._conclude(step, failed.fault)
             return
         self.unsaved = None

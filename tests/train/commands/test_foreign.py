@@ -27,6 +27,7 @@ from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.claim import claimed
 from cogtrain.runs.folder import RunFacts, StepLine
 from cogtrain.runs.log import RunLog, cut_metrics
+from cogtrain.runs.saving import NotSaved, begin_saving
 from cogtrain.settings.results import GenerateSettings
 from cogtrain.validation.pipeline import Request
 from cogtrain.validation.tuned import AppliedLora
@@ -76,7 +77,7 @@ def train_in(folder: Path, full: bool = False) -> None:
         for step in range(done + 1, done + 4):
             log.write(dataclasses.asdict(StepLine(step, 0, 1.0, 0.1, 1.0, 1.0, 1.0, 1.0)))
             state = checkpoints.RunState(step, 1, {}, {})
-            checkpoints.begin_saving(OneRank(), None, None, None, state, folder).end()
+            begin_saving(OneRank(), None, None, None, state, folder).end()
             checkpoints.prune(folder, keep=2, best=None)
         if full:
             scratch = folder / ".transformer.scratch"
@@ -89,7 +90,7 @@ def train_in(folder: Path, full: bool = False) -> None:
 @pytest.fixture(autouse=True)
 def _finite(monkeypatch) -> None:
     """There are no weights to look at."""
-    monkeypatch.setattr(checkpoints, "_check_finite", lambda *_: None)
+    monkeypatch.setattr("cogtrain.runs.saving._check_finite", lambda *_: None)
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def let_loose(trees: int, seed: int, ours, generate_in, tmp_path) -> None:
         run = draw.choice([train_in, lambda top: train_in(top, full=True), generate_in, export_to])
         try:
             run(tree.top)
-        except (CogError, checkpoints.NotSaved):
+        except (CogError, NotSaved):
             refused += 1
         except OSError as error:  # as the command line takes it
             assert machines_fault(error), tree.told()

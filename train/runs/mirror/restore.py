@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cogcommon.cli.progress import say, stage
 from cogcommon.errors import RunError
-from cogcommon.files.atomic import commit, temporary_beside
+from cogcommon.files.atomic import commit, fsync_tree, temporary_beside
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.hashes import sha256_of
 from cogcommon.files.ownership import entries, replace_folder
@@ -17,7 +17,7 @@ from cogcommon.store.address import address_of
 from cogcommon.store.remote_folder import RemoteFolder, open_folder
 
 from ...model import lora, sft
-from ..checkpoint import STATE_FILE, fsync_tree, list_checkpoints, step_of
+from ..checkpoint import STATE_FILE, list_checkpoints, step_of
 from ..claim import claimed
 from ..folder import A_CHECKPOINT, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, VALIDATION
 from .index import A_NAME, Index, MirroredFile, is_copy, read_index, run_of, write_token
