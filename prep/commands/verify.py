@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from cogcommon.shards.records import (
     extent_intact,
     read_record,
     split_extent,
+    tar_name,
 )
 from cogcommon.words import counted, in_bytes
 
@@ -40,10 +42,16 @@ _TARS = 2  # from an address, on this machine's disk at a time
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as the record says."""
+    """Something that is not as the record says.
+
+    Args:
+        shard: its tar, or another file, from the folder.
+        heals: by the next `cogprep encode`, with nothing removed before.
+    """
 
     shard: str
     what: str
+    heals: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,15 @@ def _tell(verified: Verified, settings: VerifySettings, image: Outlet) -> None:
             )
     if verified.problems:
         damaged = sorted({problem.shard for problem in verified.problems})
-        tar = image.folder / next((label for label in damaged if label.endswith(".tar")), "NAME.tar")
+        fix, anew = "run the `cogprep encode` command again", "it makes them anew"
+        if broken := sorted({problem.shard for problem in verified.problems if not problem.heals}):
+            one = image.folder / broken[0]
+            files = [one, one.with_suffix(".parquet")] if one.suffix == ".tar" else [one]
+            fix = f"remove each with its record, for example `{command_line('rm', *files)}`, and {fix}: {anew}"
         raise ShardError(
             f"{len(damaged)} of {counted(verified.shards, 'shard')} not as recorded",
             where=", ".join(damaged),
-            fix=f"remove each with its record, for example `{command_line('rm', tar, tar.with_suffix('.parquet'))}`, "
-            "and run the `cogprep encode` command again: it makes them anew",
+            fix=fix,
         )
 
 
@@ -121,9 +132,10 @@ def verify(
     image = image or Outlet(out)
     contract = read_contract(out)
     if contract is None:
-        raise ShardError("no shards here", where=str(out / CONTRACT_FILE), fix="name the --out of `cogprep encode`")
+        raise _no_contract(out)
     problems = list(_of_the_folder(out, contract))
     records = list(records_in(out))
+    first: dict[tuple[Split, str], str] = {}  # the shard in which a sample is found, by split and key
     samples = bytes_read = 0
 
     def check(place: tuple[Split, int, Path]) -> tuple[ShardRecord | None, list[str]]:
@@ -141,6 +153,7 @@ def verify(
         for (split, number, path), (record, faults) in zip(records, checked, strict=True):
             problems += [Problem(shard_label(split, number), what) for what in faults]
             if record is not None:
+                problems += _found_twice(record, split, shard_label(split, number), first)
                 samples += sum(row.status == "ok" for row in record.rows)
                 bytes_read += record.header.tar_size
                 if reencode and not faults:
@@ -152,6 +165,25 @@ def verify(
 
         differences = encode_again(out, contract, good, count=reencode, workers=workers, model=model)
     return Verified(len(records), samples, bytes_read, problems, differences)
+
+
+def _no_contract(out: Path) -> ShardError:
+    if any(records_in(out)):
+        fix = f"`{command_line('cogprep', 'index', out)}` takes it from the record of a shard"
+        return ShardError(f"no {CONTRACT_FILE} beside the shards", where=str(out), fix=fix)
+    return ShardError("no shards here", where=str(out / CONTRACT_FILE), fix="name the --out of `cogprep encode`")
+
+
+def _found_twice(
+    record: ShardRecord, split: Split, label: str, first: dict[tuple[Split, str], str]
+) -> Iterator[Problem]:
+    """The samples of a shard that another one has, too; what is new is noted in ``first``."""
+    there = [first.setdefault((split, row.key), label) for row in record.rows if row.status == "ok"]
+    for other, count in sorted(Counter(there).items()):
+        if other != label:
+            drops = label.endswith(tar_name(record.header.number))  # else somebody has copied it
+            more = "; `cogprep encode` drops the second" if drops else ""
+            yield Problem(label, f"{counted(count, 'sample')} of it in {other}, too{more}", heals=drops)
 
 
 def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[str]:
@@ -223,10 +255,12 @@ def expected_shapes(bucket: str, contract: Contract) -> dict[str, tuple[int, ...
 def _of_the_folder(out: Path, contract: Contract) -> Iterator[Problem]:
     path = out / EMPTY_CAPTION_FILE
     if not path.exists():
-        yield Problem(EMPTY_CAPTION_FILE, "missing; `cogprep encode` makes it anew")
+        yield Problem(EMPTY_CAPTION_FILE, "missing; `cogprep encode` makes it anew", heals=True)
     elif hashlib.sha256(path.read_bytes()).hexdigest() != contract.empty_caption_sha256:
         yield Problem(EMPTY_CAPTION_FILE, f"its sha256 is not the one in {CONTRACT_FILE}")
     for split in SPLITS:
         for tar in tars_without_record(split_folder(out, split)):
-            what = "has no record, so it does not count; `cogprep encode` finishes it"
-            yield Problem(shard_label(split, int(tar.stem)), what)
+            what = (
+                "has no record, so it does not count: `cogprep encode` finishes it, or `cogprep clean-cache` removes it"
+            )
+            yield Problem(shard_label(split, int(tar.stem)), what, heals=True)

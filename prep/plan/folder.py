@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cogcommon.cli.names import command_line
 from cogcommon.cli.progress import stage
@@ -70,19 +70,24 @@ class Waiting:
 
     number: int
     place: int
+    rejected: bool = False  # and that the record says so of, with a reason
 
 
-def _no_waiting() -> Mapping[Split, Mapping[str, Waiting]]:
+def _nothing() -> Mapping[Split, Mapping[Any, Any]]:
     return {split: {} for split in SPLITS}
 
 
 @dataclass(frozen=True)
 class Committed:
-    """Everything that the records of a folder say, by split and key."""
+    """Everything that the records of a folder say, by split and key.
+
+    A sample that two shards of a split hold (the lists changed while several processes encoded) is where it is first.
+    """
 
     samples: Mapping[Split, Mapping[str, Placed]]
     hashes: Mapping[str, Hashed]  # by source, as the list names it
-    waiting: Mapping[Split, Mapping[str, Waiting]] = field(default_factory=_no_waiting)
+    waiting: Mapping[Split, Mapping[str, Waiting]] = field(default_factory=_nothing)
+    rows: Mapping[Split, Mapping[int, int]] = field(default_factory=_nothing)  # of each shard's record
     tone_mapped: Set[str] = frozenset()  # sources that are HDR
     out: Path | None = None  # the folder, for what is looked up only seldom
 
@@ -102,6 +107,7 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
     """
     samples: dict[Split, dict[str, Placed]] = {split: {} for split in SPLITS}
     waiting: dict[Split, dict[str, Waiting]] = {split: {} for split in SPLITS}
+    rows: dict[Split, dict[int, int]] = {split: {} for split in SPLITS}
     hashes: dict[str, Hashed] = {}
     tone_mapped: set[str] = set()
     for split, number, found in _read_records(out):
@@ -109,21 +115,24 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
             continue
         header, table = found
         columns = [table.column(name).to_pylist() for name in _SCANNED]
-        lacking = {key for _, key in header.waiting}
+        rows[split][number] = table.num_rows
+        again: set[str] = set()
         for key, _status, reason, source, size, mtime_ns, sha256, colour in zip(*columns, strict=True):
             hashes[source] = Hashed(size, mtime_ns, sha256)
             if TONED in colour:
                 tone_mapped.add(source)
             if reason and retry_rejected:
-                lacking.add(key)
-            else:
+                again.add(key)
+            elif (first := samples[split].get(key)) is None or (first.reason and not reason):
                 samples[split][key] = Placed(number, reason, sha256)
-        if lacking:
+        if lacking := again.union(key for _, key in header.waiting):
             order = columns[0]
             for place, key in header.waiting:
                 order.insert(place, key)
-            waiting[split] |= {key: Waiting(number, place) for place, key in enumerate(order) if key in lacking}
-    return Committed(samples, hashes, waiting, tone_mapped, out)
+            waiting[split] |= {
+                key: Waiting(number, place, key in again) for place, key in enumerate(order) if key in lacking
+            }
+    return Committed(samples, hashes, waiting, rows, tone_mapped, out)
 
 
 def _read_records(out: Path) -> Iterator[_Read]:
@@ -139,7 +148,16 @@ def _read_one(place: tuple[Split, int, Path]) -> _Read:
     split, number, path = place
     header, table = read_table(path, _SCANNED)
     tar = path.with_suffix(".tar")
+    if header.number != number:
+        raise _renamed(tar, tar.with_name(tar_name(header.number)))
     if not tar.exists():
+        if tar.is_symlink():
+            raise ShardError(
+                f"{tar.name} is a link to {tar.readlink()}, and nothing is there",
+                where=str(tar),
+                fix="mount the disk that it leads to; "
+                f"or `{command_line('rm', tar, path)}`, and run `cogprep encode` again, which makes the shard anew",
+            )
         return split, number, None
     _check_size(tar, header.tar_size)
     return split, number, (header, table)
@@ -154,6 +172,22 @@ def _check_size(tar: Path, recorded: int) -> None:
             where=str(tar),
             fix=f"`{command_line('rm', tar, tar.with_suffix('.parquet'))}`, and run `cogprep encode` again",
         )
+
+
+def _renamed(tar: Path, named: Path) -> ShardError:
+    """The error for a shard that has the name of another number; to train on, any name will do.
+
+    Args:
+        named: as its record calls it.
+    """
+    here, there = (tar, tar.with_suffix(".parquet")), (named, named.with_suffix(".parquet"))
+    free = not any(os.path.lexists(path) for path in there)
+    back = " && ".join(command_line("mv", *pair) for pair in zip(here, there, strict=True))
+    return ShardError(
+        f"{tar.name} is {named.name} by its record: it was renamed or copied, and `cogprep encode` goes by the names",
+        where=str(tar),
+        fix=f"`{back}`" if free else f"move {tar.name} and {here[1].name} to a folder of their own, or remove them",
+    )
 
 
 def records_in(out: Path) -> Iterator[tuple[Split, int, Path]]:

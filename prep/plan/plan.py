@@ -166,14 +166,14 @@ def make_plan(
         for number, samples in sorted(complete.items()):
             samples.sort(key=lambda planned: waiting[planned.key].place)
             shards.append(PlannedShard(split, number, samples[0].bucket, samples, completes=True))
-        sizes = Counter(there.number for there in placed.values())
+        again = {number: sum(waiting[one.key].rejected for one in samples) for number, samples in complete.items()}
         lost = Counter(
             there.number for key, there in placed.items() if not there.reason and key not in stay[there.number]
         )
         drops += [
             Drop(split, number, frozenset(stay[number] | {planned.key for planned in complete[number]}), lost[number])
-            for number, size in sorted(sizes.items())
-            if len(stay[number]) < size
+            for number, rows in sorted(committed.rows[split].items())
+            if len(stay[number]) + again.get(number, 0) < rows
         ]
         free = (number for number in itertools.count() if not stay.get(number) and not complete.get(number))
         for bucket in bucket_order:

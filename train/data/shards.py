@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from cogcommon.errors import CogError, ShardError, StoreError
 from cogcommon.files.readers import read_in_order
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
-from cogcommon.shards.records import ShardHeader, extent_intact, read_table
+from cogcommon.shards.records import ShardHeader, extent_intact, read_table, shard_number
 from cogcommon.store.store import TRAINING, ReadPart, Stop, StoredFile, WholeFilesOnly
 from cogcommon.words import counted
 
@@ -172,9 +173,10 @@ class ShardSet:
         Raises:
             ShardError: nothing is left.
         """
+        clips = held_out.table.filter(pc.invert(held_out._of_no_clip))["source_sha256"]
         same = pc.or_(
             pc.is_in(self.table["key"], held_out.table["key"].combine_chunks()),
-            pc.is_in(self.table["source_sha256"], held_out.table["source_sha256"].combine_chunks()),
+            pc.is_in(self.table["source_sha256"], clips.combine_chunks()),
         )
         table = self.table.filter(pc.invert(same))
         if not table.num_rows:
@@ -332,7 +334,8 @@ def shard_set(opened: Iterable[Opened], option: str = "--shards", cache: SampleC
         raise ShardError(
             f"{len(twice)} samples are in more than one of these shards, {twice[0]['values'].as_py()} for one",
             where=option,
-            fix="give each shard once, and only one copy of a folder",
+            fix="give each shard once, and only one copy of a folder; where one folder holds them twice, "
+            "`cogprep encode` drops the second",
         )
     buckets = sorted(Resolution.parse(name) for name in pc.unique(table["bucket"]).to_pylist())
     return ShardSet([one.shard for one in opened], table, buckets, cache)
@@ -388,13 +391,7 @@ def _record(found: FoundTar) -> tuple[ShardHeader, pa.Table]:
                 found.tar.stat()
             except FileNotFoundError:
                 raise _no_such_shard(found.tar) from error
-            folder = found.tar.shown.rpartition("/")[0] or "."
-            raise ShardError(
-                "a shard without its record: it was never finished",
-                where=found.tar.shown,
-                fix="`cogprep encode` finishes an interrupted folder; "
-                f"`{command_line('cogprep', 'index', folder)}` rebuilds what can be rebuilt",
-            ) from error
+            raise _without_record(found) from error
         try:
             return read_table(io.BytesIO(raw), _COLUMNS)
         except ShardError as error:
@@ -406,6 +403,25 @@ def _record(found: FoundTar) -> tuple[ShardHeader, pa.Table]:
             fix="open the URL in a browser: it may be the page of a login or of a proxy",
         )
     raise ShardError(fault.what, where=file.shown, fix=fault.fix) from fault
+
+
+def _without_record(found: FoundTar) -> ShardError:
+    folder, _, name = found.tar.shown.rpartition("/")
+    if shard_number(name, "tar") is None:
+        return ShardError(
+            "a tar without a record beside it, which says what is in it",
+            where=found.tar.shown,
+            fix=f"a shard that was renamed needs its record as {found.record.shown.rpartition('/')[2]}; "
+            "move any other tar elsewhere, or name the shards without it",
+        )
+    out = re.sub("(^|(?<=.)/)val$", "", folder) or "."
+    return ShardError(
+        "a shard without its record: it was never finished",
+        where=found.tar.shown,
+        fix="`cogprep encode` finishes an interrupted folder; "
+        f"`{command_line('cogprep', 'index', out)}` rebuilds a lost record; "
+        f"`{command_line('cogprep', 'clean-cache', '--out', out)}` removes what neither has a use for",
+    )
 
 
 def _no_such_shard(tar: StoredFile) -> ShardError:

@@ -56,7 +56,10 @@ def committed_of(shards: dict) -> Committed:
     samples = {"train": {}, "val": {}}
     for (split, number), keys in shards.items():
         samples[split] |= {key: Placed(number, "", bytes([int(key[1:])]) * 32) for key in keys}
-    return Committed(samples, {})
+    rows = {
+        split: {number: len(keys) for (there, number), keys in shards.items() if there == split} for split in samples
+    }
+    return Committed(samples, {}, rows=rows)
 
 
 def test_buckets_do_not_mix_and_numbers_follow_their_order():

@@ -9,6 +9,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE
 from cogcommon.shards.records import read_record, write_record
+from cogprep.commands.index import index
 from cogtrain.data.batches import read_sample
 from cogtrain.data.compatibility import check_model, check_shards_alike
 from cogtrain.data.shards import open_shards
@@ -77,13 +78,24 @@ def test_words_that_stand_for_nothing(tmp_path, make_shards, monkeypatch, words,
         open_shards(words)
 
 
-def test_a_tar_without_a_record_names_both_commands(tmp_path, make_shards):
-    make_shards(tmp_path)
-    (tmp_path / "000001.parquet").unlink()
+@pytest.mark.parametrize("folder", ["out", "out/val"])
+def test_a_tar_without_a_record_names_each_command_that_may_help(tmp_path, make_shards, monkeypatch, folder):
+    make_shards(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder / "000001.parquet").unlink()
     with pytest.raises(ShardError, match="without its record") as caught:
-        open_shards([str(tmp_path)])
-    assert "cogprep encode" in caught.value.fix and "cogprep index" in caught.value.fix
-    assert "000001.tar" in caught.value.where
+        open_shards([folder])
+    for command in ("`cogprep encode`", "`cogprep index out`", "`cogprep clean-cache --out out`"):
+        assert command in caught.value.fix
+    assert caught.value.where == f"{folder}/000001.tar"
+
+
+def test_a_tar_that_is_no_shard_is_not_called_unfinished(tmp_path, make_shards):
+    make_shards(tmp_path)
+    (tmp_path / "backup.tar").write_bytes((tmp_path / "000000.tar").read_bytes())
+    with pytest.raises(ShardError, match="a tar without a record beside it") as caught:
+        open_shards([f"{tmp_path}/*.tar"])
+    assert caught.value.where.endswith("backup.tar") and "its record as backup.parquet" in caught.value.fix
 
 
 def test_a_damaged_record_is_named(tmp_path, make_shards):
@@ -175,6 +187,18 @@ def test_held_out_samples_are_left_out_by_key_and_by_clip(tmp_path, make_shards)
     assert len(train.without(open_shards([str(tar)]))) == 5
     with pytest.raises(ShardError, match="all 6 samples"):
         train.without(train)
+
+
+def test_records_that_were_rebuilt_are_held_out_by_key_alone(tmp_path, make_shards):
+    """They do not say of which clip a sample is; that is no clip that all of them share."""
+    opened = []
+    for name, samples in (("out", 6), ("val", 2)):
+        for tar in make_shards(tmp_path / name, samples=samples):
+            tar.with_suffix(".parquet").unlink()
+        index(tmp_path / name)
+        opened.append(open_shards([str(tmp_path / name)]))
+    train, val = opened
+    assert val.of_no_clip == 2 and len(train.without(val)) == 4
 
 
 def _clip(folder, line):
