@@ -80,12 +80,16 @@ def objects(there):
 def waiter(folder, there, step, checkpoint):
     """After a step the run waits until a checkpoint is in the mirror: steps as quick as these overtake uploads.
 
-    The step before has waited until it is written: it is, beside the steps, and between two of them the mirror is told.
+    The step before has waited until the thread that writes it has ended: the mirror is told between the two steps.
     """
+
+    def written():
+        writing = any(thread.name == "cogtrain-checkpoint" for thread in threading.enumerate())
+        return not writing and (folder / checkpoint / STATE_FILE).exists()
 
     def after_step(made):
         if made == step - 1:
-            wait_until((folder / checkpoint / STATE_FILE).exists, seconds=60)
+            wait_until(written, seconds=60)
         if made == step:
             wait_until(lambda: checkpoint in index_of(there).checkpoints, seconds=60)
 
