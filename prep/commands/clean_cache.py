@@ -29,6 +29,7 @@ from cogcommon.words import counted, in_bytes
 from ..plan.folder import SPLITS, Split, records_in, split_folder
 from ..plan.stale import Wanted
 from ..settings.shards import CleanSettings
+from ..store.committed import committed_shards
 from ..store.locks import ShardBusy, is_lock_of_removing, lock_shard, removing, shard_disk_errors, temporary_name
 from ..store.outlet import Outlet, open_image
 from ..store.proof import (
@@ -41,7 +42,7 @@ from ..store.proof import (
     is_output,
     preview_record,
 )
-from ..store.shards import committed_shards, drop_samples, finish_rewrites
+from ..store.rewrite import drop_samples, finish_rewrites
 
 
 @dataclass(frozen=True)

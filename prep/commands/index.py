@@ -29,11 +29,13 @@ from cogcommon.words import counted
 
 from ..plan.folder import SPLITS, read_contract, records_in, split_folder
 from ..settings.shards import IndexSettings
+from ..store.committed import tars_without_record
 from ..store.extents import INFO_FIELDS, tar_end_whole, whole_extents
 from ..store.locks import ShardBusy, at_work, lock_shard, shard_disk_errors
 from ..store.outlet import Outlet, open_image
 from ..store.proof import check_shards_output, is_ours
-from ..store.shards import ShardDone, recover_folder, tars_without_record
+from ..store.rewrite import recover_folder
+from ..store.shards import ShardDone
 
 
 @dataclass(frozen=True)

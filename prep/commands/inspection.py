@@ -20,8 +20,8 @@ from cogcommon.words import counted, in_bytes
 
 from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label, split_folder
 from ..settings.shards import InspectSettings
+from ..store.committed import tars_without_record
 from ..store.outlet import open_image
-from ..store.shards import tars_without_record
 
 _ROWS = 5
 _COLUMNS = [

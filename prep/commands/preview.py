@@ -39,10 +39,10 @@ from ..show.preview_page import Preview, PreviewSample, html_of
 from ..show.preview_sheet import draw_sheets
 from ..show.source_view import view_source
 from ..source.clip import ClipFault
+from ..store.committed import read_tensors
 from ..store.locks import shard_disk_errors
 from ..store.outlet import is_address
 from ..store.proof import A_PREVIEW, PREVIEW, preview_record
-from ..store.shards import read_tensors
 from ..video.colour import Pixels
 from ..video.cut import Cut
 

@@ -34,8 +34,8 @@ from cogcommon.words import counted, in_bytes
 from ..encode.reencode import Difference
 from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label, split_folder
 from ..settings.shards import VerifySettings
+from ..store.committed import tars_without_record
 from ..store.outlet import Outlet, open_image
-from ..store.shards import tars_without_record
 
 _TARS = 2  # from an address, on this machine's disk at a time
 

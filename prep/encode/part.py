@@ -49,7 +49,7 @@ from ..source.clip_cache import default_cache
 from ..store.locks import ShardBusy, at_work, lack_of_room, shard_disk_errors
 from ..store.outlet import Outlet, open_outlet
 from ..store.proof import ORIGIN_FILE
-from ..store.shards import drop_samples, recover_folder
+from ..store.rewrite import drop_samples, recover_folder
 from .clock import Clock
 from .engine import Engine, Job, LocalEngine, scratch_bytes
 from .outcome import Outcome

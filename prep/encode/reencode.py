@@ -19,7 +19,7 @@ from cogcommon.shards.records import TEXT, SampleRow, ShardRecord
 from ..plan.folder import read_origin
 from ..processes.pool import Pool
 from ..source.clip import ClipFault
-from ..store.shards import read_tensors
+from ..store.committed import read_tensors
 from ..vae.encoder import LatentEncoder
 from ..video.cut import Cut
 from ..video.decode import decode_clip

@@ -26,10 +26,10 @@ from ..plan.survey import Survey
 from ..processes.pool import default_workers
 from ..settings.encode import EncodeSettings
 from ..source.clip import TONED
+from ..store.committed import committed_shards
 from ..store.locks import shard_disk_errors
 from ..store.outlet import put_beside
 from ..store.proof import refuse_foreign
-from ..store.shards import committed_shards
 from .outcome import NodeWork, Outcome
 
 _SHOWN = 20  # rejected clips that the summary lists; the report has them all

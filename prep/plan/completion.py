@@ -18,7 +18,8 @@ from cogcommon.shards.records import SampleRow, ShardRecord, read_record, record
 
 from ..store.extents import finish_tar, make_extent
 from ..store.locks import lock_shard, shard_disk_errors
-from ..store.shards import ShardDone, ShardWriter, complete_rewrite, copy_sample, finish_rewrite, open_rewrite
+from ..store.rewrite import complete_rewrite, copy_sample, finish_rewrite, open_rewrite
+from ..store.shards import ShardDone, ShardWriter
 
 if TYPE_CHECKING:
     import torch

@@ -29,9 +29,9 @@ from ..dataset.lists import DataSet, hash_of_list, read_lists
 from ..settings.encode import PlanSettings
 from ..source.addresses import remote_address
 from ..source.clip import TONED, Hashed
+from ..store.committed import committed_shards
 from ..store.outlet import ABOUT_TO_WRITE_S
 from ..store.proof import ORIGIN_FILE, refuse_foreign
-from ..store.shards import committed_shards
 from .holdout import Holdout
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Shards as files: written, committed, locked, and proved to be ours before anything is removed.
+"""Shards as files: written (`shards`), committed, rewritten, locked, and proved to be ours before anything is removed.
 
 `outlet` is where an encode's shards go: a folder of this machine, or one behind an address (`remote_outlet`).
 

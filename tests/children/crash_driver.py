@@ -45,7 +45,7 @@ from cogprep.plan.plan import Candidate, make_plan, with_keys
 from cogprep.source.clip import Hashed
 from cogprep.store.locks import ShardBusy
 from cogprep.store.outlet import Outlet
-from cogprep.store.shards import drop_samples, recover_folder
+from cogprep.store.rewrite import drop_samples, recover_folder
 from cogprep.vae.encoder import Latents, Pending, generator_of
 from cogprep.video.cut import Cut
 from cogprep.video.decode import Clip

@@ -164,7 +164,7 @@ def test_rejected_clips_that_are_tried_again_get_their_old_place(encoded, settin
 def test_a_killed_run_with_a_hole_in_its_shard_ends_with_the_same_bytes(encoded, settings_of, make_shards, tmp_path):
     """The temporary tar has samples 1 and 3 of a shard; sample 2 then belongs between them."""
     from cogprep.plan.completion import open_writer
-    from cogprep.store.shards import read_tensors
+    from cogprep.store.committed import read_tensors
 
     tar = make_shards(tmp_path / "whole", samples=3, per_shard=3)[0]
     record = read_record(tar.with_suffix(".parquet"))

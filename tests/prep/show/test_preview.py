@@ -34,7 +34,7 @@ from cogprep.show.preview_loop import GAP
 from cogprep.show.preview_page import BOX, sample_facts, with_box
 from cogprep.show.source_view import SourceView
 from cogprep.source.clip import ClipFault
-from cogprep.store.shards import read_tensors
+from cogprep.store.committed import read_tensors
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,11 @@ from cogcommon.errors import CogError, DiskError, ShardError
 from cogcommon.files.locks import NoLocks, locked_elsewhere
 from cogcommon.shards.contract import CONTRACT_FILE, Contract
 from cogcommon.shards.records import SampleRow, ShardRecord, extent_intact, read_record, split_extent
-from cogprep.store import shards
+from cogprep.store import rewrite
+from cogprep.store.committed import committed_shards
 from cogprep.store.locks import ShardBusy, at_work
-from cogprep.store.shards import ShardDone, ShardWriter, committed_shards, drop_samples, recover_folder
+from cogprep.store.rewrite import drop_samples, recover_folder
+from cogprep.store.shards import ShardDone, ShardWriter
 
 
 @pytest.fixture
@@ -213,7 +215,7 @@ def test_dropping_from_a_damaged_shard_names_it_and_leaves_it(three: Path) -> No
     rows = read_record(three / "000000.parquet").rows
     data[rows[0].tensors_offset + 200] ^= 1
     tar.write_bytes(data)
-    with pytest.raises(shards.ShardError, match=r"is damaged") as caught:
+    with pytest.raises(ShardError, match=r"is damaged") as caught:
         drop_samples(three, 0, lambda row: row.key == rows[0].key)
     assert "000000.tar" in str(caught.value)
     assert committed_shards(three) == [0] and tar.read_bytes() == bytes(data)
@@ -241,11 +243,11 @@ def test_a_rewrite_stopped_anywhere_is_finished_or_undone(three: Path, stop: str
         temporary.replace(final)
 
     if stop == "write_record":
-        monkeypatch.setattr(shards, "commit_bytes", die)
+        monkeypatch.setattr(rewrite, "commit_bytes", die)
     elif stop == "unlink":
-        monkeypatch.setattr(shards, "fsync_folder", die)
+        monkeypatch.setattr(rewrite, "fsync_folder", die)
     else:
-        monkeypatch.setattr(shards, "commit", commit_until)
+        monkeypatch.setattr(rewrite, "commit", commit_until)
     with pytest.raises(Killed):
         drop_samples(three, 0, lambda row: row.key in keep)
     monkeypatch.undo()

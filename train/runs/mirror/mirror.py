@@ -23,16 +23,7 @@ from cogcommon.store.remote_folder import open_folder
 
 from ...model import lora, sft
 from ..checkpoint import STATE_FILE, list_checkpoints, step_of
-from ..folder import (
-    CARD_FILE,
-    CONFIG_FILE,
-    EPOCHS_FILE,
-    FACTS_FILE,
-    METRICS_FILE,
-    MIRROR_FILE,
-    REPORT_FILE,
-    VALIDATION,
-)
+from ..folder import CARD_FILE, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, MIRROR_FILE, REPORT_FILE, VALIDATION
 from .index import ELSEWHERE, Index, MirroredFile, read_index, run_of, without, write_token
 
 _AGAIN = 60.0  # seconds after which a failed upload is tried again; the next checkpoint tries at once
