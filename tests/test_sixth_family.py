@@ -22,7 +22,7 @@ from cogprep.commands.verdict import show
 from cogprep.commands.verify import expected_shapes
 from cogprep.settings.encode import ValidateSettings
 from cogprep.settings.shards import PreviewSettings
-from cogtrain.blocks.plan import Load
+from cogtrain.blocks.load import Load
 
 SIXTH = replace(
     BY_NAME["5b"], name="sixth", temporal=2, spatial=4, latent_channels=12, text_tokens=100, fps=12, max_frames=53,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from ..blocks.attention import Kernel
 from ..blocks.checkpointing import Checkpointing
-from ..blocks.plan import BlockPlan, Load
+from ..blocks.load import Load
+from ..blocks.plan import BlockPlan
 
 if TYPE_CHECKING:
     from .estimate import Trains

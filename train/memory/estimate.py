@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..blocks.plan import USABLE, BlockPlan, Load, choose_plan
+from ..blocks.load import Load
+from ..blocks.plan import USABLE, BlockPlan, choose_plan
 from ..data.batches import bytes_ahead
 from ..distributed.strategies import STRATEGIES
 from ..distributed.zero_config import can_spread, deepspeed_config

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..blocks.plan import BlockPlan, Load
+from ..blocks.load import Load
+from ..blocks.plan import BlockPlan
 from ..distributed.strategies import STRATEGIES
 from ..settings.training import Strategy
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from cogcommon.errors import RunError
 
 from ..blocks.engine import BlockEngine
-from ..blocks.plan import BlockPlan, Load, choose_plan, fits, gib
+from ..blocks.load import Load
+from ..blocks.plan import BlockPlan, choose_plan, fits, gib
 from ..blocks.trial import compiler_fault, no_compiler
 from ..distributed import zero
 from .cost import plan_cost

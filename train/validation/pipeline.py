@@ -16,7 +16,8 @@ from cogcommon.media.video import Frames
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Resolution
 
-from ..blocks.plan import FORWARD, Load
+from ..blocks.load import Load
+from ..blocks.plan import FORWARD
 from ..model import sft
 from ..model.lora_file import FOLDED, read_lora
 from .tuned import Tuned

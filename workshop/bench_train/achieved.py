@@ -15,7 +15,7 @@ from typing import Any
 from cogcommon.model.cards import card_like
 from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.model.published import published
-from cogtrain.blocks.plan import Load
+from cogtrain.blocks.load import Load
 from cogtrain.memory.cost import ATTENTION_BACKWARD
 from cogtrain.memory.measured import Measured
 

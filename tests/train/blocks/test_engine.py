@@ -12,7 +12,8 @@ from cogcommon.errors import RunError
 from cogtrain.blocks import compiler
 from cogtrain.blocks.checkpointing import ACTIVATIONS
 from cogtrain.blocks.engine import BlockEngine
-from cogtrain.blocks.plan import BlockPlan, Load
+from cogtrain.blocks.load import Load
+from cogtrain.blocks.plan import BlockPlan
 from cogtrain.blocks.trial import kernel_works
 from cogtrain.model import lora
 

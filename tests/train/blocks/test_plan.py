@@ -5,7 +5,8 @@ import json
 import pytest
 
 from cogcommon.model.families import BY_NAME
-from cogtrain.blocks.plan import BlockPlan, Load, choose_plan, fits, ladder
+from cogtrain.blocks.load import Load
+from cogtrain.blocks.plan import BlockPlan, choose_plan, fits, ladder
 from cogtrain.memory.install import notes
 from workshop.bench_train.subject import random_checkpoint
 

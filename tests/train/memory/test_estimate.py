@@ -17,7 +17,8 @@ from cogcommon.files.memory import Headroom
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.blocks.engine import BlockEngine
-from cogtrain.blocks.plan import BlockPlan, Load, choose_plan
+from cogtrain.blocks.load import Load
+from cogtrain.blocks.plan import BlockPlan, choose_plan
 from cogtrain.data.batches import AHEAD, READERS, Collator, bytes_ahead, read_sample
 from cogtrain.data.sampler import Slot
 from cogtrain.distributed.optimizer import make_optimizer

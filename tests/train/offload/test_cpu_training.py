@@ -14,7 +14,8 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME
 from cogcommon.model.tiny import NATIVE
 from cogtrain.blocks.engine import BlockEngine
-from cogtrain.blocks.plan import BlockPlan, Load, choose_plan
+from cogtrain.blocks.load import Load
+from cogtrain.blocks.plan import BlockPlan, choose_plan
 from cogtrain.distributed.strategy import read_weights
 from cogtrain.memory import install
 from cogtrain.memory.estimate import can_train_on_cpu
