@@ -98,6 +98,8 @@ def ending(
         log.say(faults)
     chosen = f", step {best.line.step:,} of {done:,}: {best.line}" if best.line else ""
     log.say(f"wrote {exported.path}{chosen}; {checked(exported)}")
+    if run.held_out and done == run.steps and all(line.step != done for line in best.lines):
+        log.say(f"note: a signal came before step {done:,} was validated; the same command does it")
     if note := _advice(best, done, folder):
         log.say(f"note: {note}")
     log.say(f"look at {folder / REPORT_FILE}")

@@ -135,6 +135,8 @@ class Trainer:
 
     def make_steps(self, after_step: Callable[[int], None] | None) -> None:
         """Make the steps that are left, and validate and save between them."""
+        if self.validation and self.validation.lacks(self.done, self.best.lines):
+            self.validate_and_save(self.done)  # before it was stopped, the run had no time for it
         while (step := self.done + 1) <= self.run.steps and not self.best.enough:
             self.step(step)
             if after_step:
@@ -178,7 +180,7 @@ class Trainer:
         self.done = step
         settings, last = self.run.settings, step == self.run.steps
         stop = self._signal()
-        validates = self.validation and not stop and (last or step % settings.validate_every == 0)
+        validates = self.validation and not stop and self.validation.due(step)
         saves = stop or last or step % settings.save_every == 0 or self.saver.due()
         if validates or saves:
             self.readout.catch_up()
@@ -186,7 +188,10 @@ class Trainer:
         if last:  # first of all, and in its smallest form
             self._export(step)
         if self.validation and validates:
-            self._validate(self.validation, step)
+            with self.saver.averaged():
+                line = self.validation.measure(self.model, step)
+            if line:
+                self.log.validation(self.best.take(line))
             stop, saves = self._signal(), saves or self.best.step == step
             if self.best.enough and not last:
                 last = saves = True
@@ -198,12 +203,6 @@ class Trainer:
             self.saver.leave(step)
             again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
             raise Stopped(128 + stop % BY_A_PERSON, again, for_good=stop > BY_A_PERSON)
-
-    def _validate(self, validation: Validation, step: int) -> None:
-        with self.saver.averaged():
-            line = validation.measure(self.model, step)
-        if line:
-            self.log.validation(self.best.take(line))
 
     def _export(self, step: int) -> None:
         self.readout.end()

@@ -79,7 +79,7 @@ class Validation:
         drawing = Drawing(run, runtime, Objective.of(run.checkpoint), folder / VALIDATION, stop)
         validation = cls(run, runtime, run.held_out, prompts, drawing, log, math.nan)
         known = validation._remembered() if run.held_out else math.nan
-        undrawn = validation._undrawn()
+        undrawn = validation._undrawn(0)
         if known is None or undrawn:
             log.say(f"validation: {validation._described()}; base model first")
             if validation.draws and not runtime.whole:
@@ -133,10 +133,10 @@ class Validation:
             self.videos,
         ]
 
-    def _undrawn(self) -> list[EmbeddedPrompt]:
-        """Prompts of which rank 0 finds no video of the base model; what it depends on is in its name."""
-        base = self.drawing.folder_of(0)
-        there = self.runtime.peers.broadcast([(base / f"{one.prompt.name}.mp4").is_file() for one in self.prompts])
+    def _undrawn(self, step: int) -> list[EmbeddedPrompt]:
+        """Prompts of which rank 0 finds no video of a step; a name stands for all that the base model's depends on."""
+        folder = self.drawing.folder_of(step)
+        there = self.runtime.peers.broadcast([(folder / f"{one.prompt.name}.mp4").is_file() for one in self.prompts])
         return [one for one, drawn in zip(self.prompts, there, strict=True) if not drawn]
 
     @property
@@ -147,6 +147,22 @@ class Validation:
     @property
     def draws(self) -> bool:
         return bool(self.videos or self.prompts)
+
+    def due(self, step: int) -> bool:
+        """Whether a step is to be validated."""
+        return step > 0 and (step == self.run.steps or step % self.run.settings.validate_every == 0)
+
+    def lacks(self, step: int, lines: Sequence[ValidationLine]) -> bool:
+        """Whether a step should have been validated, and a signal has come first, or meanwhile; every rank calls it.
+
+        Args:
+            lines: of the validations so far.
+        """
+        if not self.due(step):
+            return False
+        if self.held_out:  # whose line comes last of all
+            return all(line.step != step for line in lines)
+        return bool(self._undrawn(step))
 
     def measure(self, model: torch.nn.Module, step: int) -> ValidationLine | None:
         """Loss, and videos where asked for; every rank calls it.

@@ -1,11 +1,14 @@
 """--keep-best and --patience: which checkpoint stays, what is exported, and when a run ends."""
 
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cogcommon.errors import SettingError
 from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.distributed.signals import Stopped
 from cogtrain.memory.disk import writes
 from cogtrain.model import lora, sft
 from cogtrain.model.lora_file import FILE, read_facts
@@ -123,6 +126,40 @@ def test_patience_ends_a_run_and_a_larger_one_goes_on(tmp_path, shards, held_out
     assert read_facts(run / FILE)["steps"] == "4"
     assert read_run(run).facts.ended == ""
     assert checkpoints_of(run) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_validation_that_a_signal_has_kept_from_its_end_is_made_up_for(
+    tmp_path, shards, train_here, monkeypatch, meanwhile, capsys
+):
+    def stop(step):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    def of(name, steps=3):
+        # The rate is so high that the loss rises: which step is the best hangs on the validation of each.
+        return settings_for(LoraSettings, tmp_path, shards, steps=steps, validate_every=2, lr=0.3, out=tmp_path / name)
+
+    whole = train_here(of("whole"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if meanwhile:
+            real = validate.Validation.measure
+            patch.setattr(validate.Validation, "measure", lambda self, *args: (stop(args[1]), real(self, *args))[1])
+        train_here(of("parts"), after_step=None if meanwhile else stop)
+    assert read_run(tmp_path / "parts").validations == []
+    parts = train_here(of("parts"))
+    found, expected = read_run(parts), read_run(whole)
+    assert [(line.step, line.val_loss, line.best_step) for line in found.validations] == [
+        (line.step, line.val_loss, line.best_step) for line in expected.validations
+    ]
+    assert found.exported == expected.exported == 2
+    assert checkpoints_of(parts) == checkpoints_of(whole)
+
+    capsys.readouterr()
+    last = train_here(of("last", steps=2), after_step=stop)  # nothing is left to stop
+    assert "note: a signal came before step 2 was validated; the same command does it" in capsys.readouterr().out
+    train_here(of("last", steps=2))
+    assert [line.step for line in read_run(last).validations] == [2]
 
 
 @pytest.mark.parametrize(("changes", "option"), [({"keep_best": True}, "--keep-best"), ({"patience": 3}, "--patience")])
