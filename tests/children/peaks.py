@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLCogVideoX  # noqa: E402
 
 import cogtrain.validation.videos  # noqa: E402
 from cogtrain.data.sampler import Sampler  # noqa: E402
-from cogtrain.data.shards import ShardSet  # noqa: E402
+from cogtrain.data.shard_set import ShardSet  # noqa: E402
 from cogtrain.distributed.signals import StopRequest  # noqa: E402
 from cogtrain.model.method import Lora  # noqa: E402
 from cogtrain.runs.run import Run  # noqa: E402

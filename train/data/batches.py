@@ -21,7 +21,7 @@ from ..model.batch import Batch
 from ..model.objective import Objective
 from .sample_rng import Purpose, SampleRNG
 from .sampler import Slot
-from .shards import ShardSet
+from .shard_set import ShardSet
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from cogcommon.errors import ModelError, ShardError
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.shards.contract import Contract
 
-from .shards import ShardSet
+from .shard_set import ShardSet
 
 
 def check_model(contract: Contract, checkpoint: Checkpoint, where: str) -> None:

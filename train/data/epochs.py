@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .caption_draw import Ints
 from .sampler import Sampler
-from .shards import ShardSet
+from .shard_set import ShardSet
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from cogcommon.store.store import without_secrets
 from cogcommon.words import counted
 
 from .caption_draw import Ints
+from .shard_set import ShardSet
 from .shard_words import expand
-from .shards import ShardSet
 
 _OPTION = "--repeat"
 _MOST = 10_000

@@ -34,7 +34,7 @@ from cogcommon.files.typed import build, parse_object
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.families import Resolution
 
-from ..data.shards import usual_size
+from ..data.shard_set import usual_size
 from ..model import lora
 from ..model.adapters import ADAPTERS
 from ..settings.training import AdapterName, LoraSettings, SftSettings, TrainSettings

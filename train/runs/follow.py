@@ -28,8 +28,9 @@ from cogcommon.words import counted
 from ..data.epochs import Epoch
 from ..data.growing import committed
 from ..data.repeats import described
+from ..data.shard_set import NoSamples, ShardSet
 from ..data.shard_words import can_grow
-from ..data.shards import NoSamples, Opened, ShardSet, shard_set
+from ..data.shards import Opened, shard_set
 from ..distributed.peers import Peers
 from ..settings.training import TrainSettings
 from ..store.cache import SampleCache

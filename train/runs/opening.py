@@ -15,7 +15,8 @@ from cogcommon.model.families import Resolution
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.prompts import Prompt, read_prompts, validation_prompts, without_token
-from ..data.shards import ShardSet, open_shards, usual_size
+from ..data.shard_set import ShardSet, usual_size
+from ..data.shards import open_shards
 from ..distributed.groups import data_groups
 from ..distributed.optimizer import check_optimizer
 from ..distributed.peers import ALONE, Peers

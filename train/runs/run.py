@@ -15,7 +15,7 @@ from ..data.epochs import Epoch
 from ..data.prompts import Prompt
 from ..data.repeats import described, told
 from ..data.sampler import Sampler
-from ..data.shards import ShardSet
+from ..data.shard_set import ShardSet
 from ..distributed.groups import DataGroups, data_groups
 from ..model.method import Method
 from ..settings.training import Strategy, TrainSettings

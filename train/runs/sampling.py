@@ -7,7 +7,7 @@ from cogcommon.words import counted
 
 from ..data.repeats import of_clips, times_of
 from ..data.sampler import Sampler
-from ..data.shards import ShardSet
+from ..data.shard_set import ShardSet
 from ..settings.training import TrainSettings
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cogcommon.errors import RunError
 
 from ..data.caption_draw import Ints
-from ..data.shards import ShardSet
+from ..data.shard_set import ShardSet
 from ..distributed.leaving import PeerFailed
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from cogcommon.words import counted
 
 from ..data.batches import Collator, StoredSample, read_sample
 from ..data.sampler import Slot
-from ..data.shards import ShardSet
+from ..data.shard_set import ShardSet
 from ..distributed.signals import StopRequest
 from ..distributed.strategy import Runtime
 from ..model.objective import Objective

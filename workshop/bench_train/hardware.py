@@ -9,7 +9,7 @@ from functools import lru_cache
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
 from cogtrain.blocks.plan import BlockPlan
-from cogtrain.data.shards import ShardSet
+from cogtrain.data.shard_set import ShardSet
 from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.memory.estimate import Estimate, estimate
 from cogtrain.memory.measured import REFERENCE, SAME, Measured, everything_measured, measured

@@ -20,7 +20,7 @@ from cogcommon.shards.records import ShardHeader
 from cogcommon.store.fsspec_store import FsspecStore
 from cogcommon.store.store import StoredFile
 from cogtrain.data.sampler import Sampler
-from cogtrain.data.shards import Shard, ShardSet
+from cogtrain.data.shard_set import Shard, ShardSet
 from cogtrain.distributed.zero_config import choose_strategy
 from cogtrain.model.method import method_of
 from cogtrain.runs.run import Run

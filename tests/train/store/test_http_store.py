@@ -16,7 +16,7 @@ from faulty_server import FaultyServer, zipped
 
 from cogcommon.errors import CogError, ShardError, StoreError
 from cogcommon.store import http_store, store
-from cogtrain.data import shards as sources
+from cogtrain.data import shard_set
 from cogtrain.data.batches import read_sample
 from cogtrain.data.shards import open_shards
 from cogtrain.settings.training import LoraSettings
@@ -44,7 +44,7 @@ def server(folder, monkeypatch):
         monkeypatch.setattr(module, "STALLED", STALL)
     monkeypatch.setattr(store, "_FIRST_WAIT", 0.05)
     monkeypatch.setattr(store, "OPENING", store.Patience(2 * PATIENCE))  # a second's Retry-After, too
-    monkeypatch.setattr(sources, "TRAINING", store.Patience(PATIENCE))
+    monkeypatch.setattr(shard_set, "TRAINING", store.Patience(PATIENCE))
     monkeypatch.setattr(store, "FAULTS", store.Faults())
     server = FaultyServer(folder)
     yield server

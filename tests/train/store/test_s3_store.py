@@ -11,7 +11,7 @@ from bucket import faulty, files, s3_server
 
 from cogcommon.errors import ShardError, StoreError
 from cogcommon.store import fsspec_store, store
-from cogtrain.data import shards as sources
+from cogtrain.data import shard_set
 from cogtrain.data.growing import committed
 from cogtrain.data.shards import open_shards
 from cogtrain.settings.training import LoraSettings
@@ -37,7 +37,7 @@ def proxy(s3, tmp_path, monkeypatch):
     """A server in front of it that can do wrong; ``proxy.wrong`` is the fault."""
     with faulty(s3, tmp_path) as server:
         monkeypatch.setattr(store, "OPENING", store.Patience(1.5))
-        monkeypatch.setattr(sources, "TRAINING", store.Patience(1.5))
+        monkeypatch.setattr(shard_set, "TRAINING", store.Patience(1.5))
         yield server
 
 

@@ -22,7 +22,8 @@ from cogcommon.model.text_encoder import TextEncoder
 from cogtrain.commands import generate
 from cogtrain.data.batches import read_sample
 from cogtrain.data.prompts import SEED, Prompt, without_token
-from cogtrain.data.shards import ShardSet, open_shards
+from cogtrain.data.shard_set import ShardSet
+from cogtrain.data.shards import open_shards
 from cogtrain.memory import ready
 from cogtrain.memory.disk import writes
 from cogtrain.memory.ready import check_ready
