@@ -16,8 +16,9 @@ from cogcommon.shards.contract import Contract
 from ..dataset.lists import DataSet
 from ..dataset.probe import Look, Probed
 from ..encode.part import make_contract
-from ..plan.folder import Origin, check_contract, guard_other_data, read_contract, remembered_holdout, scan
+from ..plan.folder import check_contract, read_contract, scan
 from ..plan.holdout import Holdout, choose_holdout, describe_moves
+from ..plan.origin import Origin, guard_other_data, remembered_holdout
 from ..plan.plan import Rejected, make_plan, sample_bytes
 from ..plan.survey import sort_samples
 from ..settings.encode import PlanSettings, ValidateSettings

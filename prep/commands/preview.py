@@ -32,7 +32,8 @@ from cogcommon.shards.records import (
 )
 from cogcommon.store.address import as_shown
 
-from ..plan.folder import Split, read_contract, read_origin, records_in, shard_label, split_folder
+from ..plan.folder import Split, read_contract, records_in, shard_label, split_folder
+from ..plan.origin import read_origin
 from ..processes.pool import Pool
 from ..settings.shards import PreviewSettings
 from ..show.preview_page import Preview, PreviewSample, html_of

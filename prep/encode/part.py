@@ -27,18 +27,9 @@ from cogcommon.words import counted
 
 from ..dataset.advice import in_quotes
 from ..dataset.lists import DataSet
-from ..plan.folder import (
-    SPLITS,
-    Committed,
-    Origin,
-    check_contract,
-    guard_other_data,
-    read_origin,
-    remembered_holdout,
-    scan,
-    split_folder,
-)
+from ..plan.folder import SPLITS, Committed, check_contract, scan, split_folder
 from ..plan.holdout import Holdout, ask_to_move
+from ..plan.origin import Origin, guard_other_data, read_origin, remembered_holdout
 from ..plan.plan import Drop, EncodePlan, make_plan, sample_bytes
 from ..plan.probe_cache import SurveyCache
 from ..plan.slice import Slice, choose_slice

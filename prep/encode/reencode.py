@@ -16,7 +16,7 @@ from cogcommon.model.text_encoder import TextEncoder
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import TEXT, SampleRow, ShardRecord
 
-from ..plan.folder import read_origin
+from ..plan.origin import read_origin
 from ..processes.pool import Pool
 from ..source.clip import ClipFault
 from ..store.committed import read_tensors

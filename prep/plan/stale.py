@@ -8,8 +8,9 @@ from cogcommon.errors import DataRootError
 
 from ..processes.pool import Pool, default_workers
 from ..video.cut import Cut
-from .folder import Origin, read_contract, read_origin, scan
+from .folder import read_contract, scan
 from .holdout import Holdout
+from .origin import Origin, read_origin
 from .probe_cache import SurveyCache
 from .slice import Slice
 from .survey import survey

@@ -36,7 +36,8 @@ from cogprep.commands.index import index
 from cogprep.commands.preview import choose_samples
 from cogprep.commands.verify import verify
 from cogprep.plan import stale
-from cogprep.plan.folder import Origin, check_contract, commit_contract, records_in
+from cogprep.plan.folder import check_contract, commit_contract, records_in
+from cogprep.plan.origin import Origin
 from cogprep.settings.shards import CleanSettings
 from cogprep.store.locks import at_work, temporary_name
 from cogprep.store.proof import A_PREVIEW, check_shards_output

@@ -20,7 +20,8 @@ from cogprep.commands.index import index
 from cogprep.commands.init import init
 from cogprep.commands.verify import verify
 from cogprep.encode.report import Report
-from cogprep.plan.folder import check_contract, commit_contract, read_contract, read_origin
+from cogprep.plan.folder import check_contract, commit_contract, read_contract
+from cogprep.plan.origin import read_origin
 from cogprep.settings.shards import CleanSettings, PreviewSettings
 from cogprep.store.locks import at_work
 from cogprep.store.proof import A_PREVIEW, check_shards_output

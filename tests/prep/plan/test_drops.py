@@ -19,8 +19,8 @@ from cogprep.commands.encode import run as run_command
 from cogprep.commands.validate import validate
 from cogprep.encode import encoder, part
 from cogprep.plan import holdout as holdout_module
-from cogprep.plan.folder import read_origin
 from cogprep.plan.holdout import Holdout, choose_holdout
+from cogprep.plan.origin import read_origin
 from cogprep.settings.encode import ValidateSettings
 from cogprep.settings.shards import CleanSettings
 

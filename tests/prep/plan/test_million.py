@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from in_process import InlinePool
 
-from cogprep.plan import folder
-from cogprep.plan.folder import Origin
+from cogprep.plan import origin as origins
+from cogprep.plan.origin import Origin
 from cogprep.plan.plan import EncodePlan
 from workshop.million import STAGES, Trial, cache_of, commit, lay, main, nothing, planned, pretend, train
 
@@ -78,11 +78,13 @@ def test_the_lists_are_read_once_however_many_samples_go(tmp_path, monkeypatch):
     reads: list[Path] = []
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: (reads.append(path), read(path))[1])
-    monkeypatch.setattr(folder, "_SETTLED_NS", -(1 << 62))
+    monkeypatch.setattr(origins, "_SETTLED_NS", -(1 << 62))
     assert {origin.state_of_lists() for _ in range(100)} == {just_written} and len(reads) <= 2
     lists["prompts.txt"].write_text("two\n")
     assert origin.state_of_lists() != just_written
-    monkeypatch.setattr(folder, "_SETTLED_NS", 1 << 62)  # of a list that was written just now, time and size say little
+    monkeypatch.setattr(
+        origins, "_SETTLED_NS", 1 << 62
+    )  # of a list that was written just now, time and size say little
     reads.clear()
     assert origin.state_of_lists() == origin.state_of_lists() and len(reads) == 4
 
