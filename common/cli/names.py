@@ -55,7 +55,11 @@ def tars_in(folder: Path | str) -> str:
     return f"{quoted(folder)}/*.tar"
 
 
-def json_text(value: Any) -> str:
-    """JSON that people can read as well, with nothing in it that a terminal would obey or UTF-8 cannot hold."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+def json_text(value: Any, indent: int | None = 1) -> str:
+    """JSON that people can read as well, with nothing in it that a terminal would obey or UTF-8 cannot hold.
+
+    Args:
+        indent: as `json.dumps`; None: one line.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
     return UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)  # they stand in strings only

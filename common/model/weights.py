@@ -19,6 +19,7 @@ from ..errors import ModelError
 from ..files.typed import parse_object
 from ..words import counted, first_line
 from .remembered import Remembered
+from .tensor_file import open_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -221,19 +222,12 @@ def load_part(folder: Path, part: str, model: str, **options: Any) -> Any:
 
 
 def _read_headers(files: Sequence[Path], part: str, model: str) -> dict[str, Stored]:
-    from safetensors import SafetensorError, safe_open
-
     stored: dict[str, Stored] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118, it is no dict
-                    tensor = opened.get_slice(name)
-                    stored[name] = Stored(tensor.get_dtype(), tuple(tensor.get_shape()))
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"the {part} of {model} is damaged or cut short: {error}", where=str(file), fix=_AGAIN
-            ) from error
+        with open_tensors(file, f"the {part} of {model}") as opened:
+            for name in opened.keys():  # noqa: SIM118, it is no dict
+                tensor = opened.get_slice(name)
+                stored[name] = Stored(tensor.get_dtype(), tuple(tensor.get_shape()))
     return stored
 
 

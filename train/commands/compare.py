@@ -95,7 +95,8 @@ def run(settings: CompareSettings) -> None:
     steps, strengths = _steps(settings, recorded), _strengths(settings, full)
     rows = layout(steps, strengths)
     cells = [Cell(0), *(cell for row in rows for cell in row if cell and cell.step)]
-    checkpoint = open_base(settings.model, recorded.facts.model, recorded.facts.revision, settings.run)
+    trained_on = recorded.facts
+    checkpoint = open_base(settings.model, trained_on.model, trained_on.revision, settings.run, trained_on.family)
     tuned = Tuned(checkpoint, (), None, recorded.facts.size)
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
@@ -256,7 +257,7 @@ def _asked(
     }  # fmt: skip
     wanted = GenerateSettings(
         prompt=settings.prompt, image=settings.image, resolution=settings.resolution, steps=settings.steps,
-        guidance=settings.guidance, seed=settings.seed,
+        guidance=settings.guidance, seed=settings.seed, fps=settings.fps,
     )  # fmt: skip
     for request in generate.requests_of(wanted, tuned):
         text = json.dumps(

@@ -66,7 +66,7 @@ def run(settings: ExportSettings) -> None:
     pick_device()
     quiet_libraries()
     step = checkpoints.find_checkpoint(folder).state.step if is_checkpoint else run.exported
-    model = open_base(settings.model, run.facts.model, run.facts.revision, run.folder)
+    model = open_base(settings.model, run.facts.model, run.facts.revision, run.folder, run.facts.family)
     stored = dtype_of(settings.precision or run.facts.precision)  # type: ignore[arg-type]
     # A CPU computes slowly in fp16, if at all; 2B, the only family with it, is 6.8 GB in fp32.
     compute = torch.float32 if stored == torch.float16 else stored
@@ -76,7 +76,9 @@ def run(settings: ExportSettings) -> None:
     before = check_own_folder(out, _EXPORT, "--out")
     if before and before.request != asked:
         raise SettingError(
-            "this folder holds another export: of another step, run or form", where=f"--out {out}", fix="--out ANOTHER"
+            "this folder holds another export: of another step, run or form",
+            where=f"--out {out}",
+            fix=f"--out {out}-{step}, or another new folder",
         )
     transformer = _trained(folder, run, model, compute, is_checkpoint)
     kind: Kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -169,9 +170,8 @@ def requests_of(settings: GenerateSettings, tuned: Tuned) -> list[Request]:
         SettingError: the options do not go together, or with the model.
     """
     prompts = read_prompts(settings.prompt, settings.prompts)
-    if settings.steps < 1:
-        raise SettingError(f"{settings.steps} sampling steps are too few", where="--steps", fix="--steps 50")
     checkpoint = tuned.checkpoint
+    _check_numbers(settings, int(checkpoint.scheduler_config.get("num_train_timesteps", 1000)))
     resolution = Resolution.parse(settings.resolution) if settings.resolution else tuned.resolution
     checkpoint.check_resolution(resolution)
     family = checkpoint.family
@@ -208,6 +208,28 @@ def requests_of(settings: GenerateSettings, tuned: Tuned) -> list[Request]:
         )
         for prompt in prompts
     ]
+
+
+def _check_numbers(settings: GenerateSettings, most_steps: int) -> None:
+    """Refuse numbers that sampling cannot take, or no player shows.
+
+    Args:
+        most_steps: that the model's scheduler has.
+
+    Raises:
+        SettingError: names the first such option.
+    """
+    fps = settings.fps
+    faults = {
+        "--steps": (not 1 <= settings.steps <= most_steps, f"1 to {most_steps}, as --steps 50"),
+        "--guidance": (not math.isfinite(settings.guidance), "a number, as --guidance 6"),
+        "--seed": (not -(2**63) <= settings.seed < 2**64, "a whole number below 2^64, as --seed 42"),
+        "--fps": (fps is not None and not 0.1 <= fps <= 1000, "0.1 to 1000, or leave it out"),
+    }
+    for option, (wrong, fix) in faults.items():
+        if wrong:
+            value = getattr(settings, option[2:])
+            raise SettingError(f"{value} cannot be", where=f"{option} {value}", fix=f"{option} takes {fix}")
 
 
 def request_text(settings: GenerateSettings, tuned: Tuned, request: Request, fps: float, precision: str) -> str:

@@ -15,6 +15,7 @@ from cogcommon.errors import SettingError
 from cogcommon.files.ownership import state_of
 from cogcommon.media.image import BadImage, read_upright, scale_to_cover
 from cogcommon.model.tokens import cut_text
+from cogcommon.store.address import as_shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,7 +136,9 @@ def read_first_frame(path: Path, size: Resolution, option: str = "--image") -> I
         upright = read_upright(path)
     except BadImage as bad:
         raise SettingError(
-            f"the image cannot be used: {bad}", where=str(path), fix=f"{option} FILE, a PNG or JPEG"
+            f"the image cannot be used: {bad}",
+            where=as_shown(path),
+            fix=f"{option} FILE, a PNG or JPEG here",
         ) from None
     return scale_to_cover(upright, size.width, size.height)
 

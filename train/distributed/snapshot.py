@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"  # what is trained, under the transformer's own names
 EMA = "average.safetensors"
 OPTIMIZER = "optimizer.pt"
+STATE_FILE = "state.json"  # beside them, of the whole run; by it a folder is known to be a checkpoint
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ A file of ours has it folded in. A file that has it nowhere acts with scale 1, a
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -21,10 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogcommon.cli.names import command_line
 from cogcommon.errors import ModelError
 from cogcommon.files.typed import parse_object
 from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.tensor_file import open_tensors
+from cogcommon.store.address import address_of, as_shown
 
+from ..distributed.snapshot import EMA, STATE_FILE, WEIGHTS
 from .lora_names import PREFIX, Form, spellings
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:lora_(?P<side>A|B|down|up)(?:\.\w+)?|lora(?:_linear_layer)?\.(?P<other>down|up))\.weight"
 )
 _ALPHA = ".alpha"
+_HUB = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)")  # how a repository of the hub is called
+_ANOTHER = "give another file"
 # What a file may hold that is no plain LoRA of the transformer, by what its names have in them.
 _OTHERS = {
     r"dora_scale|lora_magnitude_vector": "it is a DoRA",
@@ -75,11 +80,28 @@ def lora_in(path: Path) -> Path:
     """The LoRA file that a path names: itself, or one in a folder.
 
     Raises:
-        ModelError: there is none, or the folder has several.
+        ModelError: there is none, or the folder has several; it is an address, or a checkpoint of a run, which has
+            alpha nowhere.
     """
+    if address := address_of(path):
+        raise ModelError(
+            "a LoRA is read from this machine, not from an address", where=as_shown(address), fix="fetch the file first"
+        )
+    checkpoint = path.parent if path.name in (WEIGHTS, EMA) else path
+    if (checkpoint / STATE_FILE).is_file():
+        raise ModelError(
+            "this is a checkpoint of a run: its weights are not yet a LoRA file's, which has alpha folded in",
+            where=str(path),
+            fix=f"{command_line('cogtrain', 'export', '--run', checkpoint)}, and give the file that it writes",
+        )
     if not path.is_dir():
         if not path.is_file():
-            raise ModelError("no such file", where=str(path), fix=f"a LoRA file, or a folder with its {FILE}")
+            hub = f"; what is on the hub you fetch first: {command_line('hf', 'download', path, '--local-dir', path)}"
+            raise ModelError(
+                "no such file",
+                where=str(path),
+                fix=f"a LoRA file, or a folder with its {FILE}" + hub * bool(_HUB.fullmatch(str(path))),
+            )
         return path
     for name in (FILE, PEFT_FILE):
         if (path / name).is_file():
@@ -107,13 +129,8 @@ def file_metadata(file: Path) -> dict[str, str]:
     Raises:
         ModelError: no safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"not a LoRA file: {error}", where=str(file), fix="give a .safetensors file") from error
+    with open_tensors(file) as opened:
+        return dict(opened.metadata() or {})
 
 
 def read_facts(file: Path) -> dict[str, str]:
@@ -123,10 +140,8 @@ def read_facts(file: Path) -> dict[str, str]:
         ModelError: no safetensors file.
     """
     try:
-        facts = json.loads(file_metadata(file).get(FACTS, "{}"))
+        facts = parse_object(file_metadata(file).get(FACTS, "{}"))
     except ValueError:
-        return {}
-    if not isinstance(facts, dict):
         return {}
     return {name: value for name, value in facts.items() if isinstance(value, str)}
 
@@ -201,18 +216,20 @@ def _pairs(
         if part is None or part[0] not in known:
             _refuse_others([name], file)
             layer = part[0] if part else name
-            raise _misfit(file, checkpoint, f"the model has no layer {layer.removeprefix('transformer.')}")
+            raise _misfit(file, checkpoint, f"the model has no linear layer {layer.removeprefix('transformer.')}")
         layer, side = known[part[0]][0], part[1]
         tensor = tensors[name].to(torch.float32)
+        if side in pairs.get(layer, {}):
+            raise ModelError(f"it holds two LoRAs of {layer}", where=f"{file}: {name}", fix="give a file with one")
         if not tensor.isfinite().all():
-            raise ModelError("the weights are not finite", where=f"{file}: {name}", fix="give another file")
+            raise ModelError("the weights are not finite", where=f"{file}: {name}", fix=_ANOTHER)
         pairs.setdefault(layer, {})[side] = tensor
     form = next(known[part[0]][1] for part in names.values() if part and part[0] in known)
     for layer, pair in pairs.items():
         whole = "A" in pair and "B" in pair and pair["A"].ndim == pair["B"].ndim == 2
         if not whole or not 0 < len(pair["A"]) == pair["B"].shape[1]:
             raise ModelError(
-                f"the tensors of {layer} are no pair (rank, in) and (out, rank)", where=str(file), fix="another file"
+                f"the tensors of {layer} are no pair (rank, in) and (out, rank)", where=str(file), fix=_ANOTHER
             )
     return pairs, form
 
@@ -251,19 +268,26 @@ def _scales(
 ) -> tuple[str, dict[str, float]]:
     """Where alpha stands, in words, and each layer's scale."""
     ranks = {layer: len(pair["A"]) for layer, pair in pairs.items()}
-    if any("alpha" in pair for pair in pairs.values()):
-        scales = {
-            layer: float(pair["alpha"]) / ranks[layer] if "alpha" in pair else 1.0 for layer, pair in pairs.items()
-        }
-        return "in its tensors", scales
-    if FACTS in metadata:
-        return FOLDED, dict.fromkeys(ranks, 1.0)
     try:
-        where, config = _config(form, metadata, file)
-        scales = {layer: _scale(config, layer, rank) for layer, rank in ranks.items()} if config else {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
-        raise ModelError(f"what it says of its alpha cannot be read: {error!r}", where=str(file)) from error
-    return (where, scales) if config else ("", dict.fromkeys(ranks, 1.0))
+        if any("alpha" in pair for pair in pairs.values()):
+            where = "in its tensors"
+            scales = {
+                layer: float(pair["alpha"]) / ranks[layer] if "alpha" in pair else 1.0 for layer, pair in pairs.items()
+            }
+        elif FACTS in metadata:
+            return FOLDED, dict.fromkeys(ranks, 1.0)
+        else:
+            where, config = _config(form, metadata, file)
+            scales = {layer: _scale(config, layer, rank) if config else 1.0 for layer, rank in ranks.items()}
+        if not all(map(math.isfinite, scales.values())):
+            raise ValueError("it is not finite")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
+        raise ModelError(
+            f"what it says of its alpha cannot be read: {error}",
+            where=f"{file}, or {PEFT_CONFIG} beside it",
+            fix=_ANOTHER,
+        ) from error
+    return where, scales
 
 
 def _config(form: Form, metadata: Mapping[str, str], file: Path) -> tuple[str, dict[str, Any]]:

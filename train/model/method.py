@@ -335,7 +335,11 @@ def of_checkpoint(
     method.apply(transformer)
     trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     if trained.keys() != weights.keys():
-        raise RunError("the checkpoint holds other weights than its run trains", where=str(folder))
+        raise RunError(
+            f"the checkpoint holds other weights than its run trains in {checkpoint.name}",
+            where=str(folder),
+            fix="leave --model out, if it was given",
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])

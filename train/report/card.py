@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Literal
 
-from cogcommon.cli.names import plain
+from cogcommon.cli.names import json_text, plain
 from cogcommon.files.ownership import Made
 from cogcommon.model.device import DTYPES
 from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, RANDOM
@@ -107,7 +107,8 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[s
         **({"instance_prompt": facts.id_token} if facts.id_token else {}),
         **({"widget": [{"text": text, "output": {"url": video}} for video, text in shown.items()]} if shown else {}),
     }
-    yaml = "\n".join(f"{name}: {json.dumps(value)}" for name, value in header.items())
+    # JSON is YAML, and below TOML, where an emoji stands as it is: neither has the two \u that ASCII takes for it.
+    yaml = "\n".join(f"{name}: {json_text(value, indent=None)}" for name, value in header.items())
     sizes = ", ".join(f"{bucket} ({count:,})" for bucket, count in facts.samples.items())
     rows = {
         "base model": facts.model + (f" at `{facts.revision}`" if facts.revision else ""),
@@ -121,7 +122,7 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[s
         "trained with": f"cogtrain {facts.version}, {facts.strategy}, {facts.precision}, {facts.device}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in run.settings.items())
+    settings = "\n".join(f"{name} = {json_text(value, indent=None)}" for name, value in run.settings.items())
     prompt = next(iter(shown.values()), f"{facts.id_token} ...".strip())
     trigger = f"Begin each prompt with the word it was trained with: `{facts.id_token}`.\n\n" if facts.id_token else ""
     videos = "\n\n".join(

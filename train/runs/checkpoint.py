@@ -23,9 +23,9 @@ from cogcommon.files.ownership import is_file, is_folder, remove_folder
 from cogcommon.files.typed import build, parse_object
 
 from ..distributed.leaving import PeerLost
+from ..distributed.snapshot import STATE_FILE as STATE_FILE
 from .folder import A_CHECKPOINT, CONFIG_FILE
 
-STATE_FILE = "state.json"
 _SCHEMA = 1
 
 
@@ -195,9 +195,13 @@ def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, bat
                 else f"choose --batch-size and --accumulate so that {world} x batch size x accumulate is {then}"
             )
         elif name == "shards":
-            fix = "give the shards that the run began with, or start a new run with another --out"
+            fix = (
+                "give --shards and --validate-shards, which takes samples out of them, as the run began with them; or "
+                "start a new run with another --out"
+            )
         raise RunError(
-            f"the checkpoint was made with another {name}: {_short(then)} then, {_short(now)} now",
+            f"the checkpoint was made with {'other' if name == 'shards' else 'another'} {name}: "
+            f"{_short(then)} then, {_short(now)} now",
             where=str(found.folder),
             fix=fix,
         )

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cogcommon.cli.settings import parse_toml, resolve
-from cogcommon.errors import RunError
+from cogcommon.errors import ModelError, RunError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.locks import locked_elsewhere
 from cogcommon.files.ownership import Made, is_file
@@ -267,18 +267,26 @@ def trained_settings(folder: Path, method: Literal["lora", "sft"]) -> TrainSetti
     return resolve(LoraSettings if method == "lora" else SftSettings, {}, folder / CONFIG_FILE)
 
 
-def open_base(named: str | None, trained: str, revision: str | None, said_by: Path) -> Checkpoint:
+def open_base(named: str | None, trained: str, revision: str | None, said_by: Path, family: str | None) -> Checkpoint:
     """The checkpoint that tuned weights go on.
 
     Args:
         named: by --model, which counts before all else.
         trained: the one that they were trained on, as the run or their file says, and its revision.
         said_by: the run or the file, for messages.
+        family: whose weights they are; None: not known.
 
     Raises:
-        ModelError: it cannot be had.
+        ModelError: it cannot be had, or is of another family.
     """
-    return open_checkpoint(named) if named else open_checkpoint(trained, revision or None, named_by=str(said_by))
+    found = open_checkpoint(named) if named else open_checkpoint(trained, revision or None, named_by=str(said_by))
+    if family not in (None, found.family.name):
+        raise ModelError(
+            f"these weights were trained for {family}, and {found.name} is {found.family.name}",
+            where=str(said_by),
+            fix="leave --model out, or give the one that they were trained on",
+        )
+    return found
 
 
 def run_facts(run: Path) -> RunFacts:
@@ -290,7 +298,11 @@ def run_facts(run: Path) -> RunFacts:
     try:
         return build(RunFacts, parse_object((run / FACTS_FILE).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"the facts of the run are missing or damaged: {error}", where=str(run / FACTS_FILE)) from error
+        raise RunError(
+            f"the facts of the run are missing or damaged: {getattr(error, 'strerror', None) or error}",
+            where=str(run / FACTS_FILE),
+            fix="give the folder of a run, not one that lies in it; a run that stopped at its start begins anew",
+        ) from error
 
 
 def read_run(run: Path) -> RecordedRun:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cogcommon.cli.progress import stage
+from cogcommon.errors import RunError
 from cogcommon.files.memory import free_gpu_memory
 from cogcommon.media.video import Frames
 from cogcommon.model.checkpoint import Checkpoint
@@ -18,6 +19,7 @@ from cogcommon.model.families import Resolution
 
 from ..blocks.load import Load
 from ..blocks.plan import FORWARD
+from ..data.prompts import shortened
 from ..model import sft
 from ..model.lora_file import FOLDED, read_lora
 from .tuned import Tuned
@@ -149,6 +151,9 @@ def generate_video(pipeline: DiffusionPipeline, request: Request, advance: Calla
 
     Args:
         advance: called after every step.
+
+    Raises:
+        RunError: the model computed what is no number, which would be shown as black.
     """
     import torch
 
@@ -177,5 +182,12 @@ def generate_video(pipeline: DiffusionPipeline, request: Request, advance: Calla
             callback_on_step_end=after_step,
             **options,
         )
-    frames: Frames = (np.asarray(result.frames[0]) * 255).round().astype(np.uint8)
+    computed = np.asarray(result.frames[0])
+    if not np.isfinite(computed).all():
+        raise RunError(
+            "the model computed what is no number, and the video would be black",
+            where=f"{shortened(request.prompt)}, {pipeline.transformer.dtype}",
+            fix="a LoRA at a smaller strength, --precision bf16 or fp32, or a --guidance nearer to 6",
+        )
+    frames: Frames = (computed * 255).round().astype(np.uint8)
     return frames

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogcommon.cli.names import command_line
 from cogcommon.errors import RunError, SettingError
+from cogcommon.files.ownership import state_of
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Resolution
+from cogcommon.store.address import address_of
 
 from ..model import lora, sft
-from ..model.lora_file import base_of, lora_in
+from ..model.lora_file import base_of, digest_of, lora_in
+from ..runs.checkpoint import STATE_FILE, list_checkpoints, step_of
 from ..runs.folder import FACTS_FILE, open_base, read_settings, run_facts
 
 
@@ -73,17 +77,18 @@ def find_tuned(
         applied = (AppliedLora(run / lora.FILE, strength),) if (run / lora.FILE).is_file() else ()
         transformer = run / sft.FOLDER if (run / sft.FOLDER / "config.json").is_file() else None
         if not applied and not transformer:
-            raise RunError(
-                "the run has no exported weights yet",
-                where=str(run),
-                fix="let it finish, or export a checkpoint: `cogtrain export --run RUN/checkpoint-N`",
-            )
+            raise _not_exported(run)
     elif applied:
+        _refuse_twice(applied)
         trained, revision = next((found for one in applied if (found := base_of(one.file))[0]), (None, None))
         said_by = applied[0].file
     elif transformer and not (transformer / "config.json").is_file():
-        raise RunError("not a transformer folder", where=str(transformer), fix="--transformer RUN/transformer")
-    if strength != 1 and not (run and applied and math.isfinite(strength)):
+        inside = transformer / sft.FOLDER
+        there = inside if (inside / "config.json").is_file() else f"RUN/{sft.FOLDER}"
+        raise RunError("not a transformer folder", where=str(transformer), fix=f"--transformer {there}")
+    if not math.isfinite(strength):
+        raise SettingError(f"{strength:g} is no strength", where="--strength", fix="--strength 0.8")
+    if strength != 1 and not (run and applied):
         raise SettingError(
             "it says how strongly the LoRA of a --run acts",
             where=f"--strength {strength:g}",
@@ -95,9 +100,47 @@ def find_tuned(
             where=", ".join(map(str, applied)) or str(transformer),
             fix="--model NAME, the checkpoint that they were trained on",
         )
-    checkpoint = open_base(model, trained or "", revision, said_by or Path())
+    checkpoint = open_base(model, trained or "", revision, said_by or Path(), facts.family if facts else None)
     trained_at = facts.size if facts else checkpoint.native
     return Tuned(checkpoint, applied, None if applied else transformer, trained_at)
+
+
+def _not_exported(run: Path) -> RunError:
+    """What to do with a run that has no exported weights, or with a checkpoint that was named instead of one."""
+    if (run / STATE_FILE).is_file():
+        draw = command_line("cogtrain", "compare", run.parent, "--checkpoints", step_of(run.absolute()))
+        export = command_line("cogtrain", "export", "--run", run)
+        return RunError(
+            "this is a checkpoint, and has no exported weights",
+            where=f"--run {run}",
+            fix=f"{draw} --prompt ... draws with it; or {export}, and --lora with the file that it writes",
+        )
+    draw = command_line("cogtrain", "compare", run, "--checkpoints", "last")
+    return RunError(
+        "the run has no exported weights yet",
+        where=f"--run {run}",
+        fix=f"let it finish, or draw with its newest checkpoint: {draw} --prompt ..."
+        if list_checkpoints(run)
+        else "let it run on: it has no checkpoint either",
+    )
+
+
+def _refuse_twice(loras: Sequence[AppliedLora]) -> None:
+    """Refuse one LoRA under two names, which would act twice; ``export`` writes such, and a shell's pattern finds both.
+
+    Raises:
+        SettingError: names both.
+    """
+    seen: dict[str, AppliedLora] = {}
+    for one in loras:
+        before = seen.setdefault(state_of(one.file), one)
+        if before is not one and digest_of(before.file) == digest_of(one.file):
+            both = f"{before.file}={before.strength + one.strength:g}"
+            raise SettingError(
+                "the same LoRA is given twice, and would act twice",
+                where=f"--lora {before.file} {one.file}",
+                fix=f"give it once; if its double strength is meant, as --lora {both}",
+            )
 
 
 def applied_lora(word: str) -> AppliedLora:
@@ -108,12 +151,12 @@ def applied_lora(word: str) -> AppliedLora:
         SettingError: the strength is no number.
     """
     name, equals, number = word.rpartition("=")
-    if equals and not Path(word).exists():
-        try:
-            strength = float(number)
-        except ValueError:
-            strength = math.nan
-        if not math.isfinite(strength):
-            raise SettingError(f"{number!r} is no strength", where=f"--lora {word}", fix=f"--lora {name}=0.8")
-        return AppliedLora(lora_in(Path(name)), strength)
-    return AppliedLora(lora_in(Path(word)))
+    if not equals or Path(word).exists() or address_of(word) or not Path(name).exists():
+        return AppliedLora(lora_in(Path(word)))
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise SettingError(f"{number!r} is no strength", where=f"--lora {word}", fix=f"--lora {name}=0.8")
+    return AppliedLora(lora_in(Path(name)), strength)

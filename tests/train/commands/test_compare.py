@@ -57,6 +57,7 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     assert done.exception is None, done.output
     assert list(drawn) == ["base model", "step 1 at 0.5", "step 2 at 0.5", "grid"]
     assert len({frames.tobytes() for frames in drawn.values()}) == 4
+    assert "trained for 5b, and tiny-2b is 2b" in fault(run, "--model", "tiny-2b", "--prompt", "a ball", *SMALL)
     request = Request("a ball", None, Resolution(9, 64, 96), 1, 6.0, 7, 226, True)
     tuned = find_tuned(run, [], None, None, 0.5)
     pipeline = load_pipeline(tuned, torch.float32)

@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import shutil
+import tomllib
 
 import pytest
 import safetensors.torch
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from forked import ForkedRanks
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from cogcommon.cli.names import plain
 from cogcommon.errors import CogError, RunError
 from cogcommon.files.ownership import Made, take_output
 from cogcommon.model.checkpoint import open_checkpoint
@@ -20,7 +23,7 @@ from cogtrain.commands import export
 from cogtrain.model import lora
 from cogtrain.model.compare import difference, output_on_noise
 from cogtrain.model.sft import load
-from cogtrain.report.card import write_card
+from cogtrain.report.card import card, write_card
 from cogtrain.runs.folder import read_run
 from cogtrain.settings.results import ExportSettings
 from cogtrain.settings.training import LoraSettings, SftSettings
@@ -157,6 +160,14 @@ def test_the_card_has_the_trigger_word_and_samples_which_go_with_an_export(tmp_p
     assert write_card(out, run, "lora", 40) is None
 
 
+def test_a_card_reads_the_same_as_yaml_and_toml_whatever_letters_it_holds(recorded_run):
+    prompt = 'a "fox" 🦊\x7f\x85\u2028 runs'
+    run = dataclasses.replace(read_run(recorded_run), settings={"validate_prompt": [prompt], "lr": 1e-8})
+    text = plain(card(run, "lora", 40, recorded_run, {"samples/0.mp4": prompt}))
+    assert ModelCard(text).data.widget[0]["text"] == prompt
+    assert tomllib.loads(text.split("```toml\n")[1].split("```")[0]) == run.settings
+
+
 def test_full_fine_tuning(tmp_path, make_shards, train_here):
     make_shards(tmp_path / "out", samples=2)
     settings = {"shards": [str(tmp_path / "out")], "out": tmp_path / "run", "save_every": 1}
@@ -172,6 +183,12 @@ def test_full_fine_tuning(tmp_path, make_shards, train_here):
 
 
 def test_what_cannot_be_exported_is_said_in_words(tmp_path, lora_run):
+    with pytest.raises(CogError, match="trained for 5b, and tiny-2b is 2b"):
+        export.run(ExportSettings(run=lora_run / "checkpoint-1", model="tiny-2b"))
+    with pytest.raises(RunError, match="other weights than its run trains in random-tiny"):
+        export.run(ExportSettings(run=lora_run / "checkpoint-1", model="random-tiny"))
+    with pytest.raises(RunError, match="facts of the run"):
+        export.run(ExportSettings(run=lora_run / "checkpoint-9"))
     (lora_run / lora.FILE).unlink()
     with pytest.raises(RunError, match="has not finished") as caught:
         export.run(ExportSettings(run=lora_run))

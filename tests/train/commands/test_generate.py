@@ -1,6 +1,7 @@
 """generate: tuned and base video of one seed, for all five forms, from a run, a file or a folder."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, Resolution
 from cogcommon.model.tokens import cut_text
 from cogtrain.commands import generate
+from cogtrain.distributed.snapshot import STATE_FILE
 from cogtrain.model import lora
 from cogtrain.report import page
 from cogtrain.report.sheet import Column, contact_sheet, side_by_side
@@ -297,8 +299,40 @@ def test_what_does_not_go_together_is_said_in_words(tmp_path, make_run, picture)
     assert "8N+1" in fault("--run", run, "--prompt", "x", "--resolution", "16x64x96")
     assert "no such file" in fault("--lora", tmp_path / "none.safetensors", *SMALL)
     assert "not a run folder" in fault("--run", tmp_path, *SMALL)
+    shutil.copy(file, copy := tmp_path / "lr=1e-4.safetensors")
+    assert "given twice" in fault("--lora", file, f"{copy}=0.5", *SMALL)
+    told = fault("--lora", f"{tmp_path}/lr=1e-4/none.safetensors", *SMALL)
+    assert "no such file" in told and "lr=1e-4/none" in told
+    assert "not from an address" in fault("--lora", "https://a.example/x.safetensors?download=true", *SMALL)
+    assert f"--transformer {run}/transformer" in not_in_place(run)
+    for option, value in (("--strength", "nan"), ("--guidance", "inf"), ("--fps", "nan"), ("--fps", "0"),
+                          ("--seed", 2**64), ("--steps", 5000)):  # fmt: skip
+        assert option in fault("--run", run, *SMALL, option, value)
     file.unlink()
-    assert "no exported weights yet" in fault("--run", run, *SMALL)
+    assert "it has no checkpoint either" in fault("--run", run, *SMALL)
+    kept = run / "checkpoint-20"
+    kept.mkdir()
+    (kept / STATE_FILE).touch()
+    told = fault("--run", run, *SMALL)
+    assert "no exported weights yet" in told and f"cogtrain compare {run} --checkpoints last --prompt" in told
+    told = fault("--run", kept, *SMALL)
+    assert f"cogtrain compare {run} --checkpoints 20" in told and f"cogtrain export --run {kept}" in told
+
+
+def not_in_place(run) -> str:
+    """What is said of the folder around a transformer folder."""
+    (run / "transformer").mkdir()
+    (run / "transformer/config.json").touch()
+    told = fault("--transformer", run, *SMALL)
+    shutil.rmtree(run / "transformer")
+    return told
+
+
+def test_a_video_of_no_numbers_is_refused_and_not_shown_as_black(make_run):
+    words = ["--prompt", "x", "--steps", "1", "--resolution", "1x64x96", "--no-base"]
+    run = make_run()
+    assert "what is no number" in fault("--run", run, *words, "--strength", "1e38")
+    assert not list(run.rglob("*.mp4"))
 
 
 def test_the_image_is_cut_and_not_stretched(make_run, picture):

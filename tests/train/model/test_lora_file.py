@@ -2,6 +2,9 @@
 
 import json
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from cogcommon.errors import ModelError
 from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.distributed.snapshot import STATE_FILE, WEIGHTS
 from cogtrain.model import lora
 from cogtrain.model.compare import difference, output_on_noise
-from cogtrain.model.lora_file import PEFT_CONFIG, PEFT_FILE, base_of, lora_in, read_lora
+from cogtrain.model.lora_file import PEFT_CONFIG, PEFT_FILE, base_of, file_metadata, lora_in, read_lora
 from cogtrain.model.method import outline
 
 ALL_LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear",
@@ -184,7 +188,10 @@ def test_layers_of_different_ranks_are_padded(tmp_path, live_model):
         (["lora_unet_blocks_0_q.hada_w1_a"], "LoHa or LoKr"),
         (["lora_te_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"], "text encoder"),
         (["transformer.transformer_blocks.0.attn1.to_q.lora_B.bias"], "more than linear layers"),
-        (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "the model has no layer lora_unet_down"),
+        (
+            ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"],
+            "the model has no linear layer lora_",
+        ),
     ],
 )
 def test_what_is_no_plain_lora_of_the_transformer_is_refused_by_name(tmp_path, live_model, names, said):
@@ -202,10 +209,54 @@ def test_half_a_pair_and_a_broken_alpha_are_refused(tmp_path, live_model):
     save_file({name: tensor for name, tensor in state.items() if "to_q.lora_A" not in name}, file)
     with pytest.raises(ModelError, match=r"attn1\.to_q are no pair"):
         read_lora(file, checkpoint, fresh(checkpoint))
-    for alpha in ("[", '{"transformer.lora_alpha": "x"}', '{"lora_alpha": 1, "alpha_pattern": {"(": 2}}'):
+    for alpha in (
+        "[", '{"transformer.lora_alpha": "x"}', '{"lora_alpha": 1, "alpha_pattern": {"(": 2}}', '{"lora_alpha": NaN}'
+    ):  # fmt: skip
         save_file(state, file, metadata={"lora_adapter_metadata": alpha})
         with pytest.raises(ModelError, match="alpha cannot be read"):
             read_lora(file, checkpoint, fresh(checkpoint))
+
+
+def test_an_alpha_that_is_no_number_and_two_loras_in_one_file_are_refused(tmp_path, live_model):
+    checkpoint, transformer = live_model()
+    state, file = lora.state_dict(transformer), tmp_path / "x.safetensors"
+    for alpha in ([2.0, 2.0], []):
+        save_file(with_alpha(state, alpha), file)
+        with pytest.raises(ModelError, match="alpha cannot be read"):
+            read_lora(file, checkpoint, fresh(checkpoint))
+    both = {name.replace("lora_B", f"lora_B.{of}"): tensor.clone() for of in "ab" for name, tensor in state.items()}
+    save_file(both, file)
+    with pytest.raises(ModelError, match="two LoRAs of transformer_blocks"):
+        read_lora(file, checkpoint, fresh(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("data", "said", "do"),
+    [
+        (b"", "it is empty", "fetch it again"),
+        (b"\x10\0\0\0\0\0\0\0{", "damaged or cut short", "fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "a web page", "/resolve/"),
+        (b"PK\x03\x04", "a pickle", "safetensors.torch"),
+    ],
+)
+def test_what_a_file_is_instead_is_said_with_what_to_do(tmp_path, data, said, do):
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match=said) as caught:
+        file_metadata(tmp_path / "x.safetensors")
+    assert do in caught.value.fix
+
+
+def test_the_command_that_converts_a_pickle_does(tmp_path, monkeypatch):
+    file = tmp_path / "it's.bin"
+    torch.save({"x.lora_A.weight": torch.ones(2, 3).T}, file)
+    with pytest.raises(ModelError, match="a pickle") as caught:
+        file_metadata(file)
+    words = shlex.split(caught.value.fix.partition("convert it: ")[2])
+    assert words[:2] == ["python", "-c"] and words[3:] == [str(file), str(file.with_suffix(".safetensors"))]
+    monkeypatch.setattr(sys, "argv", words[2:])
+    exec(words[2])
+    assert torch.equal(load_file(file.with_suffix(".safetensors"))["x.lora_A.weight"], torch.ones(3, 2))
 
 
 def test_the_file_of_a_folder(tmp_path):
@@ -217,6 +268,22 @@ def test_the_file_of_a_folder(tmp_path):
     assert lora_in(tmp_path).name == lora.FILE
     with pytest.raises(ModelError, match="no such file"):
         lora_in(tmp_path / "none.safetensors")
+    with pytest.raises(ModelError, match="no such file") as caught:
+        lora_in(Path("somebody/a-lora"))
+    assert "hf download somebody/a-lora --local-dir somebody/a-lora" in caught.value.fix
+    with pytest.raises(ModelError, match="not from an address") as caught:
+        lora_in(Path("https://a.example/x.safetensors"))
+    assert caught.value.where == "https://a.example/x.safetensors"
+
+
+def test_a_checkpoint_is_no_lora_file_for_its_alpha_stands_nowhere(tmp_path):
+    """Its names would pass for a file's, which would act with scale 1: twice as strongly as trained, by default."""
+    save_file({"x": torch.zeros(1)}, tmp_path / WEIGHTS)
+    (tmp_path / STATE_FILE).touch()
+    for named in (tmp_path, tmp_path / WEIGHTS):
+        with pytest.raises(ModelError, match="a checkpoint of a run") as caught:
+            lora_in(named)
+        assert f"cogtrain export --run {tmp_path}," in caught.value.fix
 
 
 def test_a_lora_of_another_architecture_is_no_lora_of_cogvideox(tmp_path):

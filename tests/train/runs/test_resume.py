@@ -263,7 +263,7 @@ def test_a_checkpoint_of_another_run_is_refused(here, change, says, fix):
 def test_other_shards_are_refused(here, tmp_path, make_shards):
     here(steps=2)
     make_shards(tmp_path / "more", samples=4, seed=5, captions=("other",))
-    with pytest.raises(RunError, match="another shards"):
+    with pytest.raises(RunError, match="other shards"):
         here(steps=3, shards=[str(tmp_path / "more")])
 
 
