@@ -12,7 +12,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -30,6 +30,7 @@ def setting(
     section: str | None = None,
     positional: bool = False,
     instead_of: str | None = None,
+    only_with: tuple[str, ...] = (),
     prose: bool = False,
     one_word: bool = False,
     after_dashes: bool = False,
@@ -46,6 +47,7 @@ def setting(
             option takes several words: those after that one would land in it without a sound.
         instead_of: another setting that says the same in another way: given as an option, this one takes the place of
             that one's value in a file.
+        only_with: options, as typed, without one of which this one changes nothing; then it is refused, given as one.
         prose: a text for the model, which may have line breaks.
         one_word: of a list: the option takes one value each time it is given, not all words that follow: those of a
             sentence without quotes would each become a value.
@@ -53,7 +55,8 @@ def setting(
     """
     metadata = {
         "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
-        "instead_of": instead_of, "prose": prose, "one_word": one_word, "after_dashes": after_dashes,
+        "instead_of": instead_of, "only_with": only_with, "prose": prose, "one_word": one_word,
+        "after_dashes": after_dashes,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -87,7 +90,7 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
     """Defaults, then the TOML file, then what the command line gave (not None).
 
     Raises:
-        SettingError: the file cannot be read, or names a setting that does not exist.
+        SettingError: the file cannot be read, or names a setting that does not exist; an option would change nothing.
     """
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
@@ -117,7 +120,24 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
     for name, value in values.items():
         if not known[name].metadata.get("prose"):
             _check_text(value, flag_of(known[name]))
+    for name in options:
+        _check_counts(known[name], {field for field in values if values[field] != default_of(known[field])})
     return cls(**values)
+
+
+def _check_counts(field: dataclasses.Field[Any], changed: Collection[str]) -> None:
+    """Refuse an option that has no effect beside the others.
+
+    Args:
+        changed: names of the settings that are not as they are by default.
+
+    Raises:
+        SettingError: names what it needs.
+    """
+    needed = field.metadata.get("only_with")
+    if needed and not any(word.split()[0][2:].replace("-", "_") in changed for word in needed):
+        one, flag = " or ".join(needed), flag_of(field)
+        raise SettingError(f"{flag} changes nothing without {one}", where=flag, fix=f"{one}, too; or leave {flag} out")
 
 
 def parse_toml(data: bytes) -> dict[str, Any]:

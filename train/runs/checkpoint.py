@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.names import command_line
 from cogcommon.errors import RunError
@@ -25,6 +25,9 @@ from cogcommon.files.typed import build, parse_object
 from ..distributed.leaving import PeerLost
 from ..distributed.snapshot import STATE_FILE as STATE_FILE
 from .folder import A_CHECKPOINT, CONFIG_FILE
+
+if TYPE_CHECKING:
+    from ..settings.training import TrainSettings
 
 _SCHEMA = 1
 
@@ -127,7 +130,7 @@ def find_checkpoint(path: Path) -> SavedCheckpoint:
             raise RunError(
                 "no checkpoint to resume" if path.is_dir() else "no such folder to resume",
                 where=f"--resume {path}",
-                fix="give a run folder or one of its checkpoint-N folders",
+                fix="give a run folder or one of its checkpoint-N folders; or auto, or never",
             )
         folder = checkpoints[-1]
     try:
@@ -176,8 +179,12 @@ _BEFORE = {
 }  # facts of checkpoints that are older than these facts
 
 
-def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, batch_size: int) -> None:
+def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, given: TrainSettings) -> None:
     """Refuse to go on with another run than the checkpoint's.
+
+    Args:
+        world: data-parallel groups of processes.
+        given: the settings as they were typed.
 
     Raises:
         RunError: names the first fact that differs, and what to change.
@@ -188,12 +195,17 @@ def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, bat
             continue
         fix = f"set {name} back, or start a new run with another --out"
         if name == "global batch":
-            per_step = world * batch_size
-            fix = (
-                f"--accumulate {then // per_step}"
-                if then % per_step == 0
-                else f"choose --batch-size and --accumulate so that {world} x batch size x accumulate is {then}"
-            )
+            per_step = world * given.batch_size
+            if given.global_batch:
+                fix = f"--global-batch {then}"
+            elif then % per_step == 0:
+                fix = f"--accumulate {then // per_step}"
+            else:
+                fix = f"choose --batch-size and --accumulate so that {world} x batch size x accumulate is {then}"
+        elif name == "method":
+            fix = f"`cogtrain {then}`, or start a new run with another --out"
+        elif name == "base model":
+            fix = f"--model {then.partition(' ')[2]}, or start a new run with another --out"
         elif name == "shards":
             fix = (
                 "give --shards and --validate-shards, which takes samples out of them, as the run began with them; or "

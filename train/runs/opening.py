@@ -108,13 +108,13 @@ def open_run(
     _check_weights(settings, checkpoint)
     sampler = followed.newest.sampler if followed else make_sampler(settings, shards, groups.count)
     if followed is None:
-        notes += check_sampler(sampler, settings, shards, groups.count)
+        notes += check_sampler(sampler, given, shards, groups.count)
     steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * sampler.steps_per_epoch
     if resume is not None and resume.state.step > steps:
         notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
         steps = resume.state.step
     if settings.warmup is not None and settings.warmup >= steps:
-        notes.append(f"the rate of --lr is never reached: {settings.warmup} steps of warm-up, {steps} in all")
+        notes.append(f"all of the run is warm-up: {settings.warmup:,} steps to the rate of --lr, {steps:,} in all")
     if settings.lr == 0:
         notes.append("--lr 0 trains nothing")
     run = Run(
@@ -137,7 +137,7 @@ def open_run(
     if run.new_prompts:
         _check_text_encoder(checkpoint)
     if run.resume is not None:
-        check_same(run.resume, run.resume_facts(), groups.count, settings.batch_size)
+        check_same(run.resume, run.resume_facts(), groups.count, given)
         changed = _changed(run.resume, settings)
         if changed:
             notes.append("changed since the checkpoint: " + ", ".join(changed))

@@ -31,6 +31,9 @@ def make_sampler(settings: TrainSettings, shards: ShardSet, groups: int) -> Samp
 def check_sampler(sampler: Sampler, settings: TrainSettings, shards: ShardSet, groups: int) -> list[str]:
     """Compare batches with samples.
 
+    Args:
+        settings: as they were given.
+
     Returns:
         Notes: what is never trained, or not in each epoch.
 
@@ -40,7 +43,9 @@ def check_sampler(sampler: Sampler, settings: TrainSettings, shards: ShardSet, g
     notes: list[str] = []
     one, size, count = settings.captions == "one", sampler.global_batch, groups
     samples, noun = sampler.samples, "clip" if one else "sample"
-    parts = f"{count} process{'es' * (count > 1)} x batch size {settings.batch_size} x accumulate {settings.accumulate}"
+    parts = f"{count} process{'es' * (count > 1)} x batch size {settings.batch_size}"
+    parts += f" x accumulate {size // (count * settings.batch_size)}"
+    asked = ("--global-batch",) if settings.global_batch else ("--batch-size", "--accumulate")
     if count > samples:
         raise ShardError(
             f"{count} processes and only {counted(samples, noun)} to train on",
@@ -50,8 +55,8 @@ def check_sampler(sampler: Sampler, settings: TrainSettings, shards: ShardSet, g
     if sampler.steps_per_epoch == 0:
         raise ShardError(
             f"a step takes {size} {noun}s ({parts}), and no resolution has as many ({samples} in all)",
-            where="--batch-size, --accumulate, --shards",
-            fix="a smaller --batch-size or --accumulate",
+            where=f"{', '.join(asked)}, --shards",
+            fix=f"a smaller {' or '.join(asked)}",
         )
     for index in sampler.too_small_buckets():
         notes.append(

@@ -42,7 +42,7 @@ class TrainSettings:
         None, "folder on a local disk that keeps samples of shards behind URLs, for all runs of this host",
         section=_DATA,
     )  # fmt: skip
-    cache_size: str = setting("200GB", "the most that --cache keeps", section=_DATA)
+    cache_size: str = setting("200GB", "the most that --cache keeps", section=_DATA, only_with=("--cache FOLDER",))
     follow: bool = setting(
         False, "train while `cogprep encode` runs: each epoch is over the shards that are committed at its start; "
         "--shards names folders, and --steps when to end", section=_DATA,
@@ -95,7 +95,9 @@ class TrainSettings:
     loss_weighting: Literal["none", "min-snr"] = setting(
         "none", "how the loss is weighted over timesteps", section=_OPTIM
     )
-    min_snr_gamma: float = setting(5.0, "gamma of --loss-weighting min-snr", section=_OPTIM)
+    min_snr_gamma: float = setting(
+        5.0, "gamma of --loss-weighting min-snr", section=_OPTIM, only_with=("--loss-weighting min-snr",)
+    )
     ema: float = setting(
         0.0, "decay of an exponential moving average of the weights, which is then exported; 0: none",
         section=_OPTIM,
@@ -145,7 +147,10 @@ class TrainSettings:
     )  # fmt: skip
 
     validate_shards: list[str] = setting([], "held-out shards; their samples are never trained on", section=_VALIDATE)
-    validate_every: int = setting(200, "steps between validations", section=_VALIDATE)
+    validate_every: int = setting(
+        200, "steps between validations", section=_VALIDATE,
+        only_with=("--validate-shards", "--validate-prompt", "--validate-prompts"),
+    )  # fmt: skip
     validate_videos: int = setting(0, "videos of held-out captions to make at each validation", section=_VALIDATE)
     validate_prompt: list[str] = setting(
         [], "make a video of this prompt, too, and one by the base model; with the --id-token, if the clips were "
@@ -205,8 +210,7 @@ class TrainSettings:
         least = {
             "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "global_batch": 1, "warmup": 0, "nproc": 1,
             "save_every": 1, "save_minutes": 0, "keep": 1, "validate_every": 1, "validate_videos": 0, "patience": 0,
-            "lr": 0, "eps": 0, "weight_decay": 0, "max_grad_norm": 0, "min_snr_gamma": 0, "caption_dropout": 0,
-            "beta1": 0, "beta2": 0, "ema": 0,
+            "lr": 0, "weight_decay": 0, "max_grad_norm": 0, "caption_dropout": 0, "beta1": 0, "beta2": 0, "ema": 0,
         }  # fmt: skip
         below = {"beta1": 1, "beta2": 1, "ema": 1}
         for name, lowest in least.items():
@@ -223,6 +227,14 @@ class TrainSettings:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise SettingError(f"{value} is not a finite number", where=flag_of(field), fix="a number")
+        for name, why in (
+            ("eps", "a weight without a gradient would be divided by zero"),
+            ("min_snr_gamma", "every loss would be zero"),
+        ):
+            if not getattr(self, name) > 0:
+                raise SettingError(
+                    f"{getattr(self, name)} is too small: {why}", where=self.option(name), fix="a number above 0"
+                )
         _ = self.cache_bytes
         if self.caption_dropout > 1:
             raise SettingError(f"{self.caption_dropout} is too large", where="--caption-dropout", fix="a share: 0 to 1")

@@ -19,7 +19,7 @@ class Settings:
     steps: int | None = setting(None, "Steps.", shown="10 epochs")
     lr: float = setting(1e-4, "Learning rate.")
     strategy: Literal["ddp", "zero2"] = setting("ddp", "Strategy.")
-    strict: bool = setting(False, "Strict.")
+    strict: bool = setting(False, "Strict.", only_with=("--validate-shards", "--strategy zero2"))
     out: Path | None = setting(None, "Folder.")
     config: Path | None = setting(None, "File.")
 
@@ -75,8 +75,8 @@ def test_a_negative_number_is_a_value():
 
 
 def test_a_switch_can_be_switched_off():
-    assert run("--strict")[1].strict is True
-    assert run("--no-strict")[1].strict is False
+    assert run("--strict", "--strategy", "zero2")[1].strict is True
+    assert run("--no-strict", "--strategy", "zero2")[1].strict is False
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -85,6 +85,16 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     settings = run("--config", str(file), "--steps", "7")[1]
     assert (settings.lr, settings.steps, settings.shards, settings.strict) == (1.0, 7, ["a"], True)
     assert settings.validate_shards == ["v"] and settings.out == Path("x") and settings.strategy == "ddp"
+
+
+def test_an_option_that_would_change_nothing_is_refused(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("strict = true\n")
+    assert run("--config", str(file))[1].strict  # as a run writes down all of its settings
+    file.write_text('validate-shards = "v"\n')
+    assert run("--config", str(file), "--strict")[1].strict
+    refused = run("--strict", "--strategy", "ddp")[0].exception
+    assert str(refused).startswith("--strict changes nothing without --validate-shards or --strategy zero2")
 
 
 @pytest.mark.parametrize(
