@@ -21,6 +21,14 @@ class EMA:
         self.decay = decay
         self.shadow = [weight.detach().clone() for weight in weights]
 
+    def begin(self) -> None:
+        """Begin anew, with the weights as they are."""
+        import torch
+
+        with torch.no_grad():
+            for shadow, weight in zip(self.shadow, self.weights, strict=True):
+                shadow.copy_(weight)
+
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step ``step`` (from 1)."""
         import torch

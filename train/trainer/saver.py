@@ -27,6 +27,7 @@ from ..model.ema import EMA
 from ..model.method import Exported, Written, of_checkpoint
 from ..report.page import write_report
 from ..runs import checkpoint as checkpoints
+from ..runs.checkpoint import SavedCheckpoint
 from ..runs.config import settings_json
 from ..runs.folder import ValidationLine
 from ..runs.log import RunLog
@@ -96,13 +97,17 @@ class Saver:
         return bool(self.runtime.all_reduce_max(int(passed)))
 
     @stage("reading the checkpoint")
-    def resume(self, checkpoint: Path) -> None:
-        """Read a checkpoint back.
+    def resume(self, checkpoint: SavedCheckpoint) -> None:
+        """Read a checkpoint back. The average of a run that had none until then begins with its weights.
 
         Raises:
             RunError: it is damaged, does not fit this model, or holds what is not finite.
         """
-        load_checkpoint(self.runtime, self.model, self.optimizer, self._shadow, checkpoint)
+        averaged = bool(checkpoint.state.settings.get("ema", True))
+        shadow = self._shadow if averaged else None
+        load_checkpoint(self.runtime, self.model, self.optimizer, shadow, checkpoint.folder)
+        if self.ema and not averaged:
+            self.ema.begin()
 
     def export(self, step: int, line: ValidationLine | None = None) -> Written:
         """Write the weights as they are exported.

@@ -124,7 +124,7 @@ class Trainer:
         self.ema = EMA(self.trained, settings.ema) if settings.ema else None
         self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log, engine, closing, mirror)
         if run.resume:
-            self.saver.resume(run.resume.folder)
+            self.saver.resume(run.resume)
         gamma = settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None
         self.objective = Objective.of(run.checkpoint, gamma)
         self.feed = Feed(run, runtime, self.objective, self.done, partial(announce.new_epoch, run, log, folder))

@@ -167,6 +167,16 @@ def test_a_moving_average_is_resumed_and_exported(here, tmp_path, losses):
     assert any((files[0][name] != files[1][name]).any() for name in files[0])
 
 
+def test_a_moving_average_may_begin_at_a_resume(here, tmp_path):
+    """From the weights that the run goes on with: nothing of what it began with is in it."""
+    run = here(steps=3)
+    weights = read_weights(run / "checkpoint-3")
+    here(steps=4, lr=0.0, ema=0.9)
+    averaged = load_file(run / "checkpoint-4" / "average.safetensors")
+    assert averaged.keys() == weights.keys()
+    assert all((averaged[name] == weights[name]).all() for name in weights)
+
+
 def test_never_starts_anew_and_a_path_is_continued(here, tmp_path, losses):
     first = here(steps=3)
     assert losses(here(steps=2, resume="never")) == {k: v for k, v in losses(first).items() if k <= 2}
@@ -247,6 +257,7 @@ def test_a_run_goes_on_with_the_base_model_that_it_began_with(here, tmp_path, ch
     ("change", "says", "fix"),
     [
         ({"batch_size": 2}, "another global batch: 1 then, 2 now", "batch size x accumulate is 1"),
+        ({"global_batch": 2}, "another global batch: 1 then, 2 now", "--global-batch 1"),
         ({"seed": 7}, "another --seed: 42 then, 7 now", "set --seed back"),
         ({"rank": 8}, "another --rank: 4 then, 8 now", "another --out"),
         ({"optimizer": "adamw8bit"}, "another --optimizer", "another --out"),
