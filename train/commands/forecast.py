@@ -38,7 +38,7 @@ _FASTER, _WITH_ROOM = 0.95, 0.75  # of auto's seconds, and of the card: when `fa
 class TrainForecast:
     """One line of the table. Memory in GiB; computed, but for what is called measured."""
 
-    method: str
+    method: Literal["lora", "sft"]
     strategy: Strategy
     memory: Memory
     precision: Precision
@@ -65,6 +65,8 @@ def wanted_runs(settings: ForecastSettings, machine: Machine) -> Sequence[Run | 
     Raises:
         CogError: the shards cannot be trained on, or the model cannot take the size.
     """
+    if settings.steps < 1:
+        raise SettingError(f"{settings.steps} steps", where="--steps", fix="--steps 1 or more")
     if settings.repeat and not settings.shards:
         raise SettingError("there are no samples to repeat", where="--repeat", fix="--shards, or leave --repeat out")
     if not settings.shards:

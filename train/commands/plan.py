@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import say, stage
@@ -49,13 +49,13 @@ def run(settings: ForecastSettings) -> None:
     if settings.json:
         print(without_secrets(json_text([dataclasses.asdict(line) for line in found])))
     else:
-        _show(runs[0], found, machine, steps=settings.steps, everything=settings.all)
+        _show(runs[0], found, machine, settings)
     if settings.check:
         check([line for method in _methods(found) if (line := advised(found, method))])
 
 
 def _show(
-    run: Run | Intent, lines: Sequence[TrainForecast], machine: Machine, *, steps: int, everything: bool
+    run: Run | Intent, lines: Sequence[TrainForecast], machine: Machine, settings: ForecastSettings
 ) -> None:  # fmt: skip
     from cogcommon.cli.terminal import Console
 
@@ -66,10 +66,10 @@ def _show(
     console.print(rest + (f"; {run.shards.described}" if isinstance(run, Run) else ""))
     console.print(f"{run.repeated}\n" if isinstance(run, Run) and run.repeated else "")
     for method in _methods(lines):
-        for number, words in enumerate(_answer(lines, method, machine, steps, run.settings.batch_size)):
+        for number, words in enumerate(_answer(lines, method, machine, settings)):
             console.print(f"{_NAMES[method]}: {words}" if number == 0 else f"  {words}")
         console.print()
-    shown = lines if everything else best_few(lines)
+    shown = lines if settings.all else best_few(lines)
     console.print(_table(shown))
     if len(shown) < len(lines):
         console.print(f"{counted(len(lines) - len(shown), 'line')} more: --all")
@@ -77,7 +77,7 @@ def _show(
         console.print("note: " + EMULATED.format(machine.name))
 
 
-def _methods(lines: Sequence[TrainForecast]) -> list[str]:
+def _methods(lines: Sequence[TrainForecast]) -> list[Literal["lora", "sft"]]:
     return list(dict.fromkeys(line.method for line in lines))
 
 
@@ -86,15 +86,13 @@ def advised(lines: Sequence[TrainForecast], method: str) -> TrainForecast | None
     return next((line for line in lines if line.method == method and line.fits), None)
 
 
-def _answer(lines: Sequence[TrainForecast], method: str, machine: Machine, steps: int, batch: int) -> Iterator[str]:
-    """Whether it fits, how long it takes, what it writes, and the command; a line each.
-
-    Args:
-        batch: samples that each process takes in a step.
-    """
-    line = advised(lines, method)
+def _answer(
+    lines: Sequence[TrainForecast], method: Literal["lora", "sft"], machine: Machine, settings: ForecastSettings
+) -> Iterator[str]:
+    """Whether it fits, how long it takes, what it writes, and the command; a line each."""
+    line, steps, batch = advised(lines, method), settings.steps, settings.batch_size
     if line is None:
-        yield f"nothing fits; {_remedy([line for line in lines if line.method == method])}"
+        yield f"nothing fits; {_remedy([line for line in lines if line.method == method], method, machine, settings)}"
         return
     host = f"{line.host_total_gib:.1f} GiB of host memory"
     yield f"fits, in {host}" if machine.cpu else f"fits, in {line.peak_gib:.1f} GiB of GPU memory and {host}"
@@ -162,13 +160,25 @@ def check(lines: Sequence[TrainForecast]) -> None:
         )
 
 
-def _remedy(lines: Sequence[TrainForecast]) -> str:
-    """What to do where no line fits."""
+def _remedy(
+    lines: Sequence[TrainForecast], method: Literal["lora", "sft"], machine: Machine, settings: ForecastSettings
+) -> str:
+    """What to do where none of a method's lines fits."""
+    lighter: dict[str, dict[str, Any]] = {
+        "with --batch-size 1": {"batch_size": 1}, "with --optimizer adamw": {"optimizer": "adamw"},
+        "without --ema": {"ema": 0.0}, "with --rank 16": {"rank": 16 if method == "lora" else settings.rank},
+    }  # fmt: skip
+    asked = {name: change for name, change in lighter.items() if dataclasses.replace(settings, **change) != settings}
+    for names in [*([name] for name in asked), [*asked]]:
+        changed = {field: value for name in names for field, value in asked[name].items()}
+        runs = wanted_runs(dataclasses.replace(settings, method=method, **changed), machine)
+        if advised([line for run in runs for line in lines_of(run, machine)], method):
+            return f"{' and '.join(names)} it would"
     of_card = [line for line in lines if line.lacks == "host memory"]
     if of_card:
         least = min(line.host_total_gib for line in of_card)
-        return f"the GPU would do with {least:.0f} GiB of host memory"
-    return "encode with a smaller --resolution"
+        return f"{'it' if machine.cpu else 'the GPU'} would do with {least:.0f} GiB of host memory"
+    return "encode with a smaller --resolution, or take a larger card"
 
 
 def _table(lines: Sequence[TrainForecast]) -> Any:

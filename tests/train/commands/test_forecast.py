@@ -319,8 +319,25 @@ def test_where_nothing_fits_the_smallest_is_shown_and_what_it_lacks(capsys):
 
 
 @pytest.mark.parametrize(
+    ("settings", "do"),
+    [
+        ({"batch_size": 64}, "with --batch-size 1 it would"),
+        ({"optimizer": "prodigy"}, "with --optimizer adamw it would"),
+        ({"ema": 0.9, "batch_size": 64}, "with --batch-size 1 and without --ema it would"),
+        ({"gpu": "6GB", "method": "lora", "rank": 4096}, "with --rank 16 it would"),
+        ({"gpu": "none", "host": "64GB"}, "it would do with 1"),
+    ],
+)
+def test_what_would_fit_is_said_where_nothing_does(settings, do, capsys):
+    """A smaller picture does not help where the weights alone are too many."""
+    plan.run(ForecastSettings(**{"gpu": "4090", "gpus": 1, "method": "sft"} | settings))
+    assert f"nothing fits; {do}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("settings", "where"),
     [
+        (ForecastSettings(gpu="24GB", steps=0), "--steps"),
         (ForecastSettings(gpu="4090", resolution="50x480x720"), "--resolution 50x480x720"),
         (ForecastSettings(gpu="4090", resolution="49x480x720", shards=["out"]), "--shards, --resolution"),
         (ForecastSettings(gpu="much"), "--gpu"),
