@@ -91,6 +91,24 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, bef
     assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
 
 
+HALTING = """
+import time
+from pathlib import Path
+from forked import _fork_ranks
+from waiting import steps_made
+from cogtrain.trainer import trainer
+_fork_ranks()
+asked_to_stop = trainer.asked_to_stop
+def asked(run):
+    while steps_made(run) >= 2 and not Path("told").exists():
+        time.sleep(0.02)
+    return asked_to_stop(run)
+trainer.asked_to_stop = asked
+from cogtrain.cli import main
+main()
+"""
+
+
 # SLURM sends its signals to the launcher and to its processes at once.
 @pytest.mark.parametrize(("number", "code", "world"), [(signal.SIGUSR1, 138, 2), (signal.SIGTERM, 143, 1)])
 def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, code, world, losses):
@@ -98,10 +116,13 @@ def test_a_signal_saves_and_the_last_line_resumes(place, undisturbed, number, co
     run = place / f"stopped-{code}"
     words = [*words_for("ddp", world, run.name), "--nproc", world]
     words[words.index("--save-every") + 1] = 100  # nothing but the signal saves
-    process = Forked(["cogtrain", *words], place)
+    (place / "halting.py").write_text(HALTING)  # however late the signal is, it comes before the third step
+    (place / "told").unlink(missing_ok=True)
+    process = Forked([place / "halting.py", *words], place)
     assert wait_for_steps(run, 2, process), process.end()
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children()]:
         member.send_signal(number)
+    (place / "told").touch()
     out, err = finish(process, code)
     assert "Traceback" not in err
     assert len(checkpoints.list_checkpoints(run)) == 1
