@@ -65,7 +65,7 @@ _IN_CI = ("each kind", "a whole shard")
 def test_the_next_run_ends_with_the_bytes_of_an_undisturbed_one(which, encoded, settings_of):
     undisturbed, out = files_of(encoded / "out"), encoded / "new"
     hangs = any("hang" in what for _, what in DISTURBANCES[which])
-    settings = settings_of(encoded, out=out, clip_timeout=1.5 if hangs else TIMEOUT_S)
+    settings = settings_of(encoded, out=out, clip_timeout=4.0 if hangs else TIMEOUT_S)
     orders = [encoded / "ds" / f"{clip}.mp4.{what}" for clip, what in DISTURBANCES[which]]
     for order in orders:
         order.write_text("9")
@@ -88,7 +88,7 @@ def test_the_next_run_ends_with_the_bytes_of_an_undisturbed_one(which, encoded, 
 def test_a_child_that_is_killed_once_costs_nothing(encoded, settings_of):
     for clip, what in (("1", "decode-kill"), ("3", "decode-hang"), ("2", "probe-kill"), ("4", "probe-hang")):
         (encoded / "ds" / f"{clip}.mp4.{what}").write_text("1")
-    report = encode(settings_of(encoded, out=encoded / "new", clip_timeout=2.0))
+    report = encode(settings_of(encoded, out=encoded / "new", clip_timeout=4.0))
     assert (report.encoded, report.postponed, report.rejected) == (5, 0, 0)
     assert files_of(encoded / "new") == files_of(encoded / "out")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from forked import Forked
+from waiting import wait_until
 
 from cogcommon.errors import DiskError
 from cogtrain.distributed.signals import Stopped
@@ -136,9 +137,15 @@ def test_a_fault_while_it_is_written_ends_the_run_with_the_weights_kept(here, tm
     whole = here(steps=6, save_every=2, out=tmp_path / "whole")
     weights, optimizer = ((whole / "checkpoint-6" / name).stat().st_size for name in (WEIGHTS, OPTIMIZER))
     assert weights < 1.5 * weights < optimizer
-    with pytest.raises(DiskError) as fault:
-        here(lambda step: small_files(int(1.5 * weights)) if step == 3 else None, steps=6, save_every=2)
     run = tmp_path / "run"
+
+    def after_step(step):
+        if step == 3:
+            wait_until((run / "checkpoint-2").exists)
+            small_files(int(1.5 * weights))
+
+    with pytest.raises(DiskError) as fault:
+        here(after_step, steps=6, save_every=2)
     rescued = next(run.glob("step-*"))
     assert "the file grew larger than files may be there" in str(fault.value)
     assert "goes on from checkpoint-2, which is whole" in fault.value.fix
