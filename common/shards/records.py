@@ -225,7 +225,7 @@ def read_table(path: Path | io.BytesIO, columns: list[str] | None = None) -> tup
         if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
             raise disk_error(error, error.errno, Path(where)) from error
         raise ShardError(
-            f"the record is damaged: {error}",
+            f"the record is damaged: {' '.join(str(error).split())}",
             where=where,
             fix="remove it and run `cogprep encode` again; it makes this shard anew",
         ) from error

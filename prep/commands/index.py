@@ -94,7 +94,7 @@ def index(out: Path, image: Outlet | None = None) -> Indexed:
     with at_work(out), shard_disk_errors(out):
         for split in SPLITS:
             recover_folder(split_folder(out, split))
-        contract = read_contract(out)
+        contract = read_contract(out) if (out / CONTRACT_FILE).exists() else None
         rebuilt = contract is None
         if contract is None:
             contract = _contract_of_a_record(out)

@@ -37,6 +37,7 @@ from ..settings.shards import VerifySettings
 from ..store.committed import tars_without_record
 from ..store.outlet import Outlet, open_image
 
+_OTHER_SETTINGS = f"encoded with other settings than {CONTRACT_FILE} says"
 _TARS = 2  # from an address, on this machine's disk at a time
 
 
@@ -103,16 +104,28 @@ def _tell(verified: Verified, settings: VerifySettings, image: Outlet) -> None:
             )
     if verified.problems:
         damaged = sorted({problem.shard for problem in verified.problems})
-        fix, anew = "run the `cogprep encode` command again", "it makes them anew"
-        if broken := sorted({problem.shard for problem in verified.problems if not problem.heals}):
-            one = image.folder / broken[0]
-            files = [one, one.with_suffix(".parquet")] if one.suffix == ".tar" else [one]
-            fix = f"remove each with its record, for example `{command_line('rm', *files)}`, and {fix}: {anew}"
         raise ShardError(
             f"{len(damaged)} of {counted(verified.shards, 'shard')} not as recorded",
             where=", ".join(damaged),
-            fix=fix,
+            fix=_remedy(sorted({problem.shard for problem in verified.problems if not problem.heals}), image.folder),
         )
+
+
+def _remedy(broken: Sequence[str], out: Path) -> str:
+    """What to type.
+
+    Args:
+        broken: the files that have to go first.
+    """
+    if CONTRACT_FILE in broken:
+        remove, index = command_line("rm", out / CONTRACT_FILE), command_line("cogprep", "index", out)
+        return f"`{remove}`, then `{index}`, which takes it from the record of a shard"
+    encode = "run the `cogprep encode` command again"
+    if not broken:
+        return encode
+    one = out / broken[0]
+    remove = command_line("rm", one, *([one.with_suffix(".parquet")] if one.suffix == ".tar" else []))
+    return f"remove each with its record, for example `{remove}`, and {encode}: it makes them anew"
 
 
 def verify(
@@ -132,11 +145,11 @@ def verify(
     image = image or Outlet(out)
     contract = read_contract(out)
     if contract is None:
-        raise _no_contract(out)
+        raise ShardError("no shards here", where=str(out / CONTRACT_FILE), fix="name the --out of `cogprep encode`")
     problems = list(_of_the_folder(out, contract))
     records = list(records_in(out))
     first: dict[tuple[Split, str], str] = {}  # the shard in which a sample is found, by split and key
-    samples = bytes_read = 0
+    readable = samples = bytes_read = 0
 
     def check(place: tuple[Split, int, Path]) -> tuple[ShardRecord | None, list[str]]:
         *_, path = place
@@ -154,24 +167,22 @@ def verify(
             problems += [Problem(shard_label(split, number), what) for what in faults]
             if record is not None:
                 problems += _found_twice(record, split, shard_label(split, number), first)
+                readable += 1
                 samples += sum(row.status == "ok" for row in record.rows)
                 bytes_read += record.header.tar_size
                 if reencode and not faults:
                     good.append((path.with_suffix(".tar"), record))
             bar.advance()
+    other = [problem for problem in problems if problem.what == _OTHER_SETTINGS]
+    if other and len(other) == readable:
+        what = "is not the contract of any shard here"
+        problems = [Problem(CONTRACT_FILE, what), *(problem for problem in problems if problem not in other)]
     differences: list[Difference] = []
     if reencode and not problems:
         from ..encode.reencode import encode_again
 
         differences = encode_again(out, contract, good, count=reencode, workers=workers, model=model)
     return Verified(len(records), samples, bytes_read, problems, differences)
-
-
-def _no_contract(out: Path) -> ShardError:
-    if any(records_in(out)):
-        fix = f"`{command_line('cogprep', 'index', out)}` takes it from the record of a shard"
-        return ShardError(f"no {CONTRACT_FILE} beside the shards", where=str(out), fix=fix)
-    return ShardError("no shards here", where=str(out / CONTRACT_FILE), fix="name the --out of `cogprep encode`")
 
 
 def _found_twice(
@@ -190,7 +201,7 @@ def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[
     """What is wrong with one shard: size, hash, members, keys, extents, values."""
     header = record.header
     if header.contract.fingerprint != contract.fingerprint:
-        yield f"encoded with other settings than {CONTRACT_FILE} says"
+        yield _OTHER_SETTINGS
     try:
         size = tar.stat().st_size
         if size != header.tar_size:

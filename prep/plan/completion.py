@@ -60,7 +60,7 @@ class ShardCompletion:
         self.number = number
         self._tar = folder / tar_name(number)
         self._filled = False
-        with ExitStack() as held, shard_disk_errors(self._tar):
+        with shard_disk_errors(self._tar), ExitStack() as held:
             held.enter_context(lock_shard(folder, number))
             complete_rewrite(folder, number)
             self._old = read_record(folder / record_name(number))
@@ -95,7 +95,7 @@ class ShardCompletion:
 
     def commit(self) -> ShardRecord | None:
         """Put the new shard in place of the old one; None where nothing was added to it."""
-        with self._held, shard_disk_errors(self._tar):
+        with shard_disk_errors(self._tar), self._held:
             if not self._filled:
                 complete_rewrite(self.folder, self.number)  # which undoes it: it has no record
                 return None
@@ -107,7 +107,7 @@ class ShardCompletion:
     def abandon(self) -> None:
         """Let go of the shard, which stays as it was."""
         if not self._sink.closed:
-            with self._held, suppress(OSError, CogError):  # the first error is the one to show
+            with suppress(OSError, CogError), self._held:  # the first error is the one to show
                 complete_rewrite(self.folder, self.number)
 
     def _copy_up_to(self, key: str | None) -> None:

@@ -22,6 +22,7 @@ from cogcommon.shards.records import ShardHeader, read_table, record_name, tar_n
 from ..source.clip import TONED, Hashed
 from ..store.committed import committed_shards
 from ..store.outlet import ABOUT_TO_WRITE_S
+from ..store.proof import is_ours
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,17 +91,20 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
         retry_rejected: a rejected sample counts as one that waits.
 
     Raises:
-        ShardError: a record is damaged, or a tar has not the size that its record says.
+        ShardError: a record is damaged; a tar has not the size, the name or the contract that its record says.
     """
     samples: dict[Split, dict[str, Placed]] = {split: {} for split in SPLITS}
     waiting: dict[Split, dict[str, Waiting]] = {split: {} for split in SPLITS}
     rows: dict[Split, dict[int, int]] = {split: {} for split in SPLITS}
     hashes: dict[str, Hashed] = {}
     tone_mapped: set[str] = set()
+    contract = read_contract(out)
     for split, number, found in _read_records(out):
         if found is None:
             continue
         header, table = found
+        if contract is not None and header.contract.fingerprint != contract.fingerprint:
+            raise _of_another_folder(out, shard_label(split, number), contract, header.contract)
         columns = [table.column(name).to_pylist() for name in _SCANNED]
         rows[split][number] = table.num_rows
         again: set[str] = set()
@@ -150,6 +154,16 @@ def _read_one(place: tuple[Split, int, Path]) -> _Read:
     return split, number, (header, table)
 
 
+def _of_another_folder(out: Path, shard: str, contract: Contract, theirs: Contract) -> ShardError:
+    """The error for a shard that was encoded with other settings than its folder; an encode would drop it."""
+    return ShardError(
+        f"{shard} was encoded with other settings than {CONTRACT_FILE} says: "
+        + "; ".join(theirs.differences(contract)[:4]),
+        where=str(out),
+        fix=f"move it and its record back to where they were; `{command_line('cogprep', 'verify', out)}` names all",
+    )
+
+
 def _check_size(tar: Path, recorded: int) -> None:
     # A full check reads every byte (`verify`); this one costs nothing and finds what copying cuts short.
     size = tar.stat().st_size
@@ -189,10 +203,18 @@ def read_contract(out: Path) -> Contract | None:
     """The folder's contract; None where there is none yet.
 
     Raises:
-        ShardError: damaged, or of another schema version.
+        ShardError: damaged, or of another schema version; or lost, for it was there before the first shard.
     """
     path = out / CONTRACT_FILE
-    return Contract.from_json(path.read_bytes(), where=str(path)) if path.exists() else None
+    if path.exists():
+        return Contract.from_json(path.read_bytes(), where=str(path))
+    if any(is_ours(record) for _, _, record in records_in(out)):
+        raise ShardError(
+            f"{CONTRACT_FILE} is lost, by which it is known how these shards were encoded",
+            where=str(path),
+            fix=f"`{command_line('cogprep', 'index', out)}` takes it from the record of a shard",
+        )
+    return None
 
 
 def check_contract(out: Path, ours: Contract) -> Contract | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogcommon.errors import DataRootError
+from cogcommon.shards.contract import CONTRACT_FILE
 
 from ..processes.pool import Pool, default_workers
 from ..video.cut import Cut
@@ -49,7 +50,7 @@ class Wanted:
 
     def _read(self, origin: Origin) -> bool:
         try:
-            contract = read_contract(self._out)
+            contract = read_contract(self._out) if (self._out / CONTRACT_FILE).exists() else None
             data = None if contract is None else origin.read_lists(contract.task)
         except DataRootError:
             return False

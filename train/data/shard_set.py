@@ -22,6 +22,9 @@ from cogcommon.words import counted
 from ..store.cache import SampleCache
 from .caption_draw import CaptionDraw, Ints, hash_words
 
+# What helps a damaged file behind an address.
+UPLOAD_AGAIN = "compare it with the copy that `cogprep encode` wrote (`cogprep verify` there), and upload it again"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -261,5 +264,5 @@ def usual_size(samples: Mapping[Resolution, int]) -> Resolution:
 def damaged(file: StoredFile, what: str) -> ShardError:
     fix = "`cogprep verify` lists all damage; remove the shard and its record, and `cogprep encode` makes it anew"
     if file.remote:
-        fix = "compare it with the copy that `cogprep encode` wrote (`cogprep verify` there), and upload it again"
+        fix = UPLOAD_AGAIN
     return ShardError(f"a damaged shard: {what}", where=file.shown, fix=fix)

@@ -24,7 +24,7 @@ from cogcommon.shards.records import ShardHeader, read_table, shard_number
 from cogcommon.store.store import ReadPart, StoredFile, WholeFilesOnly
 
 from ..store.cache import SampleCache
-from .shard_set import NoSamples, Shard, ShardSet, damaged
+from .shard_set import UPLOAD_AGAIN, NoSamples, Shard, ShardSet, damaged
 from .shard_words import FoundTar, expand
 
 _COLUMNS = [
@@ -157,13 +157,13 @@ def _record(found: FoundTar) -> tuple[ShardHeader, pa.Table]:
             return read_table(io.BytesIO(raw), _COLUMNS)
         except ShardError as error:
             fault = error
-    if file.remote and not raw.startswith(_PARQUET):
+    if file.remote and raw and not raw.startswith(_PARQUET):
         raise StoreError(
             f"the server sends something else in place of the record, beginning with {raw[:24]!r}",
             where=file.shown,
             fix="open the URL in a browser: it may be the page of a login or of a proxy",
         )
-    raise ShardError(fault.what, where=file.shown, fix=fault.fix) from fault
+    raise ShardError(fault.what, where=file.shown, fix=UPLOAD_AGAIN if file.remote else fault.fix) from fault
 
 
 def _without_record(found: FoundTar) -> ShardError:

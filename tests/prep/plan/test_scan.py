@@ -10,13 +10,18 @@ import pytest
 
 from cogcommon.errors import ShardError
 from cogcommon.model.families import Resolution
+from cogcommon.shards.contract import CONTRACT_FILE
 from cogcommon.shards.records import ShardRecord, read_record, write_record
-from cogprep.commands.verify import verify
+from cogprep.commands.index import index
+from cogprep.commands.verify import run, verify
 from cogprep.dataset.lists import Sample
-from cogprep.plan.folder import scan
+from cogprep.plan.folder import read_contract, scan
 from cogprep.plan.plan import Candidate, EncodePlan, make_plan
+from cogprep.settings.shards import VerifySettings
 from cogprep.source.clip import Hashed
-from cogprep.store.shards import ShardWriter, drop_samples, read_tensors
+from cogprep.store.committed import read_tensors
+from cogprep.store.rewrite import drop_samples
+from cogprep.store.shards import ShardWriter
 from cogtrain.data.shards import open_shards
 
 SMALL = Resolution(9, 16, 16)
@@ -100,3 +105,30 @@ def test_a_shard_on_a_disk_that_is_not_mounted_is_not_taken_for_gone(out: Path) 
     (out / "000001.tar").symlink_to("/big/000001.tar")
     with pytest.raises(ShardError, match=r"a link to /big/000001\.tar, and nothing is there"):
         scan(out)
+
+
+def test_a_shard_of_other_settings_is_refused_before_it_is_dropped(out: Path, make_shards) -> None:
+    wide = Resolution(9, 16, 32)
+    make_shards(out.parent / "other", samples=6, per_shard=2, resolutions=(wide,))
+    for kind in ("tar", "parquet"):
+        shutil.move(out.parent / "other" / f"000002.{kind}", out / f"000002.{kind}")
+    with pytest.raises(ShardError, match=r"000002\.tar was encoded with other settings.*9x16x32.*9x16x16"):
+        scan(out)
+    (problem,) = verify(out).problems
+    assert (problem.shard, problem.heals) == ("000002.tar", False)
+
+
+def test_a_contract_that_is_lost_or_anothers_is_not_blamed_on_the_shards(out: Path, make_shards) -> None:
+    make_shards(out.parent / "other", samples=1, resolutions=(Resolution(9, 16, 32),))
+    shutil.copy(out.parent / "other" / CONTRACT_FILE, out / CONTRACT_FILE)
+    with pytest.raises(ShardError) as anothers:
+        run(VerifySettings(out=out))
+    assert anothers.value.fix == f"`rm {out}/{CONTRACT_FILE}`, then `cogprep index {out}`, " + (
+        "which takes it from the record of a shard"
+    )
+    (out / CONTRACT_FILE).unlink()
+    for look in (scan, verify, read_contract):
+        with pytest.raises(ShardError, match="is lost") as lost:
+            look(out)
+        assert f"`cogprep index {out}`" in lost.value.fix
+    assert index(out).contract and verify(out).problems == []
