@@ -90,25 +90,28 @@ def video_streams(container: InputContainer) -> list[VideoStream]:
     ]
 
 
-def decode_frames(container: InputContainer, stream: VideoStream, skip: int | None = None) -> Iterator[VideoFrame]:
+def decode_frames(
+    container: InputContainer, stream: VideoStream, skip: int | None = None, lead: int = 0
+) -> Iterator[VideoFrame]:
     """The frames from where the container stands, cut to what is shown of them.
 
     Args:
-        skip: leave out packets of pictures that are shown before this time, in units of the stream.
+        skip: leave out packets of pictures that are shown before this time, in units of the stream, or at none.
+        lead: leave out so many packets first.
 
     A WebM's transparency lies beside its pictures, where only libvpx looks for it; without it the colours
     that are hidden there would be shown.
     """
     aperture = Aperture(container, stream)
     reader = _WITH_ALPHA.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
-    if reader is None and skip is None:
+    if reader is None and skip is None and not lead:
         yield from map(aperture.cut, container.decode(stream))
         return
     decoder = None if reader is None else cast(VideoCodecContext, av.CodecContext.create(reader, "r"))
     if decoder is not None:
         decoder.thread_count = 1
-    for packet in container.demux(stream):
-        if skip is not None and packet.pts is not None and packet.pts < skip:
+    for number, packet in enumerate(container.demux(stream)):
+        if packet.size and (number < lead or (skip is not None and (packet.pts is None or packet.pts < skip))):
             continue
         frames = packet.decode() if decoder is None else decoder.decode(packet if packet.size else None)
         yield from map(aperture.cut, frames)

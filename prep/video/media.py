@@ -105,7 +105,7 @@ class Video:
     @cached_property
     def first_frame(self) -> VideoFrame:
         """The first decoded frame: what it says of colour, rotation and shape is what counts."""
-        for _index, frame in self._decode():
+        for _index, frame in self._shown():
             return frame
         raise BadClip("not one frame can be decoded", "damaged")
 
@@ -294,7 +294,8 @@ class Video:
         try:
             if key is not None:
                 container.seek(key.decoded, stream=stream)
-            for frame in decode_frames(container, stream, None if key is None else key.shown):
+            begin = (self._times.first_key, self._times.lead) if key is None else (key.shown, 0)
+            for frame in decode_frames(container, stream, *begin):
                 beat()
                 yield frame
         finally:

@@ -27,6 +27,7 @@ from .container import said_by_ffmpeg
 _HEADED = ("matroska", "mov", "flv", "avi")  # formats whose header states a duration that can be believed
 
 _DECODED_AT = ("avi", "asf")  # formats that store when a packet is decoded, and nothing else
+_TWICE = 0.1  # of the pictures, at most, may have the time of another, for times to be believed
 _BACK_S = 0.2  # packets come in the order of decoding; what steps back further than a slip is another recording
 
 
@@ -49,6 +50,8 @@ class FrameTimes:
     times_s: tuple[float, ...]
     by: Literal["pts", "dts", "count"]
     stamps: tuple[int, ...] = ()  # ascending, in units of the stream; empty where pictures are counted
+    lead: int = 0  # packets before the first key frame
+    first_key: int | None = None  # when that is shown, where `by` is pts; nothing before it can be decoded
     delay: int = 0  # pictures that the decoder holds back, where `by` is dts
     keys: tuple[Key, ...] = ()  # the pictures that need no other, ascending
     last_s: float = 0.0  # how long the last picture stays; 0 where the file does not say
@@ -66,6 +69,8 @@ class FrameTimes:
             return expected
         if stamp < self.stamps[self.delay]:
             return None
+        if stamp in self.stamps[expected : expected + 1]:  # of several with one time, the next
+            return expected
         return bisect_left(self.stamps, stamp) - self.delay
 
     def keys_before(self, index: int) -> Iterator[Key]:
@@ -90,7 +95,7 @@ class FrameTimes:
         delay = min(bisect_left(self.stamps, first.dts), len(self.stamps) - 1)
         step = median(after - before for before, after in pairwise(self.stamps)) if len(self.stamps) > 1 else 1
         shown = [*self.stamps[delay:], *(self.stamps[-1] + step * (place + 1) for place in range(delay))]
-        return FrameTimes(tuple(stamp * time_base for stamp in shown), "dts", self.stamps, delay)
+        return replace(self, times_s=tuple(stamp * time_base for stamp in shown), delay=delay)
 
 
 def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
@@ -103,7 +108,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
     shown: list[tuple[int | None, int | None, int]] = []  # pts, dts and duration
     keys: list[Key] = []
     last_end = 0.0
-    packets, first_key, skipped = 0, None, None
+    packets, first_key, lead, skipped = 0, None, 0, None
     promised = len(stream.index_entries) or stream.frames
     latest: int | None = None
     try:
@@ -129,7 +134,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
             packets += 1
             beat()
             if packet.is_keyframe and skipped is None:
-                skipped, first_key = len(shown), packet.pts
+                skipped, first_key, lead = len(shown), packet.pts, packets - 1
             hidden = codec == "vp8" and not bytes(packet)[0] & 0x10  # the show_frame bit, RFC 6386 9.1
             if not packet.is_discard and not hidden:  # an edit list discards what it hides
                 shown.append((packet.pts, packet.dts, packet.duration or 0))
@@ -143,7 +148,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
     shown = shown[skipped or 0 :]  # before the first key frame nothing can be decoded
     if not shown:
         raise BadClip("there are no frames in it")
-    return replace(_times_of(container, stream, shown, first_key), keys=tuple(sorted(keys)))
+    return replace(_times_of(container, stream, shown, first_key), keys=tuple(sorted(keys)), lead=lead)
 
 
 def _times_of(
@@ -153,14 +158,21 @@ def _times_of(
     first_key: int | None,
 ) -> FrameTimes:
     base = float(stream.time_base or 0)
+    if "matroska" in container.format.name and first_key is not None:
+        # FFmpeg gives no time to what would be shown before 0: of a copy from an open group what leads its key frame
+        shown = [packet for packet in shown if packet[:2] != (None, None)]
     pts = [stamp for stamp, _, _ in shown if stamp is not None]
-    if container.format.name not in _DECODED_AT and len(set(pts)) == len(shown):
+    timed = container.format.name not in _DECODED_AT and len(pts) == len(shown)
+    dts = [stamp for _, stamp, _ in shown if stamp is not None]
+    in_order = len(dts) == len(shown) and all(before < after for before, after in pairwise(dts))
+    twice = len(pts) - len(set(pts))
+    if timed and (not twice or (not in_order and twice <= _TWICE * len(pts))):
         stamps = tuple(sorted(stamp for stamp in pts if first_key is None or stamp >= first_key))
         # An mp4 stores the time from one packet to the next; where pictures are reordered, the last is still the end's.
         last = shown[-1] if "mp4" in container.format.name else max(shown, key=lambda packet: packet[0] or 0)
-        return FrameTimes(tuple(stamp * base for stamp in stamps), "pts", stamps, last_s=last[2] * base)
-    dts = [stamp for _, stamp, _ in shown if stamp is not None]
-    if len(dts) == len(shown) and all(before < after for before, after in pairwise(dts)):
+        times_s = tuple(stamp * base for stamp in stamps)
+        return FrameTimes(times_s, "pts", stamps, first_key=first_key, last_s=last[2] * base)
+    if in_order:
         return FrameTimes(tuple(stamp * base for stamp in dts), "dts", tuple(dts))
     rate = usual_rate(stream)  # no times to trust: the mean rate is all there is
     return FrameTimes(tuple(index / rate for index in range(len(shown))), "count")

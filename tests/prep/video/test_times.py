@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -132,6 +133,61 @@ def test_a_picture_that_stays_is_repeated_as_long_as_it_stays(start, tmp_path):
     assert shown(clip) == BY_TIME
     assert clip.indices == (0, 3, 6, 9, 9, 9, 9, 9, 12)
     assert clip.effective_fps == pytest.approx(8, abs=0.1)
+
+
+def changed(source: Path, path: Path, change: Callable[[int, av.Packet], bool]) -> Path:
+    """A copy of a stream's packets as another container has them.
+
+    Args:
+        change: of each packet, which it may change; false leaves it out.
+    """
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(video=0)):
+            if packet.size and change(number, packet):
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
+def test_a_hold_is_seen_though_two_pictures_have_one_time(tmp_path):
+    """As a screen recorder's may; the other times are still those of the pictures."""
+    whole = write(tmp_path / "a.mkv", [card(i) for i in HELD], times=[i / FPS for i in HELD], options={"bf": "0"})
+
+    def repeat(number: int, packet: av.Packet) -> bool:
+        if number == 5:
+            packet.pts = packet.dts = round(4 / FPS * 1000)
+        return True
+
+    path = changed(whole, tmp_path / "b.mkv", repeat)
+    with av.open(str(path)) as container:
+        assert len({packet.pts for packet in container.demux(video=0) if packet.size}) == len(HELD) - 1
+    assert shown(decode(path)) == BY_TIME
+    assert shown(decode(path, Cut(frames="head"))) == list(range(9))
+
+
+def test_what_leads_the_first_key_frame_of_a_copied_mkv_is_not_there(tmp_path):
+    """Copied from an open group on, it is shown before 0: FFmpeg gives it no time, and no decoder can make it."""
+    groups = {"crf": "6", "x264-params": "open-gop=1:keyint=10:bframes=3:b-pyramid=none:scenecut=0"}
+    whole = write(tmp_path / "a.mp4", [card(i) for i in HELD], times=[i / FPS for i in HELD], options=groups)
+    with av.open(str(whole)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    begin = [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
+    zero = packets[begin].pts
+
+    def shift(number: int, packet: av.Packet) -> bool:
+        packet.pts, packet.dts = packet.pts - zero, packet.dts - zero
+        return number >= begin
+
+    path = changed(whole, tmp_path / "b.mkv", shift)
+    with av.open(str(path)) as container:
+        stamps = [packet.pts for packet in container.demux(video=0) if packet.size]
+    assert stamps[0] == 0 and None in stamps
+    with ClipSource(path) as source, Video(source) as video:
+        assert len(video.times_s) == len(stamps) - stamps.count(None)
+    count = len(stamps) - stamps.count(None)
+    clip = decode_clip(path, Resolution(count, 64, 96), Cut(frames="head"), 8, "key")
+    assert shown(clip) == HELD[-count:]
 
 
 def test_a_gif_with_a_hold_is_played_as_it_is_shown(tmp_path):
