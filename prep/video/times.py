@@ -23,6 +23,7 @@ from av.video.stream import VideoStream
 from ..source.clip import BadClip
 from ..source.heartbeat import beat
 from .container import said_by_ffmpeg
+from .fields import FieldPairs
 
 _HEADED = ("matroska", "mov", "flv", "avi")  # formats whose header states a duration that can be believed
 
@@ -109,6 +110,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
     keys: list[Key] = []
     last_end = 0.0
     packets, first_key, lead, skipped = 0, None, 0, None
+    pairs = FieldPairs(stream.codec_context)
     promised = len(stream.index_entries) or stream.frames
     latest: int | None = None
     try:
@@ -135,6 +137,8 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
             beat()
             if packet.is_keyframe and skipped is None:
                 skipped, first_key, lead = len(shown), packet.pts, packets - 1
+            if pairs.ends_picture(packet):
+                continue
             hidden = codec == "vp8" and not bytes(packet)[0] & 0x10  # the show_frame bit, RFC 6386 9.1
             if not packet.is_discard and not hidden:  # an edit list discards what it hides
                 shown.append((packet.pts, packet.dts, packet.duration or 0))
