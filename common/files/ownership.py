@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ..errors import SettingError
-from .atomic import TEMPORARY, commit, commit_bytes, fsync_folder, honour_umask, temporary_beside
+from .atomic import TEMPORARY, commit, commit_bytes, fsync_folder, fsync_tree, honour_umask, temporary_beside
 
 LISTS = ("prompts.txt", "videos.txt")  # of a data root
 RECORD_FILE = ".cogtune.json"
@@ -317,7 +317,7 @@ def refuse_other(folder: Path, by: str) -> None:
 
 
 def replace_folder(finished: Path, final: Path, by: str) -> None:
-    """Give a finished folder its name. What we made there before goes; what somebody put into it is kept in it.
+    """Give a finished folder its name, durably. What we made there before goes; what somebody put into it stays in it.
 
     Args:
         finished: a temporary folder beside ``final``.
@@ -328,6 +328,7 @@ def replace_folder(finished: Path, final: Path, by: str) -> None:
     for path in _files_below(finished):
         honour_umask(path)
     seal(finished, by)
+    fsync_tree(finished)
     if not os.path.lexists(final):
         commit(finished, final)
         return

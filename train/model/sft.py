@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,9 +72,6 @@ def save(state: Mapping[str, torch.Tensor], checkpoint: Checkpoint, folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     try:
         transformer.save_pretrained(scratch, max_shard_size="5GB")
-        for file in scratch.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
         replace_folder(scratch, target, A_TRANSFORMER)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)  # where the disk is full, others need the room

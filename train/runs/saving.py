@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import CogError, RunError
-from cogcommon.files.atomic import fsync_tree, temporary_beside
+from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.ownership import replace_folder
 
@@ -144,7 +144,6 @@ def begin_saving(
 
     def commit() -> None:
         (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        fsync_tree(temporary)
         replace_folder(temporary, final, A_CHECKPOINT)  # the same step is there after a resume from an older one
 
     def write(act: Callable[[], None]) -> Callable[[], None]:

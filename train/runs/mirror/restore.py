@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cogcommon.cli.progress import say, stage
 from cogcommon.errors import RunError
-from cogcommon.files.atomic import commit, fsync_tree, temporary_beside
+from cogcommon.files.atomic import commit, temporary_beside
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.hashes import sha256_of
 from cogcommon.files.ownership import entries, replace_folder
@@ -167,7 +167,6 @@ def _replacing(final: Path, by: str) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        fsync_tree(temporary)
         replace_folder(temporary, final, by)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
