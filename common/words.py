@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+GIB = 2**30  # bytes
+
 
 def counted(count: int, noun: str, plural: str = "") -> str:
     """``1 clip``, ``1,200 clips``."""
@@ -25,6 +27,11 @@ def in_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def in_gib(size: float) -> str:
+    """A size of memory, as its makers and drivers tell it: powers of 1024."""
+    return f"{size / GIB:.1f} GiB"
 
 
 def bytes_of(text: str) -> int | None:

@@ -22,8 +22,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import SettingError
-
-_GIB = 2**30
+from ..words import GIB
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Card:
 
     @property
     def bytes(self) -> int:
-        return int(self.usable * _GIB)
+        return int(self.usable * GIB)
 
 
 _PCIE3, _PCIE4_X8, _PCIE4, _PCIE5_X8, _PCIE5 = 12.0, 12.0, 24.0, 24.0, 48.0

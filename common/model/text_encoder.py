@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..cli.progress import say
 from ..files.memory import free_gpu_memory
+from ..words import in_gib
 from .checkpoint import Checkpoint
 from .copies import download, move
 
@@ -43,8 +44,7 @@ class TextEncoder:
         else:
             from accelerate import cpu_offload
 
-            gib = 2**30
-            say(f"T5 takes {size / gib:.1f} GiB and the GPU has {free / gib:.1f} free: it gets one layer at a time")
+            say(f"T5 takes {in_gib(size)} and the GPU has {in_gib(free)} free: it gets one layer at a time")
             cpu_offload(self._model, device)
         self._length = checkpoint.family.text_tokens
         self._device = device

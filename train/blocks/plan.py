@@ -17,7 +17,6 @@ from ..settings.training import Memory
 from .checkpointing import ACTIVATIONS, ALL_UNCOMPILED, Checkpointing
 from .load import Load
 
-_GIB = 2**30
 # Of free memory, what a plan may fill: fragments, the CUDA libraries' workspaces and validation take the rest.
 USABLE = 0.88
 # Activations on the GPU, beside what is kept, as one block's attention goes backward; that is when most is. Compiled:
@@ -243,7 +242,3 @@ def ladder(memory: Memory, load: Load, compiled: bool) -> Iterator[BlockPlan]:
 
 def _each(policy: Checkpointing, blocks: int) -> tuple[Checkpointing, ...]:
     return (policy,) * blocks
-
-
-def gib(size: float) -> str:
-    return f"{size / _GIB:.1f} GiB"

@@ -19,7 +19,7 @@ from cogcommon.files.failures import room_of
 from cogcommon.files.memory import host_memory_left
 from cogcommon.model.device import EMULATED, has_bf16
 from cogcommon.model.families import FAMILIES
-from cogcommon.words import counted, in_bytes
+from cogcommon.words import GIB, counted, in_bytes, in_gib
 
 from ..blocks.trial import compiler_fault, flash4_is_there, forget_trials
 from ..memory.cost import PRODUCTS
@@ -31,11 +31,10 @@ if TYPE_CHECKING:
 
     from ..settings.planning import DoctorSettings
 
-_GIB = 2**30
-_SHARED = 1 * _GIB  # of /dev/shm, what NCCL and decode processes are content with; a container has 64 MB by default
+_SHARED = 1 * GIB  # of /dev/shm, what NCCL and decode processes are content with; a container has 64 MB by default
 _FILES = 1024  # open files that a run over thousands of shards may need
 _DISK = 50e9  # bytes; a checkpoint of 5B, its shards and some room
-_HOST = 16 * _GIB  # what loading 5B takes, and a little more
+_HOST = 16 * GIB  # what loading 5B takes, and a little more
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _gpu(device: torch.device) -> Iterator[Diagnosis]:
     about = f"GPU {device.index}"
     free, total = torch.cuda.mem_get_info(device)
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
-    found = f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+    found = f"{name}, {free / GIB:.1f} of {in_gib(total)} free"
     if free < 0.9 * total:
         yield Diagnosis(about, found, "note", "something else holds its memory: nvidia-smi says what")
     else:
@@ -189,7 +188,7 @@ def flash4_gains() -> list[tuple[str, float, float]]:
 
 def _host() -> Diagnosis:
     left = host_memory_left()
-    found = f"{left.bytes / _GIB:.1f} GiB free ({left.where})"
+    found = f"{in_gib(left.bytes)} free ({left.where})"
     if left.bytes < _HOST:
         return Diagnosis(
             "host memory", found, "note", "loading a 5B takes 11 GiB; `cogtrain plan` says what a run takes"

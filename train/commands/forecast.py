@@ -13,6 +13,7 @@ from cogcommon.errors import SettingError
 from cogcommon.model.device import Precision, default_precision
 from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.model.published import known_checkpoint
+from cogcommon.words import GIB
 
 from ..distributed.optimizer import check_optimizer
 from ..distributed.zero_config import choose_strategy
@@ -30,7 +31,6 @@ from ..settings.training import LoraSettings, Memory, SftSettings, Strategy, Tra
 if TYPE_CHECKING:
     from cogcommon.model.checkpoint import Checkpoint
 
-_GIB = 2**30
 _FASTER, _WITH_ROOM = 0.95, 0.75  # of auto's seconds, and of the card: when `fast` is advised
 
 
@@ -134,7 +134,7 @@ def _pays(fast: TrainForecast, auto: TrainForecast, machine: Machine) -> bool:
     """Whether `fast` saves time, and leaves room on the card for what else comes: another program, a larger rank."""
     if not (fast.fits and fast.computed_s and auto.computed_s):
         return False
-    return fast.computed_s <= _FASTER * auto.computed_s and fast.peak_gib * _GIB <= _WITH_ROOM * machine.gpu
+    return fast.computed_s <= _FASTER * auto.computed_s and fast.peak_gib * GIB <= _WITH_ROOM * machine.gpu
 
 
 def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
@@ -155,9 +155,9 @@ def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
         strategy=needs.strategy,
         memory=needs.memory,
         precision=run.precision,
-        peak_gib=round(needs.peak / _GIB, 2),
-        host_gib=round(needs.host / _GIB, 2),
-        host_total_gib=round(total / _GIB, 2),
+        peak_gib=round(needs.peak / GIB, 2),
+        host_gib=round(needs.host / GIB, 2),
+        host_total_gib=round(total / GIB, 2),
         fits=not lacks,
         lacks=" and ".join(lacks) + " memory" if lacks else "",  # type: ignore[arg-type]
         computed_s=None if takes is None else round(takes * run.settings.accumulate, 3),

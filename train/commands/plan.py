@@ -17,7 +17,7 @@ from cogcommon.errors import RunError
 from cogcommon.model.cards import sizes_note
 from cogcommon.model.device import EMULATED
 from cogcommon.store.store import without_secrets
-from cogcommon.words import counted, in_bytes, in_words
+from cogcommon.words import GIB, counted, in_bytes, in_words
 
 from ..distributed.strategies import STRATEGIES
 from ..memory.estimate import Intent
@@ -115,7 +115,7 @@ def _answer(
 def _saves(line: TrainForecast, machine: Machine) -> str:
     """When checkpoints are written: they take host memory that is free beside what the run takes, or none."""
     size = 1e9 * line.checkpoint_gb
-    if line.strategy != "ddp" or (machine.host is not None and 2**30 * line.host_total_gib + size > machine.host):
+    if line.strategy != "ddp" or (machine.host is not None and GIB * line.host_total_gib + size > machine.host):
         return "training waits while a checkpoint is written"
     where = "where" if machine.host is None else "since"
     return f"checkpoints: written beside steps {where} {in_bytes(size)} more of host memory is free"

@@ -6,10 +6,11 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
+from cogcommon.words import in_gib
 
 from ..blocks.engine import BlockEngine
 from ..blocks.load import Load
-from ..blocks.plan import BlockPlan, choose_plan, fits, gib
+from ..blocks.plan import BlockPlan, choose_plan, fits
 from ..blocks.trial import compiler_fault, no_compiler
 from ..distributed import zero
 from .cost import plan_cost
@@ -65,11 +66,11 @@ def install(
         names = {"flash4": "FlashAttention 4", "cudnn": "cuDNN", "flash": "FlashAttention", "torch": "torch"}
         log.say(
             f"memory {run.settings.memory}: {plan}, attention by {names[engine.kernel]}; "
-            f"about {gib(plan.peak(load))} of {gib(free)} free{link}"
+            f"about {in_gib(plan.peak(load))} of {in_gib(free)} free{link}"
         )
     else:
         takes = needs.at_most(plan, room.together)
-        log.say(f"memory {memory}: {plan}; about {gib(takes)} of {gib(room.host)} of host memory")
+        log.say(f"memory {memory}: {plan}; about {in_gib(takes)} of {in_gib(room.host)} of host memory")
     return engine
 
 
@@ -82,13 +83,13 @@ def notes(plan: BlockPlan, wanted: BlockPlan, load: Load, *, free: int, host_fre
     said = []
     if plan != wanted:
         said.append(
-            f"note: host memory is short: {gib(wanted.host(load))} would be locked, {gib(host_free)} are free; "
-            f"{gib(plan.host(load))} will be, and about {gib(plan.peak(load))} of the GPU's instead of "
-            f"{gib(wanted.peak(load))}"
+            f"note: host memory is short: {in_gib(wanted.host(load))} would be locked, {in_gib(host_free)} are free; "
+            f"{in_gib(plan.host(load))} will be, and about {in_gib(plan.peak(load))} of the GPU's instead of "
+            f"{in_gib(wanted.peak(load))}"
         )
     if not fits(plan, load, free):
         said.append(
-            f"note: this may not fit: about {gib(plan.peak(load))} are needed of the GPU's {gib(free)} free; "
+            f"note: this may not fit: about {in_gib(plan.peak(load))} are needed of the GPU's {in_gib(free)} free; "
             "a lower --batch-size or --rank, or clips encoded at a smaller --resolution, need less"
         )
     return said
@@ -98,8 +99,9 @@ def no_room(plan: BlockPlan, load: Load, *, free: int, host_free: int) -> RunErr
     """The error of all weights being trained where they fit neither on the GPU nor on the host."""
     none, every = (dataclasses.replace(plan, train_on_cpu=blocks) for blocks in (0, load.layers))
     return RunError(
-        f"to train all weights takes {gib(none.peak(load))} of GPU memory, and {gib(free)} are free; "
-        f"or {gib(every.peak(load))} and {gib(every.host(load))} more of host memory, and {gib(host_free)} are free",
+        f"to train all weights takes {in_gib(none.peak(load))} of GPU memory, and {in_gib(free)} are free; "
+        f"or {in_gib(every.peak(load))} and {in_gib(every.host(load))} more of host memory, "
+        f"and {in_gib(host_free)} are free",
         where="full fine-tuning by one process",
         fix="a host with more memory, or --strategy zero2 on more GPUs",
     )

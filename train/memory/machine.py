@@ -10,7 +10,7 @@ from cogcommon.errors import SettingError
 from cogcommon.files.memory import free_host_memory, held_here
 from cogcommon.model.cards import Card, card_like, card_named
 from cogcommon.model.device import has_bf16, visible_gpus
-from cogcommon.words import counted
+from cogcommon.words import GIB, counted, in_gib
 
 from ..blocks.attention import Kernel
 from ..blocks.trial import flash4_is_there
@@ -21,7 +21,6 @@ from .seconds import published_speed, speed_of
 if TYPE_CHECKING:
     from ..settings.planning import ForecastSettings
 
-_GIB = 2**30
 _GPUS_OF_A_HOST = 8  # at most; of more, each eight are taken to have a host of their own
 _OF_A_HOST = 0.93  # of its memory, what the system and what runs beside leave
 
@@ -53,11 +52,11 @@ class Machine:
         """What it is, and what of it is assumed; lines that fit a terminal of 80 columns."""
         host = "as much host memory as it takes; --host 64GB names yours"
         if self.host is not None:
-            host = f"{self.host / _GIB:.1f} GiB of host memory free"
+            host = f"{in_gib(self.host)} of host memory free"
         if self.cpu:
             return [f"on {counted(self.gpus, 'process', 'processes')} of CPUs", host]
         link = f"; copies at {self.speed.link / 1e9:.0f} GB/s" if self.speed else ""
-        return [f"on {counted(self.gpus, 'GPU')}: {self.name}, {self.gpu / _GIB:.1f} GiB each", host + link]
+        return [f"on {counted(self.gpus, 'GPU')}: {self.name}, {in_gib(self.gpu)} each", host + link]
 
 
 def machine_for(settings: ForecastSettings) -> Machine:
@@ -132,7 +131,7 @@ def host_memory(text: str) -> int:
     gib = float(match[1]) * (1024 if (match[2] or "").upper().startswith("T") else 1)  # memory modules' GB are GiB
     if not 4 <= gib <= 32 * 1024:
         raise SettingError(f"no host has {gib:g} GB of memory", where="--host", fix="--host 64GB")
-    return int(gib * _GIB * _OF_A_HOST)
+    return int(gib * GIB * _OF_A_HOST)
 
 
 def _speed(name: str, card: Card | None) -> tuple[Speed | None, str | None]:

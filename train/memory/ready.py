@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from cogcommon.errors import RunError
 from cogcommon.files.memory import Headroom, free_gpu_memory, held_here, host_memory_left
 from cogcommon.model.device import visible_gpus
+from cogcommon.words import in_gib
 
-from ..blocks.plan import gib
 from ..distributed.optimizer import check_optimizer_installed
 from ..distributed.strategies import STRATEGIES
 from ..runs.run import Run
@@ -77,9 +77,9 @@ def check_host_memory(run: Run, processes: int, device: torch.device | None = No
         ways += ["leave --keep-best out"] * (takes(of=without) <= there)
     ways += ["--nproc with fewer processes"] * (processes > 1)
     ways += ["another --strategy"] * STRATEGIES[run.strategy].offloads
-    each = f", {gib(needed / processes)} for each of {processes} processes" if processes > 1 else ""
+    each = f", {in_gib(needed / processes)} for each of {processes} processes" if processes > 1 else ""
     raise RunError(
-        f"this run takes {gib(needed)} of host memory{each}, and {gib(there)} are there",
+        f"this run takes {in_gib(needed)} of host memory{each}, and {in_gib(there)} are there",
         where=left.where,
         fix=", ".join([*ways, "or a host, or a limit, with more"]).removeprefix("or ")
         + "; `cogtrain plan` says what each way to train takes",
@@ -102,8 +102,8 @@ def check_text_encoder(run: Run, processes: int, device: torch.device | None = N
     needed = text_encoder_bytes(run.checkpoint.text_config, run.precision) + processes * each
     if needed > there:
         raise RunError(
-            f"T5, which embeds the prompts of --validate-prompt, takes {gib(needed)} of host memory with the processes "
-            f"of the run, and {gib(there)} are there",
+            f"T5, which embeds the prompts of --validate-prompt, takes {in_gib(needed)} of host memory with the "
+            f"processes of the run, and {in_gib(there)} are there",
             where=left.where,
             fix="begin on a host with more: the run's folder keeps the embeddings; or leave --validate-prompt out",
         )

@@ -19,6 +19,7 @@ from cogcommon.cli.progress import said, stage
 from cogcommon.cli.stages import Stage, clock_time
 from cogcommon.cli.terminal import Console
 from cogcommon.files.atomic import commit_bytes
+from cogcommon.words import GIB
 
 from .folder import METRICS_FILE, StepLine, ValidationLine, loss_text
 from .tracker import Tracker
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _LINE_EVERY = 5.0  # seconds between plain lines
 _RECENT = 9  # steps, whose median is the pace that is shown, and that tells what is left
-_GIB = 2**30
 
 
 def peak_gib(device: torch.device) -> float:
@@ -36,9 +36,9 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         import torch
 
-        return torch.cuda.max_memory_allocated(device) / _GIB
+        return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
 def reset_peak(device: torch.device) -> None:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
+from cogcommon.words import in_gib
 
-from ..blocks.plan import gib
 from ..memory.estimate import Estimate, choices, estimate
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def out_of_memory(error: torch.OutOfMemoryError, run: Run) -> RunError:
     advice = []
     for change, then in changes.items():
         if then.peak < now.peak:
-            takes = f", and {gib(then.host)} of host memory" if then.host > now.host else ""
-            advice.append(f"{change}: about {gib(then.peak)} instead of {gib(now.peak)}{takes}")
+            takes = f", and {in_gib(then.host)} of host memory" if then.host > now.host else ""
+            advice.append(f"{change}: about {in_gib(then.peak)} instead of {in_gib(now.peak)}{takes}")
     return RunError(
         "out of GPU memory",
         where=str(error).splitlines()[0],

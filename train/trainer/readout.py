@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import RunError
 from cogcommon.model.copies import download
+from cogcommon.words import GIB
 
 from ..distributed.leaving import PeerFailed
 from ..distributed.optimizer import unwrapped
@@ -164,7 +165,7 @@ class Readout:
                 backward_s=times.backward,
                 optimizer_s=times.optimizer,
                 compile_s=times.compile,
-                kept_gib=times.kept / 2**30,
+                kept_gib=times.kept / GIB,
             )
         )
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
+from cogcommon.words import GIB
 from cogtrain.blocks.plan import BlockPlan
 from cogtrain.data.shard_set import ShardSet
 from cogtrain.distributed.strategies import STRATEGIES
@@ -21,7 +22,6 @@ from .achieved import achieved
 from .reference_guide import GuideRow, Way, guide_rows
 from .subject import random_checkpoint, random_run, random_shards
 
-_GIB = 2**30
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 141)  # GB that cards are sold with
 _COMPUTED_FOR = 80  # GB of the card on which --memory auto is shown
 
@@ -37,7 +37,7 @@ def guide_table() -> str:
         low = _estimate(row, "low")
         lines.append(
             f"| {row.number} | {_shown(row)} | {row.gpus} | {row.guide_gb} GB | {_cell(row, 'reference')} "
-            f"| {_cell(row, 'auto')} | {_cell(row, 'low')} | {low.host * row.gpus / _GIB:.0f} GB "
+            f"| {_cell(row, 'auto')} | {_cell(row, 'low')} | {low.host * row.gpus / GIB:.0f} GB "
             f"| {_smallest(row)} |"
         )
     return "\n".join(lines)
@@ -85,7 +85,7 @@ def measured_table() -> str:
         off = ""
         if run.memory != REFERENCE:
             needs, takes = computed_for(run)
-            off = f"{needs.peak / _GIB:.1f} GB ({needs.peak / _GIB / run.peak_gib - 1:+.0%})"
+            off = f"{needs.peak / GIB:.1f} GB ({needs.peak / GIB / run.peak_gib - 1:+.0%})"
             off += f", {takes:.2f} s ({takes / run.s_per_step - 1:+.0%})" if takes else ""
         what = f"{run.family.upper()} {run.method.upper() if run.method == 'sft' else 'LoRA'}, {run.strategy}"
         what += "" if run.resolution == _native(run.family) else f", {run.resolution}"
@@ -126,7 +126,7 @@ def computed_for(measured: Measured) -> tuple[Estimate, float | None]:
         strategy=measured.strategy,  # type: ignore[arg-type]
         precision=measured.precision,  # type: ignore[arg-type]
     )
-    found = estimate(run, memory=measured.memory, card=int(measured.card_gib * _GIB))  # type: ignore[arg-type]
+    found = estimate(run, memory=measured.memory, card=int(measured.card_gib * GIB))  # type: ignore[arg-type]
     found = replace(found, plan=BlockPlan.of_fields(measured.block_plan))
     speed = speed_of(measured.gpu)
     if speed and measured.link:
@@ -150,7 +150,7 @@ def _cell(row: GuideRow, way: Way) -> str:
         return f"**{run.peak_gib:.1f} GB, {run.s_per_step:.2f} s** ({achieved(run).words})"
     if way == "reference":
         return ""
-    return f"{needs.peak / _GIB:.1f} GB, {seconds(_run_of(row, way), needs, H200):.1f} s"
+    return f"{needs.peak / GIB:.1f} GB, {seconds(_run_of(row, way), needs, H200):.1f} s"
 
 
 def _measured_as(row: GuideRow, way: Way, needs: Estimate) -> Measured | None:
@@ -173,12 +173,12 @@ def takes(row: GuideRow) -> str:
         where = f"{run.gpus} {run.gpu}{'s' * (run.gpus > 1)}"
         second = f"{run.s_per_step:.2f} s a step ({achieved(run).words} of its peak)"
         return f"Takes {run.peak_gib:.1f} GB of each GPU and {second}: measured on {where}."
-    host = round(needs.host * row.gpus / _GIB)
+    host = round(needs.host * row.gpus / GIB)
     took = seconds(_run_of(row, "file"), needs, H200)
     took_s = f", {took:.1f} s a step at an H200's speed" if took else ""
     of_host = f" and {host} GB of host memory{' in all' * (row.gpus > 1)}" if host else ""
     return (
-        f"Takes {needs.peak / _GIB:.1f} GB of each GPU of {_COMPUTED_FOR} GB{of_host}{took_s}: "
+        f"Takes {needs.peak / GIB:.1f} GB of each GPU of {_COMPUTED_FOR} GB{of_host}{took_s}: "
         "computed, as by cogtrain plan."
     )
 
@@ -189,7 +189,7 @@ def config_files() -> dict[str, str]:
 
 
 def _estimate(row: GuideRow, way: Way, card: int = _COMPUTED_FOR) -> Estimate:
-    return estimate(_run_of(row, way), card=card * _GIB)
+    return estimate(_run_of(row, way), card=card * GIB)
 
 
 def _run_of(row: GuideRow, way: Way) -> Run:
@@ -198,7 +198,7 @@ def _run_of(row: GuideRow, way: Way) -> Run:
 
 def _smallest(row: GuideRow) -> str:
     """The smallest card that --memory auto fits, where the host has room."""
-    fitting = (card for card in _CARDS if _estimate(row, "auto", card).fits(card * _GIB))
+    fitting = (card for card in _CARDS if _estimate(row, "auto", card).fits(card * GIB))
     return f"{next(fitting)} GB"
 
 

@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from cogcommon.files.memory import free_host_memory
+from cogcommon.words import GIB
 from cogtrain.distributed.strategies import STRATEGIES
 from cogtrain.memory.host import offloaded_bytes
 from cogtrain.memory.measured import gpu_here
@@ -14,8 +15,7 @@ from cogtrain.memory.weights import trained_weights
 from cogtrain.runs.log import peak_gib
 from cogtrain.runs.run import Run
 
-_GIB = 2**30
-_OURSELVES = 4 * _GIB  # Python, torch, CUDA and the samples, for each process
+_OURSELVES = 4 * GIB  # Python, torch, CUDA and the samples, for each process
 _LIBRARIES = ("torch", "diffusers", "accelerate", "deepspeed", "triton", "flash-attn-4")
 
 
@@ -36,11 +36,11 @@ class BenchMachine:
         gpu = torch.cuda.is_available()
         share = torch.cuda.get_per_process_memory_fraction() if gpu else 1.0
         return {
-            "host_gib": self._most / _GIB,
+            "host_gib": self._most / GIB,
             "rss_gib": peak_gib(torch.device("cpu")),
-            "reserved_gib": torch.cuda.max_memory_reserved() / _GIB if gpu else 0.0,
+            "reserved_gib": torch.cuda.max_memory_reserved() / GIB if gpu else 0.0,
             "gpu": gpu_here() or "CPU",
-            "card_gib": share * torch.cuda.get_device_properties(0).total_memory / _GIB if gpu else 0.0,
+            "card_gib": share * torch.cuda.get_device_properties(0).total_memory / GIB if gpu else 0.0,
             "versions": _versions(),
             "precision": run.precision,
             "strategy": run.strategy,
@@ -62,7 +62,7 @@ def lacking(run: Run, pinned: bool = True) -> str | None:
     part = trained_weights(run) / run.world
     each = offloaded_bytes(part, run.strategy) if pinned else STRATEGIES[run.strategy].host_bytes * part
     needed, there = run.world * (each + _OURSELVES), free_host_memory()
-    return f"{needed / _GIB:.0f} GiB of host memory needed, {there / _GIB:.0f} there" if needed > there else None
+    return f"{needed / GIB:.0f} GiB of host memory needed, {there / GIB:.0f} there" if needed > there else None
 
 
 def _held() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.model.device import dtype_of
+from cogcommon.words import GIB
 from cogtrain.distributed.signals import StopRequest
 from cogtrain.offload.pinned import locked_bytes
 from cogtrain.runs.folder import METRICS_FILE, read_metrics, read_run
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
 
 _PROFILED, _KERNELS = 2, 40
-_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _result(run: Run, row: BenchRow, steps: _Steps) -> Mapping[str, Any]:
         "peak_gib": max(line.peak_gib for line in lines),
         "first_peak_gib": steps.first_peak_gib,
         "kept_gib": lines[-1].kept_gib,
-        "locked_gib": locked_bytes() / _GIB,
+        "locked_gib": locked_bytes() / GIB,
         "plan": facts.plan,
         "block_plan": facts.block_plan,
         "attention": facts.attention,
