@@ -111,6 +111,8 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
                     where=str(config),
                     fix="settings are called like the options: " + ", ".join(sorted(known)),
                 )
+            if name == "config":
+                raise SettingError("a settings file names no other", where=f"{config}: {key}", fix="leave it out")
             values[name] = _coerced(value, types[name], where=f"{config}: {key}")
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:

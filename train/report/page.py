@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -32,6 +31,7 @@ from ..runs.folder import (
     VALIDATION,
     RecordedRun,
     drawn_prompts,
+    drawn_step,
     embedding_file,
     lowest,
     page_head,
@@ -241,7 +241,7 @@ def _validated(
     Args:
         asked: the text, the name of its files, and what stands before its videos.
     """
-    rounds = sorted((path for path in (folder / VALIDATION).glob("step-*") if path.is_dir()), key=_step_of)
+    rounds = sorted((path for path in (folder / VALIDATION).glob("step-*") if path.is_dir()), key=drawn_step)
     for text, name, given in asked:
         found = [(_label(path), path / f"{name}.mp4") for path in rounds if (path / f"{name}.mp4").exists()]
         if found:
@@ -270,7 +270,7 @@ def _prompt(folder: Path) -> str:
 
 
 def _label(path: Path) -> str:
-    return "base model" if _step_of(path) == 0 else f"step {_step_of(path):,}"
+    return "base model" if drawn_step(path) == 0 else f"step {drawn_step(path):,}"
 
 
 def _row(folder: Path, caption: str, shown: Iterable[tuple[str, Path]]) -> str:
@@ -288,11 +288,6 @@ def _row(folder: Path, caption: str, shown: Iterable[tuple[str, Path]]) -> str:
         f'<div class="sample"><blockquote>{escape(caption)} {button}</blockquote>'
         f'<div class="row">{"".join(figures)}</div></div>'
     )
-
-
-def _step_of(path: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)", path.name)
-    return int(match[1]) if match else -1
 
 
 def _tables(run: RecordedRun) -> Iterable[str]:

@@ -47,9 +47,12 @@ from .folder import (
     METRICS_FILE,
     REPORT_FILE,
     RUN_FILES,
+    VALIDATION,
     RunFacts,
     StepLine,
     ValidationLine,
+    drawn_prompts,
+    drawn_step,
     forget_stop,
     report_head,
     run_facts,
@@ -132,7 +135,22 @@ def move_in(run: Run, folder: Path, done: int) -> list[str]:
         check_newest(folder, run.resume)
     write_config(run, folder)
     cut_metrics(folder, done)
+    _cut_videos(folder, done)
     return clear(folder, after=done)
+
+
+def _cut_videos(folder: Path, step: int) -> None:
+    """Remove validation's videos of steps after ``step``, which would pass for those of the steps that are made now.
+
+    They are the files that the run itself writes over when it comes there; what else lies beside them stays.
+    """
+    prompts = drawn_prompts(folder)
+    for path in (folder / VALIDATION).glob("step-*/*.mp4"):
+        ours = is_file(path) and is_folder(path.parent) and (path.stem in prompts or re.fullmatch("[0-9]+", path.stem))
+        if ours and drawn_step(path.parent) > step:
+            path.unlink()
+            with suppress(OSError):
+                path.parent.rmdir()
 
 
 def _begin_record(folder: Path) -> None:

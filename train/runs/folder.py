@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -184,6 +185,12 @@ def drawn_prompts(run: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {name: str(prompt) for name, prompt in found.items() if not {"/", "\0"} & {*name}}
+
+
+def drawn_step(folder: Path) -> int:
+    """The step of a folder of validation's videos, by its name; -1 of any other folder."""
+    match = re.fullmatch("step-([0-9]+)", folder.name)
+    return int(match[1]) if match else -1
 
 
 def loss_text(loss: float | None) -> str:

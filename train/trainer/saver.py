@@ -184,6 +184,8 @@ class Saver:
         """
         self.settle(step)
         self._best, run, runtime = best, self.run, self.runtime
+        if run.resume and run.resume.state.step == step and run.resume.folder.parent.samefile(self.folder):
+            return  # it is the one that this run goes on from: nothing has been trained since
         state = checkpoints.RunState(step, runtime.world, run.resume_facts(), settings_json(run.given))
         size = writes(run).checkpoint
         try:

@@ -104,6 +104,7 @@ def test_an_option_that_would_change_nothing_is_refused(tmp_path):
         ('steps = "five"', "'five' is not a whole number"),
         ('strategy = "zero9"', "'zero9' is not 'ddp' or 'zero2'"),
         ("lr = true", "lr"),
+        ('config = "other.toml"', "names no other"),
         ("lr = ", "TOML"),
     ],
 )

@@ -223,6 +223,19 @@ def test_going_back_takes_later_checkpoints_away(here):
     assert [path.name for path in checkpoints.list_checkpoints(again)] == ["checkpoint-3", "checkpoint-4"]
 
 
+def test_going_back_takes_videos_of_later_steps_away(here):
+    """The report would show them as those of the steps that are made now."""
+    run = here(steps=2, save_every=1)
+    videos = [run / "validation" / f"step-00000{name}.mp4" for name in ("0/0", "1/0", "2/0", "2/mine")]
+    for video in videos:
+        video.parent.mkdir(parents=True, exist_ok=True)
+        video.touch()
+    here(steps=2, resume=str(run / "checkpoint-1"))
+    assert [video.exists() for video in videos] == [True, True, False, True]
+    here(steps=1, resume="never")
+    assert [video.exists() for video in videos] == [True, False, False, True] and not videos[1].parent.exists()
+
+
 def test_the_resume_command_of_a_run_that_began_anew_resumes(here):
     from cogcommon.cli.settings import resolve
 
