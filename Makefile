@@ -8,16 +8,17 @@ venv: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("cogtune needs Python 3.11 or newer; name one with make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	@echo "setting up .venv: PyTorch and what else is needed, some gigabytes; for minutes nothing more is said"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt "torch>=2.8" setuptools
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
 # Teach the built-in model a motion that it has never seen, beside more clips of what it knows, so that it
-# keeps that: draw, encode, train a LoRA, compare.
+# keeps that: draw, encode, train a LoRA, compare. Stopped, it goes on where it was; rm -rf demo begins anew.
 ENCODE := $(BIN)/cogprep encode --resolution 17x64x96 --model tiny
+demo: export OMP_WAIT_POLICY ?= passive
 demo: venv
-	rm -rf demo
 	$(BIN)/python -m workshop.draw demo/new --clips 28 --new "shrinks slowly"
 	$(BIN)/python -m workshop.draw demo/known --clips 72
 	$(ENCODE) --data-root demo/new --holdout 4 --out demo/shards/new
@@ -26,7 +27,7 @@ demo: venv
 	$(BIN)/cogtrain lora --shards demo/shards/*/*.tar --validate-shards demo/shards/new/val/*.tar --steps 360 --validate-every 120 --lr 2e-3 --lr-schedule cosine --batch-size 4 --rank 64 --ema 0.98 --timesteps stratified --out demo/run
 	$(BIN)/python -m workshop.pretrain concept demo/run --clips 24
 	$(BIN)/cogtrain generate --run demo/run --prompt "sks A red ring shrinks slowly on warm sand." --steps 20 --guidance 2 --out demo/videos
-	@echo; echo "look at: demo/run/concept.webp, demo/run/report.html, demo/videos, demo/shards/new/preview/index.html"; echo "your own clips: cogprep encode --data-root ds/ --resolution 49x480x720"
+	@echo; echo "look at: demo/run/concept.webp, demo/run/report.html, demo/videos, demo/shards/new/preview/index.html"; echo "your own clips: put them into ds/, then: source .venv/bin/activate && cogprep init ds/"
 
 check: venv
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ more where there is a GPU. `python -m workshop.bench_start --imports` measures t
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -29,11 +31,17 @@ importlib.import_module(f"{program}.cli").main()
 
 
 def imported(*words: str) -> set[str]:
-    """Of the libraries that matter here, those that a command has imported when it ends."""
+    """Of the libraries that matter here, those that a command has imported when it ends; torch's threads never spin."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(sorted(HEAVY)), *words], capture_output=True, text=True, check=False
+        [sys.executable, "-c", RUN, json.dumps(sorted(HEAVY)), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"},  # libgomp says its settings when torch loads it
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) <= {"0"}, "waiting threads keep cores from others"
     return set(json.loads(done.stdout.rpartition("imported ")[2]))
 
 
