@@ -27,7 +27,7 @@ from cogcommon.shards.records import (
 )
 from cogcommon.words import counted
 
-from ..plan.folder import SPLITS, read_contract, records_in, split_folder
+from ..plan.folder import SPLITS, contract_if_there, records_in, split_folder
 from ..settings.shards import IndexSettings
 from ..store.committed import tars_without_record
 from ..store.extents import INFO_FIELDS, tar_end_whole, whole_extents
@@ -94,7 +94,7 @@ def index(out: Path, image: Outlet | None = None) -> Indexed:
     with at_work(out), shard_disk_errors(out):
         for split in SPLITS:
             recover_folder(split_folder(out, split))
-        contract = read_contract(out) if (out / CONTRACT_FILE).exists() else None
+        contract = contract_if_there(out)
         rebuilt = contract is None
         if contract is None:
             contract = _contract_of_a_record(out)

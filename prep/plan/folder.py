@@ -98,7 +98,7 @@ def scan(out: Path, *, retry_rejected: bool = False) -> Committed:
     rows: dict[Split, dict[int, int]] = {split: {} for split in SPLITS}
     hashes: dict[str, Hashed] = {}
     tone_mapped: set[str] = set()
-    contract = read_contract(out)
+    contract = contract_if_there(out)
     for split, number, found in _read_records(out):
         if found is None:
             continue
@@ -205,16 +205,20 @@ def read_contract(out: Path) -> Contract | None:
     Raises:
         ShardError: damaged, or of another schema version; or lost, for it was there before the first shard.
     """
-    path = out / CONTRACT_FILE
-    if path.exists():
-        return Contract.from_json(path.read_bytes(), where=str(path))
-    if any(is_ours(record) for _, _, record in records_in(out)):
+    contract = contract_if_there(out)
+    if contract is None and any(is_ours(record) for _, _, record in records_in(out)):
         raise ShardError(
             f"{CONTRACT_FILE} is lost, by which it is known how these shards were encoded",
-            where=str(path),
+            where=str(out / CONTRACT_FILE),
             fix=f"`{command_line('cogprep', 'index', out)}` takes it from the record of a shard",
         )
-    return None
+    return contract
+
+
+def contract_if_there(out: Path) -> Contract | None:
+    """As `read_contract`, but None where it is lost, too."""
+    path = out / CONTRACT_FILE
+    return Contract.from_json(path.read_bytes(), where=str(path)) if path.exists() else None
 
 
 def check_contract(out: Path, ours: Contract) -> Contract | None:

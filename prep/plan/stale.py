@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogcommon.errors import DataRootError
-from cogcommon.shards.contract import CONTRACT_FILE
 
 from ..processes.pool import Pool, default_workers
 from ..video.cut import Cut
-from .folder import read_contract, scan
+from .folder import contract_if_there, scan
 from .holdout import Holdout
 from .origin import Origin, read_origin
 from .probe_cache import SurveyCache
@@ -50,7 +49,7 @@ class Wanted:
 
     def _read(self, origin: Origin) -> bool:
         try:
-            contract = read_contract(self._out) if (self._out / CONTRACT_FILE).exists() else None
+            contract = contract_if_there(self._out)
             data = None if contract is None else origin.read_lists(contract.task)
         except DataRootError:
             return False
