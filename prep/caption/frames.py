@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cogcommon.media.image import BadImage, is_picture, read_upright
-
 from ..source.clip import BadClip, ClipFault
 from ..source.source_file import ClipSource
 from ..video.colour import Pixels
-from ..video.media import Video
+from ..video.still import Still, open_clip
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,13 @@ def see(path: Path, count: int, size: int) -> Seen | ClipFault:
         size: pixels of the long side, at most.
     """
     try:
-        if is_picture(path):
-            return _see_picture(path, size)
-        with ClipSource(path) as source, Video(source) as video:
-            indices, fps = spread(video.times_s, video.last_s, count)
+        with ClipSource(path) as source, open_clip(source) as video:
+            still = isinstance(video, Still)
+            indices, fps = ([0], 1.0) if still else spread(video.times_s, video.last_s, count)
             width, height = _within(*video.display_size, size)
-            frames = list(video.frames(indices, width, height))
-            return Seen(np.stack(frames), fps, still=False)
-    except (BadClip, BadImage) as bad:
-        return ClipFault(str(bad))
+            return Seen(np.stack(list(video.frames(indices, width, height))), fps, still)
+    except BadClip as bad:
+        return bad.fault()
 
 
 def spread(times_s: tuple[float, ...], last_s: float, count: int) -> tuple[list[int], float]:
@@ -56,11 +52,6 @@ def spread(times_s: tuple[float, ...], last_s: float, count: int) -> tuple[list[
     middles = [times_s[0] + (place + 0.5) * length_s / count for place in range(count)]
     indices = sorted({max(0, bisect_right(times_s, middle) - 1) for middle in middles})
     return indices, len(indices) / length_s
-
-
-def _see_picture(path: Path, size: int) -> Seen:
-    image = read_upright(path)
-    return Seen(np.array(image.resize(_within(*image.size, size)))[None], 1.0, still=True)
 
 
 def _within(width: int, height: int, size: int) -> tuple[int, int]:

@@ -249,6 +249,10 @@ def test_frames_are_spread_over_the_clip_or_its_part(clip, tmp_path):
     Image.new("RGB", (900, 300), "red").save(tmp_path / "p.PNG")
     seen = see(tmp_path / "p.PNG", 4, 450)
     assert seen.still and seen.frames_FHWC.shape == (1, 150, 450, 3) and (seen.frames_FHWC == [255, 0, 0]).all()
+    more = [Image.new("RGB", (96, 64), colour) for colour in ("blue", "green", "white")]
+    Image.new("RGB", (96, 64)).save(tmp_path / "moving.png", save_all=True, append_images=more, duration=250)
+    seen = see(tmp_path / "moving.png", 4, 448)
+    assert not seen.still and len(seen.frames_FHWC) == 4 and seen.fps == pytest.approx(4)  # as encode takes it
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     assert isinstance(see(tmp_path / "bad.jpg", 4, 72), ClipFault)
 
