@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # how the names of pictures end
+HEIC_PICTURES = (".heic", ".heif", ".hif")  # likewise; no library that we have reads them
 
+# How one begins, whatever its name (ISO/IEC 23008-12, annex B): HEIF as such may hold other pictures, too.
+_HEIC = re.compile(rb".{4}ftyp(hei[cxms]|mif1.{4}(.{4}){0,8}?hei[cxms])", re.DOTALL)
 _BRIGHTEST_WHITE = (
     """python -c "from PIL import Image; """
     """Image.open('IMAGE').point(lambda v: v * FACTOR).convert('L').save('OUT.png')\""""
@@ -33,6 +37,22 @@ class BadImage(Exception):
 def is_picture(path: Path) -> bool:
     """Whether a file is a picture, by its name; an animation may be called so, too (`is_animation`)."""
     return path.suffix.lower() in PICTURES
+
+
+def told_of_heic(begin: bytes, name: str) -> str | None:
+    """What to say of a HEIC picture, which iPhones take; None of what is none.
+
+    Args:
+        begin: the first bytes of the file.
+        name: what stands for the file in the command.
+    """
+    if not _HEIC.match(begin):
+        return None
+    return (
+        "a HEIC picture, as iPhones take them, which cannot be read here; to convert it: pip install pillow-heif; "
+        'python -c "import pillow_heif; pillow_heif.register_heif_opener(); '
+        f"from PIL import Image; Image.open('{name}').save('OUT.png')\""
+    )
 
 
 def is_animation(file: BinaryIO) -> bool:
@@ -91,7 +111,8 @@ def show_upright(file: BinaryIO) -> tuple[Image, str]:
     except Image.DecompressionBombError:
         raise BadImage("it has more than 178 megapixels; scale it down") from None
     except UnidentifiedImageError:
-        raise BadImage("not a picture") from None
+        file.seek(0)
+        raise BadImage(told_of_heic(file.read(64), "IMAGE") or "not a picture") from None
     except Exception as error:  # a damaged picture can raise anything inside its decoder
         raise BadImage(f"damaged, or cut short ({error})") from error
 

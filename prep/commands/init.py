@@ -14,7 +14,7 @@ from pathlib import Path
 from cogcommon.cli.names import json_text
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError
-from cogcommon.media.image import is_picture
+from cogcommon.media.image import PICTURES, is_picture
 from cogcommon.words import counted
 
 from ..dataset.captions_found import Captions, find_captions
@@ -118,7 +118,8 @@ def _no_clips(found: FoundFiles) -> DataRootError:
     return DataRootError(
         "there are no clips or pictures in this folder",
         where=seen,
-        fix="name the folder that holds them; clips are files that end in " + ", ".join(sorted(CLIPS)),
+        fix=f"name the folder that holds them; clips are files that end in {', '.join(sorted(CLIPS))}; "
+        f"pictures in {', '.join(PICTURES)}",
     )
 
 

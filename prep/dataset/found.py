@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from cogcommon.files.ownership import RECORD_FILE
-from cogcommon.media.image import PICTURES
+from cogcommon.media.image import HEIC_PICTURES, PICTURES
 from cogcommon.shards.contract import CONTRACT_FILE
 
 CLIPS = frozenset(
@@ -127,6 +127,8 @@ def _sort(found: FoundFiles, entry: os.DirEntry[str], name: str, names: set[str]
         found.pictures.add(name)
         if not any(_why_not(entry, name, names)):
             found.fit_pictures.append(name)
+    elif kind in HEIC_PICTURES:
+        found.left_out["HEIC, which cannot be read here: save them as PNG or JPEG"].append(name)
     elif kind == ".txt":
         found.texts.add(name)
     elif entry.name in METADATA:

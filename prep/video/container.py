@@ -13,6 +13,8 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from cogcommon.media.image import told_of_heic
+
 from ..source.clip import BadClip, Kind
 from ..source.source_file import Source
 from .aperture import Aperture
@@ -155,6 +157,8 @@ def _refuse_known(source: Source) -> None:
     for pattern, reason, kind in _KNOWN:
         if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
             raise BadClip(reason, kind)
+    if heic := told_of_heic(start, "CLIP"):  # FFmpeg would take one of the tiles that it is made of for a film
+        raise BadClip(heic, "told")
 
 
 def _cut_in_a_box(source: Source) -> str | None:

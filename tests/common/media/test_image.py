@@ -116,6 +116,8 @@ def test_what_is_no_picture_is_refused_in_words(tmp_path):
     assert "not a regular file" in reason(tmp_path / "pipe.png")
     (tmp_path / "text.png").write_text("not a picture")
     assert reason(tmp_path / "text.png") == "not a picture"
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(99))
+    assert "a HEIC picture" in reason(tmp_path / "phone.jpg") and "open('IMAGE')" in reason(tmp_path / "phone.jpg")
     whole = saved(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     assert "damaged, or cut short" in reason(tmp_path / "cut.png")

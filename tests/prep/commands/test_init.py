@@ -189,8 +189,9 @@ def test_a_table_without_captions_is_told_with_its_columns(tmp_path):
 
 
 def test_what_is_no_clip_of_ones_own_is_left_out_and_told(tmp_path):
-    lay(tmp_path, "a.mp4", "b.mp4", "b.mp4.part", "c.mp4.crdownload", ".hidden.mp4", "._a.mp4", ".cache/d.mp4")
-    lay(tmp_path, "__MACOSX/a.mp4", "run/.cogtune.json", "run/validation/v.mp4", "out/contract.json", "out/p/x.mp4")
+    lay(tmp_path, "a.mp4", "a.HEIC", "b.mp4", "b.mp4.part", "c.mp4.crdownload", ".hidden.mp4", "._a.mp4")
+    lay(tmp_path, ".cache/d.mp4", "__MACOSX/a.mp4", "run/.cogtune.json", "run/validation/v.mp4")
+    lay(tmp_path, "out/contract.json", "out/p/x.mp4")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "nowhere.mp4").symlink_to("gone.mp4")
     (tmp_path / "circle.mp4").symlink_to("circle.mp4")
@@ -198,6 +199,7 @@ def test_what_is_no_clip_of_ones_own_is_left_out_and_told(tmp_path):
     told = init(tmp_path)
     assert [clip for clip, _ in pairs(tmp_path)] == ["a.mp4"]
     assert sorted(told.notes) == [
+        "left out, HEIC, which cannot be read here: save them as PNG or JPEG: a.HEIC",
         "left out, empty (0 bytes): empty.mp4",
         "left out, half-downloaded: b.mp4, b.mp4.part, c.mp4.crdownload",
         "left out, hidden: ._a.mp4, .hidden.mp4",

@@ -351,6 +351,8 @@ BAD = {
     "a row of pictures": (row_of_pictures, "not a picture"),
     "a Git LFS pointer": (
         lambda d: with_text(d, "a.mp4", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
+    "a HEIC picture": (
+        lambda d: with_text(d, "a.heic", "\0\0\0\x1cftypmif1\0\0\0\0mif1miafheic"), r"a HEIC .*open\('CLIP'\)"),
     "an animated WebP": (animated_webp, "an animated WebP, .* python -c"),
     "an unknown codec": (unknown_codec, "its codec cannot be decoded here"),
     "only a header": (
