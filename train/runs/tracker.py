@@ -32,11 +32,12 @@ def check_tracker_installed(name: Name) -> None:
         )
 
 
-def open_tracker(name: Name, folder: Path, settings: Mapping[str, Any]) -> Tracker | None:
+def open_tracker(name: Name, folder: Path, settings: Mapping[str, Any], done: int) -> Tracker | None:
     """A tracker of the run in ``folder``, told the settings; on rank 0.
 
     Args:
         settings: of the run, of any types.
+        done: the step after which the run goes on; tensorboard hides what it has of later ones.
     """
     if name == "none":
         return None
@@ -44,7 +45,7 @@ def open_tracker(name: Name, folder: Path, settings: Mapping[str, Any]) -> Track
 
     if name == "tensorboard":
         threading.excepthook = _say_once
-        tracker = TensorBoardTracker("tensorboard", folder)
+        tracker = TensorBoardTracker("tensorboard", folder, purge_step=done + 1)
     else:
         # What accelerate calls the run's name is wandb's project.
         tracker = WandBTracker(os.environ.get("WANDB_PROJECT", _PROJECT), name=folder.name, dir=str(folder))

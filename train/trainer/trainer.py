@@ -107,7 +107,8 @@ class Trainer:
             peers=peers,
         )  # fmt: skip
         abandoned = peers.together(lambda: move_in(run, folder, self.done) if peers.main else [])
-        tracker = open_tracker(settings.tracker, folder, settings_json(settings)) if runtime.main else None
+        shown = settings_json(settings)
+        tracker = open_tracker(settings.tracker, folder, shown, self.done) if runtime.main else None
         self.log = log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, self.done, tracker))
         for note in peers.together(lambda: check_room(run, folder) if peers.main else []):
             log.say(f"note: {note}")

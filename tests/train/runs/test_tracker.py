@@ -29,6 +29,10 @@ def test_tensorboard_gets_the_numbers_of_the_metrics_and_the_settings(tmp_path, 
         assert seen == [(line.step, pytest.approx(getattr(line, name), rel=1e-6)) for line in steps]
     assert log.Scalars("val_loss")[0].value == pytest.approx(validation.val_loss, rel=1e-6)
     assert "rank: 4" in next(run.rglob("hparams.yml")).read_text()
+    train_here(LoraSettings(**settings, steps=1, tracker="tensorboard", out=run, resume="never"))
+    log = EventAccumulator(str(run / "tensorboard"))
+    log.Reload()
+    assert [event.step for event in log.Scalars("loss")] == [1]
 
 
 def test_neither_is_imported_unasked(tmp_path, make_shards):
@@ -61,8 +65,8 @@ def test_runs_of_wandb_are_runs_of_one_project(monkeypatch, tmp_path):
     wandb.init = lambda **named: begun.append(named) or SimpleNamespace()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for name in ("one", "two"):
-        tracker.open_tracker("wandb", tmp_path / name, {})
+        tracker.open_tracker("wandb", tmp_path / name, {}, 0)
     assert [(one["project"], one["name"]) for one in begun] == [("cogtrain", "one"), ("cogtrain", "two")]
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    tracker.open_tracker("wandb", tmp_path / "three", {})
+    tracker.open_tracker("wandb", tmp_path / "three", {}, 0)
     assert begun[-1]["project"] == "mine"
