@@ -152,6 +152,18 @@ def number_of(error: BaseException, path: Path) -> int | None:
     return None
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse, before long work, a folder in which nothing may be written; it need not be there, and is not touched.
+
+    Raises:
+        DiskError: the folder, or the one above that it would be made in, may not be written in.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise disk_error(OSError(), number, folder)
+
+
 def room_of(path: Path) -> int | None:
     """Bytes that one may still write on the disk of a file or folder, which need not be there yet.
 

@@ -18,7 +18,7 @@ from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.files.atomic import commit, commit_bytes, temporary_beside
-from cogcommon.files.failures import disk_errors
+from cogcommon.files.failures import check_writable, disk_errors
 from cogcommon.files.ownership import RECORD_FILE, check_own_folder, is_file, record_of, refuse_data_root, take_output
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
@@ -71,6 +71,7 @@ def run(settings: ExportSettings) -> None:
     # A CPU computes slowly in fp16, if at all; 2B, the only family with it, is 6.8 GB in fp32.
     compute = torch.float32 if stored == torch.float16 else stored
     asked = json.dumps([settings.to, step, run.facts.shards_fingerprint, model.name, str(stored)])
+    check_writable(out)
     refuse_data_root(out, "--out")
     _adopt(out, run, step, asked)
     before = check_own_folder(out, _EXPORT, "--out")

@@ -4,7 +4,8 @@ A LoRA adds ``scale * B A`` to a layer's weight, and the scale is alpha/rank. Wh
 it counts:
 
 1. a tensor ``<layer>.alpha`` beside each pair (kohya, ComfyUI);
-2. the file's metadata: ``lora_adapter_metadata`` (diffusers 0.34 and later), ``ss_network_alpha`` (kohya);
+2. the file's metadata: ``lora_adapter_metadata`` (diffusers 0.34 and later), ``lora_config`` (finetrainers),
+   ``lora_alpha`` or ``transformer.lora_alpha`` (as ComfyUI reads it), ``ss_network_alpha`` (kohya);
 3. ``adapter_config.json`` beside the file (PEFT), where the names are PEFT's.
 
 A file of ours has it folded in. A file that has it nowhere acts with scale 1, as in diffusers and ComfyUI.
@@ -37,6 +38,7 @@ FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a f
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FACTS = "cogtune"  # entry of our files' own metadata; other loaders pass over it
 
+_CONFIGS = ("lora_adapter_metadata", "lora_config")  # entries that hold a configuration of PEFT's, as JSON
 FOLDED = "folded in"  # where alpha stands in our files
 
 _TENSOR = re.compile(
@@ -292,8 +294,8 @@ def _scales(
 
 def _config(form: Form, metadata: Mapping[str, str], file: Path) -> tuple[str, dict[str, Any]]:
     """What stands of alpha beside the tensors, as PEFT's `LoraConfig` has it; empty: nothing."""
-    if "lora_adapter_metadata" in metadata:
-        whole = parse_object(metadata["lora_adapter_metadata"].encode())
+    flat = {name: value for name, value in metadata.items() if name in ("lora_alpha", f"{PREFIX}lora_alpha")}
+    for whole in (*(parse_object(metadata[entry]) for entry in _CONFIGS if entry in metadata), flat):
         config = {name.removeprefix(PREFIX): value for name, value in whole.items()}
         if "lora_alpha" in config:
             return "in its metadata", config

@@ -122,10 +122,10 @@ def chart(lines: Sequence[Line], *, width: int = 940, height: int = 300, steps_s
 
 
 def number(value: float) -> str:
-    """Three digits that count: 0.123, 12.3, 1,230, 1e-05."""
+    """Three digits that count: 0.123, 12.3, 1,230, 1e-05, 4.75e+30."""
     if value == 0:
         return "0"
-    if abs(value) < 1e-3:
+    if not 1e-3 <= abs(value) < 1e9:
         return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cogcommon.errors import SettingError
 from cogcommon.files.atomic import scratch_file
-from cogcommon.files.failures import disk_errors
+from cogcommon.files.failures import check_writable, disk_errors
 from cogcommon.files.ownership import Made, check_own_folder, take_output
 from cogcommon.media.video import Frames, write_mp4
 
@@ -49,7 +49,9 @@ class VideoFolder:
 
         Raises:
             SettingError: the folder is somebody's, or another request's, or one of the files is.
+            DiskError: nothing may be written there.
         """
+        check_writable(self.folder)
         before = check_own_folder(self.folder, self._by, "--out")
         if before and before.request != self.asked:
             raise SettingError(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cogcommon.errors import CogError, DiskError, ShardError
 from cogcommon.files import failures
-from cogcommon.files.failures import disk_errors, machines_fault, number_of, room_of
+from cogcommon.files.failures import check_writable, disk_errors, machines_fault, number_of, room_of
 from cogcommon.media.video import write_mp4
 
 FULL = Path("/dev/full")
@@ -141,6 +141,15 @@ def test_a_slip_while_an_error_of_the_disk_is_handled_is_not_the_disks(tmp_path)
             raise OSError(errno.ENOSPC, "No space left on device")
         except OSError:
             {}["ours"]
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_there_is_work(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(DiskError, match="no permission") as caught:
+        check_writable(tmp_path / "new" / "folder")
+    assert caught.value.where == str(tmp_path / "new" / "folder")
 
 
 def test_only_what_must_be_the_machines_is_caught_at_the_end():

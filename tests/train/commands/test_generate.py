@@ -1,6 +1,7 @@
 """generate: tuned and base video of one seed, for all five forms, from a run, a file or a folder."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,7 +280,8 @@ def test_a_fully_tuned_transformer_is_used_and_the_base_is_read_from_the_checkpo
     assert "not one of tiny:" in fault("--transformer", tmp_path / "transformer", "--model", "tiny", *SMALL)
 
 
-def test_what_does_not_go_together_is_said_in_words(tmp_path, make_run, picture):
+def test_what_does_not_go_together_is_said_in_words(tmp_path, make_run, picture, monkeypatch):
+    monkeypatch.setattr(generate, "load_pipeline", lambda *_: pytest.fail("a weight was loaded"))
     run, i2v = make_run("tiny"), make_run("tiny-1.5-i2v")
     file = run / lora.FILE
     assert "no tuned weights were named" in fault(*SMALL)
@@ -294,7 +296,9 @@ def test_what_does_not_go_together_is_said_in_words(tmp_path, make_run, picture)
     assert "not a picture" in fault("--run", i2v, *SMALL, "--image", file)
     assert "the file is missing" in fault("--run", i2v, *SMALL, "--image", tmp_path / "none.png")
     assert "a folder" in fault("--run", i2v, *SMALL, "--image", tmp_path)
-    assert "trained for 5b" in fault("--lora", file, "--model", "tiny-2b", *SMALL)
+    with monkeypatch.context() as read_only:
+        read_only.setattr("os.access", lambda path, mode: mode == os.R_OK)
+        assert "no permission" in fault("--run", run, *SMALL)
     assert "no prompt" in fault("--run", run)
     assert "8N+1" in fault("--run", run, "--prompt", "x", "--resolution", "16x64x96")
     assert "no such file" in fault("--lora", tmp_path / "none.safetensors", *SMALL)
@@ -317,6 +321,10 @@ def test_what_does_not_go_together_is_said_in_words(tmp_path, make_run, picture)
     assert "no exported weights yet" in told and f"cogtrain compare {run} --checkpoints last --prompt" in told
     told = fault("--run", kept, *SMALL)
     assert f"cogtrain compare {run} --checkpoints 20" in told and f"cogtrain export --run {kept}" in told
+
+
+def test_a_lora_of_another_family_is_refused(make_run):
+    assert "trained for 5b" in fault("--lora", make_run() / lora.FILE, "--model", "tiny-2b", *SMALL)
 
 
 def not_in_place(run) -> str:

@@ -147,6 +147,24 @@ def test_each_form_and_place_of_alpha_acts_the_same(tmp_path, live_model, form):
     assert all(torch.equal(found.state[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"lora_config": json.dumps({"r": 4, "lora_alpha": 1, "target_modules": ["to_q"]})},
+        {"transformer.r": "4", "transformer.lora_alpha": "1"},
+        {"r": "4", "lora_alpha": "1.0"},
+        {"lora_adapter_metadata": json.dumps({"text_encoder.r": 4}), "lora_alpha": "1"},
+    ],
+)
+def test_the_alpha_that_trainers_write_into_the_metadata_is_read(tmp_path, live_model, metadata):
+    checkpoint, transformer = live_model()
+    state = lora.state_dict(transformer)
+    save_file(state, tmp_path / "x.safetensors", metadata=metadata)
+    found = read_lora(tmp_path / "x.safetensors", checkpoint, fresh(checkpoint))
+    assert found.alpha == "in its metadata"
+    assert all(torch.equal(found.state[n], t / 4 if "lora_B" in n else t) for n, t in state.items())
+
+
 def fresh(checkpoint):
     return outline(checkpoint.transformer_config)
 

@@ -104,7 +104,8 @@ def test_lines_are_drawn_where_their_values_are():
 
 
 @pytest.mark.parametrize(
-    "value, text", [(0, "0"), (1e-5, "1e-05"), (0.12345, "0.123"), (12.34, "12.3"), (1234.5, "1,234")]
+    "value, text",
+    [(0, "0"), (1e-5, "1e-05"), (0.12345, "0.123"), (12.34, "12.3"), (1234.5, "1,234"), (4.751e30, "4.75e+30")],
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
