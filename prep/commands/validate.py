@@ -21,7 +21,7 @@ from cogcommon.store.address import as_shown
 from cogcommon.words import counted
 
 from ..dataset.advice import Looked, advise, cut_captions
-from ..dataset.guesses import Guess, guess_folders, guess_turned, guess_uncaptioned
+from ..dataset.guesses import Guess, guess_folders, guess_turned, guess_uncaptioned, turned_sizes
 from ..dataset.lists import DataSet, check_root
 from ..dataset.probe import Look, look_at
 from ..dataset.remedies import Remedies, recorded
@@ -34,7 +34,7 @@ from ..source.part import file_named
 from ..vae.seconds import VaeSpeed, vae_speed
 from ..video.decode import Picture, look_at_picture
 from .foretell import EncodeForecast, foretell
-from .verdict import REFUSES, BucketPlan, Finding, Refusal, Verdict, show
+from .verdict import REFUSES, BucketPlan, Finding, Refusal, Uncaptioned, Verdict, show
 
 
 def run(settings: ValidateSettings) -> None:
@@ -79,14 +79,16 @@ def validate(settings: ValidateSettings) -> Verdict:
     faults = find_faults(settings, family, data, looks, images)
     looked = [
         Looked(sample, found, image)
-        for sample in data.samples
+        for sample in data.paired
         if isinstance(found := looks[sample.source], Look)
         and not isinstance(image := images.get(sample.image), ClipFault)
     ]
     quiet_libraries("transformers")
     tokenizer, notes = _tokenizer(checkpoint)
     cuts = cut_captions([one.sample for one in looked], tokenizer, family.text_tokens)
-    forecast = foretell(settings, checkpoint, data, looks, hashes, [one.look.facts.sha256 for one in looked])
+    turned = turned_sizes(checkpoint, settings.buckets)
+    usable = [] if data.faults else [one.look.facts.sha256 for one in looked]
+    forecast = foretell(settings, checkpoint, data, looks, hashes, usable)
     faults += find_refusals(settings, family, forecast)
     held = forecast.holdout
     return Verdict(
@@ -100,7 +102,7 @@ def validate(settings: ValidateSettings) -> Verdict:
         validation=sum(one.look.facts.sha256 in held for one in looked),
         faults=faults,
         guesses=list(find_guesses(settings, checkpoint, data, looks, images)),
-        advice=advise(looked, cuts, family, settings.cut) if looked else (),
+        advice=advise(looked, cuts, family, settings.cut, settings.buckets, turned) if looked else (),
         plan=plan_buckets(settings, checkpoint, looked, held, speed) if looked else (),
         gpu=speed.card if speed else None,
         encode={
@@ -148,7 +150,11 @@ def find_faults(
 ) -> list[Finding]:
     """Faults of the lists, then of single clips and images, each where the list names it, and with its remedy."""
     fixes = Remedies((one for one in looks.values() if isinstance(one, ClipFault)), settings.buckets, family)
-    found = [Finding(fault.file, fault.line, "", fault.what, fixes.of(fault)) for fault in data.faults]
+    kinds: Mapping[bool, type[Finding]] = {True: Uncaptioned, False: Finding}
+    found = [
+        kinds[fault.kind == "uncaptioned"](fault.file, fault.line, "", fault.what, fixes.of(fault))
+        for fault in data.faults
+    ]
     bad: Mapping[str, Mapping[str, object]] = {"clips": looks, "images": images}
     names = {"clips": settings.videos, "images": settings.images or "images.txt"}
     for column, results in bad.items():
@@ -256,7 +262,9 @@ def _notes(
     speed: VaeSpeed | None,
 ) -> list[str]:
     notes = []
-    if data.faults:
+    if data.uncaptioned:
+        notes.append("The plan is for when all captions are there; until then encode refuses the lists.")
+    elif data.faults:
         notes.append("the lists do not pair up, so captions were not checked and there is no plan")
     if data.images_unused:
         name = settings.images or "images.txt"

@@ -42,6 +42,11 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Uncaptioned(Finding):
+    """A caption that is not written yet: one of many, as a rule, so the page names a few, after all other faults."""
+
+
+@dataclass(frozen=True)
 class Refusal(Finding):
     """What `encode` would object to: a fault of the output folder, not of the data."""
 
@@ -118,12 +123,14 @@ def _show_faults(verdict: Verdict, console: Console) -> None:
     table.add_column(overflow="fold", max_width=24)
     table.add_column(overflow="fold")
     in_lists = [fault for fault in verdict.faults if not isinstance(fault, Refusal)]
-    for fault in in_lists[:_SHOWN]:
+    blank = [fault for fault in in_lists if isinstance(fault, Uncaptioned)]
+    shown = [fault for fault in in_lists if not isinstance(fault, Uncaptioned)][:_SHOWN] + blank[:_SHOWN_LINES]
+    for fault in shown:
         table.add_row(fault.place, fault.entry, fault.what)
     if in_lists:
         console.print(Padding(table, (0, 0, 0, 2), expand=False))
-    if len(in_lists) > _SHOWN:
-        console.print(f"  and {len(in_lists) - _SHOWN} more; --json lists them all")
+    if len(in_lists) > len(shown):
+        console.print(f"  and {len(in_lists) - len(shown)} more; --json lists them all")
     for fix in dict.fromkeys(fault.fix for fault in in_lists if fault.fix):
         places = [fault.place for fault in in_lists if fault.fix == fix]
         more = f" and {len(places) - _SHOWN_LINES} more" if len(places) > _SHOWN_LINES else ""

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cogcommon.model.families import Family
+from cogcommon.model.families import Family, Resolution
 from cogcommon.model.tokens import cut_at, cut_text
 
 from ..video.cut import Cut
@@ -52,17 +52,30 @@ class Looked:
     image: Picture | None = None  # its own first frame (I2V)
 
 
-def advise(looked: Sequence[Looked], captions: Sequence[CaptionCut], family: Family, cut: Cut) -> list[Advice]:
-    """Everything worth saying, the gravest first."""
+def advise(
+    looked: Sequence[Looked],
+    captions: Sequence[CaptionCut],
+    family: Family,
+    cut: Cut,
+    buckets: Sequence[Resolution],
+    turned: Sequence[Resolution],
+) -> list[Advice]:
+    """Everything worth saying, the gravest first. Of captions that are not written yet, nothing is said.
+
+    Args:
+        buckets: the sizes that were asked for.
+        turned: the same on their sides, where the model takes them.
+    """
+    written = [one for one in looked if one.sample.caption]
     found = [
         _few(looked),
         _speed(looked, family, cut),
         _bars(looked),
         _captions(captions, family),
-        _quoted(looked),
-        _twice(looked),
-        _same_caption(looked),
-        _much_cut(looked),
+        _quoted(written),
+        _twice(written),
+        _same_caption(written),
+        _much_cut(looked, buckets, turned),
         _other_shape(looked),
         _profile(looked),
         _enlarged(looked),
@@ -122,7 +135,8 @@ def _against_slow_motion(looks: Sequence[Look], family: Family, cut: Cut) -> Ite
     step = family.frame_step
     fewer = int(max(lasts) * family.fps) // step * step + 1
     if fewer > step:
-        yield f"fewer frames ({fewer} of the longest of them: --resolution {fewer}x...){also}"
+        size = looks[lasts.index(max(lasts))].bucket
+        yield f"fewer frames: --resolution {fewer}x{size.height}x{size.width}, which the longest of them fills{also}"
 
 
 def _against_time_lapse(looks: Sequence[Look], cut: Cut) -> Iterator[str]:
@@ -199,17 +213,25 @@ def _same_caption(looked: Sequence[Looked]) -> Advice | None:
     return _of("same captions", "different clips with one caption", "say what differs between them", lines)
 
 
-def _much_cut(looked: Sequence[Looked]) -> Advice | None:
-    lines = [
-        (one.sample.line, f"{one.look.facts.width}x{one.look.facts.height} loses {one.look.loss:.0%}")
-        for one in looked
-        if one.look.loss > _MUCH_CUT
+def _much_cut(looked: Sequence[Looked], buckets: Sequence[Resolution], turned: Sequence[Resolution]) -> Advice | None:
+    far = [one.look for one in looked if one.look.loss > _MUCH_CUT]
+    better = [
+        size
+        for size in turned
+        if any((look.facts.width > look.facts.height) == (size.width > size.height) for look in far)
     ]
+    fix = "a second --resolution of their shape"
+    if sizes := [size for size in better if size not in buckets]:
+        fix = f"--resolution {' '.join(map(str, [*buckets, *sizes]))}: each clip goes to the shape that fits it best"
     return _of(
         "much cut away",
         "their shape is far from that of the resolution",
-        "a second --resolution of their shape, or --fit pad",
-        lines,
+        f"{fix}; or --fit pad",
+        [
+            (one.sample.line, f"{one.look.facts.width}x{one.look.facts.height} loses {one.look.loss:.0%}")
+            for one in looked
+            if one.look.loss > _MUCH_CUT
+        ],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def guess_uncaptioned(root: Path, names: tuple[str, str], captions: Sequence[str
         flags = zip(("--prompts", "--videos"), names, ("prompts.txt", "videos.txt"), strict=True)
         more = [word for flag, name, usual in flags if name != usual for word in (flag, name)]
         yield Guess(
-            f"{counted(blank, 'clip')} {'has' if blank == 1 else 'have'} no caption yet",
+            f"{counted(blank, 'caption')} {'is' if blank == 1 else 'are'} still to be written",
             f"write one into each blank line of {names[0]}, or let a model do it: "
             + command_line("cogprep", "caption", root, *more),
         )
@@ -74,11 +75,7 @@ def guess_turned(
     lean = max(set(leans), key=leans.count, default=0)
     if lean == 0 or of_sizes != {-lean} or leans.count(lean) < _MOST * len(leans):
         return
-    turned = [size.turned for size in buckets]
-    try:
-        for size in turned:
-            checkpoint.check_resolution(size)
-    except SettingError:
+    if len(turned := turned_sizes(checkpoint, buckets)) < len(buckets):
         return
     clips, sizes = ("wider than high", "higher than wide")[::lean]
     are, said = "is" if len(leans) == 1 else "are", ", ".join(map(str, buckets))
@@ -87,6 +84,16 @@ def guess_turned(
         f"{'is' if len(buckets) == 1 else 'are'} {sizes} (frames x height x width)",
         f"--resolution {' '.join(map(str, turned))}",
     )
+
+
+def turned_sizes(checkpoint: Checkpoint, buckets: Sequence[Resolution]) -> list[Resolution]:
+    """The sizes with height and width changed for each other: those that the model takes."""
+    turned = []
+    for size in buckets:
+        with suppress(SettingError):
+            checkpoint.check_resolution(size.turned)
+            turned.append(size.turned)
+    return turned
 
 
 def _lean(width: int, height: int) -> int:

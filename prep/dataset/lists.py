@@ -63,14 +63,21 @@ class ListFault:
 class DataSet:
     """What the lists say. ``samples`` is empty when there is any fault; ``columns`` is what could be read.
 
-    ``columns`` has the entries of "captions", "clips" and "images", line by line.
+    ``columns`` has the entries of "captions", "clips" and "images", line by line. ``paired`` is what the samples are,
+    or will be where captions that are not written yet are all that is wrong: these are empty.
     """
 
     root: Path
     samples: Sequence[Sample]
     faults: Sequence[ListFault]
     columns: Mapping[str, Sequence[str]]
+    paired: Sequence[Sample] = ()
     images_unused: bool = False  # images.txt is there, but the task is T2V
+
+    @property
+    def uncaptioned(self) -> bool:
+        """Whether captions that are not written yet are all that is wrong."""
+        return bool(self.faults) and all(fault.kind == "uncaptioned" for fault in self.faults)
 
     def trusted(self) -> DataSet:
         """The data set itself, if its lists can be trusted.
@@ -82,10 +89,13 @@ class DataSet:
             lines = [str(fault) for fault in self.faults[:_SHOWN]]
             if len(self.faults) > _SHOWN:
                 lines.append(f"and {len(self.faults) - _SHOWN} more")
+            what = "the lists do not pair up: " + counted(len(self.faults), "fault")
+            fix = "mend these lines (line n of every list is one sample)"
+            if self.uncaptioned:
+                what = f"{counted(len(self.faults), 'clip')} without a caption yet"
+                fix = f"write one into each blank line of {self.faults[0].file}, or let a model do it (cogprep caption)"
             raise DataRootError(
-                "the lists do not pair up: " + counted(len(self.faults), "fault"),
-                where="\n       ".join([as_shown(self.root), *lines]),
-                fix="mend these lines (line n of every list is one sample); nothing was encoded",
+                what, where="\n       ".join([as_shown(self.root), *lines]), fix=f"{fix}; nothing was encoded"
             )
         return self
 
@@ -177,16 +187,16 @@ def read_lists(
             )
         )
     unused = task == "t2v" and _is_there(root / (images or "images.txt"))
-    if faults:
-        return DataSet(root, (), sorted(faults), columns, unused)
+    if any(fault.kind != "uncaptioned" for fault in faults):
+        return DataSet(root, (), sorted(faults), columns, images_unused=unused)
     stills = columns.get("images") or [""] * len(columns["clips"])
     samples = [
-        Sample(line, f"{id_token} {caption}" if id_token else caption, clip, still)
+        Sample(line, f"{id_token} {caption}" if id_token and caption else caption, clip, still)
         for line, (caption, clip, still) in enumerate(
             zip(columns["captions"], columns["clips"], stills, strict=True), 1
         )
     ]
-    return DataSet(root, samples, (), columns, unused)
+    return DataSet(root, () if faults else samples, sorted(faults), columns, samples, unused)
 
 
 def _blank_lines(columns: Mapping[str, list[str]], names: Mapping[str, str]) -> Iterator[ListFault]:

@@ -140,7 +140,9 @@ def test_advice_on_speed_says_only_what_helps(settings, root):
     assert fix(resolution=["25x64x96"]) == "longer clips"
     (root / "timed.txt").write_text("videos/good.mp4\n")  # 2.5 s at 24 fps
     assert fix(frames="head") == "--frames auto"
-    assert fix(resolution=["33x64x96"]).startswith("longer clips, or fewer frames (17 of the longest of them: --res")
+    assert fix(resolution=["33x64x96"]).startswith(
+        "longer clips, or fewer frames: --resolution 17x64x96, which the longest"
+    )
 
 
 def test_advice_names_the_lines_it_is_about(verdict):
@@ -226,6 +228,26 @@ def test_unpaired_lists_are_named_beside_the_faults_of_clips(settings, root):
     assert ("videos.txt", 9) in places
     assert verdict.plan == ()
     assert "no plan" in verdict.notes[0]
+
+
+def test_captions_to_come_hide_neither_bad_clips_nor_advice_nor_the_plan(settings, root, capsys):
+    names = ["good", "again", "tall", "long", "cut"]
+    (root / "five.txt").write_text("".join(f"videos/{name}.mp4\n" for name in names))
+    (root / "blank.txt").write_text("\n" * 5)
+    chosen = replace(settings, videos="five.txt", prompts="blank.txt", id_token="sks")
+    verdict = validate(chosen)
+    assert [fault.place for fault in verdict.faults] == [*(f"blank.txt:{line}" for line in range(1, 6)), "five.txt:5"]
+    assert (verdict.usable, verdict.plan[0].clips, verdict.encode["new"]) == (4, 4, 0)
+    told = {one.kind: one.fix for one in verdict.advice}
+    assert told["much cut away"].startswith("--resolution 17x64x96 17x96x64: each clip goes to the shape that fits")
+    assert not {"duplicates", "same captions", "captions all alike"} & set(told), "there are no captions to speak of"
+    show(verdict, Console(width=100))
+    page = capsys.readouterr().out
+    assert page.index("five.txt:5") < page.index("blank.txt:1 ") < page.index("blank.txt:3 ") < page.index("and 2 more")
+    assert "blank.txt:4" not in page and "encode refuses" in page
+    with pytest.raises(DataRootError, match="5 clips without a caption yet") as caught:
+        chosen.read_lists("t2v").trusted()
+    assert "each blank line of blank.txt" in caught.value.fix
 
 
 def test_images_are_looked_at_for_i2v(settings, root):
@@ -403,7 +425,9 @@ def test_what_was_probably_meant_is_said(settings, root, capsys):
     entries = ["videos/good.mp4", "fast.mp4", "none.mp4"]
     assert not [*guess_folders(root, "some.txt", entries, entries[1:])]  # one of them is nowhere
     (guess,) = guess_uncaptioned(root, ("prompts.txt", "some.txt"), ["", "written", ""], 3)
-    assert guess.what == "2 clips have no caption yet" and guess.fix.endswith(f"caption {root} --videos some.txt")
+    assert guess.what == "2 captions are still to be written" and guess.fix.endswith(
+        f"caption {root} --videos some.txt"
+    )
     (guess,) = guess_folders(root, "some.txt", entries[:2], entries[1:2])
     assert guess.what.startswith("1 path of some.txt lacks videos/") and "in front of these lines" in guess.fix
 

@@ -88,7 +88,7 @@ def test_all_faults_at_once(tmp_path):
 def test_a_fault_yields_no_samples_and_one_message(tmp_path):
     data = read_lists(lay(tmp_path, prompts="a\n\nb\n", videos="a.mp4\nb.mp4\nc.mp4\n"), task="t2v")
     assert data.samples == ()
-    with pytest.raises(DataRootError, match="1 fault") as caught:
+    with pytest.raises(DataRootError, match="1 clip without a caption yet") as caught:
         data.trusted()
     assert "prompts.txt:2: no caption yet for b.mp4" in str(caught.value)
 
