@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import SettingError
+from ..words import bytes_of
 
 S = TypeVar("S")
 
@@ -84,6 +86,36 @@ def shown_default(field: dataclasses.Field[Any]) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def check_least(settings: Any, **least: float) -> None:
+    """Refuse settings that are smaller than they may be, by name, and what is no finite number; None is no number.
+
+    Raises:
+        SettingError: names the option.
+    """
+    for field in dataclasses.fields(settings):
+        value, lowest, flag = getattr(settings, field.name), least.get(field.name), flag_of(field)
+        if value is None or lowest is None:
+            continue
+        if not value >= lowest:  # a NaN too
+            raise SettingError(f"{value} is too small", where=flag, fix=f"{flag} {lowest} or more")
+        if not math.isfinite(value):
+            raise SettingError(f"{value} is not a finite number", where=flag, fix="a number")
+
+
+def size_of(settings: Any, name: str, example: str) -> int:
+    """The bytes of a setting that is a size, as 500MB or 2GB.
+
+    Raises:
+        SettingError: it is none; names the option.
+    """
+    text = getattr(settings, name)
+    size = bytes_of(text)
+    if size is None:
+        flag = next(flag_of(field) for field in dataclasses.fields(settings) if field.name == name)
+        raise SettingError(f"{text!r} is not a size", where=flag, fix=f"for example {flag} {example}")
+    return size
 
 
 def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) -> S:

@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Literal
 
 from ..errors import SettingError
-from ..words import bytes_of
 from .document import from_yaml, said, to_yaml
 from .job import Job
 
@@ -237,8 +236,8 @@ def _pod(job: Job) -> PodSpec:
         volumes.append(Volume(_DATA, persistentVolumeClaim=Claim(settings.mount[0])))
     limits: dict[str, int | str] = {_GPU: settings.gpus} if settings.gpus else {}
     requests: dict[str, int | str] = {"cpu": settings.cpus * job.processes}
-    if settings.host:
-        requests["memory"] = bytes_of(settings.host) or 0
+    if host := settings.host_bytes:
+        requests["memory"] = host
     meeting = job.meeting('"$JOB_COMPLETION_INDEX"', f"{job.name}-workers-0-0.{job.name}")
     container = Container(
         name=job.program,

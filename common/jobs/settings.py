@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..cli.settings import setting
+from ..cli.settings import check_least, setting, size_of
 from ..errors import SettingError
-from ..words import bytes_of
 
 Scheduler = Literal["slurm", "kubernetes", "skypilot"]
 
@@ -68,17 +67,14 @@ class LaunchSettings:
     def __post_init__(self) -> None:
         if self.on is None:
             raise SettingError("for which scheduler?", where="--on", fix="--on slurm, kubernetes or skypilot")
-        for field, least in {"nodes": 1, "gpus": 0, "cpus": 1, "grace": 1}.items():
-            if (value := getattr(self, field)) < least:
-                raise SettingError(f"{value} is too small", where=f"--{field}", fix=f"--{field} {least} or more")
+        check_least(self, nodes=1, gpus=0, cpus=1, grace=1)
         if self.name is not None and not _NAME.fullmatch(self.name):
             raise SettingError(
                 f"{self.name!r} is no name for a job",
                 where="--name",
                 fix="at most 40 small letters, digits and dashes, a letter first",
             )
-        if self.host is not None and bytes_of(self.host) is None:
-            raise SettingError(f"{self.host!r} is not a size", where="--host", fix="for example --host 200GB")
+        _ = self.host_bytes
         if self.seconds is not None and self.seconds <= self.grace:
             raise SettingError(
                 f"no time is left to train before the {self.grace} s to save in",
@@ -86,6 +82,11 @@ class LaunchSettings:
                 fix="a longer --time, or a shorter --grace",
             )
         _ = self.mount
+
+    @property
+    def host_bytes(self) -> int | None:
+        """--host in bytes."""
+        return None if self.host is None else size_of(self, "host", "200GB")
 
     @property
     def seconds(self) -> int | None:

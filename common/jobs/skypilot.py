@@ -10,7 +10,6 @@ from typing import Literal
 
 from ..errors import SettingError
 from ..store.address import address_of
-from ..words import bytes_of
 from .document import from_yaml, said, to_yaml
 from .job import Job
 
@@ -70,7 +69,7 @@ def render(job: Job) -> str:
             infra=settings.queue,
             accelerators=f"{settings.gpu}:{settings.gpus}" if settings.gpus else None,
             cpus=f"{settings.cpus * job.processes}+",
-            memory=f"{-(-(bytes_of(settings.host) or 0) >> 30)}+" if settings.host else None,
+            memory=f"{-(-host >> 30)}+" if (host := settings.host_bytes) else None,
             use_spot=settings.spot or None,
             image_id=f"docker:{settings.image}",
             job_recovery=Recovery(3),

@@ -9,7 +9,6 @@ import re
 
 from ..cli.names import quoted
 from ..errors import SettingError
-from ..words import bytes_of
 from .job import Job
 
 # The options that we write, and what a value of each looks like.
@@ -52,8 +51,8 @@ def render(job: Job) -> str:
         "# Without this, each process would get one core.",
         _option("cpus-per-task", settings.cpus),
     ]
-    if settings.host:
-        out.append(_option("mem", f"{(bytes_of(settings.host) or 0) >> 20}M"))
+    if host := settings.host_bytes:
+        out.append(_option("mem", f"{host >> 20}M"))
     out += [_option(name, value) for name in ("queue", "account") if (value := getattr(settings, name))]
     out.append("")
     if settings.seconds:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cogcommon.cli.settings import setting
+from cogcommon.cli.settings import check_least, setting, size_of
 from cogcommon.errors import ModelError, SettingError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import Precision
 from cogcommon.model.families import FAMILIES, Resolution, Task
 from cogcommon.model.published import known_checkpoint
-from cogcommon.words import bytes_of, counted
+from cogcommon.words import counted
 
 from ..dataset.lists import DataSet, read_lists
 from ..source.clip_cache import default_cache, use_cache
@@ -132,13 +132,7 @@ class PlanSettings:
             raise SettingError("no data root", where="--data-root", fix="--data-root FOLDER, the one with prompts.txt")
         if not self.resolution:
             raise SettingError("no resolution", where="--resolution", fix="for example --resolution 49x480x720")
-        for name, least in {
-            "start": 0, "stride": 1, "holdout": 0, "shard_samples": 1, "image_variants": 1, "workers": 1,
-        }.items():  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not least <= value < float("inf"):  # a NaN neither
-                flag = "--" + name.replace("_", "-")
-                raise SettingError(f"{value} is too small", where=flag, fix=f"{flag} {least} or more")
+        check_least(self, start=0, stride=1, holdout=0, shard_samples=1, image_variants=1, workers=1)
         if not self.clip_timeout > 0:
             raise SettingError(
                 f"{self.clip_timeout:g} is too small", where="--clip-timeout", fix=f"--clip-timeout {TIMEOUT_S:g}"
@@ -164,22 +158,12 @@ class PlanSettings:
     @property
     def shard_size(self) -> int:
         """--shard-bytes in bytes."""
-        size = bytes_of(self.shard_bytes)
-        if size is None:
-            raise SettingError(
-                f"{self.shard_bytes!r} is not a size", where="--shard-bytes", fix="for example --shard-bytes 500MB"
-            )
-        return size
+        return size_of(self, "shard_bytes", "500MB")
 
     @property
     def cache_bytes(self) -> int:
         """--cache-size in bytes."""
-        size = bytes_of(self.cache_size)
-        if size is None:
-            raise SettingError(
-                f"{self.cache_size!r} is not a size", where="--cache-size", fix="for example --cache-size 50GB"
-            )
-        return size
+        return size_of(self, "cache_size", "50GB")
 
     def keep_clips(self) -> None:
         """Have clips behind addresses kept in --cache, by this process and those that it starts."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cogcommon.cli.settings import setting
+from cogcommon.cli.settings import check_least, setting
 from cogcommon.errors import SettingError
 
 from .encode import DEFAULT_MODEL
@@ -51,10 +51,7 @@ class SplitSettings:
             raise SettingError("no folder for the lists", where="--out", fix="--out ds, a folder of its own")
         if self.scenes and self.every is not None:
             raise SettingError("scenes, or pieces of one length?", where="--scenes, --every", fix="give one of the two")
-        for name in ("every", "shortest", "longest"):
-            value = getattr(self, name)
-            if value is not None and not 0.1 <= value < float("inf"):
-                raise SettingError(f"{value:g} s is too short", where=f"--{name}", fix=f"--{name} 0.1 or more")
+        check_least(self, every=0.1, shortest=0.1, longest=0.1, workers=1)
         most, flag = (self.longest, "--longest") if self.every is None else (self.every, "--every")
         if most < self.shortest:
             raise SettingError(
@@ -62,8 +59,6 @@ class SplitSettings:
                 where=f"{flag}, --shortest",
                 fix=f"{flag} {most:g} --shortest {most:g}",
             )
-        if self.workers is not None and self.workers < 1:
-            raise SettingError(f"{self.workers} is too small", where="--workers", fix="--workers 1 or more")
 
     @property
     def source(self) -> Path:
@@ -98,9 +93,7 @@ class CaptionSettings:
     def __post_init__(self) -> None:
         if self.ds is None:
             raise SettingError("no folder", where="DS", fix="name the folder of your lists: cogprep caption ds")
-        for name in ("frames", "workers"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{getattr(self, name)} is too small", where=f"--{name}", fix=f"--{name} 1 or more")
+        check_least(self, frames=1, workers=1)
 
     @property
     def root(self) -> Path:

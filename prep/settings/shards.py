@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogcommon.cli.settings import setting
+from cogcommon.cli.settings import check_least, setting
 from cogcommon.errors import SettingError
 from cogcommon.model.families import FAMILIES, Family
 
@@ -37,8 +37,7 @@ class PreviewSettings:
     json: bool = setting(False, "print paths and PSNR as JSON")
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
-            raise SettingError(f"{self.samples} is too small", where="--samples", fix="--samples 1 or more")
+        check_least(self, samples=1)
         self.check_frames(FAMILIES)
 
     def check_frames(self, families: Sequence[Family]) -> None:
@@ -81,7 +80,4 @@ class VerifySettings:
     json: bool = setting(False, "print the result as JSON")
 
     def __post_init__(self) -> None:
-        if self.reencode < 0 or self.workers < 1:
-            raise SettingError(
-                "a number is too small", where="--reencode, --workers", fix="--reencode 0 or more, --workers 1 or more"
-            )
+        check_least(self, reencode=0, workers=1)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cogcommon.cli.settings import flag_of, setting
+from cogcommon.cli.settings import check_least, flag_of, setting, size_of
 from cogcommon.errors import SettingError
 from cogcommon.model.device import Precision
 from cogcommon.store.address import address_of, as_shown
-from cogcommon.words import bytes_of
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 StrategyChoice = Literal["auto", Strategy]
@@ -207,22 +206,14 @@ class TrainSettings:
                 where="--follow" + f", --epochs {self.epochs}" * (self.epochs is not None),
                 fix="--steps 2000, for example: how long to train",
             )
-        least = {
-            "steps": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "global_batch": 1, "warmup": 0, "nproc": 1,
-            "save_every": 1, "save_minutes": 0, "keep": 1, "validate_every": 1, "validate_videos": 0, "patience": 0,
-            "lr": 0, "weight_decay": 0, "max_grad_norm": 0, "caption_dropout": 0, "beta1": 0, "beta2": 0, "ema": 0,
-        }  # fmt: skip
-        below = {"beta1": 1, "beta2": 1, "ema": 1}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= lowest:  # a NaN too
-                raise SettingError(
-                    f"{value} is too small", where=self.option(name), fix=f"{self.option(name)} {lowest} or more"
-                )
-            if value is not None and name in below and value >= below[name]:
-                raise SettingError(
-                    f"{value} is too large", where=self.option(name), fix=f"a number below {below[name]}"
-                )
+        check_least(
+            self, steps=1, epochs=1, batch_size=1, accumulate=1, global_batch=1, warmup=0, nproc=1, save_every=1,
+            save_minutes=0, keep=1, validate_every=1, validate_videos=0, patience=0, lr=0, weight_decay=0,
+            max_grad_norm=0, caption_dropout=0, beta1=0, beta2=0, ema=0,
+        )  # fmt: skip
+        for name in ("beta1", "beta2", "ema"):
+            if (value := getattr(self, name)) >= 1:
+                raise SettingError(f"{value} is too large", where=self.option(name), fix="a number below 1")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -242,12 +233,7 @@ class TrainSettings:
     @property
     def cache_bytes(self) -> int:
         """--cache-size in bytes."""
-        size = bytes_of(self.cache_size)
-        if size is None:
-            raise SettingError(
-                f"{self.cache_size!r} is not a size", where="--cache-size", fix="for example --cache-size 200GB"
-            )
-        return size
+        return size_of(self, "cache_size", "200GB")
 
     def option(self, name: str) -> str:
         """The option that sets a field, as typed."""
@@ -274,8 +260,7 @@ class LoraSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise SettingError(f"{self.rank} is too small", where="--rank", fix="--rank 1 or more")
+        check_least(self, rank=1)
         if self.alpha is not None and not self.alpha > 0:
             raise SettingError(f"{self.alpha} is too small", where="--alpha", fix="a number above 0")
         if self.init_lora and self.nvme:
