@@ -1,5 +1,5 @@
 """From shards to batches: which samples, in which order, with which random draws, collated ahead of the step;
 and the prompts that a person gives.
 
-Imports model, store.
+Imports model, settings, store.
 """

@@ -17,13 +17,13 @@ from cogcommon.media.image import BadImage, read_upright, scale_to_cover
 from cogcommon.model.tokens import cut_text
 from cogcommon.store.address import as_shown
 
+from ..settings.results import SEED
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from cogcommon.model.checkpoint import Checkpoint
     from cogcommon.model.families import Resolution
-
-SEED = 42  # of the noise of a prompt's video in validation: what `cogtrain generate` has by default
 
 
 @dataclass(frozen=True)

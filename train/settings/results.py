@@ -9,6 +9,8 @@ from typing import Literal
 from cogcommon.cli.settings import setting
 from cogcommon.model.device import Precision
 
+STEPS, GUIDANCE, SEED = 50, 6.0, 42  # of a video, as diffusers' pipelines have them; validation draws with the same
+
 _WEIGHTS, _VIDEO = "Weights", "Video"
 
 
@@ -50,9 +52,9 @@ class GenerateSettings:
     resolution: str | None = setting(
         None, "FxHxW of the video", shown="the run's, else the model's own", section=_VIDEO
     )
-    steps: int = setting(50, "sampling steps", section=_VIDEO)
-    guidance: float = setting(6.0, "scale of classifier-free guidance; 1: none", section=_VIDEO)
-    seed: int = setting(42, "seed of the noise, the same for tuned and base", section=_VIDEO)
+    steps: int = setting(STEPS, "sampling steps", section=_VIDEO)
+    guidance: float = setting(GUIDANCE, "scale of classifier-free guidance; 1: none", section=_VIDEO)
+    seed: int = setting(SEED, "seed of the noise, the same for tuned and base", section=_VIDEO)
     fps: float | None = setting(None, "frames a second of the video", shown="the family's", section=_VIDEO)
     base: bool = setting(True, "also draw the video of the base model", section=_VIDEO)
     precision: Precision | None = setting(
@@ -80,9 +82,9 @@ class CompareSettings:
     image: Path | None = setting(None, "first frame (image-to-video only), cut to the videos' shape")
     model: str | None = setting(None, "base checkpoint, if it is elsewhere now", shown="as trained")
     resolution: str | None = setting(None, "FxHxW of the videos", shown="the run's")
-    steps: int = setting(50, "sampling steps")
-    guidance: float = setting(6.0, "scale of classifier-free guidance; 1: none")
-    seed: int = setting(42, "seed of the noise, the same for all videos")
+    steps: int = setting(STEPS, "sampling steps")
+    guidance: float = setting(GUIDANCE, "scale of classifier-free guidance; 1: none")
+    seed: int = setting(SEED, "seed of the noise, the same for all videos")
     fps: float | None = setting(None, "frames a second", shown="the family's")
     precision: Precision | None = setting(
         None, "number type the model computes in", shown="the family's on a GPU, fp32 on a CPU"

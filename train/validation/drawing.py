@@ -16,15 +16,15 @@ from cogcommon.media.video import write_mp4
 from ..blocks.engine import BlockEngine
 from ..blocks.plan import BlockPlan
 from ..data.batches import Collator, StoredSample
-from ..data.prompts import SEED
 from ..data.sampler import Slot
 from ..distributed.signals import StopRequest
 from ..distributed.strategy import Runtime
 from ..model.objective import Objective
 from ..runs.folder import CLIPS
 from ..runs.run import Run
+from ..settings.results import SEED, STEPS
 from .embed import EmbeddedPrompt
-from .videos import STEPS, Conditions, decode_latents, denoise, load_decoder
+from .videos import Conditions, decode_latents, denoise, load_decoder
 
 if TYPE_CHECKING:
     import torch

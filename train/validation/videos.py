@@ -19,13 +19,12 @@ from cogcommon.media.video import Frames
 from cogcommon.model.checkpoint import Checkpoint
 
 from ..model.objective import Objective
+from ..settings.results import GUIDANCE, STEPS
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLCogVideoX
 
-STEPS = 50  # the pipelines' defaults
-GUIDANCE = 6.0
 # Peak of an untiled decode in half precision over the pixels of a frame; it works on two or three latent
 # frames at a time, so their number hardly matters. Measured 46,000 (bf16, CPU, the published VAE's shape).
 DECODE_BYTES_PER_PIXEL = 50_000
