@@ -144,15 +144,15 @@ class Runtime:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return Snapshot(trained, average, state)
 
-    def save_state(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None, folder: Path) -> None:
+    def save_state(self, model: Any, snapshot: Snapshot | None, folder: Path) -> None:
         """Write what was trained and the optimizer's state, as they are now; every rank calls it.
 
         Args:
-            shadow: moving average of the trained weights (DDP).
+            snapshot: of now.
         """
         if self.sharded:
             zero.save(model, folder)
-        elif snapshot := self.snapshot(model, optimizer, shadow):
+        elif snapshot is not None:
             snapshot.write(folder)
 
     def load_state(self, model: Any, optimizer: Any, shadow: Sequence[torch.Tensor] | None, folder: Path) -> None:

@@ -155,8 +155,7 @@ def begin_saving(
 
     saving, main = Saving(runtime, final, temporary), runtime.main
     saving.together(write(begin) if main else lambda: None)
-    live = None if runtime.sharded else runtime.snapshot(model, optimizer, shadow)
-    copy = None
+    live, copy = runtime.snapshot(model, optimizer, shadow), None
     if live is not None and live.plain and room(live.nbytes):
         with suppress(RuntimeError, MemoryError):  # the system gives no page-locked memory: training waits, instead
             copy = live.copied()
@@ -170,7 +169,7 @@ def begin_saving(
 
         saving.start(write(rest), then)
     elif not saving.beside:
-        saving.together(write(lambda: runtime.save_state(model, optimizer, shadow, temporary)))
+        saving.together(write(lambda: runtime.save_state(model, live, temporary)))
         saving.together(write(commit) if main else lambda: None)
         if main:
             then()
