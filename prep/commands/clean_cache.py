@@ -23,7 +23,7 @@ from cogcommon.errors import SettingError
 from cogcommon.files.atomic import TEMPORARY
 from cogcommon.files.locks import locked_elsewhere, remove_unless_held
 from cogcommon.files.ownership import RECORD_FILE, is_file, is_folder, refuse_data_root
-from cogcommon.shards.records import SampleRow, read_table, record_name, shard_number, tar_name
+from cogcommon.shards.records import SampleRow, number_in_record, read_table, record_name, shard_number, tar_name
 from cogcommon.words import counted, in_bytes
 
 from ..plan.folder import SPLITS, Split, records_in, split_folder
@@ -175,7 +175,7 @@ def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iter
         reasons |= {tar: "a tar without a record"}
     elif not os.path.lexists(tar):
         reasons |= {record: "a record without a tar"}
-    elif everything:
+    elif everything and number_in_record(record) in (None, number):  # else somebody has renamed or copied the shard
         reasons |= {record: "the record of a shard", tar: "a shard"}
     for path, why in reasons.items():
         if is_ours(path):

@@ -36,6 +36,7 @@ from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label,
 from ..settings.shards import VerifySettings
 from ..store.committed import tars_without_record
 from ..store.outlet import Outlet, open_image
+from ..store.proof import is_ours
 
 _OTHER_SETTINGS = f"encoded with other settings than {CONTRACT_FILE} says"
 _TARS = 2  # from an address, on this machine's disk at a time
@@ -46,8 +47,8 @@ class Problem:
     """Something that is not as the record says.
 
     Args:
-        shard: its tar, or another file, from the folder.
-        heals: by the next `cogprep encode`, with nothing removed before.
+        shard: its tar, or its record if that is at fault, or another file, from the folder.
+        heals: without anything that has to be removed before.
     """
 
     shard: str
@@ -125,7 +126,7 @@ def _remedy(broken: Sequence[str], out: Path) -> str:
         return encode
     one = out / broken[0]
     remove = command_line("rm", one, *([one.with_suffix(".parquet")] if one.suffix == ".tar" else []))
-    return f"remove each with its record, for example `{remove}`, and {encode}: it makes them anew"
+    return f"remove each, a tar with its record, for example `{remove}`, and {encode}: it makes them anew"
 
 
 def verify(
@@ -164,9 +165,12 @@ def verify(
     checked = read_in_order(check, records, threads=THREADS if image.keeps else _TARS)
     with stage("verifying", len(records), "shard") as bar:
         for (split, number, path), (record, faults) in zip(records, checked, strict=True):
-            problems += [Problem(shard_label(split, number), what) for what in faults]
-            if record is not None:
-                problems += _found_twice(record, split, shard_label(split, number), first)
+            label = shard_label(split, number)
+            if record is None:
+                problems += [Problem(label.removesuffix(".tar") + ".parquet", what) for what in faults]
+            else:
+                problems += [Problem(label, what) for what in faults]
+                problems += _found_twice(record, split, label, first)
                 readable += 1
                 samples += sum(row.status == "ok" for row in record.rows)
                 bytes_read += record.header.tar_size
@@ -271,7 +275,9 @@ def _of_the_folder(out: Path, contract: Contract) -> Iterator[Problem]:
         yield Problem(EMPTY_CAPTION_FILE, f"its sha256 is not the one in {CONTRACT_FILE}")
     for split in SPLITS:
         for tar in tars_without_record(split_folder(out, split)):
-            what = (
-                "has no record, so it does not count: `cogprep encode` finishes it, or `cogprep clean-cache` removes it"
-            )
+            what = "has no record, so it does not count: "
+            if is_ours(tar):
+                what += "`cogprep encode` finishes it, or `cogprep clean-cache` removes it"
+            else:
+                what += "cogprep did not make it, so move it elsewhere"
             yield Problem(shard_label(split, int(tar.stem)), what, heals=True)

@@ -79,6 +79,20 @@ def test_damage_names_its_shard_and_fails_the_command(encoded):
     assert any(row.source in what for what in whats)
 
 
+def test_what_is_to_go_is_what_is_at_fault(small):
+    """Of a damaged record the tar stays, of which encode takes what is whole; somebody's tar is nobody's to remove."""
+    tar, _ = small
+    tar.with_name("000007.tar").write_bytes(b"mine")
+    (other,) = verify(tar.parent).problems
+    assert other.shard == "000007.tar" and "move it elsewhere" in other.what and other.heals
+    record = tar.with_suffix(".parquet")
+    record.write_bytes(record.read_bytes()[:-1])
+    with pytest.raises(ShardError) as caught:
+        run(VerifySettings(out=tar.parent))
+    assert "000000.parquet" in caught.value.where
+    assert f"for example `rm {record}`, and run the `cogprep encode`" in caught.value.fix
+
+
 @pytest.mark.parametrize("wrong", ["not finite", "shape", "dtype", "missing"])
 def test_wrong_tensors_are_named_even_when_every_hash_is_right(small, wrong):
     tar, record = small

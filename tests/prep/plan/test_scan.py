@@ -12,12 +12,13 @@ from cogcommon.errors import ShardError
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import CONTRACT_FILE
 from cogcommon.shards.records import ShardRecord, read_record, write_record
+from cogprep.commands.clean_cache import run as clean
 from cogprep.commands.index import index
 from cogprep.commands.verify import run, verify
 from cogprep.dataset.lists import Sample
 from cogprep.plan.folder import read_contract, scan
 from cogprep.plan.plan import Candidate, EncodePlan, make_plan
-from cogprep.settings.shards import VerifySettings
+from cogprep.settings.shards import CleanSettings, VerifySettings
 from cogprep.source.clip import Hashed
 from cogprep.store.committed import read_tensors
 from cogprep.store.rewrite import drop_samples
@@ -98,6 +99,9 @@ def test_a_shard_under_another_number_is_refused_with_the_way_back(out: Path) ->
     with pytest.raises(ShardError) as renamed:
         scan(out)
     assert f"mv {out}/000007.tar {out}/000000.tar && mv {out}/000007.parquet" in renamed.value.fix
+    clean(CleanSettings(out=out, yes=True, all=True))
+    assert {path.stem for path in out.iterdir() if path.suffix in (".tar", ".parquet")} == {"000007"}  # both, or none
+    assert len(list(out.glob("000007.*"))) == 2
 
 
 def test_a_shard_on_a_disk_that_is_not_mounted_is_not_taken_for_gone(out: Path) -> None:
