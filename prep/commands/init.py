@@ -36,7 +36,7 @@ class Told:
     pictures: int  # that are lines of their own: clips of one frame
     lines: int  # of the lists; more than clips and pictures where some have several captions
     captions: Mapping[str, int]  # clips by where their captions are from
-    blank: Sequence[int]  # lines of prompts.txt that are to be filled in
+    blank: Sequence[int]  # lines of prompts.txt that are to be filled in, also of one that was there
     images: int  # clips that have a picture of their name
     written: Sequence[str]
     kept: Sequence[str]  # lists that were there
@@ -97,7 +97,7 @@ def init(root: Path) -> Told:
         pictures=len(pictures),
         lines=len(lines),
         captions=dict(captions.counts),
-        blank=[line for line, (_, caption) in enumerate(lines, 1) if not caption] if PROMPTS in written else [],
+        blank=[line for line, caption in enumerate(_captions_in(root)[: len(lines)], 1) if not caption],
         images=len(images),
         written=written,
         kept=kept,
@@ -139,6 +139,11 @@ def _listed(root: Path) -> list[str]:
             fix=f"mend it; or, for new lists: {_anew(root, [VIDEOS])}",
         )
     return [entry.removeprefix("./") for entry in entries]
+
+
+def _captions_in(root: Path) -> list[str]:
+    """The lines of prompts.txt as it is now; none where it cannot be read, as `validate` will say."""
+    return read_list(root, PROMPTS, False, []) or []
 
 
 def _files_of(listed: Sequence[str], clips: Sequence[str]) -> dict[str, str]:
@@ -201,8 +206,12 @@ def _show(told: Told, console: Console) -> None:
         console.print(f"there already, and left as they are: {', '.join(told.kept)}")
     if told.unlisted:
         root = Path(told.data_root)
+        others = " and ".join(name for name in told.kept if name != VIDEOS) or PROMPTS
         console.print(
-            f"in no line of {VIDEOS}: {_some(told.unlisted)}; for new lists: {_anew(root, told.kept)}", style="yellow"
+            f"in no line of {VIDEOS}: {_some(told.unlisted)}; to add one, write it at the end of {VIDEOS}, and what "
+            f"belongs to it at the end of {others}; or all lists anew, without what you have written into them: "
+            f"{_anew(root, told.kept)}",
+            style="yellow",
         )
     console.print(f"written: {', '.join(told.written)}" if told.written else "nothing to write")
     console.print("")

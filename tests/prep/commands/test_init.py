@@ -255,13 +255,19 @@ def test_pictures_of_no_clips_name_are_lines_after_the_clips(tmp_path, capsys):
     assert (init(tmp_path / "photos").pictures, pairs(tmp_path / "photos")) == (1, [("a.png", "")])
 
 
-def test_a_list_that_is_there_is_never_touched(tmp_path):
+def test_a_list_that_is_there_is_never_touched(tmp_path, capsys):
     lay(tmp_path, "a.mp4", "b.mp4", "c.mp4", a_txt="of a", b_txt="of b", videos_txt="b.mp4\n./a.mp4\n")
     told = init(tmp_path)
     assert (told.written, told.kept, told.unlisted) == (["prompts.txt"], ["videos.txt"], ["c.mp4"])
     assert pairs(tmp_path) == [("b.mp4", "of b"), ("./a.mp4", "of a")]
     again = init(tmp_path)
-    assert (again.written, again.kept) == ([], ["videos.txt", "prompts.txt"])
+    assert (again.written, again.kept, again.blank) == ([], ["videos.txt", "prompts.txt"], [])
+    (tmp_path / "prompts.txt").write_text("\nof a\n\n")
+    run(InitSettings(ds=tmp_path))
+    shown = capsys.readouterr().out
+    assert f"blank line of {tmp_path / 'prompts.txt'} (1 line: 1);" in shown, "still to be done before validate"
+    assert "c.mp4; to add one, write it at the end of videos.txt, and what belongs to it at the end of prompts" in shown
+    (tmp_path / "prompts.txt").write_text("of b\nof a\n")
     (tmp_path / "videos.txt").unlink()
     with pytest.raises(DataRootError, match=r"prompts.txt is there, but no videos.txt") as caught:
         init(tmp_path)
