@@ -16,7 +16,7 @@ from typing import Literal
 
 from cogcommon.cli.names import command_line
 from cogcommon.errors import DataRootError
-from cogcommon.files.regular_file import Missing
+from cogcommon.files.regular_file import Empty, Missing, Unreadable, open_regular
 from cogcommon.model.families import Task
 from cogcommon.store.address import as_shown
 from cogcommon.words import counted
@@ -241,9 +241,14 @@ def read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) ->
         line = error.object.count(b"\n", 0, error.start) + 1
         faults.append(ListFault(name, line, "not UTF-8; save the list as UTF-8", "told"))
         return None
-    except (OSError, ValueError, BadClip) as error:  # ValueError: a NUL byte in the name
-        said = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        faults.append(ListFault(name, 0, said, "unreached"))
+    except (OSError, BadClip) as error:
+        faults.append(ListFault(name, 0, f"cannot be read: {getattr(error, 'strerror', None) or error}", "unreached"))
+        return None
+    except Unreadable as error:
+        if isinstance(error.__cause__, OSError):
+            faults.append(ListFault(name, 0, str(error), "unreached"))
+        else:
+            faults.append(ListFault(name, 0, f"{error}; save the list as a file", "told"))
         return None
     # Not splitlines(): it also cuts at form feeds and at Unicode separators, which captions contain.
     entries = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
@@ -275,12 +280,16 @@ def _content(path: Path) -> bytes:
 
     Raises:
         OSError: as it was told.
+        Unreadable: it is no file: one that is a pipe would be empty the next time.
         BadClip: as the store has told it.
     """
-    if (address := remote_address(path)) is None:
-        return path.read_bytes()
     try:
-        return read_object(address)
+        if (address := remote_address(path)) is not None:
+            return read_object(address)
+        with open_regular(path) as file:
+            return file.readall()
+    except Empty:
+        return b""
     except Missing:
         raise FileNotFoundError(str(path)) from None
 
@@ -289,7 +298,7 @@ def hash_of_list(path: Path) -> str:
     """sha256 of a list as it is now, in hex; empty where it cannot be read."""
     try:
         return hashlib.sha256(_content(path)).hexdigest()
-    except (OSError, ValueError, BadClip):
+    except (OSError, Unreadable, BadClip):
         return ""
 
 

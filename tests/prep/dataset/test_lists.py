@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,16 @@ def test_missing_and_empty_lists(tmp_path):
     assert faults(tmp_path) == [f"prompts.txt: the list is missing; to write it: cogprep init {tmp_path}"]
     lay(tmp_path, prompts="", videos="\n\n")
     assert faults(tmp_path) == ["prompts.txt: the list is empty", "videos.txt: the list is empty"]
+
+
+def test_a_list_that_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    """A list is read more than once; a pipe, as of `--videos <(...)`, would be empty the next time."""
+    os.mkfifo(tmp_path / "videos.txt")
+    (tmp_path / "prompts.txt").mkdir()
+    assert faults(tmp_path) == [
+        "prompts.txt: a folder, not a file; save the list as a file",
+        "videos.txt: not a regular file (a pipe, socket or device); save the list as a file",
+    ]
 
 
 def test_a_root_that_is_none(tmp_path):
