@@ -19,7 +19,7 @@ from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.failures import disk_errors
 from cogcommon.words import counted, in_words
 
-from ..dataset.found import find, fits_a_line
+from ..dataset.found import CLIPS, find, fits_a_line
 from ..dataset.lists import check_root, refuse_address
 from ..dataset.new_lists import PROMPTS, VIDEOS, entry_of, next_steps, refuse_output, set_aside, write_list
 from ..processes.pool import Pool, default_workers
@@ -115,7 +115,11 @@ def _films(source: Path) -> list[Path]:
     check_root(source, named="FILM", holds="long videos")
     found = find(source)
     if not found.clips:
-        raise DataRootError("there are no videos in this folder", where=str(source))
+        raise DataRootError(
+            "there are no videos in this folder",
+            where=str(source),
+            fix=f"name a video, or a folder of files that end in {', '.join(sorted(CLIPS))}",
+        )
     return [source / name for name in found.clips]
 
 
@@ -223,7 +227,12 @@ def _write_sheets(root: Path, film: Path, chosen: Chosen, line: int, seen: Seque
 
 def _nothing(told: Sequence[FilmTold], settings: SplitSettings) -> DataRootError:
     lines = [f"{film.film}: {'; '.join([*film.faults, *_left_out(film, settings)])}" for film in told]
-    return DataRootError("no part is left to make a clip of", where="\n       ".join(lines[:_SHOWN]))
+    fix = ""
+    if any(SHORT in film.left_out for film in told):
+        fix = f"--shortest {max(0.1, settings.shortest / 2):g} takes shorter ones"
+        if settings.every is None and any(film.seconds >= settings.shortest for film in told):
+            fix += f"; --every {settings.shortest:g} cuts every so many seconds, wherever scenes change"
+    return DataRootError("no part is left to make a clip of", where="\n       ".join(lines[:_SHOWN]), fix=fix)
 
 
 def _left_out(film: FilmTold, settings: SplitSettings) -> Iterator[str]:

@@ -49,9 +49,8 @@ def open_film(path: Path) -> Film | ClipFault:
     try:
         with ClipSource(path) as source, Video(source) as video:
             _ = video.colour, video.turn  # what `encode` would refuse is refused here
-            start_s, *_, end_s = video.times_s
-            times_s = tuple(time_s - start_s for time_s in video.times_s)
-            return Film(times_s, video.interval_s, end_s - start_s + video.last_s, video.seekable)
+            times_s = tuple(time_s - video.times_s[0] for time_s in video.times_s)
+            return Film(times_s, video.interval_s, times_s[-1] + video.last_s, video.seekable)
     except (BadClip, OSError) as bad:
         return ClipFault(str(bad))
 

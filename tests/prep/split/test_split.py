@@ -211,6 +211,16 @@ def test_a_folder_of_films_named_from_where_they_lie(film, tmp_path):
     assert "not a video" in told.films[1].faults[0]
 
 
+def test_where_no_part_is_left_it_says_what_to_type(tmp_path):
+    (tmp_path / "films").mkdir()
+    with pytest.raises(DataRootError, match=r"no videos in this folder[\s\S]* files that end in .*\.mp4"):
+        split(SplitSettings(film=tmp_path / "films", out=tmp_path / "ds"))
+    write_mp4(tmp_path / "films" / "a.mp4", film_of(shot(1, 1, 28)), FPS)
+    with pytest.raises(DataRootError, match=r"a.mp4: 1 shorter than 2 s \(0.0 s\)\s+do: +--shortest 1 takes") as one:
+        split(SplitSettings(film=tmp_path / "films", out=tmp_path / "ds", workers=1))
+    assert "--every" not in str(one.value)  # it is too short for that, too
+
+
 def _film_of_packets(path: Path, minutes: int) -> list[int]:
     """A film of 1080p out of a few scenes that are encoded once, in a drawn order; where the scenes begin."""
     chance = np.random.default_rng(0)
