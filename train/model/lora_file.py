@@ -39,6 +39,7 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FACTS = "cogtune"  # entry of our files' own metadata; other loaders pass over it
 
 _CONFIGS = ("lora_adapter_metadata", "lora_config")  # entries that hold a configuration of PEFT's, as JSON
+_OTHER_BASE = re.compile("pissa|olora|corda|loftq", re.IGNORECASE)  # ways to begin that change the base's weights
 FOLDED = "folded in"  # where alpha stands in our files
 
 _TENSOR = re.compile(
@@ -51,6 +52,7 @@ _ANOTHER = "give another file"
 _OTHERS = {
     r"dora_scale|lora_magnitude_vector": "it is a DoRA",
     r"hada_w|lokr_w": "it is a LoHa or LoKr of LyCORIS",
+    r"\.matrix_[AB]\.": "it has SAT's names, which CogVideo's tools/export_sat_lora_weight.py converts",
     r"lora_te|text_encoder": "it also changes the text encoder, which we leave as it is",
     r"lora_mid|\.bias$|\.diff(_b)?$|\.(w|b)_norm$": "it changes more than linear layers' weights",
 }
@@ -280,6 +282,12 @@ def _scales(
             return FOLDED, dict.fromkeys(ranks, 1.0)
         else:
             where, config = _config(form, metadata, file)
+            if _OTHER_BASE.match(str(config.get("init_lora_weights"))):
+                raise ModelError(
+                    f"it goes on another base than the model: its init_lora_weights is {config['init_lora_weights']}",
+                    where=f"{file}, or {PEFT_CONFIG} beside it",
+                    fix="let PEFT write a plain LoRA: save_pretrained(path_initial_model_for_weight_conversion=...)",
+                )
             scales = {layer: _scale(config, layer, rank) if config else 1.0 for layer, rank in ranks.items()}
         if not all(map(math.isfinite, scales.values())):
             raise ValueError("it is not finite")

@@ -68,6 +68,9 @@ def load_pipeline(
     for number, file in enumerate(found):
         if file.alpha != FOLDED:
             say(str(file))
+        if not file.alpha and tuned.loras[number].strength == 1:
+            one = f"{1 / file.rank:.2g}"
+            say(f"if its trainer had an alpha, give --lora FILE=alpha/{file.rank}; CogVideo's SAT has 1, so ={one}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the LoRA before it
             pipeline.load_lora_weights(dict(file.state), adapter_name=f"lora-{number}")

@@ -149,6 +149,9 @@ def test_several_loras_each_with_its_strength_as_diffusers_weighs_them(tmp_path,
     drawn = generate_video(load_pipeline(tuned, torch.float32, told.append), request, lambda: None)
     assert [line for line in told if "kohya names, no alpha, so it acts with scale 1" in line] == told != []
 
+    load_pipeline(find_tuned(None, [str(b)], None, "tiny"), torch.float32, told.append)
+    assert "give --lora FILE=alpha/2; CogVideo's SAT has 1, so =0.5" in told[-1]
+
     plain = pipeline.pipeline_of(tuned.checkpoint, tuned.checkpoint.load_transformer(torch.float32), torch.float32)
     for name, state in zip("ab", states, strict=True):
         plain.load_lora_weights(state, adapter_name=name)

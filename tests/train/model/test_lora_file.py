@@ -204,6 +204,7 @@ def test_layers_of_different_ranks_are_padded(tmp_path, live_model):
     [
         (["transformer.transformer_blocks.0.attn1.to_q.dora_scale"], "it is a DoRA"),
         (["lora_unet_blocks_0_q.hada_w1_a"], "LoHa or LoKr"),
+        (["transformer.layers.0.attention.query_key_value.matrix_A.0"], "it has SAT's names"),
         (["lora_te_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight"], "text encoder"),
         (["transformer.transformer_blocks.0.attn1.to_q.lora_B.bias"], "more than linear layers"),
         (
@@ -246,6 +247,19 @@ def test_an_alpha_that_is_no_number_and_two_loras_in_one_file_are_refused(tmp_pa
     save_file(both, file)
     with pytest.raises(ModelError, match="two LoRAs of transformer_blocks"):
         read_lora(file, checkpoint, fresh(checkpoint))
+
+
+def test_a_lora_that_goes_on_another_base_is_refused(tmp_path, live_model):
+    """Of PiSSA and its like PEFT changes the base as well, when it loads them."""
+    checkpoint, transformer = live_model()
+    state = spelled(lora.state_dict(transformer), *FORMS["PEFT"][:2])
+    save_file(state, tmp_path / PEFT_FILE)
+    config = {"r": 4, "lora_alpha": 1, "init_lora_weights": True}
+    (tmp_path / PEFT_CONFIG).write_text(json.dumps(config))
+    assert read_lora(tmp_path / PEFT_FILE, checkpoint, fresh(checkpoint)).alpha
+    (tmp_path / PEFT_CONFIG).write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(ModelError, match="on another base"):
+        read_lora(tmp_path / PEFT_FILE, checkpoint, fresh(checkpoint))
 
 
 @pytest.mark.parametrize(
