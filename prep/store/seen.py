@@ -1,4 +1,4 @@
-"""What a desk has of the folder behind an address (see `remote_outlet`), and the file that remembers it."""
+"""What a desk has of the folder behind an address (see `desk`), and the file that remembers it."""
 
 from __future__ import annotations
 
