@@ -21,7 +21,7 @@ from cogcommon.store.address import as_shown
 from cogcommon.words import counted
 
 from ..dataset.advice import Looked, advise, cut_captions
-from ..dataset.guesses import Guess, guess_folders, guess_turned, guess_uncaptioned, turned_sizes
+from ..dataset.guesses import Guess, guess_folders, guess_moved, guess_turned, guess_uncaptioned, turned_sizes
 from ..dataset.lists import DataSet, check_root
 from ..dataset.probe import Look, look_at
 from ..dataset.remedies import Remedies, recorded
@@ -176,7 +176,8 @@ def find_guesses(
     results: Mapping[str, Mapping[str, object]] = {settings.videos: looks, settings.images or "images.txt": images}
     for (name, found), column in zip(results.items(), ("clips", "images"), strict=True):
         bad = [entry for entry, result in found.items() if isinstance(result, ClipFault)]
-        yield from guess_folders(data.root, name, data.columns.get(column, ()), bad)
+        for guess in (guess_folders, guess_moved):
+            yield from guess(data.root, name, data.columns.get(column, ()), bad)
     names = settings.prompts, settings.videos
     yield from guess_uncaptioned(data.root, names, data.columns.get("captions", ()), len(data.columns.get("clips", ())))
     yield from guess_turned(checkpoint, settings.buckets, looks.values())

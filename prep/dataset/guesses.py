@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,12 +42,44 @@ def guess_folders(root: Path, name: str, entries: Sequence[str], bad: Collection
     if folder is None or not all(_is_file(root / folder, entry) for entry in missing):
         return
     lines = sum(entry in missing for entry in entries)
-    said, fix = counted(lines, "path"), f"write {folder}/ in front of these lines of {name}"
-    if lines == len(entries):
-        path, new = (quoted(root / each) for each in (name, f"{name}.new"))
-        said = f"all {said}" if lines > 1 else said
-        fix = f"sed {quoted(f's|^|{folder}/|')} {path} > {new} && mv {new} {path}"
-    yield Guess(f"{said} of {name} {'lack' if lines > 1 else 'lacks'} {folder}/, where the files are", fix)
+    by_hand = f"write {folder}/ in front of these lines of {name}"
+    fix = _rewritten(root / name, f"s|^|{folder}/|") if lines == len(entries) else by_hand
+    yield Guess(
+        f"{_paths(lines, entries)} of {name} {'lack' if lines > 1 else 'lacks'} {folder}/, where the files are", fix
+    )
+
+
+def guess_moved(root: Path, name: str, entries: Sequence[str], bad: Collection[str]) -> Iterator[Guess]:
+    """A list of another machine, or of a folder above: its missing files are there once their paths begin later.
+
+    Args:
+        name, bad: as in `guess_folders`.
+    """
+    missing = {entry for entry in bad if entry and not _is_file(root, entry)}
+    first = min(missing, default="")
+    for slash in re.finditer("/+", first):
+        before = first[: slash.end()]
+        if all(entry.startswith(before) and _is_file(root, entry[len(before) :]) for entry in missing):
+            lines = sum(entry in missing for entry in entries)
+            by_hand = f"take {before} out of these lines of {name}"
+            pattern = re.sub(r"[\\.*\[\]^$|]", r"\\\g<0>", before)
+            fix = _rewritten(root / name, f"s|^{pattern}||") if lines == len(entries) else by_hand
+            yield Guess(
+                f"{_paths(lines, entries)} of {name} {'begin' if lines > 1 else 'begins'} with {before}; "
+                f"without it the files are there, in {root}",
+                fix,
+            )
+            return
+
+
+def _paths(lines: int, entries: Sequence[str]) -> str:
+    return f"{'all ' if lines == len(entries) > 1 else ''}{counted(lines, 'path')}"
+
+
+def _rewritten(path: Path, script: str) -> str:
+    """The command that changes every line of a list."""
+    old, new = quoted(path), quoted(path.with_name(f"{path.name}.new"))
+    return f"sed {quoted(script)} {old} > {new} && mv {new} {old}"
 
 
 def guess_uncaptioned(root: Path, names: tuple[str, str], captions: Sequence[str], clips: int) -> Iterator[Guess]:

@@ -411,6 +411,13 @@ def test_what_was_probably_meant_is_said(settings, root, capsys):
     command = caught.value.fix
     assert command.startswith("sed ")
     subprocess.run(command, shell=True, check=True)
+    (root / "moved.txt").write_text((root / "bare.txt").read_text().replace("videos/", "/home/bob/d.s [1]/videos/"))
+    verdict = validate(replace(chosen, videos="moved.txt"))
+    assert [guess.what.split(";")[0] for guess in verdict.guesses] == [
+        "all 3 paths of moved.txt begin with /home/bob/d.s [1]/"
+    ]
+    subprocess.run(verdict.guesses[0].fix, shell=True, check=True)
+    assert (root / "moved.txt").read_text() == (root / "bare.txt").read_text()
     verdict = validate(replace(chosen, resolution=["17x96x64"]))
     assert verdict.faults == []
     (guess,) = verdict.guesses
