@@ -23,12 +23,13 @@ from cogcommon.files.ownership import is_file, is_folder, remove_folder
 from cogcommon.files.typed import build, parse_object
 
 from ..distributed.leaving import PeerLost
-from ..distributed.snapshot import STATE_FILE as STATE_FILE
+from ..distributed.snapshot import STATE_FILE
 from .folder import A_CHECKPOINT, CONFIG_FILE
 
 if TYPE_CHECKING:
     from ..settings.training import TrainSettings
 
+CHECKPOINT_NAME = re.compile("checkpoint-[0-9]{1,18}")
 _SCHEMA = 1
 
 
@@ -75,7 +76,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def _named(run: Path) -> list[Path]:
-    return [path for path in run.glob("checkpoint-*") if re.fullmatch(r"[0-9]{1,18}", path.name[11:])]
+    return [path for path in run.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
 
 
 def step_of(path: Path) -> int:

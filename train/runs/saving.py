@@ -18,9 +18,10 @@ from cogcommon.files.failures import disk_errors
 from cogcommon.files.ownership import replace_folder
 
 from ..distributed.leaving import PeerFailed
+from ..distributed.snapshot import STATE_FILE
 from ..distributed.strategy import Runtime
 from ..model.finite import all_finite
-from .checkpoint import STATE_FILE, RunState, checkpoint_name, how_to_go_on
+from .checkpoint import RunState, checkpoint_name, how_to_go_on
 from .folder import A_CHECKPOINT
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Resolution
 from cogcommon.store.address import address_of
 
+from ..distributed.snapshot import STATE_FILE
 from ..model import lora, sft
 from ..model.lora_file import base_of, digest_of, lora_in
-from ..runs.checkpoint import STATE_FILE, list_checkpoints, step_of
+from ..runs.checkpoint import list_checkpoints, step_of
 from ..runs.folder import FACTS_FILE, open_base, read_settings, run_facts
 
 

@@ -11,7 +11,7 @@ from cogtrain.commands import plan
 from cogtrain.data.caption_draw import CaptionDraw, hash_words
 from cogtrain.data.sampler import Sampler
 from cogtrain.data.shards import open_shards
-from cogtrain.runs import checkpoint as checkpoints
+from cogtrain.distributed.snapshot import STATE_FILE
 from cogtrain.runs.folder import read_run
 from cogtrain.settings.planning import ForecastSettings
 from cogtrain.settings.training import LoraSettings
@@ -87,7 +87,7 @@ def test_an_epoch_is_as_long_as_there_are_clips_and_a_resume_is_exact(here, tmp_
     with pytest.raises(RunError, match="--captions: one then, all now"):
         here(steps=8, captions="all")
     # A checkpoint from before there was a choice trained all.
-    state = tmp_path / "run" / "checkpoint-6" / checkpoints.STATE_FILE
+    state = tmp_path / "run" / "checkpoint-6" / STATE_FILE
     values = json.loads(state.read_text())
     del values["facts"]["--captions"]
     state.write_text(json.dumps(values))

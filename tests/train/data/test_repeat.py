@@ -14,8 +14,8 @@ from cogtrain.data.caption_draw import CaptionDraw, hash_words
 from cogtrain.data.repeats import of_clips, times_of
 from cogtrain.data.sampler import Sampler, Slot, group_slots
 from cogtrain.data.shards import open_shards
+from cogtrain.distributed.snapshot import STATE_FILE
 from cogtrain.model.objective import Objective
-from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.folder import read_run
 from cogtrain.settings.planning import ForecastSettings
 from cogtrain.settings.training import LoraSettings
@@ -93,7 +93,7 @@ def test_a_mixed_run_resumes_exactly_and_says_what_it_repeats(out, tmp_path, tra
         run("halves", steps=14, repeat=["1x64x96=4"])
     assert f'repeat = ["{out}/*1.tar=3"]' in (whole / "config.toml").read_text()
     # A checkpoint from before there was a choice trained each once.
-    state = tmp_path / "halves" / "checkpoint-12" / checkpoints.STATE_FILE
+    state = tmp_path / "halves" / "checkpoint-12" / STATE_FILE
     values = json.loads(state.read_text())
     del values["facts"]["--repeat"]
     state.write_text(json.dumps(values))

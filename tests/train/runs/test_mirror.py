@@ -22,8 +22,9 @@ from cogcommon.store import store
 from cogcommon.store.fsspec_store import FsspecStore
 from cogcommon.store.remote_folder import open_folder
 from cogtrain.distributed.signals import Stopped
+from cogtrain.distributed.snapshot import STATE_FILE
 from cogtrain.model import lora
-from cogtrain.runs.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints
+from cogtrain.runs.checkpoint import find_checkpoint, list_checkpoints
 from cogtrain.runs.folder import EPOCHS_FILE, MIRROR_FILE, ask_to_stop, read_run
 from cogtrain.runs.mirror import restore as restoring
 from cogtrain.runs.mirror.index import read_index

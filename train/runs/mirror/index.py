@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +13,9 @@ from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.typed import build, parse_object
 from cogcommon.store.remote_folder import RemoteFolder
 
-from ..checkpoint import step_of
+from ..checkpoint import CHECKPOINT_NAME, step_of
 from ..folder import MIRROR_FILE
 
-A_NAME = re.compile("checkpoint-[0-9]{1,18}")  # of a checkpoint
 _SCHEMA = 1
 ELSEWHERE = "name an address of its own: --mirror s3://bucket/runs/another"
 
@@ -78,7 +76,7 @@ def read_index(remote: RemoteFolder) -> Index | None:
         names = [*index.checkpoints, *(file for files in index.checkpoints.values() for file in files), *index.files]
         if bad := [name for name in names if name.startswith("/") or ".." in name.split("/") or "\0" in name]:
             raise ValueError(f"{bad[0]!r} is no name of a file in it")
-        if odd := [name for name in index.checkpoints if not A_NAME.fullmatch(name)]:
+        if odd := [name for name in index.checkpoints if not CHECKPOINT_NAME.fullmatch(name)]:
             raise ValueError(f"{odd[0]!r} is no name of a checkpoint")
         return index
     except ValueError as error:

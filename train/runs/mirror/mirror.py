@@ -21,8 +21,9 @@ from cogcommon.files.hashes import sha256_of
 from cogcommon.files.ownership import RECORD_FILE, is_file
 from cogcommon.store.remote_folder import open_folder
 
+from ...distributed.snapshot import STATE_FILE
 from ...model import lora, sft
-from ..checkpoint import STATE_FILE, list_checkpoints, step_of
+from ..checkpoint import list_checkpoints, step_of
 from ..folder import CARD_FILE, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, MIRROR_FILE, REPORT_FILE, VALIDATION
 from .index import ELSEWHERE, Index, MirroredFile, read_index, run_of, without, write_token
 

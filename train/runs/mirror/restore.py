@@ -16,11 +16,12 @@ from cogcommon.files.ownership import entries, replace_folder
 from cogcommon.store.address import address_of
 from cogcommon.store.remote_folder import RemoteFolder, open_folder
 
+from ...distributed.snapshot import STATE_FILE
 from ...model import lora, sft
-from ..checkpoint import STATE_FILE, list_checkpoints, step_of
+from ..checkpoint import CHECKPOINT_NAME, list_checkpoints, step_of
 from ..claim import claimed
 from ..folder import A_CHECKPOINT, CONFIG_FILE, EPOCHS_FILE, FACTS_FILE, METRICS_FILE, VALIDATION
-from .index import A_NAME, Index, MirroredFile, is_copy, read_index, run_of, write_token
+from .index import Index, MirroredFile, is_copy, read_index, run_of, write_token
 
 _FILES = (METRICS_FILE, FACTS_FILE, EPOCHS_FILE)  # the others are written anew
 _OTHERS = 1800.0  # seconds for others to bring the same to a folder: a checkpoint of all weights of 5B has 67 GB
@@ -82,7 +83,7 @@ def local_run(named: Path | None) -> Path | None:
     if named is None or address is None:
         return named
     above, _, last = address.rpartition("/")
-    checkpoint = last if A_NAME.fullmatch(last) else ""
+    checkpoint = last if CHECKPOINT_NAME.fullmatch(last) else ""
     remote = open_folder(above if checkpoint else address, "--run")
     index = read_index(remote)
     if index is None or (checkpoint and checkpoint not in index.checkpoints):
