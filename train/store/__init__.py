@@ -1,4 +1,5 @@
-"""Shards on this machine and behind http, as stores (`cogcommon.store`); a cache on the disk.
+"""Where samples are read: from shards on this machine, as a store (`cogcommon.store` has the others), and from a cache
+on a local disk of those that lie elsewhere.
 
 Imports no other room.
 """
