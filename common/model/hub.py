@@ -37,8 +37,8 @@ def fetch(
         raise ModelError(
             f"the {kind} {name}{at} is not here, and cannot be downloaded: {_why_not(error)}",
             where=f"looked in {constants.HF_HUB_CACHE} and on the hub ({constants.ENDPOINT})",
-            fix=f"check the name and the network, or fetch it elsewhere with `hf download {name} --local-dir FOLDER` "
-            f"and give --model FOLDER; {instead}",
+            fix="check the name and the network (export HF_ENDPOINT=https://... names a mirror), or fetch it "
+            f"elsewhere with `hf download {name} --local-dir FOLDER` and give --model FOLDER; {instead}",
         ) from error
 
 

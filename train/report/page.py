@@ -230,7 +230,14 @@ def _videos(run: RecordedRun, *, newest_first: bool) -> Iterable[str]:
     if folders:
         yield "<h2>Generated</h2>"
     for place in folders:
-        yield _row(folder, _prompt(place), [(path.stem, path) for path in sorted(place.glob("*.mp4"), reverse=True)])
+        yield _row(folder, _prompt(place), _generated(place))
+
+
+def _generated(place: Path) -> list[tuple[str, Path]]:
+    """The base model's video, as everywhere first, the tuned one next to it, then both in one."""
+    names = {"base": "base model", "tuned": "tuned", "side-by-side": "side by side"}
+    files = sorted(place.glob("*.mp4"), key=lambda path: [*names, path.stem].index(path.stem))
+    return [(names.get(path.stem, path.stem), path) for path in files]
 
 
 def _validated(

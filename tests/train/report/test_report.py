@@ -65,13 +65,16 @@ def test_a_page_is_written_anew_where_it_is_ours_and_videos_went_into_the_run(ru
     assert not told
     video = run / "generated/a-ball/tuned.mp4"
     video.parent.mkdir(parents=True)
-    video.touch()
+    for name in ("tuned", "base", "a-mine", "side-by-side"):
+        video.with_name(f"{name}.mp4").touch()
     renew_report(run, [video.parent], told.append)
     assert "did not make" in told.pop() and not (run / "report.html").exists()  # these files name no maker
     record_of(run, A_RUN).write()
     renew_report(run, [video.parent], told.append)
     assert told.pop().endswith(str(run / "report.html"))
-    assert 'src="generated/a-ball/tuned.mp4"' in (run / "report.html").read_text()
+    shown = re.findall(r'src="generated/a-ball/([^"]+).mp4".*?<figcaption>(.*?)<', (run / "report.html").read_text())
+    assert [name for name, _ in shown] == ["base", "tuned", "side-by-side", "a-mine"]
+    assert [label for _, label in shown] == ["base model", "tuned", "side by side", "a-mine"]
     (run / "report.html").write_text("mine")
     renew_report(run, [video.parent], told.append)
     assert "not as we made it" in told.pop() and (run / "report.html").read_text() == "mine"
