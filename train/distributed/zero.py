@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.names import command_line
+from cogcommon.cli.progress import stage
 from cogcommon.errors import SettingError
 from cogcommon.files.ownership import is_file
 
@@ -76,6 +77,7 @@ def compiling_alone() -> Iterator[None]:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     with contextlib.ExitStack() as held:
+        held.enter_context(stage("compiling an optimizer for host memory, once"))  # or waiting for who compiles it
         # Without a lock it goes on: a folder that cannot be written may hold what is needed, some disks have no locks.
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
