@@ -114,13 +114,15 @@ class BlockEngine:
         inputs = (video.to(self._dtype), text.to(self._dtype), temb.to(self._dtype), *tables)
         try:
             return self._compute(index, training, inputs, rotary=bool(tables))
-        except RuntimeError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a kernel raises whose libraries have changed since it was tried
+            forget_trials(self._device)
             # Compiling failed before the block computed or kept anything, so running it again is safe.
             if not (self.plan.compiled and is_compilers(error)):
                 raise
-            self.plan = self.plan.uncompiled
+            self.plan, self.fused = self.plan.uncompiled, False  # the compiler makes those kernels, too
             self._functions.clear()
-            forget_trials(self._device)
             self._say(f"note: blocks are not compiled, a step takes longer and more memory ({in_one_line(error)})")
             return self._compute(index, training, inputs, rotary=bool(tables))
 

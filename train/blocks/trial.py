@@ -27,7 +27,7 @@ def _facts(device: torch.device) -> Mapping[str, str]:
 
 
 def forget_trials(device: torch.device) -> None:
-    """The compiler has failed on what it had been found to work for: the next start tries everything again."""
+    """The blocks have failed with what had been found to work: the next start tries everything again."""
     if facts := _facts(device):
         forget(facts)
 

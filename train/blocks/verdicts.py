@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -23,7 +24,10 @@ from cogcommon.model.remembered import CacheFile
 if TYPE_CHECKING:
     import torch
 
-_LIBRARIES = ("torch", "triton", "flash-attn-4", "diffusers", "peft")
+# FlashAttention 4 is compiled at its first call by libraries that may be upgraded without it, and no longer fit then.
+_LIBRARIES = (
+    "torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "apache-tvm-ffi", "diffusers", "peft",
+)  # fmt: skip
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -75,6 +79,7 @@ def gpu_facts(device: torch.device, sources: Path) -> Mapping[str, str]:
         "driver": driver,
         "built": f"CUDA {torch.version.cuda} cuDNN {torch.backends.cudnn.version()}",
         "libraries": ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES),
+        "python": platform.python_version(),
         "compiler": shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc") or "",
         "sources": ", ".join(f"{file.name} {sha256_of(file)}" for file in sorted(sources.glob("*.py"))),
     }

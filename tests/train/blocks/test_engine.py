@@ -9,7 +9,8 @@ import torch
 from block_runs import CPU, FORMS, LAYERS, LateCopies, farthest, gradients, loss_of, transformer_of
 
 from cogcommon.errors import RunError
-from cogtrain.blocks import compiler
+from cogtrain.blocks import compiler, flash4, qk_norm
+from cogtrain.blocks import engine as engine_module
 from cogtrain.blocks.checkpointing import ACTIVATIONS
 from cogtrain.blocks.engine import BlockEngine
 from cogtrain.blocks.load import Load
@@ -60,8 +61,6 @@ def test_fused_queries_and_keys_give_the_gradients_of_diffusers_blocks(form, met
 
 
 def test_flash_attention_4_is_kept_and_not_run_again(monkeypatch):
-    from cogtrain.blocks import flash4
-
     expected = gradients(*transformer_of("tiny-1.5", "lora"))
     for keep, times in (("attention", 1), ("feedforward", 1), ("matmuls", 1), ("inputs", 2)):
         made = []
@@ -236,13 +235,19 @@ def test_a_compiler_that_fails_costs_a_sentence_and_not_the_run(monkeypatch):
     def fails(graph, inputs, **options):
         raise RuntimeError("no such kernel\nand a page of it")
 
+    def also_fails(*tensors):
+        raise OSError("there is no compiler any more")
+
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fails))
     torch._dynamo.reset()
     expected = gradients(*transformer_of("tiny", "lora"))
     checkpoint, transformer = transformer_of("tiny", "lora")
     said = []
     plan = BlockPlan(("attention",) * LAYERS, offload_activations=True, swap_blocks=True, compiled=True)
-    BlockEngine(transformer, plan, CPU, torch.float32, said.append).offload_all()
+    engine = BlockEngine(transformer, plan, CPU, torch.float32, said.append)
+    engine.offload_all()
+    engine.fused = True  # as an earlier start had found it to work
+    monkeypatch.setattr(qk_norm, "_normalised", also_fails)
     for _ in range(2):
         assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
     assert len(said) == 1 and "not compiled" in said[0] and "no such kernel" in said[0] and "page" not in said[0]
@@ -290,6 +295,26 @@ def test_blocks_are_compiled_under_ddp_too(monkeypatch):
     expected = gradients(*transformer_of("tiny", "lora"))
     assert farthest(expected, gradients(checkpoint, transformer)) < 2e-6
     assert not said
+
+
+def test_a_kernel_that_has_stopped_working_is_tried_again_at_the_next_start(monkeypatch):
+    """Its verdict would be recalled for ever: the libraries that FlashAttention 4 needs change without it."""
+    forgotten = []
+
+    def fails(q, k):
+        raise ModuleNotFoundError("No module named 'cutlass.utils.ampere_helpers'")
+
+    monkeypatch.setattr(engine_module, "forget_trials", forgotten.append)
+    monkeypatch.setattr(flash4, "_scores", fails)
+    checkpoint, transformer = transformer_of("tiny", "lora")
+    engine = BlockEngine(transformer, BlockPlan(("inputs",) * LAYERS), CPU, torch.float32)
+    gradients(checkpoint, transformer)
+    assert not forgotten
+    engine.kernel = "flash4"
+    engine._functions.clear()
+    with pytest.raises(ModuleNotFoundError):
+        gradients(checkpoint, transformer)
+    assert forgotten == [CPU]
 
 
 def test_an_error_of_the_computation_is_not_taken_for_the_compilers(monkeypatch):
