@@ -76,6 +76,7 @@ class Saver:
     _saving: Saving | None = None  # the last checkpoint, until it is known what has become of it
     _best: int | None = None  # that stays beside it
     _said: bool = False
+    _lacks: str = ""  # why there is no room for a copy of a checkpoint
 
     def __post_init__(self, closing: ExitStack) -> None:
         closing.callback(self.close)
@@ -261,16 +262,20 @@ class Saver:
         """Whether a copy of a checkpoint has room in host memory, and the checkpoint on the disk beyond doubt."""
         runtime, free = self.runtime, room_of(self.folder)
         if free is not None and free < 1.1 * size + writes(self.run).least:
+            self._lacks = "the disk has hardly room for it, which is to be known before the next step"
             return False
         needs = host_needs(self.run, gpu=runtime.device.type == "cuda")
-        return left_beside(needs, self.engine.plan, runtime.peers.here) >= size
+        if left_beside(needs, self.engine.plan, runtime.peers.here) < size:
+            self._lacks = "host memory has no room for a copy of it beside the run"
+            return False
+        return True
 
     def _say_cost(self, size: int) -> None:
         """Say once that training waits for checkpoints, where that is long."""
         if size < _COSTS or self._said:
             return
         self._said = True
-        why = "host memory has no room for a copy of it beside the run"
+        why = self._lacks or "no copy of it can be made in host memory"  # 8-bit states; page-locked memory is refused
         if self.runtime.sharded:
             why = "DeepSpeed writes it from the weights themselves"
         self.log.say(f"training waits while a checkpoint of {in_bytes(size)} is written: {why}")

@@ -89,7 +89,8 @@ def test_steps_are_made_while_it_is_written_and_it_holds_none_of_them(here, tmp_
     monkeypatch.setattr(saver, "_COSTS", 1)
     waiting = here(steps=4, save_every=2, ema=0.9, out=tmp_path / "waiting")
     assert [files(run, step) for step in (2, 4)] == [files(waiting, step) for step in (2, 4)]
-    assert capsys.readouterr().out.count("training waits while a checkpoint of") == 1
+    said = capsys.readouterr().out
+    assert said.count("training waits while a checkpoint of") == 1 and "host memory has no room" in said
 
 
 def test_the_second_of_two_waits_for_the_first_and_so_does_the_end(here, gate):
@@ -195,11 +196,13 @@ def test_killed_while_it_is_written_the_one_before_is_resumed(here, tmp_path, sh
     assert json.loads((run / "checkpoint-5" / "state.json").read_text())["step"] == 5
 
 
-def test_it_is_written_while_training_waits_where_no_copy_can_be_made(here, monkeypatch, losses):
+def test_it_is_written_while_training_waits_where_no_copy_can_be_made(here, monkeypatch, losses, capsys):
     def refused(snapshot):
         raise RuntimeError("CUDA error: out of memory")  # as page-locked memory is refused
 
     monkeypatch.setattr(Snapshot, "copied", refused)
+    monkeypatch.setattr(saver, "_COSTS", 1)
     run = here(steps=2)
+    assert "is written: no copy of it can be made in host memory" in capsys.readouterr().out
     assert set(losses(run)) == {1, 2}
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
