@@ -1,10 +1,10 @@
-"""`copies.move` leaves every weight as it was, shared ones shared."""
+"""Weights arrive on a device as they were, shared ones shared, and come back as copies of their own."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogcommon.model.copies import move
+from cogcommon.model.copies import downloaded, move
 
 
 def module_over(file):
@@ -33,3 +33,32 @@ def test_weights_arrive_as_they_were(tmp_path, kind):
     assert (module.strided.device.type, module.table.device.type) == (kind, kind)
     assert all(torch.equal(module.inner[name].cpu(), value) for name, value in values.items())
     assert torch.equal(module.strided.cpu(), torch.arange(12.0).reshape(3, 4).t())
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_copies_are_those_of_the_moment_and_nobody_elses(kind):
+    """On a GPU in pieces of page-locked memory, some of which is used again and again, behind what is queued."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator).to(kind)
+
+    late = normal(512, 512)
+    for _ in range(200 if kind == "cuda" else 2):  # queued, and not computed yet when the copies are asked for
+        late = late @ late
+        late = late / late.norm()
+    weight = torch.nn.Parameter(normal(15 << 20 if kind == "cuda" else 1 << 18))
+    tensors = [
+        late, weight, weight, normal(300, 999).bfloat16(), normal(1 << 20)[1 << 19 :], normal(400, 500).t(), normal(7),
+        normal(), normal(0, 3), torch.arange(1 << 17, device=kind) % 2 == 0, torch.arange(1 << 17, device=kind),
+    ]  # fmt: skip
+    expected = [tensor.detach().clone() for tensor in tensors]
+    found = downloaded(tensors)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.zero_()
+    places = [copy.data_ptr() for copy in found if copy.numel()]
+    assert len({*places}) == len(places)
+    for copy, wanted in zip(found, expected, strict=True):
+        assert (copy.device.type, copy.dtype, copy.requires_grad) == ("cpu", wanted.dtype, False)
+        assert torch.equal(copy, wanted.cpu())

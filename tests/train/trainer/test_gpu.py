@@ -15,13 +15,15 @@ from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import pick_device
 from cogcommon.model.text_encoder import TextEncoder
 from cogtrain.distributed.signals import StopRequest
+from cogtrain.distributed.snapshot import EMA, OPTIMIZER, WEIGHTS, Snapshot
 from cogtrain.distributed.strategy import read_weights
 from cogtrain.model import lora
 from cogtrain.model.finite import all_finite
 from cogtrain.runs.checkpoint import list_checkpoints
 from cogtrain.runs.folder import read_run
 from cogtrain.runs.opening import open_run
-from cogtrain.settings.training import LoraSettings
+from cogtrain.settings.training import LoraSettings, SftSettings
+from cogtrain.trainer import saver
 from cogtrain.trainer.trainer import train
 
 pytestmark = pytest.mark.gpu  # NCCL, fp16's scaler, page-locked memory, Triton; about two minutes in all
@@ -167,7 +169,33 @@ def test_what_is_trained_there_generates_there(tmp_path, shards):
     assert next(tmp_path.glob("validation/step-000001/a-red-ball-*.mp4")).stat().st_size > 500
 
 
+def test_a_checkpoint_that_is_written_beside_the_next_steps_holds_none_of_them(tmp_path, shards, monkeypatch):
+    copied, noted = Snapshot.copied, []
+
+    def noting(snapshot):
+        now = [*snapshot.weights], [tensor.detach().to("cpu", copy=True) for tensor in snapshot.tensors]
+        copy = copied(snapshot)
+        noted.append(now)  # a copy that is refused makes training wait, and is not noted
+        return copy
+
+    monkeypatch.setattr(Snapshot, "copied", noting)
+    monkeypatch.setattr(saver, "left_beside", lambda *_: 1 << 40)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = {"shards": [str(shards / "tiny-2b")], "compile": "off", "out": tmp_path / "run", "ema": 0.9, "keep": 9}
+    train(open_run(SftSettings(**given, steps=4, save_every=1), pick_device(), 1), StopRequest())
+    assert len(noted) == 4
+    for step, (names, tensors) in enumerate(noted, 1):
+        folder = tmp_path / f"run/checkpoint-{step}"
+        weights, average = (load_file(folder / file) for file in (WEIGHTS, EMA))
+        state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        order = ({name: part[name] for name in names} for part in (weights, average))
+        assert all(map(torch.equal, Snapshot(*order, state).tensors, tensors)), step
+        assert max(tensor.nbytes for tensor in tensors) > 1 << 16  # so that some went in pieces
+
+
 def test_t5_has_left_the_gpu_when_the_transformer_comes(tmp_path, shards, monkeypatch):
+    square = torch.ones(64, 64, device=pick_device())
+    square @ square  # cuBLAS keeps tens of MB from its first product on
     before, held = torch.cuda.memory_allocated(), {}
 
     def note(cls, name):
