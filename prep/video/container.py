@@ -98,7 +98,8 @@ def decode_frames(
     """The frames from where the container stands, cut to what is shown of them.
 
     Args:
-        skip: leave out packets of pictures that are shown before this time, in units of the stream, or at none.
+        skip: leave out packets of pictures that are shown before this time, in units of the stream, or at none; but
+            not what an edit list hides, which others may need.
         lead: leave out so many packets first.
 
     A WebM's transparency lies beside its pictures, where only libvpx looks for it; without it the colours
@@ -113,7 +114,8 @@ def decode_frames(
     if decoder is not None:
         decoder.thread_count = 1
     for number, packet in enumerate(container.demux(stream)):
-        if packet.size and (number < lead or (skip is not None and (packet.pts is None or packet.pts < skip))):
+        early = skip is not None and not packet.is_discard and (packet.pts is None or packet.pts < skip)
+        if packet.size and (number < lead or early):
             continue
         frames = packet.decode() if decoder is None else decoder.decode(packet if packet.size else None)
         yield from map(aperture.cut, frames)

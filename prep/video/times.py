@@ -125,7 +125,7 @@ def read_times(container: InputContainer, stream: VideoStream) -> FrameTimes:
                 of = f" of {promised}" if promised > packets else ""
                 joined = ", or joined byte by byte" if container.format.name == "mpegts" else ""
                 raise BadClip(f"damaged or cut short{joined}: frame {packets}{of} is incomplete", "damaged")
-            if packet.dts is not None:
+            if packet.dts is not None and not packet.is_discard:  # each edit of an mp4 begins at a key frame before it
                 if latest is not None and (latest - packet.dts) * packet.time_base > _BACK_S:
                     raise BadClip(
                         f"its times start anew at frame {packets}, as where recordings were joined byte by byte; "

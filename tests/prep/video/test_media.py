@@ -246,6 +246,40 @@ def test_an_edit_list_hides_frames_as_it_does_in_a_player(tmp_path):
     assert_shows(clip.frames_FHWC[0], FRAMES - played)
 
 
+def cut_by_edits(source: Path, path: Path, edits: list[tuple[float, float]]) -> Path:
+    """A copy that shows only these stretches, from and to in seconds, as QuickTime trims; its index is at the end."""
+    data = bytearray(source.read_bytes())
+    at = data.index(b"elst") - 4
+    size, first = int.from_bytes(data[at : at + 4], "big"), int.from_bytes(data[at + 20 : at + 24], "big")
+    with av.open(str(source)) as file:
+        ticks = round(1 / file.streams.video[0].time_base)
+    entries = [
+        struct.pack(">IIHH", round((to - from_) * 1000), round(from_ * ticks) + first, 1, 0) for from_, to in edits
+    ]
+    data[at : at + size] = struct.pack(">I4sII", 16 + 12 * len(edits), b"elst", 0, len(edits)) + b"".join(entries)
+    for box in (b"edts", b"trak", b"moov"):
+        place = data.rindex(box, 0, at + 4) - 4
+        length = int.from_bytes(data[place : place + 4], "big") + 12 * (len(edits) - 1)
+        data[place : place + 4] = length.to_bytes(4, "big")
+    path.write_bytes(data)
+    return path
+
+
+def test_several_edits_show_what_a_player_shows(tmp_path):
+    """The second one begins to be decoded at a key frame long before it, whose times were there already."""
+    source = write(tmp_path / "a.mp4", cards(), movflags="", options={"crf": "6", "bf": "2"})
+    path = cut_by_edits(source, tmp_path / "b.mp4", [(0, 6 / FPS), (18 / FPS, 27 / FPS)])
+    assert facts_of(path).frames == 15
+    clip = decode(path, Cut(frames="head"))
+    assert isinstance(clip, Clip), clip
+    for index, picture in zip([*range(6), *range(18, 21)], clip.frames_FHWC, strict=True):
+        assert_shows(picture, index)
+    part = decode(path.with_name(f"{path.name}#t={6 / FPS}"), Cut(frames="head"))
+    assert isinstance(part, Clip), part
+    for index, picture in enumerate(part.frames_FHWC, 18):
+        assert_shows(picture, index)
+
+
 def test_two_rates_are_picked_by_time(tmp_path):
     path = write(tmp_path / "a.mp4", cards(), times=times_at_two_rates())
     clip = decode(path)
