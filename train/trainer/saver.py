@@ -1,30 +1,26 @@
-"""Writes what was trained into the run's folder: the weights as they are exported, and checkpoints to resume from."""
+"""Writes checkpoints to resume from into the run's folder, and sees to it that what was trained is exported."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.progress import stage
-from cogcommon.errors import CogError, DiskError
+from cogcommon.errors import CogError
 from cogcommon.files.failures import room_of
 from cogcommon.words import in_bytes
 
-from ..blocks.compiler import end_workers
 from ..blocks.engine import BlockEngine
-from ..distributed.optimizer import finish_update
-from ..distributed.peers import ALONE
 from ..distributed.strategy import Runtime
 from ..memory.disk import writes
 from ..memory.estimate import host_needs
 from ..memory.room import left_beside
 from ..model.ema import EMA
-from ..model.method import Exported, Written, of_checkpoint
+from ..model.method import Exported
 from ..report.page import write_report
 from ..runs import checkpoint as checkpoints
 from ..runs.checkpoint import SavedCheckpoint
@@ -34,7 +30,7 @@ from ..runs.log import RunLog
 from ..runs.mirror.mirror import Mirror
 from ..runs.run import Run
 from ..runs.saving import NotSaved, Saving, begin_saving, load_checkpoint
-from .announce import weights_file_facts
+from .exporter import Exporter
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +48,10 @@ class Saver:
     export. What is older goes once it is durable; the mirror is told, and "saved" said, when that is noticed.
 
     Attributes:
+        exporter: writes the weights.
         engine: whose plan tells what the run may take of the host's memory.
         closing: waits for what is being written when a fault ends the run.
         mirror: keeps the copy of --mirror, on rank 0.
-        exported: the weights, once they have been written.
         unsaved: why there is no checkpoint of the last step, if that costs only the resume.
         saved_at: when the last checkpoint was begun, or the run was set up (`time.monotonic`).
     """
@@ -70,7 +66,6 @@ class Saver:
     engine: BlockEngine
     closing: InitVar[ExitStack]
     mirror: Mirror | None = None
-    exported: Written | None = None
     unsaved: CogError | None = None
     saved_at: float = field(default_factory=lambda: time.monotonic())
     _saving: Saving | None = None  # the last checkpoint, until it is known what has become of it
@@ -79,15 +74,12 @@ class Saver:
     _lacks: str = ""  # why there is no room for a copy of a checkpoint
 
     def __post_init__(self, closing: ExitStack) -> None:
+        self.exporter = Exporter(self.run, self.runtime, self.model, self.optimizer, self.ema, self.folder)
         closing.callback(self.close)
 
     @property
     def _shadow(self) -> list[torch.Tensor] | None:
         return self.ema.shadow if self.ema else None
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Inside the ``with`` the model is what would be exported."""
-        return self.ema.in_place() if self.ema else nullcontext()
 
     def due(self) -> bool:
         """Whether ``--save-minutes`` have passed, by the clock of process 0."""
@@ -110,21 +102,6 @@ class Saver:
         if self.ema and not averaged:
             self.ema.begin()
 
-    def export(self, step: int, line: ValidationLine | None = None) -> Written:
-        """Write the weights as they are exported.
-
-        Args:
-            line: the validation of that step, which the file then tells of.
-
-        Raises:
-            RunError: they are not finite.
-            DiskError: the disk is full, or another fault of the file system; nothing of them is left.
-        """
-        end_workers()
-        finish_update(self.optimizer)
-        self.exported = self._write(self.folder, step, line)
-        return self.exported
-
     def finish(self, step: int, best: ValidationLine | None) -> Exported | None:
         """Export what is not yet, and load it back; every rank calls it, and rank 0 gets what was found.
 
@@ -138,38 +115,11 @@ class Saver:
         if not live:  # it may be the one that is being written
             self.settle(step)
         # Nothing was left to train; or only now is there a loss for the file to tell of.
-        if self.exported is None or (live and best and not self.run.method.full):
-            self.export(step, best if live else None)
-        found = self._prove(None if live else best) if self.runtime.main else None
+        if self.exporter.exported is None or (live and best and not self.run.method.full):
+            self.exporter.export(step, best if live else None)
+        found = self.exporter.prove(None if live else best) if self.runtime.main else None
         self.settle(step)
         return found
-
-    def _prove(self, kept: ValidationLine | None) -> Exported:
-        if kept:
-            return self._export_kept(kept)
-        assert self.exported
-        with stage("proving the export"):
-            return self.run.method.verify(self.runtime, self.model, self.run.checkpoint, self.exported)
-
-    def _export_kept(self, line: ValidationLine) -> Exported:
-        """Write the weights of a checkpoint in the place of the last ones, and load them back; on rank 0 alone.
-
-        Whatever the strategy, they are read from the files, as `cogtrain export` reads them. The live model makes room.
-
-        Args:
-            line: the validation of that step.
-
-        Raises:
-            RunError, DiskError: as `export`, and `Method.verify`.
-        """
-        run, alone = self.run, dataclasses.replace(self.runtime, strategy="ddp", config=None, peers=ALONE)
-        self.runtime.release(self.runtime.plain(self.model))
-        kept = self.folder / checkpoints.checkpoint_name(line.step)
-        model = of_checkpoint(run.method, run.checkpoint, kept, alone.dtype)
-        model.to(alone.room_for(model))
-        written = self._write(self.folder, line.step, line, model=model, runtime=alone)
-        with stage("proving the export"):
-            return run.method.verify(alone, model, run.checkpoint, written)
 
     def checkpoint(self, step: int, best: int | None = None) -> None:
         """Begin to write a checkpoint of the step that was made last, once the one before is written.
@@ -243,12 +193,12 @@ class Saver:
             CogError: they are not.
         """
         self.unsaved = fault
-        if not self.exported:
-            self._rescue(step, fault)
+        if not self.exporter.exported:
+            self.exporter.rescue(step, fault)
         self._report()
 
     def _report(self) -> None:
-        if self.runtime.main and not self.exported:  # else the run's end writes it
+        if self.runtime.main and not self.exporter.exported:  # else the run's end writes it
             write_report(self.folder)
         if self.mirror:
             self.mirror.best = self._best
@@ -307,36 +257,6 @@ class Saver:
             self.log.say(f"note: {fault.what} ({fault.where})")
         if self.mirror:
             checkpoints.prune(self.folder, self.run.settings.keep, self.mirror.best)  # none is on its way any more
-
-    def _rescue(self, step: int, fault: CogError) -> None:
-        """Write the weights alone, which take less room than a checkpoint.
-
-        Raises:
-            CogError: always: the fault, and where the weights are.
-        """
-        finish_update(self.optimizer)
-        try:
-            rescued = self._write(self.folder / f"step-{step}", step)
-            kept = f"; the weights after step {step} are in {rescued.path}"
-        except CogError:
-            kept = f"; the weights after step {step} found no room either"
-        if self.runtime.main:
-            raise DiskError(fault.what, where=fault.where, fix=f"{fault.fix}{kept}") from fault
-        raise fault
-
-    def _write(
-        self, into: Path, step: int, line: ValidationLine | None = None, *, model: Any = None,
-        runtime: Runtime | None = None,
-    ) -> Written:  # fmt: skip
-        """Write the live model's weights, or another's."""
-        run = self.run
-        go_on = partial(checkpoints.how_to_go_on, self.folder, run.method.name)
-        averaged = self.averaged() if model is None else nullcontext()
-        with averaged, stage("exporting the weights"):
-            return run.method.write(
-                runtime or self.runtime, self.model if model is None else model, run.checkpoint, into,
-                weights_file_facts(run, step, line), go_on,
-            )  # fmt: skip
 
 
 def open_mirror(run: Run, folder: Path, done: int, log: RunLog, closing: ExitStack) -> Mirror | None:

@@ -189,7 +189,7 @@ class Trainer:
         if last:  # first of all, and in its smallest form
             self._export(step)
         if self.validation and validates:
-            with self.saver.averaged():
+            with self.saver.exporter.averaged():
                 line = self.validation.measure(self.model, step)
             if line:
                 self.log.validation(self.best.take(line))
@@ -207,7 +207,7 @@ class Trainer:
 
     def _export(self, step: int) -> None:
         self.readout.end()
-        self.saver.export(step)
+        self.saver.exporter.export(step)
 
     def finish(self) -> None:
         """Load back what is exported, of the last step or of the best, and say so."""

@@ -33,6 +33,7 @@ from cogtrain.model.method import method_of
 from cogtrain.model.objective import Objective
 from cogtrain.runs.opening import open_run
 from cogtrain.settings.training import LoraSettings, SftSettings
+from cogtrain.trainer.exporter import Exporter
 from cogtrain.trainer.failures import out_of_memory
 from cogtrain.trainer.saver import Saver
 from cogtrain.validation.validate import Validation
@@ -207,7 +208,7 @@ def test_the_end_of_a_run_takes_what_is_computed(
         return counted
 
     monkeypatch.setattr(Validation, "measure", scripted)
-    monkeypatch.setattr(Saver, "export", counting(Saver.export))
+    monkeypatch.setattr(Exporter, "export", counting(Exporter.export))
     monkeypatch.setattr(Saver, "finish", counting(Saver.finish))
     settings = dataclasses.replace(
         settings, shards=[str(tmp_path / "out")], validate_shards=[str(tmp_path / "held")], out=tmp_path / "run",
