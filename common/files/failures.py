@@ -28,7 +28,7 @@ _MACHINES: Mapping[int, tuple[str, str]] = {
         "`ulimit -f unlimited`, or a file system that takes larger files",
     ),
     errno.EROFS: ("the file system is read-only", "mount it for writing, or name another folder"),
-    errno.EACCES: ("no permission", "change who may write there (`ls -ld`), or name a folder that you may write in"),
+    errno.EACCES: ("no permission", "change who may read and write there (`ls -ld`), or name another folder"),
     errno.EPERM: (
         "the file system does not allow it",
         "unlock what is locked against changes (`lsattr`), or name a folder on another file system",

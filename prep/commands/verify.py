@@ -14,6 +14,7 @@ from cogcommon.cli.names import command_line, json_text
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError, ShardError
+from cogcommon.files.failures import machines_fault
 from cogcommon.files.hashes import sha256_of
 from cogcommon.files.readers import THREADS, read_in_order
 from cogcommon.model.families import Resolution
@@ -48,12 +49,12 @@ class Problem:
 
     Args:
         shard: its tar, or its record if that is at fault, or another file, from the folder.
-        heals: without anything that has to be removed before.
+        fix: what helps; empty where the file is to be removed, a tar with its record, and encoded again.
     """
 
     shard: str
     what: str
-    heals: bool = False
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _tell(verified: Verified, settings: VerifySettings, image: Outlet) -> None:
                 f"{difference.source}: encoded again, at most {difference.largest:.3g} apart ({difference.tensor})"
             )
         for problem in verified.problems:
-            console.print(f"{problem.shard}: {problem.what}", style="red")
+            console.print(f"{problem.shard}: {problem.what}{': ' * bool(problem.fix)}{problem.fix}", style="red")
         if not verified.problems:
             size = in_bytes(verified.bytes_read)
             console.print(
@@ -108,25 +109,19 @@ def _tell(verified: Verified, settings: VerifySettings, image: Outlet) -> None:
         raise ShardError(
             f"{len(damaged)} of {counted(verified.shards, 'shard')} not as recorded",
             where=", ".join(damaged),
-            fix=_remedy(sorted({problem.shard for problem in verified.problems if not problem.heals}), image.folder),
+            fix=_remedy(verified.problems, image.folder),
         )
 
 
-def _remedy(broken: Sequence[str], out: Path) -> str:
-    """What to type.
-
-    Args:
-        broken: the files that have to go first.
-    """
-    if CONTRACT_FILE in broken:
-        remove, index = command_line("rm", out / CONTRACT_FILE), command_line("cogprep", "index", out)
-        return f"`{remove}`, then `{index}`, which takes it from the record of a shard"
-    encode = "run the `cogprep encode` command again"
-    if not broken:
-        return encode
-    one = out / broken[0]
-    remove = command_line("rm", one, *([one.with_suffix(".parquet")] if one.suffix == ".tar" else []))
-    return f"remove each, a tar with its record, for example `{remove}`, and {encode}: it makes them anew"
+def _remedy(problems: Sequence[Problem], out: Path) -> str:
+    """What to type."""
+    fixes = list(dict.fromkeys(problem.fix for problem in problems if problem.fix))[:3]
+    if broken := sorted(problem.shard for problem in problems if not problem.fix):
+        one = out / broken[0]
+        remove = command_line("rm", one, *([one.with_suffix(".parquet")] if one.suffix == ".tar" else []))
+        anew = "run the `cogprep encode` command again: it makes them anew"
+        fixes.append(f"remove each, a tar with its record, for example `{remove}`, and {anew}")
+    return "; ".join(fixes)
 
 
 def verify(
@@ -152,25 +147,28 @@ def verify(
     first: dict[tuple[Split, str], str] = {}  # the shard in which a sample is found, by split and key
     readable = samples = bytes_read = 0
 
-    def check(place: tuple[Split, int, Path]) -> tuple[ShardRecord | None, list[str]]:
-        *_, path = place
+    def check(place: tuple[Split, int, Path]) -> tuple[ShardRecord | None, list[Problem]]:
+        split, number, path = place
+        label, tar = shard_label(split, number), path.with_suffix(".tar")
         try:
             record = read_record(path)
         except ShardError as error:
-            return None, [error.what]
-        with image.at_hand(path.with_suffix(".tar")):
-            return record, list(check_shard(path.with_suffix(".tar"), record, contract))
+            return None, [Problem(label.removesuffix(".tar") + ".parquet", error.what)]
+        with image.at_hand(tar):
+            try:
+                return record, [Problem(label, what) for what in check_shard(tar, record, contract)]
+            except OSError as error:  # which says nothing of what is in it
+                told = machines_fault(error)
+                fix = told.fix if told and told.fix else "see to that, and verify again"
+                return record, [Problem(label, f"cannot be read: {error.strerror}", fix)]
 
     good: list[tuple[Path, ShardRecord]] = []
     checked = read_in_order(check, records, threads=THREADS if image.keeps else _TARS)
     with stage("verifying", len(records), "shard") as bar:
         for (split, number, path), (record, faults) in zip(records, checked, strict=True):
-            label = shard_label(split, number)
-            if record is None:
-                problems += [Problem(label.removesuffix(".tar") + ".parquet", what) for what in faults]
-            else:
-                problems += [Problem(label, what) for what in faults]
-                problems += _found_twice(record, split, label, first)
+            problems += faults
+            if record is not None:
+                problems += _found_twice(record, split, shard_label(split, number), first)
                 readable += 1
                 samples += sum(row.status == "ok" for row in record.rows)
                 bytes_read += record.header.tar_size
@@ -179,8 +177,12 @@ def verify(
             bar.advance()
     other = [problem for problem in problems if problem.what == _OTHER_SETTINGS]
     if other and len(other) == readable:
-        what = "is not the contract of any shard here"
-        problems = [Problem(CONTRACT_FILE, what), *(problem for problem in problems if problem not in other)]
+        fix = (
+            f"`{command_line('rm', out / CONTRACT_FILE)}`, then `{command_line('cogprep', 'index', out)}`, "
+            "which takes it from the record of a shard"
+        )
+        problems = [problem for problem in problems if problem not in other]
+        problems.insert(0, Problem(CONTRACT_FILE, "is not the contract of any shard here", fix))
     differences: list[Difference] = []
     if reencode and not problems:
         from ..encode.reencode import encode_again
@@ -197,12 +199,16 @@ def _found_twice(
     for other, count in sorted(Counter(there).items()):
         if other != label:
             drops = label.endswith(tar_name(record.header.number))  # else somebody has copied it
-            more = "; `cogprep encode` drops the second" if drops else ""
-            yield Problem(label, f"{counted(count, 'sample')} of it in {other}, too{more}", heals=drops)
+            fix = "`cogprep encode` drops the second" if drops else ""
+            yield Problem(label, f"{counted(count, 'sample')} of it in {other}, too", fix)
 
 
 def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[str]:
-    """What is wrong with one shard: size, hash, members, keys, extents, values."""
+    """What is wrong with one shard: size, hash, members, keys, extents, values.
+
+    Raises:
+        OSError: it is there, and cannot be read.
+    """
     header = record.header
     if header.contract.fingerprint != contract.fingerprint:
         yield _OTHER_SETTINGS
@@ -234,8 +240,10 @@ def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[
                 yield from (
                     f"sample {row.key} ({row.source}): {what}" for what in _check_tensors(payload, row.bucket, contract)
                 )
-    except (OSError, tarfile.TarError, ValueError) as error:
-        yield f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+    except FileNotFoundError:
+        yield "is gone"
+    except (tarfile.TarError, ValueError) as error:
+        yield f"cannot be read: {error}"
 
 
 def _check_tensors(payload: bytes, bucket: str, contract: Contract) -> Iterator[str]:
@@ -270,14 +278,12 @@ def expected_shapes(bucket: str, contract: Contract) -> dict[str, tuple[int, ...
 def _of_the_folder(out: Path, contract: Contract) -> Iterator[Problem]:
     path = out / EMPTY_CAPTION_FILE
     if not path.exists():
-        yield Problem(EMPTY_CAPTION_FILE, "missing; `cogprep encode` makes it anew", heals=True)
+        yield Problem(EMPTY_CAPTION_FILE, "missing", "`cogprep encode` makes it anew")
     elif hashlib.sha256(path.read_bytes()).hexdigest() != contract.empty_caption_sha256:
         yield Problem(EMPTY_CAPTION_FILE, f"its sha256 is not the one in {CONTRACT_FILE}")
     for split in SPLITS:
         for tar in tars_without_record(split_folder(out, split)):
-            what = "has no record, so it does not count: "
-            if is_ours(tar):
-                what += "`cogprep encode` finishes it, or `cogprep clean-cache` removes it"
-            else:
-                what += "cogprep did not make it, so move it elsewhere"
-            yield Problem(shard_label(split, int(tar.stem)), what, heals=True)
+            fix = "`cogprep encode` finishes it, or `cogprep clean-cache` removes it"
+            if not is_ours(tar):
+                fix = "cogprep did not make it; move it elsewhere"
+            yield Problem(shard_label(split, int(tar.stem)), "has no record, so it does not count", fix)

@@ -89,19 +89,18 @@ def can_grow(word: str) -> bool:
 
 
 def _check(word: str, option: str) -> None:
+    from_there = f"go into that folder (`cd`) and give a path from there, as {option} '*.tar'; or rename it"
     if not word.strip() or re.search(r"[\x00-\x1f\x7f-\x9f]", word):
         raise ShardError(
             f"{word!r} names no shards: it is empty or holds control characters",
             where=option,
-            fix=f"{option} out/*.tar",
+            fix=from_there if word.strip() else f"{option} out/*.tar",
         )
     try:
         word.encode()
     except UnicodeEncodeError as error:
         raise ShardError(
-            f"{word!r} is not UTF-8, and the run's files could not name it",
-            where=option,
-            fix=f"go into that folder (`cd`) and give a path from there, as {option} '*.tar'; or rename it",
+            f"{word!r} is not UTF-8, and the run's files could not name it", where=option, fix=from_there
         ) from error
 
 

@@ -7,6 +7,7 @@ import glob
 import os
 from pathlib import Path
 
+from cogcommon.files.failures import machines_fault
 from cogcommon.store.store import ReadPart, StoreFault
 
 # A network file system that was restarted, and a process that has too many files open at the moment.
@@ -56,4 +57,5 @@ class LocalStore:
 def _told(error: OSError) -> Exception:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return FileNotFoundError(error.filename)
-    return StoreFault(error.strerror or str(error), passing=error.errno in _PASSING)
+    told = machines_fault(error)
+    return StoreFault(error.strerror or str(error), passing=error.errno in _PASSING, fix=told.fix if told else None)

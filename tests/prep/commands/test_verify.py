@@ -84,13 +84,14 @@ def test_what_is_to_go_is_what_is_at_fault(small):
     tar, _ = small
     tar.with_name("000007.tar").write_bytes(b"mine")
     (other,) = verify(tar.parent).problems
-    assert other.shard == "000007.tar" and "move it elsewhere" in other.what and other.heals
+    assert other.shard == "000007.tar" and "move it elsewhere" in other.fix
     record = tar.with_suffix(".parquet")
     record.write_bytes(record.read_bytes()[:-1])
     with pytest.raises(ShardError) as caught:
         run(VerifySettings(out=tar.parent))
     assert "000000.parquet" in caught.value.where
-    assert f"for example `rm {record}`, and run the `cogprep encode`" in caught.value.fix
+    elsewhere, remove = caught.value.fix.split("; ", 2)[1:]
+    assert elsewhere == "move it elsewhere" and f"for example `rm {record}`, and run the `cogprep encode`" in remove
 
 
 @pytest.mark.parametrize("wrong", ["not finite", "shape", "dtype", "missing"])
@@ -179,3 +180,12 @@ def test_the_commands_from_a_shell(encoded):
         assert code == 0 and json.loads(out)
     code, _, err = Forked(["cogprep", "verify", "/nowhere"]).end()
     assert code == 2 and "no shards here" in err and "Traceback" not in err
+
+
+def test_a_tar_that_cannot_be_read_is_not_called_damaged(small):
+    tar, _ = small
+    tar.unlink()
+    tar.symlink_to(tar.name)  # whoever runs the tests, nobody reads that
+    with pytest.raises(ShardError) as caught:
+        run(VerifySettings(out=tar.parent))
+    assert "instead of a link" in caught.value.fix and "rm " not in caught.value.fix

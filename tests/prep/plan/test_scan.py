@@ -59,7 +59,9 @@ def test_a_sample_of_two_shards_leaves_the_second(out: Path) -> None:
     with pytest.raises(ShardError, match="in more than one of these shards"):
         open_shards([str(out)])
     (problem,) = verify(out).problems
-    assert problem.shard == "000002.tar" and "1 sample of it in 000001.tar, too" in problem.what and problem.heals
+    assert (
+        problem.shard == "000002.tar" and "1 sample of it in 000001.tar, too" in problem.what and "drops" in problem.fix
+    )
     keys = keys_of(out, 0) + keys_of(out, 1)
     plan = plan_of(out, keys)
     assert [(drop.number, sorted(drop.keep)) for drop in plan.drops] == [(2, [])]
@@ -93,7 +95,7 @@ def test_a_shard_under_another_number_is_refused_with_the_way_back(out: Path) ->
         copied.value.where == str(out / "000007.tar") and "000007.parquet to a folder of their own" in copied.value.fix
     )
     problems = verify(out).problems
-    assert [problem.what for problem in problems] == ["2 samples of it in 000000.tar, too"] and not problems[0].heals
+    assert [problem.what for problem in problems] == ["2 samples of it in 000000.tar, too"] and not problems[0].fix
     for kind in ("tar", "parquet"):
         (out / f"000000.{kind}").unlink()
     with pytest.raises(ShardError) as renamed:
@@ -119,7 +121,7 @@ def test_a_shard_of_other_settings_is_refused_before_it_is_dropped(out: Path, ma
     with pytest.raises(ShardError, match=r"000002\.tar was encoded with other settings.*9x16x32.*9x16x16"):
         scan(out)
     (problem,) = verify(out).problems
-    assert (problem.shard, problem.heals) == ("000002.tar", False)
+    assert (problem.shard, problem.fix) == ("000002.tar", "")
 
 
 def test_a_contract_that_is_lost_or_anothers_is_not_blamed_on_the_shards(out: Path, make_shards) -> None:

@@ -121,3 +121,14 @@ def test_every_way_opens_real_shards(tmp_path, make_shards, monkeypatch):
     assert lost_tars(shards) == []
     (home / "out" / "000009.parquet").touch()
     assert [Path(name).name for name in lost_tars(shards)] == ["000009.tar"]
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\udcff"])
+def test_a_folder_of_an_odd_name_is_trained_on_from_within(tmp_path, make_shards, monkeypatch, name):
+    make_shards(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / name)
+    with pytest.raises(CogError) as caught:
+        open_shards([f"{tmp_path / name}/*.tar"])
+    assert "(`cd`)" in caught.value.fix and "--shards '*.tar'" in caught.value.fix
+    monkeypatch.chdir(tmp_path / name)
+    assert len(open_shards(["*.tar"])) == 6
