@@ -16,6 +16,7 @@ from cogcommon.files.ownership import state_of
 from cogcommon.media.image import BadImage, read_upright, scale_to_cover
 from cogcommon.model.tokens import cut_text
 from cogcommon.store.address import as_shown
+from cogcommon.words import counted
 
 from ..settings.results import SEED
 
@@ -69,7 +70,7 @@ def validation_prompts(
     if family.task == "i2v" and len(each) not in (1, len(texts)):
         raise SettingError(
             f"{checkpoint.name} makes a video of an image; "
-            + (f"{len(each)} images were given for {len(texts)} prompts" if each else "none was given"),
+            + (f"{len(each)} images were given for {counted(len(texts), 'prompt')}" if each else "none was given"),
             where="--validate-prompt, --validate-image",
             fix="--validate-image FILE: one for all prompts, or one for each, in their order",
         )

@@ -50,6 +50,7 @@ def choose_strategy(settings: TrainSettings, *, full: bool, gpus: int) -> Strate
             raise SettingError(
                 f"no strategy is {named}; the file must say one of stages 1 to 3, offload with 2 or 3",
                 where=f"{settings.deepspeed}: zero_optimization",
+                fix='write "stage": 2 in the file' + ", or give --strategy zero2, too" * ("stage" not in zero),
             )
         return named  # type: ignore[return-value]
     # On one GPU `offload.cpu_training` offloads more than DeepSpeed, and only what does not fit.
@@ -154,22 +155,42 @@ _OPTIONS = {
 }
 
 
+# Those that are read here, an outer one before what is in it.
+_SECTIONS = (
+    "optimizer", "optimizer.params", "scheduler", "scheduler.params", "bf16", "fp16", "zero_optimization",
+    "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
+)  # fmt: skip
 # Without these DeepSpeed would step with a gradient that is not finite.
 _FOR_NOT_FINITE = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
 
 
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON.
+    """A DeepSpeed JSON, without the sections that are null or "auto", which say nothing.
 
     Raises:
-        SettingError: it cannot be read.
+        SettingError: it cannot be read, or has a plain value in a section's place.
     """
     try:
-        return parse_object(path.read_bytes())
+        return _sections_checked(parse_object(path.read_bytes()), path)
     except OSError as error:
         raise SettingError(f"cannot read the DeepSpeed file: {error.strerror}", where=f"--deepspeed {path}") from error
     except ValueError as error:
         raise SettingError(f"not a DeepSpeed configuration: {error}", where=f"--deepspeed {path}") from error
+
+
+def _sections_checked(own: dict[str, Any], path: Path) -> dict[str, Any]:
+    for dotted in _SECTIONS:
+        outer, _, key = dotted.rpartition(".")
+        around = own.get(outer, {}) if outer else own
+        found = around.get(key, {})
+        if found is None or found == "auto":
+            del around[key]
+        elif not isinstance(found, dict):
+            raise SettingError(
+                f"{dotted} = {json.dumps(found)} is no section", where=f"--deepspeed {path}",
+                fix=f'write "{key}": {{...}}, or leave it out',
+            )  # fmt: skip
+    return own
 
 
 def _check_spelling(own: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:

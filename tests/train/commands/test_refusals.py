@@ -252,6 +252,25 @@ def test_a_deepspeed_file_is_merged(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"zero_optimization": 2}, "zero_optimization = 2 is no section"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, 'offload_optimizer = "cpu" is no section'),
+        ({"bf16": True, "zero_optimization": {"stage": 2}}, "bf16 = true is no section"),
+        ({"zero_optimization": {"stage": 2, "offload_param": None}, "bf16": None, "optimizer": "auto"}, ""),
+    ],
+)
+def test_sections_of_a_deepspeed_file(tmp_path, content, says):
+    settings = SftSettings(deepspeed=file(tmp_path, content))
+    if not says:
+        assert choose_strategy(settings, full=True, gpus=0) == "zero2"
+        assert deepspeed_config(settings, "zero2", "fp32", 1)["bf16"] == {"enabled": False}
+        return
+    with pytest.raises(SettingError, match=says):
+        choose_strategy(settings, full=True, gpus=0)
+
+
+@pytest.mark.parametrize(
     ("content", "says"), [("{", "not a DeepSpeed"), ("[]", "not a DeepSpeed"), (None, "cannot read")]
 )
 def test_a_deepspeed_file_that_is_none(tmp_path, content, says):
