@@ -139,7 +139,7 @@ def read_first_frame(path: Path, size: Resolution, option: str = "--image") -> I
         raise SettingError(
             f"the image cannot be used: {bad}",
             where=as_shown(path),
-            fix=f"{option} FILE, a PNG or JPEG here",
+            fix=f"{option} FILE, a PNG or JPEG",
         ) from None
     return scale_to_cover(upright, size.width, size.height)
 

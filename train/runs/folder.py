@@ -36,6 +36,7 @@ from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.families import Resolution
 
 from ..data.shard_set import usual_size
+from ..distributed.snapshot import STATE_FILE
 from ..model import lora
 from ..model.adapters import ADAPTERS
 from ..settings.training import AdapterName, LoraSettings, SftSettings, TrainSettings
@@ -254,7 +255,7 @@ def read_settings(run: Path) -> Mapping[str, Any]:
     Raises:
         RunError: no run folder.
     """
-    for folder in (run, run.absolute().parent):
+    for folder in (run, *([run.absolute().parent] if (run / STATE_FILE).is_file() else [])):
         if (folder / CONFIG_FILE).is_file():
             try:
                 return parse_toml((folder / CONFIG_FILE).read_bytes())
@@ -262,7 +263,11 @@ def read_settings(run: Path) -> Mapping[str, Any]:
                 raise RunError(
                     f"the settings of the run are damaged: {error}", where=str(folder / CONFIG_FILE)
                 ) from error
-    raise RunError(f"not a run folder: there is no {CONFIG_FILE}", where=str(run), fix="give the folder of a run")
+    raise RunError(
+        f"not a run folder: there is no {CONFIG_FILE}" if run.is_dir() else "there is no such run or checkpoint",
+        where=str(run),
+        fix="give the folder of a run, or a checkpoint-N that is in it",
+    )
 
 
 def trained_settings(folder: Path, method: Literal["lora", "sft"]) -> TrainSettings:

@@ -187,7 +187,7 @@ def test_what_cannot_be_exported_is_said_in_words(tmp_path, lora_run):
         export.run(ExportSettings(run=lora_run / "checkpoint-1", model="tiny-2b"))
     with pytest.raises(RunError, match="other weights than its run trains in random-tiny"):
         export.run(ExportSettings(run=lora_run / "checkpoint-1", model="random-tiny"))
-    with pytest.raises(RunError, match="facts of the run"):
+    with pytest.raises(RunError, match="no such run or checkpoint"):
         export.run(ExportSettings(run=lora_run / "checkpoint-9"))
     (lora_run / lora.FILE).unlink()
     with pytest.raises(RunError, match="has not finished") as caught:
