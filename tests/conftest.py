@@ -88,6 +88,7 @@ def commit_random_shards(
     captions_each: int = 1,
     more: Mapping[str, tuple[int, ...]] | None = None,
     seed: int = 0,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Path]:
     """Commit shards of random latents with the real writer, as an encode with a built-in form would, one after another.
 
@@ -103,6 +104,7 @@ def commit_random_shards(
         captions_each: so many samples in a row are captions of one clip.
         more: shapes of further tensors, by name.
         seed: of all random tensors.
+        settings: of the encode, beside the resolutions.
 
     Yields:
         Each tar, once it is committed. contract.json and the empty caption lie beside them.
@@ -122,7 +124,11 @@ def commit_random_shards(
 
     empty = safetensors.torch.save({"text": normal(checkpoint.family.text_tokens, text_dim)})
     contract = random_contract(checkpoint, resolutions, posterior, image_variants)
-    contract = dataclasses.replace(contract, empty_caption_sha256=hashlib.sha256(empty).hexdigest())
+    contract = dataclasses.replace(
+        contract,
+        empty_caption_sha256=hashlib.sha256(empty).hexdigest(),
+        settings={**contract.settings, **(settings or {})},
+    )
     commit_bytes(folder / EMPTY_CAPTION_FILE, empty)
     commit_bytes(folder / CONTRACT_FILE, contract.to_json().encode())
 

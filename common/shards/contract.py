@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -25,6 +25,8 @@ SCHEMA = 1
 CONTRACT_FILE = "contract.json"
 EMPTY_CAPTION_FILE = "empty_caption.safetensors"  # tensor "text", shape (L, D)
 
+# Which clips a folder holds, and how they are named: folders that differ in these alone can be trained together.
+OF_THE_CLIPS = ("--id-token", "--resolution")
 # For the reader, not for the tensors.
 _NOT_FINGERPRINTED = ("model", "revision", "tool_version", "empty_caption_sha256")
 
@@ -114,8 +116,8 @@ class Contract:
         """sha256 of the facts, in hex."""
         return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
 
-    def differences(self, other: Contract) -> list[str]:
-        """``name: ours, theirs`` for every fact in which two contracts differ."""
+    def differences(self, other: Contract, *, but: Collection[str] = ()) -> list[str]:
+        """``name: ours, theirs`` for every fact in which two contracts differ, but for some names."""
         ours, theirs = self.facts(), other.facts()
 
         def short(value: Any) -> str:
@@ -123,7 +125,7 @@ class Contract:
 
         return [
             f"{name}: {short(ours.get(name))} here, {short(theirs.get(name))} there"
-            for name in sorted(ours.keys() | theirs.keys())
+            for name in sorted((ours.keys() | theirs.keys()) - set(but))
             if ours.get(name) != theirs.get(name)
         ]
 

@@ -89,10 +89,14 @@ def _prompt(text: str, image: Path | None, checkpoint: Checkpoint, size: Resolut
     return Prompt(text, named_after(text, SEED, asked), image, size)
 
 
-def without_token(prompts: Sequence[Prompt], token: str) -> list[str]:
-    """What to know of prompts that lack the word that stands before every caption (--id-token), if there is one."""
+def without_token(prompts: Sequence[Prompt], token: str, *others: str) -> list[str]:
+    """What to know of prompts that lack the word that stands before every caption (--id-token), if there is one.
+
+    Args:
+        others: words of other captions; with them, nothing stands before every one.
+    """
     lacking = [shortened(prompt.text) for prompt in prompts if token and token not in prompt.text]
-    if not lacking:
+    if others or not lacking:
         return []
     them = f"{lacking[0]} and {len(lacking) - 1} more" if len(lacking) > 1 else lacking[0]
     return [f"every caption of these shards begins with {token!r}; of --validate-prompt {them} does not have it"]

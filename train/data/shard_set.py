@@ -67,7 +67,7 @@ class SampleExtent:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """All usable samples of some shards that were encoded alike."""
+    """All usable samples of some shards that were encoded alike, but for `OF_THE_CLIPS`."""
 
     shards: Sequence[Shard]
     table: pa.Table  # what `shards` reads of the records, and "shard": one row a sample
@@ -76,7 +76,19 @@ class ShardSet:
 
     @property
     def contract(self) -> Contract:
+        """Of the first shard by content; the others' say the same of all that a model depends on."""
         return self.shards[0].header.contract
+
+    @property
+    def id_tokens(self) -> set[str]:
+        """The words that stand before captions; an empty one where some captions have none."""
+        return {str(shard.header.contract.settings.get("id_token", "")) for shard in self.shards}
+
+    @property
+    def id_token(self) -> str:
+        """The word that was taught, maybe beside clips without one; empty where there is none, or more than one."""
+        words = self.id_tokens - {""}
+        return words.pop() if len(words) == 1 else ""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from cogcommon.cli.names import command_line
 from cogcommon.errors import ShardError, StoreError
 from cogcommon.files.readers import read_in_order
 from cogcommon.model.families import Resolution
+from cogcommon.shards.contract import OF_THE_CLIPS
 from cogcommon.shards.records import ShardHeader, read_table, shard_number
 from cogcommon.store.store import ReadPart, StoredFile, WholeFilesOnly
 
@@ -59,8 +60,17 @@ def open_shards(words: Sequence[str], option: str = "--shards", cache: SampleCac
     return shard_set(read_in_order(lambda found: open_one(found, cache), expand(words, option)), option, cache)
 
 
-def shard_set(opened: Iterable[Opened], option: str = "--shards", cache: SampleCache | None = None) -> ShardSet:
+def shard_set(
+    opened: Iterable[Opened],
+    option: str = "--shards",
+    cache: SampleCache | None = None,
+    *,
+    may_differ: Collection[str] = OF_THE_CLIPS,
+) -> ShardSet:
     """Shards as one set; at least one.
+
+    Args:
+        may_differ: facts of their contracts that need not be the same.
 
     Raises:
         ShardError: they do not belong together.
@@ -70,8 +80,9 @@ def shard_set(opened: Iterable[Opened], option: str = "--shards", cache: SampleC
     opened = sorted(opened, key=lambda one: one.shard.header.tar_sha256)
     first, *rest = [one.shard for one in opened]
     for shard in rest:
-        if shard.header.contract.fingerprint != first.header.contract.fingerprint:
-            differing = first.header.contract.differences(shard.header.contract)
+        if shard.header.contract.fingerprint == first.header.contract.fingerprint:
+            continue
+        if differing := first.header.contract.differences(shard.header.contract, but=may_differ):
             raise ShardError(
                 f"shards that were encoded differently: {'; '.join(differing[:4])}",
                 where=f"{first.shown} here, {shard.shown} there",

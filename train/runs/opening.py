@@ -104,7 +104,7 @@ def open_run(
         check_shards_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
         _check_buckets(held_out.buckets, held_out, checkpoint)
     prompts = _prompts(settings, checkpoint, usual_size(shards.samples), precision)
-    notes += without_token(prompts, str(shards.contract.settings.get("id_token", "")))
+    notes += without_token(prompts, *shards.id_tokens)
     _check_weights(settings, checkpoint)
     sampler = followed.newest.sampler if followed else make_sampler(settings, shards, groups.count)
     if followed is None:

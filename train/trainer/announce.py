@@ -177,7 +177,7 @@ def _facts(
         attention=attention,
         block_plan=plan.fields(),
         adapter=run.method.adapter,
-        id_token=str(run.shards.contract.settings.get("id_token", "")),
+        id_token=run.shards.id_token,
         begun=begun,
         exported=exported,
         started_by=list(runtime.peers.started_by),

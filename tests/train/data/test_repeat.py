@@ -11,6 +11,7 @@ from cogcommon.model.families import Resolution
 from cogtrain.commands import plan
 from cogtrain.data.batches import Collator, read_sample
 from cogtrain.data.caption_draw import CaptionDraw, hash_words
+from cogtrain.data.prompts import Prompt, without_token
 from cogtrain.data.repeats import of_clips, times_of
 from cogtrain.data.sampler import Sampler, Slot, group_slots
 from cogtrain.data.shards import open_shards
@@ -29,6 +30,23 @@ def out(tmp_path_factory, make_shards):
     folder = tmp_path_factory.mktemp("mixed") / "out"
     make_shards(folder, "tiny-1.5", resolutions=SIZES, samples=2)
     return folder
+
+
+def test_folders_with_and_without_a_word_and_of_other_sizes_train_together(tmp_path, make_shards, out, train_here):
+    """As the first page says: your clips under a word of their own, beside known ones, and pictures in a folder."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    make_shards(mine, "tiny-1.5", resolutions=SIZES[:1], samples=2, settings={"id_token": "sks"})
+    both = [str(mine), str(out)]
+    shards = open_shards(both)
+    assert (len(shards), set(shards.buckets)) == (6, set(SIZES))
+    assert (shards.id_tokens, shards.id_token) == ({"", "sks"}, "sks")
+    prompt = [Prompt("a ball", "a-ball", None, SIZES[0])]
+    assert without_token(prompt, "sks") and not without_token(prompt, *shards.id_tokens)
+    train_here(LoraSettings(shards=both, steps=1, rank=4, out=tmp_path / "run", repeat=[f"{mine}/=2"]))
+    assert read_run(tmp_path / "run").facts.id_token == "sks"
+    make_shards(other, "tiny-1.5", resolutions=SIZES[:1], samples=2, settings={"fit": "stretch"})
+    with pytest.raises(ShardError, match="encoded differently: --fit"):
+        open_shards([*both, str(other)])
 
 
 def places(sampler, epoch):
