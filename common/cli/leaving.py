@@ -29,11 +29,12 @@ def run_and_leave(run: Callable[[], None]) -> None:
     else:
         if multiprocessing.parent_process() is not None:
             return
-    with suppress(AttributeError):  # private to Python, which calls it first of all at its end
+    # Private to Python, which calls it first of all at its end. Ctrl-C ends the wait, and what was done stays done.
+    with suppress(AttributeError, KeyboardInterrupt):
         threading._shutdown()  # type: ignore[attr-defined]
-    with suppress(Exception):  # it has said it
+    with suppress(Exception, KeyboardInterrupt):  # it has said it
         atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed from the start, `>&-`
         try:
             stream.flush()
         except (OSError, ValueError):
