@@ -41,22 +41,26 @@ def _options() -> dict[str, Any]:
 
 
 def end_workers() -> None:
-    """Have the compiler's processes end, in a thread: nothing more will be compiled.
+    """Have the compiler's processes end, in a thread: nothing more will be compiled in this run.
 
     Until they have, this process's own end would wait for them, for two seconds.
     """
     import sys
     import threading
 
-    # Private to torch; where it is not, they end with this process.
-    shut: Any = getattr(sys.modules.get("torch._inductor.async_compile"), "shutdown_compile_workers", None)
+    # Private to torch; where they are not so, the processes end with this one.
+    module: Any = sys.modules.get("torch._inductor.async_compile")
+    pools, begin_anew = [*getattr(module, "_pool_set", ())], getattr(module, "after_fork", None)
+    if not pools or begin_anew is None:
+        return
+    begin_anew()  # a run that follows in this process would else give its work to those that end, and compile nothing
 
     def work() -> None:
-        with suppress(Exception):  # they then end with this process
-            shut()
+        for pool in pools:
+            with suppress(Exception):  # it then ends with this process
+                pool.shutdown()
 
-    if shut is not None:
-        threading.Thread(target=work, daemon=True, name="cogtrain-compiler").start()
+    threading.Thread(target=work, daemon=True, name="cogtrain-compiler").start()
 
 
 def seconds_so_far() -> float:
