@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+
+from cogcommon.media.image import PICTURES
 
 _MOST = 20_000  # names of a folder that are looked at
 _FOLDERS = 200  # folders that a bare name is looked for in
@@ -74,6 +77,15 @@ def folders_like(path: Path) -> str:
         return ""
     meant = [str(path.with_name(name)) for name in get_close_matches(path.name, names)]
     return f"did you mean {' or '.join(meant)}?" if meant else ""
+
+
+def clip_of_pictures(folder: Path) -> str | None:
+    """What makes a clip of a folder of frames; None of a folder that holds no pictures."""
+    kinds = Counter(Path(name).suffix for name in _names(folder).values())
+    of_pictures = [kind for kind, _ in kinds.most_common() if kind.lower() in PICTURES]
+    if not of_pictures:
+        return None
+    return f"ffmpeg -framerate 24 -pattern_type glob -i 'CLIP/*{of_pictures[0]}' -crf 16 OUT.mp4"
 
 
 def _how(found: str, entry: str) -> str:

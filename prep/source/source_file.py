@@ -19,7 +19,7 @@ from .addresses import remote_address
 from .clip import BadClip, ClipFault, Hashed, toned
 from .clip_cache import ObjectState
 from .heartbeat import beat
-from .near import near
+from .near import clip_of_pictures, near
 from .part import locate
 from .remote import open_object, state_of
 
@@ -232,4 +232,6 @@ def open_named(path: Path) -> io.FileIO:
     except Empty as error:
         raise BadClip(str(error), "empty") from error
     except Unreadable as error:
+        if address is None and os.path.isdir(path) and (command := clip_of_pictures(path)):  # noqa: PTH112  as it is
+            raise BadClip(f"a folder of pictures, not a file; to make a clip of them: {command}", "told") from error
         raise BadClip(str(error), "unreached" if isinstance(error.__cause__, OSError) else "other") from error

@@ -58,6 +58,16 @@ def test_what_is_there_instead(root, entry, told):
     assert str(caught.value) == told
 
 
+def test_a_folder_of_frames_is_told_how_it_becomes_a_clip(root):
+    with pytest.raises(BadClip, match=r"^a folder, not a file$"):
+        open_named(root / "videos")
+    for name in ("frames/1.PNG", "frames/2.PNG", "frames/cover.jpg"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"x")
+    with pytest.raises(BadClip, match=r"a folder of pictures, .* -i 'CLIP/\*\.PNG' "):
+        open_named(root / "frames")
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_the_other_form_of_an_accent(tmp_path, form):
     other = {"NFC": "NFD", "NFD": "NFC"}[form]
