@@ -56,6 +56,8 @@ _KNOWN: tuple[tuple[bytes, str, Kind], ...] = (
 def open_video(source: Source) -> tuple[InputContainer, VideoStream]:
     """The file and its video stream: of several the one marked default, else the largest, as players take it.
 
+    One of a single picture comes last: a cover that is not marked as one, or the still of an animated AVIF.
+
     Raises:
         BadClip: it cannot be opened, has no video, or would read further files.
     """
@@ -132,10 +134,7 @@ def _choose(container: InputContainer, source: Source) -> VideoStream:
     streams = video_streams(container)
     usable = [stream for stream in streams if stream.codec_context is not None]
     if usable:
-        return max(
-            usable,
-            key=lambda stream: (bool(stream.disposition & av.stream.Disposition.default), stream.width * stream.height),
-        )
+        return max(usable, key=_rank)
     if cut := _cut_in_a_box(source):
         raise BadClip(cut, "damaged")
     if streams:
@@ -144,6 +143,11 @@ def _choose(container: InputContainer, source: Source) -> VideoStream:
         )
     said = "there is only sound in it, no video" if container.streams.audio else "there is no video in it"
     raise BadClip(said, "no video")
+
+
+def _rank(stream: VideoStream) -> tuple[bool, bool, int]:
+    default = bool(stream.disposition & av.stream.Disposition.default)
+    return stream.frames != 1, default, stream.width * stream.height
 
 
 @cache

@@ -493,6 +493,20 @@ def test_of_several_videos_the_default_is_taken_else_the_largest(default, small,
         assert_shows(decode(path).frames_FHWC[0], 0)
 
 
+def test_a_cover_that_is_not_marked_as_one_is_not_taken_for_the_film(tmp_path):
+    """It is larger, and in front, and marked default as the first stream is."""
+    film, cover = write(tmp_path / "film.mp4", cards()), write(tmp_path / "cover.mp4", cards(480, 320)[:1])
+    with av.open(str(film)) as one, av.open(str(cover)) as other, av.open(str(tmp_path / "a.mp4"), "w") as new:
+        streams = [new.add_stream_from_template(file.streams.video[0]) for file in (other, one)]
+        for file, stream in zip((other, one), streams, strict=True):
+            for packet in file.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    new.mux(packet)
+    facts = facts_of(tmp_path / "a.mp4")
+    assert (facts.width, facts.frames, facts.videos) == (WIDTH, FRAMES, 2)
+
+
 def test_colours_that_change_are_followed(tmp_path):
     """Joined streams, the second of full range: every frame is converted by its own tags."""
     first, second = write(tmp_path / "a.h264", cards(frames=20)), write(tmp_path / "b.h264", cards(), range_=FULL)
