@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # how the names of pictures end
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")  # how the names of pictures end
 HEIC_PICTURES = (".heic", ".heif", ".hif")  # likewise; no library that we have reads them
 
 # How one begins, whatever its name (ISO/IEC 23008-12, annex B): HEIF as such may hold other pictures, too.
@@ -56,12 +56,12 @@ def told_of_heic(begin: bytes, name: str) -> str | None:
 
 
 def is_animation(file: BinaryIO) -> bool:
-    """Whether a PNG or WebP is a row of pictures to be shown one after the other; false of what cannot be read."""
+    """Whether a PNG, WebP or AVIF is a row of pictures, shown one after the other; false of what cannot be read."""
     from PIL import Image
 
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(file, formats=("PNG", "WEBP")) as opened:
+        with Image.open(file, formats=("PNG", "WEBP", "AVIF")) as opened:
             return bool(getattr(opened, "is_animated", False))
     return False
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
-from cogcommon.media.image import BadImage, ProfileWarning, read_upright, scale_to_cover, show_upright
+from cogcommon.media.image import (
+    BadImage,
+    ProfileWarning,
+    is_animation,
+    is_picture,
+    read_upright,
+    scale_to_cover,
+    show_upright,
+)
 
 RAMP = np.linspace(0, 1, 64)[None].repeat(32, 0)  # black to white
 
@@ -36,6 +45,17 @@ def test_every_depth_is_scaled_and_none_is_clipped(name, levels, tmp_path):
     image = read_upright(saved(tmp_path / name, levels))
     assert image.mode == "RGB"
     assert np.abs(np.asarray(image)[..., 1] - np.rint(RAMP * 255)).max() <= 1
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_a_picture_and_an_animation_where_it_moves(tmp_path):
+    still, moving = tmp_path / "a.avif", tmp_path / "b.AVIF"
+    pictures = [Image.new("RGB", (64, 32), colour) for colour in ("red", "blue")]
+    pictures[0].save(still)
+    pictures[0].save(moving, save_all=True, append_images=pictures[1:])
+    assert is_picture(still) and is_picture(moving)
+    assert [is_animation(io.BytesIO(path.read_bytes())) for path in (still, moving)] == [False, True]
+    assert np.abs(np.asarray(read_upright(still)).astype(int) - (255, 0, 0)).max() <= 4
 
 
 def test_a_dark_16_bit_png_stays_dark(tmp_path):
