@@ -85,7 +85,8 @@ def run(settings: VerifySettings) -> None:
         verified = verify(
             image.folder, reencode=settings.reencode, workers=settings.workers, model=settings.model, image=image
         )
-        _tell(verified, settings, image)
+        problems = [dataclasses.replace(one, fix=image.told(one.fix)) for one in verified.problems]
+        _tell(dataclasses.replace(verified, problems=problems), settings, image)
 
 
 def _tell(verified: Verified, settings: VerifySettings, image: Outlet) -> None:
@@ -241,7 +242,7 @@ def check_shard(tar: Path, record: ShardRecord, contract: Contract) -> Iterator[
                     f"sample {row.key} ({row.source}): {what}" for what in _check_tensors(payload, row.bucket, contract)
                 )
     except FileNotFoundError:
-        yield "is gone"
+        yield "cannot be read: it is gone"
     except (tarfile.TarError, ValueError) as error:
         yield f"cannot be read: {error}"
 

@@ -183,11 +183,11 @@ def _renamed(tar: Path, named: Path) -> ShardError:
     """
     here, there = (tar, tar.with_suffix(".parquet")), (named, named.with_suffix(".parquet"))
     free = not any(os.path.lexists(path) for path in there)
-    back = " && ".join(command_line("mv", *pair) for pair in zip(here, there, strict=True))
+    back = " and ".join(f"`{command_line('mv', *pair)}`" for pair in zip(here, there, strict=True))
     return ShardError(
         f"{tar.name} is {named.name} by its record: it was renamed or copied, and `cogprep encode` goes by the names",
         where=str(tar),
-        fix=f"`{back}`" if free else f"move {tar.name} and {here[1].name} to a folder of their own, or remove them",
+        fix=back if free else f"move {tar.name} and {here[1].name} to a folder of their own, or remove them",
     )
 
 

@@ -71,7 +71,8 @@ class Outlet:
         here = str(self.folder)
         if here == self.place:
             return text
-        return re.sub(r"`rm ([^`]*)`", r"remove \1", text.replace(here, self.place))
+        text = text.replace(here, self.place)
+        return re.sub(r"`mv ([^`]*)`", r"rename \1", re.sub(r"`rm ([^`]*)`", r"remove \1", text))
 
     def retell(self, error: CogError) -> None:
         """Put an error about the folder in the words of `told`; one of this machine's disk stays as it is."""

@@ -100,7 +100,9 @@ def test_a_shard_under_another_number_is_refused_with_the_way_back(out: Path) ->
         (out / f"000000.{kind}").unlink()
     with pytest.raises(ShardError) as renamed:
         scan(out)
-    assert f"mv {out}/000007.tar {out}/000000.tar && mv {out}/000007.parquet" in renamed.value.fix
+    assert renamed.value.fix == (
+        f"`mv {out}/000007.tar {out}/000000.tar` and `mv {out}/000007.parquet {out}/000000.parquet`"
+    )
     clean(CleanSettings(out=out, yes=True, all=True))
     assert {path.stem for path in out.iterdir() if path.suffix in (".tar", ".parquet")} == {"000007"}  # both, or none
     assert len(list(out.glob("000007.*"))) == 2
