@@ -7,6 +7,7 @@ import. All may import `cogcommon`, which has its own rooms and the same rule.
 
 import ast
 import re
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -95,6 +96,18 @@ def test_a_folder_can_be_taken_in_at_a_glance(folder):
     if folder.name != "__pycache__":
         files = [path for path in folder.iterdir() if path.is_file() and path.name != "__init__.py"]
         assert len(files) <= MOST_FILES, folder
+
+
+def test_every_room_is_installed():
+    """Each is listed by name: from the source tree all are found, and from a wheel those alone."""
+    found = [
+        ".".join([name, *init.parent.relative_to(ROOT / program).parts])
+        for program, name in PROGRAMS.items()
+        for init in (ROOT / program).rglob("__init__.py")
+        if program != "workshop"
+    ]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(found)
 
 
 def test_the_tests_of_a_room_lie_under_its_name():
