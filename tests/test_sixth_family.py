@@ -16,10 +16,11 @@ from cogcommon.media.video import write_mp4
 from cogcommon.model import families
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, FAMILIES, Resolution
-from cogprep import settings as prep_settings
 from cogprep.commands.validate import validate
 from cogprep.commands.verdict import show
 from cogprep.commands.verify import expected_shapes
+from cogprep.settings import encode as encode_settings
+from cogprep.settings import shards as shards_settings
 from cogprep.settings.encode import ValidateSettings
 from cogprep.settings.shards import PreviewSettings
 from cogtrain.blocks.load import Load
@@ -35,10 +36,10 @@ def sixth(monkeypatch):
     """A checkpoint of it: tiny's, for all that is not geometry."""
     monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, SIXTH))
     monkeypatch.setitem(BY_NAME, SIXTH.name, SIXTH)
-    monkeypatch.setattr(prep_settings, "FAMILIES", (*FAMILIES, SIXTH))
+    monkeypatch.setattr(shards_settings, "FAMILIES", (*FAMILIES, SIXTH))
     checkpoint = replace(open_checkpoint("tiny"), name="sixth", family=SIXTH)
     for opener in ("open_checkpoint", "known_checkpoint"):
-        monkeypatch.setattr(prep_settings, opener, lambda name: checkpoint)
+        monkeypatch.setattr(encode_settings, opener, lambda name: checkpoint)
     return checkpoint
 
 
