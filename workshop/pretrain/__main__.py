@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cogcommon.cli.progress import shown
 from cogcommon.model.device import pick_device, quiet_libraries
 
 if TYPE_CHECKING:
@@ -207,9 +208,10 @@ def concept(
     quiet_libraries()
     from .concept import examine_run, tell
 
-    proof, animation = examine_run(
-        run, clips=clips, steps=sampling_steps, guidance=guidance, seed=seed, device=device, batch=batch_size
-    )
+    with shown():
+        proof, animation = examine_run(
+            run, clips=clips, steps=sampling_steps, guidance=guidance, seed=seed, device=device, batch=batch_size
+        )
     animation.save(run / "concept.webp")
     typer.echo(tell(proof))
     typer.echo(f"asked for, base and tuned, from the same seeds: {run / 'concept.webp'}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cogcommon.cli.progress import stage
 from cogcommon.media.video import Frames
 from cogcommon.model.tiny import NATIVE
 from cogtrain.runs.folder import METRICS_FILE, read_metrics
@@ -68,12 +69,15 @@ def examine_run(
     new, known = every_scene(0, [motion])[-clips:], split_scenes()[1][-clips:]
 
     def ask(scenes: list[Scene]) -> tuple[Marks, Frames]:
-        return examine(pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed, batch=batch)
+        asked = examine(pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed, batch=batch)
+        bar.advance(by=len(scenes))
+        return asked
 
-    (new_after, drawn_after), (known_after, _) = ask(new), ask(known)
-    to_base(pipeline, tuned, torch.float32)
-    pipeline.to(device)
-    (new_before, drawn_before), (known_before, _) = ask(new), ask(known)
+    with stage("generating for the judge", 2 * (len(new) + len(known)), "video") as bar:
+        (new_after, drawn_after), (known_after, _) = ask(new), ask(known)
+        to_base(pipeline, tuned, torch.float32)
+        pipeline.to(device)
+        (new_before, drawn_before), (known_before, _) = ask(new), ask(known)
     proof = Proof(
         recognised=(new_before.motion, new_after.motion),
         kept=(known_before.shape_and_colour, known_after.shape_and_colour),
