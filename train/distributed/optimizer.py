@@ -50,6 +50,22 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
     return settings.lr * factor[settings.lr_schedule]
 
 
+def told_of_schedule(settings: TrainSettings, done: int, then: int, now: int) -> list[str]:
+    """What to know of the rate where a run goes on after ``done`` steps, and another step is its last one now.
+
+    Args:
+        then: the last step, as it was when the run was stopped.
+        now: as it is.
+    """
+    if settings.lr_schedule == "constant" or then == now or done >= now:
+        return []
+    before, after = learning_rate(done, then, settings), learning_rate(done + 1, now, settings)
+    return [
+        f"--lr-schedule {settings.lr_schedule} ends at step {now:,} now, not {then:,}: "
+        f"the rate was {before:.2g} and goes on at {after:.2g}"
+    ]
+
+
 def check_optimizer(settings: TrainSettings, strategy: Strategy) -> None:
     """Refuse an optimizer that would not do what it is chosen for.
 

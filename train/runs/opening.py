@@ -18,7 +18,7 @@ from ..data.prompts import Prompt, read_prompts, validation_prompts, without_tok
 from ..data.shard_set import ShardSet, usual_size
 from ..data.shards import open_shards
 from ..distributed.groups import data_groups
-from ..distributed.optimizer import check_optimizer
+from ..distributed.optimizer import check_optimizer, told_of_schedule
 from ..distributed.peers import ALONE, Peers
 from ..distributed.zero_config import check_strategy, choose_strategy, deepspeed_config
 from ..model.method import Method, method_of
@@ -113,6 +113,10 @@ def open_run(
     if resume is not None and resume.state.step > steps:
         notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
         steps = resume.state.step
+    if resume is not None:
+        then = resume.state.settings
+        before = then.get("steps") or (then.get("epochs") or DEFAULT_EPOCHS) * sampler.steps_per_epoch
+        notes += told_of_schedule(settings, resume.state.step, before, steps)
     if settings.warmup is not None and settings.warmup >= steps:
         notes.append(f"all of the run is warm-up: {settings.warmup:,} steps to the rate of --lr, {steps:,} in all")
     if settings.lr == 0:

@@ -19,6 +19,7 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.distributed.strategy import read_weights
 from cogtrain.runs import checkpoint as checkpoints
 from cogtrain.runs.claim import claimed
+from cogtrain.runs.folder import read_run
 from cogtrain.settings.training import LoraSettings
 
 STEPS = 6
@@ -205,6 +206,17 @@ def test_never_starts_anew_and_a_path_is_continued(here, tmp_path, losses):
     assert sorted(losses(other)) == [3, 4]
 
 
+def test_a_schedule_that_ends_later_is_said(here, capsys):
+    here(steps=2, lr_schedule="linear")
+    capsys.readouterr()
+    run = here(epochs=1, lr_schedule="linear")
+    said = "note: --lr-schedule linear ends at step 4 now, not 2: the rate was 0 and goes on at 0.0025\n"
+    assert said in capsys.readouterr().out
+    assert read_run(run).steps[2].lr == pytest.approx(0.0025)
+    here(epochs=2, lr_schedule="constant")
+    assert "ends at step" not in capsys.readouterr().out
+
+
 def test_checkpoints_by_the_clock(here, monkeypatch):
     """What is between two checkpoints is no more than --save-minutes, here three looks of 20 s."""
     from cogtrain.trainer import saver
@@ -251,7 +263,6 @@ def test_a_finished_run_is_not_trained_further(here, losses):
 def test_fewer_steps_than_were_made_are_not_what_the_weights_are_labelled_with(here):
     from cogtrain.model import lora
     from cogtrain.model.lora_file import read_facts
-    from cogtrain.runs.folder import read_run
 
     here(steps=3)
     run = here(steps=2)
