@@ -128,7 +128,7 @@ def test_a_lora_of_another_model_is_refused_in_words(tmp_path, live_model):
 
     deeper = {key.replace("blocks.1", "blocks.7"): t for key, t in state.items()}
     lora.save(deeper, tmp_path, {})
-    with pytest.raises(ModelError, match=r"no layer transformer_blocks\.7\.attn1"):
+    with pytest.raises(ModelError, match=r"no linear layer transformer_blocks\.7\.attn1"):
         lora.load(tmp_path / lora.FILE, tiny, tiny.load_transformer(torch.float32))
 
 
@@ -137,7 +137,7 @@ def test_what_is_no_lora_file_is_refused_in_words(tmp_path):
     transformer = tiny.load_transformer(torch.float32)
     file = tmp_path / lora.FILE
     file.write_bytes(b"not safetensors")
-    with pytest.raises(ModelError, match="not a LoRA file"):
+    with pytest.raises(ModelError, match="the file is damaged or cut short"):
         lora.load(file, tiny, transformer)
     save_file({"weight": torch.zeros(1)}, file)
     with pytest.raises(ModelError, match=r"not a LoRA of a CogVideoX"):
