@@ -206,9 +206,12 @@ class Pool:
                 due = [child.deadline for child in self._children if child.ticket is not None or not child.ready]
                 if self._waiting and self._next_start > now:
                     due.append(self._next_start)
-                soonest = min((time_ - now for time_ in due), default=None)
+                patience = max(min(due) - now, 0) if due else None
                 pipes = {child.pipe: child for child in self._children}
-                for event in wait([*pipes, self._wake_out], None if soonest is None else max(soonest, 0)):
+                events = wait([*pipes, self._wake_out], patience)
+                if patience is not None:
+                    self._allow_for(time.monotonic() - now - patience)
+                for event in events:
                     if event == self._wake_out:
                         os.read(self._wake_out, 65536)
                     else:
@@ -285,6 +288,13 @@ class Pool:
             self._waiting.appendleft(ticket)
         else:
             ticket.finish(result)
+
+    def _allow_for(self, overslept: float) -> None:
+        """Give the children their time anew where this process, and mostly they with it, was stopped (Ctrl-Z, a host
+        that froze): it woke later than it had meant to."""
+        if overslept > self.timeout_s / 10:
+            for child in self._children:
+                child.deadline = max(child.deadline, time.monotonic() + self.timeout_s)
 
     def _stop_late(self) -> None:
         now = time.monotonic()

@@ -52,6 +52,23 @@ def test_slow_work_that_gets_on_is_not_stopped():
         assert list(pool.run(pool_tasks.work_slowly, [(2.5,)])) == ["done"]
 
 
+def test_the_time_in_which_the_pool_itself_was_stopped_counts_for_no_child(monkeypatch):
+    """As by Ctrl-Z: it wakes later than its children's time is up, and the next beat is still to come."""
+    wait, stopped = pool_module.wait, []
+
+    def stop_twice(pipes, timeout):
+        # A child has begun; were it stopped, it would be tried once more.
+        if timeout is not None and timeout < 1.0 and len(stopped) < 2:
+            stopped.append(time.sleep(1.5))
+            return []
+        return wait(pipes, timeout)
+
+    monkeypatch.setattr(pool_module, "wait", stop_twice)
+    with Pool(1, timeout_s=1.0) as pool:
+        assert list(pool.run(pool_tasks.work_slowly, [(2.0,)])) == ["done"]
+    assert len(stopped) == 2
+
+
 def test_a_child_that_dies_while_it_starts_costs_nothing(monkeypatch):
     """The first two end before they are ready, as if memory had been short."""
     starts = iter([pool_tasks.die, pool_tasks.die])
