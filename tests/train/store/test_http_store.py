@@ -22,7 +22,7 @@ from cogtrain.data.shards import open_shards
 from cogtrain.settings.training import LoraSettings
 
 STALL, PATIENCE = 0.25, 0.8  # seconds
-WITHIN = 8.0  # seconds in which each case must have ended, on a busy machine
+WITHIN = 20.0  # seconds in which each case must have ended, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,9 @@ TOLD = {
 
 
 @pytest.mark.parametrize("fault", SURVIVED)
-def test_right_data_in_spite_of(server, expected, fault):
+def test_right_data_in_spite_of(server, expected, fault, monkeypatch):
+    for module, name in ((store, "OPENING"), (shard_set, "TRAINING")):
+        monkeypatch.setattr(module, name, store.Patience(WITHIN))
     server.begin(SURVIVED[fault])
     began = time.monotonic()
     assert read_everything(server) == expected
@@ -276,7 +278,7 @@ def test_nobody_answers(server, host):
     began = time.monotonic()
     with pytest.raises(StoreError, match="no connection to") as caught:
         open_shards([f"http://{host}/out/000000.tar?sig=SECRET"])
-    assert "SECRET" not in str(caught.value) and time.monotonic() - began < WITHIN + 5
+    assert "SECRET" not in str(caught.value) and time.monotonic() - began < WITHIN
 
 
 def test_a_run_that_ends_does_not_wait_for_its_readers(server):
