@@ -16,6 +16,7 @@ from typing import Literal
 
 from cogcommon.cli.names import command_line
 from cogcommon.errors import DataRootError
+from cogcommon.files.near import folders_like
 from cogcommon.files.regular_file import Empty, Missing, Unreadable, open_regular
 from cogcommon.model.families import Task
 from cogcommon.store.address import as_shown
@@ -23,7 +24,6 @@ from cogcommon.words import counted
 
 from ..source.addresses import named_without_secrets, remote_address
 from ..source.clip import BadClip
-from ..source.near import folders_like
 from ..source.remote import Unreached, read_object, state_of
 
 # Byte order marks, wherever lists were joined, and what has neither width nor meaning. The joiners U+200C and

@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -66,17 +65,6 @@ def folder_before(root: Path, entry: str) -> str | None:
     except (OSError, ValueError):
         return None
     return found.removesuffix(f"/{entry}") if found and found.endswith(f"/{entry}") else None
-
-
-def folders_like(path: Path) -> str:
-    """What folders beside a missing one have names like its: ``did you mean holiday?``; empty where none has."""
-    try:
-        with os.scandir(path.parent) as entries:
-            names = [entry.name for entry in islice(entries, _MOST) if entry.is_dir()]
-    except (OSError, ValueError):
-        return ""
-    meant = [str(path.with_name(name)) for name in get_close_matches(path.name, names)]
-    return f"did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def clip_of_pictures(folder: Path) -> str | None:

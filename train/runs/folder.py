@@ -30,6 +30,7 @@ from cogcommon.cli.settings import parse_toml, resolve
 from cogcommon.errors import ModelError, RunError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.locks import locked_elsewhere
+from cogcommon.files.near import folders_like
 from cogcommon.files.ownership import Made, is_file
 from cogcommon.files.typed import build, parse_object
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
@@ -266,7 +267,7 @@ def read_settings(run: Path) -> Mapping[str, Any]:
     raise RunError(
         f"not a run folder: there is no {CONFIG_FILE}" if run.is_dir() else "there is no such run or checkpoint",
         where=str(run),
-        fix="give the folder of a run, or a checkpoint-N that is in it",
+        fix=" ".join(filter(None, [folders_like(run), "give the folder of a run, or a checkpoint-N that is in it"])),
     )
 
 

@@ -83,6 +83,9 @@ def test_a_page_is_written_anew_where_it_is_ours_and_videos_went_into_the_run(ru
 def test_what_is_no_run_is_refused_in_words(tmp_path, run):
     with pytest.raises(RunError, match="not a run folder"):
         read_run(tmp_path.parent)
+    with pytest.raises(RunError, match="no such run") as caught:
+        read_run(run.with_name(f"{run.name}x"))
+    assert f"did you mean {run}" in caught.value.fix
     (run / "facts.json").write_text(json.dumps(dataclasses.asdict(FACTS) | {"unknown": 1}))
     with pytest.raises(RunError, match="facts of the run"):
         read_run(run)
