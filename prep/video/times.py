@@ -179,6 +179,9 @@ def _times_of(
     if in_order:
         return FrameTimes(tuple(stamp * base for stamp in dts), "dts", tuple(dts))
     rate = usual_rate(stream)  # no times to trust: the mean rate is all there is
+    told = float(stream.codec_context.framerate or 0)
+    if not (pts or dts) and 1 <= told <= 1000:  # a bare bitstream, whose mean FFmpeg takes to be 25
+        rate = told
     return FrameTimes(tuple(index / rate for index in range(len(shown))), "count")
 
 

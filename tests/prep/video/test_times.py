@@ -228,6 +228,14 @@ def test_recordings_joined_byte_by_byte_are_refused_by_that_name(tmp_path):
     assert "joined byte by byte" in decode(tmp_path / "a.ts").reason
 
 
+@pytest.mark.parametrize(("kind", "codec"), [("h264", "libx264"), ("hevc", "libx265")])
+def test_a_bare_bitstream_plays_at_its_own_rate(kind, codec, tmp_path):
+    """As from a Raspberry Pi: it has no times, but says how many pictures a second it is made of."""
+    path = write(tmp_path / f"a.{kind}", cards(), codec=codec, fps=60)
+    with ClipSource(path) as source, Video(source) as video:
+        assert video.facts().fps == pytest.approx(60)
+
+
 def test_a_jump_of_hours_is_a_hold_that_takes_no_room(tmp_path):
     times = [index / FPS for index in range(10)] + [36_000 + index / FPS for index in range(20)]
     path = write(tmp_path / "a.mkv", cards(), times=times)
