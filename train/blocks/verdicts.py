@@ -1,7 +1,8 @@
 """What trials on this machine's GPU have shown, kept in the user's cache: no start compiles and compares it again.
 
-A verdict holds while the GPU, its driver, the libraries and our own sources stay what they were. Only what works is
-kept: a fault is looked for anew at each start, for somebody may have mended it. ``$COGTUNE_CACHE/trials/`` has a small
+A verdict holds while the GPU, its driver, the libraries and our own sources stay what they were, and no block has
+failed (`BlockEngine`). Only what works is kept: a fault is looked for anew at each start, for somebody may have mended
+it. ``$COGTUNE_CACHE/trials/`` has a small
 file for each GPU with its libraries; it may be removed at any time.
 """
 
@@ -42,11 +43,10 @@ def recalled(what: str, facts: Mapping[str, str], trial: Callable[[], str]) -> s
     if not facts:
         return trial()
     file = _file(facts)
-    known = file.read()
-    if (verdict := known.get(what)) and isinstance(verdict, str):
+    if (verdict := file.read().get(what)) and isinstance(verdict, str):
         return verdict
-    if found := trial():
-        file.write({**known, what: found, "facts": dict(facts)})
+    if found := trial():  # which takes seconds, in which other processes of the run have written what they found
+        file.write({**file.read(), what: found, "facts": dict(facts)})
     return found
 
 

@@ -31,6 +31,13 @@ def test_what_works_is_not_tried_again():
     assert len(tried) == 2
 
 
+def test_what_another_process_has_found_meanwhile_is_kept():
+    tried, trial = trying("works")
+    recalled("a kernel", FACTS, lambda: recalled("another kernel", FACTS, trial))
+    assert [recalled(what, FACTS, trial) for what in ("a kernel", "another kernel")] == ["works"] * 2
+    assert len(tried) == 1
+
+
 def test_what_fails_is_tried_each_time():
     tried, trial = trying("")
     assert [recalled("a kernel", FACTS, trial) for _ in range(2)] == ["", ""]
