@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +16,8 @@ import pyarrow.compute as pc
 from cogcommon.errors import CogError, ShardError, StoreError
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
-from cogcommon.shards.records import ShardHeader, extent_intact
-from cogcommon.store.store import TRAINING, ReadPart, Stop, StoredFile
+from cogcommon.shards.records import ShardHeader, extent_intact, read_table
+from cogcommon.store.store import TRAINING, Stop, StoredFile
 from cogcommon.words import counted
 
 from ..store.cache import SampleCache
@@ -225,17 +226,12 @@ class ShardSet:
                 where=shard.shown,
                 fix="another server or mirror; a proxy between may be at fault",
             )
-        if shard.file.remote:
-            try:
-                now = shard.file.stat(fresh=True)
-            except FileNotFoundError:
-                now = ReadPart(bytearray(), 0)
-            if (now.size, now.etag) != (shard.header.tar_size, shard.etag):
-                return StoreError(
-                    f"sample {extent.key} cannot be read: the shard has been replaced since the run was opened",
-                    where=shard.shown,
-                    fix="put the old one back, or start a run on the new ones",
-                )
+        if _replaced(shard):
+            return StoreError(
+                f"sample {extent.key} cannot be read: the shard has been replaced since the run was opened",
+                where=shard.shown,
+                fix="put the old one back, or start a run on the new ones",
+            )
         return damaged(shard.file, f"sample {extent.key} is not what was written")
 
     def empty_caption(self) -> bytes:
@@ -262,6 +258,20 @@ class ShardSet:
             where=file.shown,
             fix="remove it; `cogprep encode` writes it again",
         )
+
+
+def _replaced(shard: Shard) -> bool:
+    """Whether another shard lies there than was opened: `cogprep encode` has taken samples out of it, for one."""
+    try:
+        if shard.file.remote:
+            now = shard.file.stat(fresh=True)
+            return (now.size, now.etag) != (shard.header.tar_size, shard.etag)
+        header, _ = read_table(io.BytesIO(shard.file.beside(".parquet").read_all().data), ["key"])
+        return header.tar_sha256 != shard.header.tar_sha256
+    except FileNotFoundError:  # so it is while a shard is rewritten; a whole tar in the cache never has a record
+        return shard.file.remote or shard.path.endswith(".tar")
+    except ShardError:
+        return False
 
 
 def usual_size(samples: Mapping[Resolution, int]) -> Resolution:

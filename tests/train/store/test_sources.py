@@ -10,6 +10,7 @@ from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE
 from cogcommon.shards.records import read_record, write_record
 from cogprep.commands.index import index
+from cogprep.store.rewrite import drop_samples
 from cogtrain.data.batches import read_sample
 from cogtrain.data.compatibility import check_model, check_shards_alike
 from cogtrain.data.shards import open_shards
@@ -171,6 +172,20 @@ def test_rejected_samples_only(tmp_path, make_shards):
     with pytest.raises(ShardError, match="no usable sample") as caught:
         open_shards([str(tar)])
     assert "cogprep inspect" in caught.value.fix
+
+
+def test_a_shard_that_is_rewritten_while_it_is_trained_is_not_called_damaged(tmp_path, make_shards):
+    """A line goes, and encode takes its sample out of a shard that a run has open."""
+    tar, _ = make_shards(tmp_path, samples=4)
+    record = tar.with_suffix(".parquet")
+    shards, first = open_shards([str(tmp_path)]), read_record(record).rows[0].key
+    at = shards.table["key"].to_pylist().index(read_record(record).rows[1].key)
+    drop_samples(tmp_path, 0, lambda row: row.key != first)
+    with pytest.raises(StoreError, match="has been replaced since the run was opened"):
+        read_sample(shards, at)
+    record.unlink()  # between the two renames
+    with pytest.raises(StoreError, match="has been replaced since the run was opened"):
+        read_sample(shards, at)
 
 
 def test_held_out_samples_are_left_out_by_key_and_by_clip(tmp_path, make_shards):
