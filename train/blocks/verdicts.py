@@ -2,8 +2,7 @@
 
 A verdict holds while the GPU, its driver, the libraries and our own sources stay what they were, and no block has
 failed (`BlockEngine`). Only what works is kept: a fault is looked for anew at each start, for somebody may have mended
-it. ``$COGTUNE_CACHE/trials/`` has a small
-file for each GPU with its libraries; it may be removed at any time.
+it. ``$COGTUNE_CACHE/trials/`` has a small file for each GPU with its libraries; it may be removed at any time.
 """
 
 from __future__ import annotations
