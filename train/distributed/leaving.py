@@ -33,6 +33,7 @@ LOST = 75  # as sysexits.h has it: "temporary failure"; the same command goes on
 _CODES: dict[str, int] = {"refused": REFUSED, "failed": FAILED, "lost": LOST, "gone": LOST}
 _LOOK = 0.5  # seconds between looks for a peer that has failed
 _SAYING = 10.0  # seconds for process 0 to say why, and to end
+_CLOSING = 60.0  # seconds for it to close its files and its tracker, where the run was asked to stop
 _GRACE = 3.0  # seconds for a process to leave by itself, once a peer has failed
 
 
@@ -82,11 +83,10 @@ class Leaving:
             threading.Thread(target=watch, daemon=True, name="cogtrain-peers").start()
         try:
             yield
-        except PeerFailed:  # process 0 says why; the launcher of its host would end it as soon as any other has left
+        except (PeerFailed, Stopped) as end:  # the launcher of process 0 would end it as soon as any other has left
             self._left.set()
-            self._connections.outlive(_SAYING)
-            raise
-        except Stopped:
+            if self._rank != 0:
+                self._connections.outlive(_CLOSING if isinstance(end, Stopped) else _SAYING)
             raise
         except Exception as error:
             reason = self._reason(error)

@@ -25,13 +25,8 @@ from cogtrain.distributed.peers import Node
     ],
 )
 def test_all_leave_when_one_does(how, victim, says):
-    script = CHILDREN / "leaving.py"
     began = time.monotonic()
-    words = [script, "leave", how, victim]
-    with held_port() as port:
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
-        both = [Forked(words, environment=meeting | {"RANK": str(rank)}) for rank in range(2)]
-        ended = [process.end(120) for process in both]
+    ended = leave(how, victim)
     assert time.monotonic() - began < 100
     codes = [2, 2] if how == "raises" else [LOST, LOST]
     codes[victim] = -signal.SIGKILL if how != "raises" else 2
@@ -40,6 +35,21 @@ def test_all_leave_when_one_does(how, victim, says):
     assert errors.count("error:") == 1 and says in errors and "Traceback" not in errors
     # As a bare PyTorchJob starts them, with no word of what is on the same host.
     assert [out for _, out, _ in ended] == ["rank 0, 2 here\n", "rank 1, 2 here\n"]
+
+
+def leave(*words):
+    """How both processes of `leaving.py` end."""
+    with held_port() as port:
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
+        both = [Forked([CHILDREN / "leaving.py", "leave", *words], None, meeting | {"RANK": rank}) for rank in "01"]
+        return [process.end(120) for process in both]
+
+
+def test_process_0_of_a_run_that_stops_has_time_to_close_its_files():
+    """The launcher of its host would end it as soon as another has left, with its last line unsaid."""
+    ended = leave("stops", 0)
+    assert [(code, err) for code, _, err in ended] == [(143, "")] * 2, ended
+    assert ended[0][1].endswith("here\nis waited for\n")
 
 
 @pytest.fixture
