@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.errors import RunError
-from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.memory import free_gpu_memory
 
 from ..settings.training import Strategy, TrainSettings
@@ -160,19 +158,13 @@ class Runtime:
 
         Raises:
             RunError: it is damaged, or does not fit this model.
+            DiskError: there is no room to convert it.
         """
         try:
             if not self.sharded:
                 self._load_plain(model, optimizer, shadow, folder)
             elif self._converts:
-                scratch = Path(self.peers.broadcast(str(temporary_beside(folder.parent / "universal"))))
-                if self.main:
-                    zero.convert(folder, scratch)
-                self.barrier()
-                zero.load(model, scratch)
-                self.barrier()
-                if self.main:
-                    shutil.rmtree(scratch)
+                zero.load_converted(model, folder, self.peers)
             else:
                 zero.load(model, folder)
         except Exception as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import io
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.cli.names import command_line
 from cogcommon.cli.progress import stage
 from cogcommon.errors import SettingError
+from cogcommon.files.atomic import temporary_beside
+from cogcommon.files.failures import disk_error, number_of
 from cogcommon.files.ownership import is_file
+
+from .peers import Peers
 
 if TYPE_CHECKING:
     import torch
@@ -202,6 +208,38 @@ def load(engine: Any, folder: Path) -> None:
         path, _ = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not _partly_frozen(engine))
     if path is None:
         raise FileNotFoundError("DeepSpeed finds no state in it")
+
+
+def load_converted(engine: Any, folder: Path, peers: Peers) -> None:
+    """As `load`, of a checkpoint of another number of processes, by way of a copy as large; every rank calls it.
+
+    Raises:
+        DiskError: the copy finds no room.
+        RuntimeError, OSError, ...: as `load`.
+    """
+    scratch = Path(peers.broadcast(str(temporary_beside(folder.parent / "universal"))))
+    try:
+        if peers.main:
+            _convert_for_now(folder, scratch)
+        peers.barrier()
+        load(engine, scratch)
+        peers.barrier()
+    finally:
+        if peers.main:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _convert_for_now(folder: Path, scratch: Path) -> None:
+    try:
+        convert(folder, scratch)
+    except Exception as error:
+        number = number_of(error, scratch)
+        if number not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the checkpoint's own fault
+        shutil.rmtree(scratch, ignore_errors=True)
+        size = sum(path.stat().st_size for path in (folder / _TAG).iterdir())
+        go_on = "run the command again; on as many processes as wrote the checkpoint it takes no room"
+        raise disk_error(OSError(), number, folder, needs=size, go_on=go_on) from error
 
 
 def gather_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
-"""Compiled blocks under ZeRO-3, which lends them their weights, make the run that DDP makes, on two processes."""
+"""Compiled blocks under ZeRO-3, which lends them their weights, make the run that DDP makes; what needs room."""
 
+import errno
 import itertools
 import json
 from types import SimpleNamespace
@@ -7,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cogcommon.errors import DiskError
 from cogcommon.model.families import FAMILIES
 from cogtrain.distributed import strategy as strategies
+from cogtrain.distributed import zero
 from cogtrain.distributed.peers import ALONE
 from cogtrain.distributed.strategy import Runtime
 
@@ -57,3 +60,22 @@ def test_room_for_a_model_is_that_of_all_its_weights_though_they_lie_in_parts(mo
     for free, room in ((2500, "cuda"), (2000, "cpu")):
         monkeypatch.setattr(strategies, "free_gpu_memory", lambda device, free=free: free)
         assert runtime.room_for(model) == torch.device(room)
+
+
+def test_a_disk_without_room_for_the_converted_checkpoint_is_told_as_such_and_keeps_none_of_it(tmp_path, monkeypatch):
+    """The checkpoint is whole: nobody is told to resume an older one."""
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    (checkpoint / "state").mkdir(parents=True)
+    (checkpoint / "state" / "states.pt").write_bytes(bytes(3_000_000))
+
+    def convert(folder, into):
+        into.mkdir()
+        (into / "half.pt").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zero, "convert", convert)
+    runtime = Runtime(SimpleNamespace(process_index=0), "zero2", "fp32", {}, ALONE, _converts=True)
+    with pytest.raises(DiskError, match="the disk is full: 3 MB are to be written") as caught:
+        runtime.load_state(None, None, None, checkpoint)
+    assert "as many processes as wrote" in caught.value.fix and str(checkpoint) == caught.value.where
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint-3"]
