@@ -17,7 +17,7 @@ from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.prompts import Prompt, read_prompts, validation_prompts, without_token
 from ..data.shard_set import ShardSet, usual_size
 from ..data.shards import open_shards
-from ..distributed.groups import data_groups
+from ..distributed.groups import DataGroups, data_groups
 from ..distributed.optimizer import check_optimizer, told_of_schedule
 from ..distributed.peers import ALONE, Peers
 from ..distributed.zero_config import check_strategy, choose_strategy, deepspeed_config
@@ -61,19 +61,8 @@ def open_run(
         lambda: _find_resume(settings, peers), peers
     )  # together, so before anything that may fail here
     given, groups = settings, data_groups(world)
-    settings = with_accumulation(settings, groups, resume, peers.here if peers.world > 1 else world, notes)
-    settings = _as_it_began(settings, resume)
-    method = method_of(settings)
-    strategy = choose_strategy(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
-    _check_settings(settings, strategy, device)
-    if resume is None:
-        method.check_files()
-    if settings.follow and settings.model:  # which the shards may name, too, once there are some
-        checkpoint = _open_model(settings.model, None, resume)
-        precision = _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
-        _prompts(settings, checkpoint, checkpoint.native, precision)
-        if not checkpoint.on_hub:  # which may have a newer revision than the shards were made with
-            _check_weights(settings, checkpoint)
+    # Together, so that none waits for shards, or for one that has a fault.
+    settings, method, strategy = peers.together(lambda: _without_shards(given, resume, device, groups, peers, notes))
     followed = open_followed(settings, resume, groups.count, peers) if settings.follow else None
     held_out: ShardSet | None = None
     if followed:
@@ -146,6 +135,32 @@ def open_run(
         if changed:
             notes.append("changed since the checkpoint: " + ", ".join(changed))
     return dataclasses.replace(run, notes=tuple(notes))
+
+
+def _without_shards(
+    given: TrainSettings, resume: SavedCheckpoint | None, device: torch.device, groups: DataGroups, peers: Peers,
+    notes: list[str],
+) -> tuple[TrainSettings, Method, Strategy]:  # fmt: skip
+    """Settle and check what can be before there are shards, which may be hours away with --follow.
+
+    Raises:
+        CogError: as `open_run`.
+    """
+    world = groups.world
+    settings = with_accumulation(given, groups, resume, peers.here if peers.world > 1 else world, notes)
+    settings = _as_it_began(settings, resume)
+    method = method_of(settings)
+    strategy = choose_strategy(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
+    _check_settings(settings, strategy, device)
+    if resume is None:
+        method.check_files()
+    if settings.follow and settings.model:  # which the shards may name, too, once there are some
+        checkpoint = _open_model(settings.model, None, resume)
+        precision = _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
+        _prompts(settings, checkpoint, checkpoint.native, precision)
+        if not checkpoint.on_hub:  # which may have a newer revision than the shards were made with
+            _check_weights(settings, checkpoint)
+    return settings, method, strategy
 
 
 def _as_it_began(settings: TrainSettings, resume: SavedCheckpoint | None) -> TrainSettings:

@@ -17,6 +17,7 @@ from cogcommon.errors import CogError, RunError, SettingError, StoreError
 from cogcommon.media.video import write_mp4
 from cogcommon.model.families import Resolution
 from cogtrain.data import growing
+from cogtrain.distributed.peers import Node, Peers
 from cogtrain.report.page import write_report
 from cogtrain.runs import follow
 from cogtrain.runs.folder import EPOCHS_FILE, read_run
@@ -28,6 +29,19 @@ OPTIONS = {"rank": 4, "lr": 1e-2, "follow": True}
 
 class Killed(BaseException):
     """The end of a process that nobody asks."""
+
+
+class Told(Peers):
+    """Keeps the faults that the processes of a run tell each other of."""
+
+    told = ()
+
+    def together(self, act):
+        try:
+            return act()
+        except CogError as fault:
+            self.told = [*self.told, fault]
+            raise
 
 
 @pytest.fixture
@@ -161,6 +175,7 @@ def test_two_processes_train_what_one_does(tmp_path, shards_to_come, train_here,
     ],
 )
 def test_what_needs_no_shards_is_refused_before_it_waits_for_them(tmp_path, monkeypatch, option, changes):
+    """By all processes together, for only one of them may lack a file, and the others would wait for it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text('{"fp16": {"enabled": true}}')
     (tmp_path / "somebodys").mkdir()
@@ -171,10 +186,10 @@ def test_what_needs_no_shards_is_refused_before_it_waits_for_them(tmp_path, monk
 
     monkeypatch.setattr(follow, "time", SimpleNamespace(sleep=waits, monotonic=time.monotonic))
     settings = LoraSettings(**OPTIONS | {"shards": [str(tmp_path / "to-come")]} | {"steps": 2} | changes)
+    peers = Told(0, 1, (Node.here(),))
     with pytest.raises(CogError) as caught:
-        open_run(settings, torch.device("cpu"), 1)
-    print(caught.value)
-    assert option in str(caught.value)
+        open_run(settings, torch.device("cpu"), 1, peers)
+    assert option in str(caught.value) and peers.told == [caught.value]
 
 
 def test_what_cannot_be_followed_or_gone_on_with_is_refused(tmp_path, followed, train_here):
