@@ -56,7 +56,7 @@ def refuse_lists(holds: Callable[[str], bool], place: str, option: str, lists: t
             )
 
 
-def foreign_folder(folder: Path, option: str) -> SettingError:
+def foreign_folder(folder: Path | str, option: str) -> SettingError:
     """The error for a folder that is somebody's."""
     return SettingError(
         "there are files in this folder that we did not make; none of them was touched",

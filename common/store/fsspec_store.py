@@ -16,7 +16,13 @@ from .address import READERS
 from .store import STALLED, ReadPart, StoreFault, without_secrets
 
 _SLOW = 64 * 1024  # bytes a second: fsspec tells nothing of progress, so an attempt may take this long in all
-_CREDENTIALS = "check the credentials that this machine gives (environment, configuration file or role)"
+_CREDENTIALS = (
+    "check the credentials that this machine gives (environment, configuration file or role), which may have expired, "
+    "and the region"
+)
+# Refusals that another attempt may not meet, of those that name the request as what is wrong (400 to 499).
+_PASSING_STATUS = {"408", "409", "425", "429"}
+_PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 
 
 def open_fsspec(url: str, option: str) -> tuple[FsspecStore, str]:
@@ -101,10 +107,11 @@ class FsspecStore:
         return info
 
     def entries(self, folder: str) -> list[dict[str, Any]]:
-        """What the store says of each object of a folder now; folders in it are left out."""
+        """What the store says of each object of a folder now; without folders in it, and an object of its name."""
         self._fs.invalidate_cache()
         found: list[dict[str, Any]] = self._call("ls", 0, folder, detail=True)
-        return [one for one in found if one.get("type") != "directory" and not str(one["name"]).endswith("/")]
+        inside = (one for one in found if str(one["name"]).strip("/") != folder.strip("/"))
+        return [one for one in inside if one.get("type") != "directory" and not str(one["name"]).endswith("/")]
 
     def put(self, path: str, data: bytes, *, create: bool = False) -> None:
         """Write an object in one request.
@@ -145,11 +152,10 @@ class FsspecStore:
             raise
         except (TimeoutError, fsspec.exceptions.FSTimeoutError) as error:
             raise StoreFault(f"the store does not answer (nothing within {timeout:.0f} s)") from error
-        except PermissionError as error:
-            reason = f"the store refuses: {without_secrets(str(error))}"
-            raise StoreFault(reason, passing=False, fix=_CREDENTIALS) from error
         except Exception as error:  # each file system raises its own kinds
-            text = without_secrets(str(error)) or type(error).__name__
+            text = without_secrets(getattr(error, "strerror", None) or str(error)) or type(error).__name__
+            if isinstance(error, PermissionError) or _refused(error):
+                raise StoreFault(f"the store refuses: {text}", passing=False, fix=_CREDENTIALS) from error
             lasting = "Credentials" in type(error).__name__ or isinstance(error, ValueError | TypeError)
             raise StoreFault(text, passing=not lasting, fix=_CREDENTIALS if lasting else None) from error
 
@@ -158,6 +164,13 @@ def etag_of(info: dict[str, Any]) -> str:
     """What changes with an object's content, of what its store says of it."""
     names = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "created")
     return str(next((info[name] for name in names if info.get(name)), ""))
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether a store will refuse the same request again. To a HEAD it gives the status alone: 400 of a token's end."""
+    told = set(_codes(error))
+    refused = any(len(code) == 3 and code.startswith("4") and code.isdigit() for code in told) or "501" in told
+    return refused and not told & (_PASSING_STATUS | _PASSING_CODES)
 
 
 def _says_there_is_one(error: BaseException) -> bool:
@@ -178,6 +191,7 @@ def _codes(error: BaseException) -> Iterator[str]:
         answer = getattr(one, "response", None)
         if isinstance(answer, dict):
             yield str(answer.get("Error", {}).get("Code", ""))
+            yield str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
         yield from (str(getattr(one, name, "")) for name in ("code", "error_code", "status"))
 
 

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 from ..cli.names import plain
 from ..errors import StoreError
 from ..words import in_words
+from .address import READERS
 
 _T = TypeVar("_T")
 
@@ -254,5 +255,13 @@ def is_web(path: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """A text whose URLs have lost their query strings (signatures) and users' names and passwords."""
-    return re.sub(r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/@]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
+    """A text whose URLs have lost their query strings (signatures) and users' names and passwords.
+
+    In an object store ``#`` and ``?`` are signs of a name like any other, but for a query that sets something.
+    """
+
+    def bare(match: re.Match[str]) -> str:
+        scheme, place, rest = match.groups()
+        return f"{scheme}://{place}" + (re.sub(r"\?[^?/]*=.*", "", rest) if scheme in READERS else "")
+
+    return re.sub(r"\b([a-z][a-z0-9+.-]*)://(?:[^\s/@]*@)?([^\s?#'\"]*)((?:[?#][^\s'\"]*)?)", bare, text)

@@ -71,7 +71,7 @@ class RemoteOutlet(Outlet):
         foreign = [name for name in there if not _is_our_name(name)]
         check_shards_output(self.folder, "--out", lists)
         if foreign and not (there.keys() & {CONTRACT_FILE} or any(record_number(name) is not None for name in there)):
-            raise foreign_folder(Path(self.place), "--out")
+            raise foreign_folder(self.place, "--out")
         for folder, number in self._desk.unpublished():
             with suppress(ShardDone, ShardBusy):
                 self.publish(folder, number)

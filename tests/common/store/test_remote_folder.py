@@ -4,8 +4,9 @@ import datetime
 
 import pytest
 
-from cogcommon.store.fsspec_store import _codes, _says_there_is_one
+from cogcommon.store.fsspec_store import _codes, _refused, _says_there_is_one
 from cogcommon.store.remote_folder import _entry
+from cogcommon.store.store import without_secrets
 
 
 @pytest.mark.parametrize("name", ["LastModified", "last_modified", "mtime"])
@@ -29,3 +30,21 @@ def test_digits_in_an_address_are_no_status():
     inner.__cause__ = failed("range", response={"Error": {"Code": "InvalidRange"}})
     assert "InvalidRange" in set(_codes(inner))
     assert not _says_there_is_one(failed("timeout for 000412.tar")) and _says_there_is_one(failed("no", code=412))
+
+
+def test_what_a_store_refuses_it_refuses_again_but_for_what_was_lost_on_the_way():
+    def answer(status, code):
+        return failed("no", response={"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}})
+
+    refused = [(400, "400"), (400, "ExpiredToken"), (400, "AuthorizationHeaderMalformed"), (403, "QuotaExceeded"),
+               (501, "NotImplemented")]  # fmt: skip
+    passing = [(400, "RequestTimeout"), (400, "BadDigest"), (409, "OperationAborted"), (429, "TooManyRequests"),
+               (500, "InternalError"), (503, "SlowDown")]  # fmt: skip
+    assert all(_refused(answer(*one)) for one in refused) and not any(_refused(answer(*one)) for one in passing)
+
+
+def test_a_name_in_an_object_store_is_shown_whole_and_what_opens_it_is_not():
+    for name in ("s3://bucket/try#2/out", "gs://bucket/why?/out", "s3://bucket/a?b/day=1/000000.tar"):
+        assert without_secrets(f"read {name} twice") == f"read {name} twice"
+    assert without_secrets("s3://KEY:SECRET@bucket/a#1?X-Amz-Signature=SECRET&b=/c") == "s3://bucket/a#1"
+    assert without_secrets("'https://ann:SECRET@host/a?b=SECRET#c' failed") == "'https://host/a' failed"

@@ -180,9 +180,14 @@ class TestWhole:
     @pytest.mark.parametrize(("name", "says"), [("prompts.txt", "data root"), ("photo.jpg", "did not make")])
     def test_somebodys_folder_is_refused(self, bring, there, name, says):
         there.fs.pipe_file(f"bucket/out/{name}", b"somebody's")
-        with pytest.raises(SettingError, match=says):
+        with pytest.raises(SettingError, match=says) as caught:
             bring()
-        assert there() == {name: b"somebody's"}
+        assert there() == {name: b"somebody's"} and caught.value.where == "--out s3://bucket/out"
+
+    def test_an_object_of_the_folders_name_is_not_in_it(self, bring, there):
+        there.fs.pipe_file("bucket/out", b"somebody's")
+        bring()
+        assert there.fs.cat_file("bucket/out") == b"somebody's" and there.fs.exists("bucket/out/000000.parquet")
 
     def test_a_changed_data_root_changes_the_shards(self, bring, there, on_disk):
         bring("fresh")

@@ -103,7 +103,7 @@ def test_a_bucket_that_fails_for_a_moment(proxy, folder):
 
 @pytest.mark.parametrize(
     ("status", "code", "says"),
-    [(403, "AccessDenied", "refuses"), (403, "ExpiredToken", "refuses|expired"), (500, "InternalError", "attempts"),
+    [(403, "AccessDenied", "refuses"), (400, "ExpiredToken", "the store refuses"), (500, "InternalError", "attempts"),
      (503, "SlowDown", "attempts"), (404, "NoSuchKey", "the shard is gone")],
 )  # fmt: skip
 def test_a_bucket_that_fails_for_good(proxy, capfd, status, code, says):
