@@ -42,6 +42,21 @@ def fetch(
         ) from error
 
 
+def is_reached(patience: float = 5.0) -> bool:
+    """Whether the hub, or the mirror that HF_ENDPOINT names, answers at all.
+
+    Args:
+        patience: seconds to wait for it.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=patience)
+    except Exception:  # no connection, no such host, a proxy's refusal, an address that is none: httpx has no one class
+        return False
+    return True
+
+
 def _why_not(error: Exception) -> str:
     """Why the hub gave nothing."""
     from huggingface_hub import constants

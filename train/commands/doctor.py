@@ -19,6 +19,7 @@ from cogcommon.files.failures import room_of
 from cogcommon.files.memory import host_memory_left
 from cogcommon.model.device import EMULATED, has_bf16
 from cogcommon.model.families import FAMILIES
+from cogcommon.model.hub import is_reached
 from cogcommon.words import GIB, counted, in_bytes, in_gib
 
 from ..blocks.trial import compiler_fault, flash4_is_there, forget_trials
@@ -229,7 +230,7 @@ def _limits() -> Iterator[Diagnosis]:
 
 
 def _hub() -> Diagnosis:
-    """Which published models are here already; nobody is asked."""
+    """Which published models are here already, and whether the others can be fetched."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -243,4 +244,12 @@ def _hub() -> Diagnosis:
     if constants.HF_HUB_OFFLINE:
         verdict: Literal["good", "bad"] = "good" if known else "bad"
         return Diagnosis("models", f"{found}; HF_HUB_OFFLINE is set", verdict, "" if known else "unset HF_HUB_OFFLINE")
+    if len(known) < len(names) and not is_reached():
+        return Diagnosis(
+            "models",
+            f"{found}; the hub ({constants.ENDPOINT}) cannot be reached",
+            "note" if known else "bad",
+            "export HF_ENDPOINT=https://... names a mirror; or fetch a model elsewhere, `hf download "
+            f"{FAMILIES[0].hub_id} --local-dir FOLDER`, and give --model FOLDER",
+        )
     return Diagnosis("models", found, advice="" if known else "they are fetched when first used, 13 to 22 GB each")

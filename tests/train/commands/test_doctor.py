@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import socket
+from functools import partial
+from threading import Thread
 
 import pytest
 import torch
@@ -59,12 +62,26 @@ def test_why_there_is_no_gpu(monkeypatch, cuda, driver, hidden, verdict, told):
     assert finding.verdict == verdict and told in finding.advice
 
 
+def answer_once(server):
+    with server.accept()[0] as connection:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
 def test_models_that_cannot_be_fetched_are_wrong_only_where_none_is_here(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert about(doctor.findings(), "models").verdict == "bad"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert about(doctor.findings(), "models").verdict == "good"
+    monkeypatch.setattr(doctor, "is_reached", partial(doctor.is_reached, patience=100))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        answering = Thread(target=answer_once, args=(server,))
+        answering.start()
+        assert about(doctor.findings(), "models").verdict == "good"
+        answering.join()
+    silent = about(doctor.findings(), "models")  # nobody listens there any more
+    assert silent.verdict == "bad" and "cannot be reached" in silent.found and "HF_ENDPOINT" in silent.advice
 
 
 def test_what_flash_attention_4_brings_is_what_was_measured():
