@@ -29,7 +29,7 @@ _OTHER_OPTIONS = {
     "--guidance-scale": "--guidance", "--lora-path": "--lora", "-v": "--version", "--mem": "--host",
     "--validation-prompt": "--validate-prompt", "--validation-prompts": "--validate-prompts",
     "--validation-images": "--validate-image", "--validation-image": "--validate-image", "--partition": "--queue",
-    "--cpus-per-task": "--cpus", "--job-name": "--name", "--gpus-per-node": "--gpus",
+    "--cpus-per-task": "--cpus", "--job-name": "--name", "--gpus-per-node": "--gpus", "--epsilon": "--eps",
 }  # fmt: skip
 
 # What the finetune scripts of CogVideo, the sister program or a scheduler call an option, and a command has none for.
@@ -37,6 +37,8 @@ _SHARDS = "belongs to cogprep encode{}; cogtrain takes shards: --shards out/"
 _NO_LOADER = "leave it out: shards are read ahead as they need be"
 _ALL_GPUS = "leave it out: all GPUs are taken; --nproc N takes N"
 _VALIDATION = '--validate-prompt "..." and --validate-every N; of clips set aside, --validate-shards'
+_FOUND = "leave it out: --model says it"
+_CACHE = "leave it out: export HF_HOME=FOLDER names where models lie"
 _TRAIN = {
     "--data-root": _SHARDS.format(""), "--resolution": _SHARDS.format(""), "--frames": _SHARDS.format(""),
     "--train-resolution": _SHARDS.format(", as --resolution"), "--caption-column": _SHARDS.format(", as --prompts"),
@@ -50,10 +52,27 @@ _TRAIN = {
     "--validation-dir": "--validate-prompts FILE, a prompt in each line",
     "--gen-fps": "belongs to cogtrain generate, as --fps",
     "--enable-slicing": "leave it out", "--enable-tiling": "leave it out: cogprep encode --tiling",
+    "--nccl-timeout": "leave it out", "--id-token": _SHARDS.format(""), "--tracker-name": "leave it out",
+    "--lr-num-cycles": "leave it out: a cosine goes down once", "--lr-power": "leave it out",
+    "--beta3": "leave it out", "--validation-prompt-separator": "leave it out: --validate-prompt for each",
+    "--validation-videos": "--validate-videos N, with --validate-shards of cogprep encode --holdout",
+    "--config-file": "--strategy zero2 (or another) says what an accelerate file did; --config takes TOML",
+    "--use-8bit-adam": "--optimizer adamw8bit", "--cache-dir": _CACHE,
+    **dict.fromkeys(("--height", "--width", "--fps", "--max-num-frames"), _SHARDS.format(", as --resolution")),
 }  # fmt: skip
+_TRAINED = [
+    "--batch-size", "--learning-rate", "--lr-scheduler", "--lr-warmup-steps", "--train-steps", "--train-epochs",
+    "--gradient-accumulation-steps", "--gradient-checkpointing", "--lora-alpha", "--target-modules", "--training-type",
+    "--checkpointing-steps", "--checkpointing-limit", "--resume-from-checkpoint", "--report-to", "--do-validation",
+    "--validation-prompt", "--validation-prompts", "--validation-images", "--validation-steps", "--validation-dir",
+]  # fmt: skip
 _ENCODE = {
-    "--nproc": "--gpus N",
+    "--nproc": "--gpus N", "--num-processes": "--gpus N", "--model-type": _FOUND, "--model-name": _FOUND,
+    "--fps": "leave it out: frames are taken at the model's own rate", "--enable-tiling": "--tiling on",
+    "--enable-slicing": "leave it out", "--cache-dir": _CACHE,
+    **dict.fromkeys(("--height", "--width", "--max-num-frames"), "--resolution, as FRAMESxHEIGHTxWIDTH: 49x480x720"),
     **dict.fromkeys(("--shards", "--lr", "--steps", "--epochs", "--rank"), "belongs to cogtrain lora"),
+    **dict.fromkeys(_TRAINED, "belongs to cogtrain lora, which says what it is called here"),
 }  # fmt: skip
 _IN_WORDS: Mapping[str, Mapping[str, str]] = {
     "lora": _TRAIN, "sft": _TRAIN, "encode": _ENCODE, "validate": _ENCODE,
@@ -99,7 +118,7 @@ def in_our_words(ctx: Any, parameters: Sequence[Any], words: Sequence[str], erro
         return SettingError(
             f"there are no options {', '.join(unknown)}",
             where=ctx.command_path,
-            fix="\n    ".join([*each, *[help] * (len(each) < len(unknown))]),
+            fix="\n       ".join([*each, *[help] * (len(each) < len(unknown))]),
         )
     parameter = getattr(error, "param", None)
     if parameter is None:

@@ -132,7 +132,8 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
         except OSError as error:
             raise SettingError(f"cannot read the settings file: {error.strerror}", where=str(config)) from error
         except ValueError as error:
-            raise SettingError(f"not TOML: {error}", where=str(config)) from error
+            fix = 'one option a line, as in steps = 500 or strategy = "zero2"; a run\'s config.toml has all of its own'
+            raise SettingError(f"not TOML: {error}", where=f"--config {config}", fix=fix) from error
         types = get_type_hints(cls)
         for key, value in loaded.items():
             name = key.replace("-", "_")

@@ -60,7 +60,7 @@ class LaunchSettings:
         [], "line of shell to run first, as 'module load cuda'; with Slurm also an option of sbatch, as "
         "'#SBATCH --constraint=ib'; again, for more", shown="none", section=_JOB, one_word=True,
     )  # fmt: skip
-    file: Path | None = setting(None, "the job file", shown="<name>.sbatch or <name>.yaml", section=_FILE)
+    file: Path | None = setting(None, "the job file", shown="<name>.sbatch, .yaml or .sky.yaml", section=_FILE)
     submit: bool = setting(False, "hand the file to the scheduler, too", section=_FILE)
     json: bool = setting(False, "print the result as JSON", section=_FILE)
 

@@ -20,7 +20,7 @@ class Target:
     """A scheduler.
 
     Attributes:
-        suffix: of its job files.
+        suffix: of its job files, another one for each, so that none replaces what another took.
         render: the file's text.
         check: what of a text it has checked, in words; raises SettingError.
         shell_of: the shell in a text, for `bash -n`.
@@ -52,7 +52,7 @@ TARGETS: dict[Scheduler, Target] = {
         False, ignores=("spot", "account"), needs=_IMAGE,
     ),
     "skypilot": Target(
-        "SkyPilot", ".yaml", skypilot.render, skypilot.check, skypilot.shell_of, ("sky", "jobs", "launch"), False,
+        "SkyPilot", ".sky.yaml", skypilot.render, skypilot.check, skypilot.shell_of, ("sky", "jobs", "launch"), False,
         ignores=("account", "time"), needs=_IMAGE,
     ),
 }  # fmt: skip

@@ -175,7 +175,12 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise SettingError(f"cannot read the DeepSpeed file: {error.strerror}", where=f"--deepspeed {path}") from error
     except ValueError as error:
-        raise SettingError(f"not a DeepSpeed configuration: {error}", where=f"--deepspeed {path}") from error
+        raise SettingError(
+            f"not a DeepSpeed configuration: {error}",
+            where=f"--deepspeed {path}",
+            fix="a file of JSON; what CogVideo's zero2.yaml, zero3.yaml and their offload say is "
+            "--strategy zero2, zero3, zero2-offload, zero3-offload",
+        ) from error
 
 
 def _sections_checked(own: dict[str, Any], path: Path) -> dict[str, Any]:

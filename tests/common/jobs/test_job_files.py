@@ -197,6 +197,14 @@ def test_so_is_an_encode(here, words, says):
     assert [path.name for path in here.iterdir()] == ["ds"]
 
 
+def test_no_scheduler_takes_the_file_of_another(here):
+    names = {}
+    for on, options in ON.items():
+        launch("--on", on, *options, "--", *LORA)
+        names[on] = {path.name for path in here.iterdir()} - {"ds"} - set().union(*names.values())
+    assert [*map(len, names.values())] == [1, 1, 1], names
+
+
 def test_a_file_of_ours_is_written_anew_until_somebody_has_changed_it(here, capsys):
     first = written(here, "slurm")
     second = written(here, "slurm", "--nodes", 2)
