@@ -166,13 +166,20 @@ def open_folder(address: str, option: str) -> RemoteFolder:
 
     Raises:
         StoreError: nothing reads this kind of address, or what does is not installed.
-        SettingError: a web server, which takes no files.
+        SettingError: a web server, which takes no files; or a folder of this machine, which is named by its path.
     """
     if is_web(address):
         raise SettingError(
             "a web server takes no files",
             where=f"{option} {without_secrets(address)}",
             fix=f"{option} with a folder, or an address of s3://, gs:// or another object store",
+        )
+    if address.lower().startswith("file:"):  # where objects come bit by bit, and no folder is made for them
+        raise SettingError(
+            "file:// is a folder of this machine, and no object store",
+            where=f"{option} {address}",
+            fix=f"{option} with an address of s3://, gs:// or another object store, or with the path alone where a "
+            "folder will do, as for --out",
         )
     store, path = open_fsspec(address, option)
     return RemoteFolder(store, path, address)

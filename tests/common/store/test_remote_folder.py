@@ -1,12 +1,23 @@
-"""What stores say of an object and of a refusal, each in its own words."""
+"""What stores say of an object and of a refusal, each in its own words; and what is no store."""
 
 import datetime
 
 import pytest
 
+from cogcommon.errors import SettingError
 from cogcommon.store.fsspec_store import _codes, _refused, _says_there_is_one
-from cogcommon.store.remote_folder import _entry
+from cogcommon.store.remote_folder import _entry, open_folder
 from cogcommon.store.store import without_secrets
+
+
+@pytest.mark.parametrize(
+    ("address", "says"), [("file:///nfs/run", "no object store"), ("https://host/run", "takes no files")]
+)
+def test_what_takes_no_objects_is_refused(address, says):
+    """A folder of this machine took the first, and the run trained on without its mirror."""
+    with pytest.raises(SettingError, match=says) as caught:
+        open_folder(address, "--mirror")
+    assert caught.value.where == f"--mirror {address}"
 
 
 @pytest.mark.parametrize("name", ["LastModified", "last_modified", "mtime"])
