@@ -15,6 +15,7 @@ from forked import Forked
 from places import CHILDREN
 from waiting import wait_until
 
+from cogcommon.shards.contract import CONTRACT_FILE
 from cogcommon.shards.records import read_record
 from cogprep.commands.encode import encode
 from cogprep.commands.verify import verify
@@ -84,7 +85,8 @@ def kill_at_random(folder: Path, undisturbed: dict[str, str], kills: int, seed: 
     killed = 0
     while killed < kills:
         for path in out.rglob("*"):
-            if path.is_file() and draw.random() < 0.7:  # begin with a folder that lacks something
+            # Begin with a folder that lacks something, but for what is written before the first shard.
+            if path.is_file() and path.name != CONTRACT_FILE and draw.random() < 0.7:
                 path.unlink()
         for _ in range(3):
             process = start(folder)
