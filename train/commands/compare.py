@@ -97,7 +97,7 @@ def run(settings: CompareSettings) -> None:
     cells = [Cell(0), *(cell for row in rows for cell in row if cell and cell.step)]
     trained_on = recorded.facts
     checkpoint = open_base(settings.model, trained_on.model, trained_on.revision, settings.run, trained_on.family)
-    tuned = Tuned(checkpoint, (), None, recorded.facts.size)
+    tuned = Tuned(checkpoint, (), None, recorded.facts.sizes)
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)

@@ -20,7 +20,7 @@ from cogcommon.model.device import default_precision, dtype_of, pick_device, qui
 from cogcommon.model.families import Resolution
 from cogcommon.words import counted
 
-from ..data.prompts import cut_notes, named_after, read_first_frame, read_prompts, shortened
+from ..data.prompts import cut_notes, named_after, read_first_frame, read_prompts, shortened, size_of
 from ..report.renew import renew_report
 from ..report.sheet import Column, side_by_side
 from ..report.videos import SHEET, VideoFolder, file_name
@@ -172,7 +172,8 @@ def requests_of(settings: GenerateSettings, tuned: Tuned) -> list[Request]:
     prompts = read_prompts(settings.prompt, settings.prompts)
     checkpoint = tuned.checkpoint
     _check_numbers(settings, int(checkpoint.scheduler_config.get("num_train_timesteps", 1000)))
-    resolution = Resolution.parse(settings.resolution) if settings.resolution else tuned.resolution
+    sizes = [Resolution.parse(settings.resolution)] if settings.resolution else tuned.sizes
+    resolution = size_of(settings.image if checkpoint.family.task == "i2v" else None, sizes)
     checkpoint.check_resolution(resolution)
     family = checkpoint.family
     image = None

@@ -44,14 +44,14 @@ class Prompt:
 
 
 def validation_prompts(
-    given: Sequence[str], file: Path | None, images: Sequence[Path], checkpoint: Checkpoint, size: Resolution,
-    precision: str,
+    given: Sequence[str], file: Path | None, images: Sequence[Path], checkpoint: Checkpoint,
+    sizes: Sequence[Resolution], precision: str,
 ) -> tuple[Prompt, ...]:  # fmt: skip
     """The prompts of --validate-prompt and --validate-prompts, each with its first frame of --validate-image.
 
     Args:
         images: one for all prompts, or one for each.
-        size: of the videos.
+        sizes: what the videos may have, as `size_of`.
         precision: that the model computes in.
 
     Raises:
@@ -75,9 +75,8 @@ def validation_prompts(
             fix="--validate-image FILE: one for all prompts, or one for each, in their order",
         )
     paired: Sequence[Path | None] = each * len(texts) if len(each) == 1 else each or [None] * len(texts)
-    for path in dict.fromkeys(each):
-        read_first_frame(path, size, "--validate-image")
-    found = (_prompt(text, path, checkpoint, size, precision) for text, path in zip(texts, paired, strict=True))
+    of = {path: size_of(path, sizes, "--validate-image") for path in dict.fromkeys(paired)}
+    found = (_prompt(text, path, checkpoint, of[path], precision) for text, path in zip(texts, paired, strict=True))
     return tuple(dict.fromkeys(found))
 
 
@@ -131,21 +130,41 @@ def read_prompts(
     return list(dict.fromkeys(found)) if once else found
 
 
+def size_of(image: Path | None, sizes: Sequence[Resolution], option: str = "--image") -> Resolution:
+    """The size of a video: the first, unless another of these keeps more of its first frame.
+
+    Raises:
+        SettingError: the first frame is no picture.
+    """
+    if image is None:
+        return sizes[0]
+    upright = _read(image, option)
+
+    def kept(size: Resolution) -> float:
+        shapes = size.width * upright.height, size.height * upright.width
+        return round(min(shapes) / max(shapes), 2)
+
+    return max(sizes, key=kept)
+
+
 def read_first_frame(path: Path, size: Resolution, option: str = "--image") -> Image:
     """A picture, scaled to cover the frames of a video and cut, as the encoder does; a pipeline would stretch it.
 
     Raises:
         SettingError: it is none.
     """
+    return scale_to_cover(_read(path, option), size.width, size.height)
+
+
+def _read(path: Path, option: str) -> Image:
     try:
-        upright = read_upright(path)
+        return read_upright(path)
     except BadImage as bad:
         raise SettingError(
             f"the image cannot be used: {bad}",
             where=as_shown(path),
             fix=f"{option} FILE, a PNG or JPEG",
         ) from None
-    return scale_to_cover(upright, size.width, size.height)
 
 
 def cut_notes(texts: Iterable[tuple[str, str]], checkpoint: Checkpoint) -> Iterator[str]:

@@ -274,13 +274,14 @@ def _replaced(shard: Shard) -> bool:
         return False
 
 
-def usual_size(samples: Mapping[Resolution, int]) -> Resolution:
-    """The size of the most clips; of the most pictures where there are no clips.
+def usual_sizes(samples: Mapping[Resolution, int]) -> list[Resolution]:
+    """The sizes of clips, that of the most first; those of pictures where there are no clips.
 
     Args:
         samples: how many there are of each bucket.
     """
-    return max(samples, key=lambda bucket: (bucket.frames > 1, samples[bucket]))
+    ranked = sorted(samples, key=lambda bucket: (bucket.frames > 1, samples[bucket]), reverse=True)
+    return [bucket for bucket in ranked if (bucket.frames > 1) == (ranked[0].frames > 1)]
 
 
 def damaged(file: StoredFile, what: str) -> ShardError:

@@ -36,7 +36,7 @@ from cogcommon.files.typed import build, parse_object
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.families import Resolution
 
-from ..data.shard_set import usual_size
+from ..data.shard_set import usual_sizes
 from ..distributed.snapshot import STATE_FILE
 from ..model import lora
 from ..model.adapters import ADAPTERS
@@ -105,7 +105,12 @@ class RunFacts:
     @property
     def size(self) -> Resolution:
         """Of its most clips; of its most pictures where it has no clips."""
-        return usual_size({Resolution.parse(bucket): count for bucket, count in self.samples.items()})
+        return self.sizes[0]
+
+    @property
+    def sizes(self) -> list[Resolution]:
+        """Of its clips, those of the most first; of its pictures where it has no clips."""
+        return usual_sizes({Resolution.parse(bucket): count for bucket, count in self.samples.items()})
 
     def write(self, run: Path) -> None:
         commit_bytes(run / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())

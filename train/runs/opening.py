@@ -15,7 +15,7 @@ from cogcommon.model.families import Resolution
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.prompts import Prompt, read_prompts, validation_prompts, without_token
-from ..data.shard_set import ShardSet, usual_size
+from ..data.shard_set import ShardSet, usual_sizes
 from ..data.shards import open_shards
 from ..distributed.groups import DataGroups, data_groups
 from ..distributed.optimizer import check_optimizer, told_of_schedule
@@ -92,7 +92,7 @@ def open_run(
     if held_out:
         check_shards_alike(shards.contract, held_out.contract, held_out.shards[0].shown)
         _check_buckets(held_out.buckets, held_out, checkpoint)
-    prompts = _prompts(settings, checkpoint, usual_size(shards.samples), precision)
+    prompts = _prompts(settings, checkpoint, usual_sizes(shards.samples), precision)
     notes += without_token(prompts, *shards.id_tokens)
     _check_weights(settings, checkpoint)
     sampler = followed.newest.sampler if followed else make_sampler(settings, shards, groups.count)
@@ -157,7 +157,7 @@ def _without_shards(
     if settings.follow and settings.model:  # which the shards may name, too, once there are some
         checkpoint = _open_model(settings.model, None, resume)
         precision = _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
-        _prompts(settings, checkpoint, checkpoint.native, precision)
+        _prompts(settings, checkpoint, [checkpoint.native], precision)
         if not checkpoint.on_hub:  # which may have a newer revision than the shards were made with
             _check_weights(settings, checkpoint)
     return settings, method, strategy
@@ -230,10 +230,10 @@ def _draws(settings: TrainSettings) -> bool:
 
 
 def _prompts(
-    settings: TrainSettings, checkpoint: Checkpoint, size: Resolution, precision: Precision
+    settings: TrainSettings, checkpoint: Checkpoint, sizes: Sequence[Resolution], precision: Precision
 ) -> tuple[Prompt, ...]:  # fmt: skip
     return validation_prompts(
-        settings.validate_prompt, settings.validate_prompts, settings.validate_image, checkpoint, size, precision
+        settings.validate_prompt, settings.validate_prompts, settings.validate_image, checkpoint, sizes, precision
     )
 
 

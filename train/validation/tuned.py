@@ -39,7 +39,7 @@ class Tuned:
     checkpoint: Checkpoint
     loras: tuple[AppliedLora, ...]  # these, or a transformer
     transformer_folder: Path | None
-    resolution: Resolution  # the run's, of its most samples; else the checkpoint's own
+    sizes: Sequence[Resolution]  # the run's, that of its most samples first; else the checkpoint's own
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.loras)) or str(self.transformer_folder)
@@ -102,7 +102,7 @@ def find_tuned(
             fix="--model NAME, the checkpoint that they were trained on",
         )
     checkpoint = open_base(model, trained or "", revision, said_by or Path(), facts.family if facts else None)
-    trained_at = facts.size if facts else checkpoint.native
+    trained_at = facts.sizes if facts else [checkpoint.native]
     return Tuned(checkpoint, applied, None if applied else transformer, trained_at)
 
 

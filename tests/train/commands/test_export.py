@@ -112,8 +112,8 @@ def test_generate_draws_at_the_size_of_the_run(tmp_path, make_shards, train_here
     size = Resolution(9, 64, 64)
     make_shards(tmp_path / "out", samples=1, resolutions=(size,))
     run = train_here(LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "run", steps=1, rank=4))
-    assert find_tuned(run, [], None, None).resolution == size
-    assert find_tuned(None, [str(run / lora.FILE)], None, None).resolution == open_checkpoint("tiny").native
+    assert find_tuned(run, [], None, None).sizes == [size]
+    assert find_tuned(None, [str(run / lora.FILE)], None, None).sizes == [open_checkpoint("tiny").native]
 
 
 def test_an_earlier_checkpoint_gives_its_own_weights(lora_run, capsys):

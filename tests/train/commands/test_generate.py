@@ -20,6 +20,8 @@ from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, Resolution
 from cogcommon.model.tokens import cut_text
 from cogtrain.commands import generate
+from cogtrain.data.prompts import validation_prompts
+from cogtrain.data.shard_set import usual_sizes
 from cogtrain.distributed.snapshot import STATE_FILE
 from cogtrain.model import lora
 from cogtrain.report import page
@@ -28,7 +30,7 @@ from cogtrain.runs.folder import FACTS_FILE
 from cogtrain.settings.results import GenerateSettings
 from cogtrain.validation import pipeline
 from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
-from cogtrain.validation.tuned import find_tuned
+from cogtrain.validation.tuned import Tuned, find_tuned
 from workshop.bench_train.subject import random_checkpoint
 
 SMALL = ["--prompt", "a red ball rolls to the left", "--steps", "2", "--resolution", "17x64x96"]
@@ -186,6 +188,25 @@ def test_several_prompts_load_the_models_once(make_run, tmp_path, monkeypatch):
     # A sentence without its quotes is no list of prompts.
     stray = command("--run", run, "--prompt", "a", "red", "ball").exception
     assert isinstance(stray, SettingError) and "red ball" in stray.what
+
+
+def test_a_first_frame_is_drawn_at_the_runs_size_that_keeps_most_of_it(tmp_path):
+    """A portrait lay on its side, cut to a third, where most clips of a run were landscape."""
+    wide, tall, longer = Resolution(17, 64, 96), Resolution(17, 96, 64), Resolution(33, 64, 96)
+    facts_sizes = usual_sizes({tall: 2, Resolution(1, 64, 64): 9, wide: 3, longer: 1})
+    assert facts_sizes == [wide, tall, longer]
+    checkpoint = open_checkpoint("tiny-1.5-i2v")
+    tuned = Tuned(checkpoint, (), None, facts_sizes)
+    images = []
+    for number, (shape, size) in enumerate({(200, 360): tall, (360, 200): wide, (90, 90): wide}.items()):
+        images.append(tmp_path / f"{number}.png")
+        Image.new("RGB", shape).save(images[-1])
+        (request,) = generate.requests_of(GenerateSettings(prompt=["a"], image=images[-1]), tuned)
+        assert request.resolution == size and request.image.size == (size.width, size.height)
+    asked = GenerateSettings(prompt=["a"], image=images[0], resolution="17x64x96")
+    assert generate.requests_of(asked, tuned)[0].resolution == wide
+    drawn = validation_prompts(["a", "b"], None, images[:2], checkpoint, facts_sizes, "fp32")
+    assert [prompt.size for prompt in drawn] == [tall, wide]
 
 
 def test_stopped_it_says_what_is_there_and_the_same_command_makes_the_rest(make_run, monkeypatch):
