@@ -136,7 +136,10 @@ class Saver:
         self.settle(step)
         self._best, run, runtime = best, self.run, self.runtime
         if run.resume and run.resume.state.step == step and run.resume.folder.parent.samefile(self.folder):
-            return  # it is the one that this run goes on from: nothing has been trained since
+            if runtime.main:  # it is the one that this run goes on from: nothing has been trained since
+                self._prune(best)  # a validation that was made up for may have found a better one than before
+            self._report()
+            return
         state = checkpoints.RunState(step, runtime.world, run.resume_facts(), settings_json(run.given))
         size = writes(run).checkpoint
         try:

@@ -162,6 +162,17 @@ def test_a_validation_that_a_signal_has_kept_from_its_end_is_made_up_for(
     assert [line.step for line in read_run(last).validations] == [2]
 
 
+def test_the_best_of_before_goes_where_a_validation_that_is_made_up_for_finds_a_better_one(
+    tmp_path, shards, held_out, train_here
+):
+    held_out(0.5, 0.3)
+    settings = settings_for(LoraSettings, tmp_path, shards, steps=2)
+    run = train_here(settings, after_step=lambda step: signal.raise_signal(signal.SIGTERM) if step == 2 else None)
+    assert checkpoints_of(run) == ["checkpoint-1", "checkpoint-2"]
+    train_here(settings)
+    assert checkpoints_of(run) == ["checkpoint-2"] and read_facts(run / FILE)["steps"] == "2"
+
+
 @pytest.mark.parametrize(("changes", "option"), [({"keep_best": True}, "--keep-best"), ({"patience": 3}, "--patience")])
 def test_without_held_out_samples_they_are_refused(tmp_path, shards, changes, option):
     with pytest.raises(SettingError, match="no held-out samples") as refused:
