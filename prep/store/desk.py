@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from cogcommon.errors import StoreError
+from cogcommon.errors import ShardError, StoreError
 from cogcommon.files.atomic import TEMPORARY, commit_bytes, temporary_beside
 from cogcommon.files.hashes import sha256_of
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE
-from cogcommon.shards.records import record_name, shard_number, tar_name
+from cogcommon.shards.records import read_record, record_name, shard_number, tar_name
 from cogcommon.store.remote_folder import Entry, RemoteFolder
 
 from .locks import shard_disk_errors
@@ -84,7 +84,7 @@ class Desk:
     def _drop_others(self, wanted: Mapping[str, Entry]) -> None:
         """Remove from the desk what neither is there nor waits to be published; half-written tars stay."""
         keep = set(self.seen)
-        if {CONTRACT_FILE, EMPTY_CAPTION_FILE} <= wanted.keys():  # what was made before that is of another contract
+        if {CONTRACT_FILE, EMPTY_CAPTION_FILE} <= keep:  # else what was made here is of another contract
             keep |= {self.name(folder / record_name(number)) for folder, number in self.unpublished()} - wanted.keys()
         for folder in (self.folder, self.folder / "val"):
             for path in list(folder.iterdir()) if folder.is_dir() else []:
@@ -111,12 +111,15 @@ class Desk:
             list(pool.map(one, there))
 
     def unpublished(self) -> list[tuple[Path, int]]:
-        """Shards that are whole on the desk and have not been seen there."""
+        """Shards that are whole on the desk and have not been seen there.
+
+        Not those that somebody has removed there: of these the desk has the record, and a stand-in of the tar.
+        """
         found = []
         for folder in (self.folder, self.folder / "val"):
             for path in sorted(folder.glob("*.parquet")):
                 number = shard_number(path.name)
-                if number is not None and self.name(path) not in self.seen and path.with_suffix(".tar").exists():
+                if number is not None and self.name(path) not in self.seen and _is_whole(path):
                     found.append((folder, number))
         return found
 
@@ -188,6 +191,15 @@ def tar_of(record: str) -> str:
 def record_number(name: str) -> int | None:
     """The number of the shard whose record an object is; None of any other object."""
     return shard_number(name.removeprefix("val/"))
+
+
+def _is_whole(record: Path) -> bool:
+    """Whether the tar beside a record is the tar itself, to the byte; a stand-in mostly shows by taking no room."""
+    tar = record.with_suffix(".tar")
+    try:
+        return tar.stat().st_blocks > 0 and sha256_of(tar) == read_record(record).header.tar_sha256
+    except (OSError, ShardError):
+        return False
 
 
 def stand_in(tar: Path, size: int) -> None:

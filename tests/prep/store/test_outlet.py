@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import s3fs
@@ -334,6 +335,33 @@ def test_a_tar_that_is_gone_from_a_bucket_is_named(bring, there, capsys):
     bring()
     assert name in there()
     check(there())
+
+
+@pytest.mark.parametrize("gone", [("000000.parquet",), ("000000.parquet", "000000.tar")], ids=["record", "both"])
+def test_a_shard_that_somebody_has_removed_is_encoded_anew(gone, bring, there, on_disk):
+    """The desk still has its record, and a stand-in of its tar, which must never pass for the tar itself."""
+    bring()
+    for name in gone:
+        there.fs.rm(f"bucket/out/{name}")
+    bring()
+    found = there()
+    check(found)
+    assert tars_of(found) == on_disk("fresh")
+
+
+def test_what_a_killed_run_has_left_goes_nowhere_once_the_contract_is_another(bring, there, monkeypatch):
+    """The folder was removed and encoded anew with other settings, from another machine."""
+    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(remote_outlet.RemoteOutlet, "_commit", Mock(side_effect=KeyboardInterrupt))
+        bring()
+    monkeypatch.undo()
+    with open_image(OUT, "--out") as image:
+        old = Contract.from_json((image.folder / CONTRACT_FILE).read_bytes(), where="")
+    other = dataclasses.replace(old, image_variants=7)
+    there.fs.pipe_file(f"bucket/out/{CONTRACT_FILE}", other.to_json())
+    with pytest.raises(CogError, match="encoded with other settings"):
+        bring()
+    assert not [name for name in there() if name.endswith((".tar", ".parquet"))]
 
 
 def test_a_tar_that_is_committed_while_somebody_thinks_stays(bring, there):
