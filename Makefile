@@ -17,7 +17,7 @@ venv: .venv/ready
 # Teach the built-in model a motion that it has never seen, beside more clips of what it knows, so that it
 # keeps that: draw, encode, train a LoRA, compare. Stopped, it goes on where it was; rm -rf demo begins anew.
 ENCODE := $(BIN)/cogprep encode --resolution 17x64x96 --model tiny
-demo: export OMP_WAIT_POLICY ?= passive
+demo: export GOMP_SPINCOUNT ?= 10000
 demo: venv
 	$(BIN)/python -m workshop.draw demo/new --clips 28 --new "shrinks slowly"
 	$(BIN)/python -m workshop.draw demo/known --clips 72

@@ -275,9 +275,11 @@ def run_app(app: Callable[[], None]) -> None:
     from .terminal import print_in_any_encoding
 
     print_in_any_encoding()
-    # Before torch is loaded: its threads sleep while they wait for one another. By default they spin, and where other
-    # programs want the same cores, keep them from the very thread that they wait for: a step takes 100 times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before torch is loaded: its threads soon sleep while they wait for one another. By default they spin 30 times as
+    # long, and where other programs want the same cores, keep them from the very thread that they wait for. Never to
+    # spin costs a sixth of a step's time where nobody else wants them (workshop/LEDGER.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         with shown():
             app()
