@@ -1,6 +1,7 @@
 """``cogtrain doctor``: it says what matters of a machine, and what to do about what is wrong."""
 
 import json
+import re
 import shutil
 import socket
 from functools import partial
@@ -18,6 +19,10 @@ def about(findings, name):
     return next(finding for finding in findings if finding.about == name)
 
 
+def numberless(text):
+    return re.sub(r"[\d.,]+", "#", text)
+
+
 def test_it_says_what_is_here(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     doctor.run(DoctorSettings(json=True))
@@ -27,8 +32,8 @@ def test_it_says_what_is_here(capsys, monkeypatch):
     }
     assert all(line["advice"] for line in found if line["verdict"] != "good")
     doctor.run(DoctorSettings())
-    said = capsys.readouterr().out
-    assert all(line["found"] in said and line["advice"] in said for line in found)
+    said = numberless(capsys.readouterr().out)  # free memory and disk have changed meanwhile
+    assert all(numberless(line["found"]) in said and numberless(line["advice"]) in said for line in found)
 
 
 def test_libraries_that_are_compiled_at_each_start_are_named(monkeypatch, tmp_path):
