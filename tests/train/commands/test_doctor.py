@@ -1,7 +1,6 @@
 """``cogtrain doctor``: it says what matters of a machine, and what to do about what is wrong."""
 
 import json
-import re
 import shutil
 import socket
 from functools import partial
@@ -19,12 +18,10 @@ def about(findings, name):
     return next(finding for finding in findings if finding.about == name)
 
 
-def numberless(text):
-    return re.sub(r"[\d.,]+", "#", text)
-
-
 def test_it_says_what_is_here(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    looked = list(doctor.findings())  # once: free memory and disk change from one look to the next
+    monkeypatch.setattr(doctor, "findings", lambda: looked)
     doctor.run(DoctorSettings(json=True))
     found = json.loads(capsys.readouterr().out)
     assert {"python, torch", "GPU", "host memory", "C++ compiler", "disk", "models", "ffmpeg"} <= {
@@ -32,8 +29,8 @@ def test_it_says_what_is_here(capsys, monkeypatch):
     }
     assert all(line["advice"] for line in found if line["verdict"] != "good")
     doctor.run(DoctorSettings())
-    said = numberless(capsys.readouterr().out)  # free memory and disk have changed meanwhile
-    assert all(numberless(line["found"]) in said and numberless(line["advice"]) in said for line in found)
+    said = capsys.readouterr().out
+    assert all(line["found"] in said and line["advice"] in said for line in found)
 
 
 def test_libraries_that_are_compiled_at_each_start_are_named(monkeypatch, tmp_path):

@@ -78,7 +78,8 @@ def test_a_host_is_lost_and_another_joins(strategy, tmp_path, make_shards, agent
     run = tmp_path / "run"
     words = ["lora", "--shards", "out", "--out", "run", "--strategy", strategy, "--resume", "never", *WORDS]
     first, second = agent(*words), agent(*words)
-    wait_for(lambda: steps_made(run) >= 3 and read_run(run).facts.processes == 2, first)
+    wait_for(lambda: steps_made(run) >= 3, first)
+    assert read_run(run).facts.processes == 2
     assert second.kill()
     began, made = time.monotonic(), steps_made(run)
     wait_for(lambda: steps_made(run) >= made + 2 and read_run(run).facts.processes == 1, first)
@@ -91,7 +92,7 @@ def test_a_host_is_lost_and_another_joins(strategy, tmp_path, make_shards, agent
     ended = [process.end(120) for process in (first, third)]
     assert [code for code, *_ in ended] == [1, 1] and all("agent: ended by a signal" in err for *_, err in ended), ended
     said = "".join(out for _, out, _ in ended)
-    assert re.findall(rf"{strategy}, (\d)", said)[-3:] == ["2", "1", "2"] and said.count("stopped; to resume") >= 2
+    assert re.findall(rf"{strategy}, (\d)", said) == ["2", "1", "2"] and said.count("stopped; to resume") == 2
     assert "on 1 process instead of 2: 2 accumulation steps of 1 keep the global batch of 2" in said
 
     assert losses(run) == pytest.approx(undisturbed(len(losses(run))), rel=1e-5)

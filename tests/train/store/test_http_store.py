@@ -22,7 +22,7 @@ from cogtrain.data.shards import open_shards
 from cogtrain.settings.training import LoraSettings
 
 STALL, PATIENCE = 0.25, 0.8  # seconds
-WITHIN = 20.0  # seconds in which each case must have ended, on a busy machine
+WITHIN = 8.0  # seconds in which each case must have ended, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_nobody_answers(server, host):
     began = time.monotonic()
     with pytest.raises(StoreError, match="no connection to") as caught:
         open_shards([f"http://{host}/out/000000.tar?sig=SECRET"])
-    assert "SECRET" not in str(caught.value) and time.monotonic() - began < WITHIN
+    assert "SECRET" not in str(caught.value) and time.monotonic() - began < WITHIN + 5
 
 
 def test_a_run_that_ends_does_not_wait_for_its_readers(server):
