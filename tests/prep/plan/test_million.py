@@ -3,69 +3,41 @@
 from __future__ import annotations
 
 import json
-import time
-import tracemalloc
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from in_process import InlinePool
+from places import CHILDREN, CHILDREN_PATH
 
 from cogprep.plan import origin as origins
 from cogprep.plan.origin import Origin
-from cogprep.plan.plan import EncodePlan
-from workshop.million import STAGES, Trial, cache_of, commit, lay, main, nothing, planned, pretend, train
+from workshop.million import STAGES, main
 
 FEW, MANY = 2_000, 8_000
 
 
-def laid(path: Path, clips: int) -> Trial:
-    """A data set whose clips are probed, and nothing more."""
-    trial = Trial(path / str(clips), clips, 50)
-    (trial.folder / "ds").mkdir(parents=True)
-    lay(trial)
-    settings, checkpoint, _ = trial.opened()
-    settings.out.mkdir()
-    sources = dict.fromkeys(sample.source for sample in settings.read_lists("t2v").trusted().samples)
-    cache_of(settings, checkpoint).find(sources.keys(), sources, pretend, InlinePool(), nothing)
-    return trial
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory) -> dict:
+    """What plan_costs.py says: see there."""
+    done = subprocess.run(
+        [sys.executable, str(CHILDREN / "plan_costs.py"), str(tmp_path_factory.mktemp("costs")), str(FEW), str(MANY)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": CHILDREN_PATH},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def cpu_s(call) -> float:
-    """Seconds of CPU, the least of three times: now and then the collector looks at all that other tests have left."""
-    spent = []
-    for _ in range(3):
-        begun = time.process_time()
-        call()
-        spent.append(time.process_time() - begun)
-    return min(spent)
-
-
-def test_four_times_the_clips_take_four_times_as_long(tmp_path):
-    spent: dict[str, list[float]] = {"plan": [], "plan again": [], "train": []}
-    plans: list[EncodePlan] = []
-    for clips in (FEW, MANY):
-        trial = laid(tmp_path, clips)
-        if clips == FEW:
-            planned(trial)  # imports
-        spent["plan"].append(cpu_s(lambda trial=trial: planned(trial)))
-        commit(trial, every=1)
-        spent["plan again"].append(cpu_s(lambda trial=trial: plans.append(planned(trial)[0])))
-        spent["train"].append(cpu_s(lambda trial=trial: train(trial)))
-        assert (plans[-1].reused, plans[-1].new, plans[-1].dropped) == (clips, 0, 0)
-    for stage, (few, many) in spent.items():
+def test_four_times_the_clips_take_four_times_as_long(costs):
+    for stage, (few, many) in costs["cpu_s"].items():
         assert many < 8 * few, f"{stage}: {few:.2f} s of {FEW} clips, {many:.2f} s of {MANY}; 16 times were quadratic"
 
 
-def test_a_clip_takes_no_more_than_so_much_memory(tmp_path):
-    trial = laid(tmp_path, FEW)
-    planned(trial)  # imports, and what is remembered for good
-    tracemalloc.start()
-    try:
-        plan, _ = planned(trial)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert plan.new == FEW and peak / FEW < 4_000, "bytes a clip, captions of 300 among them"
+def test_a_clip_takes_no_more_than_so_much_memory(costs):
+    few, many = costs["peak_bytes"]
+    assert few / FEW < 4_000, "bytes a clip, captions of 300 among them"
+    assert (many - few) / (MANY - FEW) < 1_000, "bytes of each further clip"
 
 
 def test_the_lists_are_read_once_however_many_samples_go(tmp_path, monkeypatch):
