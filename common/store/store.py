@@ -140,15 +140,20 @@ class Faults:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _said: float = -_SAY_EVERY
 
-    def add(self, reason: str, shown: str, patience: Patience) -> None:
+    def add(self, reason: str, shown: str, patience: Patience | None) -> None:
+        """Count a fault, and tell of it.
+
+        Args:
+            patience: with which it is tried again; none where that has been done, or is about to be.
+        """
         with self._lock:
             self.counts[reason] += 1
             now = time.monotonic()
             if now - self._said < _SAY_EVERY:
                 return
             self._said = now
-        lasting = in_words(patience.seconds)
-        print(plain(f"{shown}: {reason}; trying again, for up to {lasting}"), file=sys.stderr, flush=True)
+        then = f"trying again, for up to {in_words(patience.seconds)}" if patience else "it is read again"
+        print(plain(f"{shown}: {reason}; {then}"), file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
         """``3 failed attempts to read or write, made good by further ones: 2 x ...``; empty without any."""
@@ -198,7 +203,7 @@ class StoredFile:
 
     def count(self, reason: str) -> None:
         """Count a fault that was made good by reading again."""
-        FAULTS.add(reason, self.shown, TRAINING)
+        FAULTS.add(reason, self.shown, None)
 
     def beside(self, ending: str) -> StoredFile:
         """The file of the same name with another ending; a query string, which may sign for both, stays."""

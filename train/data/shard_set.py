@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,18 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogcommon.errors import CogError, ShardError, StoreError
+from cogcommon.errors import ShardError, StoreError
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
-from cogcommon.shards.records import ShardHeader, extent_intact, read_table
+from cogcommon.shards.records import ShardHeader, extent_intact
 from cogcommon.store.store import TRAINING, Stop, StoredFile
 from cogcommon.words import counted
 
 from ..store.cache import SampleCache
+from ..store.cached_tar import CachedTar
 from .caption_draw import CaptionDraw, Ints, hash_words
-
-# What helps a damaged file behind an address.
-UPLOAD_AGAIN = "compare it with the copy that `cogprep encode` wrote (`cogprep verify` there), and upload it again"
+from .shard_faults import is_replaced, was_replaced, why_wrong
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Shard:
 
     file: StoredFile
     header: ShardHeader
+    record: StoredFile
     empty_caption: StoredFile  # of the folder that the tar lies in
     etag: str = ""  # of the tar, when it was opened
 
@@ -44,6 +43,11 @@ class Shard:
     def shown(self) -> str:
         """The name of the tar in messages."""
         return self.file.shown
+
+    @property
+    def copy(self) -> CachedTar | None:
+        """The cache's copy, where its server gives no parts of the tar."""
+        return self.file.store if isinstance(self.file.store, CachedTar) else None
 
 
 class NoSamples(ShardError):
@@ -185,15 +189,16 @@ class ShardSet:
             ShardError: they are not what was written: read twice, and the same both times.
             StoreError: they cannot be read, and why.
         """
-        cache = self.cache if self.shards[extent.shard].file.remote else None
+        cache = self._cache_of(extent)
         if cache is not None and (kept := cache.get(extent.sha256)) is not None:
             return kept
         data = self._fetch(extent, stop)
         if not extent_intact(data, extent.sha256):
-            again = self._fetch(extent, stop)
+            shard, again = self.shards[extent.shard], self._fetch(extent, stop, doubted=True)
             if not extent_intact(again, extent.sha256):
-                raise self._why(extent, data, again)
-            self.shards[extent.shard].file.count("a sample came with other bytes")
+                raise why_wrong(extent, shard, data, again)
+            if shard.copy is None:
+                shard.file.count("a sample came with other bytes")
             data = again
         if cache is not None:
             cache.put(extent.sha256, data)
@@ -202,37 +207,37 @@ class ShardSet:
     def fetch_ahead(self, index: int, stop: Stop | None = None) -> None:
         """Bring a sample of a remote shard into the cache, if there is one and it has room. Raises as `read`."""
         extent = self.extent(index)
-        cache = self.cache if self.shards[extent.shard].file.remote else None
+        cache = self._cache_of(extent)
         if cache is not None and cache.takes(extent.size) and not cache.has(extent.sha256):
             self.read(extent, stop)
 
-    def _fetch(self, extent: SampleExtent, stop: Stop | None) -> bytearray:
-        file = self.shards[extent.shard].file
+    def _cache_of(self, extent: SampleExtent) -> SampleCache | None:
+        """What keeps a sample, if it lies elsewhere and is not in a tar that the cache has whole."""
+        shard = self.shards[extent.shard]
+        return self.cache if shard.file.remote and shard.copy is None else None
+
+    def _fetch(self, extent: SampleExtent, stop: Stop | None, *, doubted: bool = False) -> bytearray:
+        """A sample's bytes from where the shard lies.
+
+        Args:
+            doubted: they came wrong before: a copy in the cache is looked at, and fetched again where it is damaged.
+        """
+        shard = self.shards[extent.shard]
+        file = shard.file
         try:
+            if doubted and shard.copy:
+                shard.copy.check()
             return file.read(extent.offset, extent.offset + extent.size, TRAINING, stop).data
+        except ShardError:  # of a tar that was fetched whole
+            if is_replaced(shard):
+                raise was_replaced(extent, shard) from None
+            raise
         except FileNotFoundError as error:
             raise StoreError(
                 f"sample {extent.key} cannot be read: the shard is gone, which was there when the run was opened",
                 where=file.shown,
                 fix="put it back; the same command goes on from the last checkpoint of --out",
             ) from error
-
-    def _why(self, extent: SampleExtent, first: bytearray, second: bytearray) -> CogError:
-        """The reason why a sample's bytes were wrong, twice."""
-        shard = self.shards[extent.shard]
-        if first != second:
-            return StoreError(
-                f"sample {extent.key} cannot be read: the store gives other bytes each time",
-                where=shard.shown,
-                fix="another server or mirror; a proxy between may be at fault",
-            )
-        if _replaced(shard):
-            return StoreError(
-                f"sample {extent.key} cannot be read: the shard has been replaced since the run was opened",
-                where=shard.shown,
-                fix="put the old one back, or start a run on the new ones",
-            )
-        return damaged(shard.file, f"sample {extent.key} is not what was written")
 
     def empty_caption(self) -> bytes:
         """The stored embedding of the empty caption: safetensors with "text" (L, D).
@@ -260,20 +265,6 @@ class ShardSet:
         )
 
 
-def _replaced(shard: Shard) -> bool:
-    """Whether another shard lies there than was opened: `cogprep encode` has taken samples out of it, for one."""
-    try:
-        if shard.file.remote:
-            now = shard.file.stat(fresh=True)
-            return (now.size, now.etag) != (shard.header.tar_size, shard.etag)
-        header, _ = read_table(io.BytesIO(shard.file.beside(".parquet").read_all().data), ["key"])
-        return header.tar_sha256 != shard.header.tar_sha256
-    except FileNotFoundError:  # so it is while a shard is rewritten; a whole tar in the cache never has a record
-        return shard.file.remote or shard.path.endswith(".tar")
-    except ShardError:
-        return False
-
-
 def usual_sizes(samples: Mapping[Resolution, int]) -> list[Resolution]:
     """The sizes of clips, that of the most first; those of pictures where there are no clips.
 
@@ -282,10 +273,3 @@ def usual_sizes(samples: Mapping[Resolution, int]) -> list[Resolution]:
     """
     ranked = sorted(samples, key=lambda bucket: (bucket.frames > 1, samples[bucket]), reverse=True)
     return [bucket for bucket in ranked if (bucket.frames > 1) == (ranked[0].frames > 1)]
-
-
-def damaged(file: StoredFile, what: str) -> ShardError:
-    fix = "`cogprep verify` lists all damage; remove the shard and its record, and `cogprep encode` makes it anew"
-    if file.remote:
-        fix = UPLOAD_AGAIN
-    return ShardError(f"a damaged shard: {what}", where=file.shown, fix=fix)

@@ -25,7 +25,9 @@ from cogcommon.shards.records import ShardHeader, read_table, shard_number
 from cogcommon.store.store import ReadPart, StoredFile, WholeFilesOnly
 
 from ..store.cache import SampleCache
-from .shard_set import UPLOAD_AGAIN, NoSamples, Shard, ShardSet, damaged
+from ..store.cached_tar import UPLOAD_AGAIN, CachedTar
+from .shard_faults import damaged
+from .shard_set import NoSamples, Shard, ShardSet
 from .shard_words import FoundTar, expand
 
 _COLUMNS = [
@@ -127,16 +129,19 @@ def open_one(found: FoundTar, cache: SampleCache | None) -> Opened:
         if offset != end:
             raise damaged(found.record, f"bytes {end:,} to {offset:,} of the tar belong to no sample")
         end = offset + length
-    tar = found.tar
+    tar, copy = found.tar, None
     try:
         try:
             tail = _tail(tar, end)
         except WholeFilesOnly:
             if cache is None:
                 raise
-            tar = cache.whole(tar, header.tar_sha256, header.tar_size)
+            copy = CachedTar(cache, tar, header.tar_sha256, header.tar_size)
+            tar = StoredFile(copy, tar.path, tar.shown)
             tail = _tail(tar, end)
-        if tar.remote and _fault_of(tail, header):  # nothing is called damaged because a server erred once
+        if tar.remote and _fault_of(tail, header):  # nothing is called damaged because a server erred once, or a disk
+            if copy:
+                copy.check()
             tail = _tail(tar, end)
     except FileNotFoundError as error:
         raise _no_such_shard(tar) from error
@@ -150,7 +155,7 @@ def open_one(found: FoundTar, cache: SampleCache | None) -> Opened:
         raise damaged(tar, fault)
     if cache is not None:
         cache.protect(good["sha256"])
-    return Opened(Shard(tar, header, found.empty_caption, tail.etag), table)
+    return Opened(Shard(tar, header, found.record, found.empty_caption, tail.etag), table)
 
 
 def _record(found: FoundTar) -> tuple[ShardHeader, pa.Table]:

@@ -71,7 +71,7 @@ def open_run(
         cache = SampleCache(settings.cache, settings.cache_bytes) if settings.cache else None
         shards = open_shards(settings.shards, cache=cache)
     if cache is not None and not any(shard.file.remote for shard in shards.shards):
-        notes.append("--cache has nothing to do: these shards are on this machine, or wholly in the cache")
+        notes.append("--cache has nothing to do: these shards are on this machine")
     if lost := lost_tars(shards):
         names = ", ".join(lost[:4]) + " ..." * (len(lost) > 4)
         notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")

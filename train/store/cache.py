@@ -2,12 +2,12 @@
 
 Everything lies in ``DIR/cogtrain-cache/``, and nothing else there or beside it is ever touched:
 
-    ab/ab12...     a sample, or a whole tar where its server gives no parts; named by its sha256
+    ab/ab12...     a sample, or a whole tar where its server gives no parts (`cached_tar`); named by its sha256
     lock           held by whoever counts, and their bytes in all
     fetching       held by whoever fetches a whole tar
 
-Any number of processes share it. A sample's name answers for its content, so what a crash leaves
-is at worst fetched again. What this run will read again is never removed to make room: where
+Any number of processes share it. A name answers for the content, so what a crash, a disk or another program leaves
+there is at worst fetched again. What this run will read again is never removed to make room: where
 samples are read in another order each epoch, what stays serves more of them than what was last used.
 """
 
@@ -35,12 +35,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogcommon.cli.names import plain
-from cogcommon.errors import SettingError, ShardError, StoreError
-from cogcommon.store.http_store import HttpStore
-from cogcommon.store.store import OPENING, StoredFile, StoreFault, patiently
+from cogcommon.errors import SettingError
+from cogcommon.store import store
 from cogcommon.words import in_bytes
-
-from .local_store import LocalStore
 
 _FOLDER = "cogtrain-cache"
 _SPARE = 0.05  # share of the disk that is left free: the run's own checkpoints need room, too
@@ -63,7 +60,8 @@ class SampleCache:
         self.root = folder / _FOLDER
         self.size = size
         self._kept: list[pa.ChunkedArray] = []
-        self._closed = ""  # why nothing more is added
+        self.closed = ""  # why nothing more is added
+        self.shown = f"--cache {folder}"
         self._say_lock = threading.Lock()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -74,7 +72,7 @@ class SampleCache:
         except OSError as error:
             raise SettingError(
                 f"the cache cannot be kept there: {error.strerror}",
-                where=f"--cache {folder}",
+                where=self.shown,
                 fix="a folder on a local disk, or leave --cache out",
             ) from error
 
@@ -83,105 +81,57 @@ class SampleCache:
         self._kept.append(hashes)
 
     def has(self, sha256: bytes) -> bool:
-        return self._path(sha256.hex()).exists()
+        return self.path(sha256.hex()).exists()
 
     def takes(self, size: int) -> bool:
         """Whether more is likely to be kept; `put` finds out."""
-        return not self._closed and size <= self.size
+        return not self.closed and size <= self.size
 
     def get(self, sha256: bytes) -> bytearray | None:
         """The bytes of this hash, if they are here and whole."""
-        path = self._path(sha256.hex())
+        path = self.path(sha256.hex())
         try:
             data = bytearray(path.stat().st_size)
             with path.open("rb", buffering=0) as stream:
                 whole = stream.readinto(data) == len(data)
-            if whole and hashlib.sha256(data).digest() == sha256:
-                os.utime(path)
-                return data
-            path.unlink()
-            with self._counted() as count:
-                count.total -= len(data)
-        except OSError:
-            pass  # not here, removed meanwhile, or a disk that fails: the store has it
+        except OSError as error:
+            if error.errno != errno.EIO:  # not here, removed meanwhile, another user's: the store has it
+                return None
+            data, whole = bytearray(), False
+        if whole and hashlib.sha256(data).digest() == sha256:
+            self.used(path)
+            return data
+        self.drop(path)
+        store.FAULTS.add("a sample's copy was damaged", self.shown, None)
         return None
 
     def put(self, sha256: bytes, data: bytearray) -> None:
         """Keep bytes if there is room; where there is none, the run goes on without."""
         try:
-            if not self._closed and not self.has(sha256) and self._disk_has(len(data)):
-                with self._writing(sha256.hex()) as (stream, temporary):
-                    _write(stream, data)
-                    self._commit(temporary, sha256.hex(), len(data))
+            if not self.closed and not self.has(sha256) and self.disk_has(len(data)):
+                with self.writing(sha256.hex()) as (stream, temporary):
+                    write(stream, data)
+                    self.commit(temporary, sha256.hex(), len(data))
         except OSError as error:
             self._close(error.strerror or str(error))
 
-    def whole(self, file: StoredFile, sha256: str, size: int) -> StoredFile:
-        """The copy of a whole file, fetched now if it is not here.
-
-        Raises:
-            StoreError: it does not come, or there is no room for it.
-            ShardError: what comes, twice the same, is not what its record says.
-        """
-        path = self._path(sha256)
-        try:
-            with open(self.root / "fetching", "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches, the others find it
-                if not path.exists() or path.stat().st_size != size:
-                    self._fetch(file, sha256, size)
+    def used(self, path: Path) -> None:
+        """Note that a file is needed still."""
+        with contextlib.suppress(OSError):  # another user's, for one
             os.utime(path)
-            self.protect(pa.chunked_array([pa.array([bytes.fromhex(sha256)], pa.binary())]))
-        except OSError as error:
-            raise StoreError(
-                f"the cache cannot be written: {error.strerror}",
-                where=f"--cache {self.root.parent}, {file.shown}",
-                fix="another disk",
-            ) from error
-        return StoredFile(LocalStore(), str(path), file.shown)
 
-    def _fetch(self, file: StoredFile, sha256: str, size: int) -> None:
-        assert isinstance(file.store, HttpStore)
-        store = file.store
-        came = set()
-        for _ in range(2):
-            with self._writing(sha256) as (stream, temporary):
-
-                def attempt(stream: BinaryIO = stream) -> str:
-                    digest = hashlib.sha256()
-                    stream.seek(0)
-                    stream.truncate()
-                    try:
-                        for piece in store.download(file.path):
-                            digest.update(piece)
-                            _write(stream, piece)
-                    except FileNotFoundError:
-                        raise StoreFault("the server no longer has it (404)", passing=False) from None
-                    return digest.hexdigest()
-
-                room = size <= self.size and self._disk_has(size)
-                digest = patiently(attempt, file.shown, OPENING) if room else ""
-                if digest == sha256 and self._commit(temporary, sha256, size):
-                    return
-                if not room or digest == sha256:
-                    raise StoreError(
-                        "the server gives whole files only, and there is no room in the cache for this one "
-                        f"({in_bytes(size)}{'; ' if self._closed else ''}{self._closed})",
-                        where=f"--cache {self.root.parent}, {file.shown}",
-                        fix="a larger --cache-size, or another disk",
-                    )
-                came.add(digest)
-        if len(came) > 1:
-            raise StoreError("cannot be read: the server gives other bytes each time", where=file.shown)
-        raise ShardError(
-            "a damaged shard: the tar is not what its record says",
-            where=file.shown,
-            fix="compare it with the copy that `cogprep encode` wrote (`cogprep verify` there), and upload it again",
-        )
+    def drop(self, path: Path) -> None:
+        """Remove a file that is not what its name says."""
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            path.unlink()
+            with self._counted() as count:
+                count.total -= size
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[tuple[BinaryIO, Path]]:
+    def writing(self, name: str) -> Iterator[tuple[BinaryIO, Path]]:
         """A file to write in, which is gone afterwards unless it was committed."""
-        path = self._path(name)
+        path = self.path(name)
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
         try:
@@ -190,9 +140,9 @@ class SampleCache:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _commit(self, temporary: Path, name: str, size: int) -> bool:
+    def commit(self, temporary: Path, name: str, size: int) -> bool:
         """Give a written file its name, after making room for it; whether there is any."""
-        path = self._path(name)
+        path = self.path(name)
         with self._counted() as count:
             if path.exists() and path.stat().st_size == size:
                 return True  # somebody else was faster
@@ -205,7 +155,8 @@ class SampleCache:
             count.total += size
         return True
 
-    def _disk_has(self, size: int) -> bool:
+    def disk_has(self, size: int) -> bool:
+        """Whether the disk has room for so many bytes more; nothing is added to the cache any more where it has not."""
         disk = os.statvfs(self.root)
         free = disk.f_bavail * disk.f_frsize
         if free - size >= _SPARE * disk.f_blocks * disk.f_frsize:
@@ -223,7 +174,7 @@ class SampleCache:
                 break
             if int(entry.name[:16], 16) not in ours:
                 with contextlib.suppress(OSError):
-                    self._path(entry.name).unlink()
+                    self.path(entry.name).unlink()
                     total -= entry.size
         return total
 
@@ -262,19 +213,19 @@ class SampleCache:
             lock.truncate(0)  # opened to append, so it is written at the beginning
             lock.write(b"%d" % max(0, count.total))
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Where the bytes of a sha256 lie, or would."""
         return self.root / name[:2] / name
 
     def _close(self, reason: str) -> None:
         with self._say_lock:
-            first, self._closed = not self._closed, reason
+            first, self.closed = not self.closed, reason
         if first:
-            print(
-                plain(f"--cache {self.root.parent}: {reason}; what is there is used, nothing is added"), file=sys.stderr
-            )
+            print(plain(f"{self.shown}: {reason}; what is there is used, nothing is added"), file=sys.stderr)
 
 
-def _write(stream: BinaryIO, data: bytes | bytearray) -> None:
+def write(stream: BinaryIO, data: bytes | bytearray) -> None:
+    """All of it, to a file without a buffer."""
     view = memoryview(data)
     while view:
         view = view[stream.write(view) :]

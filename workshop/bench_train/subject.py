@@ -156,7 +156,7 @@ def random_shards(checkpoint: Checkpoint, bucket: Resolution, samples: int = 8) 
     fs.pipe("/bench.tar", data)
     file = StoredFile(FsspecStore(fs), "/bench.tar", "memory")
     header = ShardHeader(0, len(data), hashlib.sha256(data).hexdigest(), _contract(checkpoint, family, bucket))
-    return ShardSet([Shard(file, header, file)], pa.Table.from_pylist(rows), [bucket])
+    return ShardSet([Shard(file, header, record=file, empty_caption=file)], pa.Table.from_pylist(rows), [bucket])
 
 
 def _contract(checkpoint: Checkpoint, family: Family, bucket: Resolution) -> Contract:
