@@ -22,7 +22,7 @@ FEW, MANY = 2_000, 8_000
 def costs(tmp_path_factory) -> dict:
     """What plan_costs.py says: see there."""
     done = subprocess.run(
-        [sys.executable, str(CHILDREN / "plan_costs.py"), str(tmp_path_factory.mktemp("costs")), str(FEW), str(MANY)],
+        [sys.executable, str(CHILDREN / "costs/plan_costs.py"), tmp_path_factory.mktemp("costs"), str(FEW), str(MANY)],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": CHILDREN_PATH},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

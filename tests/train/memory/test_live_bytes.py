@@ -24,7 +24,7 @@ WAYS = [
 @pytest.mark.full  # a minute
 def test_what_is_held_under_each_strategy_and_optimizer_is_what_is_computed(tmp_path):
     ways = [way for way in WAYS if "8bit" not in way or importlib.util.find_spec("bitsandbytes")]
-    worker = CHILDREN / "live_bytes.py"
+    worker = CHILDREN / "costs/live_bytes.py"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), str(worker),
          ",".join(ways), str(tmp_path)],
@@ -52,7 +52,7 @@ def test_what_is_held_under_each_strategy_and_optimizer_is_what_is_computed(tmp_
 @pytest.mark.full  # half a minute
 def test_our_blocks_under_zero3_hold_no_weights_between_the_passes(tmp_path):
     """DeepSpeed lends a block its weights for as long as it computes; a view that autograd kept would keep them all."""
-    script = CHILDREN / "partitioned_weights.py"
+    script = CHILDREN / "costs/partitioned_weights.py"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
          str(tmp_path)],

@@ -12,7 +12,7 @@ from cogtrain.runs.folder import read_metrics
 
 def peaks(folder, strategy, size, memory="auto"):
     """GiB held at most by a training step, and by the validation after it, in a process of its own."""
-    worker = CHILDREN / "peaks.py"
+    worker = CHILDREN / "costs/peaks.py"
     done = subprocess.run(
         [sys.executable, str(worker), strategy, memory, size, str(folder / "run")],
         capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": CHILDREN_PATH},
