@@ -1,7 +1,8 @@
 """On a terminal of 80 columns the long commands are never silent for long, and their live line never wraps.
 
-What other programs take of the machine is not the command's: from a silence is subtracted what the kernel says that
-the command was ready to run meanwhile and was not let (``/proc/PID/task/TID/schedstat``, Linux).
+A silence is as long as the command's first thread has computed and slept in it, as the kernel says (``/proc``, Linux).
+What other programs take of the machine is not the command's: it counts for nothing that the thread was ready to run and
+was not let, that it waited for a disk, or that the machine stood still.
 """
 
 import fcntl
@@ -22,7 +23,8 @@ from cogcommon.cli.stages import text_width
 from workshop.draw import write_data_set
 
 LONGEST_S = 2.0
-FIRST_S = 1.0  # 0.4 here; a machine that has not read the files before takes longer
+FIRST_S = 1.0  # 0.4 here
+LOOK_S = 0.05
 SIZE = "9x32x48"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 
@@ -41,15 +43,10 @@ class Recording:
         return [line for line in self.text.split("\r") if line.endswith("\x1b[K") and line != "\x1b[K"]
 
 
-def kept_waiting(process: int) -> dict[str, float]:
-    """Seconds that each thread of a process was ready to run, and was not let."""
-    found = {}
-    for thread in Path(f"/proc/{process}/task").glob("*/schedstat"):
-        try:
-            found[thread.parent.name] = int(thread.read_text().split()[1]) / 1e9
-        except OSError:
-            continue  # it has ended
-    return found
+def looked_at(process: int) -> tuple[bool, float]:
+    """Whether the first thread of a process sleeps, and the seconds that it has computed so far."""
+    told = Path(f"/proc/{process}/task/{process}/stat").read_text().rpartition(")")[2].split()
+    return told[0] == "S", (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def record(folder: Path, *words: str) -> Recording:
@@ -61,18 +58,22 @@ def record(folder: Path, *words: str) -> Recording:
         os.chdir(folder)
         os.execve(program, [program, *words[1:]], os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1"})
     told, silences = b"", []
-    last, waited = time.monotonic(), {}
+    before = slept_s = 0.0
+    last = time.monotonic()
     while True:
-        select.select([terminal], [], [])
+        spoken = select.select([terminal], [], [], LOOK_S)[0]
+        now, (sleeps, computed_s) = time.monotonic(), looked_at(child)
+        slept_s += min(now - last, LOOK_S) if sleeps else 0  # no more: we may have been stopped ourselves
+        last = now
+        if not spoken:
+            continue
         try:
             part = os.read(terminal, 65536)
         except OSError:  # it has closed
             break
-        now, waits = time.monotonic(), kept_waiting(child)
-        others = max((waits[thread] - waited.get(thread, 0) for thread in waits), default=0)
-        silences.append((now - last - others, told[-100:].decode(errors="replace")))
+        silences.append((computed_s - before + slept_s, told[-100:].decode(errors="replace")))
         told += part
-        last, waited = now, waits
+        before, slept_s = computed_s, 0.0
     os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return Recording(code, told.decode(), silences[0][0], *max(silences))

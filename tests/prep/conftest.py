@@ -77,6 +77,7 @@ def encoded_once(drawn: Path, tmp_path_factory) -> Path:
     shutil.copytree(drawn, folder / "ds")
     _lay_lists(folder / "ds", [f"wave number {index}" for index in range(5)], [f"{index}.mp4" for index in range(5)])
     encode(_settings(folder))
+    gc.collect()  # what nobody holds goes now: frozen, it would keep its files and mappings for ever
     gc.freeze()  # what is imported by now stays: each encode has the collector look at all that is not frozen
     return folder
 

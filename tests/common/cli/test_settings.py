@@ -1,4 +1,5 @@
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -227,6 +228,7 @@ def test_what_was_mistyped_is_said_in_our_words_with_what_was_meant(words, what,
     from cogtrain import cli
 
     monkeypatch.setattr("sys.argv", ["cogtrain", *words])
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # it may be `python -m pytest`
     with pytest.raises(SystemExit) as ended:
         cli.run()
     said = capsys.readouterr().err
@@ -238,6 +240,7 @@ def test_help_names_all_commands_under_headings_and_no_type_of_pythons(program, 
     """Also as -h, which people type first."""
     cli = __import__(f"{program}.cli", fromlist=["app"])
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # it may be `python -m pytest`
     commands = [info.name for info in cli.app.registered_commands]
     for words in (["-h"], *([name, "-h"] for name in commands)):
         monkeypatch.setattr("sys.argv", [program, *words])
