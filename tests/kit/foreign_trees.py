@@ -44,7 +44,7 @@ class Tree:
                 self._foreign[path] = path.read_bytes()
 
     def _take_away(self) -> None:
-        files = [path for path in self.top.rglob("*") if path.is_file()]
+        files = sorted(path for path in self.top.rglob("*") if path.is_file())  # the same draws everywhere
         for path in self._draw.sample(files, self._draw.choice([0, 0, 1, 2, len(files) // 2])):
             if self._draw.random() < 0.3:
                 path.write_bytes(path.read_bytes()[: self._draw.randrange(1 + path.stat().st_size)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from waiting import wait_until
 
 from cogcommon.files.readers import read_in_order
 
@@ -14,7 +15,7 @@ def test_the_order_is_the_items_whichever_is_ready_first():
 
     def call(item: int) -> int:
         if item == 0:
-            assert second.wait(10), "the first waits for the second, so both must be under way"
+            wait_until(second.is_set, seconds=10)  # the first waits for the second, so both must be under way
         if item == 1:
             second.set()
         return item * item

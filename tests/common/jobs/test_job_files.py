@@ -112,9 +112,15 @@ def shell(script, program, here, **environment):
     return json.loads(done.stdout)
 
 
+# A task of a step leaves when all have spoken, and no sooner where the stand-in for srun ends it after another's error.
 SPEAKS = r"""#!/usr/bin/env -S python3 -S
-import json, os, sys
+import json, os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 os.write(1, (json.dumps({"words": sys.argv[1:], "environment": dict(os.environ)}) + "\n").encode())
+if control := os.environ.get("CONTROL"):
+    open(f"{control}/spoke-{os.environ['SLURM_PROCID']}", "w").close()
+    while sum(name.startswith("spoke-") for name in os.listdir(control)) < int(os.environ["SLURM_NTASKS"]):
+        time.sleep(0.02)
 sys.exit(int(os.environ.get("CODE", "0")))
 """
 

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from waiting import wait_until
 
 from cogcommon.errors import ModelError
 from cogcommon.model import checkpoint as checkpoints
@@ -41,8 +42,13 @@ def test_weights_are_hashed_once_and_again_when_they_change(model, monkeypatch):
     times = file.stat()
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
-    file.write_bytes(data)
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a tool that keeps times would leave it
+
+    def change():
+        file.write_bytes(data)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a tool that keeps times would leave it
+        return file.stat().st_ctime_ns != times.st_ctime_ns
+
+    wait_until(change)  # within a tick of the file system's clock nothing could tell
     other = model.identity("transformer")
     assert other.weights_sha256 != first.weights_sha256 and len(hashed) == 2
 

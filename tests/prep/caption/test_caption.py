@@ -125,7 +125,7 @@ def many(tmp_path, count):
 
 
 def test_two_captioners_share_a_list(tmp_path):
-    lists, filled, numbers = many(tmp_path, 60), [], []
+    lists, filled, filled_by, numbers = many(tmp_path, 60), [], {}, []
 
     def work(name):
         mine = lists()
@@ -138,6 +138,8 @@ def test_two_captioners_share_a_list(tmp_path):
                 time.sleep(0.005)  # a model takes longer
                 if mine.fill(blank, f"{blank.entry} by {name}"):
                     filled.append(blank.line)
+                    if filled_by.setdefault(name, blank.line) == blank.line:
+                        both.wait()  # neither is done before the other has begun
 
     both = threading.Barrier(2)
     threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]

@@ -144,7 +144,7 @@ def a_list(chance: random.Random, good: list[str], lines: int, oddness: float) -
 def try_lists(root: Path, count: int, seed: int) -> Counter:
     """Exit codes of validate; a third of the lists pair, or nearly do, so that what they say is looked at, too."""
     chance, endings = random.Random(seed), Counter()
-    clips = [path.name for path in root.glob("*.mp4")]
+    clips = sorted(path.name for path in root.glob("*.mp4"))  # the same draws everywhere
     Image.new("RGB", (96, 64)).save(root / "0.png")
     anything = [*clips, "0.png", "a caption", "", "x" * 300, "../ds/0.mp4", "/dev/null", "."]
     for _ in range(count):

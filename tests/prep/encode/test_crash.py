@@ -190,14 +190,32 @@ def one_a_shard(encoded_once, tmp_path_factory, settings_of) -> dict[str, str]:
     return tars(out)
 
 
-def test_a_slice_that_nobody_took_is_named_and_a_twin_does_no_harm(encoded, settings_of):
+def test_a_slice_that_nobody_took_is_named_and_a_twin_does_no_harm(encoded, settings_of, tmp_path):
+    """The twin, a mistake, begins and ends while the first has its tar and no record yet: the report is the first's."""
     undisturbed, out = tars(encoded / "out"), encoded / "new"
-    workers = [start(encoded, "--worker", "1/3"), start(encoded, "--worker", "1/3")]  # the second by mistake
-    for worker in workers:
-        code, _, err = worker.end()
-        assert code == 0, err
+    told = out / "report-1-of-3.json"
+    halting = tmp_path / "halting.py"
+    halting.write_text(
+        "import os, time\n"
+        "replace = os.replace\n"
+        "def halt(source, target, **options):\n"
+        "    for _ in range(30_000 * str(target).endswith('.parquet')):\n"
+        f"        if os.path.exists({str(told)!r}): break\n"
+        "        time.sleep(0.02)\n"
+        "    return replace(source, target, **options)\n"
+        "os.replace = halt\n"
+        "from cogprep.cli import main\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    first = Forked(command_line(encoded, "--worker", "1/3", program=halting))
+    assert wait_until((out / "000000.tar").exists, first), first.end()
+    twin = encode(settings_of(encoded, out=out, worker="1/3"))
+    assert twin.busy == ["000000.tar"]
+    twin.write(out)
+    code, _, err = first.end()
+    assert code == 0, err
     assert [path.name for path in sorted(out.glob("*.tar"))] == ["000000.tar"]
-    report = json.loads((out / "report-1-of-3.json").read_text())
+    report = json.loads(told.read_text())
     assert report["unfinished"] == ["000001.tar", "000002.tar"] and report["unfinished_slices"] == ["2/3", "3/3"]
     assert encode(settings_of(encoded, out=out)).encoded == 3
     assert tars(out) == undisturbed

@@ -139,6 +139,7 @@ def test_a_node_that_loses_one_shard_after_the_other_is_sick():
 
 def test_idle_gpus_of_a_node_that_gets_no_shards_do_not_count(monkeypatch):
     """As many actors are started as there are shards, on nodes that may take one."""
+    monkeypatch.setattr("cogprep.engines.driver.time", SimpleNamespace(monotonic=lambda: 0.0))
     cluster, started = Cluster(1, "ab"), []
     cluster.tell("a", Outcome(busy=[("train", 0)]))  # a is idle for a while
     cluster.fleet.gpus.remove(cluster.at("b"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 
 from cogcommon.errors import SettingError
 from cogcommon.model.families import Resolution
-from cogprep.engines import ray_engine
+from cogprep.engines import driver, fleet, ray_engine
 from cogprep.engines.actor import Status
 from cogprep.engines.driver import standing
 from cogprep.engines.fleet import Gpu, Node
@@ -58,12 +58,14 @@ def test_an_address_where_no_cluster_is(run_encode, monkeypatch, address, what):
     assert "--ray-address HEAD:6379" in caught.value.fix
 
 
-def test_what_each_node_does_is_told_the_slowest_first():
+def test_what_each_node_does_is_told_the_slowest_first(monkeypatch):
+    now = 1000.0
+    for module in (driver, fleet):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     fast, slow, new, lost, idle = (Node(name, name, 1) for name in ("fast", "slow", "new", "lost", "idle"))
-    now = time.monotonic()
     for node, clips in ((fast, 120), (slow, 30), (lost, 20), (idle, 240)):
         node.since, node.clips = now - 120, clips
-    gpus = [Gpu(node, None, "a call", loaded=node is not new) for node in (fast, slow, new, lost, idle)]
+    gpus = [Gpu(node, None, "a call", loaded=node is not new, answered=now) for node in (fast, slow, new, lost, idle)]
     for gpu, waits_for in zip(gpus[:2], ("the VAE", "decoding"), strict=True):
         gpu.status = Status("key", 1, 0.0, f"waiting for {waits_for}")
     for gpu in gpus:

@@ -34,6 +34,7 @@ CAMPAIGN = int(os.environ.get("COGTUNE_RAY_RUNS", "10"))  # runs with random kil
 def nodes() -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it kills workers where other programs fill the memory
         nodes = Nodes()
         try:
             yield nodes
@@ -68,7 +69,7 @@ def test_a_node_killed_in_the_middle_and_one_added(nodes, encoded, settings_on, 
     log, out = tmp_path / "log", encoded / "new"
     with Run(settings_on(), an_actor(log, 0.4)) as run:
         nodes.kill(nodes.node_of(writer_of_a_shard(out, run.is_alive)))
-        killed_at, whole = time.time(), whole_keys(out)
+        whole, killed_at = whole_keys(out), time.time()
         nodes.add()
     assert_as_a_local_run(encoded)
     assert whole and not [key for at, key in begun(log) if key in whole and at > killed_at], "encoded twice"
@@ -88,7 +89,7 @@ def test_what_gives_no_sign_of_life_loses_its_shard(nodes, encoded, settings_on,
         stopped = [pid] if what == "process" else [raylet_of(nodes.node_of(pid)), pid]
         for one in stopped:
             os.kill(one, signal.SIGSTOP)
-        stopped_at, whole = time.time(), whole_keys(out)
+        whole, stopped_at = whole_keys(out), time.time()
         if what == "node":
             time.sleep(30)
             for one in stopped:
@@ -175,7 +176,7 @@ def test_a_driver_that_is_lost_is_started_again(nodes, encoded, tmp_path):
     writer = writer_of_a_shard(out, first.is_alive)
     first.kill()
     psutil.wait_procs([psutil.Process(writer)] if psutil.pid_exists(writer) else [], timeout=30)
-    killed_at, whole = time.time(), whole_keys(out)
+    whole, killed_at = whole_keys(out), time.time()
     ADriver(nodes, encoded, log, 0.0).finish()
     assert_as_a_local_run(encoded)
     assert whole and not [key for at, key in begun(log) if key in whole and at > killed_at], "encoded twice"
@@ -204,11 +205,11 @@ def test_random_kills(nodes, encoded, tmp_path, seed):
                     driver = ADriver(nodes, encoded, log, 0.4)
                 else:
                     psutil.Process(pid).send_signal(signal.SIGSTOP if what == "stop" else signal.SIGKILL)
-                struck.append((what, time.time(), whole_keys(out)))
+                struck.append((what, whole_keys(out), time.time()))
     driver.finish()
     assert struck
     print(f"random kills, {seed}:", *(what for what, _, _ in struck))
     assert_as_a_local_run(encoded)
-    for what, at, whole in struck:
+    for what, whole, at in struck:
         again = [key for begun_at, key in begun(log) if key in whole and begun_at > at + 0.5]
         assert not again, f"{what}: encoded twice"

@@ -53,6 +53,7 @@ def test_the_lists_are_read_once_however_many_samples_go(tmp_path, monkeypatch):
     monkeypatch.setattr(origins, "_SETTLED_NS", -(1 << 62))
     assert {origin.state_of_lists() for _ in range(100)} == {just_written} and len(reads) <= 2
     lists["prompts.txt"].write_text("two\n")
+    os.utime(lists["prompts.txt"], ns=(1, 1))  # within a tick of the file system's clock it would have the same time
     assert origin.state_of_lists() != just_written
     monkeypatch.setattr(origins, "_SETTLED_NS", 1 << 62)  # of a list written just now, time and size say little
     reads.clear()
