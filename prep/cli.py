@@ -29,8 +29,9 @@ _COMMANDS: tuple[tuple[str, type[Any], str, str, tuple[str, ...]], ...] = (
         "init",
         InitSettings,
         "init",
-        "Write the lists of a data root from the clips and captions in it. A list that is there is never touched.",
-        ("cogprep init ds",),
+        "Write the lists of a data root from the clips and captions in it. A list that is there stays as it is; --add "
+        "appends what it lacks.",
+        ("cogprep init ds", "cogprep init ds --add"),
     ),
     (
         "split",

@@ -1,31 +1,29 @@
 """The blank lines of a list of captions, and how one is filled while others may write the list.
 
-Each line that is there stays byte for byte as it is. The list is replaced as a whole, by a rename: whoever reads it
-sees the old one or the new one. Another captioner is kept waiting by a lock; of a person, who knows of no lock, it is
-seen that the list has changed since it was read, and it is read again.
+Each line that is there stays byte for byte as it is. The list is replaced as a whole (`dataset.list_file`); where a
+person has changed it since it was read, it is read again.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogcommon.cli.names import command_line
 from cogcommon.errors import DataRootError
-from cogcommon.files.atomic import alone_with, commit, exchange, fsync_folder, guard_of, scratch_file
+from cogcommon.files.atomic import guard_of
 from cogcommon.files.failures import disk_errors
 from cogcommon.files.locks import Busy, NoLocks, open_locked
 
+from ..dataset.list_file import alone, replace_list, split_lines, state_of
 from ..dataset.lists import ListFault, check_root, read_list, refuse_address
 
-_BREAK = re.compile(rb"(\r\n|\r|\n)")
 _BOM = b"\xef\xbb\xbf"
 _SETTLES_S = 3.0  # an editor that writes a list is done by then
 _TOGETHER = 64  # captioners on one list
@@ -83,42 +81,15 @@ class CaptionList:
         """
         assert caption and caption == caption.strip() and not re.search(r"[\r\n]", caption), caption
         while True:
-            with disk_errors(self._path), self._alone():
-                seen = _state(self._path)
+            with disk_errors(self._path), alone(self._path):
+                seen = state_of(self._path)
                 clips, captions = self._read_when_settled()
                 index = _place(blank, clips, captions)
                 if index is None:
                     return False
                 data = _with_line(self._path.read_bytes(), index, caption, len(clips))
-                if self._replace(data, seen):
+                if replace_list(self._path, data, seen):
                     return True
-
-    def _replace(self, data: bytes, seen: object) -> bool:
-        """Replace the list unless it is another one by now."""
-        with scratch_file(self._path.parent) as temporary:
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            with suppress(OSError):  # file systems without permissions
-                shutil.copymode(self._path, temporary)
-            if _state(self._path) != seen:
-                return False
-            if not exchange(temporary, self._path):
-                commit(temporary, self._path)
-            elif _state(temporary) != seen:  # somebody was quicker by a hair: theirs goes back
-                exchange(temporary, self._path)
-                return False
-            fsync_folder(self._path.parent)
-            return True
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other captioners waiting, where the file system can."""
-        with ExitStack() as stack:
-            with suppress(NoLocks):
-                stack.enter_context(alone_with(self._path))
-            yield
 
     def _read_when_settled(self) -> tuple[Sequence[str], Sequence[str]]:
         """The lists; where they do not pair up, once more: somebody may just be writing them."""
@@ -205,8 +176,7 @@ def _with_line(data: bytes, index: int, caption: str, lines: int) -> bytes:
     Args:
         lines: that the list must have then: blank ones at its end may be missing in the bytes.
     """
-    parts = _BREAK.split(data)  # a line, its break, a line, ...
-    line_break = parts[1] if len(parts) > 1 else b"\n"
+    parts, line_break = split_lines(data)
     while len(parts) < 2 * index + 1:
         parts += [line_break, b""]
     mark = _BOM if parts[2 * index].startswith(_BOM) else b""
@@ -214,8 +184,3 @@ def _with_line(data: bytes, index: int, caption: str, lines: int) -> bytes:
     while len(parts) // 2 + bool(parts[-1]) < lines:
         parts += [line_break, b""]
     return b"".join(parts)
-
-
-def _state(path: Path) -> object:
-    info = path.stat()
-    return info.st_ino, info.st_size, info.st_mtime_ns

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from cogcommon.cli.names import command_line, json_text
+from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import say, stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError, ModelError
@@ -22,6 +22,7 @@ from ..caption.blank_lines import Blank, CaptionList, shared_out
 from ..caption.captioner import Captioner, ask_for
 from ..caption.frames import Seen, see
 from ..caption.words import fit, tidy
+from ..dataset.next_steps import next_steps
 from ..processes.pool import Pool
 from ..settings.lists import CaptionForm, CaptionSettings
 from ..source.clip import ClipFault
@@ -164,4 +165,5 @@ def _show(settings: CaptionSettings, done: Captioned, console: Console) -> None:
         console.print(f"{counted(done.left, 'line')} blank still; the same command tries again")
     elif done.written:
         console.print("read them, and mend what is wrong: the model learns the words that you use. Then:")
-        console.print(f"  {command_line('cogprep', 'validate', '--data-root', settings.root)} --resolution 49x480x720")
+        _, validate = next_steps(settings.root, "", settings.prompts, settings.videos)
+        console.print(f"  {validate}")

@@ -1,6 +1,7 @@
 """`cogprep init DS`: the lists of a data root, from the clips, captions and pictures that lie in it.
 
-A list that is there is never touched. Where there is a videos.txt already, the other lists are written for its lines.
+A list that is there is never touched. Where there is a videos.txt already, the other lists are written for its lines;
+with `--add` all lists get lines for what no line names yet, after those that they have.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cogcommon.cli.names import json_text
+from cogcommon.cli.names import command_line, json_text
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError
 from cogcommon.media.image import PICTURES, is_picture
 from cogcommon.words import counted
 
+from ..dataset.append import Lists, append_lines
 from ..dataset.captions_found import Captions, find_captions
 from ..dataset.found import CLIPS, FoundFiles, find
 from ..dataset.lists import ListFault, check_root, read_list, refuse_address
-from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, next_steps, refuse_output, set_aside, write_list
+from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, write_list
+from ..dataset.next_steps import next_steps
 from ..settings.lists import InitSettings
 from ..source.part import file_named
 
@@ -38,6 +41,7 @@ class Told:
     captions: Mapping[str, int]  # clips by where their captions are from
     blank: Sequence[int]  # lines of prompts.txt that are to be filled in, also of one that was there
     images: int  # clips that have a picture of their name
+    added: Sequence[str]  # by `--add`: clips and pictures, one a line
     written: Sequence[str]
     kept: Sequence[str]  # lists that were there
     unlisted: Sequence[str]  # clips that no line of a videos.txt names that was there
@@ -46,18 +50,22 @@ class Told:
 
 def run(settings: InitSettings) -> None:
     """The command: look, write, and say what to do next."""
-    told = init(settings.root)
+    told = init(settings.root, add=settings.add)
     if settings.json:
         print(json_text(asdict(told)))
     else:
-        _show(told, Console(soft_wrap=True))
+        _show(told, settings.add, Console(soft_wrap=True))
 
 
-def init(root: Path) -> Told:
+def init(root: Path, *, add: bool = False) -> Told:
     """Write the lists that are missing.
 
+    Args:
+        add: if lists are there, append lines for what none names yet.
+
     Raises:
-        DataRootError: there are no clips; a table of captions is damaged; a list is there without the clips' to go by.
+        DataRootError: there are no clips; a table of captions is damaged; a list is there without the clips' to go by;
+            lines are to be added to lists that do not pair up.
     """
     refuse_address(root, "init", "DS")
     check_root(root, named="DS", holds="your clips")
@@ -73,6 +81,8 @@ def init(root: Path) -> Told:
         found = find(root)
     except OSError as error:
         raise DataRootError(f"the folder cannot be read: {error.strerror}", where=str(root)) from error
+    if add and kept:
+        return _add(root, found, kept)
     listed = _listed(root) if kept else []
     entries = listed or [*found.clips, *_pictures(found)]
     if not entries:
@@ -96,14 +106,81 @@ def init(root: Path) -> Told:
         clips=len(clips),
         pictures=len(pictures),
         lines=len(lines),
-        captions=dict(captions.counts),
+        captions=captions.counts(captions.of),
         blank=[line for line, caption in enumerate(_captions_in(root)[: len(lines)], 1) if not caption],
         images=len(images),
+        added=(),
         written=written,
         kept=kept,
-        unlisted=sorted(set(found.clips) - {files.get(clip, clip) for clip in clips}),
+        unlisted=_unlisted(root, [files.get(clip, clip) for clip in clips], found.clips),
         notes=list(_notes(found, captions, len(images), len(clips), kept)),
     )
+
+
+def _add(root: Path, found: FoundFiles, kept: Sequence[str]) -> Told:
+    """Append lines to the lists that are there."""
+    if PROMPTS not in kept:
+        raise DataRootError(
+            f"there is no {PROMPTS} to add to", where=str(root), fix=f"first `{command_line('cogprep', 'init', root)}`"
+        )
+    captions = find_captions(found, [*found.clips, *found.alone])
+    added: list[str] = []
+    lacking: list[str] = []
+
+    def choose(lists: Lists) -> Lists:
+        files = list(_files_of(lists[VIDEOS], found.clips).values())
+        new = _unlisted(root, files, found.clips)
+        if IMAGES in lists:
+            lacking[:] = [clip for clip in new if not found.image_of(clip)]
+            new = [clip for clip in new if found.image_of(clip)]
+        else:
+            new += _unlisted(root, files, _pictures(found))
+        lines = [(clip, caption) for clip in new for caption in captions.of.get(clip, ("",))]
+        added[:] = [clip for clip, _ in lines]
+        return {
+            PROMPTS: [caption for _, caption in lines],
+            IMAGES: [entry_of(found.image_of(clip) or "") for clip in added],
+            VIDEOS: [entry_of(clip) for clip in added],
+        }
+
+    done = append_lines(root, choose)
+    added = [entry.removeprefix("./") for entry in done.lists[VIDEOS][len(done.lists[VIDEOS]) - done.lines :]]
+    clips = {entry.removeprefix("./") for entry in done.lists[VIDEOS]}
+    pictures = {clip for clip in clips if is_picture(Path(clip))}
+    notes = list(_notes(found, captions, 0, 0, kept))
+    if done.finished:
+        notes.append(f"{counted(done.finished, 'line')} of them by a `--add` that was stopped, which is finished now")
+    if lacking:
+        notes.append(
+            f"not added, since {IMAGES} needs a picture of each clip's name: {_some(lacking)}; put them there (a.png "
+            f"beside a.mp4), or go without {IMAGES}: {set_aside(root, [IMAGES], 'cogprep', 'init', root, '--add')}"
+        )
+    return Told(
+        data_root=str(root),
+        clips=len(clips - pictures),
+        pictures=len(pictures),
+        lines=len(done.lists[VIDEOS]),
+        captions=captions.counts(dict.fromkeys(added)),
+        blank=[line for line, caption in enumerate(done.lists[PROMPTS], 1) if not caption],
+        images=len(clips - pictures) if IMAGES in done.lists else 0,
+        added=added,
+        written=[],
+        kept=kept,
+        unlisted=lacking,
+        notes=notes,
+    )
+
+
+def _unlisted(root: Path, listed: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Those of some files of the folder that no line names, however it names it: with its whole path, or by a link."""
+    there, inside = set(names), os.path.abspath(root)  # noqa: PTH100  links stay as typed
+    paths = {entry: os.path.normpath(os.path.join(inside, entry)) for entry in set(listed)}  # noqa: PTH118
+    named = set(paths.values())
+    new = [name for name in names if os.path.join(inside, name) not in named]  # noqa: PTH118
+    if not new:
+        return []
+    elsewhere = {os.path.realpath(path) for entry, path in paths.items() if entry not in there}
+    return [name for name in new if os.path.realpath(root / name) not in elsewhere]
 
 
 def _pictures(found: FoundFiles) -> list[str]:
@@ -192,7 +269,7 @@ def _notes(found: FoundFiles, captions: Captions, images: int, clips: int, kept:
         yield f"no {IMAGES}: only {images} of {counted(clips, 'clip')} have a picture of their name, and all must"
 
 
-def _show(told: Told, console: Console) -> None:
+def _show(told: Told, add: bool, console: Console) -> None:
     more = f" in {counted(told.lines, 'line')}" if told.lines != told.clips + told.pictures else ""
     counts = {"clip": told.clips, "picture": told.pictures}
     there = " and ".join(counted(count, noun) for noun, count in counts.items() if count)
@@ -202,22 +279,25 @@ def _show(told: Told, console: Console) -> None:
         console.print(f"captions: {said}")
     for note in told.notes:
         console.print(note, style="yellow")
-    if told.kept:
+    if told.kept and not add:
         console.print(f"there already, and left as they are: {', '.join(told.kept)}")
-    if told.unlisted:
-        root = Path(told.data_root)
-        others = " and ".join(name for name in told.kept if name != VIDEOS) or PROMPTS
+    if told.unlisted and not add:
+        more = command_line("cogprep", "init", told.data_root, "--add")
         console.print(
-            f"in no line of {VIDEOS}: {_some(told.unlisted)}; to add one, write it at the end of {VIDEOS}, and what "
-            f"belongs to it at the end of {others}; or all lists anew, without what you have written into them: "
-            f"{_anew(root, told.kept)}",
-            style="yellow",
+            f"in no line of {VIDEOS}: {_some(told.unlisted)}; to add them to the lists: {more}", style="yellow"
         )
-    console.print(f"written: {', '.join(told.written)}" if told.written else "nothing to write")
+    if told.added:
+        lists = " and ".join(name for name in (PROMPTS, IMAGES, VIDEOS) if name in told.kept)
+        first, last = told.lines - len(told.added) + 1, told.lines
+        which = f"lines {first:,} to {last:,}" if last > first else f"line {last:,}"
+        console.print(f"added to {lists}, {which}: {_some(told.added)}")
+    elif add and told.kept:
+        console.print("nothing to add")
+    else:
+        console.print(f"written: {', '.join(told.written)}" if told.written else "nothing to write")
     console.print("")
     lines = _some([f"{line:,}" for line in told.blank])
     blank = f"{counted(len(told.blank), 'line')}: {lines}" if told.blank else ""
-    sizes = [size for size, count in (("49x480x720", told.clips), ("1x480x720", told.pictures)) if count]
-    sentence, validate = next_steps(Path(told.data_root), blank, sizes)
+    sentence, validate = next_steps(Path(told.data_root), blank)
     console.print(sentence)
     console.print(f"  {validate}", style="bold")

@@ -21,7 +21,8 @@ from cogcommon.words import counted, in_words
 
 from ..dataset.found import CLIPS, find, fits_a_line
 from ..dataset.lists import check_root, refuse_address
-from ..dataset.new_lists import PROMPTS, VIDEOS, entry_of, next_steps, refuse_output, set_aside, write_list
+from ..dataset.new_lists import PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, write_list
+from ..dataset.next_steps import next_steps
 from ..processes.pool import Pool, default_workers
 from ..settings.lists import SplitSettings
 from ..show.cut_sheet import ShownPart, draw_cut_sheets
@@ -258,6 +259,6 @@ def _show(told: SplitTold, settings: SplitSettings, console: Console) -> None:
     more = f" and {len(sheets) - _SHOWN:,} more" if len(sheets) > _SHOWN else ""
     console.print(f"look at the cuts: {shown}{more}")
     console.print("")
-    sentence, validate = next_steps(Path(told.out), counted(told.lines, "line"), ["49x480x720"])
+    sentence, validate = next_steps(Path(told.out), counted(told.lines, "line"))
     console.print(sentence)
     console.print(f"  {validate}", style="bold")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ntpath
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,17 +26,21 @@ class Captions:
     """The captions by clip, and what to say of where they came from."""
 
     of: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)  # clips by where their captions are from
+    sources: dict[str, str] = field(default_factory=dict)  # by clip, where its captions are from
     absent: dict[str, list[str]] = field(default_factory=dict)  # by table, clips in it that are not there
     differ: dict[str, list[str]] = field(default_factory=dict)  # by table, clips of which another one was believed
     shared: list[str] = field(default_factory=list)  # texts that lie beside more than one clip of their name
     faults: dict[str, str] = field(default_factory=dict)  # by file, why it gave no caption
 
+    def counts(self, clips: Iterable[str]) -> dict[str, int]:
+        """Of some clips, how many have their captions from where."""
+        return dict(Counter(self.sources[clip] for clip in clips if clip in self.sources))
+
     def take(self, clip: str, captions: tuple[str, ...], source: str) -> None:
         """Give a clip its captions, unless it has some already."""
         if clip not in self.of:
             self.of[clip] = captions
-            self.counts[source] += 1
+            self.sources[clip] = source
         elif self.of[clip] != captions:
             self.differ.setdefault(source, []).append(clip)
 

@@ -29,6 +29,7 @@ from ..source.remote import Unreached, read_object, state_of
 # Byte order marks, wherever lists were joined, and what has neither width nor meaning. The joiners U+200C and
 # U+200D do mean something, in Persian and in emoji.
 _UNSEEN = "\ufeff\u200b\u2060"
+HALF_ADDED = ".half-added.json"  # beside lists that `init --add` is about to make longer
 _SHOWN = 20  # faults an error message prints; `validate --json` has them all
 
 
@@ -178,12 +179,14 @@ def read_lists(
     counts = {names[column]: len(entries) for column, entries in columns.items()}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        adding = _is_there(root / HALF_ADDED)
+        again = f"; to finish what was adding lines: {command_line('cogprep', 'init', root, '--add')}" if adding else ""
         faults.append(
             ListFault(
                 max(counts, key=lambda name: counts[name]),
                 min(counts.values()) + 1,
-                f"unpaired from here: {said} lines",
-                "unpaired",
+                f"unpaired from here: {said} lines{again}",
+                "told" if again else "unpaired",
             )
         )
     unused = task == "t2v" and _is_there(root / (images or "images.txt"))

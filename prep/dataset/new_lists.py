@@ -42,22 +42,6 @@ def entry_of(name: str) -> str:
     return name if name == name.strip() else f"./{name}"
 
 
-def next_steps(root: Path, blank: str, sizes: Sequence[str]) -> tuple[str, str]:
-    """What to do with new lists: a sentence, and the command that it ends in.
-
-    Args:
-        blank: the lines of prompts.txt that have no caption, in words; empty: none.
-        sizes: resolutions that `cogprep validate` should try.
-    """
-    validate = command_line("cogprep", "validate", "--data-root", root, "--resolution", *sizes)
-    if not blank:
-        return "next:", validate
-    return (
-        f"next: write a caption into each blank line of {root / PROMPTS} ({blank}); line n belongs to line n of "
-        f"{VIDEOS}. Or let a model write them, which takes a GPU: {command_line('cogprep', 'caption', root)}. Then:"
-    ), validate
-
-
 def write_list(path: Path, entries: Sequence[str]) -> bool:
     """Write a list unless there is one; whether it was written."""
     with disk_errors(path):

@@ -19,6 +19,7 @@ class InitSettings:
     """Every option of `cogprep init`."""
 
     ds: Path | None = setting(None, "folder with clips, and their captions", shown="required", positional=True)
+    add: bool = setting(False, "append to the lists that are there what none of their lines names yet")
     json: bool = setting(False, "print what was found and written as JSON")
 
     def __post_init__(self) -> None:

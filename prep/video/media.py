@@ -32,6 +32,7 @@ from .aperture import edges_of
 from .colour import Colour, Pixels, Tags, Turn, colour_of, sketch, to_rgb, turn_of
 from .container import decode_frames, open_video, said_by_ffmpeg, video_streams
 from .cut import HdrMode
+from .shape import sar_of, size_as_shown
 from .times import FrameTimes, Key, read_times, usual_rate
 
 
@@ -118,15 +119,9 @@ class Video:
         return turn_of(self.first_frame)
 
     @cached_property
-    def sar(self) -> float:
-        ratio = float(self._stream.sample_aspect_ratio or self._stream.codec_context.sample_aspect_ratio or 1)
-        return ratio if 0.05 < ratio < 20 else 1.0  # beyond that it is a broken header
-
-    @cached_property
     def display_size(self) -> tuple[int, int]:
         """Width and height as a player shows them."""
-        width, height = max(1, round(self.first_frame.width * self.sar)), self.first_frame.height
-        return (height, width) if self.turn.transpose else (width, height)
+        return size_as_shown(self.first_frame, self._stream)
 
     def facts(self) -> ClipFacts:
         """See `ClipFacts`."""
@@ -149,7 +144,7 @@ class Video:
             variable_rate=odd > 0.01 * len(intervals),
             interlaced=self.first_frame.interlaced_frame,
             rotation=self.turn.degrees,
-            sar=self.sar,
+            sar=sar_of(self._stream),
             colour=self.colour.decision,
             videos=len(video_streams(self._container)),
             cropped=edges_of(self._container, self._stream) is not None,
@@ -186,7 +181,7 @@ class Video:
             (height, width, 3) uint8 RGB, upright; the longer of the two is ``side``.
         """
         scaler = VideoReformatter()
-        across, down = scaled_to(side, round(self.first_frame.width * self.sar), self.first_frame.height)
+        across, down = scaled_to(side, round(self.first_frame.width * sar_of(self._stream)), self.first_frame.height)
         self._rough = True
         for _index, frame in self._shown():
             yield self.turn.apply(sketch(scaler, frame, across, down, self.colour))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -14,8 +16,10 @@ from cogcommon.media.image import BadImage, is_animation, is_picture, show_uprig
 from ..source.clip import BadClip, ClipFacts
 from ..source.source_file import ClipSource
 from .colour import Pixels
+from .container import decode_frames, open_video, said_by_ffmpeg
 from .cut import HdrMode
 from .media import Video, scaled_to
+from .shape import size_as_shown
 
 
 def open_clip(source: ClipSource, hdr: HdrMode = "tonemap") -> Video | Still:
@@ -28,6 +32,26 @@ def open_clip(source: ClipSource, hdr: HdrMode = "tonemap") -> Video | Still:
     """
     still = is_picture(source.path) and not is_animation(io.BufferedReader(source.stream()))
     return Still(source) if still else Video(source, hdr)
+
+
+def glance(path: Path) -> tuple[int, int]:
+    """Width and height of what a line of videos.txt names, as a player shows it: at most one frame is decoded.
+
+    Raises:
+        BadClip: it cannot be used.
+    """
+    with ClipSource(path) as source:
+        if is_picture(source.path):
+            with Still(source) as still:
+                return still.display_size
+        container, stream = open_video(source)
+        try:
+            with container:
+                for frame in decode_frames(container, stream):
+                    return size_as_shown(frame, stream)
+        except (av.error.FFmpegError, OSError) as error:
+            raise BadClip(f"damaged: {said_by_ffmpeg(error)}", "damaged") from error
+    raise BadClip("not one frame can be decoded", "damaged")
 
 
 class Still:

@@ -266,7 +266,7 @@ def test_a_list_that_is_there_is_never_touched(tmp_path, capsys):
     run(InitSettings(ds=tmp_path))
     shown = capsys.readouterr().out
     assert f"blank line of {tmp_path / 'prompts.txt'} (1 line: 1);" in shown, "still to be done before validate"
-    assert "c.mp4; to add one, write it at the end of videos.txt, and what belongs to it at the end of prompts" in shown
+    assert f"in no line of videos.txt: c.mp4; to add them to the lists: cogprep init {tmp_path} --add" in shown
     (tmp_path / "prompts.txt").write_text("of b\nof a\n")
     (tmp_path / "videos.txt").unlink()
     with pytest.raises(DataRootError, match=r"prompts.txt is there, but no videos.txt") as caught:
@@ -325,5 +325,6 @@ def test_it_loads_no_torch_and_says_all_in_json(tmp_path):
     assert not {"torch", "av", "pyarrow", "transformers"} & {line.split()[-1] for line in done.stderr.splitlines()}
     assert json.loads(done.stdout) == {
         "data_root": str(tmp_path), "clips": 2, "pictures": 0, "lines": 2, "captions": {".txt files beside them": 1},
-        "blank": [2], "images": 0, "written": ["videos.txt", "prompts.txt"], "kept": [], "unlisted": [], "notes": [],
+        "blank": [2], "images": 0, "added": [], "written": ["videos.txt", "prompts.txt"], "kept": [], "unlisted": [],
+        "notes": [],
     }  # fmt: skip

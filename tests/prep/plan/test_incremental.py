@@ -13,6 +13,7 @@ import pytest
 from cogcommon.errors import SettingError, ShardError
 from cogcommon.shards.records import read_record
 from cogprep.commands.encode import encode
+from cogprep.commands.init import init
 
 CAPTIONS = [f"wave number {index}" for index in range(5)]
 CLIPS = [f"{index}.mp4" for index in range(5)]
@@ -65,10 +66,12 @@ def touch(root: Path, _lay: Callable, _draw: Callable) -> None:
         os.utime(root / clip)
 
 
-def add_two(root: Path, lay: Callable, draw: Callable) -> None:
+def add_two(root: Path, _lay: Callable, draw: Callable) -> None:
     draw(root / "5.mp4", 50)
     draw(root / "6.mp4", 60)
-    lay(root, [*CAPTIONS, "five", "six"], [*CLIPS, "5.mp4", "6.mp4"])
+    (root / "5.txt").write_text("five")
+    (root / "6.txt").write_text("six")
+    assert init(root, add=True).added == ["5.mp4", "6.mp4"]
 
 
 def add_in_front(root: Path, lay: Callable, draw: Callable) -> None:
