@@ -6,6 +6,7 @@ same time. Full fine-tuning has another transformer for each checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import warnings
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogcommon.cli.names import quoted
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import RunError, SettingError
@@ -28,7 +30,7 @@ from ..model.method import Lora, Method, method_of, of_checkpoint
 from ..report.renew import renew_report
 from ..report.sheet import Column, grid
 from ..report.videos import SHEET, VideoFolder, file_name
-from ..runs.checkpoint import checkpoint_name, find_checkpoint, list_checkpoints, step_of
+from ..runs.checkpoint import checkpoint_name, find_checkpoint, list_checkpoints, run_and_checkpoint, step_of
 from ..runs.folder import COMPARED, SHEET_FILE, RecordedRun, lowest, open_base, read_run, trained_settings
 from ..settings.results import CompareSettings, GenerateSettings
 from ..validation.pipeline import Request, generate_video, move_pipeline, pipeline_of, step_bytes
@@ -89,6 +91,8 @@ def run(settings: CompareSettings) -> None:
     """
     if settings.run is None:
         raise SettingError("no run was named", where="RUN", fix="cogtrain compare RUN --prompt ...")
+    settings = _named(settings, settings.run)
+    assert settings.run
     recorded = read_run(settings.run)
     full = recorded.facts.method == "sft"
     method = method_of(trained_settings(settings.run, recorded.facts.method))
@@ -120,6 +124,21 @@ def run(settings: CompareSettings) -> None:
         told = [(one.request.prompt, one.finish(rows, facts)) for one in asked]
     generate.tell(told, round(time.monotonic() - started, 1), console, as_json=settings.json)
     renew_report(settings.run, [one.folder for one in asked], partial(console.print, soft_wrap=True))
+
+
+def _named(settings: CompareSettings, named: Path) -> CompareSettings:
+    """With the run, and where RUN/checkpoint-N was named with that checkpoint."""
+    run, kept = run_and_checkpoint(named)
+    if kept is None:
+        return settings
+    step = str(find_checkpoint(kept).state.step)
+    if settings.checkpoints not in (None, step):
+        raise SettingError(
+            "checkpoints were named twice",
+            where=f"RUN {named}, --checkpoints {settings.checkpoints}",
+            fix=f"cogtrain compare {quoted(run)} --checkpoints {settings.checkpoints}",
+        )
+    return dataclasses.replace(settings, run=run, checkpoints=step)
 
 
 def _draw(pipeline: _Pipeline, cells: Sequence[Cell], asked: Sequence[_Asked], steps: int) -> None:

@@ -23,7 +23,6 @@ from cogcommon.files.ownership import RECORD_FILE, check_own_folder, is_file, re
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
 
-from ..distributed.snapshot import STATE_FILE
 from ..model import lora, sft
 from ..model.compare import check_answer, output_on_noise
 from ..model.lora_file import FILE, PEFT_CONFIG, PEFT_FILE, read_facts
@@ -53,8 +52,8 @@ def run(settings: ExportSettings) -> None:
         raise SettingError(
             "no run was named", where="--run", fix="--run with the folder of a run, or a checkpoint-N in it"
         )
-    is_checkpoint = (folder / STATE_FILE).is_file()
-    run = read_run(folder.absolute().parent if is_checkpoint else folder)
+    run_folder, kept = checkpoints.run_and_checkpoint(folder)
+    is_checkpoint, run = kept is not None, read_run(run_folder)
     if settings.to in ("peft", "comfyui") and run.facts.method == "sft":
         raise SettingError(
             "full fine-tuning has no adapter: all weights have changed",

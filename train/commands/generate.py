@@ -24,6 +24,7 @@ from ..data.prompts import cut_notes, named_after, read_first_frame, read_prompt
 from ..report.renew import renew_report
 from ..report.sheet import Column, side_by_side
 from ..report.videos import SHEET, VideoFolder, file_name
+from ..runs.checkpoint import run_and_checkpoint
 from ..runs.folder import GENERATED, SHEET_FILE
 from ..runs.mirror.restore import local_run
 from ..settings.results import GenerateSettings
@@ -40,8 +41,9 @@ def run(settings: GenerateSettings) -> None:
     Raises:
         SettingError, ModelError, RunError: the options do not go together, or weights are missing.
     """
-    settings = dataclasses.replace(settings, run=local_run(settings.run))
-    tuned = find_tuned(settings.run, settings.lora, settings.transformer, settings.model, settings.strength)
+    named = local_run(settings.run)
+    tuned = find_tuned(named, settings.lora, settings.transformer, settings.model, settings.strength)
+    settings = dataclasses.replace(settings, run=run_and_checkpoint(named)[0] if named else None)
     checkpoint = tuned.checkpoint
     requests = requests_of(settings, tuned)
     device = pick_device()
@@ -235,14 +237,12 @@ def _check_numbers(settings: GenerateSettings, most_steps: int) -> None:
 
 def request_text(settings: GenerateSettings, tuned: Tuned, request: Request, fps: float, precision: str) -> str:
     """All that a video depends on, weights and image by their content."""
-    folder = tuned.transformer_folder
-    files = sorted(folder.glob("*.safetensors")) if folder else [one.file for one in tuned.loras]
     strengths = [one.strength for one in tuned.loras]
     image = None if settings.image is None else state_of(settings.image)
     asked = {
         "prompt": request.prompt, "image": image, "resolution": str(request.resolution), "steps": request.steps,
         "guidance": request.guidance, "seed": request.seed, "fps": fps, "precision": precision, "base": settings.base,
-        "model": tuned.checkpoint.name, "weights": [state_of(file) for file in files],
+        "model": tuned.checkpoint.name, "weights": tuned.states(),
         # Newer than some folders, which stay those of their requests.
         **({"negative": request.negative_prompt} if request.negative_prompt else {}),
         **({"strengths": strengths} if any(strength != 1 for strength in strengths) else {}),

@@ -19,6 +19,7 @@ from cogcommon.errors import CogError, SettingError
 from cogcommon.files.ownership import is_file
 
 from ..report.page import comparison, page
+from ..runs.checkpoint import run_and_checkpoint
 from ..runs.folder import COMPARED, GENERATED, VALIDATION, RecordedRun, ask_to_stop, asked_to_stop, read_run
 from ..settings.results import WatchSettings
 
@@ -35,9 +36,10 @@ def run(settings: WatchSettings) -> None:
     """
     if not settings.runs:
         raise SettingError("no run is named", where="RUNS", fix="cogtrain watch runs/mine")
-    for folder in settings.runs:
+    runs = [run_and_checkpoint(folder)[0] for folder in settings.runs]
+    for folder in runs:
         read_run(folder)
-    server = serve(settings.runs, settings.port)
+    server = serve(runs, settings.port)
     address = f"http://{_HERE}:{server.server_port}/"
     print(f"{address}  (Ctrl-C ends it; from elsewhere: ssh -L {server.server_port}:{_HERE}:{server.server_port} HOST)")
     sys.stdout.flush()

@@ -69,6 +69,13 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
+def run_and_checkpoint(named: Path) -> tuple[Path, Path | None]:
+    """The run that somebody names, and the checkpoint where they name one: ``RUN``, or ``RUN/checkpoint-N``."""
+    if not (named / STATE_FILE).is_file():
+        return named, None
+    return named.parent if named.name else named.absolute().parent, named
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     named = [path for path in _named(run) if (path / STATE_FILE).exists()]

@@ -27,8 +27,9 @@ class GenerateSettings:
     """Settings of ``cogtrain generate``."""
 
     run: Path | None = setting(
-        None, "run folder to take weights and model from, or the address of its mirror (s3://...)", section=_WEIGHTS
-    )
+        None, "run folder to take weights and model from, or a checkpoint-N in it, or the address of its mirror "
+        "(s3://...)", section=_WEIGHTS,
+    )  # fmt: skip
     strength: float = setting(1.0, "how strongly the run's LoRA acts; 1: as trained", section=_WEIGHTS)
     lora: list[str] = setting(
         [], "LoRA files, instead of a run, each with its strength or as trained: mine.safetensors=0.8; names of "
@@ -50,8 +51,9 @@ class GenerateSettings:
     negative_prompt: str = setting("", "what the video should not show", shown="none", section=_VIDEO, prose=True)
     image: Path | None = setting(None, "first frame (image-to-video only), cut to the video's shape", section=_VIDEO)
     resolution: str | None = setting(
-        None, "FxHxW of the video", shown="the run's, else the model's own", section=_VIDEO
-    )
+        None, "FxHxW of the video", section=_VIDEO,
+        shown="the run's, of several the one that keeps most of --image; else the model's own",
+    )  # fmt: skip
     steps: int = setting(STEPS, "sampling steps", section=_VIDEO)
     guidance: float = setting(GUIDANCE, "scale of classifier-free guidance; 1: none", section=_VIDEO)
     seed: int = setting(SEED, "seed of the noise, the same for tuned and base", section=_VIDEO)
@@ -70,10 +72,12 @@ class GenerateSettings:
 class CompareSettings:
     """Settings of ``cogtrain compare``."""
 
-    run: Path | None = setting(None, "folder of a run", shown="required", positional=True)
+    run: Path | None = setting(
+        None, "folder of a run, or a checkpoint-N in it", shown="required", positional=True
+    )  # fmt: skip
     checkpoints: str | None = setting(
         None, "steps of its checkpoints, with commas; also last, and best: the lowest held-out loss of those there are",
-        shown="all",
+        shown="the one that RUN names, else all",
     )  # fmt: skip
     strengths: str = setting("1", "strengths of the LoRA, with commas, as 0.6,0.8,1")
     prompt: list[str] = setting(
@@ -81,7 +85,9 @@ class CompareSettings:
     )
     image: Path | None = setting(None, "first frame (image-to-video only), cut to the videos' shape")
     model: str | None = setting(None, "base checkpoint, if it is elsewhere now", shown="as trained")
-    resolution: str | None = setting(None, "FxHxW of the videos", shown="the run's")
+    resolution: str | None = setting(
+        None, "FxHxW of the videos", shown="the run's, of several the one that keeps most of --image"
+    )
     steps: int = setting(STEPS, "sampling steps")
     guidance: float = setting(GUIDANCE, "scale of classifier-free guidance; 1: none")
     seed: int = setting(SEED, "seed of the noise, the same for all videos")

@@ -22,6 +22,7 @@ from ..blocks.plan import FORWARD
 from ..data.prompts import shortened
 from ..model import sft
 from ..model.lora_file import FOLDED, read_lora
+from ..model.method import Lora, of_checkpoint
 from .tuned import Tuned
 from .videos import DECODE_BYTES_PER_PIXEL, scheduler_of, tile_within
 
@@ -59,12 +60,16 @@ def load_pipeline(
     """
     checkpoint = tuned.checkpoint
     checkpoint.check_weights("text_encoder", "vae")  # the transformer is checked when it is loaded, which is now
-    if tuned.transformer_folder:
+    if tuned.transformer_folder and tuned.method:
+        transformer = of_checkpoint(tuned.method, checkpoint, tuned.transformer_folder, dtype).requires_grad_(False)
+    elif tuned.transformer_folder:
         transformer = sft.load(tuned.transformer_folder, checkpoint, dtype)
     else:
         transformer = checkpoint.load_transformer(dtype)
-    found = [read_lora(one.file, checkpoint, transformer) for one in tuned.loras]
+    found = [] if tuned.method else [read_lora(one.file, checkpoint, transformer) for one in tuned.loras]
     pipeline = pipeline_of(checkpoint, transformer, dtype)
+    if isinstance(tuned.method, Lora):
+        pipeline.load_lora_weights(tuned.method.file_of(tuned.loras[0].file), adapter_name="lora-0")
     for number, file in enumerate(found):
         if file.alpha != FOLDED:
             say(str(file))
@@ -74,8 +79,8 @@ def load_pipeline(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the LoRA before it
             pipeline.load_lora_weights(dict(file.state), adapter_name=f"lora-{number}")
-    if found:
-        pipeline.set_adapters([f"lora-{n}" for n in range(len(found))], [one.strength for one in tuned.loras])
+    if tuned.loras:
+        pipeline.set_adapters([f"lora-{n}" for n in range(len(tuned.loras))], [one.strength for one in tuned.loras])
     return pipeline
 
 

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogcommon.cli.names import command_line
+from cogcommon.cli.names import quoted
 from cogcommon.errors import RunError, SettingError
 from cogcommon.files.ownership import state_of
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Resolution
 from cogcommon.store.address import address_of
 
-from ..distributed.snapshot import STATE_FILE
 from ..model import lora, sft
 from ..model.lora_file import base_of, digest_of, lora_in
-from ..runs.checkpoint import list_checkpoints, step_of
-from ..runs.folder import FACTS_FILE, open_base, read_settings, run_facts
+from ..model.method import Lora, Method, method_of
+from ..runs.checkpoint import find_checkpoint, list_checkpoints, run_and_checkpoint
+from ..runs.folder import FACTS_FILE, open_base, read_settings, run_facts, trained_settings
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,18 @@ class Tuned:
     loras: tuple[AppliedLora, ...]  # these, or a transformer
     transformer_folder: Path | None
     sizes: Sequence[Resolution]  # the run's, that of its most samples first; else the checkpoint's own
+    method: Method | None = None  # of the run, where a checkpoint-N of it stands for the LoRA file or the transformer
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.loras)) or str(self.transformer_folder)
+
+    def states(self) -> list[str]:
+        """What the weights are, by their content."""
+        folder = self.transformer_folder
+        if self.method:
+            return [find_checkpoint(folder or self.loras[0].file).state.identity]
+        files = sorted(folder.glob("*.safetensors")) if folder else [one.file for one in self.loras]
+        return [state_of(file) for file in files]
 
 
 def find_tuned(
@@ -51,7 +60,7 @@ def find_tuned(
     """Find the weights that exactly one of the three names.
 
     Args:
-        run: a run folder with its export.
+        run: a run folder with its export, or a checkpoint-N in one.
         loras: LoRA files, or folders with one each, as `applied_lora` reads them.
         transformer: a diffusers ``transformer`` folder.
         model: the base checkpoint; else what the run or the first file that knows says.
@@ -72,8 +81,15 @@ def find_tuned(
     applied = tuple(applied_lora(word) for word in loras)
     trained: str | None = None
     revision, said_by = None, run or transformer
-    facts = run_facts(run) if run and (run / FACTS_FILE).exists() else None
-    if run:
+    method = None
+    run, kept = run_and_checkpoint(run) if run else (None, None)
+    facts = run_facts(run) if run and (kept or (run / FACTS_FILE).exists()) else None
+    if run and facts and kept:
+        trained, revision = facts.model, facts.revision
+        method = method_of(trained_settings(run, facts.method))
+        applied = (AppliedLora(kept, strength),) if isinstance(method, Lora) else ()
+        transformer = None if applied else kept
+    elif run:
         trained, revision = read_settings(run).get("model"), facts.revision if facts else None
         applied = (AppliedLora(run / lora.FILE, strength),) if (run / lora.FILE).is_file() else ()
         transformer = run / sft.FOLDER if (run / sft.FOLDER / "config.json").is_file() else None
@@ -103,25 +119,16 @@ def find_tuned(
         )
     checkpoint = open_base(model, trained or "", revision, said_by or Path(), facts.family if facts else None)
     trained_at = facts.sizes if facts else [checkpoint.native]
-    return Tuned(checkpoint, applied, None if applied else transformer, trained_at)
+    return Tuned(checkpoint, applied, None if applied else transformer, trained_at, method)
 
 
 def _not_exported(run: Path) -> RunError:
-    """What to do with a run that has no exported weights, or with a checkpoint that was named instead of one."""
-    if (run / STATE_FILE).is_file():
-        draw = command_line("cogtrain", "compare", run.parent, "--checkpoints", step_of(run.absolute()))
-        export = command_line("cogtrain", "export", "--run", run)
-        return RunError(
-            "this is a checkpoint, and has no exported weights",
-            where=f"--run {run}",
-            fix=f"{draw} --prompt ... draws with it; or {export}, and --lora with the file that it writes",
-        )
-    draw = command_line("cogtrain", "compare", run, "--checkpoints", "last")
+    kept = list_checkpoints(run)
     return RunError(
         "the run has no exported weights yet",
         where=f"--run {run}",
-        fix=f"let it finish, or draw with its newest checkpoint: {draw} --prompt ..."
-        if list_checkpoints(run)
+        fix=f"let it finish, or take its newest checkpoint: --run {quoted(kept[-1])}"
+        if kept
         else "let it run on: it has no checkpoint either",
     )
 

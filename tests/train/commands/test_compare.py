@@ -12,12 +12,12 @@ from PIL import Image
 from cogcommon.files.ownership import Made
 from cogcommon.media.video import read_mp4
 from cogcommon.model.families import Resolution
-from cogtrain.commands import compare
+from cogtrain.commands import compare, generate
 from cogtrain.commands.compare import Cell, layout
 from cogtrain.report.sheet import Column, grid
 from cogtrain.report.videos import VideoFolder
-from cogtrain.runs.folder import COMPARED, REPORT_FILE
-from cogtrain.settings.results import CompareSettings
+from cogtrain.runs.folder import COMPARED, GENERATED, REPORT_FILE
+from cogtrain.settings.results import CompareSettings, GenerateSettings
 from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, to_base
 from cogtrain.validation.tuned import find_tuned
@@ -64,6 +64,14 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     assert (generate_video(pipeline, request, lambda: None) == drawn["step 2 at 0.5"]).all()
     to_base(pipeline, tuned, torch.float32)
     assert (generate_video(pipeline, request, lambda: None) == drawn["base model"]).all()
+
+    words = ("--run", run / "checkpoint-1", "--strength", "0.5", "--no-base", "--prompt", "a ball", *SMALL)
+    one = OneCommand("generate", GenerateSettings, generate.run)(*words)  # of a checkpoint, beside the run's own videos
+    assert one.exception is None and (drawn["tuned"] == drawn["step 1 at 0.5"]).all()
+    assert [path.name for path in (run / GENERATED).iterdir()] and not (run / "checkpoint-1" / GENERATED).exists()
+    assert "checkpoints were named twice" in fault(run / "checkpoint-1", "--checkpoints", "2", "--prompt", "a ball")
+    told = fault(run / "checkpoint-1", "--strengths", "strong", "--prompt", "a ball")
+    assert "these are no strengths" in told  # so that its checkpoint was found
 
     (first,) = (run / COMPARED).iterdir()
     assert first.name.startswith("a-ball-7-")
@@ -123,6 +131,8 @@ def test_full_fine_tuning_has_a_transformer_for_each_checkpoint(make_run, drawn)
     request = Request("a ball", None, Resolution(9, 64, 96), 1, 6.0, 7, 226, True)
     pipeline = load_pipeline(find_tuned(run, [], None, None), torch.float32)
     assert (generate_video(pipeline, request, lambda: None) == drawn["step 2"]).all()
+    pipeline = load_pipeline(find_tuned(run / "checkpoint-1", [], None, None), torch.float32)
+    assert (generate_video(pipeline, request, lambda: None) == drawn["step 1"]).all()
     assert (drawn["step 1"] != drawn["step 2"]).any() and (drawn["step 1"] != drawn["base model"]).any()
 
 

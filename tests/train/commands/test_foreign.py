@@ -30,7 +30,7 @@ from cogtrain.runs.log import RunLog, cut_metrics
 from cogtrain.runs.saving import NotSaved, begin_saving
 from cogtrain.settings.results import GenerateSettings
 from cogtrain.validation.pipeline import Request
-from cogtrain.validation.tuned import AppliedLora
+from cogtrain.validation.tuned import AppliedLora, Tuned
 
 NAMES = (
     "README.md", "config.toml", "facts.json", "metrics.jsonl", "report.html", "validation", "checkpoint-1",
@@ -101,14 +101,10 @@ def generate_in(tmp_path, monkeypatch) -> Callable:
     """generate_in(folder or None, **settings): the command, with drawn frames in place of a model's."""
     frames = np.zeros((9, 16, 16, 3), np.uint8)
     family = BY_NAME["5b"]
-    tuned = SimpleNamespace(
-        checkpoint=SimpleNamespace(
-            family=family, name="tiny", native=Resolution(17, 64, 96),
-            transformer_config={"max_text_seq_length": 226},
-        ),
-        loras=(AppliedLora(tmp_path / "lora.safetensors"),), transformer_folder=None,
-        resolution=Resolution(17, 64, 96),
-    )  # fmt: skip
+    checkpoint = SimpleNamespace(
+        family=family, name="tiny", native=Resolution(17, 64, 96), transformer_config={"max_text_seq_length": 226}
+    )
+    tuned = Tuned(checkpoint, (AppliedLora(tmp_path / "lora.safetensors"),), None, [checkpoint.native])
     tuned.loras[0].file.write_bytes(b"weights")
 
     def requests(settings, _tuned) -> list[Request]:
