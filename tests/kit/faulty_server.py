@@ -11,12 +11,13 @@ import struct
 import threading
 import urllib.parse
 from collections import defaultdict
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
 class FaultyServer(ThreadingHTTPServer):
-    daemon_threads = True
+    daemon_threads = False  # `stop` waits for them: none is left at work beside the next test
     request_queue_size = 64
 
     def __init__(self, folder):
@@ -26,6 +27,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.asked = []  # (method, path, Range)
         self.times = defaultdict(int)  # requests for each path and range
         self.released = threading.Event()  # ends stalls
+        self._connected = set()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -40,7 +42,18 @@ class FaultyServer(ThreadingHTTPServer):
     def stop(self):
         self.released.set()
         self.shutdown()
+        for connection in list(self._connected):  # clients keep them open
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self.server_close()
+
+    def process_request(self, request, client_address):
+        self._connected.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        self._connected.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request, address):
         pass  # a client that goes away is what many tests are about

@@ -14,11 +14,13 @@ from cogprep.source.source_file import open_named
 
 @pytest.fixture
 def root(tmp_path) -> Path:
+    """Alone in its folder: what other tests have made beside ``tmp_path`` is near it, too."""
+    root = tmp_path / "alone" / "ds"
     for name in ("videos/a.mp4", "videos/deep/b b.mp4", "videos/e\u0301te\u0301.mp4", "Screen Shot 3.04\u202fPM.mov"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "videos.txt").write_text("videos/a.mp4\n")
-    return tmp_path
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (root / "videos.txt").write_text("videos/a.mp4\n")
+    return root
 
 
 @pytest.mark.parametrize(
