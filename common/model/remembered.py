@@ -57,10 +57,13 @@ class Remembered:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = str(folder.resolve())
-        self._file = CacheFile("weights", path)
+        self._path = str(folder.resolve())
+        self._file = CacheFile("weights", self._path)
+        self._known = self._read()
+
+    def _read(self) -> dict[str, Any]:
         known = self._file.read()
-        self._known: dict[str, Any] = known if known.get("folder") == path else {"folder": path}
+        return known if known.get("folder") == self._path else {"folder": self._path}
 
     def recall(self, what: str, files: Sequence[Path], find: Callable[[], str]) -> str:
         """What ``find`` gives, without calling it where it was called before and no file has changed since.
@@ -77,7 +80,7 @@ class Remembered:
         found = find()
         newest = max((max(times) for _, *times in before.values()), default=0)
         if _facts_of(files) == before and newest < time.time_ns() - _YOUNG_NS:
-            self._known[what] = {"files": before, "found": found}
+            self._known = self._read() | {what: {"files": before, "found": found}}  # others may have written meanwhile
             self._file.write(self._known)
         return found
 

@@ -72,6 +72,18 @@ def test_a_file_that_is_still_young_is_not_remembered(model, monkeypatch):
     assert [Remembered(file.parent).recall("it", [file], lambda: next(answers)) for _ in range(2)] == ["a", "b"]
 
 
+def test_what_another_process_finds_out_meanwhile_is_kept_too(model):
+    file = model.root / PART
+
+    def slowly():
+        assert Remembered(file.parent).recall("other", [file], lambda: "theirs") == "theirs"
+        return "ours"
+
+    assert Remembered(file.parent).recall("it", [file], slowly) == "ours"
+    kept = Remembered(file.parent)
+    assert [kept.recall(what, [file], lambda: "again") for what in ("it", "other")] == ["ours", "theirs"]
+
+
 def test_a_cache_that_cannot_be_written_costs_only_time(model, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder would be")
     answers = iter("ab")
