@@ -1,6 +1,8 @@
 import re
+import signal
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -196,6 +198,25 @@ def test_a_control_character_or_no_utf_8_on_the_command_line_is_refused():
     assert resolve(Spoken, {"prompt": "a dog\nruns"}).prompt == "a dog\nruns"
 
 
+@pytest.fixture
+def typed(monkeypatch):
+    """``typed(program, *words) -> exit code``, in this process; what a program sets of its process is undone."""
+
+    def go(program, *words):
+        monkeypatch.setattr("sys.argv", [program, *words])
+        with pytest.raises(SystemExit) as ended:
+            import_module(f"{program}.cli").run()
+        return ended.value.code
+
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # it may be `python -m pytest`
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield go
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("words", "what", "do"),
     [
@@ -224,31 +245,20 @@ def test_a_control_character_or_no_utf_8_on_the_command_line_is_refused():
         (["-v"], "there is no option -v", "--version"),
     ],
 )
-def test_what_was_mistyped_is_said_in_our_words_with_what_was_meant(words, what, do, monkeypatch, capsys):
-    from cogtrain import cli
-
-    monkeypatch.setattr("sys.argv", ["cogtrain", *words])
-    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # it may be `python -m pytest`
-    with pytest.raises(SystemExit) as ended:
-        cli.run()
+def test_what_was_mistyped_is_said_in_our_words_with_what_was_meant(words, what, do, typed, capsys):
+    code = typed("cogtrain", *words)
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and what in said and do in said.split("do:")[1]
+    assert code == 2 and what in said and do in said.split("do:")[1]
 
 
 @pytest.mark.parametrize("program", ["cogprep", "cogtrain"])
-def test_help_names_all_commands_under_headings_and_no_type_of_pythons(program, monkeypatch, capsys):
+def test_help_names_all_commands_under_headings_and_no_type_of_pythons(program, typed, monkeypatch, capsys):
     """Also as -h, which people type first."""
-    cli = __import__(f"{program}.cli", fromlist=["app"])
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # it may be `python -m pytest`
-    commands = [info.name for info in cli.app.registered_commands]
+    commands = [info.name for info in import_module(f"{program}.cli").app.registered_commands]
     for words in (["-h"], *([name, "-h"] for name in commands)):
-        monkeypatch.setattr("sys.argv", [program, *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.run()
+        code = typed(program, *words)
         said = capsys.readouterr().out
-        assert (
-            ended.value.code == 0 and f"Usage: {program}" in said and not re.search("<(list|path|str|bool|int)", said)
-        )
+        assert code == 0 and f"Usage: {program}" in said and not re.search("<(list|path|str|bool|int)", said)
         if words == ["-h"]:
             assert all(f"│ {name} " in said for name in commands) and "─ Commands ─" not in said
