@@ -34,7 +34,7 @@ _CODES: dict[str, int] = {"refused": REFUSED, "failed": FAILED, "lost": LOST, "g
 _LOOK = 0.5  # seconds between looks for a peer that has failed
 _SAYING = 10.0  # seconds for process 0 to say why, and to end
 _CLOSING = 60.0  # seconds for it to close its files and its tracker, where the run was asked to stop
-_GRACE = 3.0  # seconds for a process to leave by itself, once a peer has failed
+_GRACE = 6  # looks in which a process leaves by itself, once a peer has failed; a machine that stands still has none
 
 
 class PeerFailed(RunError):
@@ -99,10 +99,12 @@ class Leaving:
 
     def _reason(self, error: Exception) -> Exception:
         """The exception that this process raises for its error; the others learn of the failure from the store."""
-        networks = _is_networks(error)
-        until = time.monotonic() + (_GRACE if networks else 0)
-        while not (fault := self._fault()) and time.monotonic() < until:
+        networks, fault = _is_networks(error), self._fault()
+        for _ in range(_GRACE if networks else 0):
+            if fault:
+                break
             time.sleep(_LOOK)  # a peer that has failed may be about to write so into the store
+            fault = self._fault()
         if not fault and self._is_first("lost" if networks else _fault_of(error)):
             if self._rank == 0:
                 time.sleep(2 * _LOOK)  # the others read the store once more, before it ends with this process
@@ -183,7 +185,7 @@ class Leaving:
 
     def _leave(self, fault: _Fault) -> None:
         """End this process, if it does not leave by itself: it then closes its files, and says what it has to."""
-        if self._left.wait(_GRACE) or not self._leaves.acquire(blocking=False):
+        if any(self._left.wait(_LOOK) for _ in range(_GRACE)) or not self._leaves.acquire(blocking=False):
             return
         if self._speaks(fault):
             show_error(self._peer_lost())
