@@ -30,7 +30,7 @@ def address():
 
 @pytest.fixture
 def agent(tmp_path, address):
-    """agent(*words) -> an agent of torchrun for a host of one process, begun; all of a test meet."""
+    """agent(*words) -> an agent of torchrun for a host of one process, begun; all of a test meet. See agent.py."""
     begun = []
 
     def begin(*words):
@@ -47,6 +47,12 @@ def agent(tmp_path, address):
 
 def wait_for(true, agent):
     assert wait_until(true, agent), agent.end(1)
+
+
+@pytest.fixture
+def one_host(tmp_path):
+    """As long as this file is there, a host waits for no other."""
+    return tmp_path / "one-host"
 
 
 @pytest.fixture
@@ -73,17 +79,19 @@ STRATEGIES = ["ddp"] + [
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_host_is_lost_and_another_joins(strategy, tmp_path, make_shards, agent, undisturbed, losses):
+def test_a_host_is_lost_and_another_joins(strategy, tmp_path, make_shards, agent, one_host, undisturbed, losses):
     make_shards(tmp_path / "out", samples=8)
     run = tmp_path / "run"
     words = ["lora", "--shards", "out", "--out", "run", "--strategy", strategy, "--resume", "never", *WORDS]
     first, second = agent(*words), agent(*words)
     wait_for(lambda: steps_made(run) >= 3, first)
     assert read_run(run).facts.processes == 2
+    one_host.touch()
     assert second.kill()
     began, made = time.monotonic(), steps_made(run)
     wait_for(lambda: steps_made(run) >= made + 2 and read_run(run).facts.processes == 1, first)
     print(f"goes on alone after {time.monotonic() - began:.1f} s")
+    one_host.unlink()
     third = agent(*words)
     wait_for(lambda: read_run(run).facts.processes == 2, first)
     made = steps_made(run)
@@ -99,7 +107,7 @@ def test_a_host_is_lost_and_another_joins(strategy, tmp_path, make_shards, agent
 
 
 @pytest.mark.full
-def test_the_host_of_process_0_is_lost(tmp_path, make_shards, agent, address, undisturbed, losses):
+def test_the_host_of_process_0_is_lost(tmp_path, make_shards, agent, one_host, address, undisturbed, losses):
     """They meet at a process of its own, which loses no host."""
     store = TCPStore(*address, None, True, wait_for_workers=False)
     make_shards(tmp_path / "out", samples=8)
@@ -107,6 +115,7 @@ def test_the_host_of_process_0_is_lost(tmp_path, make_shards, agent, address, un
     words = ["lora", "--shards", "out", "--out", "run", *WORDS]
     first, second = agent(*words), agent(*words)
     wait_for(lambda: steps_made(run) >= 3 and read_run(run).facts.processes == 2, first)
+    one_host.touch()
     assert first.kill()
     wait_for(lambda: read_run(run).facts.processes == 1, second)
     made = steps_made(run)
@@ -118,7 +127,8 @@ def test_the_host_of_process_0_is_lost(tmp_path, make_shards, agent, address, un
     del store
 
 
-def test_what_is_refused_is_said_once_and_not_started_again(tmp_path, make_shards, agent):
+def test_what_is_refused_is_said_once_and_not_started_again(tmp_path, make_shards, agent, one_host):
+    one_host.touch()
     make_shards(tmp_path / "out", samples=2)
     code, _, err = agent("lora", "--shards", "out", "--out", "run", "--global-batch", 3, "--batch-size", 2).end(120)
     assert code == 1 and "agent: ended by a signal" in err
