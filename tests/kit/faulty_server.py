@@ -15,6 +15,33 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from cogcommon.store import store
+
+
+class OwnTime(threading.local):
+    """Each thread's own seconds, which stand still but for what the thread adds."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+def waits_take_no_time(monkeypatch):
+    """A clock of waits between attempts, by which readers are patient, and which nothing else moves.
+
+    So however slow the machine is, they make as many attempts as the patience of a quick one allows.
+    """
+    clock = OwnTime()
+
+    def wait(stop, seconds):
+        clock.now += seconds
+        return stop._event.is_set()
+
+    monkeypatch.setattr(store, "time", clock)
+    monkeypatch.setattr(store.Stop, "wait", wait)
+    return clock
+
 
 class FaultyServer(ThreadingHTTPServer):
     daemon_threads = False  # `stop` waits for them: none is left at work beside the next test
