@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -126,11 +127,19 @@ def test_a_step_fetches_from_the_host_what_is_computed(monkeypatch):
 
 
 def most_bytes(function):
-    """The most bytes that a call holds at once of what it allocates, and what is left of them after it."""
+    """The most bytes that a call holds at once of what it allocates, and what is left of them after it.
+
+    What others have left in cycles goes before, or it would be counted as freed by the call.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+    finally:
+        gc.enable()
     live = most = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":

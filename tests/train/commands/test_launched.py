@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
-from forked import Forked
+from forked import Forked, held_port
 from slurm import Job
 from waiting import steps_made, wait_for_steps, wait_until
 
@@ -112,9 +112,10 @@ def test_the_pods_of_a_jobset_are_one_run_that_saves_when_one_of_them_is_taken_a
 def test_two_hosts_that_know_of_each_other_are_one_run(folder):
     """By torchrun's own variables, without torchrun."""
     words = ["cogtrain", *LORA, "--steps", "1"]
-    told = HOSTS | {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "29713"}
-    hosts = [Forked(words, folder, told | {"PET_NODE_RANK": str(rank)}) for rank in (0, 1)]
-    (first, said, _), (second, nothing, _) = ended = [host.end() for host in hosts]
+    with held_port() as port:
+        told = HOSTS | {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port.getsockname()[1])}
+        hosts = [Forked(words, folder, told | {"PET_NODE_RANK": str(rank)}) for rank in (0, 1)]
+        (first, said, _), (second, nothing, _) = ended = [host.end() for host in hosts]
     assert (first, second) == (0, 0), ended
     assert "next: cogtrain generate" in said and nothing == ""
     assert re.search(r'"processes": 2\b', (folder / "run/facts.json").read_text())

@@ -53,7 +53,13 @@ def begun(tmp_path, make_shards, train_here):
 
     def run(name, after_step=None, **settings):
         common = {"shards": [str(tmp_path / "out")], "out": tmp_path / name, "rank": 4, "lr": 1e-2, "save_every": 2}
-        return train_here(LoraSettings(**common | settings), after_step=after_step)
+        before = threading.enumerate()
+        try:
+            return train_here(LoraSettings(**common | settings), after_step=after_step)
+        finally:  # a process that ends takes its uploads with it, before another one goes on
+            for thread in threading.enumerate():
+                if thread.name == "cogtrain-mirror" and thread not in before:
+                    thread.join(60)
 
     return run
 

@@ -97,7 +97,9 @@ import time
 from pathlib import Path
 from forked import _fork_ranks
 from waiting import steps_made
+from cogtrain.distributed import signals
 from cogtrain.trainer import trainer
+signals._ONE_WISH = 1000.0  # however late the launcher passes on what its processes have been sent as well
 _fork_ranks()
 asked_to_stop = trainer.asked_to_stop
 def asked(run):

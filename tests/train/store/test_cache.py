@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from faulty_server import FaultyServer
+from waiting import wait_until
 
 from cogcommon.errors import SettingError
 from cogcommon.model.checkpoint import open_checkpoint
@@ -206,10 +207,7 @@ def test_it_reads_ahead_in_the_order_that_is_known(tmp_path, served):
     places = ([Slot(index, 0, 0)] for index in (3, 1, 5, 0, 2, 4))
     reading = prefetch(shards, places, Collator(Objective.of(open_checkpoint("tiny")), 0), ahead=1, pin=False)
     first = next(reading)
-    for _ in range(200):
-        if len(kept(tmp_path / "cache")) == 6:
-            break
-        served.released.wait(0.05)
-    assert len(kept(tmp_path / "cache")) == 6 and first.keys == (shards.extent(3).key,)
+    wait_until(lambda: len(kept(tmp_path / "cache")) == 6)
+    assert first.keys == (shards.extent(3).key,)
     served.begin(lambda handler: handler.answer(500))  # the server is gone: the rest is here
     assert len(list(reading)) == 5
