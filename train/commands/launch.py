@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from cogcommon.cli.progress import say
@@ -14,11 +15,13 @@ from ..settings.training import LoraSettings, SftSettings, TrainSettings
 
 
 def run(settings: LaunchSettings) -> None:
-    """Write the job file. Raises as `launch`."""
+    """Write the job file, with a pattern for all shards of a folder, of which a shell has made names. As `launch`."""
+    from ..data.shard_words import unexpanded
 
     def check_all(train: TrainSettings) -> None:
         _check_as_run(train, settings.nodes, max(1, settings.gpus))
 
+    settings = dataclasses.replace(settings, command=unexpanded(settings.command))
     launch(settings, Program("cogtrain", {"lora": LoraSettings, "sft": SftSettings}, True, _check, check_all))
 
 

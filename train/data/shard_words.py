@@ -82,6 +82,24 @@ def expand(words: Iterable[str], option: str, *, growing: bool = False) -> list[
     return [FoundTar(tar, *(beside.get(file.shown, file) for file in others)) for tar, *others in pairs]
 
 
+def unexpanded(words: Sequence[str]) -> list[str]:
+    """A command line as it was before a shell put names in the place of ``out/*.tar``.
+
+    Several tars that are only some of a folder's stay, and so does one alone.
+    """
+    found: list[str] = []
+    for folder, together in itertools.groupby(words, _folder_of_tar):
+        names = list(together)
+        all_there = folder is not None and set(names) == set(_LOCAL.matching(f"{glob.escape(folder)}*.tar"))
+        found += [f"{folder}*.tar"] if all_there and len(names) > 1 else names
+    return found
+
+
+def _folder_of_tar(word: str) -> str | None:
+    """With its slash; None of what is no name of a local tar."""
+    return word[: word.rfind("/") + 1] if word.endswith(".tar") and "://" not in word else None
+
+
 def can_grow(word: str) -> bool:
     """Whether a word can stand for more shards later: a folder, a pattern or a range, and not one tar."""
     name = word.partition("?")[0] if is_web(word) else word

@@ -59,6 +59,21 @@ def alone(folder, train_here, losses):
     return losses(train_here(settings))
 
 
+def test_a_job_names_the_pattern_of_which_a_shell_has_made_all_shards_of_a_folder(folder):
+    """Also of a folder whose name is a pattern itself, and not of some shards."""
+    (folder / "out").rename(folder / "set [v2]")
+    shards = sorted(str(path.relative_to(folder)) for path in folder.glob("*/*.tar"))
+    assert len(shards) > 1
+    script = folder / "lora-run.sbatch"
+    for words, named in [
+        (shards, "'set [v2]/*.tar'"),
+        (shards[1:], " ".join(f"'{name}'" for name in shards[1:])),
+        (["set [v2]/*.tar"], "'set [v2]/*.tar'"),
+    ]:
+        launch("--on", "slurm", "--gpus", 2, "--", "lora", "--shards", *words, "--out", "run")
+        assert f"--shards {named} \\\n  --out run" in script.read_text()
+
+
 @pytest.mark.full
 def test_a_batch_script_saves_before_its_limit_and_goes_on_when_it_is_requeued(folder, train_here, losses):
     """Two tasks over gloo, by stand-ins for sbatch, srun and scontrol; USR1 comes as --signal asks for."""
