@@ -12,6 +12,7 @@ from cogcommon.cli.names import quoted
 from cogcommon.errors import ModelError
 from cogcommon.files.memory import free_gpu_memory, free_host_memory
 from cogcommon.model.device import has_bf16, pick_device, quiet_libraries
+from cogcommon.model.families import BUILTIN_NAMES, RANDOM
 from cogcommon.model.hub import fetch
 from cogcommon.words import first_line, in_bytes
 
@@ -181,6 +182,12 @@ def _folder_of(name: str, files: list[str]) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if name.removeprefix(RANDOM) in BUILTIN_NAMES:
+        raise ModelError(
+            f"the built-in model {name} makes videos, and cannot see them",
+            where=f"--model {name}",
+            fix=f"write the captions yourself, into the blank lines of prompts.txt; {_OTHER}",
+        )
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise ModelError(f"no model {name!r}", where="it is neither a folder nor a hub id (owner/name)", fix=_OTHER)
     return fetch(

@@ -272,6 +272,7 @@ def test_a_model_that_cannot_be_used_is_told_in_one_message(tmp_path, llava, mon
     (text / "config.json").write_text('{"model_type": "bert"}')
     assert "Qwen" in refused(text, r"no vision-language model \(bert\): it cannot see").fix
     refused(tmp_path / "none", "no model")
+    assert "write the captions yourself" in refused("tiny", "makes videos, and cannot see them").fix
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no config.json")
     mute = tmp_path / "mute"
