@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 
+from cogcommon.cli import stages
 from cogcommon.model.text_encoder import TextEncoder
 from cogcommon.shards.contract import Contract
 from cogprep.encode.models import Models
 from cogprep.encode.outcome import Outcome
 from cogprep.encode.part import encode_slice
+from cogprep.engines import actor as actor_module
 from cogprep.engines.actor import EncodeActor, Fault
+from cogprep.processes.pool import Pool
 
 
 class Planned:
@@ -23,6 +26,23 @@ class Planned:
 
     def encode(self, job):
         self.job = job
+
+
+@pytest.fixture(autouse=True)
+def _ends(monkeypatch):
+    """An actor and its decode processes live as long as their process, which is the tests' here."""
+    made = []
+
+    class EndingPool(Pool):
+        def __enter__(self):
+            made.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr(actor_module, "Pool", EndingPool)
+    monkeypatch.setattr(stages, "_checks", [])
+    yield
+    for pool in made:
+        pool.__exit__()
 
 
 @pytest.fixture
