@@ -113,10 +113,17 @@ def test_two_hundred_random_kills(encoded):
 
 # What `sbatch --signal` sends before the time is up; what Kubernetes sends. (Ctrl-C is in the test below.)
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
-def test_interrupted_it_says_how_to_go_on(encoded, number):
+def test_interrupted_it_says_how_to_go_on(encoded, number, tmp_path):
     out = encoded / "new"
-    process = start(encoded)
-    assert wait_until(out.exists, process)  # the models are still to be loaded: it cannot be done by then
+    held = tmp_path / "held.py"  # however late the signal is, the models are still to be loaded
+    held.write_text(
+        "import time, cogprep.encode.models as models\n"
+        "models.LatentEncoder = lambda *_arguments, **_options: time.sleep(600)\n"
+        "from cogprep.cli import main\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    process = Forked(command_line(encoded, program=held))
+    assert wait_until(out.exists, process)
     os.kill(process.pid, number)
     code, _, said = process.end()
     # Python 3.11 ends by SIGINT itself, which a shell shows as 130 too, if one came during an exec().
