@@ -13,6 +13,7 @@ import fsspec.asyn
 
 from ..errors import StoreError
 from .address import READERS
+from .network import CERTIFICATES, PROXY
 from .store import STALLED, ReadPart, StoreFault, without_secrets
 
 _SLOW = 64 * 1024  # bytes a second: fsspec tells nothing of progress, so an attempt may take this long in all
@@ -22,6 +23,9 @@ _CREDENTIALS = (
 )
 # Refusals that another attempt may not meet, of those that name the request as what is wrong (400 to 499).
 _PASSING_STATUS = {"408", "409", "425", "429"}
+# botocore's, of what the environment and the files of ~/.aws say.
+_NOT_SET_UP = {"ProfileNotFound", "ConfigParseError", "ConfigNotFound", "InvalidConfigError", "SSOError",
+               "TokenRetrievalError"}  # fmt: skip
 _PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 
 
@@ -153,11 +157,7 @@ class FsspecStore:
         except (TimeoutError, fsspec.exceptions.FSTimeoutError) as error:
             raise StoreFault(f"the store does not answer (nothing within {timeout:.0f} s)") from error
         except Exception as error:  # each file system raises its own kinds
-            text = without_secrets(getattr(error, "strerror", None) or str(error)) or type(error).__name__
-            if isinstance(error, PermissionError) or _refused(error):
-                raise StoreFault(f"the store refuses: {text}", passing=False, fix=_CREDENTIALS) from error
-            lasting = "Credentials" in type(error).__name__ or isinstance(error, ValueError | TypeError)
-            raise StoreFault(text, passing=not lasting, fix=_CREDENTIALS if lasting else None) from error
+            raise _fault_of(error) from error
 
 
 def etag_of(info: dict[str, Any]) -> str:
@@ -166,10 +166,32 @@ def etag_of(info: dict[str, Any]) -> str:
     return str(next((info[name] for name in names if info.get(name)), ""))
 
 
+def _fault_of(error: Exception) -> StoreFault:
+    """What went wrong, whether it may pass, and what helps: the store's refusal, or what this machine lacks."""
+    text = without_secrets(getattr(error, "strerror", None) or str(error)) or type(error).__name__
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return StoreFault(text, passing=False, fix=CERTIFICATES)
+    if "HTTPClientError" in kinds and any(isinstance(one, FileNotFoundError) for one in _causes(error)):
+        return StoreFault("there is no such file of certificates as is named", passing=False, fix=CERTIFICATES)
+    if "407" in _codes(error):
+        return StoreFault("the proxy asks for a name and a password (407)", passing=False, fix=PROXY)
+    if "proxies_config" in text:
+        return StoreFault(text, passing=False, fix=PROXY)
+    if "ProxyConnectionError" in kinds:
+        return StoreFault(text, fix=PROXY)
+    if isinstance(error, PermissionError) or _refused(error):
+        return StoreFault(f"the store refuses: {text}", passing=False, fix=_CREDENTIALS)
+    if kinds & _NOT_SET_UP or "Credentials" in type(error).__name__ or isinstance(error, ValueError | TypeError):
+        return StoreFault(text, passing=False, fix=_CREDENTIALS)
+    return StoreFault(text)
+
+
 def _refused(error: BaseException) -> bool:
-    """Whether a store will refuse the same request again. To a HEAD it gives the status alone: 400 of a token's end."""
+    """Whether a store will refuse the same request again. To a HEAD it gives the status alone: 400 of a token's end,
+    301 of a bucket in another region."""
     told = set(_codes(error))
-    refused = any(len(code) == 3 and code.startswith("4") and code.isdigit() for code in told) or "501" in told
+    refused = any(len(code) == 3 and code[0] in "34" and code.isdigit() for code in told) or "501" in told
     return refused and not told & (_PASSING_STATUS | _PASSING_CODES)
 
 
@@ -182,7 +204,9 @@ def _says_there_is_one(error: BaseException) -> bool:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__
+        told = getattr(error, "kwargs", None)  # where botocore keeps what it has wrapped
+        inner = told.get("error") if isinstance(told, dict) else None
+        error = inner if isinstance(inner, BaseException) else error.__cause__
 
 
 def _codes(error: BaseException) -> Iterator[str]:
@@ -192,7 +216,8 @@ def _codes(error: BaseException) -> Iterator[str]:
         if isinstance(answer, dict):
             yield str(answer.get("Error", {}).get("Code", ""))
             yield str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-        yield from (str(getattr(one, name, "")) for name in ("code", "error_code", "status"))
+        names = ("status",) if hasattr(one, "status") else ("code", "error_code")
+        yield from (str(getattr(one, name, "")) for name in names)
 
 
 def _within(seconds: float, act: Any, *args: Any, **options: Any) -> Any:

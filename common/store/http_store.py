@@ -6,7 +6,6 @@ the whole file, other bytes or compressed ones goes unseen.
 
 from __future__ import annotations
 
-import email.utils
 import fnmatch
 import functools
 import html.parser
@@ -15,21 +14,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urljoin
 
 from ..words import in_words
+from . import http_faults
+from .http_faults import NO_LIST, SIGN_AGAIN, fault_of, page_instead, refusal
+from .network import certificates, is_page
 from .store import SLOWEST, STALLED, NoRanges, ReadPart, StoreFault
 
 if TYPE_CHECKING:
     import requests
 
-_CONNECT = 10.0  # seconds
 _PIECE = 2**20  # bytes taken from the socket at a time
 _RECORD_MOST = 2**28  # bytes of a file that is read whole
-_SIGN_AGAIN = (
-    "check the credentials; where a signed URL has expired, sign it again: the same command with the new URLs goes "
-    "on where it was"
-)
 
 
 class HttpStore:
@@ -43,9 +40,13 @@ class HttpStore:
                 return ReadPart(bytearray(), _size_when_past_the_end(answer, start), _etag(answer))
             if answer.status_code == 200:
                 size = _length(answer)
-                if start == 0 and size is not None and size <= end:
-                    return ReadPart(_body(answer, size), size, _etag(answer))
-                raise NoRanges
+                whole = start == 0 and size is not None and size <= end
+                data = _body(answer, size) if whole else bytearray(answer.raw.read1(_PIECE))
+                if is_page(data):
+                    raise page_instead()
+                if not whole:
+                    raise NoRanges
+                return ReadPart(data, size, _etag(answer))
             first, last, size = _content_range(answer)
             if first != start or last != min(end, size or end) - 1:
                 raise StoreFault(f"the server sends other bytes than asked for ({first}-{last}, not {start}-{end - 1})")
@@ -75,16 +76,26 @@ class HttpStore:
     def download(self, path: str) -> Iterator[bytes]:
         """The whole file, piece by piece."""
         with self._get(path) as answer:
-            yield from _pieces(answer, _length(answer))
+            first = True
+            for piece in _pieces(answer, _length(answer)):
+                if first and is_page(piece):
+                    raise page_instead()
+                first = False
+                yield piece
 
     def names(self, folder: str) -> list[str]:
         """What a folder's page links to."""
         folder, mark, query = folder.partition("?")
         folder = folder.rstrip("/") + "/"
         page = _Links()
-        page.feed(self.read_all(folder + mark + query).data.decode(errors="replace"))
+        try:
+            page.feed(self.read_all(folder + mark + query).data.decode(errors="replace"))
+        except StoreFault as fault:
+            if fault.fix == SIGN_AGAIN:
+                fault.fix = f"{NO_LIST}; or check the credentials"
+            raise
         found = {urljoin(folder, link).partition("?")[0].partition("#")[0] for link in page.links}
-        inside = (url for url in found if url.startswith(folder) and "/" not in url[len(folder) :] and url != folder)
+        inside = (url for url in found if _name(url) and unquote(url.removesuffix(_name(url))) == unquote(folder))
         return [url + mark + query for url in sorted(inside)]
 
     def matching(self, pattern: str) -> list[str]:
@@ -103,27 +114,13 @@ class HttpStore:
 
         headers = {"Accept-Encoding": "identity"} | ({"Range": range_} if range_ else {})
         try:
-            with _session().get(url, headers=headers, stream=True, timeout=(_CONNECT, STALLED)) as answer:
+            with _session().get(url, headers=headers, stream=True, timeout=(http_faults.CONNECT, STALLED)) as answer:
                 _check(answer, asked_for_range=range_ is not None)
                 yield answer
         except FileNotFoundError:
             raise
-        # The library's own texts hold the URL, and with it the signature.
-        except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
-            within = _CONNECT if isinstance(error, requests.ConnectTimeout) else STALLED
-            raise StoreFault(f"the server does not answer (nothing for {in_words(within)})") from None
-        except requests.TooManyRedirects:
-            raise StoreFault("the server redirects in a circle", passing=False) from None
-        except requests.exceptions.SSLError as error:
-            raise StoreFault(f"no secure connection: {_innermost(error)}", passing=False) from None
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, UnicodeError):
-            raise StoreFault("this is not a URL that can be asked for", passing=False) from None
-        except (urllib3.exceptions.IncompleteRead, urllib3.exceptions.ProtocolError) as error:
-            raise StoreFault(f"the connection broke off ({_innermost(error)})") from None
-        except requests.ConnectionError as error:
-            raise StoreFault(f"no connection to {urlsplit(url).hostname}: {_innermost(error)}") from None
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise StoreFault(f"the connection failed ({_innermost(error)})") from None
+        except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError, OSError) as error:
+            raise fault_of(error, url) from None
 
 
 @functools.cache
@@ -132,6 +129,7 @@ def _session() -> requests.Session:
     import requests
 
     session = requests.Session()
+    session.verify = certificates()
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=64, max_retries=0))
     return session
@@ -141,13 +139,8 @@ def _check(answer: requests.Response, *, asked_for_range: bool) -> None:
     status = answer.status_code
     if status in (404, 410):
         raise FileNotFoundError(status)
-    told = f"the server answers {status} {answer.reason or ''}".rstrip()
-    if status in (401, 403, 407):
-        raise StoreFault(told + _s3_reason(answer), passing=False, fix=_SIGN_AGAIN)
-    if status in (408, 425, 429) or (status >= 500 and status not in (501, 505)):
-        raise StoreFault(told, wait=_retry_after(answer.headers.get("Retry-After", "")))
     if status not in ((200, 206, 416) if asked_for_range else (200,)):
-        raise StoreFault(told + _s3_reason(answer), passing=False)
+        raise refusal(answer)
     coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("", "identity") and status != 416:
         raise StoreFault(
@@ -216,35 +209,6 @@ def _length(answer: requests.Response) -> int | None:
 
 def _etag(answer: requests.Response) -> str:
     return str(answer.headers.get("ETag") or answer.headers.get("Last-Modified", ""))
-
-
-def _retry_after(told: str) -> float:
-    if told.strip().isdecimal() and len(told) < 9:
-        return float(told)
-    date = email.utils.parsedate_tz(told)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
-
-
-def _s3_reason(answer: requests.Response) -> str:
-    """What an object store's XML says of the fault; the rest of it can hold signatures."""
-    try:
-        text = answer.raw.read(4096).decode(errors="replace")
-    except Exception:  # the status alone will do
-        return ""
-    match = re.search(r"<Message>([^<>]{1,200})</Message>", text)
-    return f" ({match[1].strip()})" if match else ""
-
-
-def _innermost(error: BaseException) -> str:
-    """The system's own words, of an error that libraries have wrapped; never a URL."""
-    while True:
-        inner = error.__cause__ or error.__context__ or getattr(error, "reason", None)
-        if not isinstance(inner, BaseException):
-            inner = next((arg for arg in error.args if isinstance(arg, BaseException)), None)
-        if inner is None:
-            break
-        error = inner
-    return (error.strerror if isinstance(error, OSError) and error.strerror else "") or type(error).__name__
 
 
 def _name(url: str) -> str:

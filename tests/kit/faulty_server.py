@@ -1,7 +1,7 @@
 """A web server that serves a folder, and does one thing wrong.
 
 A fault is a function of the request's handler. It returns None to let the request be served as it
-should be, or does the wrong thing itself and returns True.
+should be, or does the wrong thing itself and returns True. As a proxy it serves the folder as that of any host.
 """
 
 import gzip
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             pass
         return body
 
-    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_CONNECT = do_GET
 
     @property
     def is_sample(self):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import CogError, ShardError, StoreError
 from cogcommon.shards.records import read_table
+from cogcommon.store.network import IN_A_BROWSER
 from cogcommon.store.store import StoredFile
 
 from ..store.cached_tar import UPLOAD_AGAIN
@@ -54,6 +55,20 @@ def is_replaced(shard: Shard) -> bool:
         return True
     except ShardError:
         return False
+
+
+def check_sent(file: StoredFile, data: bytes, what: str, *, right: bool) -> None:
+    """Refuse what a server sends in a file's place: it says nothing of the file.
+
+    Raises:
+        StoreError: it is not ``right``, and came from elsewhere.
+    """
+    if file.remote and data and not right:
+        raise StoreError(
+            f"the server sends something else in place of {what}, beginning with {data[:24]!r}",
+            where=file.shown,
+            fix=IN_A_BROWSER,
+        )
 
 
 def damaged(file: StoredFile, what: str) -> ShardError:

@@ -22,7 +22,7 @@ from cogcommon.words import counted
 from ..store.cache import SampleCache
 from ..store.cached_tar import CachedTar
 from .caption_draw import CaptionDraw, Ints, hash_words
-from .shard_faults import is_replaced, was_replaced, why_wrong
+from .shard_faults import check_sent, is_replaced, was_replaced, why_wrong
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,7 @@ class ShardSet:
                 ) from error
             if hashlib.sha256(data).hexdigest() == self.contract.empty_caption_sha256:
                 return data
+        check_sent(file, data, "the embedding of the empty caption", right=data[8:9] == b"{")  # as safetensors do
         raise ShardError(
             "this embedding of the empty caption does not belong to the shards beside it",
             where=file.shown,

@@ -18,6 +18,7 @@ import braceexpand
 from cogcommon.errors import ShardError
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE
 from cogcommon.store.fsspec_store import open_fsspec
+from cogcommon.store.http_faults import NO_LIST
 from cogcommon.store.http_store import HttpStore
 from cogcommon.store.store import OPENING, Store, StoredFile, is_web, patiently, without_secrets
 
@@ -63,7 +64,9 @@ def expand(words: Iterable[str], option: str, *, growing: bool = False) -> list[
             raise ShardError(
                 f"no shard matches {shown}",
                 where=option,
-                fix="give the tars that `cogprep encode` wrote, for example --shards out/*.tar",
+                fix=NO_LIST
+                if is_web(word)
+                else "give the tars that `cogprep encode` wrote, for example --shards out/*.tar",
             )
         for file in files:
             if file.remote and (file.shown.endswith(".parquet") or file.shown.endswith("/" + EMPTY_CAPTION_FILE)):

@@ -26,7 +26,7 @@ from cogcommon.store.store import ReadPart, StoredFile, WholeFilesOnly
 
 from ..store.cache import SampleCache
 from ..store.cached_tar import UPLOAD_AGAIN, CachedTar
-from .shard_faults import damaged
+from .shard_faults import check_sent, damaged
 from .shard_set import NoSamples, Shard, ShardSet
 from .shard_words import FoundTar, expand
 
@@ -173,12 +173,7 @@ def _record(found: FoundTar) -> tuple[ShardHeader, pa.Table]:
             return read_table(io.BytesIO(raw), _COLUMNS)
         except ShardError as error:
             fault = error
-    if file.remote and raw and not raw.startswith(_PARQUET):
-        raise StoreError(
-            f"the server sends something else in place of the record, beginning with {raw[:24]!r}",
-            where=file.shown,
-            fix="open the URL in a browser: it may be the page of a login or of a proxy",
-        )
+    check_sent(file, raw, "the record", right=raw.startswith(_PARQUET))
     raise ShardError(fault.what, where=file.shown, fix=UPLOAD_AGAIN if file.remote else fault.fix) from fault
 
 

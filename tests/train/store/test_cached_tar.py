@@ -166,11 +166,12 @@ def test_a_whole_tar_that_comes_wrong(tmp_path, served, monkeypatch):
     for change, says in (
         (lambda body: body[:5000] + b"x" * 10 + body[5010:], "damaged shard"),
         (lambda body: os.urandom(len(body)), "other bytes each time"),
+        (lambda body: b"<!DOCTYPE html><title>Log in</title>", "a web page in place of the file"),
     ):
 
         def fault(handler, change=change):
-            record = handler.name.endswith("parquet")
-            return handler.serve(ranges=False, change=(lambda body: body) if record else change)
+            right = handler.name.endswith("parquet") or handler.range
+            return handler.serve(ranges=False, change=(lambda body: body) if right else change)
 
         served.begin(fault)
         with pytest.raises(CogError, match=says):

@@ -15,7 +15,7 @@ import pytest
 from faulty_server import FaultyServer, OwnTime, waits_take_no_time, zipped
 
 from cogcommon.errors import CogError, ShardError, StoreError
-from cogcommon.store import http_store, store
+from cogcommon.store import http_faults, http_store, store
 from cogtrain.data import shard_set
 from cogtrain.data.batches import read_sample
 from cogtrain.data.shards import open_shards
@@ -172,6 +172,10 @@ TOLD = {
     "no numbers": (samples(lambda h: h.serve(headers={"Content-Range": "bytes"})), "without saying which"),
     "gzip": (always(zipped), "compresses what it sends"),
     "gzip of samples": (samples(zipped), "compresses what it sends"),
+    "a login page for tars": (lambda h: status(200, body=LOGIN)(h) if "tar" in h.name else None, "a web page in place"),
+    "a login page for samples": (samples(status(200, body=LOGIN)), "a web page in place of the file"),
+    "a redirect to where nobody is": (always(status(302, {"Location": "http://localhost:9/?token=SECRET"})),
+                                      "no connection to localhost, to which 127.0.0.1 redirects"),
     "a login page": (always(status(200, body=LOGIN)), "something else in place of the record"),
     "other bytes each time": (samples(random_bytes), "gives other bytes each time"),
     "not http": (always(lambda h: h.wfile.write(b"SSH-2.0-OpenSSH\r\n") and h.reset()), "broke off|connection"),
@@ -257,10 +261,33 @@ def test_all_ways_to_name_shards_behind_a_url(server, folder):
         assert shards.fingerprint == whole
         assert read_sample(shards, 0).caption.startswith("caption")
         assert shards.empty_caption()
-    with pytest.raises(ShardError, match="no shard matches"):
-        open_shards([f"{server.url}/out/9*.tar"])
-    with pytest.raises(ShardError, match="no shard matches"):
-        open_shards([f"{server.url}/nothing/"])
+    for word in ("out/9*.tar", "nothing/"):
+        with pytest.raises(ShardError, match="no shard matches") as caught:
+            open_shards([f"{server.url}/{word}"])
+        assert "{000000..000007}.tar" in caught.value.fix
+    server.begin(lambda handler: handler.answer(403) if handler.name == "out/" else None)
+    with pytest.raises(StoreError, match="403 Forbidden") as caught:
+        open_shards([f"{server.url}/out"])
+    assert "{000000..000007}.tar" in caught.value.fix
+
+
+def test_a_folder_whose_page_links_by_whole_paths(server, folder):
+    """As some servers write them, encoded; the name that was typed is not."""
+    page = "".join(f'<a href="/my%20{tar.parent.name}/{tar.name}">x</a>' for tar in (folder / "out").glob("*.tar"))
+
+    def moved(handler):
+        handler.name = handler.name.replace("my out/", "out/")
+        return handler.answer(200, page.encode()) if handler.name == "out/" else None
+
+    server.begin(moved)
+    assert len(open_shards([f"{server.url}/my out/"]).shards) == 2
+
+
+def test_a_page_in_place_of_the_empty_caption(server):
+    shards = open_shards([f"{server.url}/out"])
+    server.begin(always(status(200, body=LOGIN)))
+    with pytest.raises(StoreError, match="something else in place of the embedding of the empty caption"):
+        shards.empty_caption()
 
 
 def test_each_url_may_be_signed_by_itself(server, folder):
@@ -348,8 +375,8 @@ def test_a_process_that_ends_does_not_wait_for_a_server(server, how):
 
 
 def test_a_server_that_never_accepts(server, monkeypatch):
-    for name in ("_CONNECT", "STALLED"):
-        monkeypatch.setattr(http_store, name, STALL)
+    for module, name in ((http_faults, "CONNECT"), (http_store, "STALLED")):
+        monkeypatch.setattr(module, name, STALL)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
