@@ -11,8 +11,15 @@ import numpy as np
 
 from cogprep.dataset import probe as probing
 from cogprep.dataset.surveyed import decode_as_surveyed
+from cogprep.processes import child
 from cogprep.source.clip import ClipFault
 from cogprep.source.heartbeat import beat
+
+
+def answer_calls(pipe):
+    """As the pool's own. A child that begins with this one has imported what is here before it says that it is ready:
+    on a busy machine that takes as long as some tests let a task take."""
+    child.answer_calls(pipe)
 
 
 def square(number):
@@ -35,13 +42,18 @@ def act(what):
     return what
 
 
-def work_slowly(seconds):
-    """Never done with more than a fraction of the time-out, but for long in all."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(0.1)
+def work_slowly(beats):
+    """With so many beats that reach the pool: so seldom that each does."""
+    for _ in range(beats):
+        time.sleep(0.26)
         beat()
     return "done"
+
+
+def hang_from(path):
+    """Does nothing more, once a file says so."""
+    path.touch()
+    time.sleep(60)
 
 
 def disturb(name, path):

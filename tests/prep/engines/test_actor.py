@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+from waiting import wait_until
 
 from cogcommon.cli import stages
 from cogcommon.model.text_encoder import TextEncoder
@@ -112,8 +113,7 @@ def test_clips_are_begun_when_they_have_been_seen(job, encoded):
     given = []
     thread = threading.Thread(target=lambda: given.append(actor.encode(shard, {second: "poison"}, careful=True)))
     thread.start()
-    while not actor.status("").clip:
-        pass
+    wait_until(lambda: actor.status("").clip or not thread.is_alive())
     assert actor.status("").clip == first  # and there it stays
     assert actor.status("").settled == 0
     assert actor.status(first).clip in (first, "")

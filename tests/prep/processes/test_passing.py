@@ -21,6 +21,7 @@ from cogprep.commands.encode import run as run_command
 from cogprep.commands.verify import verify
 from cogprep.encode import pipeline as pipeline_module
 from cogprep.plan import survey as survey_module
+from cogprep.processes import pool as pool_module
 from cogprep.settings.encode import EncodeSettings
 from cogprep.source.heartbeat import TIMEOUT_S
 
@@ -29,6 +30,7 @@ from cogprep.source.heartbeat import TIMEOUT_S
 def _disturb(monkeypatch):
     monkeypatch.setattr(pipeline_module, "decode_as_surveyed", pool_tasks.decode)
     monkeypatch.setattr(survey_module, "probe_clips", pool_tasks.probe)
+    monkeypatch.setattr(pool_module, "answer_calls", pool_tasks.answer_calls)
 
 
 def files_of(out: Path) -> dict[str, str]:

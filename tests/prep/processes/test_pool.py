@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pool_tasks
@@ -14,10 +15,30 @@ from places import CHILDREN
 from waiting import wait_until
 
 from cogcommon.errors import CogError
-from cogprep.processes import child as pool_child
 from cogprep.processes import pool as pool_module
+from cogprep.processes.child import BEAT
 from cogprep.processes.pool import Pool
 from cogprep.source.clip import ClipFault
+
+
+@pytest.fixture(autouse=True)
+def _imported_when_ready(monkeypatch):
+    monkeypatch.setattr(pool_module, "answer_calls", pool_tasks.answer_calls)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The pool's time, in which nothing takes any but a beat, which takes 0.3 s: however slow the machine is."""
+    now, take = [0.0], pool_module._Child.take
+
+    def taken(child):
+        result = take(child)
+        now[0] += 0.3 * (result == BEAT)
+        return result
+
+    monkeypatch.setattr(pool_module._Child, "take", taken)
+    monkeypatch.setattr(pool_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
+    return now
 
 
 def test_results_keep_the_order_of_the_tasks_and_runs_follow_each_other():
@@ -47,25 +68,27 @@ def test_a_crash_a_hang_and_an_exception_cost_one_task_each():
     assert "exit code 3" in results[6].reason
 
 
-def test_slow_work_that_gets_on_is_not_stopped():
+def test_slow_work_that_gets_on_is_not_stopped(clock):
     with Pool(1, timeout_s=1.0) as pool:
-        assert list(pool.run(pool_tasks.work_slowly, [(2.5,)])) == ["done"]
+        assert list(pool.run(pool_tasks.work_slowly, [(6,)])) == ["done"]
+    assert clock[0] > 1.7
 
 
-def test_the_time_in_which_the_pool_itself_was_stopped_counts_for_no_child(monkeypatch):
+def test_the_time_in_which_the_pool_itself_was_stopped_counts_for_no_child(clock, monkeypatch):
     """As by Ctrl-Z: it wakes later than its children's time is up, and the next beat is still to come."""
     wait, stopped = pool_module.wait, []
 
     def stop_twice(pipes, timeout):
         # A child has begun; were it stopped, it would be tried once more.
-        if timeout is not None and timeout < 1.0 and len(stopped) < 2:
-            stopped.append(time.sleep(1.5))
+        if timeout is not None and timeout <= 1.0 and len(stopped) < 2:
+            stopped.append(timeout)
+            clock[0] += 1.5
             return []
         return wait(pipes, timeout)
 
     monkeypatch.setattr(pool_module, "wait", stop_twice)
     with Pool(1, timeout_s=1.0) as pool:
-        assert list(pool.run(pool_tasks.work_slowly, [(2.0,)])) == ["done"]
+        assert list(pool.run(pool_tasks.work_slowly, [(4,)])) == ["done"]
     assert len(stopped) == 2
 
 
@@ -76,7 +99,7 @@ def test_a_child_that_dies_while_it_starts_costs_nothing(monkeypatch):
 
     class Child(pool_module._Child):
         def __init__(self):
-            monkeypatch.setattr(pool_module, "answer_calls", next(starts, pool_child.answer_calls))
+            monkeypatch.setattr(pool_module, "answer_calls", next(starts, pool_tasks.answer_calls))
             super().__init__()
 
     monkeypatch.setattr(pool_module, "_Child", Child)
@@ -131,22 +154,24 @@ def test_children_end_with_the_pool():
 
 _HANGING_PARENT = """
 import sys
+from pathlib import Path
 sys.path.insert(0, {folder!r})
 import pool_tasks
 from cogprep.processes.pool import Pool
 if __name__ == "__main__":
     with Pool(1) as pool:
         print(next(pool.run(pool_tasks.process_id, [()])), flush=True)
-        next(pool.run(pool_tasks.act, [("hang",)]))
+        next(pool.run(pool_tasks.hang_from, [(Path("busy"),)]))
 """
 
 
 def test_a_busy_child_ends_when_its_parent_is_killed(tmp_path):
     (tmp_path / "parent.py").write_text(_HANGING_PARENT.format(folder=str(CHILDREN)))
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, tmp_path / "parent.py"]
+    parent = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     child = Path("/proc") / parent.stdout.readline().strip()
     assert child.exists()
-    time.sleep(0.5)  # let it take the second task
+    wait_until((tmp_path / "busy").exists)
     parent.kill()
     parent.wait()
     wait_until(lambda: not child.exists(), seconds=20)
