@@ -15,7 +15,7 @@ def test_a_pages_tables_are_what_they_are_made_of(page):
     assert with_tables(page) == page.read_text(encoding="utf-8"), "run `make readme`"
 
 
-def test_the_files_of_the_sixteen_rows_are_what_they_are_made_of():
+def test_the_files_of_the_rows_are_what_they_are_made_of():
     there = {f"configs/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("*.toml")}
     assert config_files() == there, "run `make readme`"
 

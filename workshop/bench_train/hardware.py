@@ -1,4 +1,4 @@
-"""The README's tables of the guide's sixteen rows and of what was measured; the rest of them is computed."""
+"""The README's tables of the guide's rows and of what was measured; the rest of them is computed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COMPUTED_FOR = 80  # GB of the card on which --memory auto is shown
 
 
 def guide_table() -> str:
-    """The sixteen rows, as Markdown. **Bold** is measured."""
+    """The guide's rows, as Markdown. **Bold** is measured."""
     lines = [
         f"| | model and method | GPUs | guide | plain loop | `auto` on {_COMPUTED_FOR} GB | `low` | its host memory "
         "| smallest card |",

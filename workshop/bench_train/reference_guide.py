@@ -1,4 +1,5 @@
-"""The sixteen rows of the public guide's hardware table: as settings, as files in ``configs/``, and as runs."""
+"""The sixteen rows of the public guide's hardware table, and one for image-to-video, of which the second says the same:
+as settings, as files in ``configs/``, and as runs."""
 
 from __future__ import annotations
 
@@ -33,10 +34,12 @@ _ROWS: tuple[tuple[str, str, str, int, str, int], ...] = (
     ("1.5-5b", "sft", "zero2", 8, "bf16", 55),
     ("1.5-5b", "sft", "zero3", 8, "bf16", 55),
     ("1.5-5b", "sft", "zero3-offload", 8, "bf16", 40),
+    ("5b-i2v", "lora", "ddp", 0, "bf16", 24),
 )
 _MODELS = {
     "2b": ("CogVideoX-2B, text-to-video", "THUDM/CogVideoX-2b"),
     "5b": ("CogVideoX-5B, text-to-video or image-to-video", "THUDM/CogVideoX-5b (or -5b-I2V)"),
+    "5b-i2v": ("CogVideoX-5B-I2V, image-to-video", "THUDM/CogVideoX-5b-I2V"),
     "1.5-5b": ("CogVideoX1.5-5B, text-to-video or image-to-video", "THUDM/CogVideoX1.5-5B (or -5B-I2V)"),
 }
 _SPREAD = {

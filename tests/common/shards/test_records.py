@@ -47,6 +47,10 @@ def test_the_contract_tells_which_fact_differs(record):
     other = dataclasses.replace(contract, posterior="sample", tool_version="0.0.0")
     assert contract.differences(other) == ["posterior: 'moments' here, 'sample' there"]
     assert contract.fingerprint != other.fingerprint
+    drawn = {**contract.settings, "crop": "random", "seed": 1, "resolution": ["9x64x64"]}
+    many = dataclasses.replace(contract, family="2b", scaling_factor=0.5, settings=drawn)
+    names = [line.partition(":")[0] for line in contract.differences(many)]  # the likeliest cause first
+    assert names == ["family", "--resolution", "--crop", "--seed", "scaling_factor"]
     assert contract.fingerprint == dataclasses.replace(contract, tool_version="0.0.0", model="elsewhere").fingerprint
 
 

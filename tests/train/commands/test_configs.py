@@ -16,15 +16,16 @@ from cogtrain.settings.training import LoraSettings, SftSettings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 TEMPLATES = sorted((ROOT / "configs/deepspeed").glob("*.json"))
-FORM = {"2b": "tiny-2b", "5b": "tiny", "1.5-5b": "tiny-1.5"}
+FORM = {"2b": "tiny-2b", "5b": "tiny", "1.5-5b": "tiny-1.5", "5b-i2v": "tiny-i2v"}
 
-# model, method, strategy, GPUs (0: all), precision: the table of sixteen rows.
+# model, method, strategy, GPUs (0: all), precision: the table of sixteen rows, and image-to-video.
 TABLE = [
     ("2b", "lora", "ddp", 0, "fp16"), ("5b", "lora", "ddp", 0, "bf16"), ("1.5-5b", "lora", "ddp", 0, "bf16"),
     ("2b", "sft", "ddp", 0, "fp16"), ("2b", "sft", "zero2-offload", 1, "fp16"), ("2b", "sft", "zero2", 8, "fp16"),
     ("2b", "sft", "zero3", 8, "fp16"), ("2b", "sft", "zero3-offload", 8, "bf16"),
     *((model, "sft", strategy, gpus, "bf16") for model in ("5b", "1.5-5b") for strategy, gpus in (
         ("zero2-offload", 1), ("zero2", 8), ("zero3", 8), ("zero3-offload", 8))),
+    ("5b-i2v", "lora", "ddp", 0, "bf16"),
 ]  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def parsed(config, monkeypatch):
 
 
 def test_there_is_one_for_every_row():
-    assert len(CONFIGS) == len(TABLE) == 16
+    assert len(CONFIGS) == len(TABLE) == 17
 
 
 @pytest.mark.parametrize("config, row", [*zip(CONFIGS, TABLE, strict=True)], ids=[config.stem for config in CONFIGS])
@@ -67,8 +68,8 @@ def test_the_first_line_gives_the_row(config, row, monkeypatch):
 @pytest.mark.parametrize(
     "numbers",
     [
-        pytest.param((1, 3, 4, 5, 10, 12, 15), id="each-method-and-strategy"),
-        pytest.param(range(1, 17), id="all", marks=pytest.mark.full),  # a minute
+        pytest.param((3, 4, 5, 10, 12, 15, 17), id="each-method-and-strategy"),
+        pytest.param(range(1, 18), id="all", marks=pytest.mark.full),  # a minute
     ],
 )
 def test_rows_train_at_the_built_in_size(tmp_path, make_shards, run_ranks, monkeypatch, numbers):
