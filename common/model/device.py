@@ -129,7 +129,12 @@ def default_precision(family: Family, device: torch.device | str) -> Precision:
     Args:
         device: or its type.
     """
-    return family.precision if str(device).startswith("cuda") else "fp32"
+    return family.precision if is_gpu(device) else "fp32"
+
+
+def is_gpu(device: torch.device | str) -> bool:
+    """Whether a device is a GPU, or its type says so."""
+    return str(device).startswith("cuda")
 
 
 # Of a GPU's name, or "this GPU".
@@ -139,8 +144,10 @@ EMULATED = (
 )
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 is computed in hardware; so it is where we cannot ask."""
+def has_bf16(device: torch.device | str) -> bool:
+    """Whether bf16 is computed in hardware; so it is where we cannot ask, as of a type alone."""
+    if isinstance(device, str):
+        return True
     import torch
 
     if device.type != "cuda" or not torch.cuda.is_available():

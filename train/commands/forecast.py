@@ -75,10 +75,7 @@ def wanted_runs(settings: ForecastSettings, machine: Machine) -> Sequence[Run | 
         return intents(settings, checkpoint, [size], machine)
     if settings.resolution:
         raise SettingError("shards have their resolution", where="--shards, --resolution", fix="leave out one of them")
-    import torch
-
-    device = torch.device(_device_type(machine))
-    return [open_run(train, device, machine.gpus) for train in _wanted(settings)]
+    return [open_run(train, _device_type(machine), machine.gpus) for train in _wanted(settings)]
 
 
 def intents(

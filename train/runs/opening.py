@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cogcommon.cli.progress import stage
 from cogcommon.errors import ModelError, SettingError, ShardError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
-from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16
+from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16, is_gpu
 from cogcommon.model.families import Resolution
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
@@ -44,12 +44,12 @@ DEFAULT_EPOCHS = 10
 
 @stage("opening shards")
 def open_run(
-    settings: TrainSettings, device: torch.device, world: int, peers: Peers = ALONE
+    settings: TrainSettings, device: torch.device | str, world: int, peers: Peers = ALONE
 ) -> Run:  # fmt: skip
     """Check the settings, the shards and the model against each other.
 
     Args:
-        device: that this process trains on.
+        device: that this process trains on; its type, where it is that of another machine.
         world: processes of the run.
         peers: those of them that have met; each calls this, and each may find a fault that the others do not.
 
@@ -138,7 +138,7 @@ def open_run(
 
 
 def _without_shards(
-    given: TrainSettings, resume: SavedCheckpoint | None, device: torch.device, groups: DataGroups, peers: Peers,
+    given: TrainSettings, resume: SavedCheckpoint | None, device: torch.device | str, groups: DataGroups, peers: Peers,
     notes: list[str],
 ) -> tuple[TrainSettings, Method, Strategy]:  # fmt: skip
     """Settle and check what can be before there are shards, which may be hours away with --follow.
@@ -150,7 +150,7 @@ def _without_shards(
     settings = with_accumulation(given, groups, resume, peers.here if peers.world > 1 else world, notes)
     settings = _as_it_began(settings, resume)
     method = method_of(settings)
-    strategy = choose_strategy(settings, full=method.full, gpus=world if device.type == "cuda" else 0)
+    strategy = choose_strategy(settings, full=method.full, gpus=world if is_gpu(device) else 0)
     _check_settings(settings, strategy, device)
     if resume is None:
         method.check_files()
@@ -193,7 +193,7 @@ def _open_model(
     return open_checkpoint(name, revision, named_by=named_by)
 
 
-def _check_settings(settings: TrainSettings, strategy: Strategy, device: torch.device) -> None:
+def _check_settings(settings: TrainSettings, strategy: Strategy, device: torch.device | str) -> None:
     """Refuse what is wrong whatever the shards and the model: shards that are followed may be hours away."""
     check_strategy(settings, strategy)
     check_optimizer(settings, strategy)
@@ -201,14 +201,14 @@ def _check_settings(settings: TrainSettings, strategy: Strategy, device: torch.d
     check_validation(settings)
     if settings.validate_prompts:
         read_prompts(settings.validate_prompt, settings.validate_prompts, "--validate-prompt")
-    if settings.precision == "fp16" and device.type == "cpu":
+    if settings.precision == "fp16" and not is_gpu(device):
         raise SettingError("fp16 needs a GPU", where="--precision fp16", fix="--precision bf16 or fp32")
     if settings.out is not None:
         check_claimable(settings.out)
 
 
 def _check_training(
-    settings: TrainSettings, method: Method, checkpoint: Checkpoint, strategy: Strategy, device: torch.device,
+    settings: TrainSettings, method: Method, checkpoint: Checkpoint, strategy: Strategy, device: torch.device | str,
     world: int, *, new: bool,
 ) -> Precision:  # fmt: skip
     """Refuse what cannot be done to a model; the precision in which it is computed with.
