@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cogcommon.cli.names import command_line
@@ -15,6 +14,7 @@ from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.model.published import known_checkpoint
 from cogcommon.words import GIB
 
+from ..data.shard_words import unexpanded
 from ..distributed.optimizer import check_optimizer
 from ..distributed.zero_config import choose_strategy
 from ..memory.disk import writes
@@ -173,7 +173,7 @@ def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
 def _words(run: Trains, needs: Estimate) -> list[str]:
     """The command, as typed; what is so by default is left out."""
     settings = run.settings
-    words = ["cogtrain", run.method.name, "--shards", *(_as_glob(settings.shards) or ["out/*.tar"])]
+    words = ["cogtrain", run.method.name, "--shards", *(unexpanded(settings.shards) or ["out/*.tar"])]
     if run.method.full or needs.strategy != "ddp":
         words += ["--strategy", needs.strategy]
     if needs.memory != "auto":
@@ -194,16 +194,6 @@ def _words(run: Trains, needs: Estimate) -> list[str]:
     if isinstance(settings, LoraSettings) and settings.rank != LoraSettings().rank:
         words += ["--rank", str(settings.rank)]
     return words
-
-
-def _as_glob(shards: Sequence[str]) -> list[str]:
-    """``out/*.tar`` again, where a shell has made many words of it."""
-    folders = {Path(shard).parent for shard in shards}
-    if len(shards) > 1 and len(folders) == 1 and not any("://" in shard for shard in shards):
-        (folder,) = folders
-        if sorted(folder.glob("*.tar")) == sorted(map(Path, shards)):
-            return [str(folder / "*.tar")]
-    return list(shards)
 
 
 def _measured(run: Trains, needs: Estimate, machine: Machine) -> Measured | None:
