@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import CogError, ShardError, StoreError
 from cogcommon.shards.records import read_table
-from cogcommon.store.network import IN_A_BROWSER
+from cogcommon.store.network import ANOTHER_SERVER, IN_A_BROWSER
 from cogcommon.store.store import StoredFile
 
 from ..store.cached_tar import UPLOAD_AGAIN
@@ -28,7 +28,7 @@ def why_wrong(extent: SampleExtent, shard: Shard, first: bytearray, second: byte
         return StoreError(
             f"sample {extent.key} cannot be read: the store gives other bytes each time",
             where=shard.shown,
-            fix="another server or mirror; a proxy between may be at fault",
+            fix=ANOTHER_SERVER,
         )
     if is_replaced(shard):
         return was_replaced(extent, shard)

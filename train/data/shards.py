@@ -22,6 +22,7 @@ from cogcommon.files.readers import read_in_order
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import OF_THE_CLIPS
 from cogcommon.shards.records import ShardHeader, read_table, shard_number
+from cogcommon.store.network import ANOTHER_SERVER
 from cogcommon.store.store import ReadPart, StoredFile, WholeFilesOnly
 
 from ..store.cache import SampleCache
@@ -139,10 +140,10 @@ def open_one(found: FoundTar, cache: SampleCache | None) -> Opened:
             copy = CachedTar(cache, tar, header.tar_sha256, header.tar_size)
             tar = StoredFile(copy, tar.path, tar.shown)
             tail = _tail(tar, end)
-        if tar.remote and _fault_of(tail, header):  # nothing is called damaged because a server erred once, or a disk
+        if tar.remote and _fault_of(tail, header):  # nothing is called damaged because of one error
             if copy:
                 copy.check()
-            tail = _tail(tar, end)
+            tail = _tail(tar, end, fresh=True)
     except FileNotFoundError as error:
         raise _no_such_shard(tar) from error
     if (fault := _fault_of(tail, header)) and tar.remote:
@@ -160,6 +161,7 @@ def open_one(found: FoundTar, cache: SampleCache | None) -> Opened:
 
 def _record(found: FoundTar) -> tuple[ShardHeader, pa.Table]:
     file = found.record
+    came = set()
     for _ in range(2 if file.remote else 1):
         try:
             raw = bytes(file.read_all().data)
@@ -173,7 +175,10 @@ def _record(found: FoundTar) -> tuple[ShardHeader, pa.Table]:
             return read_table(io.BytesIO(raw), _COLUMNS)
         except ShardError as error:
             fault = error
+            came.add(raw)
     check_sent(file, raw, "the record", right=raw.startswith(_PARQUET))
+    if len(came) > 1:
+        raise StoreError("the server gives other bytes each time", where=file.shown, fix=ANOTHER_SERVER)
     raise ShardError(fault.what, where=file.shown, fix=UPLOAD_AGAIN if file.remote else fault.fix) from fault
 
 
@@ -200,10 +205,10 @@ def _no_such_shard(tar: StoredFile) -> ShardError:
     return ShardError("no such shard", where=tar.shown, fix="`cogprep encode` makes what is missing; check the path")
 
 
-def _tail(tar: StoredFile, end: int) -> ReadPart:
-    """The bytes behind the samples, and the tar's size and etag."""
+def _tail(tar: StoredFile, end: int, *, fresh: bool = False) -> ReadPart:
+    """The bytes behind the samples, and the tar's size and etag; ``fresh``: not as a listing has told them."""
     tail = tar.read(end, end + _TAIL + 1)
-    return tail if tail.size is not None else dataclasses.replace(tar.stat(), data=tail.data)
+    return tail if tail.size is not None else dataclasses.replace(tar.stat(fresh=fresh), data=tail.data)
 
 
 def _fault_of(tail: ReadPart, header: ShardHeader) -> str:

@@ -15,6 +15,7 @@ from cogcommon.errors import ShardError, StoreError
 from cogcommon.files.hashes import sha256_of
 from cogcommon.store import store
 from cogcommon.store.http_store import HttpStore
+from cogcommon.store.network import ANOTHER_SERVER
 from cogcommon.store.store import OPENING, TRAINING, ReadPart, StoredFile, StoreFault, patiently
 from cogcommon.words import in_bytes
 
@@ -124,7 +125,9 @@ class CachedTar(HttpStore):
                     )
                 came.add(digest)
         if len(came) > 1:
-            raise StoreError("cannot be read: the server gives other bytes each time", where=self._file.shown)
+            raise StoreError(
+                "cannot be read: the server gives other bytes each time", where=self._file.shown, fix=ANOTHER_SERVER
+            )
         raise ShardError(
             "a damaged shard: the tar is not what its record says",
             where=self._file.shown,

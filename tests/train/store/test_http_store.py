@@ -178,6 +178,10 @@ TOLD = {
                                       "no connection to localhost, to which 127.0.0.1 redirects"),
     "a login page": (always(status(200, body=LOGIN)), "something else in place of the record"),
     "other bytes each time": (samples(random_bytes), "gives other bytes each time"),
+    "a record cut somewhere else each time": (
+        lambda h: h.serve(change=lambda body: body[: 1000 + h.time]) if "parquet" in h.name else None,
+        "gives other bytes each time",
+    ),
     "not http": (always(lambda h: h.wfile.write(b"SSH-2.0-OpenSSH\r\n") and h.reset()), "broke off|connection"),
     "a wrong size": (always(wrong_size), "other bytes than asked for"),
 }  # fmt: skip

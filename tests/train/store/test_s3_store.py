@@ -11,6 +11,7 @@ from faulty_server import waits_take_no_time
 
 from cogcommon.errors import ShardError, StoreError
 from cogcommon.store import fsspec_store, store
+from cogcommon.store.remote_folder import open_folder
 from cogtrain.data import shard_set
 from cogtrain.data.growing import committed
 from cogtrain.data.shards import open_shards
@@ -63,6 +64,31 @@ def test_all_ways_to_name_a_bucket(s3, folder):
             open_shards([word])
     with pytest.raises(ShardError, match="no such shard"):
         open_shards(["s3://bucket/out/000009.tar"])
+
+
+def test_a_bucket_is_listed_to_its_last_page_and_nothing_beside_the_folder(s3, folder, monkeypatch):
+    """S3 gives a thousand names at a time; two here."""
+    for beside in ("out-2", "outer", "out/val"):
+        files(s3).put(f"{folder}/out/", f"bucket/pages/{beside}/", recursive=True)
+    files(s3).put(f"{folder}/out/", "bucket/pages/out/", recursive=True)
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")
+    files_of_out = {path.name for path in (folder / "out").iterdir()}
+    assert open_folder("s3://bucket/pages/out", "--out").entries().keys() == files_of_out
+    for word in ("out", "out/*.tar", "out/00000?.tar"):
+        shown = [shard.shown for shard in open_shards([f"s3://bucket/pages/{word}"]).shards]
+        assert sorted(shown) == [f"s3://bucket/pages/out/00000{number}.tar" for number in range(2)]
+    files(s3).rm("bucket/pages", recursive=True)
+
+
+def test_a_shard_that_was_replaced_after_its_folder_was_listed(s3, folder, make_shards, tmp_path):
+    """The listing tells the old one's size still."""
+    files(s3).put(f"{folder}/out/", "bucket/replaced/", recursive=True)
+    assert len(open_shards(["s3://bucket/replaced/"])) == 4
+    (tar,) = make_shards(tmp_path, samples=1)
+    for ending in (".tar", ".parquet"):
+        files(s3).put(str(tar.with_suffix(ending)), f"bucket/replaced/000000{ending}")
+    assert len(open_shards(["s3://bucket/replaced/000000.tar"])) == 1
+    files(s3).rm("bucket/replaced", recursive=True)
 
 
 def test_shards_of_a_bucket_that_come_while_it_is_looked_at(s3, folder):
