@@ -24,6 +24,8 @@ from cogcommon.files.atomic import temporary_beside
 from cogcommon.files.locks import Busy, open_locked
 from cogcommon.files.readers import read_in_order
 from cogcommon.files.regular_file import Empty, Missing, Unreadable
+from cogcommon.store.http_faults import page_instead
+from cogcommon.store.network import is_page
 from cogcommon.store.store import Patience, StoreFault, is_web, patiently, pieces, without_secrets
 
 from .addresses import in_full, remote_address
@@ -82,7 +84,14 @@ def _ask(address: str) -> ObjectState:
 def read_object(address: str) -> bytes:
     """The content of a small object. Raises as `state_of`."""
     store, path, shown = _place(address)
-    return _reach(lambda: bytes(store.read_all(path).data), shown)
+
+    def whole() -> bytes:
+        data = bytes(store.read_all(path).data)
+        if is_web(path) and is_page(data):
+            raise page_instead()
+        return data
+
+    return _reach(whole, shown)
 
 
 def open_object(address: str) -> FileIO:

@@ -20,7 +20,7 @@ from cogprep.source import clip_cache, remote
 from cogprep.source.addresses import named_without_secrets, remote_address
 from cogprep.source.clip import BadClip
 from cogprep.source.clip_cache import ObjectState, place_of, use_cache
-from cogprep.source.remote import Unreached, open_object, state_of
+from cogprep.source.remote import Unreached, open_object, read_object, state_of
 from cogprep.source.source_file import file_state, hash_whole, open_named, unchanged
 
 
@@ -133,16 +133,26 @@ def test_a_passing_fault_is_made_good(fault, there, s3, tmp_path, drawn):
 
 @pytest.mark.parametrize(
     ("status", "says"),
-    [(403, "the server answers 403"), (500, "the server answers 500"), (404, "the file is missing")],
-)
+    [(403, "the server answers 403"), (500, "the server answers 500"), (404, "the file is missing"),
+     (200, "the server sends a web page in place of the file")],
+)  # fmt: skip
 def test_what_a_server_refuses_is_told_as_it_is(status, says, web, monkeypatch):
-    monkeypatch.setattr(remote, "_UNKNOWN", store.Patience(0.1))
-    web.begin(lambda handler: handler.answer(status, b""))
+    for name in ("_UNKNOWN", "_KNOWN"):
+        monkeypatch.setattr(remote, name, store.Patience(0.1))
+    web.begin(lambda handler: handler.answer(status, b"<!DOCTYPE html><title>Log in</title>"))
     with pytest.raises(BadClip, match=says) as caught:
         open_named(Path(f"ds/{web.url}/0.mp4?X-Amz-Signature=SECRET"))
     assert isinstance(caught.value, Unreached) == (status != 404)
     assert caught.value.fault().passing == (status != 404)
     assert "SECRET" not in str(caught.value) and "damaged" not in str(caught.value)
+
+
+def test_a_page_in_place_of_a_list_is_none(web, monkeypatch):
+    """Its lines would be clips and captions."""
+    monkeypatch.setattr(remote, "_UNKNOWN", store.Patience(0.1))
+    web.begin(lambda handler: handler.answer(200, b"\n<html><title>Log in</title></html>"))
+    with pytest.raises(Unreached, match="a web page in place of the file"):
+        read_object(f"{web.url}/prompts.txt")
 
 
 def test_a_server_that_stalls(web, monkeypatch):
