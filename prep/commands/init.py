@@ -22,7 +22,7 @@ from ..dataset.append import Lists, append_lines
 from ..dataset.captions_found import Captions, find_captions
 from ..dataset.found import CLIPS, FoundFiles, find
 from ..dataset.lists import ListFault, check_root, read_list, refuse_address
-from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, write_list
+from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, sheets_among, write_list
 from ..dataset.next_steps import next_steps
 from ..settings.lists import InitSettings
 from ..source.part import file_named
@@ -134,7 +134,9 @@ def _add(root: Path, found: FoundFiles, kept: Sequence[str]) -> Told:
             lacking[:] = [clip for clip in new if not found.image_of(clip)]
             new = [clip for clip in new if found.image_of(clip)]
         else:
-            new += _unlisted(root, files, _pictures(found))
+            alone = _unlisted(root, files, _pictures(found))
+            sheets = sheets_among(alone, lists[VIDEOS])
+            new += [picture for picture in alone if picture not in sheets]
         lines = [(clip, caption) for clip in new for caption in captions.of.get(clip, ("",))]
         added[:] = [clip for clip, _ in lines]
         return {

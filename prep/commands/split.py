@@ -21,7 +21,7 @@ from cogcommon.words import counted, in_words
 
 from ..dataset.found import CLIPS, find, fits_a_line
 from ..dataset.lists import check_root, refuse_address
-from ..dataset.new_lists import PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, write_list
+from ..dataset.new_lists import PROMPTS, SHEETS, VIDEOS, entry_of, refuse_output, set_aside, sheet_of, write_list
 from ..dataset.next_steps import next_steps
 from ..processes.pool import Pool, default_workers
 from ..settings.lists import SplitSettings
@@ -29,8 +29,6 @@ from ..show.cut_sheet import ShownPart, draw_cut_sheets
 from ..source.clip import ClipFault
 from ..split.film import Film, Stretch, look_at_stretch, open_film
 from ..split.parts import SHORT, Chosen, LeftOut, Lengths, choose
-
-SHEETS = "cuts"  # folder of the contact sheets
 
 _STRETCH_S = 180.0  # decoded in one go; up to two groups of pictures before it are decoded for nothing
 _UNSEEKABLE_S = 600.0  # longer films must be such that a part can be reached
@@ -222,7 +220,7 @@ def _write_sheets(root: Path, film: Path, chosen: Chosen, line: int, seen: Seque
     with disk_errors(root):
         (root / SHEETS).mkdir(exist_ok=True)
         for sheet in draw_cut_sheets(film.name, shown, pictures):
-            names = (f"{SHEETS}/{film.stem}-{number}.png" for number in count(1))
+            names = (sheet_of(film.name, number) for number in count(1))
             yield next(name for name in names if commit_bytes(root / name, sheet, exclusive=True))
 
 

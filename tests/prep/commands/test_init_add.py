@@ -63,6 +63,14 @@ def test_a_clip_that_a_line_names_by_a_link_is_not_added_again(root):
     assert init(root, add=True).added == ["b.mp4", "new/d.mp4"]
 
 
+def test_a_contact_sheet_of_a_film_is_no_picture_to_learn_from(root):
+    (root / "cuts").mkdir()
+    for name in ("my film-1.png", "my film-12.png", "another-1.png"):
+        (root / "cuts" / name).write_bytes(b"picture")
+    (root / "videos.txt").write_text("/films/my film.mkv#t=1,2\n/films/my film.mkv#t=2,3\n")
+    assert init(root, add=True).added == ["b.mp4", "c.mp4", "new/a.mp4", "new/d.mp4", "cuts/another-1.png"]
+
+
 def test_without_lists_it_writes_them_and_without_captions_it_names_what_does(root):
     (root / "prompts.txt").unlink()
     with pytest.raises(DataRootError, match=r"no prompts.txt to add to") as caught:
