@@ -11,7 +11,7 @@ from cogcommon.files.readers import read_in_order
 
 from ..store.cache import SampleCache
 from .shard_words import FoundTar, expand
-from .shards import Opened, open_one
+from .shards import Opened, OtherTar, open_one
 
 _SETTLED = 5.0  # seconds in which a shard that is being replaced fits its record again
 
@@ -47,7 +47,7 @@ def _open_committed(found: FoundTar, cache: SampleCache | None, before: Opened |
             return before
         try:
             return dataclasses.replace(open_one(found, cache), stamp=stamp)
-        except ShardError:
+        except (ShardError, OtherTar):
             if time.monotonic() > until:
                 raise
             time.sleep(0.5)

@@ -39,6 +39,10 @@ _TAIL = 21 * 512  # a tar ends with two blocks of zeros or more, up to a multipl
 _PARQUET = b"PAR1"  # how a record begins
 
 
+class OtherTar(StoreError):
+    """A tar behind an address that is not its record's: it was cut short, or is about to be replaced."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A shard, and its record's rows."""
@@ -147,7 +151,7 @@ def open_one(found: FoundTar, cache: SampleCache | None) -> Opened:
     except FileNotFoundError as error:
         raise _no_such_shard(tar) from error
     if (fault := _fault_of(tail, header)) and tar.remote:
-        raise StoreError(
+        raise OtherTar(
             f"this is not the tar of its record: {fault}",
             where=tar.shown,
             fix="upload both again: the upload was cut short, or another file took the tar's place",

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from bucket import faulty, files, s3_server
@@ -12,7 +13,7 @@ from faulty_server import waits_take_no_time
 from cogcommon.errors import ShardError, StoreError
 from cogcommon.store import fsspec_store, store
 from cogcommon.store.remote_folder import open_folder
-from cogtrain.data import shard_set
+from cogtrain.data import growing, shard_set
 from cogtrain.data.growing import committed
 from cogtrain.data.shards import open_shards
 from cogtrain.settings.training import LoraSettings
@@ -107,6 +108,19 @@ def test_shards_of_a_bucket_that_come_while_it_is_looked_at(s3, folder):
     (again,) = committed(words, "--shards", known=known).values()
     assert again.shard.header.tar_sha256 != known[again.shard.shown].shard.header.tar_sha256
     fs.rm("bucket/coming", recursive=True)
+
+
+def test_a_shard_of_a_bucket_that_is_being_replaced_is_waited_for(s3, folder, make_shards, tmp_path, monkeypatch):
+    """Its tar is the new one already, its record is not."""
+    files(s3).put(f"{folder}/out/", "bucket/changing/", recursive=True)
+    (tar,) = make_shards(tmp_path, samples=1)
+    put = lambda ending: files(s3).put(str(tar.with_suffix(ending)), f"bucket/changing/000000{ending}")  # noqa: E731
+    put(".tar")
+    pause = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: put(".parquet"))
+    monkeypatch.setattr(growing, "time", pause)
+    opened = committed(["s3://bucket/changing/"], "--shards")
+    assert [one.table.num_rows for one in opened.values()] == [1, 2]
+    files(s3).rm("bucket/changing", recursive=True)
 
 
 def test_few_requests_to_a_bucket(proxy):
