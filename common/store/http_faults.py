@@ -43,7 +43,8 @@ def fault_of(error: Exception, url: str) -> StoreFault:
         return StoreFault(f"no secure connection: {told}", passing=cut, fix=CERTIFICATES)
     if isinstance(error, requests.exceptions.ProxyError):
         return _of_the_proxy(error, url)
-    if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema | UnicodeError):
+    unusable = requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema | UnicodeError
+    if isinstance(error, unusable) or type(error) is ValueError:  # as PySocks raises, where it is installed
         if proxy := proxy_of(url):
             return StoreFault(f"the proxy {proxy} cannot be used for it", passing=False, fix=PROXY)
         return StoreFault("this is not a URL that can be asked for", passing=False)

@@ -119,7 +119,7 @@ class HttpStore:
                 yield answer
         except FileNotFoundError:
             raise
-        except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError, OSError) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError, OSError) as error:
             raise fault_of(error, url) from None
 
 

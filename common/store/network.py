@@ -39,6 +39,8 @@ def proxy_of(url: str) -> str:
     """The proxy through which requests asks for a URL, without name and password; empty where there is none."""
     import requests
 
-    proxies = requests.utils.get_environ_proxies(url)
-    proxy = str(requests.utils.select_proxy(url, proxies) or "").rpartition("@")[2]
+    try:
+        proxy = str(requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or "").rpartition("@")[2]
+    except ValueError:  # it is no URL
+        return ""
     return urlsplit(proxy).netloc or proxy
