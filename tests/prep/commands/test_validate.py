@@ -212,8 +212,8 @@ def test_encode_keeps_the_plan_and_refuses_what_validate_says(settings, root, ca
     page = capsys.readouterr().out
     for line in (
         "encode would refuse: ",
-        "where: --frames: 'even' here",
-        "       --resolution: ",
+        "where: --resolution: ",
+        "       --frames: 'even' here",
         "do:    use the old settings",
     ):
         assert page.count(f"\n  {line}") == 1
