@@ -216,6 +216,8 @@ def _codes(error: BaseException) -> Iterator[str]:
         if isinstance(answer, dict):
             yield str(answer.get("Error", {}).get("Code", ""))
             yield str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+        if any(kind.__name__ == "HttpProcessingError" for kind in type(one).__mro__):
+            continue  # aiohttp's, of an answer that broke off: its 400 is nobody's status
         names = ("status",) if hasattr(one, "status") else ("code", "error_code")
         yield from (str(getattr(one, name, "")) for name in names)
 

@@ -44,6 +44,21 @@ def test_digits_in_an_address_are_no_status():
     assert not _says_there_is_one(failed("timeout for 000412.tar")) and _says_there_is_one(failed("no", code=412))
 
 
+def test_an_answer_that_breaks_off_is_no_refusal():
+    """aiohttp says 400 of it, in what others wrap."""
+    aiohttp = pytest.importorskip("aiohttp", reason="pip install s3fs")
+    exceptions = pytest.importorskip("botocore.exceptions", reason="pip install s3fs")
+    from aiohttp.http_exceptions import BadStatusLine, ContentLengthError
+
+    cut = aiohttp.ClientPayloadError("Response payload is not completed")
+    cut.__cause__ = ContentLengthError("Not enough data to satisfy content length header.")
+    closed = exceptions.ConnectionClosedError(endpoint_url="http://host", error=BadStatusLine("SSH-2.0"))
+    for error in (cut, closed, exceptions.ResponseStreamingError(error=cut)):
+        assert not _refused(error) and not set(_codes(error)) & {"400"}
+    asks = aiohttp.ClientHttpProxyError(None, (), status=407)
+    assert "407" in _codes(exceptions.ProxyConnectionError(proxy_url="http://proxy", error=asks))
+
+
 def test_what_a_store_refuses_it_refuses_again_but_for_what_was_lost_on_the_way():
     def answer(status, code):
         return failed("no", response={"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}})
