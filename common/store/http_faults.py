@@ -75,10 +75,11 @@ def page_instead() -> StoreFault:
 
 def _of_the_proxy(error: Exception, url: str) -> StoreFault:
     """What a proxy did that was to connect: `Tunnel connection failed: 407 Proxy Authentication Required`, for one."""
+    proxy = proxy_of(url)
     refused = re.fullmatch(r"Tunnel connection failed: (\d+) ?(.*)", str(_root(error)))
     if refused is None:
-        return StoreFault(f"no connection to the proxy {proxy_of(url)}: {_innermost(error)}", fix=PROXY)
-    told = f"the proxy {proxy_of(url)} answers {refused[1]} {refused[2]}".rstrip()
+        return StoreFault(f"no connection to the proxy {proxy}: {_innermost(error)}", fix=PROXY)
+    told = f"the proxy {proxy} answers {refused[1]} {refused[2]}".rstrip()
     return StoreFault(told, passing=refused[1].startswith("5"), fix=PROXY)
 
 

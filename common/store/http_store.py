@@ -76,11 +76,9 @@ class HttpStore:
     def download(self, path: str) -> Iterator[bytes]:
         """The whole file, piece by piece."""
         with self._get(path) as answer:
-            first = True
-            for piece in _pieces(answer, _length(answer)):
-                if first and is_page(piece):
+            for number, piece in enumerate(_pieces(answer, _length(answer))):
+                if number == 0 and is_page(piece):
                     raise page_instead()
-                first = False
                 yield piece
 
     def names(self, folder: str) -> list[str]:

@@ -124,7 +124,6 @@ def _add(root: Path, found: FoundFiles, kept: Sequence[str]) -> Told:
             f"there is no {PROMPTS} to add to", where=str(root), fix=f"first `{command_line('cogprep', 'init', root)}`"
         )
     captions = find_captions(found, [*found.clips, *found.alone])
-    added: list[str] = []
     lacking: list[str] = []
 
     def choose(lists: Lists) -> Lists:
@@ -138,11 +137,10 @@ def _add(root: Path, found: FoundFiles, kept: Sequence[str]) -> Told:
             sheets = sheets_among(alone, lists[VIDEOS])
             new += [picture for picture in alone if picture not in sheets]
         lines = [(clip, caption) for clip in new for caption in captions.of.get(clip, ("",))]
-        added[:] = [clip for clip, _ in lines]
         return {
             PROMPTS: [caption for _, caption in lines],
-            IMAGES: [entry_of(found.image_of(clip) or "") for clip in added],
-            VIDEOS: [entry_of(clip) for clip in added],
+            IMAGES: [entry_of(found.image_of(clip) or "") for clip, _ in lines],
+            VIDEOS: [entry_of(clip) for clip, _ in lines],
         }
 
     done = append_lines(root, choose)

@@ -67,8 +67,8 @@ class CachedTar(HttpStore):
         self._was_read = True
         return part
 
-    def check(self) -> bool:
-        """Fetch the copy where it is not there, and again where it is damaged; whether it was.
+    def check(self) -> None:
+        """Fetch the copy where it is not there, and again where it is damaged.
 
         Raises:
             StoreError: it does not come, or there is no room for it.
@@ -77,7 +77,7 @@ class CachedTar(HttpStore):
         with self._alone():
             try:
                 if sha256_of(self._copy) == self._sha256:
-                    return False  # another process, or thread, was faster
+                    return  # another process, or thread, was faster
                 damaged = True
             except FileNotFoundError:
                 damaged = False
@@ -89,7 +89,6 @@ class CachedTar(HttpStore):
             elif self._was_read:
                 store.FAULTS.add("the cache's copy was removed: is --cache-size enough for all runs?", self.where, None)
             self._fetch()
-            return damaged
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
