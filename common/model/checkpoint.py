@@ -119,6 +119,10 @@ class Checkpoint:
     def _load(self, part: WeightedPart, **options: Any) -> Any:
         return load_part(self.folder(part), part, self.name, **options)
 
+    def bytes_of(self, part: WeightedPart) -> int:
+        """Of a part's weight files."""
+        return sum(file.stat().st_size for file in weight_files(self.folder(part), part, self.name))
+
     @property
     def fingerprint(self) -> str:
         """Tells the transformer's weights from others without reading all of them; nothing is fetched.

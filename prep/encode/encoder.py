@@ -19,6 +19,7 @@ from ..settings.encode import EncodeSettings
 from ..store.outlet import Outlet
 from .captions import TextStore
 from .clock import Clock
+from .decoding import Decoding
 from .models import Models
 from .outcome import Outcome
 from .pipeline import QUICKLY, Care, Pipeline
@@ -56,6 +57,7 @@ class ShardEncoder:
     ) -> None:
         self._outlet = outlet or Outlet(settings.out)
         self._settings = settings
+        self._checkpoint = checkpoint
         self._contract = contract
         self._pool = pool
         self._clock = clock
@@ -84,7 +86,11 @@ class ShardEncoder:
             SettingError: the folder has another contract.
             DiskError: the disk is full. What was committed stays good.
         """
-        with TextStore(self._outlet.folder) as text:
+        settings = self._settings
+        decoding = Decoding(settings.root, settings.cut, self._contract.family_row.fps, self._pool)
+        with TextStore(self._outlet.folder) as text, decoding:
+            if care is QUICKLY:
+                decoding.begin(shards, beside=self._checkpoint.bytes_of("text_encoder"))
             self._contract = self._models.embed_captions(shards, text, self._contract, self._outlet)
             latents = self._models.latents
             outcome.encoder = latents.choice
@@ -93,12 +99,10 @@ class ShardEncoder:
             with self._clock("encode"), stage("encoding", total, "clip") as bar:
                 Pipeline(
                     outlet=self._outlet,
-                    root=self._settings.root,
                     contract=self._contract,
-                    cut=self._settings.cut,
+                    decoding=decoding,
                     latents=latents,
                     text=text,
-                    pool=self._pool,
                     outcome=outcome,
                     advance=lambda: bar.advance(outcome.waits_for),
                     care=care,

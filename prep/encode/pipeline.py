@@ -13,32 +13,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cogcommon.cli.progress import say
-from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import SampleRow
 
-from ..dataset.surveyed import decode_as_surveyed
 from ..plan.completion import Writer, open_writer
 from ..plan.folder import shard_label, split_folder
 from ..plan.plan import PlannedSample, PlannedShard, Rejected
-from ..processes.pool import Pool
 from ..source.clip import TONED, ClipFault
-from ..source.part import file_named
 from ..source.remote import ahead
 from ..store.locks import ShardBusy
 from ..store.outlet import Outlet
 from ..store.shards import ShardDone, ShardWriter
 from ..vae.encoder import LatentEncoder, Pending
-from ..video.cut import Cut
 from ..video.decode import Clip
 from .captions import TextStore
+from .decoding import Decoding
 from .outcome import Outcome
 from .write_thread import WriteThread
 
-_DECODED_BYTES = 2 << 30  # decoded clips that wait for the VAE; 51 MB each at 49x480x720
 AT_ONCE = 4  # shards on the disk of an outlet that keeps none: written, waiting, uploaded, and about to be
 _IN_FLIGHT = 2  # clips on the GPU: one that it encodes, and the next, which it can begin at once
 
@@ -95,12 +89,10 @@ class Pipeline:
 
     Args:
         outlet: the output folder, which exists; and where shards go from there.
-        root: the data root, which sources are relative to.
         contract: of every shard.
-        cut: how clips are cut.
+        decoding: of the clips.
         latents: the VAE.
         text: holds the embedding of every caption that will be asked for.
-        pool: decode children.
         outcome: counts and times are added to it.
         advance: called after each sample.
         care: see there.
@@ -110,23 +102,19 @@ class Pipeline:
         self,
         *,
         outlet: Outlet,
-        root: Path,
         contract: Contract,
-        cut: Cut,
+        decoding: Decoding,
         latents: LatentEncoder,
         text: TextStore,
-        pool: Pool,
         outcome: Outcome,
         advance: Callable[[], None],
         care: Care = QUICKLY,
     ) -> None:
         self._outlet = outlet
-        self._root = root
         self._contract = contract
-        self._cut = cut
+        self._decoding = decoding
         self._latents = latents
         self._text = text
-        self._pool = pool
         self._outcome = outcome
         self._advance = advance
         self._care = care
@@ -141,17 +129,18 @@ class Pipeline:
         """
         steps: deque[_Step] = deque()
 
-        def requests() -> Iterator[tuple[Any, ...]]:
+        def samples() -> Iterator[PlannedSample]:
             for step in ahead(self._steps(shards), self._files):
                 steps.append(step)
                 if isinstance(step, _Decode):
                     self._care.at_hand(step.planned)
-                    yield self._request(step.planned)
+                    yield step.planned
 
         self._outcome.gpu.pause()
         try:
             with WriteThread(ahead=1) as self._publisher, WriteThread() as thread:
-                clips = self._pool.run(decode_as_surveyed, requests(), window=self._window(shards))
+                window = 1 if self._care.one_at_a_time else self._decoding.window(shards)
+                clips = self._decoding.clips(samples(), window)
                 while True:
                     started = time.perf_counter()
                     clip = next(clips, None)
@@ -201,23 +190,7 @@ class Pipeline:
 
     def _files(self, step: _Step) -> list[Path]:
         """The files that a step will read."""
-        if not isinstance(step, _Decode):
-            return []
-        sample = step.planned.sample
-        return [self._root / name for name in (file_named(sample.source), sample.image) if name]
-
-    def _request(self, planned: PlannedSample) -> tuple[Any, ...]:
-        sample = planned.sample
-        image = self._root / sample.image if sample.image else None
-        fps = self._contract.family_row.fps
-        expected = planned.clip, planned.image_sha256
-        return *expected, self._root / sample.source, planned.bucket, self._cut, fps, planned.key, image
-
-    def _window(self, shards: Sequence[PlannedShard]) -> int:
-        if self._care.one_at_a_time:
-            return 1
-        largest = max((_clip_bytes(shard.bucket) for shard in shards), default=1)
-        return max(2, min(2 * self._pool.workers, _DECODED_BYTES // largest))
+        return self._decoding.files(step.planned) if isinstance(step, _Decode) else []
 
     def _pass(self, step: _Step) -> None:
         """Queue a step that needs no clip."""
@@ -333,7 +306,3 @@ def planned_row(planned: PlannedSample) -> SampleRow:
         colour="",
         tiled=False,
     )
-
-
-def _clip_bytes(bucket: Resolution) -> int:
-    return bucket.frames * bucket.height * bucket.width * 3

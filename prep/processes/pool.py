@@ -59,8 +59,8 @@ def default_workers() -> int:
 
 
 @dataclass(eq=False)
-class _Ticket(Generic[R]):
-    """One task: waiting, given to a child, then done with a result or a fault."""
+class Task(Generic[R]):
+    """A call for a child: waiting, given to one, then done with a result or a fault."""
 
     call: bytes
     done: threading.Event = field(default_factory=threading.Event)
@@ -74,7 +74,7 @@ class _Ticket(Generic[R]):
 
 
 class _Child:
-    """A spawned process, the pipe to it, and the ticket it works on."""
+    """A spawned process, the pipe to it, and the task it works on."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -88,13 +88,13 @@ class _Child:
         finally:
             far_end.close()
         self.ready = False
-        self.ticket: _Ticket[Any] | None = None
+        self.task: Task[Any] | None = None
         self.deadline = time.monotonic() + _START_S
 
-    def give(self, ticket: _Ticket[Any], timeout_s: float) -> None:
-        self.ticket = ticket
+    def give(self, task: Task[Any], timeout_s: float) -> None:
+        self.task = task
         self.deadline = time.monotonic() + timeout_s
-        self.pipe.send_bytes(ticket.call)
+        self.pipe.send_bytes(task.call)
 
     def take(self) -> Any:
         """The result that lies in the pipe, or `BEAT`. Raises EOFError or OSError when the child died."""
@@ -137,7 +137,7 @@ class Pool:
         assert workers > 0
         self.workers = workers
         self.timeout_s = timeout_s
-        self._waiting: deque[_Ticket[Any]] = deque()
+        self._waiting: deque[Task[Any]] = deque()
         self._children: list[_Child] = []
         self._failure: CogError | None = None
         self._failed_starts = 0  # in a row
@@ -157,42 +157,49 @@ class Pool:
         os.close(self._wake_in)
         os.close(self._wake_out)
 
+    def begin(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> Task[R]:
+        """Begin ``function(*arguments)``, which a `run` will ask for; a task that none does is for `drop`."""
+        task: Task[R] = Task(pickle.dumps((function, arguments), protocol=5))
+        self._waiting.append(task)
+        self._wake()
+        return task
+
+    def drop(self, tasks: Iterable[Task[Any]]) -> None:
+        """Do not start what nobody will read."""
+        for task in tasks:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(task)
+
     def run(
-        self, function: Callable[..., R], tasks: Iterable[tuple[Any, ...]], *, window: int | None = None
+        self, function: Callable[..., R], tasks: Iterable[tuple[Any, ...] | Task[R]], *, window: int | None = None
     ) -> Iterator[R | ClipFault]:
         """``function(*task)`` for every task, in order.
 
         Args:
             function: importable in a child; its exceptions become passing `ClipFault`s.
-            tasks: argument tuples, read as the window moves on, in the caller's thread.
+            tasks: argument tuples, or calls that are begun, read as the window moves on, in the caller's thread.
             window: tasks under way or finished and not yet taken; twice the workers by default.
 
         Raises:
             CogError: the children cannot start at all.
         """
         window = window or 2 * self.workers
-        tickets: deque[_Ticket[R]] = deque()
+        under_way: deque[Task[R]] = deque()
         source = iter(tasks)
         try:
             while True:
-                while len(tickets) < window and (task := next(source, None)) is not None:
-                    call = pickle.dumps((function, task), protocol=5)
-                    ticket: _Ticket[R] = _Ticket(call)
-                    tickets.append(ticket)
-                    self._waiting.append(ticket)
-                    self._wake()
-                if not tickets:
+                while len(under_way) < window and (task := next(source, None)) is not None:
+                    under_way.append(task if isinstance(task, Task) else self.begin(function, task))
+                if not under_way:
                     return
-                first = tickets.popleft()
+                first = under_way.popleft()
                 first.done.wait()
                 if self._failure is not None:
                     raise self._failure
                 assert first.result is not None
                 yield first.result
         finally:  # the caller stopped early: do not start what it will not read
-            for ticket in tickets:
-                with contextlib.suppress(ValueError):
-                    self._waiting.remove(ticket)
+            self.drop(under_way)
 
     def _wake(self) -> None:
         os.write(self._wake_in, b".")
@@ -203,7 +210,7 @@ class Pool:
             while not self._closing:
                 self._hand_out()
                 now = time.monotonic()
-                due = [child.deadline for child in self._children if child.ticket is not None or not child.ready]
+                due = [child.deadline for child in self._children if child.task is not None or not child.ready]
                 if self._waiting and self._next_start > now:
                     due.append(self._next_start)
                 patience = max(min(due) - now, 0) if due else None
@@ -225,8 +232,8 @@ class Pool:
         finally:
             for child in self._children:
                 child.stop()
-                if child.ticket is not None:
-                    child.ticket.finish(ClipFault("the pool was closed"))
+                if child.task is not None:
+                    child.task.finish(ClipFault("the pool was closed"))
             while not self._closing:  # failed: let every caller know
                 while self._waiting:
                     self._waiting.popleft().finish(ClipFault("the pool failed"))
@@ -234,17 +241,17 @@ class Pool:
 
     def _hand_out(self) -> None:
         while self._waiting:
-            idle = [child for child in self._children if child.ticket is None and child.ready]
+            idle = [child for child in self._children if child.task is None and child.ready]
             if idle:
                 try:
-                    ticket = self._waiting.popleft()
+                    task = self._waiting.popleft()
                 except IndexError:  # the caller has taken it back
                     return
                 try:
-                    idle[0].give(ticket, self.timeout_s)
+                    idle[0].give(task, self.timeout_s)
                 except OSError:  # it died while idle, so it is not the task's doing
-                    idle[0].ticket = None
-                    self._waiting.appendleft(ticket)
+                    idle[0].task = None
+                    self._waiting.appendleft(task)
                     self._bury(idle[0], "")
                 continue
             starting = sum(not child.ready for child in self._children)
@@ -277,17 +284,17 @@ class Pool:
             child.ready = True
             self._failed_starts = 0
             return
-        ticket, child.ticket = child.ticket, None
-        if ticket is not None:
-            self._settle(ticket, result)
+        task, child.task = child.task, None
+        if task is not None:
+            self._settle(task, result)
 
-    def _settle(self, ticket: _Ticket[Any], result: Any) -> None:
+    def _settle(self, task: Task[Any], result: Any) -> None:
         """A task has its result, unless that is a passing fault of its first try."""
-        ticket.tries += 1
-        if isinstance(result, ClipFault) and result.passing and ticket.tries < _TRIES:
-            self._waiting.appendleft(ticket)
+        task.tries += 1
+        if isinstance(result, ClipFault) and result.passing and task.tries < _TRIES:
+            self._waiting.appendleft(task)
         else:
-            ticket.finish(result)
+            task.finish(result)
 
     def _allow_for(self, overslept: float) -> None:
         """Give the children their time anew where this process, and mostly they with it, was stopped (Ctrl-Z, a host
@@ -299,7 +306,7 @@ class Pool:
     def _stop_late(self) -> None:
         now = time.monotonic()
         for child in list(self._children):
-            if (child.ticket is not None or not child.ready) and now > child.deadline:
+            if (child.task is not None or not child.ready) and now > child.deadline:
                 self._bury(child, f"gave no sign of life for {self.timeout_s:g} s; the decoder was stopped")
 
     def _bury(self, child: _Child, why: str) -> None:
@@ -308,8 +315,8 @@ class Pool:
         child.stop()
         if not child.ready:
             self._count_failed_start(_ending(child.process.exitcode))
-        elif child.ticket is not None:
-            self._settle(child.ticket, ClipFault(why, passing=True))
+        elif child.task is not None:
+            self._settle(child.task, ClipFault(why, passing=True))
 
     def _count_failed_start(self, why: str) -> None:
         """It may be the moment (memory was short), unless no child comes up any more.

@@ -37,6 +37,7 @@ from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import read_record
 from cogprep.commands.verify import check_shard
 from cogprep.dataset.lists import Sample
+from cogprep.encode.decoding import Decoding
 from cogprep.encode.outcome import Outcome
 from cogprep.encode.pipeline import Pipeline
 from cogprep.plan.folder import SPLITS, records_in, scan, split_folder
@@ -115,12 +116,10 @@ def bring_up_to_date(
     outcome = Outcome()
     Pipeline(
         outlet=outlet,
-        root=Path("/nowhere"),
         contract=contract,
-        cut=Cut(),
+        decoding=Decoding(Path("/nowhere"), Cut(), 8, InlinePool()),  # type: ignore[arg-type]
         latents=latents or DrawnLatents(),  # type: ignore[arg-type]
         text=DrawnText(),  # type: ignore[arg-type]
-        pool=InlinePool(),  # type: ignore[arg-type]
         outcome=outcome,
         advance=lambda: None,
     ).encode(plan.shards)

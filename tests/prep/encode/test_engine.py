@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import cogprep.encode.models
 from cogprep.commands.encode import encode
+from cogprep.dataset.surveyed import decode_as_surveyed
+from cogprep.encode.models import Models
+from cogprep.processes.pool import Pool
 from cogprep.vae.encoder import LatentEncoder
 from cogprep.vae.gpu_time import Span
 
@@ -56,3 +59,22 @@ def test_a_device_that_works_ahead_gives_the_same_shards(encoded_once, settings_
             hashlib.sha256((folder / tar.name).read_bytes()).hexdigest() for folder in (tar.parent, tmp_path / "out")
         }
         assert len(digests) == 1, tar.name
+
+
+def test_the_first_clips_are_decoded_while_the_models_are_loaded(encoded_once, settings_of, tmp_path, monkeypatch):
+    begin, embed, begun = Pool.begin, Models.embed_captions, []
+
+    def noting(pool, function, arguments):
+        task = begin(pool, function, arguments)
+        begun.extend([task] * (function is decode_as_surveyed))
+        return task
+
+    def waiting(models, *given):
+        assert len(begun) == 4  # of five: two a process
+        assert all(task.done.wait(60) for task in begun)
+        return embed(models, *given)
+
+    monkeypatch.setattr(Pool, "begin", noting)
+    monkeypatch.setattr(Models, "embed_captions", waiting)
+    report = encode(settings_of(encoded_once, out=tmp_path / "out", workers=2))
+    assert report.encoded == len(begun) == 5

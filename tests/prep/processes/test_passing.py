@@ -19,7 +19,7 @@ from cogcommon.shards.records import read_record
 from cogprep.commands.encode import encode
 from cogprep.commands.encode import run as run_command
 from cogprep.commands.verify import verify
-from cogprep.encode import pipeline as pipeline_module
+from cogprep.encode import decoding as decoding_module
 from cogprep.plan import survey as survey_module
 from cogprep.processes import pool as pool_module
 from cogprep.settings.encode import EncodeSettings
@@ -28,7 +28,7 @@ from cogprep.source.heartbeat import TIMEOUT_S
 
 @pytest.fixture(autouse=True)
 def _disturb(monkeypatch):
-    monkeypatch.setattr(pipeline_module, "decode_as_surveyed", pool_tasks.decode)
+    monkeypatch.setattr(decoding_module, "decode_as_surveyed", pool_tasks.decode)
     monkeypatch.setattr(survey_module, "probe_clips", pool_tasks.probe)
     monkeypatch.setattr(pool_module, "answer_calls", pool_tasks.answer_calls)
 
@@ -153,7 +153,7 @@ def test_a_waiting_sample_keeps_its_place_through_other_changes(encoded, setting
 
 def test_rejected_clips_that_are_tried_again_get_their_old_place(encoded, settings_of, monkeypatch):
     undisturbed, out, settings = files_of(encoded / "out"), encoded / "new", settings_of(encoded, out=encoded / "new")
-    monkeypatch.setattr(pipeline_module, "decode_as_surveyed", pool_tasks.find_fault)
+    monkeypatch.setattr(decoding_module, "decode_as_surveyed", pool_tasks.find_fault)
     (encoded / "ds" / "2.mp4.fault").touch()
     assert (encode(settings).rejected, encode(settings).rejected) == (1, 1)
     (encoded / "ds" / "2.mp4.fault").unlink()
@@ -192,16 +192,16 @@ def test_files_that_change_while_the_run_is_on_get_no_verdict(encoded, settings_
     out, root = encoded / "new", encoded / "ds"
     whole = {path: path.read_bytes() for path in root.glob("*.mp4")}
 
-    class Changing(pipeline_module.Pipeline):
-        def encode(self, shards):
+    class Changing(decoding_module.Decoding):
+        def begin(self, shards, beside):
             (root / "0.mp4").unlink()
             shutil.copy(root / "4.mp4", root / "1.mp4")
             (root / "2.mp4").write_bytes(b"the first bytes of a copy")
             os.utime(root / "3.mp4", ns=(1, 1))
-            super().encode(shards)
+            super().begin(shards, beside)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cogprep.encode.encoder.Pipeline", Changing)
+        patch.setattr("cogprep.encode.encoder.Decoding", Changing)
         report = encode(settings_of(encoded, out=out))
     assert (report.encoded, report.postponed, report.rejected) == (1, 4, 0)
     assert {sample.reason for sample in report.postponed_samples} == {
