@@ -21,6 +21,8 @@ HEAVY = {
     "torch", "torch._dynamo", "torch._inductor.compile_fx", "diffusers", "transformers",
     "transformers.models.t5.modeling_t5", "peft", "accelerate", "deepspeed",
 }  # fmt: skip
+# Often installed beside them, and imported by pyarrow and transformers if they are found; stand-ins here.
+BESIDE = ("pandas", "scipy", "sklearn")
 TRAINING = {"torch", "torch._dynamo", "diffusers", "transformers", "peft", "accelerate"}
 RUN = """
 import atexit, importlib, json, sys
@@ -30,11 +32,22 @@ importlib.import_module(f"{program}.cli").main()
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _installed_beside(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("beside")
+    for name in BESIDE:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("__version__ = '99.0'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
 def imported(*words: str) -> set[str]:
     """Of the libraries that matter here, those that a command has imported at its end; torch's threads hardly spin."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(sorted(HEAVY)), *words],
+        [sys.executable, "-c", RUN, json.dumps(sorted({*HEAVY, *BESIDE})), *words],
         capture_output=True,
         text=True,
         check=False,

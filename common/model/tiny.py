@@ -125,11 +125,11 @@ def _trained(family: Family) -> dict[str, bytes]:
 
 
 def _write(family: Family, folder: Path, trained: dict[str, bytes], transformer_config: dict[str, Any]) -> None:
+    quiet_libraries()
     import diffusers
     import safetensors.torch
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    quiet_libraries()
     vocabulary = [(piece, score) for piece, score in json.loads(_file("tiny_vocab.json").read_bytes())]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=family.text_tokens)
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelError
 from ..files.typed import parse_object
 from ..words import counted, first_line
+from .device import quiet_library
 from .remembered import Remembered
 from .tensor_file import open_tensors
 
@@ -36,15 +37,14 @@ _OF_WHOLE_T5 = re.compile(r"(decoder|lm_head)\.")
 class PartClass:
     """The class of a part, and the name that it gives to its weights."""
 
-    library: str
+    library: Literal["transformers", "diffusers"]
     name: str
     file: str
 
     def load(self) -> Any:
         """The class."""
-        from importlib import import_module
-
-        return getattr(import_module(self.library), self.name)
+        quiet_library("transformers")  # diffusers' models import it, too
+        return getattr(quiet_library(self.library), self.name)
 
     def on_meta(self, folder: Path) -> torch.nn.Module:
         """The part as its config.json describes it, without memory behind its weights.

@@ -25,6 +25,10 @@ from ..files.atomic import commit_bytes
 from ..files.failures import disk_error
 from ..files.typed import parse_object
 from .contract import Contract
+from .hidden import hidden
+
+with hidden("pandas"):  # pyarrow looks for it once, and imports it, half a second's work, where it is installed
+    pa.array([0])
 
 # Members of a sample: <key>.json and <key>.safetensors. Tensors in the latter:
 LATENT_MEAN = "latent_mean"  # (C, F', h, w), unscaled posterior mean; or the sample itself
