@@ -44,7 +44,8 @@ class _Pending:
 class Readout:
     """Asked by the trainer wherever the numbers of a step decide something, in the order of the methods.
 
-    Deferred, only `catch_up` waits for the GPU; otherwise each method reads what it needs at once.
+    Deferred, only `catch_up` waits for the GPU, and `take` of the first step, which somebody waits for; otherwise each
+    method reads what it needs at once.
     """
 
     def __init__(self, run: Run, runtime: Runtime, optimizer: Any, log: RunLog) -> None:
@@ -55,6 +56,7 @@ class Readout:
         self._judge = Judge(run, runtime, log)
         self._deferred = _can_defer(run, runtime, optimizer)
         self._pending: _Pending | None = None
+        self._first = True
 
     def loss(
         self, losses_of: Callable[[Batch], torch.Tensor], batch: Batch, step: int, micro: int
@@ -108,7 +110,8 @@ class Readout:
         numbers = download(torch.cat([on_device, *(loss.float() for loss in losses)]))
         copied = torch.cuda.current_stream().record_event() if on_device.device.type == "cuda" else None
         self._pending = _Pending(step, rate, numbers, copied, clock)
-        if not self._deferred:
+        if self._first or not self._deferred:
+            self._first = False
             self.catch_up()
 
     def catch_up(self) -> None:
