@@ -28,6 +28,7 @@ def train(settings: TrainSettings) -> None:
         from cogcommon.files.memory import give_back_what_is_freed
         from cogcommon.model.device import pick_device, quiet_libraries, start_gpu
 
+        from .blocks.compiler import hash_ahead
         from .distributed import elastic
         from .distributed.leaving import LOST, REFUSED, PeerFailed, PeerLost
         from .distributed.peers import meet
@@ -50,6 +51,8 @@ def train(settings: TrainSettings) -> None:
                 run = peers.together(lambda: open_run(settings, device, peers.world, peers))
                 peers.together(lambda: check_ready(run, peers.here, device))
                 quiet_libraries()
+                if settings.compile != "off" and device.type == "cuda":
+                    hash_ahead()
                 from .trainer.trainer import train as train_run
 
                 train_run(run, StopRequest(), peers)
