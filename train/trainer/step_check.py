@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cogcommon.errors import RunError
+from cogcommon.words import counted
 
 from ..data.caption_draw import Ints
 from ..data.shard_set import ShardSet
@@ -37,6 +38,7 @@ class Judge:
         self._main = runtime.main
         self._log = log
         self._in_vain = 0  # steps in a row
+        self._overflowed = False  # the last of them had a loss that is finite, and a gradient that is not
         self._trained = 0
 
     def gradient(self, step: int, norm: float, *, samples: int) -> bool:
@@ -57,9 +59,10 @@ class Judge:
             self._trained += 1
             return True
         self._in_vain += 1
+        self._overflowed = not math.isfinite(norm)
         scaled = self._run.precision == "fp16"
         if self._in_vain > _IN_VAIN or not (scaled or not samples or self._run.settings.on_nonfinite == "skip"):
-            raise self._fault(step, math.isfinite(norm))
+            raise self._fault(step)
         if not math.isfinite(norm) and not scaled:
             self._log.say(f"step {step}: the gradient is not finite, though every loss is; the step is left out")
         return scaled
@@ -70,15 +73,23 @@ class Judge:
         Raises:
             RunError: there were some, and nothing was trained in any of them.
         """
-        if self._in_vain and not self._trained:
-            raise self._fault(self._run.steps, True)
+        if not self._in_vain or self._trained:
+            return
+        if self._main and self._overflowed and self._run.precision == "fp16":
+            raise RunError(
+                f"nothing was trained in {counted(self._in_vain, 'step')}: each had a gradient too large for fp16, "
+                "whose scale is halved until one fits",
+                where=f"step {self._run.steps}",
+                fix=f"--steps of {_IN_VAIN} or more, or --precision bf16",
+            )
+        raise self._fault(self._run.steps)
 
-    def _fault(self, step: int, norm_is_finite: bool) -> RunError:
+    def _fault(self, step: int) -> RunError:
         if not self._main:
             return PeerFailed()
         other = {"fp16": "bf16", "bf16": "fp32"}.get(self._run.precision)
         newly = f", or a new run with --precision {other}" if other else ""
-        if norm_is_finite:
+        if not self._overflowed:
             return RunError(
                 f"nothing was trained in {self._in_vain} steps in a row: no sample's loss is finite",
                 where=f"step {step}",

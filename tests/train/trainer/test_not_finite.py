@@ -109,7 +109,7 @@ def test_skip_leaves_the_step_out_and_says_so(here, spoil, capsys):
 
 def test_a_run_of_which_no_step_was_made_does_not_end_well(here, spoil):
     spoil(range(99))
-    with pytest.raises(RunError, match="nothing was trained in 3 steps in a row"):
+    with pytest.raises(RunError, match="the gradient is not finite for 3 steps in a row, though every loss is"):
         here(on_nonfinite="skip")
 
 
@@ -263,6 +263,11 @@ def test_fp16s_scale_is_given_time_to_come_down_and_no_more():
     with pytest.raises(RunError, match="not finite for 25 steps in a row") as caught:
         judge.gradient(50, math.inf, samples=1)
     assert "--precision bf16" in caught.value.fix
+    short = Judge(run, SimpleNamespace(main=True), None)
+    for step in (1, 2, 3):
+        short.gradient(step, math.inf, samples=1)
+    with pytest.raises(RunError, match="nothing was trained in 3 steps: each had a gradient too large for fp16"):
+        short.end()
     scaler = torch.amp.GradScaler("cpu")
     assert scaler.get_scale() * 0.5**24 < 1
 
