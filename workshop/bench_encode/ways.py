@@ -6,6 +6,7 @@ One process measures them all, because they share cuDNN's choices. Prints JSON l
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -22,13 +23,15 @@ from cogcommon.model.device import pick_device, quiet_libraries
 from cogprep.vae import convolve
 from cogprep.vae.chunks import Chunks, Together
 from cogprep.vae.fused import FusedEncoder, Ways
-from cogprep.vae.kernels import TritonKernels
+from cogprep.vae.kernels import Launch, TritonKernels
 
 from .shape import SHAPES, Folder, Shape, Size
 from .vae import picture, profile, timed
 
 _ALL: dict[str, Any] = {"bias_later": True, "first_kernel": True}
 _WHOLE = Together(99, 99)
+_MANY = Launch(4096, 4, 8)
+_WIDE = Launch(16384, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,20 @@ class Candidate:
 
 CANDIDATES = (
     Candidate("one by one"),
-    Candidate("bias later", {"bias_later": True}),
-    Candidate("first kernel, bias later", _ALL),
-    Candidate("norms backwards", {}, {"backwards": True}),
-    Candidate("8192 values, 8 warps", {}, {"block": 8192, "warps": 8}),
-    Candidate("deep layers together", {}, {}, Together(1, 99)),
-    Candidate("two chunks together, deep all", {}, {}, Together(2, 99)),
-    Candidate("all chunks together", {}, {}, _WHOLE),
-    Candidate("all chunks together, convolutions of 2^29", {}, {}, _WHOLE, 2**29),
-    Candidate("deep together, bias later, first kernel", _ALL, {}, Together(1, 99)),
-    Candidate("everything", _ALL, {"backwards": True}, _WHOLE),
-    Candidate("everything, convolutions of 2^29", _ALL, {"backwards": True}, _WHOLE, 2**29),
-    Candidate("everything, as a CUDA graph", _ALL, {"backwards": True}, _WHOLE, graph=True),
-    Candidate("one by one, again"),
+    Candidate("everything", _ALL, {}, _WHOLE),
+    Candidate("everything, sums by 8", _ALL, {"sum": _MANY}, _WHOLE),
+    Candidate("everything, sums by 16", _ALL, {"sum": Launch(4096, 4, 16)}, _WHOLE),
+    Candidate("everything, wide additions", _ALL, {"add": _WIDE}, _WHOLE),
+    Candidate("everything, sums by 8, wide additions", _ALL, {"sum": _MANY, "add": _WIDE}, _WHOLE),
+    Candidate("everything, first by 8", _ALL, {"first_per_sm": 8}, _WHOLE),
+    Candidate("everything, norms of 2048", _ALL, {"norm": Launch(2048)}, _WHOLE),
+    Candidate("everything, norms by 8 warps", _ALL, {"norm": Launch(4096, 8)}, _WHOLE),
+    Candidate("everything, all of these", _ALL, {"sum": _MANY, "add": _WIDE, "first_per_sm": 8}, _WHOLE),
+    Candidate("everything, again", _ALL, {}, _WHOLE),
+    Candidate("everything, as a CUDA graph", _ALL, {}, _WHOLE, graph=True),
+    Candidate("deep together", _ALL, {}, Together(1, 99)),
 )
-_PROFILED = ("one by one", "everything")
+_PROFILED = ("everything", "everything, all of these")
 
 
 def measure(folder: Folder, shape: Shape, seconds: float) -> Iterator[dict[str, object]]:
@@ -170,15 +172,18 @@ def _steps_alone(clip_1CFHW: torch.Tensor, device: torch.device, deadline: float
             ("add_pool", lambda: kernels.add_pool(x_THWC, bias_C, other_THWC, halve_time=True), 2.5 * one),
         ]
 
-    for block, warps, per_sm in ((4096, 4, 4), (4096, 4, 8), (2048, 4, 8), (8192, 4, 2), (8192, 8, 4), (16384, 8, 2)):
+    launches = ((4096, 4, 4), (4096, 4, 8), (4096, 4, 16), (4096, 8, 4), (2048, 4, 16), (1024, 4, 16), (16384, 8, 2),
+        (16384, 8, 3), (16384, 16, 2), (8192, 8, 3))  # fmt: skip
+    for launch in itertools.starmap(Launch, launches):
         if time.monotonic() < deadline:
-            for name, work, moved in steps(TritonKernels(block=block, warps=warps, per_sm=per_sm)):
-                yield _rate(f"{name}, {block} values, {warps} warps, {per_sm} a multiprocessor", work, moved, "TB/s")
-    for rows, warps in ((32, 4), (64, 4), (64, 8), (128, 8)):
+            for name, work, moved in steps(TritonKernels(sum=launch, add=launch, norm=launch, pool=launch)):
+                shown = f"{name}, {launch.block} values, {launch.warps} warps, {launch.per_sm} a multiprocessor"
+                yield _rate(shown, work, moved, "TB/s")
+    for rows, warps, per_sm in ((32, 4, 4), (32, 4, 8), (32, 2, 8), (64, 4, 8)):
         if time.monotonic() < deadline:
-            kernels = TritonKernels(first_rows=rows, first_warps=warps)
+            kernels = TritonKernels(first_rows=rows, first_warps=warps, first_per_sm=per_sm)
             first = lambda k=kernels: k.first(pixels_CTHW, weight_3KC, bias_C, chunks)  # noqa: E731
-            yield _rate(f"first, {rows} rows, {warps} warps", first, one, "TB/s")
+            yield _rate(f"first, {rows} rows, {warps} warps, {per_sm} a multiprocessor", first, one, "TB/s")
 
 
 def _convolutions_alone(clip_1CFHW: torch.Tensor, device: torch.device, deadline: float) -> Iterator[dict[str, object]]:
