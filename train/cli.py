@@ -26,9 +26,8 @@ def train(settings: TrainSettings) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ending_at_once():
         from cogcommon.files.memory import give_back_what_is_freed
-        from cogcommon.model.device import pick_device, quiet_libraries, start_gpu
+        from cogcommon.model.device import hash_triton_ahead, pick_device, quiet_libraries, start_gpu
 
-        from .blocks.compiler import hash_ahead
         from .distributed import elastic
         from .distributed.leaving import LOST, REFUSED, PeerFailed, PeerLost
         from .distributed.peers import meet
@@ -51,8 +50,7 @@ def train(settings: TrainSettings) -> None:
                 run = peers.together(lambda: open_run(settings, device, peers.world, peers))
                 peers.together(lambda: check_ready(run, peers.here, device))
                 quiet_libraries()
-                if settings.compile != "off" and device.type == "cuda":
-                    hash_ahead()
+                hash_triton_ahead(device)
                 from .trainer.trainer import train as train_run
 
                 train_run(run, StopRequest(), peers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _NOT_OURS = {"sklearn", "scipy"}  # 1.3 s on the host of an H200
+_distributions = cache(importlib.metadata.packages_distributions)  # both libraries ask; 0.6 s there
 
 # As the command line says it, and as torch and the shards' contract do.
 DTYPES: Mapping[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -45,7 +47,7 @@ def pick_device(local_rank: int = 0) -> torch.device:
 
 
 def start_gpu(device: torch.device) -> None:
-    """Begin to start CUDA and its matrix products, beside what this thread does next: to import takes as long."""
+    """Begin to start CUDA, cuBLAS and cuDNN, beside what this thread does next: to import takes as long."""
     if device.type == "cuda":
         threading.Thread(target=_start_gpu, args=(device,), daemon=True).start()
 
@@ -55,7 +57,25 @@ def _start_gpu(device: torch.device) -> None:
 
     with suppress(RuntimeError):  # the first to use the GPU for something says what is wrong with it
         square = torch.ones(64, 64, device=device)
-        (square @ square).sum().item()
+        picture, kernel = (square @ square)[None, None], square[None, None, :3, :3]
+        torch.nn.functional.conv2d(picture, kernel).sum().item()
+
+
+def hash_triton_ahead(device: torch.device) -> None:
+    """Have Triton hashed in a thread; to compile a kernel, or find it compiled, asks for that: a second, most of it
+    without Python."""
+    if device.type != "cuda":
+        return
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # an older one has it elsewhere
+        return
+
+    def work() -> None:
+        with suppress(Exception):  # who asks next says what is wrong
+            triton_key()  # which remembers its answer
+
+    threading.Thread(target=work, daemon=True).start()
 
 
 def visible_gpus() -> int:
@@ -184,11 +204,13 @@ def quiet_library(name: Literal["transformers", "diffusers"]) -> Any:
     """Import one of them, without its chatter, and without what it would import for models that are not ours."""
     absent = dict.fromkeys(_NOT_OURS - sys.modules.keys())
     sys.modules.update(absent)  # type: ignore[arg-type]  # None is how Python notes that there is no such module
+    asked, importlib.metadata.packages_distributions = importlib.metadata.packages_distributions, _distributions
     try:
         library = import_module(name)
         if name == "transformers":
             library.utils.is_sklearn_available(), library.utils.is_scipy_available()  # which remember the answers
     finally:
+        importlib.metadata.packages_distributions = asked
         for hidden in absent:
             del sys.modules[hidden]
     library.utils.logging.set_verbosity_error()

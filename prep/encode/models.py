@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cogcommon.cli.progress import say, stage
 from cogcommon.files.memory import free_gpu_memory
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.device import Precision, dtype_of, quiet_libraries
+from cogcommon.model.device import Precision, dtype_of, hash_triton_ahead, quiet_libraries
 from cogcommon.model.text_encoder import TextEncoder
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import TEXT
@@ -83,6 +83,7 @@ class Models:
     def _text_encoder(self) -> TextEncoder:
         if self._text is None:
             quiet_libraries()
+            hash_triton_ahead(self._device)
             self._text = TextEncoder(self._checkpoint, self._device, self._dtype)
         else:
             self._text.come_back()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -41,27 +40,13 @@ def _options() -> dict[str, Any]:
     return {"triton.mix_order_reduction": False} if hasattr(inductor.triton, "mix_order_reduction") else {}
 
 
-def hash_ahead() -> None:
-    """Have Triton hashed in a thread, which the compiler's cache asks for at the first block: a second, most of it
-    without Python, beside the imports that come before."""
-    try:
-        from torch._inductor.runtime.triton_compat import triton_key
-    except ImportError:  # private to torch
-        return
-
-    def work() -> None:
-        with suppress(Exception):  # who asks next says what is wrong
-            triton_key()  # which remembers its answer
-
-    threading.Thread(target=work, daemon=True, name="cogtrain-triton").start()
-
-
 def end_workers() -> None:
     """Have the compiler's processes end, in a thread: nothing more will be compiled in this run.
 
     Until they have, this process's own end would wait for them, for two seconds.
     """
     import sys
+    import threading
 
     # Private to torch; where they are not so, the processes end with this one.
     module: Any = sys.modules.get("torch._inductor.async_compile")
