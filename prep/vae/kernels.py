@@ -45,8 +45,8 @@ class TritonKernels:
         first_rows, first_warps, first_per_sm: of the first convolution; pixels that a program holds at once.
     """
 
-    sum: Launch = Launch()
-    add: Launch = Launch()
+    sum: Launch = Launch(per_sm=8)
+    add: Launch = Launch(block=16384, warps=8, per_sm=2)
     norm: Launch = Launch()
     pool: Launch = Launch()
     backwards: bool = True

@@ -30,7 +30,7 @@ from .vae import picture, profile, timed
 
 _ALL: dict[str, Any] = {"bias_later": True, "first_kernel": True}
 _WHOLE = Together(99, 99)
-_MANY = Launch(4096, 4, 8)
+_ALIKE: dict[str, Any] = {"sum": Launch(), "add": Launch()}
 _WIDE = Launch(16384, 8, 2)
 
 
@@ -49,19 +49,21 @@ class Candidate:
 CANDIDATES = (
     Candidate("one by one"),
     Candidate("everything", _ALL, {}, _WHOLE),
-    Candidate("everything, sums by 8", _ALL, {"sum": _MANY}, _WHOLE),
-    Candidate("everything, sums by 16", _ALL, {"sum": Launch(4096, 4, 16)}, _WHOLE),
-    Candidate("everything, wide additions", _ALL, {"add": _WIDE}, _WHOLE),
-    Candidate("everything, sums by 8, wide additions", _ALL, {"sum": _MANY, "add": _WIDE}, _WHOLE),
+    Candidate("everything, steps launched alike", _ALL, _ALIKE, _WHOLE),
+    Candidate("everything, alike, sums by 8", _ALL, _ALIKE | {"sum": Launch(per_sm=8)}, _WHOLE),
+    Candidate("everything, alike, wide additions", _ALL, _ALIKE | {"add": _WIDE}, _WHOLE),
+    Candidate("everything, sums by 16", _ALL, {"sum": Launch(per_sm=16)}, _WHOLE),
+    Candidate("everything, additions by 3", _ALL, {"add": Launch(16384, 8, 3)}, _WHOLE),
     Candidate("everything, first by 8", _ALL, {"first_per_sm": 8}, _WHOLE),
     Candidate("everything, norms of 2048", _ALL, {"norm": Launch(2048)}, _WHOLE),
     Candidate("everything, norms by 8 warps", _ALL, {"norm": Launch(4096, 8)}, _WHOLE),
-    Candidate("everything, all of these", _ALL, {"sum": _MANY, "add": _WIDE, "first_per_sm": 8}, _WHOLE),
+    Candidate("everything, pools of 2048", _ALL, {"pool": Launch(2048)}, _WHOLE),
     Candidate("everything, again", _ALL, {}, _WHOLE),
+    Candidate("everything, steps launched alike, again", _ALL, _ALIKE, _WHOLE),
     Candidate("everything, as a CUDA graph", _ALL, {}, _WHOLE, graph=True),
     Candidate("deep together", _ALL, {}, Together(1, 99)),
 )
-_PROFILED = ("everything", "everything, all of these")
+_PROFILED = ("everything", "everything, steps launched alike")
 
 
 def measure(folder: Folder, shape: Shape, seconds: float) -> Iterator[dict[str, object]]:
