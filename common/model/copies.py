@@ -91,7 +91,16 @@ def download(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def move(module: torch.nn.Module, device: torch.device, stay: Collection[int] = ()) -> None:
+def _nothing() -> None:
+    pass
+
+
+def move(
+    module: torch.nn.Module,
+    device: torch.device,
+    stay: Collection[int] = (),
+    meanwhile: Callable[[], object] = _nothing,
+) -> None:
     """Move a module's parameters and buffers to a device, as fast as memory and link allow.
 
     Weights that have just been loaded are still in their files: torch would fault in one page after the other, in one
@@ -99,23 +108,30 @@ def move(module: torch.nn.Module, device: torch.device, stay: Collection[int] = 
 
     Args:
         stay: parameters that stay where they are, by id.
+        meanwhile: called while other threads copy to a GPU: to import what comes next, say.
     """
     import torch
 
     moved = {id(parameter): parameter for parameter in module.parameters() if id(parameter) not in stay}
     parameters = list(moved.values())
     with torch.no_grad():
-        for parameter, there in zip(parameters, uploaded([p.data for p in parameters], device), strict=True):
-            parameter.data = there
+        there = uploaded([parameter.data for parameter in parameters], device, meanwhile)
+        for parameter, data in zip(parameters, there, strict=True):
+            parameter.data = data
         for part in module.modules():
             for name, buffer in part.named_buffers(recurse=False):
                 setattr(part, name, buffer.to(device))
 
 
-def uploaded(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+def uploaded(
+    tensors: Sequence[torch.Tensor], device: torch.device, meanwhile: Callable[[], object] = _nothing
+) -> list[torch.Tensor]:
     """The tensors on the device, all of them there.
 
     Several threads read pages, or files that lie behind them, into page-locked memory while earlier pieces travel.
+
+    Args:
+        meanwhile: see `move`.
     """
     import torch
 
@@ -131,7 +147,7 @@ def uploaded(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torc
         if _in_pages(tensor)
         for piece in _in_pieces(tensor, moved)
     ]
-    _in_threads(_send, pieces, device)  # behind what is queued: memory that is used again may still be read
+    _in_threads(_send, pieces, device, meanwhile)  # behind what is queued: memory that is used again may still be read
     torch.cuda.current_stream(device).synchronize()
     return there
 
@@ -147,6 +163,7 @@ def _in_threads(
     carry: Callable[[Sequence[tuple[torch.Tensor, torch.Tensor]], torch.device, torch.cuda.Event], None],
     pieces: Sequence[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
+    meanwhile: Callable[[], object] = _nothing,
 ) -> None:
     """Have several threads carry pieces, each behind all that is queued now; they have when this returns."""
     import torch
@@ -154,7 +171,9 @@ def _in_threads(
     threads = max(1, min(_THREADS, os.cpu_count() or 1, len(pieces)))
     behind = torch.cuda.current_stream(device).record_event()
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda number: carry(pieces[number::threads], device, behind), range(threads)))
+        carried = pool.map(lambda number: carry(pieces[number::threads], device, behind), range(threads))
+        meanwhile()
+        list(carried)  # raises what a thread has raised
 
 
 def _in_pages(tensor: torch.Tensor) -> bool:

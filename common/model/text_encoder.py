@@ -31,16 +31,25 @@ class TextEncoder:
     """T5 and its tokenizer, on a device, until the object goes.
 
     On a GPU that is too small for the weights they stay in host memory, and a layer at a time comes over.
+
+    Args:
+        meanwhile: called while the weights go to a GPU (`copies.move`).
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
         self._tokenizer = checkpoint.load_tokenizer()
         self._model = checkpoint.load_text_encoder(dtype)
         size = sum(parameter.nbytes for parameter in self._model.parameters())
         free = _free(device)
         self._whole = size + _BESIDE <= free
         if self._whole:
-            move(self._model, device)
+            move(self._model, device, meanwhile=meanwhile)
         else:
             from accelerate import cpu_offload
 

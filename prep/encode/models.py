@@ -11,6 +11,7 @@ from cogcommon.files.memory import free_gpu_memory
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import Precision, dtype_of, hash_triton_ahead, quiet_libraries
 from cogcommon.model.text_encoder import TextEncoder
+from cogcommon.model.weights import CLASSES
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import TEXT
 
@@ -84,7 +85,8 @@ class Models:
         if self._text is None:
             quiet_libraries()
             hash_triton_ahead(self._device)
-            self._text = TextEncoder(self._checkpoint, self._device, self._dtype)
+            import_vae = CLASSES["vae"].load
+            self._text = TextEncoder(self._checkpoint, self._device, self._dtype, meanwhile=import_vae)
         else:
             self._text.come_back()
         return self._text

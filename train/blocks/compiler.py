@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from .block import BlockFunction
@@ -28,6 +29,12 @@ def compiled(function: BlockFunction) -> BlockFunction:
         torch._dynamo.config.accumulated_recompile_limit, 4 * _VARIANTS
     )
     return torch.compile(function, fullgraph=True, dynamic=False, options=_options())
+
+
+def import_compiler() -> None:
+    """What the first compilation imports: a second on an H200's host."""
+    with suppress(Exception):  # whoever compiles says what is wrong
+        import_module("torch._inductor.compile_fx")
 
 
 def _options() -> dict[str, Any]:

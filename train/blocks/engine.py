@@ -12,7 +12,7 @@ from ..offload.block_swap import BlockSwap, SwappedView
 from ..offload.cpu_training import CpuTraining
 from .block import BlockFunction, Layout, block_function
 from .checkpointing import Checkpointing, with_checkpointing
-from .compiler import compiled, in_one_line, is_compilers
+from .compiler import compiled, import_compiler, in_one_line, is_compilers
 from .plan import BlockPlan
 from .trial import attention_kernel, forget_trials, qk_norm_works
 
@@ -66,7 +66,7 @@ class BlockEngine:
             self._block_swap = BlockSwap(moved, device) if all(moved) else None
         swapped = {id(p) for weights in moved for p in weights} if self._block_swap else set()
         if not partitioned:
-            move(transformer, device, stay=swapped)
+            move(transformer, device, swapped, import_compiler if plan.compiled else lambda: None)
         if swapped:
             # What DDP would otherwise copy from rank 0 and refuse to see on two devices.
             transformer._ddp_params_and_buffers_to_ignore = [

@@ -25,8 +25,9 @@ def module_over(file):
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_weights_arrive_as_they_were(tmp_path, kind):
     module, values = module_over(tmp_path / "weights.safetensors")
-    before = dict(module.named_parameters())
-    move(module, torch.device(kind), stay={id(module.inner["narrow"])})
+    before, called = dict(module.named_parameters()), []
+    move(module, torch.device(kind), {id(module.inner["narrow"])}, lambda: called.append(kind))
+    assert called == [kind] * (kind == "cuda")  # while threads copy
     assert all(parameter is before[name] for name, parameter in module.named_parameters())
     assert module.again is module.inner["odd"] and module.inner["narrow"].device.type == "cpu"
     assert {module.inner[name].device.type for name in ("large", "odd", "one")} == {kind}
