@@ -8,8 +8,9 @@
 * ``cogtrain lora``, three steps, twice: the second finds the compiler's cache;
 
 and prints a table: seconds to the first line, the first clip or step, the end, and from the last clip or step to the
-end. ``--repo CHECKOUT --label before`` types the commands of another checkout, over the same model and clips. All
-results lie in FOLDER/start.jsonl, and every table has all of them. ``--imports`` adds what each library takes.
+end. ``--repo CHECKOUT --label before`` types the commands of another checkout, over the same model and clips;
+``--beside CHECKOUT`` types ``encode`` and ``lora`` of that one and of this, turn about. All results lie in
+FOLDER/start.jsonl, and every table has all of them. ``--imports`` adds what each library takes.
 
 On an H200, before (an older commit) and after, both with files that are in memory, about eight minutes::
 
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +64,9 @@ if torch and not pathlib.Path(importlib.util.cache_from_source(torch.__file__)).
     print("  torch is compiled anew from its sources at each import: its folder keeps no .pyc files")
 """
 _MARKS = ("memory ", "lora of ", "step 1/", "step 3/", "saved ", "wrote ", "next: ")  # what a run says, in this order
+
+
+Row = dict[str, Any]
 
 
 @dataclass
@@ -158,46 +162,66 @@ def environment_of(repo: Path, folder: Path, label: str) -> dict[str, str]:
     return {**os.environ, **more}
 
 
-def measure(
-    folder: Path, label: str, env: Mapping[str, str], *, small: bool, twice: bool, limit: float
-) -> list[dict[str, Any]]:
-    """Type the commands, one after the other; a row of the table each."""
-    out, data = folder / f"shards-{label}", folder / "clips"
-    shutil.rmtree(out, ignore_errors=True)
-    size, card = ("17x64x96" if small else "49x480x720"), "H200"
-    model = "tiny" if small else str(folder / "model")
-    encode = ["cogprep", "encode", "--data-root", str(data), "--model", model, "--resolution", size, "--out", str(out)]
-    look = ["cogprep", "validate", "--data-root", str(data), "--model", model, "--resolution", size, "--out", str(out)]
-    lora = ["cogtrain", "lora", "--steps", "3", "--memory", "fast"]
-    rows = []
+@dataclass(frozen=True)
+class Typist:
+    """Types a checkout's commands; a row of the table each."""
 
-    def row(name: str, words: Sequence[str], shards: Path | None = None) -> None:
-        typed = type_it(words, env, limit, shards)
+    folder: Path
+    label: str
+    env: Mapping[str, str]
+    small: bool
+    limit: float
+
+    def all(self, *, twice: bool) -> Iterator[Row]:
+        """Every command, one after the other."""
+        out, card = self.folder / f"shards-{self.label}", "H200"
+        encode, look = self._over_clips("encode", out), self._over_clips("validate", out)
+        yield self.encode(out)
+        yield self._type("encode, nothing changed", encode)
+        if twice:
+            yield self.encode(out.with_name(out.name + "-again"), "encode, weights known")
+        yield self._type("validate", look)
+        yield self._type("plan", ["cogtrain", "plan", "--model", "THUDM/CogVideoX-5b", "--gpu", card])
+        if tars := sorted(map(str, out.glob("*.tar"))):
+            yield self._type("plan of shards", ["cogtrain", "plan", "--gpu", card, "--shards", *tars])
+            yield self.lora(out)
+            yield self.lora(out, "lora, 3 steps, again")
+
+    def encode(self, out: Path, name: str = "encode") -> Row:
+        shutil.rmtree(out, ignore_errors=True)
+        return self._type(name, self._over_clips("encode", out), out)
+
+    def lora(self, shards: Path, name: str = "lora, 3 steps") -> Row:
+        run, tars = self.folder / f"run-{self.label}", sorted(map(str, shards.glob("*.tar")))
+        shutil.rmtree(run, ignore_errors=True)
+        words = ["cogtrain", "lora", "--steps", "3", "--memory", "fast", "--out", str(run), "--shards", *tars]
+        return self._type(name, words)
+
+    def _over_clips(self, command: str, out: Path) -> list[str]:
+        size, model = ("17x64x96", "tiny") if self.small else ("49x480x720", str(self.folder / "model"))
+        words = ["cogprep", command, "--data-root", str(self.folder / "clips"), "--model", model]
+        return [*words, "--resolution", size, "--out", str(out)]
+
+    def _type(self, name: str, words: Sequence[str], shards: Path | None = None) -> Row:
+        typed = type_it(words, self.env, self.limit, shards)
         first = typed.first_clip_s or typed.when("step 1/")
         last = typed.when("step 3/") or typed.when("encoding: ", last=True)
-        rows.append({
-            "label": label, "command": name, "first_line_s": typed.when("lora of "), "first_s": first,
+        _log(self.folder, f"{self.label}: {name}", typed)
+        return {
+            "label": self.label, "command": name, "first_line_s": typed.when("lora of "), "first_s": first,
             "end_s": typed.end_s, "after_s": typed.end_s - last if last else None, "code": typed.code,
             "lines": typed.lines,
-        })  # fmt: skip
-        _log(folder, f"{label}: {name}", typed)
+        }  # fmt: skip
 
-    row("encode", encode, out)
-    row("encode, nothing changed", encode)
-    if twice:
-        elsewhere = out.with_name(out.name + "-again")
-        shutil.rmtree(elsewhere, ignore_errors=True)
-        row("encode, weights known", [*encode[:-1], str(elsewhere)], elsewhere)
-    row("validate", look)
-    row("plan", ["cogtrain", "plan", "--model", "THUDM/CogVideoX-5b", "--gpu", card])
-    tars = [str(tar) for tar in sorted(out.glob("*.tar"))]
-    if tars:
-        row("plan of shards", ["cogtrain", "plan", "--gpu", card, "--shards", *tars])
-        for again in ("", ", again"):
-            run = folder / f"run-{label}"
-            shutil.rmtree(run, ignore_errors=True)
-            row(f"lora, 3 steps{again}", [*lora, "--out", str(run), "--shards", *tars])
-    return rows
+
+def in_turn(typists: Sequence[Typist], turns: int) -> Iterator[Row]:
+    """``encode`` and ``lora`` of each, turn about; the first turn finds nothing of what later ones have kept."""
+    for turn in range(turns + 1):
+        name = f"turn {turn}" if turn else "first time"
+        for typist in typists:
+            yield typist.encode(typist.folder / f"shards-{typist.label}", f"encode, {name}")
+        for typist in typists:
+            yield typist.lora(typist.folder / f"shards-{typist.label}", f"lora, 3 steps, {name}")
 
 
 def _log(folder: Path, title: str, typed: Typed) -> None:
@@ -241,6 +265,10 @@ def main(
     twice: Annotated[
         bool, typer.Option("--twice", help="Encode once more, elsewhere: weights are known then.")
     ] = False,
+    beside: Annotated[
+        Path | None, typer.Option(help="Another checkout: only `encode` and `lora` of both, turn about.")
+    ] = None,
+    turns: Annotated[int, typer.Option(min=1, help="With --beside: how often, after a first time.")] = 2,
     imports: Annotated[bool, typer.Option("--imports", help="Say what importing each library takes.")] = False,
 ) -> None:
     """Seconds from typed to the first step, the first clip, the prompt."""
@@ -262,8 +290,12 @@ def main(
         for _ in range(2):  # the first reads the files from the disk
             print(subprocess.run([sys.executable, "-c", _IMPORTS, *_LIBRARIES], env=env, text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout, flush=True)  # fmt: skip
+    here = Typist(folder, label, env, small, limit)
+    rows = here.all(twice=twice)
+    if beside:
+        rows = in_turn([Typist(folder, "beside", environment_of(beside, folder, "beside"), small, limit), here], turns)
     with (folder / "start.jsonl").open("a", encoding="utf-8") as results:
-        for row in measure(folder, label, env, small=small, twice=twice, limit=limit):
+        for row in rows:
             results.write(json.dumps(row) + "\n")
     print("\n" + table([json.loads(line) for line in (folder / "start.jsonl").read_text().splitlines()]))
     print(f"\n{time.perf_counter() - began:.0f} s in all; every line with its second: {folder / 'start.log'}")
