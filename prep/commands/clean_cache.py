@@ -214,8 +214,8 @@ def _files(folder: Path) -> list[Path]:
 def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
     """Samples whose clip, caption or image the data root no longer has, by content."""
     wanted = Wanted(out)
-    if not wanted.known():
-        say("the data root cannot be read, so no sample is called stale")
+    if why := wanted.unknown():
+        say(f"no sample is called stale: {why}")
         return
     if wanted.kept:
         say(f"{counted(wanted.kept, 'sample')} kept: in the lists of the data root, but not to be read now")

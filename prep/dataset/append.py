@@ -6,17 +6,19 @@ lists do not pair up, which no command takes, and the note says how to go on: wh
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cogcommon.errors import DataRootError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.failures import disk_errors
+from cogcommon.files.typed import build, parse_object
+from cogcommon.words import first_line
 
 from .list_file import alone, replace_list, split_lines, state_of
 from .lists import HALF_ADDED, hash_of_list, read_lists
@@ -25,6 +27,16 @@ from .new_lists import IMAGES, PROMPTS, VIDEOS
 Lists = Mapping[str, Sequence[str]]  # the lines of prompts.txt, of images.txt where there is one, and of videos.txt
 
 _ORDER = {PROMPTS: "captions", IMAGES: "images", VIDEOS: "clips"}  # in which they are replaced
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """What is to be done to one list, and by which sha256 it is known before and after."""
+
+    lines: int
+    more: list[str]
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,8 @@ def append_lines(root: Path, choose: Callable[[Lists], Lists]) -> Appended:
             if not lines:
                 return Appended(lists, finished, finished)
             note = {name: _noted(content.get(name, b""), len(lists[name]), more[name]) for name in lists}
-            commit_bytes(root / HALF_ADDED, json.dumps(note, indent=1).encode())
+            shown = {name: dataclasses.asdict(noted) for name, noted in note.items()}
+            commit_bytes(root / HALF_ADDED, json.dumps(shown, indent=1).encode())
             if _carry_out(root, note):
                 after = {name: [*lists[name], *more[name]] for name in lists}
                 return Appended(after, finished + lines, finished)
@@ -77,39 +90,44 @@ def _read(root: Path) -> Lists:
     return {name: data.columns[column] for name, column in _ORDER.items() if column in data.columns}
 
 
-def _noted(content: bytes, lines: int, more: Sequence[str]) -> dict[str, Any]:
-    """What is to be done to one list, and by which sha256 it is known before and after."""
-    after = _hash(_with_lines(content, lines, more))
-    return {"lines": lines, "more": list(more), "before": _hash(content), "after": after}
+def _noted(content: bytes, lines: int, more: Sequence[str]) -> _Noted:
+    return _Noted(lines, list(more), _hash(content), _hash(_with_lines(content, lines, more)))
 
 
 def _go_on(root: Path) -> int:
     """Finish what a killed writer has begun, so many lines; where a person has changed a list since, forget it."""
     try:
-        noted = json.loads((root / HALF_ADDED).read_bytes())
+        given = parse_object((root / HALF_ADDED).read_bytes())
+        note = {name: build(_Noted, given[name]) for name in _ORDER if name in given or name != IMAGES}
     except FileNotFoundError:
         return 0
-    note = {name: noted[name] for name in _ORDER if name in noted}
-    begun = any(hash_of_list(root / name) == one["after"] for name, one in note.items())
+    except (ValueError, KeyError) as error:
+        raise DataRootError(
+            "what an `init --add` that was stopped has noted cannot be read, so it cannot be finished",
+            where=f"{root / HALF_ADDED}: {first_line(error)}",
+            fix="look whether line n of every list is one clip, remove that file, then the same command again",
+        ) from error
+    begun = any(hash_of_list(root / name) == noted.after for name, noted in note.items())
     if begun and _carry_out(root, note):
-        return len(note[VIDEOS]["more"])
+        return len(note[VIDEOS].more)
     (root / HALF_ADDED).unlink(missing_ok=True)
     return 0
 
 
-def _carry_out(root: Path, note: Mapping[str, Any]) -> bool:
+def _carry_out(root: Path, note: Mapping[str, _Noted]) -> bool:
     """Replace each list that is not yet as noted; False where somebody has changed one meanwhile."""
     paths = {name: Path(os.path.realpath(root / name)) for name in note}  # a link stays one
-    ours = all(hash_of_list(paths[name]) in (one["before"], one["after"]) for name, one in note.items())
-    whole = ours and all(_replace(paths[name], **one) for name, one in note.items())
+    ours = all(hash_of_list(paths[name]) in (noted.before, noted.after) for name, noted in note.items())
+    whole = ours and all(_replace(paths[name], noted) for name, noted in note.items())
     (root / HALF_ADDED).unlink(missing_ok=True)
     return whole
 
 
-def _replace(path: Path, *, lines: int, more: Sequence[str], before: str, after: str) -> bool:
-    seen = state_of(path)
-    data = path.read_bytes()
-    return _hash(data) == after or (_hash(data) == before and replace_list(path, _with_lines(data, lines, more), seen))
+def _replace(path: Path, noted: _Noted) -> bool:
+    seen, data = state_of(path), path.read_bytes()
+    if _hash(data) == noted.after:
+        return True
+    return _hash(data) == noted.before and replace_list(path, _with_lines(data, noted.lines, noted.more), seen)
 
 
 def _with_lines(data: bytes, lines: int, more: Sequence[str]) -> bytes:

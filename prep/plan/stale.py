@@ -27,34 +27,37 @@ class Wanted:
         self._state: object = None
         self._keys: set[str] = set()
         self._lines: set[tuple[str, str]] = set()  # source and caption of lines whose file cannot be read
-        self._known = False
+        self._unknown = "it has not been looked at"
         self.kept = 0  # committed samples whose line is there, and whose file cannot be read
 
-    def known(self) -> bool:
-        """Whether the data root says what it has."""
+    def unknown(self) -> str:
+        """Why it cannot be told what the data root has; empty where it can."""
         self._look()
-        return self._known
+        return self._unknown
 
     def has(self, key: str, source: str, caption: str) -> bool:
         """Whether a committed sample is wanted, or that cannot be told."""
         self._look()
-        return not self._known or key in self._keys or (source, caption) in self._lines
+        return bool(self._unknown) or key in self._keys or (source, caption) in self._lines
 
     def _look(self) -> None:
         origin = read_origin(self._out)
         state = origin, origin.state_of_lists() if origin else ()
         if state != self._state:
-            self._known = origin is not None and self._read(origin)
+            self._unknown = self._read(origin)
             self._state = state
 
-    def _read(self, origin: Origin) -> bool:
+    def _read(self, origin: Origin | None) -> str:
+        """Read the data root; what keeps it from being known, or nothing."""
+        contract = contract_if_there(self._out)
+        if origin is None or contract is None:
+            return f"{self._out} does not say what it was encoded from"
         try:
-            contract = contract_if_there(self._out)
-            data = None if contract is None else origin.read_lists(contract.task)
-        except DataRootError:
-            return False
-        if contract is None or data is None or data.faults:
-            return False
+            data = origin.read_lists(contract.task)
+        except DataRootError as error:
+            return f"{origin.data_root} cannot be read ({error.what})"
+        if data.faults:
+            return f"the lists of {origin.data_root} have faults, {data.faults[0]}"
         with Pool(default_workers()) as pool:
             found = survey(
                 data,
@@ -72,4 +75,4 @@ class Wanted:
         unusable = [*found.rejected, *(one.line for one in found.kept)]
         self._lines = {(line.sample.source, line.sample.caption) for line in unusable}
         self.kept = sum(one.status == "ok" for one in found.kept)
-        return bool(found.keys)
+        return "" if found.keys else f"none of the clips of {origin.data_root} can be read"

@@ -108,19 +108,32 @@ def test_what_is_stale_is_judged_by_the_settings_of_the_folder(root, run_encode,
     assert cleaned(tmp_path / "out") == set()
 
 
-@pytest.mark.parametrize("loss", ["data root", "a list", "origin", "every clip"])
-def test_nothing_is_stale_where_the_data_root_cannot_be_read(encoded, loss, capsys):
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        ("data root", "ds cannot be read (there is no such data root)"),
+        ("a list", "ds have faults, videos.txt: the list is missing"),
+        ("origin", "out does not say what it was encoded from"),
+        ("a caption", "ds have faults, prompts.txt:1"),
+        ("every clip", "none of the clips of "),
+    ],
+)
+def test_nothing_is_stale_where_it_cannot_be_told_what_the_data_root_has(encoded, loss, why, capsys):
     if loss == "data root":
         (encoded / "ds").rename(encoded / "elsewhere")
     elif loss == "a list":
         (encoded / "ds" / "videos.txt").unlink()
     elif loss == "origin":
         (encoded / "out" / "origin.json").unlink()
+    elif loss == "a caption":
+        captions = encoded / "ds" / "prompts.txt"
+        captions.write_text("\n".join(["", *captions.read_text().splitlines()[1:]]) + "\n")
     else:
         for clip in (encoded / "ds").glob("*.mp4"):
             clip.unlink()
     assert cleaned(encoded / "out") == set()
-    assert "no sample is called stale" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no sample is called stale: " in said and why in said
 
 
 def test_all_removes_everything_derived_but_nothing_else(encoded):

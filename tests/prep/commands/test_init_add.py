@@ -176,6 +176,17 @@ def test_a_list_that_a_person_has_changed_since_is_theirs(root, monkeypatch, nam
     assert init(root, add=True).added == ["new/a.mp4", "new/d.mp4"]
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"videos.txt": 3, "prompts.txt": {}}'])
+def test_a_note_that_somebody_has_damaged_is_one_message(root, content):
+    (root / HALF_ADDED).write_text(content)
+    before = lists(root)
+    with pytest.raises(DataRootError, match="cannot be finished") as caught:
+        init(root, add=True)
+    assert HALF_ADDED in caught.value.where and lists(root) == before
+    (root / HALF_ADDED).unlink()
+    assert init(root, add=True).added
+
+
 @pytest.mark.parametrize("name", ["prompts.txt", "videos.txt"])
 def test_what_a_person_saves_just_before_the_first_list_is_replaced_stays(root, monkeypatch, name):
     step, calls = append.commit_bytes, []
