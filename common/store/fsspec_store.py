@@ -13,7 +13,7 @@ import fsspec.asyn
 
 from ..errors import StoreError
 from .address import READERS
-from .network import CERTIFICATES, PROXY
+from .network import ANOTHER_SERVER, CERTIFICATES, PROXY
 from .store import STALLED, ReadPart, StoreFault, without_secrets
 
 _SLOW = 64 * 1024  # bytes a second: fsspec tells nothing of progress, so an attempt may take this long in all
@@ -79,6 +79,12 @@ class FsspecStore:
             if not {"InvalidRange", "416"} & set(_codes(fault)):
                 raise
             data = b""  # a range behind the file's end
+        if len(data) > end - start:
+            raise StoreFault(
+                f"the store sends {len(data):,} bytes where {end - start:,} are asked for: it ignores ranges",
+                passing=False,
+                fix=ANOTHER_SERVER,
+            )
         return ReadPart(bytearray(data))
 
     def read_all(self, path: str) -> ReadPart:

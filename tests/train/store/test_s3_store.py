@@ -162,6 +162,14 @@ def test_a_bucket_that_fails_for_good(proxy, clock, capfd, status, code, says):
     assert "SECRETKEY" not in told and "Signature" not in told and "s3://bucket/out/" in told
 
 
+def test_a_bucket_that_ignores_ranges(proxy):
+    """A gateway before it, for one: what comes is no sample, and nothing behind the last one."""
+    proxy.wrong = lambda handler: handler.headers.__delitem__("Range")
+    with pytest.raises(StoreError, match="it ignores ranges") as caught:
+        open_shards(["s3://bucket/out"])
+    assert caught.value.where.startswith("s3://bucket/out/00000") and "upload" not in str(caught.value)
+
+
 def test_a_bucket_that_stalls(proxy, monkeypatch):
     shards = open_shards(["s3://bucket/out"])
     monkeypatch.setattr(fsspec_store, "STALLED", 0.5)
