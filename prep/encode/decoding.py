@@ -53,8 +53,8 @@ class Decoding:
         """
         if not shards:
             return
-        left = free_host_memory() - beside - self._pool.workers * WORKER_BYTES
-        clips = min(self.window(shards), left // max(_clip_bytes(shard.bucket) for shard in shards))
+        each = WORKER_BYTES + max(_clip_bytes(shard.bucket) for shard in shards)
+        clips = min(self.window(shards), (free_host_memory() - beside) // each)
         samples = (planned for shard in shards for planned in shard.samples)
         for planned in islice(samples, max(0, clips)):
             self._begun[planned.key] = self._pool.begin(decode_as_surveyed, self._arguments(planned))

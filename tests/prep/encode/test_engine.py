@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
+import pytest
+
 import cogprep.encode.models
+from cogcommon.model.checkpoint import open_checkpoint
 from cogprep.commands.encode import encode
 from cogprep.dataset.surveyed import decode_as_surveyed
+from cogprep.encode import decoding
 from cogprep.encode.models import Models
-from cogprep.processes.pool import Pool
+from cogprep.processes.pool import WORKER_BYTES, Pool
 from cogprep.vae.encoder import LatentEncoder
 from cogprep.vae.gpu_time import Span
+
+
+class Stop(Exception):
+    pass
 
 
 class Event:
@@ -78,3 +86,22 @@ def test_the_first_clips_are_decoded_while_the_models_are_loaded(encoded_once, s
     monkeypatch.setattr(Models, "embed_captions", waiting)
     report = encode(settings_of(encoded_once, out=tmp_path / "out", workers=2))
     assert report.encoded == len(begun) == 5
+
+
+@pytest.mark.parametrize(("left", "begun"), [(-(1 << 30), 0), (WORKER_BYTES, 0), (2 * WORKER_BYTES, 1), (1 << 40, 4)])
+def test_no_more_are_begun_than_memory_holds_beside_t5(encoded_once, settings_of, tmp_path, monkeypatch, left, begun):
+    checkpoint, begin, seen = open_checkpoint("tiny"), Pool.begin, []
+
+    def counting(pool, function, arguments):
+        seen.extend([True] * (function is decode_as_surveyed))
+        return begin(pool, function, arguments)
+
+    def stop(*_given):
+        raise Stop
+
+    monkeypatch.setattr(Pool, "begin", counting)
+    monkeypatch.setattr(decoding, "free_host_memory", lambda: checkpoint.bytes_of("text_encoder") + left)
+    monkeypatch.setattr(Models, "embed_captions", stop)
+    with pytest.raises(Stop):
+        encode(settings_of(encoded_once, out=tmp_path / "out", workers=2))
+    assert len(seen) == begun
