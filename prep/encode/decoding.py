@@ -73,10 +73,18 @@ class Decoding:
 
         def tasks() -> Iterator[tuple[Any, ...] | Task[Clip | ClipFault]]:
             for planned in samples:
-                begun = self._begun.pop(planned.key, None)
-                yield self._arguments(planned) if begun is None else begun
+                yield self._taken(planned.key) or self._arguments(planned)
 
         return self._pool.run(decode_as_surveyed, tasks(), window=window)
+
+    def _taken(self, key: str) -> Task[Clip | ClipFault] | None:
+        """A clip that was begun; those before it belong to shards that somebody else encodes, and go."""
+        for first in list(self._begun):
+            task = self._begun.pop(first)
+            if first == key:
+                return task
+            self._pool.drop([task])
+        return None
 
     def files(self, planned: PlannedSample) -> list[Path]:
         """What decoding a sample reads."""

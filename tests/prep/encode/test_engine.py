@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,9 +13,10 @@ import cogprep.encode.models
 from cogcommon.model.checkpoint import open_checkpoint
 from cogprep.commands.encode import encode
 from cogprep.dataset.surveyed import decode_as_surveyed
-from cogprep.encode import decoding
+from cogprep.encode import decoding, pipeline
 from cogprep.encode.models import Models
 from cogprep.processes.pool import WORKER_BYTES, Pool
+from cogprep.store.locks import ShardBusy
 from cogprep.vae.encoder import LatentEncoder
 from cogprep.vae.gpu_time import Span
 
@@ -105,3 +108,30 @@ def test_no_more_are_begun_than_memory_holds_beside_t5(encoded_once, settings_of
     with pytest.raises(Stop):
         encode(settings_of(encoded_once, out=tmp_path / "out", workers=2))
     assert len(seen) == begun
+
+
+def test_what_was_begun_for_a_shard_that_somebody_else_encodes_goes(encoded_once, settings_of, tmp_path, monkeypatch):
+    begin, open_writer, begun, alive = Pool.begin, pipeline.open_writer, [], []
+
+    def noting(pool, function, arguments):
+        task = begin(pool, function, arguments)
+        begun.extend([weakref.ref(task)] * (function is decode_as_surveyed))
+        return task
+
+    def busy(folder, number, *given, **options):
+        if number == 0:
+            raise ShardBusy("another process writes it")
+        return open_writer(folder, number, *given, **options)
+
+    class Looking(LatentEncoder):
+        def start(self, *given):
+            gc.collect()
+            alive.append([task() is not None for task in begun[:4]])
+            return super().start(*given)
+
+    monkeypatch.setattr(Pool, "begin", noting)
+    monkeypatch.setattr(pipeline, "open_writer", busy)
+    monkeypatch.setattr(cogprep.encode.models, "LatentEncoder", Looking)
+    report = encode(settings_of(encoded_once, out=tmp_path / "out", workers=2))
+    assert report.encoded == 3 and report.busy
+    assert alive[0][:2] == [False, False] and alive[0][3]
