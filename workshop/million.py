@@ -33,7 +33,7 @@ from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import SampleRow, ShardRecord, record_bytes, record_name, tar_name
 from cogprep.dataset.probe import Probed
-from cogprep.encode.part import make_contract, survey_and_plan, survey_cache
+from cogprep.encode.part import check_and_hash, make_contract, survey_and_plan, survey_cache
 from cogprep.encode.pipeline import planned_row
 from cogprep.plan.folder import scan, split_folder
 from cogprep.plan.plan import EncodePlan, PlannedShard
@@ -72,7 +72,7 @@ class Trial:
     def opened(self) -> tuple[EncodeSettings, Checkpoint, Contract]:
         settings = self.settings
         checkpoint = settings.open_model()
-        return settings, checkpoint, make_contract(settings, checkpoint, DTYPES["fp32"])
+        return settings, checkpoint, make_contract(settings, checkpoint, DTYPES["fp32"], check_and_hash(checkpoint))
 
 
 def lay(trial: Trial, changed: int = 0) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+_HASHING = 4  # files at a time
 _END = 1 << 20  # bytes of a weights file's beginning, where its tensors are listed, and of its end
 
 WeightedPart = Literal["transformer", "vae", "text_encoder"]
@@ -161,14 +163,19 @@ def _facts_of(folder: Path) -> str:
 
 
 def _weights_sha256(folder: Path) -> str:
-    digest, remembered = hashlib.sha256(), Remembered(folder)
-    for file in sorted(folder.glob("*.safetensors")):
+    files, remembered = sorted(folder.glob("*.safetensors")), Remembered(folder)
+
+    def of_file(file: Path) -> str:
         # The hub's cache stores a large file under its own sha256.
         blob = file.resolve().name if file.is_symlink() else ""
-        if not re.fullmatch(r"[0-9a-f]{64}", blob):
-            blob = remembered.recall(f"sha256 of {file.name}", [file], partial(_sha256, file))
-        digest.update(f"{file.name} {blob}\n".encode())
-    return digest.hexdigest()
+        if re.fullmatch(r"[0-9a-f]{64}", blob):
+            return blob
+        return remembered.recall(f"sha256 of {file.name}", [file], partial(_sha256, file))
+
+    with ThreadPoolExecutor(_HASHING) as threads:
+        blobs = list(threads.map(of_file, files))
+    lines = (f"{file.name} {blob}\n" for file, blob in zip(files, blobs, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from .tiny import cache_root
 
 # A file that has just been written may be written again within one tick of its file system's clock (FAT: 2 s).
 _YOUNG_NS = 3_000_000_000
+_ADDING = threading.Lock()  # one thread at a time adds to what is remembered
 
 
 class CacheFile:
@@ -80,8 +82,9 @@ class Remembered:
         found = find()
         newest = max((max(times) for _, *times in before.values()), default=0)
         if _facts_of(files) == before and newest < time.time_ns() - _YOUNG_NS:
-            self._known = self._read() | {what: {"files": before, "found": found}}  # others may have written meanwhile
-            self._file.write(self._known)
+            with _ADDING:  # to what others may have written meanwhile
+                self._known = self._read() | {what: {"files": before, "found": found}}
+                self._file.write(self._known)
         return found
 
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 
 from cogcommon import __version__
 from cogcommon.cli.progress import say, stage
 from cogcommon.errors import CogError
-from cogcommon.model.checkpoint import Checkpoint
+from cogcommon.model.checkpoint import Checkpoint, WeightedPart, WeightsIdentity
 from cogcommon.model.device import DTYPES, Dtype, default_precision
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import SampleRow
@@ -81,8 +82,7 @@ def _encode_slice(settings: EncodeSettings, part: Slice, outlet: Outlet, engine:
     device_type = engine.device_type()
     precision = settings.precision or default_precision(checkpoint.family, device_type)
     with clock("weights"), stage("checking the weights"):
-        checkpoint.check_weights("text_encoder", "vae")  # before hours of reading clips, not after
-        contract = make_contract(settings, checkpoint, DTYPES[precision])
+        contract = make_contract(settings, checkpoint, DTYPES[precision], check_and_hash(checkpoint))
 
     out = settings.out
     outcome = Outcome()
@@ -175,13 +175,37 @@ def survey_and_plan(
     return found, plan if found.candidates else replace(plan, drops=[])
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Which ones an encode uses."""
+
+    vae: WeightsIdentity
+    text_encoder: WeightsIdentity
+
+
+def check_and_hash(checkpoint: Checkpoint) -> Weights:
+    """Check the weights of an encode, before hours of reading clips and not after, and hash them: in threads, beside
+    the imports of the check.
+
+    Raises:
+        ModelError: some are not those that their model has.
+    """
+    parts: tuple[WeightedPart, ...] = ("vae", "text_encoder")
+    for part in parts:
+        checkpoint.folder(part)  # fetched one after the other, if the checkpoint lives on the hub
+    with ThreadPoolExecutor(len(parts)) as threads:
+        vae, text_encoder = (threads.submit(checkpoint.identity, part) for part in parts)
+        checkpoint.check_weights("text_encoder", "vae")
+        return Weights(vae.result(), text_encoder.result())
+
+
 def make_contract(
-    settings: PlanSettings, checkpoint: Checkpoint, dtype: Dtype, *, weights: Contract | None = None
+    settings: PlanSettings, checkpoint: Checkpoint, dtype: Dtype, weights: Weights | Contract
 ) -> Contract:
-    """What shards of these settings and weights promise. Hashes the weights, loads none.
+    """What shards of these settings and weights promise.
 
     Args:
-        weights: a contract of which it is taken that it has the same weights, so that none is read.
+        weights: those of the checkpoint; or a contract of which it is taken that it has the same.
     """
     family = checkpoint.family
     cut: dict[str, object] = {
@@ -201,8 +225,8 @@ def make_contract(
         task=family.task,
         model=checkpoint.name,
         revision=checkpoint.revision,
-        vae=weights.vae if weights else checkpoint.identity("vae"),
-        text_encoder=weights.text_encoder if weights else checkpoint.identity("text_encoder"),
+        vae=weights.vae,
+        text_encoder=weights.text_encoder,
         scaling_factor=checkpoint.vae_config["scaling_factor"],
         posterior=settings.posterior,
         image_variants=settings.image_variants if family.task == "i2v" else 0,

@@ -22,7 +22,7 @@ from cogcommon.words import first_line
 from ..encode.clock import Clock
 from ..encode.encoder import ShardEncoder
 from ..encode.outcome import Outcome
-from ..encode.part import make_contract
+from ..encode.part import check_and_hash, make_contract
 from ..encode.pipeline import Care
 from ..plan.plan import PlannedSample, PlannedShard
 from ..processes.pool import Pool, default_workers
@@ -117,8 +117,7 @@ class EncodeActor:
                 fix="look whether `nvidia-smi` and torch.cuda.is_available() agree on this node",
             )
         checkpoint = open_checkpoint(contract.model, contract.revision)
-        checkpoint.check_weights("text_encoder", "vae")
-        ours = make_contract(settings, checkpoint, contract.dtype)
+        ours = make_contract(settings, checkpoint, contract.dtype, check_and_hash(checkpoint))
         if ours.fingerprint != contract.fingerprint:
             raise ModelError(
                 "this node would encode something else than the driver planned",
