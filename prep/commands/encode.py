@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from cogcommon.cli.progress import say
+from cogcommon.cli.progress import say, stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError, SettingError
 from cogcommon.model.device import (
@@ -14,7 +14,7 @@ from cogcommon.store.address import as_shown
 
 from ..dataset.lists import check_root
 from ..encode.gpus import encode_in_parts, gpu_count
-from ..encode.part import encode_slice
+from ..encode.part import check_and_hash, encode_slice
 from ..encode.report import Report, show
 from ..engines.table import ENGINES
 from ..plan.slice import POD, choose_slice
@@ -73,6 +73,7 @@ def encode(settings: EncodeSettings) -> Report:
         # A wrong setting or list is said once, not by every process.
         checkpoint = settings.open_model()
         settings.read_lists(checkpoint.family.task).trusted()
-        checkpoint.check_weights("text_encoder", "vae")
+        with stage("checking the weights"):
+            check_and_hash(checkpoint)  # what is found out, all of them remember
         return encode_in_parts(settings, part, parts)
     return encode_slice(settings)
