@@ -5,6 +5,7 @@ imports, 0.7; diffusers' transformers with PEFT 0.8; transformers 0.5, its T5 1.
 more where there is a GPU. `python -m workshop.bench_start --imports` measures them.
 """
 
+import gc
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import time
 import pytest
 
 from cogcommon.model import remembered
+from cogcommon.model.device import importing
 from cogcommon.model.tiny import builtin_folder
 
 HEAVY = {
@@ -93,3 +95,25 @@ def test_an_encode_with_nothing_to_do_imports_no_library(tmp_path, old_model):
     assert "transformers.models.t5.modeling_t5" in imported(*encode)
     assert imported(*encode) == set()
     assert imported("cogprep", "validate", *words, "--out", str(tmp_path / "out")) == {"transformers"}
+
+
+def test_while_libraries_are_imported_nobody_searches_for_garbage():
+    @importing()
+    def inside():
+        assert not gc.isenabled()
+        with importing():
+            pass
+        assert not gc.isenabled()
+        raise KeyError
+
+    assert gc.isenabled()
+    with pytest.raises(KeyError):
+        inside()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with importing():
+            pass
+        assert not gc.isenabled(), "it was so before"
+    finally:
+        gc.enable()

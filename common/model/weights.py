@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import ModelError
 from ..files.typed import parse_object
 from ..words import counted, first_line
-from .device import quiet_library
+from .device import importing, quiet_library
 from .remembered import Remembered
 from .tensor_file import open_tensors
 
@@ -41,6 +41,7 @@ class PartClass:
     name: str
     file: str
 
+    @importing()
     def load(self) -> Any:
         """The class."""
         quiet_library("transformers")  # diffusers' models import it, too
@@ -169,6 +170,7 @@ def _rules() -> str:
     return f"{libraries} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
 
 
+@importing()
 def _check(folder: Path, part: str, model: str, files: Sequence[Path]) -> None:
     stored = _read_headers(files, part, model)
     module = CLASSES[part].on_meta(folder)

@@ -8,6 +8,8 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+from cogcommon.model.device import importing
+
 from .block import BlockFunction
 
 # One function serves all blocks, but is compiled for each bucket. torch's own limit is 8.
@@ -33,7 +35,7 @@ def compiled(function: BlockFunction) -> BlockFunction:
 
 def import_compiler() -> None:
     """What the first compilation imports: a second on an H200's host."""
-    with suppress(Exception):  # whoever compiles says what is wrong
+    with suppress(Exception), importing():  # whoever compiles says what is wrong
         import_module("torch._inductor.compile_fx")
 
 

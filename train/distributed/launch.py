@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogcommon.errors import RunError, SettingError
+from cogcommon.model.device import importing
 
 from ..settings.training import TrainSettings
 from .signals import StopRequest, end_by
@@ -97,7 +98,8 @@ def wanted_processes(settings: TrainSettings) -> int:
     Raises:
         SettingError: more than there are GPUs.
     """
-    import torch
+    with importing():
+        import torch
 
     gpus = torch.cuda.device_count()
     if settings.nproc is not None and 0 < gpus < settings.nproc:
