@@ -13,6 +13,7 @@ from cogcommon.model.families import Resolution
 from ..dataset.surveyed import decode_as_surveyed
 from ..plan.plan import PlannedSample, PlannedShard
 from ..processes.pool import WORKER_BYTES, Pool, Task
+from ..source.addresses import remote_address
 from ..source.clip import ClipFault
 from ..source.part import file_named
 from ..video.cut import Cut
@@ -48,6 +49,9 @@ class Decoding:
     def begin(self, shards: Sequence[PlannedShard], beside: int) -> None:
         """Begin the first clips, so that they are there when the models are; fewer, or none, where memory is short.
 
+        None behind an address, nor what comes after it: `remote.ahead` fetches such files, a few at a time and with
+        the patience that a store needs.
+
         Args:
             beside: bytes of host memory that are about to be taken for something else.
         """
@@ -57,6 +61,8 @@ class Decoding:
         clips = min(self.window(shards), (free_host_memory() - beside) // each)
         samples = (planned for shard in shards for planned in shard.samples)
         for planned in islice(samples, max(0, clips)):
+            if any(remote_address(path) is not None for path in self.files(planned)):
+                return
             self._begun[planned.key] = self._pool.begin(decode_as_surveyed, self._arguments(planned))
 
     def window(self, shards: Sequence[PlannedShard]) -> int:

@@ -57,7 +57,6 @@ class ShardEncoder:
     ) -> None:
         self._outlet = outlet or Outlet(settings.out)
         self._settings = settings
-        self._checkpoint = checkpoint
         self._contract = contract
         self._pool = pool
         self._clock = clock
@@ -90,7 +89,7 @@ class ShardEncoder:
         decoding = Decoding(settings.root, settings.cut, self._contract.family_row.fps, self._pool)
         with TextStore(self._outlet.folder) as text, decoding:
             if care is QUICKLY:
-                decoding.begin(shards, beside=self._checkpoint.bytes_of("text_encoder"))
+                decoding.begin(shards, beside=self._models.text_bytes)
             self._contract = self._models.embed_captions(shards, text, self._contract, self._outlet)
             latents = self._models.latents
             outcome.encoder = latents.choice

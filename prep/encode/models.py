@@ -58,6 +58,12 @@ class Models:
         self._text: TextEncoder | None = None
         self._latents: LatentEncoder | None = None
 
+    @property
+    def text_bytes(self) -> int:
+        """Host memory that T5 takes while it is loaded: that of its files, which mostly hold two bytes a weight; more
+        where it computes in four."""
+        return self._checkpoint.bytes_of("text_encoder") * self._dtype.itemsize // 2
+
     def embed_captions(
         self, shards: Sequence[PlannedShard], text: TextStore, contract: Contract, outlet: Outlet
     ) -> Contract:

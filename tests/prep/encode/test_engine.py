@@ -6,23 +6,27 @@ import gc
 import hashlib
 import weakref
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import cogprep.encode.models
 from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import Resolution
 from cogprep.commands.encode import encode
 from cogprep.dataset.surveyed import decode_as_surveyed
 from cogprep.encode import decoding, pipeline
+from cogprep.encode.clock import Clock
 from cogprep.encode.models import Models
 from cogprep.processes.pool import WORKER_BYTES, Pool
 from cogprep.store.locks import ShardBusy
 from cogprep.vae.encoder import LatentEncoder
 from cogprep.vae.gpu_time import Span
+from cogprep.video.cut import Cut
 
-
-class Stop(Exception):
-    pass
+SOURCES = ("a.mp4", "s3://bucket/b.mp4", "c.mp4")
 
 
 class Event:
@@ -72,51 +76,73 @@ def test_a_device_that_works_ahead_gives_the_same_shards(encoded_once, settings_
         assert len(digests) == 1, tar.name
 
 
-def test_the_first_clips_are_decoded_while_the_models_are_loaded(encoded_once, settings_of, tmp_path, monkeypatch):
-    begin, embed, begun = Pool.begin, Models.embed_captions, []
+@pytest.fixture
+def begun(monkeypatch):
+    """Weak references to the tasks that were begun to decode a clip."""
+    begin, tasks = Pool.begin, []
 
     def noting(pool, function, arguments):
         task = begin(pool, function, arguments)
-        begun.extend([task] * (function is decode_as_surveyed))
+        tasks.extend([weakref.ref(task)] * (function is decode_as_surveyed))
         return task
-
-    def waiting(models, *given):
-        assert len(begun) == 4  # of five: two a process
-        assert all(task.done.wait(60) for task in begun)
-        return embed(models, *given)
 
     monkeypatch.setattr(Pool, "begin", noting)
+    return tasks
+
+
+@pytest.fixture
+def all_decoded(begun, monkeypatch):
+    """Before the models are loaded all that was begun must be decoded; how many were begun then."""
+    embed, counts = Models.embed_captions, []
+
+    def waiting(models, *given):
+        counts.append(len(begun))
+        assert all(task().done.wait(60) for task in begun)
+        return embed(models, *given)
+
     monkeypatch.setattr(Models, "embed_captions", waiting)
+    return counts
+
+
+def test_the_first_clips_are_decoded_while_the_models_are_loaded(
+    encoded_once, settings_of, tmp_path, begun, all_decoded
+):
     report = encode(settings_of(encoded_once, out=tmp_path / "out", workers=2))
-    assert report.encoded == len(begun) == 5
+    assert all_decoded == [4] and report.encoded == len(begun) == 5  # two a process
 
 
-@pytest.mark.parametrize(("left", "begun"), [(-(1 << 30), 0), (WORKER_BYTES, 0), (2 * WORKER_BYTES, 1), (1 << 40, 4)])
-def test_no_more_are_begun_than_memory_holds_beside_t5(encoded_once, settings_of, tmp_path, monkeypatch, left, begun):
-    checkpoint, begin, seen = open_checkpoint("tiny"), Pool.begin, []
-
-    def counting(pool, function, arguments):
-        seen.extend([True] * (function is decode_as_surveyed))
-        return begin(pool, function, arguments)
-
-    def stop(*_given):
-        raise Stop
-
-    monkeypatch.setattr(Pool, "begin", counting)
-    monkeypatch.setattr(decoding, "free_host_memory", lambda: checkpoint.bytes_of("text_encoder") + left)
-    monkeypatch.setattr(Models, "embed_captions", stop)
-    with pytest.raises(Stop):
-        encode(settings_of(encoded_once, out=tmp_path / "out", workers=2))
-    assert len(seen) == begun
+@pytest.mark.parametrize(("left", "count"), [(-(1 << 30), 0), (WORKER_BYTES, 0), (2 * WORKER_BYTES, 1), (1 << 40, 4)])
+def test_no_more_are_begun_than_memory_holds_beside_t5(
+    encoded_once, settings_of, tmp_path, monkeypatch, all_decoded, left, count
+):
+    t5 = open_checkpoint("tiny").bytes_of("text_encoder")
+    monkeypatch.setattr(Models, "text_bytes", 2 * t5)
+    monkeypatch.setattr(decoding, "free_host_memory", lambda: 2 * t5 + left)
+    assert encode(settings_of(encoded_once, out=tmp_path / "out", workers=2)).encoded == 5
+    assert all_decoded == [count]
 
 
-def test_what_was_begun_for_a_shard_that_somebody_else_encodes_goes(encoded_once, settings_of, tmp_path, monkeypatch):
-    begin, open_writer, begun, alive = Pool.begin, pipeline.open_writer, [], []
+def test_t5_takes_more_than_its_files_where_it_computes_in_four_bytes(encoded_once, settings_of):
+    checkpoint, settings = open_checkpoint("tiny"), settings_of(encoded_once)
+    takes = [Models(checkpoint, torch.device("cpu"), p, settings, Clock()).text_bytes for p in ("bf16", "fp32")]
+    assert takes == [checkpoint.bytes_of("text_encoder"), 2 * checkpoint.bytes_of("text_encoder")]
 
-    def noting(pool, function, arguments):
-        task = begin(pool, function, arguments)
-        begun.extend([weakref.ref(task)] * (function is decode_as_surveyed))
-        return task
+
+def test_a_clip_behind_an_address_is_fetched_by_who_has_patience(begun):
+    """And what comes after it, in the plan's order."""
+    planned = [SimpleNamespace(key=source, sample=SimpleNamespace(source=source, image="")) for source in SOURCES]
+    shard = SimpleNamespace(samples=planned, bucket=Resolution.parse("9x64x96"))
+    nobody = SimpleNamespace(workers=8, begin=lambda *_: begun.append(0))
+    ahead = decoding.Decoding(Path("root"), Cut(), 8, nobody)
+    ahead._arguments = lambda planned: ()
+    ahead.begin([shard], 0)
+    assert len(begun) == 1
+
+
+def test_what_was_begun_for_a_shard_that_somebody_else_encodes_goes(
+    encoded_once, settings_of, tmp_path, monkeypatch, begun, all_decoded
+):
+    open_writer, alive = pipeline.open_writer, []
 
     def busy(folder, number, *given, **options):
         if number == 0:
@@ -129,9 +155,8 @@ def test_what_was_begun_for_a_shard_that_somebody_else_encodes_goes(encoded_once
             alive.append([task() is not None for task in begun[:4]])
             return super().start(*given)
 
-    monkeypatch.setattr(Pool, "begin", noting)
     monkeypatch.setattr(pipeline, "open_writer", busy)
     monkeypatch.setattr(cogprep.encode.models, "LatentEncoder", Looking)
     report = encode(settings_of(encoded_once, out=tmp_path / "out", workers=2))
-    assert report.encoded == 3 and report.busy
+    assert report.encoded == 3 and report.busy and all_decoded == [4]
     assert alive[0][:2] == [False, False] and alive[0][3]
