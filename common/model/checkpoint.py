@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..cli.progress import stage
 from ..errors import ModelError
+from ..files.readers import read_in_order
 from ..files.typed import parse_object
 from ..words import first_line
 from .families import BUILTIN_NAMES, FAMILIES, RANDOM, Family, Resolution, check_resolution, family_of
@@ -172,8 +172,7 @@ def _weights_sha256(folder: Path) -> str:
             return blob
         return remembered.recall(f"sha256 of {file.name}", [file], partial(_sha256, file))
 
-    with ThreadPoolExecutor(_HASHING) as threads:
-        blobs = list(threads.map(of_file, files))
+    blobs = read_in_order(of_file, files, threads=_HASHING)
     lines = (f"{file.name} {blob}\n" for file, blob in zip(files, blobs, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

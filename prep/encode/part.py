@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
 from cogcommon import __version__
 from cogcommon.cli.progress import say, stage
 from cogcommon.errors import CogError
+from cogcommon.files.readers import Readers
 from cogcommon.model.checkpoint import Checkpoint, WeightedPart, WeightsIdentity
 from cogcommon.model.device import DTYPES, Dtype, default_precision
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE, Contract
@@ -193,7 +194,7 @@ def check_and_hash(checkpoint: Checkpoint) -> Weights:
     parts: tuple[WeightedPart, ...] = ("vae", "text_encoder")
     for part in parts:
         checkpoint.folder(part)  # fetched one after the other, if the checkpoint lives on the hub
-    with ThreadPoolExecutor(len(parts)) as threads:
+    with closing(Readers(len(parts), "hashing")) as threads:  # which do not hold a refusal back
         vae, text_encoder = (threads.submit(checkpoint.identity, part) for part in parts)
         checkpoint.check_weights("text_encoder", "vae")
         return Weights(vae.result(), text_encoder.result())
