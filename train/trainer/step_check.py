@@ -38,7 +38,7 @@ class Judge:
         self._main = runtime.main
         self._log = log
         self._in_vain = 0  # steps in a row
-        self._overflowed = False  # the last of them had a loss that is finite, and a gradient that is not
+        self._without_loss = 0  # of these, whose losses were all not finite
         self._trained = 0
 
     def gradient(self, step: int, norm: float, *, samples: int) -> bool:
@@ -55,14 +55,14 @@ class Judge:
                 too many steps in a row.
         """
         if math.isfinite(norm) and samples:
-            self._in_vain = 0
+            self._in_vain = self._without_loss = 0
             self._trained += 1
             return True
         self._in_vain += 1
-        self._overflowed = not math.isfinite(norm)
+        self._without_loss += not samples
         scaled = self._run.precision == "fp16"
         if self._in_vain > _IN_VAIN or not (scaled or not samples or self._run.settings.on_nonfinite == "skip"):
-            raise self._fault(step)
+            raise self._fault(step, math.isfinite(norm))
         if not math.isfinite(norm) and not scaled:
             self._log.say(f"step {step}: the gradient is not finite, though every loss is; the step is left out")
         return scaled
@@ -75,23 +75,25 @@ class Judge:
         """
         if not self._in_vain or self._trained:
             return
-        if self._main and self._overflowed and self._run.precision == "fp16":
+        if self._main and not self._without_loss and self._run.precision == "fp16":
             raise RunError(
                 f"nothing was trained in {counted(self._in_vain, 'step')}: each had a gradient too large for fp16, "
                 "whose scale is halved until one fits",
                 where=f"step {self._run.steps}",
-                fix=f"--steps of {_IN_VAIN} or more, or --precision bf16",
+                fix=f"{_IN_VAIN} more --steps, or --precision bf16",
             )
-        raise self._fault(self._run.steps)
+        raise self._fault(self._run.steps, self._without_loss > 0)
 
-    def _fault(self, step: int) -> RunError:
+    def _fault(self, step: int, norm_is_finite: bool) -> RunError:
         if not self._main:
             return PeerFailed()
         other = {"fp16": "bf16", "bf16": "fp32"}.get(self._run.precision)
         newly = f", or a new run with --precision {other}" if other else ""
-        if not self._overflowed:
+        if norm_is_finite:
+            rest = ", and no gradient in the others" * (self._without_loss < self._in_vain)
+            in_them = f" in {self._without_loss} of them" if rest else ""
             return RunError(
-                f"nothing was trained in {self._in_vain} steps in a row: no sample's loss is finite",
+                f"nothing was trained in {self._in_vain} steps in a row: no sample's loss is finite{in_them}{rest}",
                 where=f"step {step}",
                 fix=f"`cogprep verify` tells whether the samples are whole; resume with a lower --lr{newly}",
             )

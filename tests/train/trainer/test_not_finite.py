@@ -268,6 +268,11 @@ def test_fp16s_scale_is_given_time_to_come_down_and_no_more():
         short.gradient(step, math.inf, samples=1)
     with pytest.raises(RunError, match="nothing was trained in 3 steps: each had a gradient too large for fp16"):
         short.end()
+    mixed = Judge(run, SimpleNamespace(main=True), None)
+    mixed.gradient(1, 0.0, samples=0)
+    mixed.gradient(2, math.inf, samples=1)
+    with pytest.raises(RunError, match="no sample's loss is finite in 1 of them, and no gradient in the others"):
+        mixed.end()
     scaler = torch.amp.GradScaler("cpu")
     assert scaler.get_scale() * 0.5**24 < 1
 
