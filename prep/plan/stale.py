@@ -49,9 +49,11 @@ class Wanted:
 
     def _read(self, origin: Origin | None) -> str:
         """Read the data root; what keeps it from being known, or nothing."""
-        contract = contract_if_there(self._out)
-        if origin is None or contract is None:
+        if origin is None:
             return f"{self._out} does not say what it was encoded from"
+        contract = contract_if_there(self._out)
+        if contract is None:
+            return f"{self._out} does not say how it was encoded"
         try:
             data = origin.read_lists(contract.task)
         except DataRootError as error:
@@ -75,4 +77,4 @@ class Wanted:
         unusable = [*found.rejected, *(one.line for one in found.kept)]
         self._lines = {(line.sample.source, line.sample.caption) for line in unusable}
         self.kept = sum(one.status == "ok" for one in found.kept)
-        return "" if found.keys else f"none of the clips of {origin.data_root} can be read"
+        return "" if found.keys else f"none of the clips of {origin.data_root} can be used"
