@@ -93,7 +93,7 @@ def commands(encode_into: Callable[[Path], None], monkeypatch) -> dict[str, Call
 def let_loose(trees: int, seed: int, made, monkeypatch, tmp_path) -> None:
     ours, encode_into = made
     # The drawn clips have no files, which a look at the data root would find missing.
-    monkeypatch.setattr(clean_cache.Wanted, "known", lambda _: True)
+    monkeypatch.setattr(clean_cache.Wanted, "unknown", lambda _: "")
     monkeypatch.setattr(clean_cache.Wanted, "has", lambda _, key, source, caption: source != "c.mp4")
     draw = random.Random(seed)
     refused = 0
