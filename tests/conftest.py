@@ -28,7 +28,8 @@ FULL_DISK = CHILDREN / "full_disk.c"
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_cpu_device() -> None:
-    from cogcommon.model.device import pick_device, quiet_libraries
+    from cogcommon.libraries import quiet_libraries
+    from cogcommon.model.device import pick_device
 
     pick_device()
     quiet_libraries()

@@ -15,8 +15,8 @@ import time
 
 import pytest
 
+from cogcommon.libraries import importing
 from cogcommon.model import remembered
-from cogcommon.model.device import importing
 from cogcommon.model.tiny import builtin_folder
 
 HEAVY = {

@@ -26,7 +26,8 @@ def train(settings: TrainSettings) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ending_at_once():
         from cogcommon.files.memory import give_back_what_is_freed
-        from cogcommon.model.device import hash_triton_ahead, pick_device, quiet_libraries, start_gpu
+        from cogcommon.libraries import hash_triton_ahead, quiet_libraries
+        from cogcommon.model.device import pick_device, start_gpu
 
         from .distributed import elastic
         from .distributed.leaving import LOST, REFUSED, PeerFailed, PeerLost

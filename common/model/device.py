@@ -1,23 +1,20 @@
-"""Which device and number type the work runs on; and libraries that keep quiet."""
+"""Which device and number type the work runs on."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
-import importlib.metadata
 import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from ..cli.progress import stage
+from ..libraries import importing
 from .families import Family
 
 if TYPE_CHECKING:
@@ -26,23 +23,8 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-_NOT_OURS = {"sklearn", "scipy"}  # 1.3 s on the host of an H200
-_distributions = cache(importlib.metadata.packages_distributions)  # both libraries ask; 0.6 s there
-
 # As the command line says it, and as torch and the shards' contract do.
 DTYPES: Mapping[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """No search for garbage inside the ``with``: it takes a quarter of the time of importing large libraries."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def pick_device(local_rank: int = 0) -> torch.device:
@@ -73,23 +55,6 @@ def _start_gpu(device: torch.device) -> None:
         square = torch.ones(64, 64, device=device)
         picture, kernel = (square @ square)[None, None], square[None, None, :3, :3]
         torch.nn.functional.conv2d(picture, kernel).sum().item()
-
-
-def hash_triton_ahead(device: torch.device) -> None:
-    """Have Triton hashed in a thread; to compile a kernel, or find it compiled, asks for that: a second, most of it
-    without Python."""
-    if device.type != "cuda":
-        return
-    try:
-        from triton.runtime.cache import triton_key
-    except Exception:  # an older one has it elsewhere; and who compiles says what is wrong
-        return
-
-    def work() -> None:
-        with suppress(Exception):  # who asks next says what is wrong
-            triton_key()  # which remembers its answer
-
-    threading.Thread(target=work, daemon=True).start()
 
 
 def visible_gpus() -> int:
@@ -201,33 +166,3 @@ def dtype_of(precision: Precision | Dtype) -> torch.dtype:
 def item_bytes(dtype: Dtype) -> int:
     """Bytes of one number."""
     return 4 if dtype == "float32" else 2
-
-
-@stage("loading the libraries")
-def quiet_libraries(*names: Literal["transformers", "diffusers"]) -> None:
-    """Switch off the progress bars and chatter of transformers and diffusers; we draw our own.
-
-    Args:
-        names: of those that will be used; both by default. Each takes seconds to import.
-    """
-    for name in names or ("diffusers", "transformers"):
-        quiet_library(name)
-
-
-@importing()
-def quiet_library(name: Literal["transformers", "diffusers"]) -> Any:
-    """Import one of them, without its chatter, and without what it would import for models that are not ours."""
-    absent = dict.fromkeys(_NOT_OURS - sys.modules.keys())
-    sys.modules.update(absent)  # type: ignore[arg-type]  # None is how Python notes that there is no such module
-    asked, importlib.metadata.packages_distributions = importlib.metadata.packages_distributions, _distributions
-    try:
-        library = import_module(name)
-        if name == "transformers":
-            library.utils.is_sklearn_available(), library.utils.is_scipy_available()  # which remember the answers
-    finally:
-        importlib.metadata.packages_distributions = asked
-        for hidden in absent:
-            del sys.modules[hidden]
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
-    return library

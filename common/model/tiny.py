@@ -23,7 +23,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .device import quiet_libraries
+from ..libraries import quiet_libraries
 from .families import FAMILIES, RANDOM, Family, Resolution
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ModelError
 from ..files.typed import parse_object
+from ..libraries import importing, quiet_library
 from ..words import counted, first_line
-from .device import importing, quiet_library
 from .remembered import Remembered
 from .tensor_file import open_tensors
 

@@ -24,8 +24,8 @@ from ..errors import ShardError
 from ..files.atomic import commit_bytes
 from ..files.failures import disk_error
 from ..files.typed import parse_object
+from ..libraries import hidden
 from .contract import Contract
-from .hidden import hidden
 
 with hidden("pandas"):  # pyarrow looks for it once, and imports it, half a second's work, where it is installed
     pa.array([0])

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.cli.names import quoted
 from cogcommon.errors import ModelError
 from cogcommon.files.memory import free_gpu_memory, free_host_memory
-from cogcommon.model.device import has_bf16, pick_device, quiet_libraries
+from cogcommon.libraries import quiet_libraries
+from cogcommon.model.device import has_bf16, pick_device
 from cogcommon.model.families import BUILTIN_NAMES, RANDOM
 from cogcommon.model.hub import fetch
 from cogcommon.words import first_line, in_bytes

@@ -18,8 +18,9 @@ from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ModelError, SettingError, ShardError
 from cogcommon.files.ownership import check_own_folder, refuse_data_root, take_output
+from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import open_checkpoint
-from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.model.device import default_precision, dtype_of, pick_device
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import (

@@ -14,8 +14,9 @@ from functools import partial
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError, ModelError
+from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.device import DTYPES, item_bytes, quiet_libraries
+from cogcommon.model.device import DTYPES, item_bytes
 from cogcommon.model.families import BUILTIN_NAMES, Family, Resolution
 from cogcommon.store.address import as_shown
 from cogcommon.words import counted

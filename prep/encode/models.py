@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from cogcommon.cli.progress import say, stage
 from cogcommon.files.memory import free_gpu_memory
+from cogcommon.libraries import hash_triton_ahead, quiet_libraries
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.device import Precision, dtype_of, hash_triton_ahead, quiet_libraries
+from cogcommon.model.device import Precision, dtype_of
 from cogcommon.model.text_encoder import TextEncoder
 from cogcommon.model.weights import CLASSES
 from cogcommon.shards.contract import Contract

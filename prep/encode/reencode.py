@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from cogcommon.cli.progress import stage
 from cogcommon.errors import ShardError
+from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import open_checkpoint
-from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
+from cogcommon.model.device import dtype_of, pick_device
 from cogcommon.model.families import Resolution
 from cogcommon.model.text_encoder import TextEncoder
 from cogcommon.shards.contract import Contract

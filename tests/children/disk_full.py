@@ -28,7 +28,8 @@ def main(case):
     from accelerate.state import AcceleratorState
 
     from cogcommon.errors import DiskError
-    from cogcommon.model.device import pick_device, quiet_libraries
+    from cogcommon.libraries import quiet_libraries
+    from cogcommon.model.device import pick_device
     from cogtrain.distributed.signals import StopRequest
     from cogtrain.runs.checkpoint import list_checkpoints
     from cogtrain.runs.folder import read_run

@@ -22,7 +22,8 @@ from pathlib import Path
 from nan_gradient import make_gradients_nan
 
 from cogcommon.errors import CogError
-from cogcommon.model.device import pick_device, quiet_libraries
+from cogcommon.libraries import quiet_libraries
+from cogcommon.model.device import pick_device
 
 device = pick_device(int(os.environ["LOCAL_RANK"]))
 quiet_libraries()

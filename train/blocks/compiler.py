@@ -8,7 +8,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from cogcommon.model.device import importing
+from cogcommon.libraries import importing
 
 from .block import BlockFunction
 

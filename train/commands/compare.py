@@ -21,8 +21,9 @@ from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import RunError, SettingError
 from cogcommon.files.ownership import state_of
+from cogcommon.libraries import quiet_libraries
 from cogcommon.media.video import read_mp4
-from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.model.device import default_precision, dtype_of, pick_device
 from cogcommon.words import counted
 
 from ..data.prompts import named_after

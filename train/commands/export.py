@@ -20,8 +20,9 @@ from cogcommon.errors import ModelError, RunError, SettingError
 from cogcommon.files.atomic import commit, commit_bytes, temporary_beside
 from cogcommon.files.failures import check_writable, disk_errors
 from cogcommon.files.ownership import RECORD_FILE, check_own_folder, is_file, record_of, refuse_data_root, take_output
+from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.device import dtype_of, pick_device, quiet_libraries
+from cogcommon.model.device import dtype_of, pick_device
 
 from ..model import lora, sft
 from ..model.compare import check_answer, output_on_noise

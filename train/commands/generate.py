@@ -15,8 +15,9 @@ from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError
 from cogcommon.files.ownership import state_of
+from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import Checkpoint
-from cogcommon.model.device import default_precision, dtype_of, pick_device, quiet_libraries
+from cogcommon.model.device import default_precision, dtype_of, pick_device
 from cogcommon.model.families import Resolution
 from cogcommon.words import counted
 

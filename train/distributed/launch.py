@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogcommon.errors import RunError, SettingError
-from cogcommon.model.device import importing
+from cogcommon.libraries import importing
 
 from ..settings.training import TrainSettings
 from .signals import StopRequest, end_by

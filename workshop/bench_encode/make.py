@@ -26,8 +26,9 @@ def make_checkpoint(folder: Path, shape: Shape, text_layers: int) -> None:
     from diffusers import AutoencoderKLCogVideoX
     from transformers import T5Config, T5EncoderModel
 
+    from cogcommon.libraries import quiet_libraries
     from cogcommon.model.checkpoint import open_checkpoint
-    from cogcommon.model.device import pick_device, quiet_libraries
+    from cogcommon.model.device import pick_device
     from cogcommon.model.families import Resolution
 
     device = pick_device()

@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import torch
 
+from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import open_checkpoint
-from cogcommon.model.device import pick_device, quiet_libraries
+from cogcommon.model.device import pick_device
 from cogcommon.model.families import Resolution
 from cogcommon.model.text_encoder import TextEncoder
 from cogprep.video.cut import Cut

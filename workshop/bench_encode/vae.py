@@ -19,8 +19,9 @@ from typing import Any, cast
 
 import torch
 
+from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import open_checkpoint
-from cogcommon.model.device import pick_device, quiet_libraries
+from cogcommon.model.device import pick_device
 
 from .shape import SHAPES, Folder, Shape, Size
 

@@ -18,8 +18,9 @@ from typing import Any, cast
 
 import torch
 
+from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import open_checkpoint
-from cogcommon.model.device import pick_device, quiet_libraries
+from cogcommon.model.device import pick_device
 from cogprep.vae import convolve
 from cogprep.vae.chunks import Chunks, Together
 from cogprep.vae.fused import FusedEncoder, Ways

@@ -194,7 +194,8 @@ def _worse(wanted: list[BenchRow], results: list[dict[str, Any]]) -> bool:
 
 def _work(row: BenchRow, out: Path) -> None:
     """A row's process: prepares, waits for its turn, measures; the first of them writes the result."""
-    from cogcommon.model.device import pick_device, quiet_libraries
+    from cogcommon.libraries import quiet_libraries
+    from cogcommon.model.device import pick_device
 
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = pick_device(rank)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cogcommon.cli.progress import shown
-from cogcommon.model.device import pick_device, quiet_libraries
+from cogcommon.libraries import quiet_libraries
+from cogcommon.model.device import pick_device
 
 if TYPE_CHECKING:
     import torch

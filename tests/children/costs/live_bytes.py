@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from cogcommon.model.device import pick_device, quiet_libraries
+from cogcommon.libraries import quiet_libraries
+from cogcommon.model.device import pick_device
 
 pick_device(int(os.environ["LOCAL_RANK"]))
 quiet_libraries()

@@ -12,7 +12,8 @@ import sys
 import weakref
 from pathlib import Path
 
-from cogcommon.model.device import pick_device, quiet_libraries
+from cogcommon.libraries import quiet_libraries
+from cogcommon.model.device import pick_device
 
 device = pick_device(int(os.environ["LOCAL_RANK"]))
 quiet_libraries()

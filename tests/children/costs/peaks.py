@@ -8,7 +8,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from cogcommon.model.device import pick_device, quiet_libraries
+from cogcommon.libraries import quiet_libraries
+from cogcommon.model.device import pick_device
 
 device = pick_device()
 quiet_libraries()
