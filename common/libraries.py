@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 _NOT_OURS = {"sklearn", "scipy"}  # 1.3 s on the host of an H200
-_distributions = cache(importlib.metadata.packages_distributions)  # both libraries ask; 0.6 s there
 
 
 @contextmanager
@@ -47,7 +45,10 @@ class _None(MetaPathFinder):
 
 @contextmanager
 def hidden(name: str) -> Iterator[None]:
-    """Who imports this module meanwhile is told that there is none, unless it has been imported already."""
+    """Who imports this module meanwhile is told that there is none, unless it has been imported already.
+
+    For pyarrow, whose Cython takes the None that `quiet_library` lays into ``sys.modules`` for the module itself.
+    """
     finder = _None(name)
     sys.meta_path.insert(0, finder)
     try:
@@ -70,20 +71,31 @@ def quiet_libraries(*names: Literal["transformers", "diffusers"]) -> None:
 @importing()
 def quiet_library(name: Literal["transformers", "diffusers"]) -> Any:
     """Import one of them, without its chatter, and without what it would import for models that are not ours."""
+    from importlib import metadata
+
     absent = dict.fromkeys(_NOT_OURS - sys.modules.keys())
     sys.modules.update(absent)  # type: ignore[arg-type]  # None is how Python notes that there is no such module
-    asked, importlib.metadata.packages_distributions = importlib.metadata.packages_distributions, _distributions
+    remembering = _packages_distributions()
+    asked, metadata.packages_distributions = metadata.packages_distributions, remembering
     try:
         library = import_module(name)
         if name == "transformers":
             library.utils.is_sklearn_available(), library.utils.is_scipy_available()  # which remember the answers
     finally:
-        importlib.metadata.packages_distributions = asked
+        metadata.packages_distributions = asked
         for module in absent:
             del sys.modules[module]
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
     return library
+
+
+@cache
+def _packages_distributions() -> Callable[[], Any]:
+    """That of ``importlib.metadata``, but its answer is remembered: both libraries ask, for 0.6 s on an H200's host."""
+    from importlib import metadata
+
+    return cache(metadata.packages_distributions)
 
 
 def hash_triton_ahead(device: torch.device) -> None:

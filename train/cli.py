@@ -51,7 +51,8 @@ def train(settings: TrainSettings) -> None:
                 run = peers.together(lambda: open_run(settings, device, peers.world, peers))
                 peers.together(lambda: check_ready(run, peers.here, device))
                 quiet_libraries()
-                hash_triton_ahead(device)
+                if settings.compile != "off":
+                    hash_triton_ahead(device)
                 from .trainer.trainer import train as train_run
 
                 train_run(run, StopRequest(), peers)

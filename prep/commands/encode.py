@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from cogcommon.cli.progress import say, stage
+from cogcommon.cli.progress import say
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import DataRootError, SettingError
 from cogcommon.model.device import (
@@ -73,7 +73,6 @@ def encode(settings: EncodeSettings) -> Report:
         # A wrong setting or list is said once, not by every process.
         checkpoint = settings.open_model()
         settings.read_lists(checkpoint.family.task).trusted()
-        with stage("checking the weights"):
-            check_and_hash(checkpoint)  # what is found out, all of them remember
+        check_and_hash(checkpoint)  # what is found out, all of them remember
         return encode_in_parts(settings, part, parts)
     return encode_slice(settings)

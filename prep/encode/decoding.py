@@ -13,7 +13,7 @@ from cogcommon.model.families import Resolution
 from ..dataset.surveyed import decode_as_surveyed
 from ..plan.plan import PlannedSample, PlannedShard
 from ..processes.pool import WORKER_BYTES, Pool, Task
-from ..source.addresses import remote_address
+from ..source.addresses import any_remote
 from ..source.clip import ClipFault
 from ..source.part import file_named
 from ..video.cut import Cut
@@ -61,7 +61,7 @@ class Decoding:
         clips = min(self.window(shards), (free_host_memory() - beside) // each)
         samples = (planned for shard in shards for planned in shard.samples)
         for planned in islice(samples, max(0, clips)):
-            if any(remote_address(path) is not None for path in self.files(planned)):
+            if any_remote(self.files(planned)):
                 return
             self._begun[planned.key] = self._pool.begin(decode_as_surveyed, self._arguments(planned))
 

@@ -91,7 +91,8 @@ class Models:
     def _text_encoder(self) -> TextEncoder:
         if self._text is None:
             quiet_libraries()
-            hash_triton_ahead(self._device)
+            if self._settings.encoder == "auto":
+                hash_triton_ahead(self._device)
             import_vae = CLASSES["vae"].load
             self._text = TextEncoder(self._checkpoint, self._device, self._dtype, meanwhile=import_vae)
         else:

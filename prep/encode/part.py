@@ -82,7 +82,7 @@ def _encode_slice(settings: EncodeSettings, part: Slice, outlet: Outlet, engine:
         say(f"note: {counted(quoted, 'caption')} in quotes, which are trained as a part of them")
     device_type = engine.device_type()
     precision = settings.precision or default_precision(checkpoint.family, device_type)
-    with clock("weights"), stage("checking the weights"):
+    with clock("weights"):
         contract = make_contract(settings, checkpoint, DTYPES[precision], check_and_hash(checkpoint))
 
     out = settings.out
@@ -184,6 +184,7 @@ class Weights:
     text_encoder: WeightsIdentity
 
 
+@stage("checking the weights")
 def check_and_hash(checkpoint: Checkpoint) -> Weights:
     """Check the weights of an encode, before hours of reading clips and not after, and hash them: in threads, beside
     the imports of the check.

@@ -27,7 +27,7 @@ class Wanted:
         self._state: object = None
         self._keys: set[str] = set()
         self._lines: set[tuple[str, str]] = set()  # source and caption of lines whose file cannot be read
-        self._unknown = "it has not been looked at"
+        self._unknown = ""
         self.kept = 0  # committed samples whose line is there, and whose file cannot be read
 
     def unknown(self) -> str:

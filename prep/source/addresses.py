@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
@@ -25,6 +25,11 @@ _SIGNS = re.compile(
     re.IGNORECASE,
 )
 _SIGNED = "COGPREP_SIGNED_CLIPS"  # of the environment: decode processes inherit it
+
+
+def any_remote(paths: Iterable[Path]) -> bool:
+    """Whether one of these is behind an address."""
+    return any(remote_address(path) is not None for path in paths)
 
 
 def remote_address(path: Path) -> str | None:

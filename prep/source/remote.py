@@ -28,7 +28,7 @@ from cogcommon.store.http_faults import page_instead
 from cogcommon.store.network import is_page
 from cogcommon.store.store import Patience, StoreFault, is_web, patiently, pieces, without_secrets
 
-from .addresses import in_full, remote_address
+from .addresses import any_remote, in_full, remote_address
 from .clip import BadClip, ClipFault
 from .clip_cache import ObjectState, believe, believed, keep, make_room, open_kept, place_of
 from .heartbeat import beat
@@ -187,7 +187,7 @@ def ahead(items: Iterable[T], files: Callable[[T], Sequence[Path]]) -> Iterator[
 
     waiting = iter(items)
     for item in waiting:  # none is read ahead, nor a thread begun, before the first one that is behind an address
-        if any(remote_address(path) is not None for path in files(item)):
+        if any_remote(files(item)):
             yield from read_in_order(bring, chain([item], waiting), threads=FETCHING)
         else:
             yield item

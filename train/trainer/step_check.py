@@ -90,10 +90,10 @@ class Judge:
         other = {"fp16": "bf16", "bf16": "fp32"}.get(self._run.precision)
         newly = f", or a new run with --precision {other}" if other else ""
         if norm_is_finite:
-            rest = ", and no gradient in the others" * (self._without_loss < self._in_vain)
-            in_them = f" in {self._without_loss} of them" if rest else ""
+            mixed = self._without_loss < self._in_vain
+            which = f" in {self._without_loss} of them, and no gradient in the others" if mixed else ""
             return RunError(
-                f"nothing was trained in {self._in_vain} steps in a row: no sample's loss is finite{in_them}{rest}",
+                f"nothing was trained in {self._in_vain} steps in a row: no sample's loss is finite{which}",
                 where=f"step {step}",
                 fix=f"`cogprep verify` tells whether the samples are whole; resume with a lower --lr{newly}",
             )

@@ -7,8 +7,8 @@ and 1080p clips in FOLDER (11 GB), then measures on this machine's first GPU
 * one ``cogprep encode``: clips a minute, and the share of time that the GPU was busy;
 * a plain serial loop over the same clips: decode, tiled VAE, T5.
 
-With ``--ways`` it measures the ways of the fused encoder instead, each alone and all together, then an encode with all
-and one with none (``--ways --seconds 240``).
+With ``--ways`` it measures the fused encoder with none of its ways and all, and other launches of its steps, then an
+encode with all and one with none (``--ways --seconds 240``).
 
 Every part is a process of its own; one that fails or takes too long leaves its last
 line and the rest goes on. Results: FOLDER/results.jsonl, FOLDER/table.md, FOLDER/log.txt.

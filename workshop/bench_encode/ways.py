@@ -1,7 +1,8 @@
-"""Ways of the fused encoder, each and all together: ``python -m workshop.bench_encode.ways FOLDER SIZE SECONDS``.
+"""Ways of the fused encoder, none and all, and how its steps are launched, one by one.
 
-One process measures them all, because they share cuDNN's choices. Prints JSON lines: a row for each way as
-`workshop.bench_encode.vae` prints it for a lever, GPU kernels of a clip, then what steps and convolutions reach alone.
+``python -m workshop.bench_encode.ways FOLDER SIZE SECONDS``: one process measures them all, because they share cuDNN's
+choices. Prints JSON lines: a row for each way as `workshop.bench_encode.vae` prints it for a lever, GPU kernels of a
+clip, then what steps and convolutions reach alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ class Candidate:
     ways: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, Any] = field(default_factory=dict)
     together: Together = Together()
-    largest: int = 2**30  # values of a convolution's input
     graph: bool = False
 
 
@@ -87,7 +87,6 @@ def measure(folder: Folder, shape: Shape, seconds: float) -> Iterator[dict[str, 
             yield from _measure_one(candidate, vae, plain, clip_1CFHW, exact, device)
         except Exception as error:  # the others are worth measuring
             yield {"failed": candidate.name, "why": f"{type(error).__name__}: {error}"[:300]}
-        convolve._LARGEST = 2**30
     if device.type == "cuda":
         vae.encoder = plain
         yield from _steps_alone(clip_1CFHW, device, deadline)
@@ -108,7 +107,6 @@ def _exact(folder: Folder, clip_1CFHW: torch.Tensor) -> torch.Tensor:
 def _measure_one(
     candidate: Candidate, vae: Any, plain: Any, clip_1CFHW: torch.Tensor, exact: torch.Tensor, device: torch.device
 ) -> Iterator[dict[str, object]]:
-    convolve._LARGEST = candidate.largest
     encoder = FusedEncoder(plain, TritonKernels(**candidate.kernels), Ways(**candidate.ways))
     vae.encoder = encoder
     work = _work(candidate, vae, encoder, clip_1CFHW)

@@ -96,8 +96,8 @@ def test_steps_a_checkpoint_a_resume_and_an_export(tmp_path, shards, run_ranks, 
         settings |= ({"rank": 4} if method == "lora" else {}) | more
         half = half_of(form)
         for steps in (half, 2 * half):
-            more = {"steps": steps, "save_every": half, "validate_every": half}
-            cases.append({"name": f"{number}-{steps}", "method": method, "settings": settings | more})
+            every = {"steps": steps, "save_every": half, "validate_every": half}
+            cases.append({"name": f"{number}-{steps}", "method": method, "settings": settings | every})
     seen = run_ranks(1, cases, tmp_path / "ranks", os.environ)
     for number, (strategy, method, form, more) in enumerate(rows):
         run, row = tmp_path / str(number), (strategy, method, form, more)
