@@ -41,18 +41,14 @@ def vae_kernels():
     for dtype, channels in product(TYPES, CHANNELS):
         same = dict.fromkeys(("x", "other", "out", "weight", "norm_bias", "video"), f"*{dtype}")
         types = same | {"parts": "*fp32", "affine": "*fp32", "bias": "*fp32", "eps": "fp32"}
-
-        def shape(launch, channels=channels):
-            return {"C": channels, "ROWS": max(1, launch.block // channels)}
-
-        yield steps.sum_kernel, types, shape(launched.sum) | {"OTHER": False, "STORE": False}
-        for other in (False, True):
-            yield steps.sum_kernel, types, shape(launched.add) | {"OTHER": other, "STORE": True}
+        shape = {"C": channels, "ROWS": max(1, launched.block // channels)}
+        for other, store in ((False, False), (False, True), (True, True)):
+            yield steps.sum_kernel, types, shape | {"OTHER": other, "STORE": store}
         yield steps.affine_kernel, types, {"C": channels, "WIDTH": channels // 32, "BLOCK": 128}
         for backwards in (False, True):
-            yield steps.norm_silu_kernel, types, shape(launched.norm) | {"BACKWARDS": backwards}
+            yield steps.norm_silu_kernel, types, shape | {"BACKWARDS": backwards}
         for halve, odd in product((False, True), (False, True)):
-            yield steps.add_pool_kernel, types, shape(launched.pool) | {"HALVE": halve, "ODD": odd}
+            yield steps.add_pool_kernel, types, shape | {"HALVE": halve, "ODD": odd}
         if channels == CHANNELS[0]:
             yield steps.first_kernel, types, {"C": channels, "INPUTS": 3, "TAPS": 32, "ROWS": launched.first_rows}
 

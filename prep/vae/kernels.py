@@ -21,48 +21,33 @@ from .steps import add_pool_kernel, affine_kernel, first_kernel, norm_silu_kerne
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a step is cut into programs.
+class TritonKernels:
+    """The steps that `fused.FusedEncoder` needs beside convolutions.
 
     Attributes:
         block: values that a program holds at once; 4096 by 4 warps are 4 loads of 16 bytes a thread in bf16.
         warps: of 32 threads, of a program.
         per_sm: programs a multiprocessor that share a sum.
+        backwards: norms begin with the last pixels, which the sums before them have left in the L2 cache.
+        first_rows, first_warps: pixels and warps of a program of the first convolution.
     """
 
     block: int = 4096
     warps: int = 4
     per_sm: int = 4
-
-
-@dataclass(frozen=True)
-class TritonKernels:
-    """The steps that `fused.FusedEncoder` needs beside convolutions.
-
-    Attributes:
-        sum, add, norm, pool: how `sums`, `add_`, `norm_silu` and `add_pool` are launched.
-        backwards: norms begin with the last pixels, which the sums before them have left in the L2 cache.
-        first_rows, first_warps, first_per_sm: of the first convolution; pixels that a program holds at once.
-    """
-
-    sum: Launch = Launch(per_sm=8)
-    add: Launch = Launch(block=16384, warps=8, per_sm=2)
-    norm: Launch = Launch()
-    pool: Launch = Launch()
     backwards: bool = True
     first_rows: int = 32  # 128 registers a thread on Hopper
     first_warps: int = 4
-    first_per_sm: int = 4
 
     def sums(self, x_THWC: torch.Tensor, bias_C: torch.Tensor, chunks: Chunks) -> torch.Tensor:
         """Sums and sums of squares of x + bias, by chunk and channel, in parts: (chunks, programs, 2, C) fp32."""
-        return self._sums(x_THWC, bias_C, None, chunks, self.sum, store=False)
+        return self._sums(x_THWC, bias_C, None, chunks, store=False)
 
     def add_(
         self, x_THWC: torch.Tensor, bias_C: torch.Tensor, other_THWC: torch.Tensor | None, chunks: Chunks
     ) -> torch.Tensor:
         """x += bias + other, in place; returns the sums of the result as `sums` does."""
-        return self._sums(x_THWC, bias_C, other_THWC, chunks, self.add, store=True)
+        return self._sums(x_THWC, bias_C, other_THWC, chunks, store=True)
 
     def _sums(
         self,
@@ -70,13 +55,12 @@ class TritonKernels:
         bias_C: torch.Tensor,
         other_THWC: torch.Tensor | None,
         chunks: Chunks,
-        launch: Launch,
         *,
         store: bool,
     ) -> torch.Tensor:
         channels, first, rest = x_THWC.shape[-1], *_pixels(x_THWC, chunks)
-        rows = max(1, launch.block // channels)
-        programs = _programs(triton.cdiv(max(first, rest), rows), chunks, x_THWC.device, launch.per_sm)
+        rows = max(1, self.block // channels)
+        programs = self._programs(triton.cdiv(max(first, rest), rows), chunks, x_THWC.device)
         parts_NP2C = torch.empty((chunks.count, programs, 2, channels), dtype=torch.float32, device=x_THWC.device)
         sum_kernel[(programs, chunks.count)](
             x_THWC,
@@ -89,9 +73,13 @@ class TritonKernels:
             ROWS=rows,
             OTHER=other_THWC is not None,
             STORE=store,
-            num_warps=launch.warps,
+            num_warps=self.warps,
         )
         return parts_NP2C
+
+    def _programs(self, blocks: int, chunks: Chunks, device: torch.device) -> int:
+        """Programs a chunk that share its sums."""
+        return min(blocks, triton.cdiv(self.per_sm * _multiprocessors(device), chunks.count))
 
     def norm_silu(
         self,
@@ -120,7 +108,7 @@ class TritonKernels:
             WIDTH=channels // norm.num_groups,
             BLOCK=128,
         )
-        rows = max(1, self.norm.block // channels)
+        rows = max(1, self.block // channels)
         blocks = triton.cdiv(first, rows) + chunks.more * triton.cdiv(rest, rows)
         norm_silu_kernel[(blocks,)](
             x_THWC,
@@ -131,7 +119,7 @@ class TritonKernels:
             C=channels,
             ROWS=rows,
             BACKWARDS=self.backwards,
-            num_warps=self.norm.warps,
+            num_warps=self.warps,
         )
 
     def first(
@@ -150,8 +138,7 @@ class TritonKernels:
         _, taps, channels = weight_3KC.shape
         x_THWC = pixels_CTHW.new_empty((frames - 2, height, width, channels))
         first, rest = _pixels(x_THWC, chunks)
-        blocks = triton.cdiv(max(first, rest), self.first_rows)
-        programs = _programs(blocks, chunks, x_THWC.device, self.first_per_sm)
+        programs = self._programs(triton.cdiv(max(first, rest), self.first_rows), chunks, x_THWC.device)
         parts_NP2C = torch.empty((chunks.count, programs, 2, channels), dtype=torch.float32, device=x_THWC.device)
         first_kernel[(programs, chunks.count)](
             pixels_CTHW.contiguous(),
@@ -186,7 +173,7 @@ class TritonKernels:
         frames, height, width, channels = x_THWC.shape
         frames_out = (frames + 1) // 2 if halve_time else frames
         out_THWC = x_THWC.new_empty((frames_out, height + 1, width + 1, channels))
-        rows = max(1, self.pool.block // channels)
+        rows = max(1, self.block // channels)
         pixels = frames_out * (height + 1) * (width + 1)
         add_pool_kernel[(triton.cdiv(pixels, rows),)](
             x_THWC,
@@ -200,14 +187,9 @@ class TritonKernels:
             ROWS=rows,
             HALVE=halve_time,
             ODD=frames % 2 == 1,
-            num_warps=self.pool.warps,
+            num_warps=self.warps,
         )
         return out_THWC
-
-
-def _programs(blocks: int, chunks: Chunks, device: torch.device, per_sm: int) -> int:
-    """Programs a chunk that share its sums."""
-    return min(blocks, triton.cdiv(per_sm * _multiprocessors(device), chunks.count))
 
 
 def _pixels(x_THWC: torch.Tensor, chunks: Chunks) -> tuple[int, int]:

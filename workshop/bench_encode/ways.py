@@ -7,7 +7,6 @@ clip, then what steps and convolutions reach alone.
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import sys
@@ -25,15 +24,13 @@ from cogcommon.model.device import pick_device
 from cogprep.vae import convolve
 from cogprep.vae.chunks import Chunks, Together
 from cogprep.vae.fused import FusedEncoder, Ways
-from cogprep.vae.kernels import Launch, TritonKernels
+from cogprep.vae.kernels import TritonKernels
 
 from .shape import SHAPES, Folder, Shape, Size
 from .vae import picture, profile, timed
 
 _ALL: dict[str, Any] = {"bias_later": True, "first_kernel": True}
 _WHOLE = Together(99, 99)
-_ALIKE: dict[str, Any] = {"sum": Launch(), "add": Launch()}
-_WIDE = Launch(16384, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -50,21 +47,13 @@ class Candidate:
 CANDIDATES = (
     Candidate("one by one"),
     Candidate("everything", _ALL, {}, _WHOLE),
-    Candidate("everything, steps launched alike", _ALL, _ALIKE, _WHOLE),
-    Candidate("everything, alike, sums by 8", _ALL, _ALIKE | {"sum": Launch(per_sm=8)}, _WHOLE),
-    Candidate("everything, alike, wide additions", _ALL, _ALIKE | {"add": _WIDE}, _WHOLE),
-    Candidate("everything, sums by 16", _ALL, {"sum": Launch(per_sm=16)}, _WHOLE),
-    Candidate("everything, additions by 3", _ALL, {"add": Launch(16384, 8, 3)}, _WHOLE),
-    Candidate("everything, first by 8", _ALL, {"first_per_sm": 8}, _WHOLE),
-    Candidate("everything, norms of 2048", _ALL, {"norm": Launch(2048)}, _WHOLE),
-    Candidate("everything, norms by 8 warps", _ALL, {"norm": Launch(4096, 8)}, _WHOLE),
-    Candidate("everything, pools of 2048", _ALL, {"pool": Launch(2048)}, _WHOLE),
+    Candidate("everything, blocks of 2048", _ALL, {"block": 2048}, _WHOLE),
+    Candidate("everything, 8 programs a sum", _ALL, {"per_sm": 8}, _WHOLE),
     Candidate("everything, again", _ALL, {}, _WHOLE),
-    Candidate("everything, steps launched alike, again", _ALL, _ALIKE, _WHOLE),
     Candidate("everything, as a CUDA graph", _ALL, {}, _WHOLE, graph=True),
     Candidate("deep together", _ALL, {}, Together(1, 99)),
 )
-_PROFILED = ("everything", "everything, steps launched alike")
+_PROFILED = ("everything",)
 
 
 def measure(folder: Folder, shape: Shape, seconds: float) -> Iterator[dict[str, object]]:
@@ -175,14 +164,14 @@ def _steps_alone(clip_1CFHW: torch.Tensor, device: torch.device, deadline: float
 
     launches = ((4096, 4, 4), (4096, 4, 8), (4096, 4, 16), (4096, 8, 4), (2048, 4, 16), (1024, 4, 16), (16384, 8, 2),
         (16384, 8, 3), (16384, 16, 2), (8192, 8, 3))  # fmt: skip
-    for launch in itertools.starmap(Launch, launches):
+    for block, warps, per_sm in launches:
         if time.monotonic() < deadline:
-            for name, work, moved in steps(TritonKernels(sum=launch, add=launch, norm=launch, pool=launch)):
-                shown = f"{name}, {launch.block} values, {launch.warps} warps, {launch.per_sm} a multiprocessor"
+            for name, work, moved in steps(TritonKernels(block, warps, per_sm)):
+                shown = f"{name}, {block} values, {warps} warps, {per_sm} a multiprocessor"
                 yield _rate(shown, work, moved, "TB/s")
     for rows, warps, per_sm in ((32, 4, 4), (32, 4, 8), (32, 2, 8), (64, 4, 8)):
         if time.monotonic() < deadline:
-            kernels = TritonKernels(first_rows=rows, first_warps=warps, first_per_sm=per_sm)
+            kernels = TritonKernels(per_sm=per_sm, first_rows=rows, first_warps=warps)
             first = lambda k=kernels: k.first(pixels_CTHW, weight_3KC, bias_C, chunks)  # noqa: E731
             yield _rate(f"first, {rows} rows, {warps} warps, {per_sm} a multiprocessor", first, one, "TB/s")
 
