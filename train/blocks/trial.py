@@ -23,7 +23,9 @@ _FARTHEST = 0.05  # from fp32; bf16 is off by less than 0.02 here
 
 
 def _facts(device: torch.device) -> Mapping[str, str]:
-    return gpu_facts(device, Path(__file__).parent)
+    facts = gpu_facts(device, Path(__file__).parent)
+    # Its version alone does not say: a folder of sources has none.
+    return {**facts, "flash4": str(flash4_is_there())} if facts else facts
 
 
 def forget_trials(device: torch.device) -> None:
@@ -105,11 +107,12 @@ def _fastest_attention(device: torch.device, dtype: torch.dtype, compiling: bool
 
 
 def flash4_is_there() -> bool:
-    """Whether FlashAttention 4 is installed; whether it works, and is the fastest, its trial tells."""
-    try:
-        return find_spec("flash_attn.cute") is not None
-    except Exception:  # FlashAttention 2, whose name the package shares, may be there and broken
-        return False
+    """Whether FlashAttention 4 is installed; whether it works, and is the fastest, its trial tells.
+
+    Nothing is imported: FlashAttention 2, whose name the package shares, may be there and broken, and takes its time.
+    """
+    package = find_spec("flash_attn")
+    return any(Path(folder, "cute").is_dir() for folder in (package and package.submodule_search_locations) or ())
 
 
 def _milliseconds(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:

@@ -56,6 +56,29 @@ def test_the_fastest_that_works_is_taken(monkeypatch, there, works, times, taken
     assert trial.attention_kernel.__wrapped__(GPU, torch.float32, True) == "torch"
 
 
+def test_whether_it_is_there_is_seen_without_importing_what_shares_its_name(monkeypatch, tmp_path):
+    before = trial.flash4_is_there()
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not trial.flash4_is_there()  # version 2 alone, as one that was built for another torch
+    (tmp_path / "flash_attn" / "cute").mkdir()
+    assert trial.flash4_is_there()
+    monkeypatch.undo()
+    assert trial.flash4_is_there() == before
+
+
+def test_a_verdict_does_not_outlive_it(monkeypatch, tmp_path):
+    """Sources without metadata, as a folder of PYTHONPATH, have no version that would change."""
+    monkeypatch.setenv("COGTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(trial, "gpu_facts", lambda *_: {"gpu": "one card", "libraries": "flash-attn-4 none"})
+    monkeypatch.setattr(trial, "kernel_works", lambda *_: True)
+    monkeypatch.setattr(trial, "_milliseconds", lambda kernel, *_: {"flash4": 1.0, "cudnn": 2.0}[kernel])
+    for there, taken in ((True, "flash4"), (False, "cudnn"), (True, "flash4")):
+        monkeypatch.setattr(trial, "flash4_is_there", lambda there=there: there)
+        assert trial.attention_kernel.__wrapped__(GPU, torch.bfloat16, True) == taken
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not trial.flash4_is_there(), reason="needs flash-attn-4")
 @pytest.mark.parametrize("compiling", [False, True])
