@@ -34,9 +34,9 @@ _AGAIN: Mapping[Checkpointing, float] = {
 # Bytes read and written for each that a trained weight takes: master, gradient and two moments in the update, and
 # before it, where all are trained, the gradient's norm and the copies in half precision.
 _OPTIMIZER, _CASTS = 40 / 16, 30 / 16
-# A weight that is trained in host memory (`cpu_adam`), on a host of 16 cores: 28 bytes at 57 GB/s, measured alone.
-# fp16 is converted more slowly.
-_ON_CPU, _ON_CPU_FP16 = 0.49e-9, 0.60e-9
+# A weight that is trained in host memory (`cpu_adam`), on a host of 16 cores: 28 bytes at 58 GB/s; 57 measured alone,
+# 63 on another host as a step gives it.
+_ON_CPU = 0.48e-9
 _THERE = 2  # blocks whose copies are on the GPU already as a pass begins (`BlockSwap`, `ActivationOffload`)
 
 
@@ -51,10 +51,10 @@ class Speed:
 
 def plan_cost(run: Trains, load: Load, speed: Speed, kernel: Kernel = "cudnn") -> Callable[[BlockPlan], float]:
     """What a plan costs a run: seconds of one accumulation step, blocks compiled, without what DeepSpeed does."""
-    return partial(_seconds, load, speed, kernel, full=run.method.full, fp16=run.precision == "fp16")
+    return partial(_seconds, load, speed, kernel, full=run.method.full)
 
 
-def _seconds(load: Load, speed: Speed, kernel: Kernel, plan: BlockPlan, *, full: bool, fp16: bool) -> float:
+def _seconds(load: Load, speed: Speed, kernel: Kernel, plan: BlockPlan, *, full: bool) -> float:
     forward, backward = _computed(load, plan, kernel, full=full)
     there, back = _copied(load, plan)
     total = max(forward * speed.relative, max(there) / speed.link)
@@ -63,7 +63,7 @@ def _seconds(load: Load, speed: Speed, kernel: Kernel, plan: BlockPlan, *, full:
     bytes_each = _OPTIMIZER + (_CASTS if full else 0)
     total += max(0, load.trained - cpu_trained) * bytes_each / _MEMORY * speed.relative
     if cpu_trained:  # block after block, beside the next forward pass, which begins with those that are done
-        update = cpu_trained / 16 * (_ON_CPU_FP16 if fp16 else _ON_CPU)
+        update = cpu_trained / 16 * _ON_CPU
         products = load.layers * (load.attention / ATTENTION[kernel] + load.products / PRODUCTS)
         total += max(update / plan.train_on_cpu, update - products * speed.relative)
     return total

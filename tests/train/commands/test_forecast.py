@@ -109,11 +109,11 @@ def test_a_run_is_computed_at_its_own_size_and_for_its_own_model():
 
 
 @pytest.mark.parametrize("run", [run for run in measured() if run.memory != REFERENCE], ids=lambda run: run.row)
-def test_seconds_are_within_a_tenth_of_every_run_that_was_measured(run):
+def test_seconds_are_within_6_percent_of_every_run_that_was_measured(run):
     if run.faster_since:
         assert computed_for(run)[1] < run.s_per_step
     else:
-        assert computed_for(run)[1] == pytest.approx(run.s_per_step, rel=0.1)
+        assert computed_for(run)[1] == pytest.approx(run.s_per_step, rel=0.06)
 
 
 def test_seconds_over_a_slower_link_are_within_6_percent_of_what_was_measured():
@@ -210,7 +210,8 @@ def test_a_slower_link_than_the_cards_own_is_planned_for():
         return of(forecast.lines_of(run, machine), "lora", "ddp")[memory]
 
     own, slow = line("low"), line("low", link=6)
-    assert own.s_per_step == 2.277 and slow.s_per_step is None  # measured over an H200's own link
+    newest = next(run for run in measured() if run.row == "5b/low")
+    assert own.s_per_step == newest.s_per_step and slow.s_per_step is None  # measured over an H200's own link
     assert slow.computed_s > 2 * own.computed_s and slow.command == own.command
     assert line("fast", link=6) == line("fast")  # it copies nothing
     for settings, said in (
