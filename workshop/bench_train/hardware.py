@@ -56,10 +56,10 @@ def beside_table() -> str:
         ours = [run for run in runs if run.memory != REFERENCE]
         if plain and ours:
             fastest = min(ours, key=lambda run: (run.faster_since, run.s_per_step))
-            smallest = min(ours, key=lambda run: run.peak_gib)
+            smallest = min(ours, key=lambda run: (round(run.peak_gib, 1), run.faster_since, run.s_per_step))
             name = f"{family.upper()} {'LoRA' if method == 'lora' else 'all weights'}{spread}"
             cells = [_took(min(plain, key=lambda run: run.s_per_step)), _took(fastest)]
-            cells.append("" if smallest is fastest else _took(smallest))
+            cells.append(_took(smallest) if smallest.peak_gib < 0.95 * fastest.peak_gib else "")
             lines.append(f"| {name} | {gpus} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
