@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _HEAD_DIM = 64  # of every published CogVideoX
 _FARTHEST = 0.05  # from fp32; bf16 is off by less than 0.02 here
+INSTALL_FLASH4 = "pip install 'cogtune[attention]'"
 
 
 def _facts(device: torch.device) -> Mapping[str, str]:
@@ -85,34 +86,44 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, compiling: bool) 
 
     if device.type != "cuda" or dtype == torch.float32:
         return "torch"
-    found = recalled(
-        f"attention in {dtype}{', compiled' * compiling}", _facts(device),
-        lambda: _fastest_attention(device, dtype, compiling) or "",
-    )  # fmt: skip
-    if found:
-        return cast(Kernel, found)
+    if found := _fastest_attention(device, dtype, compiling):
+        return found
     return "flash" if kernel_works("flash", device, dtype, compiling) else "torch"
 
 
 def _fastest_attention(device: torch.device, dtype: torch.dtype, compiling: bool) -> Kernel | None:
     """Of those that are fast; None if none of them works."""
     candidates: tuple[Kernel, ...] = ("flash4", "cudnn") if flash4_is_there() else ("cudnn",)
-    working = [kernel for kernel in candidates if kernel_works(kernel, device, dtype, compiling)]
-    if not working:
-        return None
-    if len(working) == 1:
-        return working[0]
-    times: dict[Kernel, float] = {kernel: _milliseconds(kernel, device, dtype) for kernel in working}
-    return min(times, key=times.__getitem__)
+    facts, how = _facts(device), f"in {dtype}{', compiled' * compiling}"
+
+    def works(kernel: Kernel) -> bool:
+        return bool(
+            recalled(f"{kernel} {how}", facts, lambda: "works" * kernel_works(kernel, device, dtype, compiling))
+        )
+
+    def fastest() -> Kernel:
+        times: dict[Kernel, float] = {kernel: _milliseconds(kernel, device, dtype) for kernel in working}
+        return min(times, key=times.__getitem__)
+
+    working = [kernel for kernel in candidates if works(kernel)]
+    if len(working) < 2:
+        return working[0] if working else None
+    return cast(Kernel, recalled(f"the fastest of {', '.join(working)} {how}", facts, fastest))
 
 
 def flash4_is_there() -> bool:
-    """Whether FlashAttention 4 is installed; whether it works, and is the fastest, its trial tells.
+    """Whether FlashAttention 4 is installed; whether it works, and is the fastest, its trial tells."""
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except Exception:  # FlashAttention 2, whose name the package shares, may be there and broken: neither can be used
+        return False
 
-    Nothing is imported: FlashAttention 2, whose name the package shares, may be there and broken, and takes its time.
-    """
-    package = find_spec("flash_attn")
-    return any(Path(folder, "cute").is_dir() for folder in (package and package.submodule_search_locations) or ())
+
+def can_have_flash4(device: torch.device) -> bool:
+    """Whether FlashAttention 4 has kernels for a GPU: Hopper, and Blackwell of data centers."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _milliseconds(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:

@@ -1,5 +1,8 @@
 """FlashAttention 4 as an operation: its gradients, what the compiler is told, and where it is taken."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,27 +59,49 @@ def test_the_fastest_that_works_is_taken(monkeypatch, there, works, times, taken
     assert trial.attention_kernel.__wrapped__(GPU, torch.float32, True) == "torch"
 
 
-def test_whether_it_is_there_is_seen_without_importing_what_shares_its_name(monkeypatch, tmp_path):
-    before = trial.flash4_is_there()
-    (tmp_path / "flash_attn").mkdir()
-    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+def test_it_is_not_there_where_version_2_which_shares_its_name_is_broken(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.delitem(sys.modules, "flash_attn.cute", raising=False)
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not trial.flash4_is_there()  # version 2 alone, as one that was built for another torch
-    (tmp_path / "flash_attn" / "cute").mkdir()
     assert trial.flash4_is_there()
-    monkeypatch.undo()
-    assert trial.flash4_is_there() == before
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    importlib.invalidate_caches()
+    assert not trial.flash4_is_there()
 
 
-def test_a_verdict_does_not_outlive_it(monkeypatch, tmp_path):
-    """Sources without metadata, as a folder of PYTHONPATH, have no version that would change."""
+@pytest.fixture
+def choice(monkeypatch, tmp_path):
+    """The kernel that a start takes: of those that work, the faster; what worked is kept from start to start."""
     monkeypatch.setenv("COGTUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(trial, "gpu_facts", lambda *_: {"gpu": "one card", "libraries": "flash-attn-4 none"})
-    monkeypatch.setattr(trial, "kernel_works", lambda *_: True)
     monkeypatch.setattr(trial, "_milliseconds", lambda kernel, *_: {"flash4": 1.0, "cudnn": 2.0}[kernel])
+
+    def start(works, there=True):
+        tried = []
+        monkeypatch.setattr(trial, "flash4_is_there", lambda: there)
+        monkeypatch.setattr(trial, "kernel_works", lambda kernel, *_: tried.append(kernel) or kernel in works)
+        return trial.attention_kernel.__wrapped__(GPU, torch.bfloat16, True), tried
+
+    return start
+
+
+def test_a_verdict_does_not_outlive_it(choice):
+    """Sources without metadata, as a folder of PYTHONPATH, have no version that would change."""
+    both = {"flash4", "cudnn"}
     for there, taken in ((True, "flash4"), (False, "cudnn"), (True, "flash4")):
-        monkeypatch.setattr(trial, "flash4_is_there", lambda there=there: there)
-        assert trial.attention_kernel.__wrapped__(GPU, torch.bfloat16, True) == taken
+        assert choice(both, there)[0] == taken
+    assert choice(both) == ("flash4", [])
+
+
+def test_what_failed_is_tried_at_the_next_start(choice):
+    """On a GPU without room for the trial, say, or with a library that is put right since."""
+    assert choice({"cudnn"}) == ("cudnn", ["flash4", "cudnn"])
+    assert choice({"cudnn"}) == ("cudnn", ["flash4"])
+    assert choice({"flash4", "cudnn"}) == ("flash4", ["flash4"])
+    assert choice(set()) == ("flash4", [])
 
 
 @pytest.mark.gpu
