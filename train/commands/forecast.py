@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +52,7 @@ class TrainForecast:
     s_per_step: float | None  # measured by us, where it was, on ``measured_on``
     measured_gib: float | None  # the peak there
     measured_on: str | None
+    flash4_s: float | None  # a step with FlashAttention 4, where that is not what is told already
     checkpoint_gb: float  # on the disk, in powers of 1000 as disks are sold; each
     export_gb: float  # on the disk: the trained weights
     disk_gb: float  # on the disk at the fullest moment: the export, ``keep`` checkpoints and one in the making
@@ -162,12 +163,28 @@ def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
         s_per_step=same.s_per_step if same else None,
         measured_gib=same.peak_gib if same else None,
         measured_on=same.gpu if same else None,
+        flash4_s=_with_flash4(run, needs, machine, measured=same is not None),
         checkpoint_gb=round(disk.checkpoint / 1e9, 6),
         export_gb=round(disk.export / 1e9, 6),
         disk_gb=round(disk.total / 1e9, 6),
         keep=disk.keep,
         command=command_line(*_words(run, needs)),
     )
+
+
+def _with_flash4(run: Trains, needs: Estimate, machine: Machine, *, measured: bool) -> float | None:
+    """Seconds of a step where a GPU whose speed we have measured, all of them Hopper, lacks FlashAttention 4.
+
+    Args:
+        measured: so are the seconds without it; what was computed is set beside what was computed.
+    """
+    if machine.kernel == "flash4" or machine.speed is None or machine.speed.published:
+        return None
+    with_it = replace(machine, kernel="flash4")
+    if measured and (same := _measured(run, needs, with_it)):
+        return same.s_per_step
+    takes = seconds(run, needs, machine.speed, with_it.kernel)
+    return None if takes is None else round(takes * run.settings.accumulate, 3)
 
 
 def _words(run: Trains, needs: Estimate) -> list[str]:

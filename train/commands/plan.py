@@ -19,6 +19,7 @@ from cogcommon.model.device import EMULATED
 from cogcommon.store.store import without_secrets
 from cogcommon.words import GIB, counted, in_bytes, in_words
 
+from ..blocks.trial import INSTALL_FLASH4
 from ..distributed.strategies import STRATEGIES
 from ..memory.estimate import Intent
 from ..memory.machine import Machine, machine_for
@@ -103,6 +104,8 @@ def _answer(
         yield _time(line.computed_s, steps) + (", by the card's published speed" if published else ", computed")
     elif machine.speed and STRATEGIES[line.strategy].stage:
         yield "seconds are not known: what cards exchange was measured of H200s alone"
+    if line.flash4_s:
+        yield f"{line.flash4_s:.2f} s with FlashAttention 4: {INSTALL_FLASH4}"
     if machine.gpus > 1:
         samples = f"{batch * machine.gpus * steps:,} samples in global batches of {batch * machine.gpus:,}"
         yield f"{samples}: as many as {steps * machine.gpus:,} steps on one {'process' if machine.cpu else 'GPU'}"

@@ -294,6 +294,23 @@ def test_the_command_prints_commands_that_run(tmp_path, make_shards, capsys):
     assert "checked: lora ddp auto: peak" in capsys.readouterr().err
 
 
+def test_seconds_are_told_of_both_attention_kernels_where_both_were_measured(capsys):
+    settings = ForecastSettings(model="THUDM/CogVideoX-5b", gpu="h200")
+
+    def line(**changes):
+        machine = dataclasses.replace(machine_for(settings), **changes)
+        return forecast.lines_of(forecast.wanted_runs(settings, machine)[0], machine)[0]
+
+    fast = line()
+    known = {run.attention: run.s_per_step for run in reversed(measured()) if run.row == "5b/fast"}
+    assert (fast.memory, fast.s_per_step, fast.flash4_s) == ("fast", known["cudnn"], known["flash4"])
+    assert line(kernel="flash4").flash4_s is None  # it is what is told
+    plan.run(settings)
+    assert f"{known['flash4']:.2f} s with FlashAttention 4: pip install 'cogtune[attention]'" in capsys.readouterr().out
+    plan.run(dataclasses.replace(settings, gpu="4090"))
+    assert "FlashAttention" not in capsys.readouterr().out  # it has no kernels for that card
+
+
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_the_first_answer_needs_no_shards_no_network_and_80_columns(gpus, monkeypatch, capsys):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asked the network"))
