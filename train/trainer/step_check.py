@@ -62,7 +62,7 @@ class Judge:
         self._without_loss += not samples
         scaled = self._run.precision == "fp16"
         if self._in_vain > _IN_VAIN or not (scaled or not samples or self._run.settings.on_nonfinite == "skip"):
-            raise self._fault(step, math.isfinite(norm))
+            raise self._fault(step)
         if not math.isfinite(norm) and not scaled:
             self._log.say(f"step {step}: the gradient is not finite, though every loss is; the step is left out")
         return scaled
@@ -82,14 +82,14 @@ class Judge:
                 where=f"step {self._run.steps}",
                 fix=f"{_IN_VAIN} more --steps, or --precision bf16",
             )
-        raise self._fault(self._run.steps, self._without_loss > 0)
+        raise self._fault(self._run.steps)
 
-    def _fault(self, step: int, norm_is_finite: bool) -> RunError:
+    def _fault(self, step: int) -> RunError:
         if not self._main:
             return PeerFailed()
         other = {"fp16": "bf16", "bf16": "fp32"}.get(self._run.precision)
         newly = f", or a new run with --precision {other}" if other else ""
-        if norm_is_finite:
+        if self._without_loss:
             mixed = self._without_loss < self._in_vain
             which = f" in {self._without_loss} of them, and no gradient in the others" if mixed else ""
             return RunError(

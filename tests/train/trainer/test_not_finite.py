@@ -273,6 +273,13 @@ def test_fp16s_scale_is_given_time_to_come_down_and_no_more():
     mixed.gradient(2, math.inf, samples=1)
     with pytest.raises(RunError, match="no sample's loss is finite in 1 of them, and no gradient in the others"):
         mixed.end()
+    skip = SimpleNamespace(precision="bf16", settings=SimpleNamespace(on_nonfinite="skip"), steps=99)
+    lossless = Judge(skip, SimpleNamespace(main=True), None)
+    for step in range(1, 25):
+        assert not lossless.gradient(step, 0.0, samples=0)
+    with pytest.raises(RunError, match="no sample's loss is finite in 24 of them") as caught:
+        lossless.gradient(25, math.inf, samples=1)
+    assert "--on-nonfinite skip" not in caught.value.fix  # that was given
     scaler = torch.amp.GradScaler("cpu")
     assert scaler.get_scale() * 0.5**24 < 1
 
