@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from cogcommon.model.families import Resolution
 
 from ..dataset.surveyed import decode_as_surveyed
 from ..plan.plan import PlannedSample, PlannedShard
+from ..plan.slice import local_count
 from ..processes.pool import WORKER_BYTES, Pool, Task
 from ..source.addresses import any_remote
 from ..source.clip import ClipFault
@@ -53,12 +55,12 @@ class Decoding:
         the patience that a store needs.
 
         Args:
-            beside: bytes of host memory that are about to be taken for something else.
+            beside: bytes of host memory that are about to be taken for something else, by each process of this host.
         """
         if not shards:
             return
         each = WORKER_BYTES + max(_clip_bytes(shard.bucket) for shard in shards)
-        clips = min(self.window(shards), (free_host_memory() - beside) // each)
+        clips = min(self.window(shards), (free_host_memory() // local_count(os.environ) - beside) // each)
         samples = (planned for shard in shards for planned in shard.samples)
         for planned in islice(samples, max(0, clips)):
             if any_remote(self.files(planned)):

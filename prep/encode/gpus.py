@@ -57,7 +57,7 @@ def encode_in_parts(settings: EncodeSettings, part: Slice, parts: int) -> Report
     children: list[SpawnProcess] = []
     for index, own in enumerate(slices):
         given = replace(settings, worker=str(own), gpus="1", workers=workers)
-        child = context.Process(target=_child, args=(given, index), name=f"cogprep-gpu-{index}")
+        child = context.Process(target=_child, args=(given, index, parts), name=f"cogprep-gpu-{index}")
         child.start()
         children.append(child)
     try:
@@ -144,10 +144,10 @@ class _Prefixed:
         return False
 
 
-def _child(settings: EncodeSettings, index: int) -> None:
+def _child(settings: EncodeSettings, index: int, parts: int) -> None:
     from .part import encode_slice
 
-    os.environ["LOCAL_RANK"] = str(index)
+    os.environ.update(LOCAL_RANK=str(index), LOCAL_WORLD_SIZE=str(parts))
     sys.stderr = _Prefixed(sys.stderr, f"[gpu {index}] ")  # type: ignore[assignment]
     try:
         with shown():

@@ -122,6 +122,19 @@ def test_no_more_are_begun_than_memory_holds_beside_t5(
     assert all_decoded == [count]
 
 
+@pytest.mark.parametrize(("there", "count"), [(4, 2), (3, 1), (2, 0)])
+def test_each_of_several_gpus_of_a_host_takes_its_part_of_the_memory(
+    encoded_once, settings_of, tmp_path, monkeypatch, all_decoded, there, count
+):
+    """T5 is loaded by each of them, too."""
+    t5 = 4 * WORKER_BYTES
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(Models, "text_bytes", t5)
+    monkeypatch.setattr(decoding, "free_host_memory", lambda: 8 * (t5 + (there - 1) * WORKER_BYTES))
+    encode(settings_of(encoded_once, out=tmp_path / "out", workers=2))
+    assert all_decoded == [count]
+
+
 def test_t5_takes_more_than_its_files_where_it_computes_in_four_bytes(encoded_once, settings_of):
     checkpoint, settings = open_checkpoint("tiny"), settings_of(encoded_once)
     takes = [Models(checkpoint, torch.device("cpu"), p, settings, Clock()).text_bytes for p in ("bf16", "fp32")]

@@ -13,7 +13,7 @@ from cogcommon.errors import RunError, SettingError
 from cogprep.commands.encode import encode
 from cogprep.encode import part as encode_slice
 from cogprep.encode.gpus import encode_in_parts, gpu_count
-from cogprep.plan.slice import Slice, choose_slice, local_rank
+from cogprep.plan.slice import Slice, choose_slice, local_count, local_rank
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,20 @@ def test_the_gpu_of_a_process():
     assert local_rank({"LOCAL_RANK": "3"}) == 3
     assert local_rank({"SLURM_LOCALID": "2"}) == 0
     assert local_rank({"SLURM_LOCALID": "2", "SLURM_STEP_ID": "0"}) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "8"}, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}, 1),  # of the batch script's own shell
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_STEP_ID": "0"}, 4),
+        ({"LOCAL_WORLD_SIZE": "none"}, 1),
+    ],
+)
+def test_processes_that_share_a_host(said, count):
+    assert local_count(said) == count
 
 
 def test_how_many_gpus():
