@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -25,13 +26,15 @@ def answer_calls(pipe: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):  # they go to the whole group, or job; the parent decides
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    _answer(pipe, None)
     heartbeat.on_beat(lambda: pipe.send(BEAT))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        _answer(pipe, None)
+        _answer_all(pipe)
+
+
+def _answer_all(pipe: Connection) -> None:
     while True:
-        try:
-            function, task = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return
+        function, task = pickle.loads(pipe.recv_bytes())
         try:
             result = function(*task)
         except MemoryError:
@@ -40,10 +43,7 @@ def answer_calls(pipe: Connection) -> None:
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(at.filename).name}:{at.lineno}"
             result = ClipFault(f"unexpected {type(error).__name__}: {error} ({where})", passing=True)
-        try:
-            _answer(pipe, result)
-        except (BrokenPipeError, ConnectionResetError):
-            return
+        _answer(pipe, result)
 
 
 def _answer(pipe: Connection, result: object) -> None:

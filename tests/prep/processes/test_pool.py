@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import subprocess
 import sys
 import time
@@ -175,6 +177,25 @@ def test_a_busy_child_ends_when_its_parent_is_killed(tmp_path):
     parent.kill()
     parent.wait()
     wait_until(lambda: not child.exists(), seconds=20)
+
+
+_CHILD = """
+import sys
+from multiprocessing.connection import Connection
+from cogprep.processes.child import answer_calls
+answer_calls(Connection(int(sys.argv[1])))
+"""
+
+
+def test_a_child_whose_parent_goes_without_reading_its_answer_says_nothing():
+    """The kernel tells it of a reset connection then, not of an end."""
+    parents, childs = socket.socketpair()
+    with childs:
+        words = [sys.executable, "-c", _CHILD, str(childs.fileno())]
+        child = subprocess.Popen(words, pass_fds=[childs.fileno()], stderr=subprocess.PIPE, text=True)
+    assert select.select([parents], [], [], 60)[0]
+    parents.close()
+    assert child.communicate(timeout=60)[1] == "" and child.returncode == 0
 
 
 def test_a_shared_mapping_is_freed_with_its_last_array():
