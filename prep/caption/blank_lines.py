@@ -121,7 +121,12 @@ class CaptionList:
         if not faults and len(clips) != len(captions):
             said = f"{self._videos} has {len(clips)} lines, and this list {len(captions)}"
             faults.append(
-                ListFault(self._prompts, min(len(clips), len(captions)) + 1, f"unpaired from here: {said}", "unpaired")
+                ListFault(
+                    self._prompts,
+                    min(len(clips), len(captions)) + 1,
+                    f"unpaired from here, or from an earlier line: {said}",
+                    "unpaired",
+                )
             )
         if faults:
             raise DataRootError(

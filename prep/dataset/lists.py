@@ -16,7 +16,7 @@ from typing import Literal
 
 from cogcommon.cli.names import command_line
 from cogcommon.errors import DataRootError
-from cogcommon.files.near import folders_like
+from cogcommon.files.near import files_like, folders_like
 from cogcommon.files.regular_file import Empty, Missing, Unreadable, open_regular
 from cogcommon.model.families import Task
 from cogcommon.store.address import as_shown
@@ -92,6 +92,8 @@ class DataSet:
                 lines.append(f"and {len(self.faults) - _SHOWN} more")
             what = "the lists do not pair up: " + counted(len(self.faults), "fault")
             fix = "mend these lines (line n of every list is one sample)"
+            if all(fault.line == 0 for fault in self.faults):
+                fix = "give each list whole (line n of every list is one sample)"
             if self.uncaptioned:
                 what = f"{counted(len(self.faults), 'clip')} without a caption yet"
                 fix = f"write one into each blank line of {self.faults[0].file}, or let a model do it (cogprep caption)"
@@ -160,7 +162,7 @@ def read_lists(
         prompts: name of the list of captions, one a line.
         videos: name of the list of clips.
         images: name of the list of first frames; None means images.txt if it is there.
-        id_token: put in front of every caption.
+        id_token: put in front of every caption that does not begin with it.
 
     Raises:
         DataRootError: the root is no folder.
@@ -185,7 +187,7 @@ def read_lists(
             ListFault(
                 max(counts, key=lambda name: counts[name]),
                 min(counts.values()) + 1,
-                f"unpaired from here: {said} lines{again}",
+                f"unpaired from here, or from an earlier line: {said} lines{again}",
                 "told" if again else "unpaired",
             )
         )
@@ -194,12 +196,18 @@ def read_lists(
         return DataSet(root, (), sorted(faults), columns, images_unused=unused)
     stills = columns.get("images") or [""] * len(columns["clips"])
     samples = [
-        Sample(line, f"{id_token} {caption}" if id_token and caption else caption, clip, still)
+        Sample(line, with_token(id_token, caption), clip, still)
         for line, (caption, clip, still) in enumerate(
             zip(columns["captions"], columns["clips"], stills, strict=True), 1
         )
     ]
     return DataSet(root, () if faults else samples, sorted(faults), columns, samples, unused)
+
+
+def with_token(id_token: str, caption: str) -> str:
+    """A caption with a word in front: once, also where whoever wrote the caption has put it there."""
+    begins = caption.startswith(id_token) and not caption[len(id_token) :][:1].isalnum()
+    return caption if not id_token or not caption or begins else f"{id_token} {caption}"
 
 
 def _blank_lines(columns: Mapping[str, list[str]], names: Mapping[str, str]) -> Iterator[ListFault]:
@@ -264,7 +272,9 @@ def read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) ->
 
 
 def _remedy(root: Path, name: str) -> str:
-    """What writes a missing list: `cogprep init` can where it has the clips' to go by."""
+    """What a missing list may be called, or what writes it: `cogprep init` can where it has the clips' to go by."""
+    if meant := files_like(root / name):
+        return f"; {meant}"
     if name == "prompts.txt" and _is_there(root / "videos.txt"):
         return f"; to write it: {command_line('cogprep', 'init', root)}"
     return ""

@@ -52,7 +52,9 @@ class PlanSettings:
         shown="images.txt if present, else the first used frame",
         section="Data",
     )
-    id_token: str = setting("", "word put in front of every caption", shown="none", section="Data")
+    id_token: str = setting(
+        "", "word put in front of every caption that does not begin with it", shown="none", section="Data"
+    )
     out: Path = setting(Path("out"), "folder for the shards, or an address: s3://bucket/out, gs://...", section="Data")
     cache: Path | None = setting(
         None,

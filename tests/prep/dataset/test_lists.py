@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cogcommon.errors import DataRootError
-from cogprep.dataset.lists import read_lists
+from cogprep.dataset.lists import read_lists, with_token
 
 
 def lay(root: Path, **lists: str | bytes) -> Path:
@@ -67,7 +67,7 @@ def test_blank_lines_at_the_end_are_captions_to_come_where_clips_pair_with_them(
     ]
     assert faults(lay(tmp_path, prompts="a\n\n", videos="a.mp4\nb.mp4\nc.mp4\n")) == [
         "prompts.txt:2: blank line",
-        "videos.txt:3: unpaired from here: prompts.txt has 2, videos.txt has 3 lines",
+        "videos.txt:3: unpaired from here, or from an earlier line: prompts.txt has 2, videos.txt has 3 lines",
     ]
 
 
@@ -81,7 +81,7 @@ def test_all_faults_at_once(tmp_path):
     assert faults(tmp_path, "i2v") == [
         "images.txt:2: not UTF-8; save the list as UTF-8",
         "prompts.txt:2: blank line",
-        "prompts.txt:4: unpaired from here: prompts.txt has 4, videos.txt has 3 lines",
+        "prompts.txt:4: unpaired from here, or from an earlier line: prompts.txt has 4, videos.txt has 3 lines",
         "videos.txt:1: blank line",
     ]
 
@@ -92,6 +92,33 @@ def test_a_fault_yields_no_samples_and_one_message(tmp_path):
     with pytest.raises(DataRootError, match="1 clip without a caption yet") as caught:
         data.trusted()
     assert "prompts.txt:2: no caption yet for b.mp4" in str(caught.value)
+
+
+def test_a_list_by_a_name_like_another_is_asked_for(tmp_path):
+    lay(tmp_path, prompts="a\n", videos="a.mp4\n")
+    data = read_lists(tmp_path, task="t2v", prompts="promts.txt", videos="clips.txt")
+    assert [str(fault) for fault in data.faults] == [
+        "clips.txt: the list is missing",
+        f"promts.txt: the list is missing; did you mean {tmp_path / 'prompts.txt'}?",
+    ]
+    with pytest.raises(DataRootError) as caught:
+        data.trusted()
+    assert caught.value.fix.startswith("give each list whole")
+
+
+@pytest.mark.parametrize(
+    ("written", "caption"),
+    [
+        ("a cat", "sks a cat"),
+        ("sks a cat", "sks a cat"),
+        ("sks, a cat", "sks, a cat"),
+        ("sks", "sks"),
+        ("sksy cats", "sks sksy cats"),
+        ("", ""),
+    ],
+)
+def test_the_word_in_front_of_every_caption_is_there_once(written, caption):
+    assert with_token("sks", written) == caption and with_token("", written) == written
 
 
 def test_missing_and_empty_lists(tmp_path):
