@@ -232,7 +232,8 @@ def _open(name: str, given: str | None) -> Checkpoint:
     elif Path(name).expanduser().is_dir():
         root = Path(name).expanduser().resolve()
     elif (asked := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?", name)) is not None:
-        name = asked[1]
+        # A name in other capitals would be another one in the hub's cache on this machine.
+        name = next((family.hub_id for family in FAMILIES if family.hub_id.lower() == asked[1].lower()), asked[1])
         root = fetch(name, ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*"], asked[2] or given)
         on_hub, revision = True, root.name
     else:

@@ -82,15 +82,15 @@ def test_long_captions_fit_the_text_length():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub's own cache without a network: hub(commit, newest=False) adds a revision of owner/tiny to it."""
+    """The hub's own cache without a network: hub(commit, newest=False, name=...) adds a revision to it."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "models--owner--tiny"
 
-    def add(commit, *, newest=False):
+    def add(commit, *, newest=False, name="owner/tiny"):
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
         shutil.copytree(open_checkpoint("tiny").root, repository / "snapshots" / commit)
         if newest:
             (repository / "refs").mkdir(exist_ok=True)
@@ -109,6 +109,11 @@ def test_a_revision_of_the_hub_is_opened_by_argument_and_by_name(hub):
     assert open_checkpoint("owner/tiny@main", old).revision == new
     with pytest.raises(ModelError, match=f"owner/tiny at revision {'9' * 40} is not here"):
         open_checkpoint("owner/tiny", "9" * 40)
+
+
+def test_a_published_model_in_other_capitals_is_that_model(hub):
+    hub("0" * 40, newest=True, name="THUDM/CogVideoX1.5-5B")
+    assert open_checkpoint("thudm/CogVideoX1.5-5b").name == "THUDM/CogVideoX1.5-5B"
 
 
 def test_other_weights_in_the_same_folder_have_another_fingerprint(tmp_path):
