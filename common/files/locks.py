@@ -99,6 +99,15 @@ def locked_elsewhere(path: Path) -> bool:
     return _is_held(path, lambda: None)
 
 
+def may_lock(path: Path) -> bool:
+    """Whether we may read and write a file, as its lock takes. One that is not there would be ours to make."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return True
+
+
 def _is_held(path: Path, otherwise: Callable[[], None]) -> bool:
     """Whether a live process holds a file, or may hold it: a link, and what we may not write, cannot be locked.
 

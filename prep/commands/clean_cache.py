@@ -21,7 +21,7 @@ from cogcommon.cli.progress import paused, stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError
 from cogcommon.files.atomic import TEMPORARY
-from cogcommon.files.locks import locked_elsewhere, remove_unless_held
+from cogcommon.files.locks import locked_elsewhere, may_lock, remove_unless_held
 from cogcommon.files.ownership import RECORD_FILE, is_file, is_folder, refuse_data_root
 from cogcommon.shards.records import SampleRow, number_in_record, read_table, record_name, shard_number, tar_name
 from cogcommon.words import counted, in_bytes
@@ -29,8 +29,16 @@ from cogcommon.words import counted, in_bytes
 from ..plan.folder import SPLITS, Split, records_in, split_folder
 from ..plan.stale import Wanted
 from ..settings.shards import CleanSettings
-from ..store.committed import committed_shards
-from ..store.locks import ShardBusy, is_lock_of_removing, lock_shard, removing, shard_disk_errors, temporary_name
+from ..store.extents import holds_samples
+from ..store.locks import (
+    ShardBusy,
+    is_at_work,
+    is_lock_of_removing,
+    lock_shard,
+    removing,
+    shard_disk_errors,
+    temporary_name,
+)
 from ..store.outlet import Outlet, open_image
 from ..store.proof import (
     A_PREVIEW,
@@ -97,7 +105,7 @@ def _clean(settings: CleanSettings, image: Outlet) -> None:
             there = f"nothing to remove: there is no folder {out}"
         console.print(there)
         return
-    total = f"{counted(len(removals), 'thing')}, {in_bytes(sum(removal.size for removal in removals))}"
+    total = _total(removals)
     if settings.dry_run:
         console.print(f"would remove {total}")
         return
@@ -115,10 +123,16 @@ def _clean(settings: CleanSettings, image: Outlet) -> None:
         for removal in removals:
             if removal.gone:
                 held.enter_context(image.at_hand(removal.path))
-        in_use = carry_out(out, removals, everything=settings.all)
-        in_use += image.publish_changes()
-    left = f"; {in_use} in use or changed meanwhile, and left alone" if in_use else ""
-    console.print(f"removed {total}{left}")
+        left = carry_out(out, removals, everything=settings.all)
+        left |= {out / name for name in image.publish_changes()}
+    gone = [removal for removal in removals if removal.path not in left]
+    in_use = ", ".join(map(image.shown, sorted(left)))
+    more = f"; {len(left)} in use or changed meanwhile, and left alone: {in_use}" if left else ""
+    console.print(f"removed {_total(gone)}{more}")
+
+
+def _total(removals: Sequence[Removal]) -> str:
+    return f"{counted(len(removals), 'thing')}, {in_bytes(sum(removal.size for removal in removals))}"
 
 
 def _folders(out: Path) -> dict[Split, Path]:
@@ -139,30 +153,38 @@ def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) ->
     if not is_output(out):
         say(f"{out} was not made by cogprep: there is neither a contract of its own in it, nor a record of a shard")
         return
+    of_shards: list[Removal] = []
     for split, folder in _folders(out).items():
-        for number in sorted(_numbers(folder)):
-            if not _locked(folder, number):
-                yield from _of_shard(folder, split, number, everything)
-    yield from _beside_shards(out, everything)
+        for number in sorted({number for number, _ in _shard_files(folder)}):
+            # A writer locks its temporary tar, and between renaming it and the record the tar itself.
+            tar = folder / tar_name(number)
+            lockable = [folder / temporary_name(number), *filter(is_file, [tar])]
+            if refused := [path for path in lockable if not may_lock(path)]:
+                say(f"no permission: {refused[0]}; its shard stays until you may read and write it (`ls -l`, `chmod`)")
+            elif not any(map(locked_elsewhere, lockable)):
+                of_shards += _of_shard(folder, split, number, everything)
+    yield from of_shards
+    stay = is_at_work(out) or _any_shard_left(out, {removal.path for removal in of_shards})
+    yield from _beside_shards(out, everything, stay)
+    if everything and stay and (kept := [name for name in OF_THE_SHARDS if is_ours(out / name)]):
+        say(f"kept for the shards that stay or are being written: {', '.join(kept)}")
     if not everything:
         yield from _stale(out, say)
 
 
-def _numbers(folder: Path) -> set[int]:
-    """Numbers of all shards that have left anything in a folder."""
-    found = set(committed_shards(folder))
+def _shard_files(folder: Path) -> Iterator[tuple[int, Path]]:
+    """All that lies in a folder under a name of a shard, with the shard's number."""
     for path in folder.iterdir():
-        if (number := shard_number(path.name, "tar")) is not None:
-            found.add(number)
-        elif half := SHARD_TEMPORARY.fullmatch(path.name):
-            found.add(int(half[1]))
-    return found
+        for kind in ("tar", "parquet"):
+            if (number := shard_number(path.name, kind)) is not None:
+                yield number, path
+        if half := SHARD_TEMPORARY.fullmatch(path.name):
+            yield int(half[1]), path
 
 
-def _locked(folder: Path, number: int) -> bool:
-    # A writer locks its temporary tar, and between renaming it and the record the tar itself.
-    tar = folder / tar_name(number)
-    return locked_elsewhere(folder / temporary_name(number)) or (is_file(tar) and locked_elsewhere(tar))
+def _any_shard_left(out: Path, without: Collection[Path] = ()) -> bool:
+    """Whether there is anything of any shard, beside the files of ``without``."""
+    return any(path not in without for folder in _folders(out).values() for _, path in _shard_files(folder))
 
 
 def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iterator[Removal]:
@@ -170,9 +192,10 @@ def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iter
     tar, record = folder / tar_name(number), folder / record_name(number)
     if (folder / f".{record.name}.new").exists():
         return  # a rewrite that the next writer finishes
-    reasons = {folder / temporary_name(number): "half-written", folder / f".{tar.name}.new": "half-written"}
+    half = folder / temporary_name(number)
+    reasons = {half: f"half-written{_worth(half)}", folder / f".{tar.name}.new": "half-written"}
     if not os.path.lexists(record):
-        reasons |= {tar: "a tar without a record"}
+        reasons |= {tar: f"a tar without a record{_worth(tar)}"}
     elif not os.path.lexists(tar):
         reasons |= {record: "a record without a tar"}
     elif everything and number_in_record(record) in (None, number):  # else somebody has renamed or copied the shard
@@ -182,8 +205,20 @@ def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iter
             yield from _removal(path, why, (split, number))
 
 
-def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
-    """Files of a folder that belong to no shard, in the order in which they go."""
+def _worth(tar: Path) -> str:
+    """What to say of a tar that does not count yet, and out of which the next writer takes samples (`ShardWriter`)."""
+    with suppress(OSError):
+        if is_file(tar) and holds_samples(tar):
+            return ", with finished clips that the same `cogprep encode` takes over"
+    return ""
+
+
+def _beside_shards(out: Path, everything: bool, shards_stay: bool) -> Iterator[Removal]:
+    """Files of a folder that belong to no shard, in the order in which they go.
+
+    Args:
+        shards_stay: whether any shard does, or may come; then what tells of the shards stays, too.
+    """
     folders = [*_folders(out).values(), *(out / name for name in (SURVEY, PREVIEW) if is_folder(out / name))]
     for folder in folders:
         for path in sorted(folder.iterdir()):
@@ -197,6 +232,8 @@ def _beside_shards(out: Path, everything: bool) -> Iterator[Removal]:
             for path in [*files, *filter(is_file, [folder / RECORD_FILE])]:
                 yield from _removal(path, "a preview")
     for path in [*_files(out / SURVEY), *sorted(_files(out), key=_when)]:
+        if shards_stay and path.parent == out and path.name in OF_THE_SHARDS:
+            continue
         of_shard = any(shard_number(path.name, kind) is not None for kind in ("tar", "parquet"))
         if is_ours(path) and not (of_shard or TEMPORARY.fullmatch(path.name) or SHARD_TEMPORARY.fullmatch(path.name)):
             what = "what was found out about clips" if path.parent.name == SURVEY else "settings or a report"
@@ -233,46 +270,46 @@ def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
             yield from _removal(tar, why, (split, number), sum(gone.values()), frozenset(gone))
 
 
-def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> int:
-    """Remove what was listed and can still go; returns how much of it stays."""
-    stay = 0
+def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> set[Path]:
+    """Remove what was listed and can still go; returns what of it stays."""
+    stay: set[Path] = set()
     wanted = Wanted(out)
     with shard_disk_errors(out):
         for (split, number), listed in _by_shard(removals).items():
             folder = split_folder(out, split)
             try:
                 if listed[0].gone:
-                    stay += not _drop(folder, number, listed[0].gone, wanted)
+                    if not _drop(folder, number, listed[0].gone, wanted):
+                        stay.add(listed[0].path)
                 elif folder.is_dir():
-                    stay += _remove_of_shard(folder, split, number, listed, everything)
+                    stay |= _remove_of_shard(folder, split, number, listed, everything)
             except ShardBusy:
-                stay += len(listed)
+                stay |= {removal.path for removal in listed}
         if out.is_dir():  # else another clean-cache was first
             with removing(out) as busy:
-                stay += _remove_beside(out, removals, everything, busy)
+                stay |= _remove_beside(out, removals, everything, busy)
             _remove_if_empty(out)
     return stay
 
 
-def _remove_beside(out: Path, removals: Sequence[Removal], everything: bool, busy: bool) -> int:
-    """Remove what was listed and belongs to no shard; returns how much of it stays.
+def _remove_beside(out: Path, removals: Sequence[Removal], everything: bool, busy: bool) -> set[Path]:
+    """Remove what was listed and belongs to no shard; returns what of it stays.
 
     Args:
         busy: whether a run lives in the folder; then what tells of its shards stays.
     """
-    stay = 0
-    now = {(removal.path, removal.state) for removal in _beside_shards(out, everything)}
-    empty = not busy and not any(_numbers(folder) for folder in _folders(out).values())
+    stay: set[Path] = set()
+    beside = _beside_shards(out, everything, busy or _any_shard_left(out))
+    now = {(removal.path, removal.state) for removal in beside}
     for removal in removals:
         if removal.shard is not None or is_lock_of_removing(removal.path):
             continue
-        last = removal.path.parent == out and removal.path.name in OF_THE_SHARDS
-        if (removal.path, removal.state) not in now or (last and not empty):
-            stay += 1
-        elif TEMPORARY.fullmatch(removal.path.name):
-            stay += not remove_unless_held(removal.path)
-        else:
+        if (removal.path, removal.state) not in now:
+            stay.add(removal.path)
+        elif not TEMPORARY.fullmatch(removal.path.name):
             removal.path.unlink(missing_ok=True)
+        elif not remove_unless_held(removal.path):
+            stay.add(removal.path)
     if not busy:
         for folder in (out / PREVIEW, out / SURVEY, out / "val"):
             _remove_if_empty(folder)
@@ -293,9 +330,9 @@ def _by_shard(removals: Sequence[Removal]) -> dict[tuple[Split, int], list[Remov
     return shards
 
 
-def _remove_of_shard(folder: Path, split: Split, number: int, listed: Sequence[Removal], everything: bool) -> int:
-    """Remove what was listed of a shard and can go now that it is locked; returns how many files stay."""
-    stay = 0
+def _remove_of_shard(folder: Path, split: Split, number: int, listed: Sequence[Removal], everything: bool) -> set[Path]:
+    """Remove what was listed of a shard and can go now that it is locked; returns what of it stays."""
+    stay: set[Path] = set()
     with lock_shard(folder, number):
         now = {(found.path, found.why, found.state) for found in _of_shard(folder, split, number, everything)}
         for removal in listed:
@@ -303,8 +340,8 @@ def _remove_of_shard(folder: Path, split: Split, number: int, listed: Sequence[R
                 continue  # it is our lock, and goes with it
             if (removal.path, removal.why, removal.state) in now:
                 removal.path.unlink(missing_ok=True)
-            else:
-                stay += removal.path.exists()
+            elif removal.path.exists():
+                stay.add(removal.path)
     return stay
 
 

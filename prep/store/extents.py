@@ -122,6 +122,12 @@ def whole_extents(stream: IO[bytes]) -> Iterator[TarExtent]:
         )
 
 
+def holds_samples(tar: Path) -> bool:
+    """Whether a tar begins with a whole sample."""
+    with tar.open("rb") as stream:
+        return next(whole_extents(stream), None) is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Member:
     name: str

@@ -121,7 +121,12 @@ def removing(out: Path) -> Iterator[bool]:
         Whether a run lives there already.
     """
     with alone_with(out / _REMOVAL):
-        yield any(map(locks.locked_elsewhere, _marks(out)))
+        yield is_at_work(out)
+
+
+def is_at_work(out: Path) -> bool:
+    """Whether a run lives in a folder (`at_work`)."""
+    return any(map(locks.locked_elsewhere, _marks(out)))
 
 
 def is_lock_of_removing(path: Path) -> bool:

@@ -86,12 +86,12 @@ class Outlet:
         """Have a tar of the folder itself there to read."""
         yield
 
-    def publish_changes(self) -> int:
-        """Do where shards go what was done in the folder since it was opened; returns how many files stay there.
+    def publish_changes(self) -> list[str]:
+        """Do where shards go what was done in the folder since it was opened; returns the names of files that stay.
 
         Those stay that somebody has changed meanwhile.
         """
-        return 0
+        return []
 
 
 @contextmanager

@@ -99,14 +99,14 @@ class RemoteOutlet(Outlet):
             finish_replacing(self._remote, half)
         return self._desk.look() if left else there
 
-    def publish_changes(self) -> int:
+    def publish_changes(self) -> list[str]:
         mirrored = [name for name in self._there if _is_our_name(name) and not HALF.fullmatch(Path(name).name)]
         gone = [name for name in mirrored if not (self.folder / name).exists()]
-        stay = 0
+        stay = []
         for name in sorted(gone, key=_goes):
             entry = self._remote.stat(name)
             if entry is not None and (entry.version != self._there[name].version or self._taken_up(name)):
-                stay += 1
+                stay.append(name)
             else:
                 self._remote.remove(name)
         for name in mirrored:
@@ -116,7 +116,7 @@ class RemoteOutlet(Outlet):
                 try:
                     self.publish(path.parent, number)
                 except ShardBusy:
-                    stay += 1
+                    stay.append(name)
         return stay
 
     def _taken_up(self, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -156,6 +157,46 @@ def test_it_asks_and_takes_no_for_an_answer(encoded, monkeypatch):
     assert cleaned(out, yes=False) == {".000008.tar.tmp"}
 
 
+def test_finished_clips_in_what_is_half_written_are_told(encoded, capsys):
+    """A stopped encode says that they are kept; whoever is asked whether they may go has to know of them."""
+    out = encoded / "out"
+    (out / "000001.parquet").unlink()  # stopped between its tar and its record
+    row = read_record(out / "000000.parquet").rows[0]
+    whole = (out / "000000.tar").read_bytes()[: row.size]
+    (out / ".000007.tar.tmp").write_bytes(whole + b"the next one")
+    (out / ".000008.tar.tmp").write_bytes(whole[:-512])
+    (out / ".000009.tar.tmp").write_bytes(b"half")
+    run(CleanSettings(out=out, dry_run=True))
+    said = capsys.readouterr().out.splitlines()
+    kept = ", with finished clips that the same `cogprep encode` takes over, "
+    found = [line.partition(": ")[0] for line in said if kept in line]
+    assert found == [str(out / "000001.tar"), str(out / ".000007.tar.tmp")]
+
+
+def test_what_may_not_be_read_is_told_and_what_stays_is_not_listed(encoded, monkeypatch, capsys):
+    out, system = encoded / "out", os.open
+
+    def refuse(path, *more, **named):
+        if Path(path) == out / "000000.tar":  # as chmod 000 has it, for whoever is not root
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return system(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    gone = cleaned(out, all=True)
+    said = capsys.readouterr().out
+    assert names(out) == {"000000.tar", "000000.parquet", *OF_THE_SHARDS}
+    assert f"no permission: {out / '000000.tar'}" in said and "in use" not in said
+    assert f"removed {len(gone)} things" in said and "contract.json: " not in said
+
+
+def test_what_a_run_needs_is_not_listed_while_it_lives(encoded, capsys):
+    with at_work(encoded / "out"):
+        gone = cleaned(encoded / "out", all=True)
+    said = capsys.readouterr().out
+    assert f"removed {len(gone)} things" in said and "in use" not in said and "contract.json: " not in said
+    assert "kept for the shards that stay or are being written: empty_caption.safetensors" in said
+
+
 def test_without_a_terminal_it_lists_and_fails(encoded, monkeypatch, capsys):
     out = encoded / "out"
     (out / ".000008.tar.tmp").write_bytes(b"half")
@@ -224,7 +265,8 @@ def test_a_tar_that_gets_its_record_while_the_question_stands_stays(encoded, mon
     answer(monkeypatch, lambda: (out / "000001.parquet").write_bytes(record) and None)
     assert cleaned(out, yes=False) == set() and (out / "000001.parquet").exists()
     said = capsys.readouterr().out
-    assert "000001.tar: a tar without a record" in said and "1 in use or changed meanwhile" in said
+    assert "000001.tar: a tar without a record" in said
+    assert f"removed 0 things, 0 B; 1 in use or changed meanwhile, and left alone: {out / '000001.tar'}" in said
 
 
 def test_a_line_that_comes_back_while_the_question_stands_keeps_its_sample(encoded, monkeypatch, lay_lists):

@@ -374,7 +374,7 @@ def test_a_tar_that_is_committed_while_somebody_thinks_stays(bring, there):
     with open_image(OUT, "OUT", changing=True, leftovers=True) as image:
         (image.folder / Path(tar).name).unlink()
         there.fs.pipe_file(record, data)
-        assert image.publish_changes() == 1
+        assert image.publish_changes() == [Path(tar).name]
     there.fs.invalidate_cache()
     assert there.fs.exists(tar) and there.fs.exists(record)
     check(there())
@@ -384,9 +384,9 @@ def test_only_what_was_changed_is_asked_after(bring, there, monkeypatch):
     bring()
     with open_image(OUT, "OUT", changing=True, leftovers=True) as image:
         requests = Requests(monkeypatch)
-        assert image.publish_changes() == 0 and not requests.done
+        assert image.publish_changes() == [] and not requests.done
         (image.folder / "000000.parquet").unlink()
-        assert image.publish_changes() == 0 and 0 < len(requests.done) < 6
+        assert image.publish_changes() == [] and 0 < len(requests.done) < 6
     assert "000000.parquet" not in there() and "000001.parquet" in there()
 
 
