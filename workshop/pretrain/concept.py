@@ -69,9 +69,10 @@ def examine_run(
     new, known = every_scene(0, [motion])[-clips:], split_scenes()[1][-clips:]
 
     def ask(scenes: list[Scene]) -> tuple[Marks, Frames]:
-        asked = examine(pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed, batch=batch)
-        bar.advance(by=len(scenes))
-        return asked
+        return examine(
+            pipeline, tuned.checkpoint, scenes, steps=steps, guidance=guidance, seed=seed, batch=batch,
+            drawn=lambda count: bar.advance(by=count),
+        )  # fmt: skip
 
     with stage("generating for the judge", 2 * (len(new) + len(known)), "video") as bar:
         (new_after, drawn_after), (known_after, _) = ask(new), ask(known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +101,12 @@ def examine(
     guidance: float,
     seed: int,
     batch: int = 10,
+    drawn: Callable[[int], None] = lambda count: None,
 ) -> tuple[Marks, Frames]:
     """Generate a clip for each caption (and first frame, for I2V) and let the judge name it.
+
+    Args:
+        drawn: is told how many more clips there are, batch after batch.
 
     Returns:
         The marks, and the clips of the first few captions, uint8 (N, F, H, W, 3).
@@ -114,7 +118,7 @@ def examine(
     shown: list[Frames] = []
     for start in range(0, len(scenes), batch):
         some = scenes[start : start + batch]
-        drawn = [draw(scene, moments[:1], NATIVE.height, NATIVE.width)[0] for scene in some]
+        firsts = [draw(scene, moments[:1], NATIVE.height, NATIVE.width)[0] for scene in some]
         i2v = checkpoint.family.task == "i2v"
         with torch.no_grad():
             videos = pipeline(
@@ -127,19 +131,20 @@ def examine(
                 max_sequence_length=checkpoint.family.text_tokens,
                 generator=torch.Generator().manual_seed(seed + start),
                 output_type="np",
-                **({"image": [Image.fromarray(frame) for frame in drawn]} if i2v else {}),
+                **({"image": [Image.fromarray(frame) for frame in firsts]} if i2v else {}),
             ).frames
         clips = [(np.asarray(video) * 255).round().astype(np.uint8) for video in videos]
         shown += clips[: SHOWN - len(shown)]
         with ThreadPoolExecutor(_JUDGES) as threads:  # most of it is matrix products, outside Python's lock
             verdicts = list(threads.map(lambda clip_FHWC: judge(clip_FHWC, moments), clips))
-        for scene, clip_FHWC, first_HWC, verdict in zip(some, clips, drawn, verdicts, strict=True):
+        for scene, clip_FHWC, first_HWC, verdict in zip(some, clips, firsts, verdicts, strict=True):
             seen = verdict.scene
             right = [seen.shape == scene.shape, seen.colour == scene.colour, seen.motion == scene.motion]
             rows.append([*right, all(right[:2]), all(right), verdict.error])
             if i2v:
                 error = np.mean((clip_FHWC[0] / 255 - first_HWC / 255) ** 2)
                 first_frames.append(-10 * np.log10(max(error, 1e-6)))
+        drawn(len(some))
     shape, colour, motion, both, every, distance = (float(mean) for mean in np.mean(np.array(rows, dtype=float), 0))
     kept = float(np.mean(first_frames)) if first_frames else None
     return Marks(shape, colour, motion, both, every, distance, kept), np.stack(shown)
