@@ -247,6 +247,7 @@ def request_text(settings: GenerateSettings, tuned: Tuned, request: Request, fps
         # Newer than some folders, which stay those of their requests.
         **({"negative": request.negative_prompt} if request.negative_prompt else {}),
         **({"strengths": strengths} if any(strength != 1 for strength in strengths) else {}),
+        **({} if tuned.step is None else {"step": tuned.step}),  # for the report, when these weights are gone
     }  # fmt: skip
     return json.dumps(asked, ensure_ascii=False)
 

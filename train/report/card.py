@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Literal
@@ -17,8 +15,10 @@ from cogcommon.model.device import DTYPES
 from cogcommon.model.families import BUILTIN_NAMES, BY_NAME, RANDOM
 from cogcommon.words import counted
 
-from ..runs.folder import CAPTIONS_FILE, CARD_FILE, GENERATED, VALIDATION, RecordedRun, drawn_prompts, lowest, prompt_of
+from ..runs.folder import CARD_FILE, RecordedRun, lowest
+from ..settings.results import GUIDANCE, STEPS
 from .chart import number, smoothed
+from .drawn import Drawn, drawn_with
 
 Kind = Literal["lora", "comfyui", "peft", "transformer"]
 
@@ -38,16 +38,10 @@ _MOST_SAMPLES = 4
 SAMPLES = "samples"  # videos that go with an export
 
 
-@dataclass(frozen=True)
-class _Sample:
-    prompt: str
-    video: Path
-
-
 def write_card(folder: Path, run: RecordedRun, kind: Kind, step: int | None = None) -> Path | None:
     """Write the card beside the weights, unless somebody has written in it: then it stays, and None is returned.
 
-    Videos of the run go with an export, into ``samples/``.
+    The run's videos of these weights go with an export, into ``samples/``.
 
     Args:
         folder: that holds the weights, and a record.
@@ -59,43 +53,26 @@ def write_card(folder: Path, run: RecordedRun, kind: Kind, step: int | None = No
     if os.path.lexists(folder / CARD_FILE) and not made.owns(CARD_FILE):
         return None
     step = run.exported if step is None else step
-    shown: dict[str, str] = {}  # prompts by the name of their video
-    for index, sample in enumerate(_samples(run, step)):
+    shown: dict[str, Drawn] = {}
+    for index, sample in enumerate(drawn_with(run, step)[:_MOST_SAMPLES]):
         name = f"{SAMPLES}/{index}.mp4"
         if folder.absolute() == run.folder.absolute():
             name = sample.video.relative_to(run.folder).as_posix()
         elif made.owns(name) or not os.path.lexists(folder / name):
             (folder / SAMPLES).mkdir(exist_ok=True)
             made.commit_bytes(name, sample.video.read_bytes())
-        shown[name] = sample.prompt
+        shown[name] = sample
+    if before := [name for name in made.files if name.startswith(f"{SAMPLES}/") and name not in shown]:
+        made.forget(*before)  # of weights that this folder no longer holds
     return made.commit_bytes(CARD_FILE, plain(card(run, kind, step, folder.absolute(), shown)).encode())
 
 
-def _samples(run: RecordedRun, step: int) -> list[_Sample]:
-    """Videos of the weights at a step: what was generated with them, and validation's newest, prompts first."""
-    found = []
-    if step == run.exported:
-        for video in sorted((run.folder / GENERATED).glob("*/tuned.mp4")):
-            record = Made.read(video.parent)
-            if record and record.owns(video.name) and (prompt := prompt_of(record)) is not None:
-                found.append(_Sample(prompt, video))
-    trained = (path for path in (run.folder / VALIDATION).glob("step-*") if path.name > "step-000000")  # the base's
-    newest = max((path for path in trained if path.name <= f"step-{step:06d}"), default=None)
-    if newest:
-        videos = [(prompt, newest / f"{name}.mp4") for name, prompt in drawn_prompts(run.folder).items()]
-        with suppress(OSError, ValueError, TypeError):
-            captions = json.loads((run.folder / VALIDATION / CAPTIONS_FILE).read_text(encoding="utf-8"))
-            videos += [(str(caption), newest / f"{index}.mp4") for index, caption in enumerate(captions)]
-        found += [_Sample(caption, video) for caption, video in videos if video.is_file()]
-    return found[:_MOST_SAMPLES]
-
-
-def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[str, str]) -> str:
+def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[str, Drawn]) -> str:
     """The card, as Markdown with the header that model hubs read.
 
     Args:
         folder: of the weights; its code works from any other.
-        shown: videos, by their names in the folder, with their prompts.
+        shown: videos, by their names in the folder.
     """
     facts = run.facts
     i2v = facts.task == "i2v"
@@ -105,7 +82,7 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[s
         "pipeline_tag": "image-to-video" if i2v else "text-to-video",
         "tags": ["cogvideox", *{"transformer": [], "comfyui": ["lora", "comfyui"]}.get(kind, ["lora"])],
         **({"instance_prompt": facts.id_token} if facts.id_token else {}),
-        **({"widget": [{"text": text, "output": {"url": video}} for video, text in shown.items()]} if shown else {}),
+        **({"widget": [{"text": one.prompt, "output": {"url": name}} for name, one in shown.items()]} if shown else {}),
     }
     # JSON is YAML, and below TOML, where an emoji stands as it is: neither has the two \u that ASCII takes for it.
     yaml = "\n".join(f"{name}: {json_text(value, indent=None)}" for name, value in header.items())
@@ -123,11 +100,12 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[s
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     settings = "\n".join(f"{name} = {json_text(value, indent=None)}" for name, value in run.settings.items())
-    prompt = next(iter(shown.values()), f"{facts.id_token} ...".strip())
+    prompt = next((one.prompt for one in shown.values()), f"{facts.id_token} ...".strip())
     trigger = f"Begin each prompt with the word it was trained with: `{facts.id_token}`.\n\n" if facts.id_token else ""
     videos = "\n\n".join(
-        f'<video controls preload="metadata" width="480" src="{escape(video)}"></video>\n\n{_quoted(text)}'
-        for video, text in shown.items()
+        f'<video controls preload="metadata" width="480" src="{escape(name)}"></video>\n\n> {_in_a_line(one.prompt)}'
+        + (f"\n\nDrawn with {_in_a_line(one.otherwise)}." if one.otherwise else "")
+        for name, one in shown.items()
     )
     use = _COMFYUI.format(file=_comfyui_file(folder)) if kind == "comfyui" else _code(run, kind, folder, prompt)
     return f"""---
@@ -150,8 +128,8 @@ The settings of the run:
 """
 
 
-def _quoted(text: str) -> str:
-    return "> " + escape(" ".join(text.split()))
+def _in_a_line(text: str) -> str:
+    return escape(" ".join(text.split()))
 
 
 def _comfyui_file(folder: Path) -> str:
@@ -172,8 +150,9 @@ def _code(run: RecordedRun, kind: Kind, folder: Path, prompt: str) -> str:
     more = "from peft import PeftModel\n" if kind == "peft" else ""
     more += "from cogcommon.model.tiny import builtin_folder\n" if builtin else ""
     size = facts.size
-    options = [f"num_frames={size.frames}", f"height={size.height}", f"width={size.width}", "num_inference_steps=50"]
-    options += ["guidance_scale=6.0", *([] if family.ddim else ["use_dynamic_cfg=True"])]
+    options = [f"num_frames={size.frames}", f"height={size.height}", f"width={size.width}"]
+    options += [f"num_inference_steps={STEPS}", f"guidance_scale={GUIDANCE}"]
+    options += [] if family.ddim else ["use_dynamic_cfg=True"]
     options += [] if family.text_tokens == 226 else [f"max_sequence_length={family.text_tokens}"]  # diffusers' default
     image = 'image=load_image("first_frame.png"), ' if i2v else ""
     load = _USE[kind].format(pipeline=pipeline, model=model, dtype=DTYPES[facts.precision])

@@ -35,11 +35,11 @@ from ..runs.folder import (
     embedding_file,
     lowest,
     page_head,
-    prompt_of,
     read_run,
     report_head,
 )
 from .chart import Line, number, plot, smoothed
+from .drawn import asked_of, kept_weights, trained_step
 
 RUN_COLOURS = 6  # of `report.css`
 
@@ -227,15 +227,17 @@ def _videos(run: RecordedRun, *, newest_first: bool) -> Iterable[str]:
         yield "<h2>Compared</h2>" + "".join(_row(folder, _prompt(path.parent), [("", path)]) for path in grids)
     made = sorted((folder / GENERATED).glob("*/*.mp4"), key=lambda path: path.stat().st_mtime, reverse=True)
     folders = list(dict.fromkeys(path.parent for path in made))
+    kept = kept_weights(run) if folders else {}
     if folders:
         yield "<h2>Generated</h2>"
     for place in folders:
-        yield _row(folder, _prompt(place), _generated(place))
+        yield _row(folder, _prompt(place), _generated(place, trained_step(kept, place)))
 
 
-def _generated(place: Path) -> list[tuple[str, Path]]:
+def _generated(place: Path, step: int | None) -> list[tuple[str, Path]]:
     """The base model's video, as everywhere first, the tuned one next to it, then both in one."""
-    names = {"base": "base model", "tuned": "tuned", "side-by-side": "side by side"}
+    tuned = "tuned, step not known" if step is None else f"tuned, step {step:,}"
+    names = {"base": "base model", "tuned": tuned, "side-by-side": "side by side"}
     files = sorted(place.glob("*.mp4"), key=lambda path: [*names, path.stem].index(path.stem))
     return [(names.get(path.stem, path.stem), path) for path in files]
 
@@ -271,9 +273,8 @@ def _itself(folder: Path, index: int) -> Iterable[tuple[str, Path]]:
 def _prompt(folder: Path) -> str:
     """Of a folder of generated videos, and whether the command was stopped before it had written all of it."""
     made = Made.read(folder)
-    prompt = prompt_of(made)
     half = " (not finished)" * bool(made and SHEET_FILE not in made.files)
-    return (folder.name if prompt is None else prompt) + half
+    return str(asked_of(folder).get("prompt", folder.name)) + half
 
 
 def _label(path: Path) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cogcommon.cli.names import command_line
 from cogcommon.errors import RunError
 from cogcommon.files.atomic import TEMPORARY
-from cogcommon.files.ownership import is_file, is_folder, remove_folder
+from cogcommon.files.ownership import is_file, is_folder, remove_folder, state_of
 from cogcommon.files.typed import build, parse_object
 
 from ..distributed.leaving import PeerLost
@@ -145,6 +145,21 @@ def find_checkpoint(path: Path) -> SavedCheckpoint:
         return SavedCheckpoint(folder, read_state(folder), newest=folder != path)
     except (OSError, ValueError) as error:
         raise RunError(f"a damaged checkpoint: {error}", where=str(folder), fix="resume an older one") from error
+
+
+def states_of(weights: Path) -> list[str]:
+    """What weights are, by their content, whatever folder they lie in.
+
+    Args:
+        weights: a checkpoint, a LoRA file, or a transformer folder.
+
+    Raises:
+        RunError: a damaged checkpoint.
+        OSError: the files cannot be read.
+    """
+    if (weights / STATE_FILE).is_file():
+        return [find_checkpoint(weights).state.identity]
+    return [state_of(file) for file in (sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights])]
 
 
 def check_newest(run: Path, found: SavedCheckpoint | None) -> None:

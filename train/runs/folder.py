@@ -31,14 +31,14 @@ from cogcommon.errors import ModelError, RunError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.locks import locked_elsewhere
 from cogcommon.files.near import folders_like
-from cogcommon.files.ownership import Made, is_file
+from cogcommon.files.ownership import is_file
 from cogcommon.files.typed import build, parse_object
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.families import Resolution
 
 from ..data.shard_set import usual_sizes
 from ..distributed.snapshot import STATE_FILE
-from ..model import lora
+from ..model import lora, sft
 from ..model.adapters import ADAPTERS
 from ..settings.training import AdapterName, LoraSettings, SftSettings, TrainSettings
 
@@ -112,6 +112,11 @@ class RunFacts:
         """Of its clips, those of the most first; of its pictures where it has no clips."""
         return usual_sizes({Resolution.parse(bucket): count for bucket, count in self.samples.items()})
 
+    @property
+    def exported_step(self) -> int:
+        """The step whose weights lie in the run's folder, once it has ended."""
+        return self.exported or self.steps
+
     def write(self, run: Path) -> None:
         commit_bytes(run / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
@@ -170,14 +175,6 @@ class ValidationLine:
         tuned, base = (loss_text(loss) for loss in (self.val_loss, self.base_val_loss))
         change = f" ({self.change:+.1f} %)" if self.change is not None else ""
         return f"held-out loss {tuned}, base model {base}{change}"
-
-
-def prompt_of(made: Made | None) -> str | None:
-    """The prompt of a folder of generated videos, as its record says; None where it does not."""
-    try:
-        return str(json.loads(made.request if made else "")["prompt"])
-    except (ValueError, TypeError, KeyError):
-        return None
 
 
 def embedding_file(run: Path, name: str) -> Path:
@@ -248,11 +245,18 @@ class RecordedRun:
 
     @property
     def exported(self) -> int:
-        """The step whose weights lie in the run's folder, once it has ended."""
-        return self.facts.exported or self.facts.steps
+        """As `RunFacts.exported_step`."""
+        return self.facts.exported_step
 
     def validation_at(self, step: int) -> ValidationLine | None:
         return next((line for line in self.validations if line.step == step), None)
+
+
+def exported_weights(run: Path) -> Path | None:
+    """What a run has exported into its folder: a LoRA file, or a transformer folder; None: nothing yet."""
+    if (run / lora.FILE).is_file():
+        return run / lora.FILE
+    return run / sft.FOLDER if (run / sft.FOLDER / "config.json").is_file() else None
 
 
 def read_settings(run: Path) -> Mapping[str, Any]:

@@ -14,11 +14,11 @@ from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.families import Resolution
 from cogcommon.store.address import address_of
 
-from ..model import lora, sft
+from ..model import sft
 from ..model.lora_file import base_of, digest_of, lora_in
 from ..model.method import Lora, Method, method_of
-from ..runs.checkpoint import find_checkpoint, list_checkpoints, run_and_checkpoint
-from ..runs.folder import FACTS_FILE, open_base, read_settings, run_facts, trained_settings
+from ..runs.checkpoint import find_checkpoint, list_checkpoints, run_and_checkpoint, states_of
+from ..runs.folder import FACTS_FILE, exported_weights, open_base, read_settings, run_facts, trained_settings
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Tuned:
     transformer_folder: Path | None
     sizes: Sequence[Resolution]  # the run's, that of its most samples first; else the checkpoint's own
     method: Method | None = None  # of the run, where a checkpoint-N of it stands for the LoRA file or the transformer
+    step: int | None = None  # of the run's training, after which it had these weights; None: not known
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.loras)) or str(self.transformer_folder)
@@ -48,10 +49,7 @@ class Tuned:
     def states(self) -> list[str]:
         """What the weights are, by their content."""
         folder = self.transformer_folder
-        if self.method:
-            return [find_checkpoint(folder or self.loras[0].file).state.identity]
-        files = sorted(folder.glob("*.safetensors")) if folder else [one.file for one in self.loras]
-        return [state_of(file) for file in files]
+        return [state for one in ([folder] if folder else [one.file for one in self.loras]) for state in states_of(one)]
 
 
 def find_tuned(
@@ -81,7 +79,7 @@ def find_tuned(
     applied = tuple(applied_lora(word) for word in loras)
     trained: str | None = None
     revision, said_by = None, run or transformer
-    method = None
+    method, step = None, None
     run, kept = run_and_checkpoint(run) if run else (None, None)
     facts = run_facts(run) if run and (kept or (run / FACTS_FILE).exists()) else None
     if run and facts and kept:
@@ -89,12 +87,15 @@ def find_tuned(
         method = method_of(trained_settings(run, facts.method))
         applied = (AppliedLora(kept, strength),) if isinstance(method, Lora) else ()
         transformer = None if applied else kept
+        step = find_checkpoint(kept).state.step
     elif run:
         trained, revision = read_settings(run).get("model"), facts.revision if facts else None
-        applied = (AppliedLora(run / lora.FILE, strength),) if (run / lora.FILE).is_file() else ()
-        transformer = run / sft.FOLDER if (run / sft.FOLDER / "config.json").is_file() else None
-        if not applied and not transformer:
+        weights = exported_weights(run)
+        if not weights:
             raise _not_exported(run)
+        applied = (AppliedLora(weights, strength),) if weights.is_file() else ()
+        transformer = None if applied else weights
+        step = facts.exported_step if facts else None
     elif applied:
         _refuse_twice(applied)
         trained, revision = next((found for one in applied if (found := base_of(one.file))[0]), (None, None))
@@ -119,7 +120,7 @@ def find_tuned(
         )
     checkpoint = open_base(model, trained or "", revision, said_by or Path(), facts.family if facts else None)
     trained_at = facts.sizes if facts else [checkpoint.native]
-    return Tuned(checkpoint, applied, None if applied else transformer, trained_at, method)
+    return Tuned(checkpoint, applied, None if applied else transformer, trained_at, method, step)
 
 
 def _not_exported(run: Path) -> RunError:

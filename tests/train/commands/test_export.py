@@ -24,6 +24,7 @@ from cogtrain.model import lora
 from cogtrain.model.compare import difference, output_on_noise
 from cogtrain.model.sft import load
 from cogtrain.report.card import card, write_card
+from cogtrain.report.drawn import Drawn
 from cogtrain.runs.folder import read_run
 from cogtrain.settings.results import ExportSettings
 from cogtrain.settings.training import LoraSettings, SftSettings
@@ -149,13 +150,13 @@ def test_the_card_has_the_trigger_word_and_samples_which_go_with_an_export(tmp_p
     shutil.copytree(recorded_run / "validation/step-000020", recorded_run / "validation/step-000000")  # the base's
     out = tmp_path / "out"
     take_output(out, export._EXPORT, "--out")
-    text = write_card(out, run, "lora", 40).read_text()
+    text = write_card(out, run, "lora", 20).read_text()
     assert 'instance_prompt: "sks"' in text
     assert "Begin each prompt with the word it was trained with: `sks`." in text
     assert '<video controls preload="metadata" width="480" src="samples/0.mp4"></video>\n\n> a &lt;cat&gt;' in text
     assert (out / "samples/0.mp4").read_bytes() == (recorded_run / "validation/step-000020/0.mp4").read_bytes()
     assert Made.read(out).owns("samples/0.mp4")
-    assert "samples/" not in write_card(out, run, "lora", 10).read_text()  # of another step
+    assert "samples/" not in write_card(out, run, "lora", 40).read_text()  # of another step
     (out / "README.md").write_text("mine")
     assert write_card(out, run, "lora", 40) is None
 
@@ -163,7 +164,7 @@ def test_the_card_has_the_trigger_word_and_samples_which_go_with_an_export(tmp_p
 def test_a_card_reads_the_same_as_yaml_and_toml_whatever_letters_it_holds(recorded_run):
     prompt = 'a "fox" 🦊\x7f\x85\u2028 runs'
     run = dataclasses.replace(read_run(recorded_run), settings={"validate_prompt": [prompt], "lr": 1e-8})
-    text = plain(card(run, "lora", 40, recorded_run, {"samples/0.mp4": prompt}))
+    text = plain(card(run, "lora", 40, recorded_run, {"samples/0.mp4": Drawn(prompt, recorded_run / "0.mp4")}))
     assert ModelCard(text).data.widget[0]["text"] == prompt
     assert tomllib.loads(text.split("```toml\n")[1].split("```")[0]) == run.settings
 

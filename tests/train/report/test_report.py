@@ -74,7 +74,7 @@ def test_a_page_is_written_anew_where_it_is_ours_and_videos_went_into_the_run(ru
     assert told.pop().endswith(str(run / "report.html"))
     shown = re.findall(r'src="generated/a-ball/([^"]+).mp4".*?<figcaption>(.*?)<', (run / "report.html").read_text())
     assert [name for name, _ in shown] == ["base", "tuned", "side-by-side", "a-mine"]
-    assert [label for _, label in shown] == ["base model", "tuned", "side by side", "a-mine"]
+    assert [label for _, label in shown] == ["base model", "tuned, step not known", "side by side", "a-mine"]
     (run / "report.html").write_text("mine")
     renew_report(run, [video.parent], told.append)
     assert "not as we made it" in told.pop() and (run / "report.html").read_text() == "mine"
