@@ -26,7 +26,7 @@ from cogcommon.media.video import read_mp4
 from cogcommon.model.device import default_precision, dtype_of, pick_device
 from cogcommon.words import counted
 
-from ..data.prompts import named_after
+from ..data.prompts import named_after, read_prompts
 from ..model.method import Lora, Method, method_of, of_checkpoint
 from ..report.renew import renew_report
 from ..report.sheet import Column, grid
@@ -96,7 +96,8 @@ def run(settings: CompareSettings) -> None:
     assert settings.run
     recorded = read_run(settings.run)
     full = recorded.facts.method == "sft"
-    method = method_of(trained_settings(settings.run, recorded.facts.method))
+    trained = trained_settings(settings.run, recorded.facts.method)
+    method = method_of(trained)
     steps, strengths = _steps(settings, recorded), _strengths(settings, full)
     rows = layout(steps, strengths)
     cells = [Cell(0), *(cell for row in rows for cell in row if cell and cell.step)]
@@ -106,7 +107,9 @@ def run(settings: CompareSettings) -> None:
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
-    asked = list(_asked(settings, tuned, cells, precision, fps))
+    watched_by = trained.validate_prompt, trained.validate_prompts
+    prompts = settings.prompt or (read_prompts(*watched_by, "--validate-prompt") if any(watched_by) else [])
+    asked = list(_asked(dataclasses.replace(settings, prompt=prompts), tuned, cells, precision, fps))
     console = Console(stderr=settings.json)
     for note in generate.cut_texts([one.request for one in asked], checkpoint):
         console.print(f"note: {note}", soft_wrap=True)

@@ -81,7 +81,11 @@ class CompareSettings:
     )  # fmt: skip
     strengths: str = setting("1", "strengths of the LoRA, with commas, as 0.6,0.8,1")
     prompt: list[str] = setting(
-        [], "what the videos show; again, for more than one", shown="required", prose=True, one_word=True
+        [],
+        "what the videos show; again, for more than one",
+        shown="those of --validate-prompt",
+        prose=True,
+        one_word=True,
     )
     image: Path | None = setting(None, "first frame (image-to-video only), cut to the videos' shape")
     model: str | None = setting(None, "base checkpoint, if it is elsewhere now", shown="as trained")

@@ -1,6 +1,7 @@
 """compare: checkpoints and strengths beside one another and the base model, as generate would draw each."""
 
 import json
+import re
 
 import av
 import numpy as np
@@ -16,7 +17,7 @@ from cogtrain.commands import compare, generate
 from cogtrain.commands.compare import Cell, layout
 from cogtrain.report.sheet import Column, grid
 from cogtrain.report.videos import VideoFolder
-from cogtrain.runs.folder import COMPARED, GENERATED, REPORT_FILE
+from cogtrain.runs.folder import COMPARED, CONFIG_FILE, GENERATED, REPORT_FILE
 from cogtrain.settings.results import CompareSettings, GenerateSettings
 from cogtrain.settings.training import LoraSettings, SftSettings
 from cogtrain.validation.pipeline import Request, generate_video, load_pipeline, to_base
@@ -134,6 +135,17 @@ def test_full_fine_tuning_has_a_transformer_for_each_checkpoint(make_run, drawn)
     pipeline = load_pipeline(find_tuned(run / "checkpoint-1", [], None, None), torch.float32)
     assert (generate_video(pipeline, request, lambda: None) == drawn["step 1"]).all()
     assert (drawn["step 1"] != drawn["step 2"]).any() and (drawn["step 1"] != drawn["base model"]).any()
+
+
+def test_without_a_prompt_it_draws_those_that_the_run_was_watched_by(make_run, drawn):
+    run = make_run(LoraSettings, rank=4)
+    assert "there is no prompt" in fault(run, *SMALL)
+    config = run / CONFIG_FILE
+    config.write_text(
+        re.sub(r"(?m)^#? *validate_prompt\b.*$", "", config.read_text()) + '\nvalidate_prompt = ["a ball"]\n'
+    )
+    done = command(run, "--checkpoints", "last", "--json", *SMALL)
+    assert done.exception is None and [one["prompt"] for one in json.loads(done.stdout)["videos"]] == ["a ball"]
 
 
 def test_one_step_lays_its_strengths_side_by_side():
