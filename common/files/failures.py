@@ -11,13 +11,14 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CogError, DiskError
 from ..words import in_bytes
 
 _OTHER_DISK = "name a folder on another file system"
+_ANOTHER = "name another folder"
 _AGAIN = "look whether the disk is still there (`df`, `dmesg`)"
 # By the system's number: what is wrong, and what to do about it. These come from the machine wherever they are met.
 _MACHINES: Mapping[int, tuple[str, str]] = {
@@ -42,7 +43,7 @@ _MACHINES: Mapping[int, tuple[str, str]] = {
     errno.ENODEV: ("the disk is gone", _AGAIN),
     errno.ESTALE: ("the network drive has lost the file", "mount the drive again"),
     errno.ENOTCONN: ("the network drive is not connected", "mount the drive again"),
-    errno.ENOTDIR: ("a part of the path is a file, not a folder", "name another folder"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", _ANOTHER),
     errno.EISDIR: ("there is a folder where a file is to be", "move it away, or name another folder"),
 }
 # Of these a slip of ours may be the cause, unless they are met where files are written (`disk_errors`).
@@ -67,6 +68,8 @@ _PERHAPS_OURS: Mapping[int, tuple[str, str]] = {
     errno.EXDEV: ("parts of the folder are on different disks", "name a folder that is whole on one disk"),
 }
 _SAID = {**_MACHINES, **_PERHAPS_OURS}
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)  # how a folder is refused that is to be made, or written, where a file lies
+_NO_SUCH_PLACE = (errno.ENOENT, errno.EPERM, errno.EACCES, errno.EROFS)  # how the kernel refuses to make anything
 # Python's tempfile, which torch asks while it is loaded: it says ENOENT where every such folder is full.
 _NO_TEMPORARY = "No usable temporary directory found in"
 # safetensors' (Rust) and pyarrow's way to tell the number.
@@ -113,6 +116,10 @@ def disk_error(
         do = "make room there (`df`), or `export TMPDIR=FOLDER` with one on another disk"
     elif number == errno.ENOSPC:
         what, do = _lack(path, needs) or (what, do)
+    elif number in _NO_FOLDER and not getattr(error, "filename2", None) and (file := _file_among(Path(where))):
+        what, where = "this is a file, not a folder", str(file)
+    elif number in _NO_SUCH_PLACE and _is_the_systems(Path(where)):
+        what, do = "the system lets nobody make files or folders there", _ANOTHER
     told = DiskError(what, where=where, fix=f"{do}; then {go_on}")
     told.errno = number
     return told
@@ -156,12 +163,28 @@ def check_writable(folder: Path) -> None:
     """Refuse, before long work, a folder in which nothing may be written; it need not be there, and is not touched.
 
     Raises:
-        DiskError: the folder, or the one above that it would be made in, may not be written in.
+        DiskError: the folder, or the one above that it would be made in, is a file, or may not be written in.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():  # else a link that points nowhere
+        raise disk_error(OSError(), errno.ENOTDIR if there.exists() else errno.EEXIST, there)
+    if _is_the_systems(folder):
+        raise disk_error(OSError(), errno.ENOENT, folder)
     if not os.access(there, os.W_OK | os.X_OK):
         number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
         raise disk_error(OSError(), number, folder)
+
+
+def _is_the_systems(path: Path) -> bool:
+    """Whether a path lies where the kernel shows itself as files; it answers there that a folder is missing."""
+    return path.absolute().parts[1:2] in (("proc",), ("sys",))
+
+
+def _file_among(path: Path) -> Path | None:
+    """The part of a path that is a file, where folders are to be; None if it is gone by now."""
+    with suppress(OSError):
+        return next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    return None
 
 
 def room_of(path: Path) -> int | None:

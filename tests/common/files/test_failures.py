@@ -158,6 +158,32 @@ def test_a_folder_that_may_not_be_written_is_refused_before_there_is_work(tmp_pa
     assert caught.value.where == str(tmp_path / "new" / "folder")
 
 
+@pytest.mark.parametrize("below", ["", "x/y"])
+def test_a_file_where_a_folder_is_to_be_is_told_as_one(tmp_path, below):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(DiskError, match="this is a file, not a folder") as early:
+        check_writable(file / below)
+    with pytest.raises(DiskError, match="this is a file, not a folder") as late, disk_errors(file / below):
+        (file / below).mkdir(parents=True, exist_ok=True)
+    assert early.value.where == late.value.where == str(file)
+
+
+def test_a_link_that_points_nowhere_is_in_the_way(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(DiskError, match="something of that name already"):
+        check_writable(tmp_path / "link")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc on this system")
+def test_where_the_kernel_shows_itself_no_folder_has_gone(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: True)  # as for root
+    with pytest.raises(DiskError, match="the system lets nobody make"):
+        check_writable(Path("/proc/x/y"))
+    with pytest.raises(DiskError, match="the system lets nobody make"), disk_errors(Path("/proc/x/y")):
+        Path("/proc/x/y").mkdir(parents=True, exist_ok=True)
+
+
 def test_only_what_must_be_the_machines_is_caught_at_the_end():
     assert isinstance(machines_fault(OSError(errno.EMFILE, "x")), CogError)
     assert machines_fault(FileNotFoundError(errno.ENOENT, "x", "lost")) is None
