@@ -94,11 +94,15 @@ def without_token(prompts: Sequence[Prompt], token: str, *others: str) -> list[s
     Args:
         others: words of other captions; with them, nothing stands before every one.
     """
-    lacking = [shortened(prompt.text) for prompt in prompts if token and token not in prompt.text]
-    if others or not lacking:
-        return []
-    them = f"{lacking[0]} and {len(lacking) - 1} more" if len(lacking) > 1 else lacking[0]
-    return [f"every caption of these shards begins with {token!r}; of --validate-prompt {them} does not have it"]
+    lacking = "" if others else lacking_token([prompt.text for prompt in prompts], token)
+    said = f"every caption of these shards begins with {token!r}; of --validate-prompt {lacking} does not have it"
+    return [said] if lacking else []
+
+
+def lacking_token(texts: Sequence[str], token: str) -> str:
+    """Those that lack a word, in words; empty if none does, or there is no word."""
+    lacking = [shortened(text) for text in texts if token not in text]
+    return f"{lacking[0]} and {len(lacking) - 1} more" if len(lacking) > 1 else "".join(lacking)
 
 
 def read_prompts(

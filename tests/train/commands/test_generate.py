@@ -93,6 +93,16 @@ def test_a_run_is_drawn_on_the_revision_that_it_was_trained_on(recorded_run, mon
     assert asked == ["0" * 40, None]
 
 
+def test_a_prompt_without_the_word_that_its_run_was_trained_with_is_told(recorded_run):
+    asked = [SimpleNamespace(prompt=prompt) for prompt in ("sks runs", "a dog", "a cat")]
+    assert list(generate._without_token(recorded_run, asked)) == []
+    facts = json.loads((recorded_run / FACTS_FILE).read_text())
+    (recorded_run / FACTS_FILE).write_text(json.dumps(facts | {"id_token": "sks"}))
+    (note,) = generate._without_token(recorded_run, asked)
+    assert "'sks' in front of its captions" in note and '"a dog" and 1 more' in note
+    assert list(generate._without_token(None, asked)) == []
+
+
 def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run, monkeypatch):
     """Against the plain diffusers pipeline, called as its documentation says."""
     from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
@@ -185,6 +195,7 @@ def test_several_prompts_load_the_models_once(make_run, tmp_path, monkeypatch):
     assert (cut.kept + cut.lost).replace(" ", "") == long.replace(" ", "")
     assert f'this is lost: "{cut.lost}"' in result.stderr
     assert "0.5" in json.loads((Path(videos[0]["files"]["tuned"]).parent / ".cogtune.json").read_text())["request"]
+    assert "in front of its captions" not in result.stderr  # it is not known
     # A sentence without its quotes is no list of prompts.
     stray = command("--run", run, "--prompt", "a", "red", "ball").exception
     assert isinstance(stray, SettingError) and "red ball" in stray.what

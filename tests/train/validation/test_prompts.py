@@ -21,7 +21,7 @@ from cogcommon.model.families import Resolution
 from cogcommon.model.text_encoder import TextEncoder
 from cogtrain.commands import generate
 from cogtrain.data.batches import read_sample
-from cogtrain.data.prompts import SEED, Prompt, without_token
+from cogtrain.data.prompts import SEED, Prompt, lacking_token, without_token
 from cogtrain.data.shard_set import ShardSet
 from cogtrain.data.shards import open_shards
 from cogtrain.memory import ready
@@ -157,6 +157,7 @@ def test_a_prompt_without_the_word_of_the_captions_is_told(tmp_path):
     assert without_token(prompts, "") == without_token(prompts[:1], "sks") == []
     (note,) = without_token(prompts, "sks")
     assert "begins with 'sks'" in note and '"a dog" and 1 more' in note
+    assert (lacking_token(["a dog"], ""), lacking_token(["a sks dog"], "sks")) == ("", "")
 
 
 def test_one_pass_draws_held_out_captions_and_prompts_from_first_frames(tmp_path, make_shards, train_here):
