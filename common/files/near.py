@@ -11,23 +11,36 @@ from pathlib import Path
 _MOST = 20_000  # names of a folder that are looked at
 
 
-def folders_like(path: Path) -> str:
-    """What folders beside a missing one have names like its: ``did you mean holiday?``; empty where none has."""
-    return _like(path, os.DirEntry.is_dir)
+def folders_like(path: Path, fits: Callable[[Path], bool] = lambda folder: True) -> str:
+    """What folders beside one have names like its: ``did you mean holiday?``; empty where none has.
+
+    Args:
+        path: of the folder that is missing, or is not what was asked for; it is never named itself.
+        fits: whether a folder is what was asked for.
+    """
+    return _like(path, os.DirEntry.is_dir, "", fits)
 
 
 def files_like(path: Path) -> str:
     """The same of a missing file, and of files with its suffix."""
-    return _like(path, lambda entry: entry.is_file() and Path(entry.name).suffix == path.suffix)
+    end = path.suffix
+    return _like(path, lambda entry: entry.is_file() and Path(entry.name).suffix == end, end, lambda file: True)
 
 
-def _like(path: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> str:
+def _like(
+    path: Path, wanted: Callable[[os.DirEntry[str]], bool], end: str, fits: Callable[[Path], bool]
+) -> str:  # fmt: skip
+    """
+    Args:
+        end: of all names that are wanted; what stands before it is compared.
+        fits: is asked of the nearest ones, until there are three.
+    """
     try:
         with os.scandir(path.parent) as entries:
-            names = [entry.name for entry in islice(entries, _MOST) if wanted(entry)]
+            names = [entry.name for entry in islice(entries, _MOST) if entry.name != path.name and wanted(entry)]
     except (OSError, ValueError):
         return ""
-    end = path.suffix  # which all files share
     stems = [name.removesuffix(end) for name in names]
-    meant = [str(path.with_name(stem + end)) for stem in get_close_matches(path.name.removesuffix(end), stems)]
+    near = get_close_matches(path.name.removesuffix(end), stems, n=len(stems) or 1)
+    meant = [str(found) for found in islice(filter(fits, (path.with_name(stem + end) for stem in near)), 3)]
     return f"did you mean {' or '.join(meant)}?" if meant else ""

@@ -276,8 +276,13 @@ def read_settings(run: Path) -> Mapping[str, Any]:
     raise RunError(
         f"not a run folder: there is no {CONFIG_FILE}" if run.is_dir() else "there is no such run or checkpoint",
         where=str(run),
-        fix=" ".join(filter(None, [folders_like(run), "give the folder of a run, or a checkpoint-N that is in it"])),
+        fix=f"{folders_like(run, _is_one)} give the folder of a run, or a checkpoint-N that is in it".lstrip(),
     )
+
+
+def _is_one(folder: Path) -> bool:
+    """Whether a folder is a run's, or a checkpoint's."""
+    return all((folder / name).is_file() for name in (CONFIG_FILE, FACTS_FILE)) or (folder / STATE_FILE).is_file()
 
 
 def trained_settings(folder: Path, method: Literal["lora", "sft"]) -> TrainSettings:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 
@@ -83,9 +84,15 @@ def test_a_page_is_written_anew_where_it_is_ours_and_videos_went_into_the_run(ru
 def test_what_is_no_run_is_refused_in_words(tmp_path, run):
     with pytest.raises(RunError, match="not a run folder"):
         read_run(tmp_path.parent)
-    with pytest.raises(RunError, match="no such run") as caught:
-        read_run(run.with_name(f"{run.name}x"))
-    assert f"did you mean {run}" in caught.value.fix
+    mine, shards = tmp_path / "all/mine", tmp_path / "all/mines"
+    for folder in (mine, shards, tmp_path / "all/mine2"):
+        folder.mkdir(parents=True)
+    for name in ("config.toml", "facts.json"):
+        shutil.copy(run / name, mine)
+    for other, what in ((mine.with_name("mind"), "no such run"), (shards, "not a run folder")):
+        with pytest.raises(RunError, match=what) as caught:
+            read_run(other)
+        assert f"did you mean {mine}?" in caught.value.fix
     (run / "facts.json").write_text(json.dumps(dataclasses.asdict(FACTS) | {"unknown": 1}))
     with pytest.raises(RunError, match="facts of the run"):
         read_run(run)
