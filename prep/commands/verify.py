@@ -37,9 +37,10 @@ from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label,
 from ..settings.shards import VerifySettings
 from ..store.committed import tars_without_record
 from ..store.outlet import Outlet, open_image
-from ..store.proof import is_ours
+from ..store.proof import OF_THE_SHARDS, is_ours
 
 _OTHER_SETTINGS = f"encoded with other settings than {CONTRACT_FILE} says"
+_NO_RECORD = "has no record, so it does not count"
 _TARS = 2  # from an address, on this machine's disk at a time
 
 
@@ -100,7 +101,9 @@ def _tell(verified: Verified, settings: VerifySettings, image: Outlet) -> None:
             )
         for problem in verified.problems:
             console.print(f"{problem.shard}: {problem.what}{': ' * bool(problem.fix)}{problem.fix}", style="red")
-        if not verified.problems:
+        if not verified.problems and not verified.shards:
+            console.print(f"no shard in {image.place} is finished: there is nothing to verify yet")
+        elif not verified.problems:
             size = in_bytes(verified.bytes_read)
             console.print(
                 f"{counted(verified.shards, 'shard')}, {counted(verified.samples, 'sample')}, {size}: all as recorded"
@@ -108,10 +111,25 @@ def _tell(verified: Verified, settings: VerifySettings, image: Outlet) -> None:
     if verified.problems:
         damaged = sorted({problem.shard for problem in verified.problems})
         raise ShardError(
-            f"{len(damaged)} of {counted(verified.shards, 'shard')} not as recorded",
+            _summary(verified),
             where=", ".join(damaged),
             fix=_remedy(verified.problems, image.folder),
         )
+
+
+def _summary(verified: Verified) -> str:
+    """The problems in one line: of shards with a record, of tars without one, and of what lies beside them."""
+    names = {problem.shard for problem in verified.problems}
+    unrecorded = {problem.shard for problem in verified.problems if problem.what == _NO_RECORD}
+    beside = sorted(name for name in names if name in OF_THE_SHARDS)
+    parts = []
+    if bad := names - unrecorded - set(beside):
+        parts.append(f"{len(bad)} of {counted(verified.shards, 'shard')} not as recorded")
+    if unrecorded:
+        parts.append(f"{counted(len(unrecorded), 'tar')} without a record")
+    if beside:
+        parts.append(f"{' and '.join(beside)} not as {'it' if len(beside) == 1 else 'they'} should be")
+    return "; ".join(parts)
 
 
 def _remedy(problems: Sequence[Problem], out: Path) -> str:
@@ -287,4 +305,4 @@ def _of_the_folder(out: Path, contract: Contract) -> Iterator[Problem]:
             fix = "`cogprep encode` finishes it, or `cogprep clean-cache` removes it"
             if not is_ours(tar):
                 fix = "cogprep did not make it; move it elsewhere"
-            yield Problem(shard_label(split, int(tar.stem)), "has no record, so it does not count", fix)
+            yield Problem(shard_label(split, int(tar.stem)), _NO_RECORD, fix)

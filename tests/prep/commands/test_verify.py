@@ -39,6 +39,35 @@ def test_a_whole_folder_is_as_recorded(encoded, capsys):
     assert json.loads(capsys.readouterr().out)["samples"] == 5
 
 
+def test_each_kind_of_trouble_is_counted_by_its_own_name(make_shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    tars = make_shards(out, samples=4, per_shard=2)
+
+    def trouble() -> str:
+        with pytest.raises(ShardError) as caught:
+            run(VerifySettings(out=out))
+        return caught.value.what
+
+    tars[0].with_suffix(".parquet").unlink()
+    assert trouble() == "1 tar without a record"
+    tars[1].write_bytes(b"")
+    assert trouble() == "1 of 1 shard not as recorded; 1 tar without a record"
+    (out / "empty_caption.safetensors").unlink()
+    assert trouble().endswith("; 1 tar without a record; empty_caption.safetensors not as it should be")
+    tars[1].with_suffix(".parquet").unlink()
+    tars[1].unlink()
+    assert trouble() == "1 tar without a record; empty_caption.safetensors not as it should be"
+
+
+def test_a_folder_in_which_nothing_is_finished_is_not_called_as_recorded(make_shards, tmp_path, capsys):
+    (tar,) = make_shards(tmp_path / "out", samples=2, per_shard=2)
+    tar.with_suffix(".parquet").unlink()
+    tar.rename(tar.with_name(".000000.tar.tmp"))
+    run(VerifySettings(out=tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert "is finished: there is nothing to verify yet" in said and "as recorded" not in said
+
+
 def test_a_tar_cut_at_every_block_is_named(small):
     tar, record = small
     whole = tar.read_bytes()
