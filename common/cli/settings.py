@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import SettingError
+from ..files.near import files_like
 from ..words import bytes_of
 
 S = TypeVar("S")
@@ -130,7 +131,11 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
         try:
             loaded = parse_toml(config.read_bytes())
         except OSError as error:
-            raise SettingError(f"cannot read the settings file: {error.strerror}", where=str(config)) from error
+            raise SettingError(
+                f"cannot read the settings file: {error.strerror}",
+                where=f"--config {config}",
+                fix=f"{files_like(config)} --config takes a TOML file; a run's own is its config.toml".lstrip(),
+            ) from error
         except ValueError as error:
             fix = 'one option a line, as in steps = 500 or strategy = "zero2"; a run\'s config.toml has all of its own'
             raise SettingError(f"not TOML: {error}", where=f"--config {config}", fix=fix) from error

@@ -13,7 +13,7 @@ import fsspec.asyn
 
 from ..errors import StoreError
 from .address import READERS
-from .network import ANOTHER_SERVER, CERTIFICATES, PROXY
+from .network import ANOTHER_SERVER, CERTIFICATES, PROXY, UNREACHED
 from .store import STALLED, ReadPart, StoreFault, without_secrets
 
 _SLOW = 64 * 1024  # bytes a second: fsspec tells nothing of progress, so an attempt may take this long in all
@@ -161,7 +161,7 @@ class FsspecStore:
         except FileNotFoundError:
             raise
         except (TimeoutError, fsspec.exceptions.FSTimeoutError) as error:
-            raise StoreFault(f"the store does not answer (nothing within {timeout:.0f} s)") from error
+            raise StoreFault(f"the store does not answer (nothing within {timeout:.0f} s)", fix=UNREACHED) from error
         except Exception as error:  # each file system raises its own kinds
             raise _fault_of(error) from error
 

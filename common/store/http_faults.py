@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ..words import in_words
-from .network import CERTIFICATES, IN_A_BROWSER, PROXY, proxy_of
+from .network import CERTIFICATES, IN_A_BROWSER, PROXY, UNREACHED, proxy_of
 from .store import STALLED, StoreFault
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def fault_of(error: Exception, url: str) -> StoreFault:
     told = _innermost(error)
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
         within = CONNECT if isinstance(error, requests.ConnectTimeout) else STALLED
-        return StoreFault(f"the server does not answer (nothing for {in_words(within)})")
+        return StoreFault(f"the server does not answer (nothing for {in_words(within)})", fix=UNREACHED)
     if isinstance(error, requests.TooManyRedirects):
         return StoreFault("the server redirects in a circle", passing=False)
     if isinstance(error, requests.exceptions.SSLError):
@@ -51,7 +51,7 @@ def fault_of(error: Exception, url: str) -> StoreFault:
     if isinstance(error, urllib3.exceptions.IncompleteRead | urllib3.exceptions.ProtocolError):
         return StoreFault(f"the connection broke off ({told})")
     if isinstance(error, requests.ConnectionError):
-        return StoreFault(f"no connection to {_host(error, url)}: {told}")
+        return StoreFault(f"no connection to {_host(error, url)}: {told}", fix=UNREACHED)
     if "certificate bundle" in str(error):  # requests found no such file
         return StoreFault(str(error), passing=False, fix=CERTIFICATES)
     return StoreFault(f"the connection failed ({told})")

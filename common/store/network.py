@@ -15,6 +15,10 @@ CERTIFICATES = (
     "where a company's proxy or server has certificates of its own: export REQUESTS_CA_BUNDLE=FILE (SSL_CERT_FILE=FILE "
     "for gs and hf), a .pem file that holds them"
 )
+UNREACHED = (
+    "check the address, and what this machine needs to reach it: a VPN, a proxy (HTTPS_PROXY, HTTP_PROXY for "
+    "http://); then run the same command again"
+)
 ANOTHER_SERVER = "another server or mirror; a proxy between may be at fault"
 IN_A_BROWSER = "open the URL in a browser: it may be the page of a login or of a proxy"
 

@@ -61,13 +61,10 @@ def expand(words: Iterable[str], option: str, *, growing: bool = False) -> list[
         if growing:
             files = [file for file in files if file.remote or file.path.endswith(".tar") or os.path.lexists(file.path)]
         elif not files:
-            raise ShardError(
-                f"no shard matches {shown}",
-                where=option,
-                fix=NO_LIST
-                if is_web(word)
-                else "give the tars that `cogprep encode` wrote, for example --shards out/*.tar",
-            )
+            fix = "give the tars that `cogprep encode` wrote, for example --shards out/*.tar"
+            if option == "--validate-shards":
+                fix = f"`cogprep encode --holdout N` sets samples apart, in out/val/; or leave {option} out"
+            raise ShardError(f"no shard matches {shown}", where=option, fix=NO_LIST if is_web(word) else fix)
         for file in files:
             if file.remote and (file.shown.endswith(".parquet") or file.shown.endswith("/" + EMPTY_CAPTION_FILE)):
                 beside[file.shown] = file

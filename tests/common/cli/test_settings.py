@@ -119,6 +119,13 @@ def test_a_wrong_file_is_named_with_the_key(tmp_path, text, told):
     assert told in str(caught.value) and str(file) in str(caught.value)
 
 
+def test_a_file_that_is_not_there_is_asked_for_by_a_name_that_is(tmp_path):
+    (tmp_path / "mine.toml").touch()
+    with pytest.raises(SettingError, match="No such file") as caught:
+        resolve(Settings, {}, tmp_path / "nine.toml")
+    assert caught.value.fix.startswith(f"did you mean {tmp_path / 'mine.toml'}? --config takes a TOML file")
+
+
 def test_help_shows_every_option_with_its_default():
     text = " ".join(run("--help")[0].output.replace("│", " ").split())
     for word in ("--validate-shards", "[default: 10 epochs]", "[default: 0.0001]", "ddp|zero2"):

@@ -47,6 +47,7 @@ def open_here(tmp_path, make_shards, monkeypatch):
         ({"model": "nothing-like-it"}, "no model", "neither a built-in form", "--model"),
         ({"shards": []}, "--shards is not given", "", "out/*.tar"),
         ({"shards": ["none/*.tar"]}, "no shard matches", "--shards", "out/*.tar"),
+        ({"validate_shards": ["out/val/*.tar"]}, "no shard matches", "--validate-shards", "--holdout N"),
         ({"validate_shards": ["out"]}, "none is left to train on", "out/", "--validate-shards"),
         ({"world": 9}, "9 processes and only 4 samples", "--nproc", "--nproc 4"),
         ({"batch_size": 3, "accumulate": 2}, "a step takes 6 samples", "--batch-size", "smaller"),

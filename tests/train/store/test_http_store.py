@@ -328,6 +328,7 @@ def test_nobody_answers(server, clock, host):
     with pytest.raises(StoreError, match="no connection to") as caught:
         open_shards([f"http://{host}/out/000000.tar?sig=SECRET"])
     assert "SECRET" not in str(caught.value) and clock.now < WITHIN
+    assert "check the address" in caught.value.fix
 
 
 def test_a_run_that_ends_does_not_wait_for_its_readers(server, monkeypatch):
