@@ -6,6 +6,8 @@ two command lines catch these; everything else lets them pass.
 
 from __future__ import annotations
 
+AGAIN = 75  # exit code, "temporary failure" in sysexits.h: nothing is to be mended, the same command goes on
+
 
 class CogError(Exception):
     """Something the user can put right. The command line prints it and exits with 2.

@@ -106,7 +106,8 @@ def _step(job: Job) -> str:
 def _again() -> list[str]:
     return [
         "# 138: stopped by USR1, the time is nearly up. 143: by TERM; if Slurm has noted a time of pre-emption,",
-        "# it was that, and nobody who cancelled the job or stopped the run. 75: a process or a host was lost.",
+        "# it was that, and nobody who cancelled the job or stopped the run. 75: a process or a host was lost,",
+        "# or another one was writing what this job is to write.",
         "# Then the job goes back into the queue, to go on where it was.",
         "again=no",
         '[ "$code" = 138 ] || [ "$code" = 75 ] && again=yes',

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from cogcommon.cli.progress import say
 from cogcommon.cli.terminal import Console
-from cogcommon.errors import DataRootError, SettingError
+from cogcommon.errors import AGAIN, DataRootError, SettingError
 from cogcommon.model.device import (
     visible_gpus,
 )
@@ -24,7 +25,12 @@ from ..store.proof import check_shards_output
 
 
 def run(settings: EncodeSettings) -> None:
-    """The command: encode, report, and say how it went."""
+    """The command: encode, report, and say how it went.
+
+    Raises:
+        CogError: as `encode`; none of the clips can be used; with --strict, some cannot.
+        SystemExit: with `AGAIN`, where shards of this run's were left to another process.
+    """
     try:
         report = encode(settings)
     except KeyboardInterrupt:
@@ -41,6 +47,9 @@ def run(settings: EncodeSettings) -> None:
         )
     if settings.strict and (trouble := report.trouble):
         raise DataRootError(trouble, where=path, fix="mend or remove these lines of the lists, or leave --strict out")
+    # Not under torchrun, which at the first code but 0 stops the processes that still have work.
+    if report.busy and "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(AGAIN)
 
 
 def encode(settings: EncodeSettings) -> Report:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cogcommon.cli.terminal import show_error
-from cogcommon.errors import CogError, RunError
+from cogcommon.errors import AGAIN, CogError, RunError
 
 from . import elastic
 from .connections import Connections
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # has died.
 _Fault = Literal["refused", "failed", "lost", "gone"]
 REFUSED, FAILED = 2, 1  # exit codes, as of any command
-LOST = 75  # as sysexits.h has it: "temporary failure"; the same command goes on
+LOST = AGAIN
 _CODES: dict[str, int] = {"refused": REFUSED, "failed": FAILED, "lost": LOST, "gone": LOST}
 _LOOK = 0.5  # seconds between looks for a peer that has failed
 _SAYING = 10.0  # seconds for process 0 to say why, and to end

@@ -19,6 +19,7 @@ from PIL import Image
 
 from cogcommon.cli.names import tars_in
 from cogcommon.errors import DataRootError, ModelError, SettingError, ShardError
+from cogcommon.files.locks import open_locked
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.families import BY_NAME, Resolution
 from cogcommon.shards.contract import CONTRACT_FILE, EMPTY_CAPTION_FILE, Contract
@@ -169,6 +170,27 @@ def test_nothing_usable_is_an_error(root, tmp_path, capsys):
     with pytest.raises(DataRootError, match="none of the clips"):
         run_command(settings)
     assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_what_another_process_writes_is_not_done(torchrun, encoded_once, settings_of, tmp_path, monkeypatch, capsys):
+    """A shell's && and a job's queue must not take it for done; torchrun would stop whoever still has work."""
+    shutil.copytree(encoded_once / "out", tmp_path / "out")
+    (tmp_path / "out" / "000001.parquet").unlink()
+    settings = settings_of(encoded_once, out=tmp_path / "out")
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with open_locked(tmp_path / "out" / ".000001.tar.tmp"):
+        if torchrun:
+            run_command(settings)
+        else:
+            with pytest.raises(SystemExit) as ended:
+                run_command(settings)
+            assert ended.value.code == 75
+    said = capsys.readouterr().out
+    assert "another process is writing 000001.tar" in said and "not finished yet: 000001.tar" in said
+    run_command(settings)
+    assert (tmp_path / "out" / "000001.parquet").exists() and "not finished" not in capsys.readouterr().out
 
 
 def test_a_changed_setting_never_mixes(run_encode, tmp_path):
