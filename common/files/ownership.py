@@ -24,6 +24,8 @@ LISTS = ("prompts.txt", "videos.txt")  # of a data root
 RECORD_FILE = ".cogtune.json"
 # What systems put into any folder; it makes none somebody's.
 _OF_THE_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "lost+found", ".gitkeep", ".gitignore"})
+# Of files that commands write, each into a folder that `--out` names.
+_SUFFIXES = frozenset({".mp4", ".gif", ".png", ".html", ".safetensors", ".tar", ".parquet"})
 _BEGINNING = 1 << 20  # bytes
 
 
@@ -238,9 +240,15 @@ def check_own_folder(folder: Path, by: str, option: str) -> Made | None:
     """The record of a folder that a command may write to; None where it is new or empty. Nothing is written.
 
     Raises:
-        SettingError: it is a data root, a file, or somebody's.
+        SettingError: it is a data root, a file, or somebody's; or it is new, and called like a file.
     """
     refuse_data_root(folder, option)
+    if folder.suffix.lower() in _SUFFIXES and not os.path.lexists(folder):
+        raise SettingError(
+            f"this is the name of a file, and {option} names a folder",
+            where=f"{option} {folder}",
+            fix=f"{option} {folder.with_suffix('')}, in which files get names of their own",
+        )
     if os.path.lexists(folder) and not folder.is_dir():
         raise SettingError("this is no folder", where=f"{option} {folder}", fix=f"{option} with a new folder")
     made = Made.read(folder)

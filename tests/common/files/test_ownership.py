@@ -44,6 +44,14 @@ def test_a_folder_is_new_empty_or_ours(tmp_path):
         take(tmp_path / "theirs" / "notes.txt")
 
 
+def test_a_new_folder_is_not_called_like_a_file(tmp_path):
+    with pytest.raises(SettingError, match="the name of a file, and --out names a folder") as caught:
+        take(tmp_path / "run.v2.mp4")
+    assert caught.value.fix.startswith(f"--out {tmp_path / 'run.v2'},") and not names(tmp_path)
+    (tmp_path / "old.mp4").mkdir()
+    assert take(tmp_path / "old.mp4") and take(tmp_path / "run.v2")  # one that is there may be called anything
+
+
 @pytest.mark.parametrize("name", ["prompts.txt", "videos.txt"])
 def test_a_data_root_is_no_output_even_if_it_was_one(tmp_path, name):
     take(tmp_path)
