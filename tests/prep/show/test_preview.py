@@ -209,7 +209,7 @@ def test_clean_cache_all_removes_the_pages(out):
 
 
 def test_a_folder_that_takes_no_pages_is_one_message(out):
-    with pytest.raises(DiskError, match="a part of the path is a file") as caught:
+    with pytest.raises(DiskError, match="this is a file, not a folder") as caught:
         run(PreviewSettings(out=out, samples=1, to=out / "contract.json" / "pages"))
     assert "name another folder" in caught.value.fix
 
