@@ -20,6 +20,11 @@ _OPTIONS = {
 _MOST_STARTS = 100  # a job that never gets as far as its first checkpoint must end some time
 
 
+def tasks_of_a_host(counts: str) -> int:
+    """The largest number of tasks on a host in Slurm's list (``8(x2),4`` is 8). They share the host's memory."""
+    return max(int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?", counts))
+
+
 def render(job: Job) -> str:
     """The script: options of sbatch, each group with what it is for, then the command."""
     settings = job.settings

@@ -52,15 +52,14 @@ def local_rank(environment: Mapping[str, str]) -> int:
 
 
 def local_count(environment: Mapping[str, str]) -> int:
-    """How many processes of ours share this host, as the launcher says; 1 without one.
+    """How many processes of ours share this host, as the launcher says; 1 without one."""
+    if (said := environment.get("LOCAL_WORLD_SIZE", "")).isdigit():
+        return max(1, int(said))
+    if "SLURM_STEP_ID" in environment and (counts := environment.get("SLURM_STEP_TASKS_PER_NODE")):
+        from cogcommon.jobs.slurm import tasks_of_a_host
 
-    Slurm says ``4(x2),3``: of the first hosts; they have as many as any other, or one more.
-    """
-    said = environment.get("LOCAL_WORLD_SIZE", "")
-    if not said and "SLURM_STEP_ID" in environment:
-        said = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
-    match = re.match(r"[1-9]\d*", said)
-    return int(match[0]) if match else 1
+        return tasks_of_a_host(counts)
+    return 1
 
 
 def choose_slice(worker: str | None, environment: Mapping[str, str]) -> Slice:

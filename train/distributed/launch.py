@@ -37,10 +37,12 @@ def join_environment() -> bool:
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
     step = os.environ["SLURM_STEP_ID"]
     job = int(os.environ.get("SLURM_JOB_ID", "0")) + 97 * int(step if step.isdecimal() else 0)  # a job may run two
+    from cogcommon.jobs.slurm import tasks_of_a_host
+
     first, count = _SLURM_PORTS
     os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=str(tasks))
     os.environ.setdefault("LOCAL_RANK", str(_gpu_of_task(int(os.environ.get("SLURM_LOCALID", "0")))))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(tasks_of_a_host(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))))
     os.environ.setdefault("MASTER_ADDR", first_host(nodes))
     os.environ.setdefault("MASTER_PORT", str(first + job % count))
     return True
@@ -51,11 +53,6 @@ def _gpu_of_task(task: int) -> int:
     from cogcommon.model.device import visible_gpus
 
     return task % max(1, visible_gpus())
-
-
-def _tasks_here(counts: str) -> int:
-    """The largest number of tasks on a host in SLURM's list (``8(x2),4`` is 8). They share the host's memory."""
-    return max(int(number) for number in re.findall(r"(\d+)(?:\(x\d+\))?", counts))
 
 
 def first_host(nodes: str) -> str:
