@@ -158,10 +158,10 @@ def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) ->
         for number in sorted({number for number, _ in _shard_files(folder)}):
             # A writer locks its temporary tar, and between renaming it and the record the tar itself.
             tar = folder / tar_name(number)
-            lockable = [folder / temporary_name(number), *filter(is_file, [tar])]
-            if refused := [path for path in lockable if not may_lock(path)]:
+            held = [*filter(locked_elsewhere, [folder / temporary_name(number), *filter(is_file, [tar])])]
+            if refused := [path for path in held if not may_lock(path)]:
                 say(f"no permission: {refused[0]}; its shard stays until you may read and write it (`ls -l`, `chmod`)")
-            elif not any(map(locked_elsewhere, lockable)):
+            elif not held:
                 of_shards += _of_shard(folder, split, number, everything)
     yield from of_shards
     stay = is_at_work(out) or _any_shard_left(out, {removal.path for removal in of_shards})
