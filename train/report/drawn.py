@@ -35,9 +35,8 @@ class Drawn:
     otherwise: str = ""
 
 
-def asked_of(folder: Path) -> Mapping[str, Any]:
+def asked_of(made: Made | None) -> Mapping[str, Any]:
     """All that the videos of a folder depend on, as `generate` and `compare` record it; empty where nothing is."""
-    made = Made.read(folder)
     try:
         return parse_object(made.request) if made else {}
     except ValueError:
@@ -52,7 +51,8 @@ def drawn_with(run: RecordedRun, step: int) -> list[Drawn]:
     """
     kept, generated = kept_weights(run), []
     for video in sorted((run.folder / GENERATED).glob("*/tuned.mp4")):
-        asked, made = asked_of(video.parent), Made.read(video.parent)
+        made = Made.read(video.parent)
+        asked = asked_of(made)
         as_trained = asked.get("model") == run.facts.model and "strengths" not in asked
         if made and made.owns(video.name) and "prompt" in asked and as_trained and _found(kept, asked) == step:
             generated.append(Drawn(str(asked["prompt"]), video, _otherwise(run, asked)))
@@ -77,7 +77,7 @@ def trained_step(kept: Mapping[tuple[str, ...], int], folder: Path) -> int | Non
     Args:
         kept: `kept_weights`, for videos that are older than this entry of their record.
     """
-    asked = asked_of(folder)
+    asked = asked_of(Made.read(folder))
     step = asked.get("step")
     return step if isinstance(step, int) else _found(kept, asked)
 

@@ -274,7 +274,7 @@ def _prompt(folder: Path) -> str:
     """Of a folder of generated videos, and whether the command was stopped before it had written all of it."""
     made = Made.read(folder)
     half = " (not finished)" * bool(made and SHEET_FILE not in made.files)
-    return str(asked_of(folder).get("prompt", folder.name)) + half
+    return str(asked_of(made).get("prompt", folder.name)) + half
 
 
 def _label(path: Path) -> str:
