@@ -103,7 +103,7 @@ def run(settings: CompareSettings) -> None:
     cells = [Cell(0), *(cell for row in rows for cell in row if cell and cell.step)]
     trained_on = recorded.facts
     checkpoint = open_base(settings.model, trained_on.model, trained_on.revision, settings.run, trained_on.family)
-    tuned = Tuned(checkpoint, (), None, recorded.facts.sizes)
+    tuned = Tuned(checkpoint, (), None, trained_on.sizes, id_token=trained_on.id_token)
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
@@ -111,7 +111,7 @@ def run(settings: CompareSettings) -> None:
     prompts = settings.prompt or (read_prompts(*watched_by, "--validate-prompt") if any(watched_by) else [])
     asked = list(_asked(dataclasses.replace(settings, prompt=prompts), tuned, cells, precision, fps))
     console = Console(stderr=settings.json)
-    for note in generate.cut_texts([one.request for one in asked], checkpoint):
+    for note in generate.notes_on([one.request for one in asked], tuned):
         console.print(f"note: {note}", soft_wrap=True)
 
     quiet_libraries()

@@ -13,10 +13,9 @@ from pathlib import Path
 from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
-from cogcommon.errors import RunError, SettingError
+from cogcommon.errors import SettingError
 from cogcommon.files.ownership import state_of
 from cogcommon.libraries import quiet_libraries
-from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import default_precision, dtype_of, pick_device
 from cogcommon.model.families import Resolution
 from cogcommon.words import counted
@@ -29,12 +28,12 @@ from ..data.prompts import (
     read_prompts,
     shortened,
     size_of,
-)  # fmt: skip
+)
 from ..report.renew import renew_report
 from ..report.sheet import Column, side_by_side
 from ..report.videos import SHEET, VideoFolder, file_name
 from ..runs.checkpoint import run_and_checkpoint
-from ..runs.folder import GENERATED, SHEET_FILE, run_facts
+from ..runs.folder import GENERATED, SHEET_FILE
 from ..runs.mirror.restore import local_run
 from ..settings.results import GenerateSettings
 from ..validation.pipeline import Request, generate_video, load_pipeline, move_pipeline, step_bytes, to_base
@@ -64,7 +63,7 @@ def run(settings: GenerateSettings) -> None:
     ]
     console = Console(stderr=settings.json)
     first = requests[0]
-    for note in [*cut_texts(requests, checkpoint), *_without_token(settings.run, requests)]:
+    for note in notes_on(requests, tuned):
         console.print(f"note: {note}", soft_wrap=True)
 
     quiet_libraries()
@@ -168,20 +167,13 @@ def _stopped(answers: list[_Answer]) -> str:
     return f"{'; '.join(said)}; run the same command again to have the rest"
 
 
-def cut_texts(requests: list[Request], checkpoint: Checkpoint) -> Iterator[str]:
-    """What to know of prompts that are longer than the model reads."""
+def notes_on(requests: Sequence[Request], tuned: Tuned) -> Iterator[str]:
+    """What to know of prompts that are longer than the model reads, or lack the word that stood before the captions of
+    the run (`cogprep encode --id-token`)."""
     texts = [(shortened(request.prompt), request.prompt) for request in requests]
-    return cut_notes([*texts, ("the negative prompt", requests[0].negative_prompt)], checkpoint)
-
-
-def _without_token(run: Path | None, requests: Sequence[Request]) -> Iterator[str]:
-    """Of prompts that lack the word which the captions of the run began with (`cogprep encode --id-token`)."""
-    try:
-        token = run_facts(run).id_token if run else ""
-    except RunError:  # weights and settings alone
-        return
-    if lacking := lacking_token([request.prompt for request in requests], token):
-        yield f"{run} was trained with {token!r} in front of its captions; {lacking} does not have it"
+    yield from cut_notes([*texts, ("the negative prompt", requests[0].negative_prompt)], tuned.checkpoint)
+    if lacking := lacking_token([request.prompt for request in requests], tuned.id_token):
+        yield f"the run was trained with {tuned.id_token!r} in front of its captions; {lacking} does not have it"
 
 
 def requests_of(settings: GenerateSettings, tuned: Tuned) -> list[Request]:

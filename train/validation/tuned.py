@@ -42,6 +42,7 @@ class Tuned:
     sizes: Sequence[Resolution]  # the run's, that of its most samples first; else the checkpoint's own
     method: Method | None = None  # of the run, where a checkpoint-N of it stands for the LoRA file or the transformer
     step: int | None = None  # of the run's training, after which it had these weights; None: not known
+    id_token: str = ""  # that stood before the captions of the run
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.loras)) or str(self.transformer_folder)
@@ -120,7 +121,8 @@ def find_tuned(
         )
     checkpoint = open_base(model, trained or "", revision, said_by or Path(), facts.family if facts else None)
     trained_at = facts.sizes if facts else [checkpoint.native]
-    return Tuned(checkpoint, applied, None if applied else transformer, trained_at, method, step)
+    token = facts.id_token if facts else ""
+    return Tuned(checkpoint, applied, None if applied else transformer, trained_at, method, step, token)
 
 
 def _not_exported(run: Path) -> RunError:

@@ -1,5 +1,6 @@
 """generate: tuned and base video of one seed, for all five forms, from a run, a file or a folder."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -94,13 +95,15 @@ def test_a_run_is_drawn_on_the_revision_that_it_was_trained_on(recorded_run, mon
 
 
 def test_a_prompt_without_the_word_that_its_run_was_trained_with_is_told(recorded_run):
-    asked = [SimpleNamespace(prompt=prompt) for prompt in ("sks runs", "a dog", "a cat")]
-    assert list(generate._without_token(recorded_run, asked)) == []
+    (recorded_run / lora.FILE).write_bytes(b"a LoRA")
+    asked = [SimpleNamespace(prompt=prompt, negative_prompt="") for prompt in ("sks runs", "a dog", "a cat")]
+    assert list(generate.notes_on(asked, find_tuned(recorded_run, [], None, "tiny"))) == []
     facts = json.loads((recorded_run / FACTS_FILE).read_text())
     (recorded_run / FACTS_FILE).write_text(json.dumps(facts | {"id_token": "sks"}))
-    (note,) = generate._without_token(recorded_run, asked)
+    tuned = find_tuned(recorded_run, [], None, "tiny")
+    (note,) = generate.notes_on(asked, tuned)
     assert "'sks' in front of its captions" in note and '"a dog" and 1 more' in note
-    assert list(generate._without_token(None, asked)) == []
+    assert list(generate.notes_on(asked, dataclasses.replace(tuned, id_token=""))) == []
 
 
 def test_the_base_video_is_the_base_models_and_the_seed_alone_decides(make_run, monkeypatch):
