@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HEAD_DIM = 64  # of every published CogVideoX
 _FARTHEST = 0.05  # from fp32; bf16 is off by less than 0.02 here
 INSTALL_FLASH4 = "pip install 'cogtune[attention]'"
+_MEND_FLASH4 = "pip install --upgrade 'flash-attn-4[cu13]' nvidia-cutlass-dsl quack-kernels apache-tvm-ffi"
 
 
 def _facts(device: torch.device) -> Mapping[str, str]:
@@ -38,13 +40,18 @@ def forget_trials(device: torch.device) -> None:
 @lru_cache
 def compiler_fault(device: torch.device) -> str | None:
     """Why torch.compile does not work on the device; None if it does."""
+    return _fault("compiler", device, lambda: _compiler_fault(device))
+
+
+def _fault(what: str, device: torch.device, trial: Callable[[], str | None]) -> str | None:
+    """What a trial finds wrong, if anything; it is not made where it has found nothing before."""
     faults: list[str] = []
 
-    def trial() -> str:
-        faults.extend(filter(None, [_compiler_fault(device)]))
+    def word() -> str:
+        faults.extend(filter(None, [trial()]))
         return "" if faults else "works"
 
-    recalled("compiler", _facts(device), trial)
+    recalled(what, _facts(device), word)
     return faults[0] if faults else None
 
 
@@ -88,27 +95,26 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, compiling: bool) 
         return "torch"
     if found := _fastest_attention(device, dtype, compiling):
         return found
-    return "flash" if kernel_works("flash", device, dtype, compiling) else "torch"
+    return "torch" if kernel_fault("flash", device, dtype, compiling) else "flash"
 
 
 def _fastest_attention(device: torch.device, dtype: torch.dtype, compiling: bool) -> Kernel | None:
     """Of those that are fast; None if none of them works."""
     candidates: tuple[Kernel, ...] = ("flash4", "cudnn") if flash4_is_there() else ("cudnn",)
-    facts, how = _facts(device), f"in {dtype}{', compiled' * compiling}"
-
-    def works(kernel: Kernel) -> bool:
-        return bool(
-            recalled(f"{kernel} {how}", facts, lambda: "works" * kernel_works(kernel, device, dtype, compiling))
-        )
 
     def fastest() -> Kernel:
         times: dict[Kernel, float] = {kernel: _milliseconds(kernel, device, dtype) for kernel in working}
         return min(times, key=times.__getitem__)
 
-    working = [kernel for kernel in candidates if works(kernel)]
+    working = [kernel for kernel in candidates if not kernel_fault(kernel, device, dtype, compiling)]
     if len(working) < 2:
         return working[0] if working else None
-    return cast(Kernel, recalled(f"the fastest of {', '.join(working)} {how}", facts, fastest))
+    what = f"the fastest of {', '.join(working)} {_how(dtype, compiling)}"
+    return cast(Kernel, recalled(what, _facts(device), fastest))
+
+
+def _how(dtype: torch.dtype, compiling: bool) -> str:
+    return f"in {dtype}{', compiled' * compiling}"
 
 
 def flash4_is_there() -> bool:
@@ -124,6 +130,27 @@ def can_have_flash4(device: torch.device) -> bool:
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why FlashAttention 4 is not used where the GPU could have it, and what to type."""
+
+    why: str
+    fix: str
+
+
+def missing_flash4(device: torch.device, dtype: torch.dtype, compiling: bool) -> Missing | None:
+    """None: it works, or the GPU has no use for it."""
+    import torch
+
+    if not can_have_flash4(device) or dtype == torch.float32:
+        return None
+    if not flash4_is_there():
+        return Missing("is not installed", INSTALL_FLASH4)
+    if fault := kernel_fault("flash4", device, dtype, compiling):
+        return Missing(f"is installed and does not work here ({fault})", _MEND_FLASH4)
+    return None
 
 
 def _milliseconds(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:
@@ -147,8 +174,15 @@ def _milliseconds(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> f
     return min(took[1:])
 
 
-def kernel_works(kernel: Kernel, device: torch.device, dtype: torch.dtype, compiling: bool) -> bool:
-    """Whether a kernel answers, and rightly, with its output kept and, it may be, compiled."""
+@lru_cache
+def kernel_fault(kernel: Kernel, device: torch.device, dtype: torch.dtype, compiling: bool) -> str | None:
+    """Why an attention kernel cannot be used on the device; None if it can."""
+    what = f"{kernel} {_how(dtype, compiling)}"
+    return _fault(what, device, lambda: _kernel_fault(kernel, device, dtype, compiling))
+
+
+def _kernel_fault(kernel: Kernel, device: torch.device, dtype: torch.dtype, compiling: bool) -> str | None:
+    """Why it gives no answer or a wrong one, with its output kept and, it may be, compiled."""
     import torch
     import torch.nn.functional as F
 
@@ -167,12 +201,13 @@ def kernel_works(kernel: Kernel, device: torch.device, dtype: torch.dtype, compi
         try:
             answer = function(*half)
             answer.float().square().sum().backward()  # type: ignore[attr-defined]
-        except Exception:  # refusals, and whatever the compilers raise
-            return False
+        except Exception as error:  # refusals, and whatever the compilers raise
+            return in_one_line(error)
         expected = F.scaled_dot_product_attention(exact[0], exact[1], exact[2])
         expected.square().sum().backward()
     pairs = [(answer, expected), *((mine.grad, theirs.grad) for mine, theirs in zip(half, exact, strict=True))]
-    return all(float((mine.detach().float() - theirs.detach()).abs().max()) < _FARTHEST for mine, theirs in pairs)  # type: ignore
+    off = (float((mine.detach().float() - theirs.detach()).abs().max()) for mine, theirs in pairs)  # type: ignore
+    return next((f"it is off by {far:.2g}" for far in off if not far < _FARTHEST), None)
 
 
 @lru_cache

@@ -22,7 +22,7 @@ from cogcommon.model.families import FAMILIES
 from cogcommon.model.hub import is_reached
 from cogcommon.words import GIB, counted, in_bytes, in_gib
 
-from ..blocks.trial import INSTALL_FLASH4, can_have_flash4, compiler_fault, flash4_is_there, forget_trials
+from ..blocks.trial import can_have_flash4, compiler_fault, forget_trials, missing_flash4
 from ..memory.cost import PRODUCTS
 from ..memory.link import timed_speed
 from ..memory.measured import measured
@@ -161,11 +161,15 @@ def _attention(device: torch.device) -> Iterator[Diagnosis]:
     """FlashAttention 4, where the GPU can have it."""
     if not can_have_flash4(device):
         return
-    if flash4_is_there():
-        yield Diagnosis("attention", "FlashAttention 4 is installed")
+    import torch
+
+    missing = missing_flash4(device, torch.bfloat16, compiler_fault(device) is None)
+    if missing is None:
+        yield Diagnosis("attention", "FlashAttention 4 works")
         return
     gains = ", ".join(f"{name} {slow:.2f} to {fast:.2f} s" for name, slow, fast in flash4_gains())
-    yield Diagnosis("attention", "cuDNN's", "note", f"{INSTALL_FLASH4} is faster; steps on an H200: {gains}")
+    advice = f"{missing.fix} is faster; steps on an H200: {gains}"
+    yield Diagnosis("attention", f"cuDNN's: FlashAttention 4 {missing.why}", "note", advice)
 
 
 def flash4_gains() -> list[tuple[str, float, float]]:

@@ -11,7 +11,7 @@ from cogcommon.words import in_gib
 from ..blocks.engine import BlockEngine
 from ..blocks.load import Load
 from ..blocks.plan import BlockPlan, choose_plan, fits
-from ..blocks.trial import INSTALL_FLASH4, can_have_flash4, compiler_fault, flash4_is_there, no_compiler
+from ..blocks.trial import Missing, compiler_fault, missing_flash4, no_compiler
 from ..distributed import zero
 from .cost import Speed, plan_cost
 from .estimate import host_needs
@@ -68,8 +68,8 @@ def install(
             f"memory {run.settings.memory}: {plan}, attention by {names[engine.kernel]}; "
             f"about {in_gib(plan.peak(load))} of {in_gib(free)} free{link}"
         )
-        if can_have_flash4(runtime.device) and not flash4_is_there():
-            log.say(flash4_note(run, load, plan, room.speed))
+        if missing := missing_flash4(runtime.device, runtime.dtype, plan.compiled):
+            log.say(flash4_note(run, load, plan, room.speed, missing))
     else:
         takes = needs.at_most(plan, room.together)
         log.say(f"memory {memory}: {plan}; about {in_gib(takes)} of {in_gib(room.host)} of host memory")
@@ -97,15 +97,15 @@ def notes(plan: BlockPlan, wanted: BlockPlan, load: Load, *, free: int, host_fre
     return said
 
 
-def flash4_note(run: Run, load: Load, plan: BlockPlan, speed: Speed | None) -> str:
-    """What FlashAttention 4 would bring where it is not installed; seconds where its rate was measured, on Hopper."""
+def flash4_note(run: Run, load: Load, plan: BlockPlan, speed: Speed | None, missing: Missing) -> str:
+    """What FlashAttention 4 would bring where it is not used; seconds where its rate was measured, on Hopper."""
     import torch
 
     brings = "may be faster"
     if speed and plan.compiled and torch.cuda.get_device_capability()[0] == 9:
         now, then = (plan_cost(run, load, speed, kernel)(plan) for kernel in ("cudnn", "flash4"))
         brings = f"would save about {(now - then) * run.settings.accumulate:.2f} s a step"
-    return f"note: FlashAttention 4 is not installed, and {brings}: {INSTALL_FLASH4}"
+    return f"note: FlashAttention 4 {missing.why}, and {brings}: {missing.fix}"
 
 
 def no_room(plan: BlockPlan, load: Load, *, free: int, host_free: int) -> RunError:

@@ -1,6 +1,7 @@
 """FlashAttention 4 as an operation: its gradients, what the compiler is told, and where it is taken."""
 
 import importlib
+import re
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from cogtrain.blocks import trial
 from cogtrain.blocks.attention import attend
 from cogtrain.blocks.flash4 import flash4, flash4_backward
+from cogtrain.commands import doctor
 
 GPU = torch.device("cuda")
 
@@ -52,7 +54,7 @@ def test_the_fastest_that_works_is_taken(monkeypatch, there, works, times, taken
     monkeypatch.setattr(trial, "flash4_is_there", lambda: there)
     monkeypatch.setattr(trial, "_facts", lambda device: {})
     tried = []
-    monkeypatch.setattr(trial, "kernel_works", lambda kernel, *_: tried.append(kernel) or kernel in works)
+    monkeypatch.setattr(trial, "kernel_fault", lambda kernel, *_: tried.append(kernel) or kernel not in works)
     monkeypatch.setattr(trial, "_milliseconds", lambda kernel, *_: times[kernel])
     assert trial.attention_kernel.__wrapped__(GPU, torch.bfloat16, True) == taken
     assert ("flash" in tried) == (taken in ("flash", "torch"))  # a trial takes seconds
@@ -82,7 +84,9 @@ def choice(monkeypatch, tmp_path):
     def start(works, there=True):
         tried = []
         monkeypatch.setattr(trial, "flash4_is_there", lambda: there)
-        monkeypatch.setattr(trial, "kernel_works", lambda kernel, *_: tried.append(kernel) or kernel in works)
+        trial.kernel_fault.cache_clear()  # as a new process
+        fault = lambda kernel, *_: tried.append(kernel) or (None if kernel in works else "no room")  # noqa: E731
+        monkeypatch.setattr(trial, "_kernel_fault", fault)
         return trial.attention_kernel.__wrapped__(GPU, torch.bfloat16, True), tried
 
     return start
@@ -104,11 +108,42 @@ def test_what_failed_is_tried_at_the_next_start(choice):
     assert choice(set()) == ("flash4", [])
 
 
+@pytest.mark.parametrize(
+    ("there", "fault", "capability", "why", "fix"),
+    [
+        (False, None, 9, "is not installed", "cogtune[attention]"),
+        (True, "ImportError: libtvm_ffi.so", 9, "does not work here (ImportError: libtvm_ffi.so)", "--upgrade"),
+        (True, None, 10, None, None),
+        (False, None, 8, None, None),
+    ],
+)
+def test_why_it_is_not_used_is_told_where_the_gpu_could_have_it(monkeypatch, there, fault, capability, why, fix):
+    """A package without one of its libraries cost an hour of measuring with cuDNN's attention, and nothing said so."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
+    monkeypatch.setattr(trial, "flash4_is_there", lambda: there)
+    monkeypatch.setattr(trial, "kernel_fault", lambda *_: fault)
+    monkeypatch.setattr(doctor, "compiler_fault", lambda *_: None)
+    assert trial.missing_flash4(GPU, torch.float32, True) is None
+    missing = trial.missing_flash4(GPU, torch.bfloat16, True)
+    assert (missing is None) == (why is None)
+    if missing:
+        assert why in missing.why and fix in missing.fix
+    found = list(doctor._attention(GPU))
+    assert [finding.verdict for finding in found] == ([] if capability == 8 else ["note" if why else "good"])
+    assert not why or why in found[0].found
+
+
+def test_a_kernel_that_fails_says_how():
+    """A GPU's, on a CPU: FlashAttention 4's own libraries are not here."""
+    fault = trial._kernel_fault("cudnn", torch.device("cpu"), torch.bfloat16, False)
+    assert fault and re.match(r"\w+(Error|Exception): ", fault)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not trial.flash4_is_there(), reason="needs flash-attn-4")
 @pytest.mark.parametrize("compiling", [False, True])
 def test_it_works_on_this_gpu(compiling):
-    assert trial.kernel_works("flash4", GPU, torch.bfloat16, compiling)
+    assert trial._kernel_fault("flash4", GPU, torch.bfloat16, compiling) is None
     times = {kernel: trial._milliseconds(kernel, GPU, torch.bfloat16) for kernel in ("flash4", "cudnn", "flash")}
     print("milliseconds:", times)
     assert times["flash4"] < times["flash"]

@@ -10,6 +10,7 @@ import torch
 from cogcommon.model.families import BY_NAME
 from cogtrain.blocks.load import Load
 from cogtrain.blocks.plan import BlockPlan, choose_plan, fits, ladder
+from cogtrain.blocks.trial import Missing
 from cogtrain.memory.install import flash4_note, notes
 from cogtrain.memory.seconds import H200
 from workshop.bench_train.subject import random_checkpoint
@@ -162,7 +163,8 @@ def test_what_flash_attention_4_would_save_is_said_of_what_was_measured(monkeypa
     """Of an H200's 2.04 s (cuDNN) and 1.73, twice, for a step accumulates two batches; of Blackwell no seconds."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
     run = SimpleNamespace(method=SimpleNamespace(full=False), settings=SimpleNamespace(accumulate=2))
-    note = flash4_note(run, load_of("5b"), plan_for("fast", "5b", 139, compiled=compiled), H200)
-    assert note.startswith("note: FlashAttention 4 is not installed, and ") and "cogtune[attention]" in note
+    missing = Missing("is not installed", "pip install it")
+    note = flash4_note(run, load_of("5b"), plan_for("fast", "5b", 139, compiled=compiled), H200, missing)
+    assert note.startswith("note: FlashAttention 4 is not installed, and ") and note.endswith(": pip install it")
     saved = re.search(r"would save about (.*) s a step", note)
     assert (float(saved[1]) == pytest.approx(2 * (2.04 - 1.73), rel=0.15)) if says else saved is None
