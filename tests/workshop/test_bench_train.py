@@ -104,6 +104,7 @@ def test_what_was_measured_on_a_gpu_is_kept_once(tmp_path, monkeypatch):
         "compile_s": 9.0, "losses": [2.0, 1.5], "versions": {"torch": "2.11"},
     }  # fmt: skip
     lines = [row, row, row | {"small": True}, row | {"gpu": "CPU"}, {"small": False, "failed": "exit 1"}]
+    lines.append(row | {"row": "07/reference", "kind": "reference", "all_s": [5.6, 6.7, 1.6], "steps": 2})
     lines.append(row | {"row": "09/reference", "kind": "reference"})
     (tmp_path / "bench.jsonl").write_text("\n".join(map(json.dumps, lines)))
     added = []
@@ -231,6 +232,8 @@ def test_a_check_says_by_how_much_a_row_has_moved(as_known, capsys):
     slow = dataclasses.asdict(row) | {"row": "5b/fast", "failed": "exit 1: no memory"}
     assert bench._worse([row, row], [slow]) and capsys.readouterr().out == "failed: 5b/fast\nnot reached: 5b/fast\n"
     assert records.compared_table([slow]).endswith("| 5b/fast | exit 1: no memory |")
+    worse, said, line = check(all_s=[9.0, 1.9, 3.0, 2.0], steps=3)  # the second step under ZeRO-3, say
+    assert "5b/fast" in said and "not settled: its steps took 1.90 to 3.00 s" in line
 
 
 def test_losses_of_the_same_random_weights_are_compared_with_what_they_were(as_known, monkeypatch):

@@ -14,11 +14,12 @@ from cogtrain.memory.measured import REFERENCE, SAME, Measured, add_measured_run
 from .achieved import achieved
 from .hardware import computed_for
 
+_UNSETTLED = 1.1  # a counted step by another: 1.06 at most where a run had settled, 1.35 and more where it had not
 NOISE = 0.03  # between two leases of one kind of GPU: 1.6% at most so far
 
 
 def add_measured(file: Path, commit: str | None = None) -> int:
-    """Add the rows of a bench.jsonl that were measured on a GPU, at true shape and to their end.
+    """Add the rows of a bench.jsonl that were measured on a GPU, at true shape and to their end, and had settled.
 
     Args:
         commit: of the code that was measured, where the file does not say; by default this checkout's.
@@ -30,7 +31,7 @@ def add_measured(file: Path, commit: str | None = None) -> int:
     new = 0
     for line in file.read_text(encoding="utf-8").splitlines():
         result = json.loads(line)
-        if not _comparable(result):
+        if _unusable(result):
             continue
         run = _measured(result, commit)
         if _what(run) not in known:
@@ -76,8 +77,8 @@ class Compared:
 
 
 def compared(result: Mapping[str, Any]) -> Compared | None:
-    """A result beside what is known; None where it is of another shape or no GPU, or has no seconds."""
-    if not _comparable(result):
+    """A result beside what is known; None where it is no figure to compare."""
+    if _unusable(result):
         return None
     run = _measured(result)
     planned = computed_for(run)[1] if run.memory != REFERENCE else None
@@ -98,7 +99,7 @@ def compared_table(results: Iterable[Mapping[str, Any]]) -> str:
         if found := compared(result):
             lines.append(str(found))
         elif result["kind"] != "numerics":
-            lines.append(f"| {result['row']} | {result.get('failed', 'not of a true shape, or not on a GPU')} |")
+            lines.append(f"| {result['row']} | {_unusable(result)} |")
     return "\n".join(lines)
 
 
@@ -106,10 +107,16 @@ def _off(now: float, then: float) -> str:
     return f"{now / then - 1:+.1%}"
 
 
-def _comparable(result: Mapping[str, Any]) -> bool:
-    """Whether it was measured to its end, on a GPU, at the model's true shape."""
-    true_shape = not result["small"] and not result.get("layers")
-    return true_shape and result.get("gpu", "CPU") != "CPU" and "s_per_step" in result
+def _unusable(result: Mapping[str, Any]) -> str | None:
+    """Why a result is no figure to keep or to compare: nothing was measured, or not what a user's run would take."""
+    if "s_per_step" not in result:
+        return str(result.get("failed", "not measured"))
+    if result["small"] or result.get("layers") or result.get("gpu", "CPU") == "CPU":
+        return "not of a true shape, or not on a GPU"
+    counted = result.get("all_s", [])[-result["steps"] :]
+    if counted and max(counted) > _UNSETTLED * min(counted):
+        return f"not settled: its steps took {min(counted):.2f} to {max(counted):.2f} s; --plain-steps or --steps more"
+    return None
 
 
 def _what(run: Measured) -> tuple[Any, ...]:

@@ -74,15 +74,10 @@ class BenchRow:
 
     @property
     def on_host(self) -> bool:
-        """Whether the host computes, too, or the GPU waits for it, as in a plain loop's step under ZeRO-3.
-
-        Such a row would be slowed by whatever is prepared there.
-        """
+        """Whether the host computes, too, and would be slowed by whatever is prepared there."""
         settings = self.settings
         small = settings.memory == "low" or self.within_gib is not None
-        strategy = STRATEGIES[settings.strategy] if settings.strategy != "auto" else None
-        busy = strategy is not None and (strategy.offloads or strategy.stage == 3)
-        return busy or (self.rank is None and small)
+        return (settings.strategy != "auto" and STRATEGIES[settings.strategy].offloads) or (self.rank is None and small)
 
     @property
     def command(self) -> str:
