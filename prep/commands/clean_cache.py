@@ -1,19 +1,13 @@
-"""`cogprep clean-cache`: remove what an output folder no longer needs, and nothing else.
+"""`cogprep clean-cache`: remove what an output folder no longer needs (`plan.removals`), and nothing else.
 
-What goes: what a killed run left half-written, tars and records without their
-other half, samples that the data root no longer has, and with --all everything
-that was derived. Only what `cogprep.store.proof` proves to be ours is ever touched, and
-never a file that a live process writes. All of it is looked at twice: for the list,
-and, under its lock, at the moment it goes, for a question may stand for days.
+All of it is looked at twice: for the list, and, under its lock, when it goes, for a question may stand for days.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from cogcommon.cli.names import json_text
@@ -21,57 +15,19 @@ from cogcommon.cli.progress import paused, stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError
 from cogcommon.files.atomic import TEMPORARY
-from cogcommon.files.locks import locked_elsewhere, may_lock, remove_unless_held
-from cogcommon.files.ownership import RECORD_FILE, is_file, is_folder, refuse_data_root
-from cogcommon.shards.records import SampleRow, number_in_record, read_table, record_name, shard_number, tar_name
+from cogcommon.files.locks import remove_unless_held
+from cogcommon.files.ownership import is_folder, refuse_data_root
+from cogcommon.shards.records import SampleRow
 from cogcommon.words import counted, in_bytes
 
-from ..plan.folder import SPLITS, Split, records_in, split_folder
+from ..plan.folder import Split, split_folder
+from ..plan.removals import Removal, any_shard_left, beside_shards, find_removals, folders_of, of_shard
 from ..plan.stale import Wanted
 from ..settings.shards import CleanSettings
-from ..store.extents import holds_samples
-from ..store.locks import (
-    ShardBusy,
-    is_at_work,
-    is_lock_of_removing,
-    lock_shard,
-    removing,
-    shard_disk_errors,
-    temporary_name,
-)
+from ..store.locks import ShardBusy, is_lock_of_removing, lock_shard, removing, shard_disk_errors, temporary_name
 from ..store.outlet import Outlet, open_image
-from ..store.proof import (
-    A_PREVIEW,
-    OF_THE_SHARDS,
-    PREVIEW,
-    SHARD_TEMPORARY,
-    SURVEY,
-    is_ours,
-    is_output,
-    preview_record,
-)
+from ..store.proof import PREVIEW, SURVEY, is_output
 from ..store.rewrite import drop_samples, finish_rewrites
-
-
-@dataclass(frozen=True)
-class Removal:
-    """One thing to remove: a file, or samples of a shard."""
-
-    path: Path
-    why: str
-    size: int  # bytes that it frees
-    state: tuple[int, int]  # inode and time of change: what was listed is what goes
-    shard: tuple[Split, int] | None = None  # that it belongs to
-    gone: frozenset[str] = frozenset()  # keys of samples to take out; the rest of the shard stays
-
-
-def _removal(
-    path: Path, why: str, shard: tuple[Split, int] | None = None, size: int = -1, gone: frozenset[str] = frozenset()
-) -> Iterator[Removal]:
-    """One, or none if the file is gone by now: runs come and go."""
-    with suppress(FileNotFoundError):
-        now = path.stat()
-        yield Removal(path, why, now.st_size if size < 0 else size, (now.st_ino, now.st_mtime_ns), shard, gone)
 
 
 def run(settings: CleanSettings) -> None:
@@ -90,7 +46,7 @@ def _clean(settings: CleanSettings, image: Outlet) -> None:
     out = image.folder
     refuse_data_root(out, "--out")
     if not settings.dry_run and is_output(out):
-        for folder in _folders(out).values():
+        for folder in folders_of(out).values():
             finish_rewrites(folder)  # it may only lack its last renames
     with stage("comparing shards and data root"):
         removals = list(find_removals(out, everything=settings.all, say=lambda text: console.print(image.told(text))))
@@ -123,7 +79,7 @@ def _clean(settings: CleanSettings, image: Outlet) -> None:
         for removal in removals:
             if removal.gone:
                 held.enter_context(image.at_hand(removal.path))
-        left = carry_out(out, removals, everything=settings.all)
+        left = _carry_out(out, removals, everything=settings.all)
         left |= {out / name for name in image.publish_changes()}
     gone = [removal for removal in removals if removal.path not in left]
     in_use = ", ".join(map(image.shown, sorted(left)))
@@ -135,142 +91,7 @@ def _total(removals: Sequence[Removal]) -> str:
     return f"{counted(len(removals), 'thing')}, {in_bytes(sum(removal.size for removal in removals))}"
 
 
-def _folders(out: Path) -> dict[Split, Path]:
-    """Where shards lie. A link is not followed."""
-    return {split: split_folder(out, split) for split in SPLITS if split == "train" or is_folder(out / split)}
-
-
-def find_removals(out: Path, *, everything: bool, say: Callable[[str], None]) -> Iterator[Removal]:
-    """What can go. Nothing is called stale where the data root cannot be read.
-
-    Raises:
-        SettingError: ``out`` is a data root.
-        ShardError: a record is damaged.
-    """
-    if not out.is_dir():
-        return
-    refuse_data_root(out, "--out")
-    if not is_output(out):
-        say(f"{out} was not made by cogprep: there is neither a contract of its own in it, nor a record of a shard")
-        return
-    of_shards: list[Removal] = []
-    for split, folder in _folders(out).items():
-        for number in sorted({number for number, _ in _shard_files(folder)}):
-            # A writer locks its temporary tar, and between renaming it and the record the tar itself.
-            tar = folder / tar_name(number)
-            held = [*filter(locked_elsewhere, [folder / temporary_name(number), *filter(is_file, [tar])])]
-            if refused := [path for path in held if not may_lock(path)]:
-                say(f"no permission: {refused[0]}; its shard stays until you may read and write it (`ls -l`, `chmod`)")
-            elif not held:
-                of_shards += _of_shard(folder, split, number, everything)
-    yield from of_shards
-    stay = is_at_work(out) or _any_shard_left(out, {removal.path for removal in of_shards})
-    yield from _beside_shards(out, everything, stay)
-    if everything and stay and (kept := [name for name in OF_THE_SHARDS if is_ours(out / name)]):
-        say(f"kept for the shards that stay or are being written: {', '.join(kept)}")
-    if not everything:
-        yield from _stale(out, say)
-
-
-def _shard_files(folder: Path) -> Iterator[tuple[int, Path]]:
-    """All that lies in a folder under a name of a shard, with the shard's number."""
-    for path in folder.iterdir():
-        for kind in ("tar", "parquet"):
-            if (number := shard_number(path.name, kind)) is not None:
-                yield number, path
-        if half := SHARD_TEMPORARY.fullmatch(path.name):
-            yield int(half[1]), path
-
-
-def _any_shard_left(out: Path, without: Collection[Path] = ()) -> bool:
-    """Whether there is anything of any shard, beside the files of ``without``."""
-    return any(path not in without for folder in _folders(out).values() for _, path in _shard_files(folder))
-
-
-def _of_shard(folder: Path, split: Split, number: int, everything: bool) -> Iterator[Removal]:
-    """What can go of a shard, as it is at this moment."""
-    tar, record = folder / tar_name(number), folder / record_name(number)
-    if (folder / f".{record.name}.new").exists():
-        return  # a rewrite that the next writer finishes
-    half = folder / temporary_name(number)
-    reasons = {half: f"half-written{_worth(half)}", folder / f".{tar.name}.new": "half-written"}
-    if not os.path.lexists(record):
-        reasons |= {tar: f"a tar without a record{_worth(tar)}"}
-    elif not os.path.lexists(tar):
-        reasons |= {record: "a record without a tar"}
-    elif everything and number_in_record(record) in (None, number):  # else somebody has renamed or copied the shard
-        reasons |= {record: "the record of a shard", tar: "a shard"}
-    for path, why in reasons.items():
-        if is_ours(path):
-            yield from _removal(path, why, (split, number))
-
-
-def _worth(tar: Path) -> str:
-    """What to say of a tar that does not count yet, and out of which the next writer takes samples (`ShardWriter`)."""
-    with suppress(OSError):
-        if is_file(tar) and holds_samples(tar):
-            return ", with finished clips that the same `cogprep encode` takes over"
-    return ""
-
-
-def _beside_shards(out: Path, everything: bool, shards_stay: bool) -> Iterator[Removal]:
-    """Files of a folder that belong to no shard, in the order in which they go.
-
-    Args:
-        shards_stay: whether any shard does, or may come; then what tells of the shards stays, too.
-    """
-    folders = [*_folders(out).values(), *(out / name for name in (SURVEY, PREVIEW) if is_folder(out / name))]
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if TEMPORARY.fullmatch(path.name) and is_file(path) and not locked_elsewhere(path):
-                yield from _removal(path, "half-written")
-    if not everything:
-        return
-    for folder in folders:
-        if (made := preview_record(folder)) and made.by == A_PREVIEW:
-            files = [folder / name for name in sorted(made.files) if made.owns(name)]
-            for path in [*files, *filter(is_file, [folder / RECORD_FILE])]:
-                yield from _removal(path, "a preview")
-    for path in [*_files(out / SURVEY), *sorted(_files(out), key=_when)]:
-        if shards_stay and path.parent == out and path.name in OF_THE_SHARDS:
-            continue
-        of_shard = any(shard_number(path.name, kind) is not None for kind in ("tar", "parquet"))
-        if is_ours(path) and not (of_shard or TEMPORARY.fullmatch(path.name) or SHARD_TEMPORARY.fullmatch(path.name)):
-            what = "what was found out about clips" if path.parent.name == SURVEY else "settings or a report"
-            yield from _removal(path, what)
-
-
-def _when(path: Path) -> int:
-    return OF_THE_SHARDS.index(path.name) if path.name in OF_THE_SHARDS else -1
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() and (folder.name != SURVEY or is_folder(folder)) else []
-
-
-def _stale(out: Path, say: Callable[[str], None]) -> Iterator[Removal]:
-    """Samples whose clip, caption or image the data root no longer has, by content."""
-    wanted = Wanted(out)
-    if why := wanted.unknown():
-        say(f"no sample is called stale: {why}")
-        return
-    if wanted.kept:
-        say(f"{counted(wanted.kept, 'sample')} kept: in the lists of the data root, but not to be read now")
-    folders = _folders(out)
-    for split, number, path in records_in(out):
-        tar = path.with_suffix(".tar")
-        if split not in folders or not (is_ours(tar) and is_ours(path)):
-            continue
-        rows = read_table(path, ["key", "size", "source", "caption"])[1].to_pylist()
-        gone = {
-            row["key"]: max(row["size"], 0) for row in rows if not wanted.has(row["key"], row["source"], row["caption"])
-        }
-        if gone:
-            why = f"{len(gone)} of {len(rows)} samples are no longer in the data root"
-            yield from _removal(tar, why, (split, number), sum(gone.values()), frozenset(gone))
-
-
-def carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> set[Path]:
+def _carry_out(out: Path, removals: Sequence[Removal], *, everything: bool) -> set[Path]:
     """Remove what was listed and can still go; returns what of it stays."""
     stay: set[Path] = set()
     wanted = Wanted(out)
@@ -299,7 +120,7 @@ def _remove_beside(out: Path, removals: Sequence[Removal], everything: bool, bus
         busy: whether a run lives in the folder; then what tells of its shards stays.
     """
     stay: set[Path] = set()
-    beside = _beside_shards(out, everything, busy or _any_shard_left(out))
+    beside = beside_shards(out, everything, busy or any_shard_left(out))
     now = {(removal.path, removal.state) for removal in beside}
     for removal in removals:
         if removal.shard is not None or is_lock_of_removing(removal.path):
@@ -334,7 +155,7 @@ def _remove_of_shard(folder: Path, split: Split, number: int, listed: Sequence[R
     """Remove what was listed of a shard and can go now that it is locked; returns what of it stays."""
     stay: set[Path] = set()
     with lock_shard(folder, number):
-        now = {(found.path, found.why, found.state) for found in _of_shard(folder, split, number, everything)}
+        now = {(found.path, found.why, found.state) for found in of_shard(folder, split, number, everything)}
         for removal in listed:
             if removal.path == folder / temporary_name(number) and not removal.size:
                 continue  # it is our lock, and goes with it

@@ -20,6 +20,7 @@ from cogprep.commands.index import index
 from cogprep.commands.init import init
 from cogprep.commands.verify import verify
 from cogprep.encode.report import Report
+from cogprep.plan import stale
 from cogprep.plan.folder import check_contract, commit_contract, read_contract
 from cogprep.plan.origin import read_origin
 from cogprep.settings.shards import CleanSettings, PreviewSettings
@@ -93,8 +94,8 @@ def commands(encode_into: Callable[[Path], None], monkeypatch) -> dict[str, Call
 def let_loose(trees: int, seed: int, made, monkeypatch, tmp_path) -> None:
     ours, encode_into = made
     # The drawn clips have no files, which a look at the data root would find missing.
-    monkeypatch.setattr(clean_cache.Wanted, "unknown", lambda _: "")
-    monkeypatch.setattr(clean_cache.Wanted, "has", lambda _, key, source, caption: source != "c.mp4")
+    monkeypatch.setattr(stale.Wanted, "unknown", lambda _: "")
+    monkeypatch.setattr(stale.Wanted, "has", lambda _, key, source, caption: source != "c.mp4")
     draw = random.Random(seed)
     refused = 0
     for number in range(trees):

@@ -24,10 +24,10 @@ from cogcommon.errors import DiskError, ModelError, SettingError, ShardError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.shards.records import LATENT_MEAN, tar_name
 from cogprep.cli import app
-from cogprep.commands.clean_cache import find_removals
 from cogprep.commands.encode import encode
 from cogprep.commands.preview import Decoder, choose_samples, make_preview, psnr, run
 from cogprep.plan.folder import read_contract, records_in
+from cogprep.plan.removals import find_removals
 from cogprep.settings.encode import EncodeSettings
 from cogprep.settings.shards import PreviewSettings
 from cogprep.show.preview_loop import GAP
