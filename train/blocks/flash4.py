@@ -6,6 +6,9 @@ torch 2.11 expect another number of results than the package gives. On a CPU the
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -47,11 +50,16 @@ def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bshd,bthd->bhst", q, k) * q.shape[-1] ** -0.5
 
 
+@cache
+def _kernels() -> Any:
+    """The package's own functions; their compiler tells of an argument of theirs, ten lines at each first call."""
+    warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument")
+    return import_module("flash_attn.cute.interface")
+
+
 @flash4.register_kernel("cuda")
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    out, sums, *_ = _flash_attn_fwd(q, k, v, return_lse=True)
+    out, sums, *_ = _kernels()._flash_attn_fwd(q, k, v, return_lse=True)
     return out, sums
 
 
@@ -59,9 +67,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, 
 def _(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sums: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    of_q, of_k, of_v, *_ = _flash_attn_bwd(q, k, v, out, grad.contiguous(), sums)
+    of_q, of_k, of_v, *_ = _kernels()._flash_attn_bwd(q, k, v, out, grad.contiguous(), sums)
     return of_q, of_k, of_v
 
 
