@@ -13,7 +13,7 @@ from cogcommon.model.device import has_bf16, visible_gpus
 from cogcommon.words import GIB, counted, in_gib
 
 from ..blocks.attention import Kernel
-from ..blocks.trial import flash4_is_there
+from ..blocks.trial import can_have_flash4, flash4_is_there
 from .cost import Speed
 from .measured import gpu_here
 from .seconds import published_speed, speed_of
@@ -104,13 +104,14 @@ def _named(settings: ForecastSettings) -> Machine:
         return Machine(card.name, card.bytes, gpus, host, *_speed(card.name, card), bf16=card.bf16)
     import torch
 
-    name, total = gpu_here() or "", torch.cuda.get_device_properties(0).total_memory
+    first = torch.device("cuda", 0)
+    name, total = gpu_here() or "", torch.cuda.get_device_properties(first).total_memory
     return Machine(
         name, total, gpus,
         host_memory(settings.host) if settings.host else _here(),
         *_speed(name, card_like(name, total)),
-        kernel="flash4" if flash4_is_there() else "cudnn",
-        bf16=has_bf16(torch.device("cuda")),
+        kernel="flash4" if can_have_flash4(first) and flash4_is_there() else "cudnn",
+        bf16=has_bf16(first),
     )  # fmt: skip
 
 
