@@ -14,7 +14,7 @@ from .block import BlockFunction, Layout, block_function
 from .checkpointing import Checkpointing, with_checkpointing
 from .compiler import compiled, import_compiler, in_one_line, is_compilers
 from .plan import BlockPlan
-from .trial import attention_kernel, forget_trials, qk_norm_works
+from .trial import attention_kernel, forget_trials, qk_norm_fault
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,8 @@ class BlockEngine:
         partitioned: the parameters are partitioned by DeepSpeed (ZeRO-3), which gathers a block's while it computes
             (`zero.gather_by_block`) and frees them after it. Autograd then saves the parameters themselves; views of
             them are computed again.
-        say: is told when the compiler fails on the blocks, after which they run uncompiled.
+        say: is told what costs speed: that the compiler fails on the blocks, after which they run uncompiled, or ours
+            on the norm of queries and keys.
     """
 
     def __init__(
@@ -47,7 +48,12 @@ class BlockEngine:
         self._dtype = dtype
         self._say = say
         self.kernel = attention_kernel(device, dtype, plan.compiled)
-        self.fused = plan.compiled and qk_norm_works(device, dtype)
+        self.fused = False
+        if plan.compiled and device.type == "cuda":
+            fault = qk_norm_fault(device, dtype)
+            self.fused = fault is None
+            if fault:
+                say(f"note: the compiler makes the kernels of the norm of queries and keys; ours do not work ({fault})")
         self._functions: dict[tuple[Layout, Checkpointing | None, bool], BlockFunction] = {}
         self._layouts = [Layout.of(block) for block in blocks]
         self._weights = [tuple(block.parameters()) for block in blocks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -206,19 +206,16 @@ def _kernel_fault(kernel: Kernel, device: torch.device, dtype: torch.dtype, comp
         expected = F.scaled_dot_product_attention(exact[0], exact[1], exact[2])
         expected.square().sum().backward()
     pairs = [(answer, expected), *((mine.grad, theirs.grad) for mine, theirs in zip(half, exact, strict=True))]
-    off = (float((mine.detach().float() - theirs.detach()).abs().max()) for mine, theirs in pairs)  # type: ignore
-    return next((f"it is off by {far:.2g}" for far in off if not far < _FARTHEST), None)
+    return _too_far(float((mine.detach().float() - theirs.detach()).abs().max()) for mine, theirs in pairs)  # type: ignore
 
 
 @lru_cache
-def qk_norm_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels of `qk_norm` can be built for a GPU, and give there what they give on a CPU."""
-    if device.type != "cuda":
-        return False
-    return bool(recalled(f"qk_norm in {dtype}", _facts(device), lambda: "works" * _qk_norm_works(device, dtype)))
+def qk_norm_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels of `qk_norm` cannot be used; None if they give on this GPU what they give on a CPU."""
+    return _fault(f"qk_norm in {dtype}", device, lambda: _qk_norm_fault(device, dtype))
 
 
-def _qk_norm_works(device: torch.device, dtype: torch.dtype) -> bool:
+def _qk_norm_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     import torch
 
     from .qk_norm import qk_norm, qk_norm_backward
@@ -236,8 +233,12 @@ def _qk_norm_works(device: torch.device, dtype: torch.dtype) -> bool:
     there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in (*forward, *backward)]
     try:
         answers = qk_norm(*there[:8]), *qk_norm_backward(*there[8:])
-    except Exception:  # whatever Triton and its compilers raise
-        return False
+    except Exception as error:  # whatever Triton and its compilers raise
+        return in_one_line(error)
     expected = qk_norm(*forward), *qk_norm_backward(*backward)
     pairs = [(mine.cpu().float(), theirs.float()) for mine, theirs in zip(answers, expected, strict=True)]
-    return all(float((mine - theirs).norm() / theirs.norm()) < _FARTHEST for mine, theirs in pairs)
+    return _too_far(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs)
+
+
+def _too_far(distances: Iterable[float]) -> str | None:
+    return next((f"it is off by {far:.2g}" for far in distances if not far < _FARTHEST), None)  # so is NaN

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 
+from cogtrain.blocks import qk_norm as module
+from cogtrain.blocks import trial
 from cogtrain.blocks.qk_norm import qk_norm, qk_norm_backward
-from cogtrain.blocks.trial import qk_norm_works
 
 SHAPE, SKIP, EPS = (2, 21, 3, 8), 5, 1e-6  # (B, S, H, D)
 
@@ -59,14 +60,27 @@ def test_the_compiler_is_told_the_truth_about_it(rotary):
     torch.library.opcheck(qk_norm_backward, (x * 2, x, added, weight, *rest, True))
 
 
-def test_a_cpu_has_no_kernels_for_it():
-    assert not qk_norm_works(torch.device("cpu"), torch.bfloat16)
+def test_kernels_that_fail_or_are_off_are_told(monkeypatch):
+    cpu = torch.device("cpu")
+    assert trial._qk_norm_fault(cpu, torch.bfloat16) is None
+
+    def refused(*_):
+        raise RuntimeError("PTX was compiled with an unsupported toolchain")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "qk_norm_backward", refused)
+        fault = trial._qk_norm_fault(cpu, torch.bfloat16)
+    assert fault == "RuntimeError: PTX was compiled with an unsupported toolchain"
+    calls = iter((2.0, 1.0))  # of the kernels, then of what they are compared with
+    right = module.qk_norm
+    monkeypatch.setattr(module, "qk_norm", lambda *given: right(*given) * next(calls))
+    assert trial._qk_norm_fault(cpu, torch.bfloat16) == "it is off by 1"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_the_kernels_give_it_too(dtype, most):
-    assert qk_norm_works(torch.device("cuda"), dtype)
+    assert trial._qk_norm_fault(torch.device("cuda"), dtype) is None
     shape = (2, 1111, 48, 64)  # more rows than the programs that share a sum take at once
     for added in (False, True):
         for rotary in (False, True):
