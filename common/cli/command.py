@@ -280,6 +280,9 @@ def run_app(app: Callable[[], None]) -> None:
     # spin costs a sixth of a step's time where nobody else wants them (workshop/LEDGER.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Python's processes that we and libraries start (ranks, decoders, torch's compilers) would look for modules in the
+    # working folder first: the user's, where a queue.py may lie.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         with shown():
             app()

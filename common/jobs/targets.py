@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +120,10 @@ def submit(target: Target, file: Path) -> None:
             where=f"--submit, {target.title}",
             fix=f"where it is: {command}",
         )
-    done = subprocess.run([*target.submit, str(file)])
+    # A job may inherit our environment, and its lines of the user's may run scripts that import what lies beside them.
+    ours = () if sys.flags.safe_path else ("PYTHONSAFEPATH",)  # set by `run_app`
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run([*target.submit, str(file)], env=environment)
     if done.returncode:
         raise SettingError(
             f"{program} has refused the job (exit code {done.returncode})", where=command, fix="see above"

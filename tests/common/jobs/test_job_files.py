@@ -229,11 +229,12 @@ def test_submitting_takes_the_schedulers_own_program(here, monkeypatch, capfd):
     with pytest.raises(SettingError, match="sbatch is not installed here") as caught:
         launch("--on", "slurm", "--submit", "--", *LORA)
     assert "sbatch lora-mine.sbatch" in caught.value.fix
-    (here / "sbatch").write_text('#!/bin/sh\necho "got $1"; exit $CODE\n')
+    (here / "sbatch").write_text('#!/bin/sh\necho "got $1 ${PYTHONSAFEPATH-and the path of scripts}"; exit $CODE\n')
     (here / "sbatch").chmod(0o755)
     monkeypatch.setenv("CODE", "0")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # as our programs set it, for Python processes of theirs, not of a job's
     launch("--on", "slurm", "--submit", "--", *LORA)
-    assert "got lora-mine.sbatch" in capfd.readouterr().out
+    assert "got lora-mine.sbatch and the path of scripts" in capfd.readouterr().out
     monkeypatch.setenv("CODE", "1")
     with pytest.raises(SettingError, match="sbatch has refused the job"):
         launch("--on", "slurm", "--submit", "--", *LORA)
