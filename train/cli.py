@@ -36,14 +36,14 @@ def train(settings: TrainSettings) -> None:
         from .runs.opening import open_run
 
         give_back_what_is_freed()
-        if not join_environment():
-            processes, hosts = wanted_processes(settings), Hosts.of(os.environ)
-            if (world := processes * hosts.count) > 1:
-                check_ready(open_run(settings, pick_device(), world), processes)  # refuse it before they start
-                with paused():  # rank 0 says what goes on
-                    code = relaunch(processes, hosts)
-                sys.exit(code)
         try:
+            if not join_environment():
+                processes, hosts = wanted_processes(settings), Hosts.of(os.environ)
+                if (world := processes * hosts.count) > 1:
+                    check_ready(open_run(settings, pick_device(), world), processes)  # refuse it before they start
+                    with paused():  # rank 0 says what goes on
+                        code = relaunch(processes, hosts)
+                    sys.exit(code)
             peers = meet()
             with peers.leaving_together():
                 device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cogcommon.errors import RunError, SettingError
+from cogcommon.errors import SettingError
 from cogcommon.libraries import importing
 
 from ..settings.training import TrainSettings
+from .leaving import PeerLost
 from .signals import StopRequest, end_by
 
 _MEET_S = 600  # for all hosts to be there: images are pulled, nodes boot
@@ -114,7 +115,7 @@ def relaunch(processes: int, hosts: Hosts = Hosts()) -> int:
         The exit code: 0, or that of the process that ended first.
 
     Raises:
-        RunError: a process was killed.
+        PeerLost: a process was killed.
     """
     # The launcher would pass a signal on and kill everything 30 s later, which is too soon to save a
     # large model. We pass it on ourselves and let the processes end by themselves; one is left to the launcher.
@@ -153,7 +154,7 @@ def relaunch(processes: int, hosts: Hosts = Hosts()) -> int:
             return 128 + passing.signal
         if failure.exitcode >= 0:
             return int(failure.exitcode)
-        raise RunError(
+        raise PeerLost(
             f"process {rank} of {processes} was killed by signal {-failure.exitcode}",
             where="its last lines are above; the system's log says whether memory ran out",
             fix="run the same command with --out and the folder of the run: it continues from its last checkpoint",

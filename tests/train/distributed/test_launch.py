@@ -13,6 +13,7 @@ from waiting import wait_for_steps
 
 from cogcommon.errors import SettingError
 from cogtrain.distributed import launch
+from cogtrain.distributed.leaving import LOST
 from cogtrain.settings.training import LoraSettings
 
 LORA = ["lora", "--shards", "out", "--steps", "1", "--rank", "2", "--out", "run"]
@@ -130,11 +131,14 @@ def test_an_error_is_said_once_by_all_processes_together(folder):
 
 
 def test_a_damaged_sample_on_one_process_stops_all_with_its_name(folder):
+    """Started as the installed program is, from a folder with modules of the user's own: none of them is imported."""
+    (folder / "queue.py").write_text("raise SystemExit('mine')")
+    (folder / "cogcommon").mkdir()
     tar = sorted((folder / "out").glob("*.tar"))[0]
     with tar.open("r+b") as stream:
         stream.seek(5000)
         stream.write(b"XXXXXXXX")
-    words = [*NAMELESS, sys.executable, "-m", "cogtrain", *LORA, "--nproc", "2", "--steps", "2"]
+    words = [*NAMELESS, sys.executable, "-P", "-m", "cogtrain", *LORA, "--nproc", "2", "--steps", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
     err = done.stderr
@@ -150,6 +154,6 @@ def test_a_dead_process_ends_the_run_and_says_so(folder):
     assert len(children) == 2
     children[1].send_signal(signal.SIGKILL)
     code, out, err = process.end()
-    assert code == 2, (out, err)
+    assert code == LOST, (out, err)
     assert err.count("error:") == 1 and "Traceback" not in err
     assert "was killed by signal 9" in err and "continues from its last checkpoint" in err
