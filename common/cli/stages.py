@@ -111,7 +111,8 @@ class Stage:
             return f"{self}" if self.total else f"{self} ..."
         left = self.left
         said = [str(self), f"elapsed {in_words(self.elapsed)}"]
-        return ", ".join(filter(None, [*said, "" if left is None else f"left {in_words(left)}", self.rate]))
+        said += ["" if left is None else f"left {in_words(left)}", self.rate, *self.notes[:4]]
+        return ", ".join(filter(None, said))
 
 
 def live_line(stages: Sequence[Stage], width: int, turn: int = 0, *, ascii_only: bool = False) -> str:

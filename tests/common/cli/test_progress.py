@@ -114,13 +114,13 @@ def test_plain_lines_come_at_the_beginning_of_long_stages_and_every_ten_seconds(
         with display.stage("encoding", 8, "clip") as bar:
             for _ in range(8):
                 pass_by(4)
-                bar.advance()
+                bar.advance("waiting for the VAE" if bar.done else "")
     display.stop()
     assert capfd.readouterr().err.splitlines() == [
         "encoding: 0/8 clips",
-        "encoding: 2/8 clips, elapsed 12 s, left 20 s, 15.0 clips/min",
-        "encoding: 5/8 clips, elapsed 22 s, left 10 s, 15.0 clips/min",
-        "encoding: 7/8 clips, elapsed 32 s, left 0.0 s, 15.0 clips/min",
+        "encoding: 2/8 clips, elapsed 12 s, left 20 s, 15.0 clips/min, waiting for the VAE",
+        "encoding: 5/8 clips, elapsed 22 s, left 10 s, 15.0 clips/min, waiting for the VAE",
+        "encoding: 7/8 clips, elapsed 32 s, left 0.0 s, 15.0 clips/min, waiting for the VAE",
         "encoding: 8/8 clips, in 32 s",
     ]
 
