@@ -110,7 +110,7 @@ def _foretell(
     dropped = plan.dropped if found.candidates else 0
     refusal = None
     try:
-        guard_other_data(settings.out, Origin.of(settings, found.holdout), dropped)
+        guard_other_data(settings.out, Origin.of(settings, found.holdout), plan.lost if found.candidates else 0)
     except CogError as error:
         refusal = error
     moves = describe_moves(

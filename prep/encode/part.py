@@ -99,7 +99,7 @@ def _encode_slice(settings: EncodeSettings, part: Slice, outlet: Outlet, engine:
         origin = Origin.of(settings, found.holdout)
         try:
             if not settings.replace:
-                guard_other_data(out, origin, plan.dropped)
+                guard_other_data(out, origin, plan.lost)
             ask_to_move(
                 remembered_holdout(out, committed), found.holdout, outlet.place, settings.yes,
                 held=found.clips & committed.clips("val"), trained=found.clips & committed.clips("train"),

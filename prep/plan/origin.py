@@ -102,24 +102,24 @@ def remembered_holdout(out: Path, committed: Committed) -> Holdout:
     return Holdout(len(clips), frozenset(clips))
 
 
-def guard_other_data(out: Path, origin: Origin, dropped: int) -> None:
+def guard_other_data(out: Path, origin: Origin, lost: int) -> None:
     """Refuse to drop samples because other data was named: by mistake, or to try something.
 
     Args:
         origin: of the encode that would drop them.
-        dropped: samples that would go.
+        lost: samples that would go since they are not in its data.
 
     Raises:
         DataRootError: the folder was encoded from another data root, or other lists, or does not say from which.
     """
     before = read_origin(out)
-    if not dropped or (before is not None and before.lists == origin.lists):
+    if not lost or (before is not None and before.lists == origin.lists):
         return
     was = (
         f"it was encoded from {before.lists}" if before else f"its {ORIGIN_FILE} does not say what it was encoded from"
     )
     raise DataRootError(
-        f"{out} would lose {counted(dropped, 'sample')} that are not in this data",
+        f"{out} would lose {counted(lost, 'sample')} that {'is' if lost == 1 else 'are'} not in this data",
         where=f"{was}\n       this is {origin.lists}",
         fix=f"--out ANOTHER keeps both; --replace drops them, if {out} is to follow this data from now on; "
         f"or start over, after `{command_line('cogprep', 'clean-cache', '--out', out, '--all')}`",

@@ -83,6 +83,7 @@ class EncodePlan:
     drops: Sequence[Drop]
     reused: int
     rejected: Sequence[Rejected]  # by an earlier run, with the same content and settings
+    moved: int = 0  # of those that are dropped, in the data as before, but now on the other side of `--holdout`
 
     @property
     def new(self) -> int:
@@ -91,6 +92,11 @@ class EncodePlan:
     @property
     def dropped(self) -> int:
         return sum(drop.dropped for drop in self.drops)
+
+    @property
+    def lost(self) -> int:
+        """Samples that are dropped because they are not in the data."""
+        return self.dropped - self.moved
 
 
 def sample_key(fingerprint: str, clip_sha256: bytes, caption: str, image_sha256: bytes) -> str:
@@ -137,7 +143,8 @@ def make_plan(
     shards: list[PlannedShard] = []
     drops: list[Drop] = []
     rejected: list[Rejected] = []
-    reused = 0
+    reused = moved = 0
+    current = set(keys)
     for split in SPLITS:
         placed = committed.samples[split]
         waiting = committed.waiting[split]
@@ -167,9 +174,9 @@ def make_plan(
             samples.sort(key=lambda planned: waiting[planned.key].place)
             shards.append(PlannedShard(split, number, samples[0].bucket, samples, completes=True))
         again = {number: sum(waiting[one.key].rejected for one in samples) for number, samples in complete.items()}
-        lost = Counter(
-            there.number for key, there in placed.items() if not there.reason and key not in stay[there.number]
-        )
+        gone = [key for key, there in placed.items() if not there.reason and key not in stay[there.number]]
+        lost = Counter(placed[key].number for key in gone)
+        moved += sum(key in current for key in gone)
         drops += [
             Drop(split, number, frozenset(stay[number] | {planned.key for planned in complete[number]}), lost[number])
             for number, rows in sorted(committed.rows[split].items())
@@ -181,7 +188,7 @@ def make_plan(
             for start in range(0, len(todo), chunk[bucket]):
                 shards.append(PlannedShard(split, next(free), bucket, todo[start : start + chunk[bucket]]))
     shards.sort(key=lambda shard: shard.split == "train")  # held out first: a run that follows validates from the start
-    return EncodePlan(shards, drops, reused, rejected)
+    return EncodePlan(shards, drops, reused, rejected, moved)
 
 
 def sample_bytes(contract: Contract, bucket: Resolution) -> int:

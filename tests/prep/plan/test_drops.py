@@ -189,6 +189,11 @@ def test_a_data_root_that_moved_or_grew_elsewhere_goes_on(encoded, again, lay_li
     shutil.copytree(encoded / "ds", moved)
     assert again(data_root=moved).reused == 5
     assert read_origin(encoded / "out").data_root == str(moved)
+    report = again(holdout=2, yes=True)  # from the first again; two only change sides, and are not lost
+    assert (report.encoded, report.reused, report.dropped) == (2, 3, 2)
+    lay_lists(moved, CAPTIONS[:4], CLIPS[:4])
+    with pytest.raises(DataRootError, match="would lose 1 sample that is not in this data"):
+        again(data_root=moved, holdout=1, yes=True)
 
 
 @pytest.mark.parametrize("fails", ["T5", "VAE"])
