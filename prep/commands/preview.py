@@ -34,6 +34,7 @@ from cogcommon.shards.records import (
 from cogcommon.store.address import as_shown
 
 from ..plan.folder import Split, read_contract, records_in, shard_label, split_folder
+from ..plan.moved import named_now
 from ..plan.origin import read_origin
 from ..processes.pool import Pool
 from ..settings.shards import PreviewSettings
@@ -123,6 +124,9 @@ def make_preview(settings: PreviewSettings) -> Preview:
     latents = Decoder(out, settings.model, contract)
     if settings.samples is None and any(latents.frugal(Resolution.parse(row.bucket)) for *_, row in chosen):
         chosen = choose_samples(records, _FEW)
+    if origin:
+        rows = named_now(origin, contract.task, [row for *_, row in chosen])
+        chosen = [(split, number, row) for (split, number, _), row in zip(chosen, rows, strict=True)]
     shown = []
     with Pool(1) as pool, stage("decoding", len(chosen), "sample") as bar:
         sources = pool.run(

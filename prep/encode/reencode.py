@@ -17,6 +17,7 @@ from cogcommon.model.text_encoder import TextEncoder
 from cogcommon.shards.contract import Contract
 from cogcommon.shards.records import TEXT, SampleRow, ShardRecord
 
+from ..plan.moved import named_now
 from ..plan.origin import read_origin
 from ..processes.pool import Pool
 from ..source.clip import ClipFault
@@ -65,6 +66,8 @@ def encode_again(
     if not count:
         return []
     chosen = [everything[index * len(everything) // count] for index in range(count)]
+    rows = named_now(origin, contract.task, [row for _, row in chosen])
+    chosen = [(tar, row) for (tar, _), row in zip(chosen, rows, strict=True)]
     latents, text = _models(out, contract, model)
     cut = Cut.of(contract)
     tasks = (

@@ -8,7 +8,6 @@ from pathlib import Path
 from cogcommon.model.families import Resolution
 
 from ..source.clip import BadClip, ClipFault
-from ..source.part import locate
 from ..video.colour import Pixels
 from ..video.cut import Cut
 from ..video.decode import Sources, decode
@@ -38,8 +37,6 @@ def view_source(
         key: of the sample; it seeds the random crop.
     """
     try:
-        if not locate(path).file.exists():
-            return ClipFault("the source is gone")
         with Sources(path, None) as sources:
             if not sources.clip.is_clip(sha256):
                 return ClipFault("the source has changed since it was encoded")
@@ -55,4 +52,4 @@ def view_source(
     except OSError as error:
         return ClipFault(f"the source cannot be read: {error.strerror}")
     except BadClip as bad:
-        return bad.fault()
+        return ClipFault("the source is gone") if bad.kind == "missing" else bad.fault()

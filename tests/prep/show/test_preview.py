@@ -26,6 +26,7 @@ from cogcommon.shards.records import LATENT_MEAN, tar_name
 from cogprep.cli import app
 from cogprep.commands.encode import encode
 from cogprep.commands.preview import Decoder, choose_samples, make_preview, psnr, run
+from cogprep.commands.verify import verify
 from cogprep.plan.folder import read_contract, records_in
 from cogprep.plan.removals import find_removals
 from cogprep.settings.encode import EncodeSettings
@@ -142,6 +143,25 @@ def test_the_box_lies_where_the_crop_was():
     assert (drawn[200, 300] == 200).all()
     assert tuple(drawn[200, 192]) == tuple(drawn[200, 575]) == BOX
     assert tuple(drawn[200, 191]) != BOX
+
+
+def test_a_clip_that_was_moved_with_its_line_is_found_by_its_content(encoded, out, tmp_path):
+    """Its record keeps the old name; `verify --reencode` finds it, too."""
+    root = Path(shutil.copytree(encoded, tmp_path / "moved", ignore=shutil.ignore_patterns("out")))
+    origin = json.loads((out / "origin.json").read_text())
+    (out / "origin.json").write_text(json.dumps({**origin, "data_root": str(root)}))
+    (root / "videos/a.mp4").rename(root / "z.mp4")
+    (root / "videos/b.mp4").rename(root / "videos/a.mp4")  # under a name that was another's
+    (root / "videos.txt").write_text("videos/c.mp4\nvideos/a.mp4\n./z.mp4\n")
+    (root / "prompts.txt").write_text("a third caption\na second caption\na <b>bar</b> & a card\n")
+    shown = make_preview(PreviewSettings(out=out)).shown
+    told = [(one.row.source.removeprefix("./"), one.row.source_line) for one in shown]
+    assert told == [("z.mp4", 3), ("videos/a.mp4", 2), ("videos/c.mp4", 3)]  # what is where it was, as recorded
+    assert all(isinstance(one.source, SourceView) for one in shown)
+    (difference,) = verify(out, reencode=1).differences
+    assert (difference.source.removeprefix("./"), difference.largest) == ("z.mp4", 0)
+    (root / "videos.txt").write_text("videos/c.mp4\nvideos/a.mp4\n")  # lists that do not pair up find nothing
+    assert isinstance(make_preview(PreviewSettings(out=out)).shown[0].source, ClipFault)
 
 
 def test_a_source_that_is_gone_or_changed_is_said(encoded, out, tmp_path):
