@@ -19,7 +19,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import SettingError
 from ..files.near import files_like
+from ..files.ownership import Made, is_file
 from ..words import bytes_of
+from .names import command_line
 
 S = TypeVar("S")
 
@@ -37,6 +39,7 @@ def setting(
     prose: bool = False,
     one_word: bool = False,
     after_dashes: bool = False,
+    beside: str = "",
 ) -> Any:
     """Declare a setting.
 
@@ -55,11 +58,13 @@ def setting(
         one_word: of a list: the option takes one value each time it is given, not all words that follow: those of a
             sentence without quotes would each become a value.
         after_dashes: of a positional list: it is all that follows ``--``, the command line of another command.
+        beside: of the folder to write: a file that each of those has which the program has made. The settings file that
+            it writes into one means the folder where it lies, wherever that was when it was written.
     """
     metadata = {
         "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
         "instead_of": instead_of, "only_with": only_with, "prose": prose, "one_word": one_word,
-        "after_dashes": after_dashes,
+        "after_dashes": after_dashes, "beside": beside,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -129,7 +134,8 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
     values: dict[str, Any] = {}
     if config is not None:
         try:
-            loaded = parse_toml(config.read_bytes())
+            text = config.read_bytes()
+            loaded = parse_toml(text)
         except OSError as error:
             raise SettingError(
                 f"cannot read the settings file: {error.strerror}",
@@ -152,6 +158,8 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
             if name == "config":
                 raise SettingError("a settings file names no other", where=f"{config}: {key}", fix="leave it out")
             values[name] = _coerced(value, types[name], where=f"{config}: {key}")
+            if beside := known[name].metadata.get("beside"):
+                values[name] = _where_it_lies(config, text, values[name], beside)
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
         if other := known[name].metadata.get("instead_of"):
@@ -163,6 +171,23 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
     for name in options:
         _check_counts(known[name], {field for field in values if values[field] != default_of(known[field])})
     return cls(**values)
+
+
+def _where_it_lies(config: Path, text: bytes, folder: Path, beside: str) -> Path:
+    """The folder that a settings file means: its own, if the program wrote it into that; else the one that it names.
+
+    Args:
+        text: of the file. Its heading says where it was written; one that names another folder by now is somebody's.
+        folder: that it names.
+        beside: as `setting`.
+    """
+    here, heading = config.absolute().parent, text.partition(b"\n")[0].decode("utf-8-sig", "replace").rstrip()
+    ours = heading.endswith(command_line("--config", folder / config.name))
+    if not ours or here.resolve() == folder.resolve():
+        return folder
+    if not is_file(here / beside) and Made.read(here) is None:  # only the file was copied
+        return folder
+    return here.resolve() if ".." in here.parts else here
 
 
 def _check_counts(field: dataclasses.Field[Any], changed: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from cogcommon.files.ownership import Made
 from cogcommon.store.store import without_secrets
 
 from ..data.repeats import is_size, split_repeat
-from .folder import CONFIG_FILE
+from .folder import CONFIG_FILE, FACTS_FILE, read_settings
 
 if TYPE_CHECKING:
     from ..settings.training import TrainSettings
@@ -63,6 +63,31 @@ def write_config(run: Run, folder: Path) -> None:
             where=str(folder),
             fix="rename the folder, or name it by a link (ln -s)",
         ) from error
+
+
+def told_of_move(settings: TrainSettings) -> str:
+    """Says that the run whose config.toml is named lies elsewhere now than when that was written; else empty.
+
+    Raises:
+        RunError: it is a copy of a run that is still there, and would write over that one's mirror.
+    """
+    config, here = settings.config, settings.out
+    if config is None or here is None or config.name != CONFIG_FILE or config.parent.resolve() != here.resolve():
+        return ""
+    then = read_settings(here)
+    was = Path(str(then.get("out") or here))
+    if was.resolve() == here.resolve():
+        return ""
+    if not (was / FACTS_FILE).is_file():
+        return f"this run has moved: was {was}, is {here}"
+    if settings.mirror is not None and without_secrets(settings.mirror) == then.get("mirror"):
+        goes_on = command_line("--config", was / CONFIG_FILE)
+        raise RunError(
+            f"this run is a copy of {was}, which has the same mirror: it would write over that one's",
+            where=f"{config}: mirror = {then['mirror']}",
+            fix=f"--mirror with an address of its own, or take that line out; {goes_on} goes on with the run itself",
+        )
+    return f"this run is a copy: was {was}, which stays as it is; is {here}"
 
 
 def _absolute(settings: TrainSettings) -> TrainSettings:

@@ -40,10 +40,11 @@ from ..data.shard_set import usual_sizes
 from ..distributed.snapshot import STATE_FILE
 from ..model import lora, sft
 from ..model.adapters import ADAPTERS
+from ..settings import training
 from ..settings.training import AdapterName, LoraSettings, SftSettings, TrainSettings
 
 CONFIG_FILE = "config.toml"
-FACTS_FILE = "facts.json"
+FACTS_FILE = training.FACTS_FILE
 METRICS_FILE = "metrics.jsonl"
 EPOCHS_FILE = "epochs.json"  # of a run with --follow (`follow`)
 MIRROR_FILE = "mirror.json"  # of a run with --mirror (`mirror`): which run it is; in the mirror, what is there

@@ -27,7 +27,7 @@ from ..store.cache import SampleCache
 from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
 from .claim import check_claimable
-from .config import settings_json
+from .config import settings_json, told_of_move
 from .follow import open_followed
 from .global_batch import with_accumulation
 from .mirror.restore import restore
@@ -56,7 +56,7 @@ def open_run(
     Raises:
         CogError: anything that the user can put right.
     """
-    notes: list[str] = []
+    notes = [moved] if (moved := told_of_move(settings)) else []
     resume = agree_on_resume(
         lambda: _find_resume(settings, peers), peers
     )  # together, so before anything that may fail here

@@ -23,6 +23,8 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")  # attention only: 59.0 M weights at rank 128 (2B), 132.1 M (5B)
 
+FACTS_FILE = "facts.json"  # what a run worked on, in its folder (`runs.folder.RunFacts`)
+
 _DATA, _RUN, _OPTIM, _LORA = "Data", "Run", "Optimization", "LoRA"
 _HARDWARE, _SAVE, _VALIDATE = "Hardware", "Checkpoints", "Validation"
 
@@ -55,7 +57,9 @@ class TrainSettings:
     )  # fmt: skip
     caption_dropout: float = setting(0.0, "share of samples trained with an empty caption", section=_DATA)
     config: Path | None = setting(None, "TOML file of settings; what is given here as an option wins", section=_RUN)
-    out: Path | None = setting(None, "folder of the run", shown="runs/<family>-<method>-<time>", section=_RUN)
+    out: Path | None = setting(
+        None, "folder of the run", shown="runs/<family>-<method>-<time>", section=_RUN, beside=FACTS_FILE
+    )
     steps: int | None = setting(
         None, "optimizer steps to train", shown="from --epochs", section=_RUN, instead_of="epochs"
     )

@@ -10,8 +10,9 @@ import torch
 from forked import Forked
 from safetensors.torch import load_file
 
+from cogcommon.cli.command import parse
 from cogcommon.cli.settings import resolve
-from cogcommon.errors import ModelError
+from cogcommon.errors import ModelError, RunError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.model import lora
 from cogtrain.runs.claim import claimed
@@ -74,6 +75,53 @@ def test_the_settings_of_a_run_mean_the_same_in_every_working_folder(tmp_path, m
         open_run(LoraSettings(shards=[str(start / "out")]), torch.device("cpu"), 1)
     assert str(start / "out") in caught.value.where and "--model FOLDER" in caught.value.fix
     open_run(LoraSettings(shards=[str(start / "out")], model=str(start / "moved")), torch.device("cpu"), 1)
+
+
+def opened(*words):
+    return open_run(parse("cogtrain", "lora", LoraSettings, [*map(str, words)]), torch.device("cpu"), 1)
+
+
+def test_a_run_that_was_moved_or_copied_goes_on_where_its_settings_lie(tmp_path, make_shards, monkeypatch, train_here):
+    """Its config.toml says where it was: a run there would be another one, or the original."""
+    monkeypatch.chdir(tmp_path)
+    make_shards(tmp_path / "out", samples=2)
+    first, copy, moved = (tmp_path / name for name in ("first", "a copy", "moved"))
+    train_here(LoraSettings(shards=["out/*.tar"], steps=1, rank=4, out=Path("first"), mirror="memory://a/first"))
+    shutil.copytree(first, copy)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"a copy of .*first, which has the same mirror") as refused:
+        opened("--config", copy / "config.toml")
+    assert "--mirror with an address of its own" in refused.value.fix
+
+    run = opened("--config", "a copy/config.toml", "--mirror", "memory://a/copy", "--steps", 2, "--lr", 1e-5)
+    assert run.settings.out == copy and run.resume.folder == copy / "checkpoint-1"
+    assert f"this run is a copy: was {first}, which stays as it is; is {copy}" in run.notes
+    train_here(run.given)
+    assert [line.step for line in read_run(copy).steps] == [1, 2]
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    assert not any(note.startswith("this run") for note in opened("--config", "a copy/config.toml").notes)
+    assert resolve(LoraSettings, {"out": first}, copy / "config.toml").out == first
+
+    first.rename(moved)
+    monkeypatch.chdir(moved)
+    run = opened("--config", "config.toml")
+    assert run.settings.out == moved and run.resume.state.step == 1
+    assert f"this run has moved: was {first}, is {moved}" in run.notes
+    first.symlink_to(moved)  # the same folder
+    assert opened("--config", first / "config.toml").notes == opened("--config", moved / "config.toml").notes == ()
+
+
+def test_settings_that_lie_in_no_run_or_name_another_folder_mean_what_they_name(tmp_path, make_shards, train_here):
+    make_shards(tmp_path / "out", samples=2)
+    run = train_here(LoraSettings(shards=[str(tmp_path / "out")], steps=1, rank=4, out=tmp_path / "run"))
+    config = (run / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(config)  # the file alone
+    assert resolve(LoraSettings, {}, tmp_path / "config.toml").out == run
+    (run / "config.toml").write_text(config.replace(f'"{run}"', f'"{tmp_path}/next"'))  # somebody means another run
+    assert resolve(LoraSettings, {}, run / "config.toml").out == tmp_path / "next"
+    shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))  # as `cp -r run/* copy/`
+    (tmp_path / "copy" / "config.toml").write_text(config)
+    assert resolve(LoraSettings, {}, tmp_path / "copy" / "config.toml").out == tmp_path / "copy"
 
 
 def test_what_opens_an_address_is_left_out_of_a_runs_settings_and_nothing_else(tmp_path, make_shards):
