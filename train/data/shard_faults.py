@@ -39,7 +39,7 @@ def was_replaced(extent: SampleExtent, shard: Shard) -> StoreError:
     return StoreError(
         f"sample {extent.key} cannot be read: the shard has been replaced since the run was opened",
         where=shard.shown,
-        fix="put the old one back, or start a run on the new ones",
+        fix="put the old one back; or start a run on the new ones, a LoRA from this run's weights (--init-lora)",
     )
 
 

@@ -233,6 +233,20 @@ class Saver:
             why = "DeepSpeed writes it from the weights themselves"
         self.log.say(f"training waits while a checkpoint of {in_bytes(size)} is written: {why}")
 
+    def keep(self, step: int, best: int | None) -> None:
+        """Save the step that was made last, where a fault of which every rank has heard ends the run.
+
+        It is said if that fails: the fault is what the run ends by.
+        """
+        there = self.runtime.main and (self.folder / checkpoints.checkpoint_name(step)).exists()
+        if step == 0 or self.runtime.all_reduce_max(int(there)):
+            return
+        try:
+            self.checkpoint(step, best)
+            self.leave(step)
+        except CogError as failed:
+            self.log.say(f"note: step {step:,} could not be saved: {failed}")
+
     def leave(self, step: int) -> None:
         """Wait for the last checkpoint, and for the mirror, where the run stops before its end; every rank calls it.
 

@@ -7,23 +7,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cogcommon.cli.names import command_line
-from cogcommon.cli.progress import stage
+from cogcommon.errors import CogError
 from cogcommon.files.failures import disk_errors
 from cogcommon.model.copies import CopyStream
 
-from ..blocks.engine import BlockEngine
 from ..data.sample_rng import seed_of
-from ..distributed.optimizer import clip_gradients, learning_rate, make_optimizer
+from ..distributed.optimizer import clip_gradients, learning_rate
 from ..distributed.peers import Peers, meet
 from ..distributed.signals import BY_A_PERSON, Stopped, StopRequest
-from ..distributed.strategies import STRATEGIES
-from ..distributed.strategy import Runtime, start
+from ..distributed.strategy import start
 from ..memory.disk import check_room
-from ..memory.install import install
-from ..memory.room import common_room
 from ..model.batch import Batch
 from ..model.ema import EMA
 from ..model.objective import Objective
@@ -45,6 +41,7 @@ from .best import Best
 from .clock import StepClock
 from .failures import memory_errors
 from .feed import Feed
+from .load import load_model
 from .readout import Readout
 from .saver import Saver, open_mirror
 
@@ -114,7 +111,7 @@ class Trainer:
             log.say(f"note: {note}")
         mirror = peers.together(lambda: open_mirror(run, folder, self.done, log, closing) if peers.main else None)
         prompts = embed_prompts(run, runtime, folder, log)  # T5 has gone before the transformer comes
-        self.model, self.optimizer, self.trained, engine = _load_model(run, runtime, log)
+        self.model, self.optimizer, self.trained, engine = load_model(run, runtime, log)
         trainable = announce.count_weights(self.trained)
         announce.beginning(run, log, folder, trainable, abandoned)
         if runtime.main:
@@ -155,7 +152,7 @@ class Trainer:
         runtime.set_rate(self.optimizer, rate)
         losses: list[torch.Tensor] = []
         for micro in range(settings.accumulate):
-            batch = self.feed.next(step).upload(self.copies)
+            batch = self._batch(step).upload(self.copies)
             clock.end("data")
             with runtime.accelerator.accumulate(self.model):  # the ranks' gradients meet in the last one
                 loss, found = self.readout.loss(self._losses, batch, step, micro)
@@ -220,6 +217,14 @@ class Trainer:
             announce.ending(run, self.log, folder, checked, best, done, self.saver.unsaved)
         self.saver.mirrored()  # in which rank 0 may yet fail
 
+    def _batch(self, step: int) -> Batch:
+        try:
+            return self.feed.next(step)
+        except CogError:  # a shard was replaced, say: what was trained until then is no worse for it
+            self.readout.catch_up()
+            self.saver.keep(self.done, self.best.step)
+            raise
+
     def _losses(self, batch: Batch) -> torch.Tensor:
         return self.objective.losses(self.model, batch, self.runtime.dtype)
 
@@ -228,23 +233,3 @@ class Trainer:
         `BY_A_PERSON`."""
         asked = BY_A_PERSON + signal.SIGTERM if self.runtime.main and asked_to_stop(self.folder) else 0
         return self.runtime.all_reduce_max(self.stop.signal or asked)
-
-
-@stage("loading the transformer")
-def _load_model(run: Run, runtime: Runtime, log: RunLog) -> tuple[Any, Any, list[torch.nn.Parameter], BlockEngine]:
-    """The transformer and its optimizer, ready to train, the weights that are trained, and what runs the blocks."""
-    room = common_room(runtime.peers, runtime.device, runtime.dtype)
-    transformer = run.checkpoint.load_transformer(run.method.weight_dtype(runtime.dtype, runtime.sharded))
-    run.method.apply(transformer)
-    if run.resume is None and (begun := run.method.start(transformer, run.checkpoint)):
-        log.say(begun)
-    transformer.train()
-    engine = install(transformer, run, runtime, log, room)
-    run.method.watch(runtime, transformer)
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    offload_optimizer = STRATEGIES[run.strategy].offloads
-    optimizer = make_optimizer(
-        trained, run.settings, runtime.device, offload_optimizer=offload_optimizer, cpu_training=engine.cpu_training
-    )
-    model, optimizer = runtime.prepare(transformer, optimizer, saved_by=run.resume.state.world if run.resume else None)
-    return model, optimizer, trained, engine

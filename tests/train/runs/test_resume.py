@@ -13,7 +13,7 @@ from forked import Forked, ForkedRanks
 from safetensors.torch import load_file
 from waiting import wait_for_steps
 
-from cogcommon.errors import RunError, SettingError
+from cogcommon.errors import RunError, SettingError, ShardError
 from cogcommon.files.atomic import temporary_beside
 from cogcommon.model.checkpoint import open_checkpoint
 from cogtrain.distributed.strategy import read_weights
@@ -155,6 +155,26 @@ def test_on_one_process_a_resumed_run_is_bit_equal(here, tmp_path, losses):
     assert losses(parts) == losses(whole) and counted == [4, 5, 6]
     one, two = (read_weights(run / "checkpoint-6") for run in (whole, parts))
     assert all((one[name] == two[name]).all() for name in one)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_shard_that_goes_bad_costs_no_step(here, tmp_path, losses, accumulate):
+    """`cogprep encode` takes out a sample, say, while a run trains on the shards."""
+    whole = here(steps=9, out=tmp_path / "whole", accumulate=accumulate)
+    tar, *_ = (tmp_path / "out").glob("*.tar")
+    before = tar.read_bytes()
+
+    def spoil(step):
+        if step == 2:
+            tar.write_bytes(bytes(len(before)))
+
+    with pytest.raises(ShardError, match="a damaged shard"):
+        here(spoil, steps=9, accumulate=accumulate)
+    run = tmp_path / "run"
+    (saved,) = checkpoints.list_checkpoints(run)
+    assert 2 <= checkpoints.step_of(saved) == max(losses(run)) < 9
+    tar.write_bytes(before)
+    assert losses(here(steps=9, accumulate=accumulate)) == losses(whole)
 
 
 def test_a_resume_clears_what_a_kill_left_half_written(here):
