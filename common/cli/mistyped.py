@@ -30,6 +30,7 @@ _OTHER_OPTIONS = {
     "--validation-prompt": "--validate-prompt", "--validation-prompts": "--validate-prompts",
     "--validation-images": "--validate-image", "--validation-image": "--validate-image", "--partition": "--queue",
     "--cpus-per-task": "--cpus", "--job-name": "--name", "--gpus-per-node": "--gpus", "--epsilon": "--eps",
+    "--negative": "--negative-prompt",
 }  # fmt: skip
 
 # What the finetune scripts of CogVideo, the sister program or a scheduler call an option, and a command has none for.

@@ -20,7 +20,7 @@ from cogcommon.cli.names import quoted
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import RunError, SettingError
-from cogcommon.files.ownership import state_of
+from cogcommon.files.ownership import refuse_data_root, state_of
 from cogcommon.libraries import quiet_libraries
 from cogcommon.media.video import read_mp4
 from cogcommon.model.device import default_precision, dtype_of, pick_device
@@ -282,6 +282,8 @@ def _asked(
         prompt=settings.prompt, image=settings.image, resolution=settings.resolution, steps=settings.steps,
         guidance=settings.guidance, seed=settings.seed, fps=settings.fps,
     )  # fmt: skip
+    if settings.out:
+        refuse_data_root(settings.out, "--out")
     for request in generate.requests_of(wanted, tuned):
         text = json.dumps(
             {"prompt": request.prompt, "resolution": str(request.resolution), **shared}, ensure_ascii=False

@@ -14,7 +14,7 @@ from cogcommon.cli.names import json_text
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import SettingError
-from cogcommon.files.ownership import state_of
+from cogcommon.files.ownership import refuse_data_root, state_of
 from cogcommon.libraries import quiet_libraries
 from cogcommon.model.device import default_precision, dtype_of, pick_device
 from cogcommon.model.families import Resolution
@@ -130,6 +130,8 @@ class _Answer(VideoFolder):
     """
 
     def __init__(self, request: Request, asked: str, fps: float, settings: GenerateSettings, several: bool) -> None:
+        if settings.out:
+            refuse_data_root(settings.out, "--out")
         own = default_folder(settings, request.prompt, asked)
         folder = (settings.out / own.name if several else settings.out) if settings.out else own
         super().__init__(folder, _VIDEOS, asked, fps)

@@ -212,12 +212,19 @@ def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, giv
     Raises:
         RunError: names the first fact that differs, and what to change.
     """
+    init_lora = getattr(given, "init_lora", None)
     for name, now in facts.items():
         then: Any = found.state.facts.get(name, _BEFORE.get(name, now))  # a fact may be newer than the checkpoint
         if then == now:
             continue
         fix = f"set {name} back, or start a new run with another --out"
-        if name == "global batch":
+        if name == "--init-lora":
+            began, named = (Path(path) if path else None for path in (found.state.settings.get("init_lora"), init_lora))
+            if began and named and began.resolve() == named.resolve():
+                continue  # the file has changed since; what was made of it is in the checkpoint
+            if began:
+                fix = f"--init-lora {began}, or start a new run with another --out"
+        elif name == "global batch":
             per_step = world * given.batch_size
             if given.global_batch:
                 fix = f"--global-batch {then}"
@@ -233,6 +240,8 @@ def check_same(found: SavedCheckpoint, facts: Mapping[str, Any], world: int, giv
             fix = (
                 "give --shards and --validate-shards, which takes samples out of them, as the run began with them; or "
                 "start a new run with another --out"
+                + f"; from these weights: `{command_line('cogtrain', 'export', '--run', found.folder)}` writes a file "
+                "for --init-lora" * (found.state.facts.get("method") == "lora")
             )
         raise RunError(
             f"the checkpoint was made with {'other' if name == 'shards' else 'another'} {name}: "

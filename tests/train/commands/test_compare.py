@@ -73,6 +73,9 @@ def test_each_cell_is_what_generate_draws_of_these_weights(make_run, drawn):
     assert "checkpoints were named twice" in fault(run / "checkpoint-1", "--checkpoints", "2", "--prompt", "a ball")
     told = fault(run / "checkpoint-1", "--strengths", "strong", "--prompt", "a ball")
     assert "these are no strengths" in told  # so that its checkpoint was found
+    (run / "ds").mkdir()
+    (run / "ds/prompts.txt").write_text("a cat")
+    assert "this folder is a data root" in fault(run, "--out", run / "ds", "--prompt", "a ball", *SMALL)
 
     (first,) = (run / COMPARED).iterdir()
     assert first.name.startswith("a-ball-7-")

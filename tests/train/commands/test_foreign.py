@@ -196,6 +196,13 @@ def test_a_run_takes_no_folder_of_somebodys(tmp_path):
         pass
 
 
+def test_several_prompts_take_no_data_root_either(generate_in, tmp_path):
+    (tmp_path / "videos.txt").write_text("a.mp4")
+    with pytest.raises(SettingError, match="data root"):
+        generate_in(tmp_path, prompt=["a cat", "a dog"])
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
 def test_a_card_and_settings_that_somebody_edits_are_kept(tmp_path):
     run = tmp_path / "run"
     train_in(run)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
@@ -100,10 +101,15 @@ def test_a_run_begins_there_measures_the_base_without_it_and_goes_on(tmp_path, t
     on = dataclasses.replace(settings, steps=2)
     weights = load_file(file)
     save_file({name: tensor * 2 for name, tensor in weights.items()}, file)
-    for other in (on, dataclasses.replace(on, init_lora=None)):
-        with pytest.raises(RunError, match="made with another --init-lora"):
-            open_run(other, torch.device("cpu"), 1)
-    file.unlink()  # its checkpoint has what is needed
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    shutil.copy(file, elsewhere)
+    for other in (elsewhere, None):
+        with pytest.raises(RunError, match="made with another --init-lora") as caught:
+            open_run(dataclasses.replace(on, init_lora=other), torch.device("cpu"), 1)
+        assert caught.value.fix.startswith(f"--init-lora {file}, or ")
+    # Its checkpoint has what is needed: the file may have been trained on since, or be gone.
+    assert open_run(on, torch.device("cpu"), 1).resume
+    file.unlink()
     assert open_run(on, torch.device("cpu"), 1).resume
 
 

@@ -341,8 +341,9 @@ def test_a_checkpoint_of_another_run_is_refused(here, change, says, fix):
 def test_other_shards_are_refused(here, tmp_path, make_shards):
     here(steps=2)
     make_shards(tmp_path / "more", samples=4, seed=5, captions=("other",))
-    with pytest.raises(RunError, match="other shards"):
+    with pytest.raises(RunError, match="other shards") as caught:
         here(steps=3, shards=[str(tmp_path / "more")])
+    assert "cogtrain export --run" in caught.value.fix and "--init-lora" in caught.value.fix
 
 
 def test_a_global_batch_that_accumulation_can_restore_is_named(here):
