@@ -20,7 +20,7 @@ from cogcommon.words import counted
 
 from ..dataset.append import Lists, append_lines
 from ..dataset.captions_found import Captions, find_captions
-from ..dataset.found import CLIPS, FoundFiles, find
+from ..dataset.found import CLIPS, TABLES, FoundFiles, find, split_name
 from ..dataset.lists import ListFault, check_root, read_list, refuse_address
 from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, sheets_among, write_list
 from ..dataset.next_steps import next_steps
@@ -101,6 +101,9 @@ def init(root: Path, *, add: bool = False) -> Told:
         lists[IMAGES] = [entry_of(images[clip]) for clip, _ in lines]
     written = [name for name, entries in lists.items() if name not in kept and write_list(root / name, entries)]
     clips = {clip for clip, _ in lines} - pictures
+    notes = list(_notes(found, captions, len(images), len(clips), kept))
+    if PROMPTS in written and not all(lists[PROMPTS]):
+        notes += _not_read(root, found)
     return Told(
         data_root=str(root),
         clips=len(clips),
@@ -113,7 +116,7 @@ def init(root: Path, *, add: bool = False) -> Told:
         written=written,
         kept=kept,
         unlisted=_unlisted(root, [files.get(clip, clip) for clip in clips], found.clips),
-        notes=list(_notes(found, captions, len(images), len(clips), kept)),
+        notes=notes,
     )
 
 
@@ -267,6 +270,17 @@ def _notes(found: FoundFiles, captions: Captions, images: int, clips: int, kept:
             yield f"in no line, since {IMAGES} pairs each clip with a picture: {said}"
     if 0 < images < clips and IMAGES not in kept:
         yield f"no {IMAGES}: only {images} of {counted(clips, 'clip')} have a picture of their name, and all must"
+
+
+def _not_read(root: Path, found: FoundFiles) -> Iterator[str]:
+    """Tables that may hold the captions that are wanting, and what to type then."""
+    for table in found.tables[:1]:
+        stem, kind = split_name(table)
+        name = stem[: stem.rfind("/") + 1] + f"metadata{TABLES[kind]}"
+        if name not in found.metadata:
+            again = set_aside(root, [PROMPTS], "cogprep", "init", root).strip("`")
+            move = command_line("mv", "-n", root / table, root / name)
+            yield f"not read: {_some(found.tables)}; for the captions in {table}: `{move} && {again}`"
 
 
 def _show(told: Told, add: bool, console: Console) -> None:

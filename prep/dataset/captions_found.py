@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from cogcommon.files.ownership import LISTS
@@ -53,9 +54,9 @@ def find_captions(found: FoundFiles, clips: Sequence[str]) -> Captions:
     """
     captions = Captions()
     _take_texts(captions, found, clips)
-    places = Places(clips)
+    places, there = Places(clips), Places([*found.clips, *chain(*found.left_out.values())])
     for table in found.metadata:
-        _take_table(captions, found, table, places)
+        _take_table(captions, found, table, places, there)
     return captions
 
 
@@ -74,8 +75,13 @@ def _take_texts(captions: Captions, found: FoundFiles, clips: Sequence[str]) -> 
             captions.shared.append(text)
 
 
-def _take_table(captions: Captions, found: FoundFiles, name: str, places: Places) -> None:
-    """Captions from a table, for the clips that have none yet."""
+def _take_table(captions: Captions, found: FoundFiles, name: str, places: Places, there: Places) -> None:
+    """Captions from a table, for the clips that have none yet.
+
+    Args:
+        places: of the clips whose captions are looked for.
+        there: of all clips in the folder.
+    """
     table = read_table(found.root / name)
     if table.unused:
         captions.faults[name] = table.unused
@@ -85,7 +91,7 @@ def _take_table(captions: Captions, found: FoundFiles, name: str, places: Places
         clip = places.find(row.clip, folder)
         if clip is not None:
             rows[clip] = tuple(dict.fromkeys((*rows.get(clip, ()), *row.captions)))
-        elif split_name(row.clip)[1] in CLIPS:  # a table may name pictures, too
+        elif split_name(row.clip)[1] in CLIPS and there.find(row.clip, folder) is None:  # it may name pictures, too
             captions.absent.setdefault(name, []).append(row.clip)
     for clip, several in rows.items():
         if several:

@@ -23,7 +23,8 @@ CLIPS = frozenset(
         ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv", ".y4m",
     }
 )  # fmt: skip
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json", "captions.json")  # likewise
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet", "captions.json")  # likewise
+TABLES = {".csv": ".csv", ".tsv": ".csv", ".jsonl": ".jsonl", ".parquet": ".parquet"}  # how metadata.* would end
 
 _UNFINISHED = (".part", ".crdownload", ".download", ".aria2", ".ytdl", ".tmp")  # beside a download, or at its end
 _OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
@@ -39,6 +40,7 @@ class FoundFiles:
     fit_pictures: list[str] = field(default_factory=list)  # of them, what would not be left out if they were clips
     texts: set[str] = field(default_factory=set)
     metadata: list[str] = field(default_factory=list)  # the outermost folders' first
+    tables: list[str] = field(default_factory=list)  # of other names, which are not read
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by the reason
 
     @cached_property
@@ -133,6 +135,8 @@ def _sort(found: FoundFiles, entry: os.DirEntry[str], name: str, names: set[str]
         found.texts.add(name)
     elif entry.name in METADATA:
         found.metadata.append(name)
+    elif kind in TABLES and not entry.name.startswith("."):
+        found.tables.append(name)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 ======================  ==============================  =====================  ==========================
 tool                    file                            the clip               its caption
 ======================  ==============================  =====================  ==========================
-Hugging Face            metadata.csv, metadata.jsonl    file_name, *_file_name  text
+Hugging Face            metadata.csv, .jsonl, .parquet  file_name, *_file_name  text
 finetrainers            the same, metadata.json         file_name, video        caption
 CogKit                  metadata.jsonl                  file_name               prompt
 musubi-tuner            metadata.jsonl                  video_path              caption
@@ -59,11 +59,12 @@ def read_table(path: Path) -> Table:
     """
     try:
         try:
-            rows = list(_READERS[path.suffix](text_of(path.read_bytes())))
+            parquet = path.suffix == ".parquet"
+            rows = list(_parquet(path) if parquet else _READERS[path.suffix](text_of(path.read_bytes())))
         except UnicodeDecodeError as error:
             raise BadTable("not UTF-8; save it as UTF-8", error.object.count(b"\n", 0, error.start) + 1) from None
         except OSError as error:
-            raise BadTable(f"cannot be read: {error.strerror}") from None
+            raise BadTable(f"cannot be read: {error.strerror or error}") from None
         except RecursionError:
             raise BadTable("not JSON: it is nested too deeply") from None
     except BadTable as bad:
@@ -130,6 +131,27 @@ def _json(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if not isinstance(told, list) or not all(isinstance(row, dict) for row in told):
         raise BadTable('neither a list of {"file_name": ..., "caption": ...} nor an object of names and captions')
     yield from ((0, row) for row in told)
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """A row a clip. Of other columns the names alone, and of a clip that is in the table itself its path."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as table:
+            fields = list(table.schema_arrow)
+            wanted = {*_CLIP, *_CAPTION, *_file_names(field.name for field in fields)}
+            columns = [
+                f"{field.name}.path" if pa.types.is_struct(field.type) else field.name
+                for field in fields
+                if field.name.lower() in wanted
+            ]
+            named: dict[str, Any] = {field.name: None for field in fields}
+            rows = table.read(columns).to_pylist() if columns else [{}]
+    except pa.ArrowException as error:
+        raise BadTable(f"not Parquet: {error}") from None
+    yield from ((0, {**named, **row}) for row in rows)
 
 
 _READERS = {".csv": _csv, ".jsonl": _jsonl, ".json": _json}

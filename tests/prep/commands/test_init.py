@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from cogcommon.errors import DataRootError
 from cogprep.caption.blank_lines import CaptionList
@@ -146,6 +148,32 @@ def test_lines_of_clips_whose_names_have_no_kind(tmp_path):
     told = init(tmp_path)
     assert (tmp_path / "prompts.txt").read_text() == "a cat\n\n" and told.blank == [2]
     assert (tmp_path / "images.txt").read_text() == "2024.06/a.png\nb.png\n"
+
+
+def test_a_parquet_table_and_one_of_another_name(tmp_path):
+    """Parquet as datasets writes it: a clip inside is known by its path, and its bytes are not read."""
+    video = {"bytes": b"\0" * 9, "path": "videos/b.mp4"}
+    table = pa.table({"video": [{"bytes": None, "path": "a.mp4"}, video], "Text": ["a cat", "a dog"], "fps": [8, 8]})
+    parquet.write_table(table, lay(tmp_path, "a.mp4", "videos/b.mp4", "videos/c.mp4") / "metadata.parquet")
+    lay(tmp_path, videos__captions_tsv="file_name\ttext\nc.mp4\ta bird, asleep\n")
+    told = init(tmp_path)
+    assert told.captions == {"metadata.parquet": 2}
+    assert pairs(tmp_path) == [("a.mp4", "a cat"), ("videos/b.mp4", "a dog"), ("videos/c.mp4", "")]
+    (note,) = told.notes
+    assert note.startswith("not read: videos/captions.tsv; for the captions in videos/captions.tsv: `mv -n ")
+    move, again = note.split("`")[1].rsplit(" && ", 1)
+    subprocess.run(move, shell=True, check=True)
+    assert again == f"cogprep init {tmp_path}" and init(tmp_path).notes == []
+    assert pairs(tmp_path)[2] == ("videos/c.mp4", "a bird, asleep")
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataRootError, match="not Parquet"):
+        init(tmp_path, add=True)
+
+
+def test_a_table_names_more_clips_than_the_list_that_is_there(tmp_path):
+    lay(tmp_path, "c0.mp4", "c1.mp4", videos_txt="c1.mp4\n", metadata_csv="file_name,text\nc0.mp4,0\nc1.mp4,1\n")
+    told = init(tmp_path)
+    assert (told.notes, told.unlisted, told.captions) == ([], ["c0.mp4"], {"metadata.csv": 1})
 
 
 def test_of_two_tables_the_first_is_believed_and_both_are_told(tmp_path):
