@@ -21,7 +21,7 @@ from ..dataset.advice import Advice
 from ..dataset.guesses import Guess
 
 REFUSES = "encode would refuse"  # begins what a `Refusal` says
-_SHOWN = 20  # faults that the page lists; --json has them all
+_SHOWN = 20  # faults that a terminal shows; a file or a pipe gets them all, and so does --json
 _SHOWN_LINES = 3  # examples of one kind of advice
 
 
@@ -123,10 +123,15 @@ def _show_faults(verdict: Verdict, console: Console) -> None:
     table.add_column(overflow="fold", max_width=24)
     table.add_column(overflow="fold")
     in_lists = [fault for fault in verdict.faults if not isinstance(fault, Refusal)]
-    blank = [fault for fault in in_lists if isinstance(fault, Uncaptioned)]
-    shown = [fault for fault in in_lists if not isinstance(fault, Uncaptioned)][:_SHOWN] + blank[:_SHOWN_LINES]
+    blank: list[Finding] = [fault for fault in in_lists if isinstance(fault, Uncaptioned)]
+    others = [fault for fault in in_lists if not isinstance(fault, Uncaptioned)]
+    alike = {what: at for at, what in enumerate(dict.fromkeys(fault.what for fault in others))}
+    others.sort(key=lambda fault: alike[fault.what])
+    shown = others[:_SHOWN] + blank[:_SHOWN_LINES] if console.is_terminal else others + blank
+    before = ""
     for fault in shown:
-        table.add_row(fault.place, fault.entry, fault.what)
+        table.add_row(fault.place, fault.entry, "the same" if fault.what == before else fault.what)
+        before = fault.what
     if in_lists:
         console.print(Padding(table, (0, 0, 0, 2), expand=False))
     if len(in_lists) > len(shown):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_each_kind_of_fault_has_its_remedy_once(verdict):
     show(replace(verdict, faults=twice), console)
     page = console.file.getvalue()
     assert all(page.count(fix) == 1 for fix in fixes)
+    assert page.count(verdict.faults[0].what) == 1 and re.search(r"videos.txt:13 +videos/cut.mp4 +the same\b", page)
     assert f"-> videos.txt:9, videos.txt:13: {fixes[0]}" in page
 
 
@@ -242,7 +244,9 @@ def test_captions_to_come_hide_neither_bad_clips_nor_advice_nor_the_plan(setting
     assert told["much cut away"].startswith("--resolution 17x64x96 17x96x64: each clip goes to the shape that fits")
     assert not {"duplicates", "same captions", "captions all alike"} & set(told), "there are no captions to speak of"
     show(verdict, Console(width=100))
-    page = capsys.readouterr().out
+    assert "blank.txt:5 " in capsys.readouterr().out, "a file or a pipe gets every fault"
+    show(verdict, Console(width=100, force_terminal=True, no_color=True))
+    page = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert page.index("five.txt:5") < page.index("blank.txt:1 ") < page.index("blank.txt:3 ") < page.index("and 2 more")
     assert "blank.txt:4" not in page and "encode refuses" in page
     with pytest.raises(DataRootError, match="5 clips without a caption yet") as caught:
