@@ -13,11 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from cogcommon.store.address import READERS
 from cogcommon.store.store import is_web, without_secrets
 
-SCHEMES = (*READERS, "http", "https", "memory")
-_ADDRESS = re.compile(rf"(?:^|/)({'|'.join(SCHEMES)}):/+(?=[^/])", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?<![^/])([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])")  # pathlib makes one slash of two
+_OF_THIS_MACHINE = {"file", "local"}
 # Of a signed URL: what signs it, and for how long. The rest of a query may say which object is meant.
 _SIGNS = re.compile(
     r"x-(amz|goog)-.*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|sig|s[evprtk]|ske|skt|skoid|"
@@ -33,12 +32,21 @@ def any_remote(paths: Iterable[Path]) -> bool:
 
 
 def remote_address(path: Path) -> str | None:
-    """The address that a path of a data root and an entry of its lists names; None of a file of this machine."""
+    """The address that a path of a data root and an entry of its lists names; None of a file of this machine.
+
+    A path that begins as an address is one, whatever reads it; inside a path only what fsspec knows is.
+    """
     text = str(path)
     if ":/" not in text:  # all but a few of a million
         return None
-    found = list(_ADDRESS.finditer(text.partition("?")[0]))
+    found = [one for one in _ADDRESS.finditer(text.partition("?")[0]) if _is_scheme(one[1].lower(), one.start())]
     return f"{found[-1][1].lower()}://{text[found[-1].end() :]}" if found else None
+
+
+def _is_scheme(name: str, at: int) -> bool:
+    from fsspec.registry import known_implementations, registry
+
+    return name not in _OF_THIS_MACHINE and (not at or name in known_implementations or name in registry)
 
 
 def named_without_secrets(entries: Sequence[str]) -> list[str]:

@@ -47,7 +47,6 @@ def root(tmp_path) -> Path:
         ("C:/work/ds/videos/a.mp4", "the file is missing; a Windows path; videos/a.mp4 is there"),
         ("\\\\server\\share\\videos\\a.mp4", "the file is missing; a Windows path; videos/a.mp4 is there"),
         ('"C:\\ds\\videos\\a.mp4"', "the file is missing; in quotes; a Windows path; videos/a.mp4 is there"),
-        ("ftp://example.org/a.mp4", "the file is missing; an address, not a file: download it first"),
         ("rclone://bucket/a.mp4", "the file is missing; an address, not a file: download it first"),
         ("videos/gone.mp4", "the file is missing"),
         ("nowhere/at/all.mp4", "the file is missing"),

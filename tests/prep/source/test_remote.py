@@ -74,6 +74,11 @@ def tars(out):
         ("s3:/bucket/ds/a.mp4", "s3://bucket/ds/a.mp4"),
         ("s3:/bucket/ds/gs:/other/a.mp4", "gs://other/a.mp4"),
         ("/ds/https:/host/a.mp4?from=http:/x", "https://host/a.mp4?from=http:/x"),
+        ("oss:/bucket/ds/prompts.txt", "oss://bucket/ds/prompts.txt"),
+        ("/ds/webdav:/host/a.mp4", "webdav://host/a.mp4"),
+        ("s33:/bucket/ds", "s33://bucket/ds"),  # which nothing reads, as will be said
+        ("/ds/s33:/bucket/a.mp4", None),
+        ("c:/ds/a.mp4", None),
         ("ds/videos/a.mp4", None),
         ("ds/file:/a.mp4", None),
         ("/data/s3/a.mp4", None),
