@@ -17,6 +17,7 @@ from cogcommon.cli.names import json_text, quoted
 from cogcommon.cli.progress import stage
 from cogcommon.cli.terminal import Console
 from cogcommon.errors import ModelError, SettingError, ShardError
+from cogcommon.files.failures import check_writable
 from cogcommon.files.ownership import check_own_folder, refuse_data_root, take_output
 from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import open_checkpoint
@@ -70,6 +71,7 @@ def run(settings: PreviewSettings) -> None:
     if (earlier := preview_record(folder)) is not None:
         earlier.write()
     check_own_folder(folder, A_PREVIEW, option)
+    check_writable(folder)  # before minutes of decoding
     preview = make_preview(settings)
     with shard_disk_errors(folder), stage("drawing the page"):
         made = take_output(folder, A_PREVIEW, option)

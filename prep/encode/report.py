@@ -240,7 +240,8 @@ def show(report: Report, console: Console, report_path: str) -> None:
             parts.append(f"{name} {count}")
     console.print(styled((", ".join(parts), "bold"), f" in {in_words(report.seconds['total'])}"))
     if report.encoded:
-        console.print(f"{report.clips_per_minute:.1f} clips/min; {report.advice}")
+        within = in_words(report.seconds["encode"])
+        console.print(f"{report.clips_per_minute:.1f} clips/min in the {within} of encoding alone; {report.advice}")
     for node in report.nodes:
         console.print(
             f"{node.name}: {counted(node.clips, 'clip')}, {node.clips_per_minute:.1f} a minute, {node.waits_for}"
@@ -275,7 +276,8 @@ def show(report: Report, console: Console, report_path: str) -> None:
             console.print(
                 f"not finished yet: slices {slices} ({shown}); run them, or all of it without --worker",
             )
-    console.print(f"shards in {report.out}, details in {report_path}", soft_wrap=True)
+    shards = f"shards in {report.out}, " if report.usable else ""
+    console.print(f"{shards}details in {report_path}", soft_wrap=True)
     left_out = report.rejected + report.postponed
     if left_out and report.usable and report.worker == "1/1":
         lines = left_out + report.encoded + report.recovered + report.reused + report.kept

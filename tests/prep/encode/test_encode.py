@@ -170,6 +170,8 @@ def test_nothing_usable_is_an_error(root, tmp_path, capsys):
     with pytest.raises(DataRootError, match="none of the clips"):
         run_command(settings)
     assert not list((tmp_path / "out").glob("*.tar"))
+    said = capsys.readouterr().out
+    assert "details in" in said and "shards in" not in said
 
 
 @pytest.mark.parametrize("torchrun", [False, True])

@@ -183,6 +183,12 @@ def test_a_source_that_is_gone_or_changed_is_said(encoded, out, tmp_path):
     assert "the source is gone" in Path(told["page"]).read_text()
 
 
+def test_a_folder_that_takes_no_page_is_said_before_anything_is_decoded(out, monkeypatch):
+    monkeypatch.setattr("cogprep.commands.preview.make_preview", lambda _: pytest.fail("decoded first"))
+    with pytest.raises(DiskError):
+        run(PreviewSettings(out=out, to=Path("/proc/preview")))
+
+
 def test_a_damaged_sample_is_named(out):
     _, number, row = choose_samples(list(records_in(out)), 1)[0]
     tar = out / f"{number:06d}.tar"
