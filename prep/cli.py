@@ -116,9 +116,12 @@ _PANELS = {  # headings of --help
     "Encode": ("encode", "launch"),
     "Shards": ("inspect", "verify", "preview", "index", "clean-cache"),
 }
+_ONLY_PRINT = ("validate", "inspect", "verify")
 for _name, _settings, _module, _help, _examples in _COMMANDS:
     _panel = next(panel for panel, names in _PANELS.items() if _name in names)
-    add_command(app, _name, _settings, _run_of(_module), _help, _examples, _panel)
+    add_command(
+        app, _name, _settings, _run_of(_module), _help, _examples, _panel, only_prints=_name in _ONLY_PRINT
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -125,12 +125,14 @@ add_command(
         "cogtrain plan --shards out/*.tar --gpu 24GB --gpus 2",
     ),
     _BEFORE,
+    only_prints=True,
 )  # fmt: skip
 add_command(
     app, "doctor", DoctorSettings, doctor,
     "Say what of this machine matters, and what to do about it.",
     ("cogtrain doctor",),
     _BEFORE,
+    only_prints=True,
 )  # fmt: skip
 add_command(
     app, "lora", LoraSettings, train,

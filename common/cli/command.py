@@ -20,6 +20,7 @@ from ..files.failures import machines_fault
 from .mistyped import given_twice, in_our_words, no_such_command
 from .progress import say, shown, stage
 from .settings import default_of, flag_of, resolve, shown_default
+from .streams import guard_output, outlive_output
 
 S = TypeVar("S")
 
@@ -146,7 +147,7 @@ def make_app(name: str, help: str) -> typer.Typer:
 
 def add_command(
     app: typer.Typer, name: str, cls: type[S], run: Callable[[S], None], help: str, examples: Sequence[str] = (),
-    panel: str | None = None,
+    panel: str | None = None, *, only_prints: bool = False,
 ) -> None:  # fmt: skip
     """Make ``run(settings)`` a command whose options are the fields of ``cls``.
 
@@ -157,6 +158,7 @@ def add_command(
         help: the first line is what the program's own help says of the command.
         examples: command lines that ``--help`` ends with.
         panel: heading under which the program's own help lists it.
+        only_prints: it ends where its output can be written no more; the work of others goes on.
     """
     hints = get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -166,6 +168,8 @@ def add_command(
     assert len(several) == 1 or not any(field.metadata.get("positional") for field in several)
 
     def command(**given: Any) -> None:
+        if not only_prints:
+            outlive_output()
         try:
             with stage("starting"):  # until a stage of the command's own: its libraries take seconds to import
                 run(resolve(cls, given, given.get("config")))
@@ -275,6 +279,7 @@ def run_app(app: Callable[[], None]) -> None:
     from .terminal import print_in_any_encoding
 
     print_in_any_encoding()
+    guard_output()
     # Before torch is loaded: its threads soon sleep while they wait for one another. By default they spin 30 times as
     # long, and where other programs want the same cores, keep them from the very thread that they wait for. Never to
     # spin costs a sixth of a step's time where nobody else wants them (workshop/LEDGER.md).
@@ -304,9 +309,4 @@ def _end(error: CogError) -> NoReturn:
 
     with suppress(OSError):
         show_error(error)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # or the interpreter fails on it once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(2)

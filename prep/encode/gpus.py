@@ -20,6 +20,7 @@ from typing import IO
 
 from cogcommon.cli.names import plain
 from cogcommon.cli.progress import paused, shown
+from cogcommon.cli.streams import guard_output, outlive_output
 from cogcommon.errors import CogError, RunError, SettingError
 
 from ..plan.slice import Slice
@@ -148,6 +149,8 @@ def _child(settings: EncodeSettings, index: int, parts: int) -> None:
     from .part import encode_slice
 
     os.environ.update(LOCAL_RANK=str(index), LOCAL_WORLD_SIZE=str(parts))
+    guard_output()
+    outlive_output()
     sys.stderr = _Prefixed(sys.stderr, f"[gpu {index}] ")  # type: ignore[assignment]
     try:
         with shown():

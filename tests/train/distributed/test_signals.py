@@ -9,6 +9,8 @@ import time
 
 import psutil
 import pytest
+from forked import Forked
+from waiting import wait_for_steps
 
 from cogtrain.distributed import signals
 from cogtrain.distributed.signals import SIGNALS, StopRequest
@@ -128,3 +130,33 @@ def test_a_signal_that_finds_no_processes_ends_the_launcher(number):
     began = time.monotonic()
     process.send_signal(number)
     assert process.wait(timeout=50) == -number and time.monotonic() - began < 50
+
+
+WITHOUT_OUTPUT = """
+import os, runpy, sys
+reader, writer = os.pipe()
+os.close(reader)
+for name in {lost}:
+    os.dup2(writer, getattr(sys, name).fileno())
+    stream = open(getattr(sys, name).fileno(), "w", buffering=1, closefd=False)
+    setattr(sys, name, stream)
+    setattr(sys, f"__{{name}}__", stream)
+sys.argv = ["cogtrain", "lora", "--shards", "out", "--rank", "2", "--out", "run", "--steps", "{steps}"]
+runpy.run_module("cogtrain", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(("lost", "steps", "stopped"), [(["stdout"], 2, False), (["stdout", "stderr"], 500, True)])
+def test_a_run_outlives_its_output(lost, steps, stopped, tmp_path, make_shards):
+    """`| head` has enough; `2>&1 | tee log` has died of the Ctrl-C that stops the run."""
+    make_shards(tmp_path / "out", samples=2)
+    (tmp_path / "without.py").write_text(WITHOUT_OUTPUT.format(lost=lost, steps=steps))
+    process = Forked([str(tmp_path / "without.py")], tmp_path)
+    if stopped:
+        assert wait_for_steps(tmp_path / "run", 1, process), process.end()
+        os.kill(process.pid, signal.SIGINT)
+    code, out, err = process.end()
+    assert (code, out) == (130 if stopped else 0, ""), err
+    assert err.count("the standard output cannot be written") == (not stopped)
+    done = read_run(tmp_path / "run")
+    assert (tmp_path / "run" / f"checkpoint-{done.steps[-1].step}").is_dir() and (stopped or len(done.steps) == steps)

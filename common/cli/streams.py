@@ -1,0 +1,90 @@
+"""What becomes of a program when its output can be written no more: `| head` has enough, `tee` is gone, a disk is full.
+
+A command that prints its result ends there. One that writes files goes on: hours of training are not lost with a pipe
+(`outlive_output`). Both are held where bytes leave the process, for all that prints: us, rich, libraries.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
+
+_NAMES = {1: "the standard output", 2: "the standard error"}
+_FOR_A_WHILE = (errno.ENOSPC, errno.EDQUOT)  # there may be room again
+
+
+class Output(io.FileIO):
+    """The end of standard output or error at which bytes leave the process.
+
+    Attributes:
+        outlived: what cannot be written is dropped, which is said once on the other stream. Otherwise the first such
+            error is raised, with the stream's name as its ``filename``, and what comes later is dropped.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.outlived = False
+        self._told = False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in _FOR_A_WHILE or not self.outlived:
+                self._leave()
+            if not self.outlived:
+                error.filename = _NAMES[self.fileno()]
+                raise
+            self._tell(error)
+            return memoryview(data).nbytes
+
+    def _leave(self) -> None:
+        """Write nowhere from now on; nor do the programs that we start, such as compilers, which would die of it."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+
+    def _tell(self, error: OSError) -> None:
+        if self._told:
+            return
+        self._told = True
+        name = _NAMES[self.fileno()]
+        line = f"note: {name} cannot be written ({error.strerror}): the work goes on without it\n"
+        with suppress(OSError):  # past Python's streams: this thread may hold one, and another wait for it
+            other = next(number for number in _NAMES if number != self.fileno())
+            os.write(other, (b"\r\x1b[K" if os.isatty(other) else b"") + line.encode())
+
+
+def guard_output() -> None:
+    """Put an `Output` below ``sys.stdout`` and ``sys.stderr``, where these are the process's own."""
+    for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
+        stream = getattr(sys, name)
+        if stream is original and isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, _guarded(stream))
+
+
+def outlive_output() -> None:
+    """Go on, from now, where the output can be written no more; without `guard_output` before, nothing changes."""
+    for stream in (sys.stdout, sys.stderr):
+        if (end := _end_of(stream)) is not None:
+            end.outlived = True
+
+
+def _guarded(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    stream.flush()
+    end = Output(stream.fileno())
+    return io.TextIOWrapper(
+        end if stream.write_through else io.BufferedWriter(end),  # type: ignore[arg-type]  # as Python's own, with -u
+        encoding=stream.encoding, errors=stream.errors, newline="\n", line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )  # fmt: skip
+
+
+def _end_of(stream: TextIO | None) -> Output | None:
+    buffer = getattr(stream, "buffer", None)
+    end = getattr(buffer, "raw", buffer)
+    return end if isinstance(end, Output) else None
