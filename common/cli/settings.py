@@ -38,6 +38,7 @@ def setting(
     only_with: tuple[str, ...] = (),
     prose: bool = False,
     one_word: bool = False,
+    commas: bool = False,
     after_dashes: bool = False,
     beside: str = "",
 ) -> Any:
@@ -57,6 +58,7 @@ def setting(
         prose: a text for the model, which may have line breaks.
         one_word: of a list: the option takes one value each time it is given, not all words that follow: those of a
             sentence without quotes would each become a value.
+        commas: of a list: its values are names that hold no comma, so commas may stand between them, too.
         after_dashes: of a positional list: it is all that follows ``--``, the command line of another command.
         beside: of the folder to write: a file that each of those has which the program has made. The settings file that
             it writes into one means the folder where it lies, wherever that was when it was written.
@@ -64,7 +66,7 @@ def setting(
     metadata = {
         "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
         "instead_of": instead_of, "only_with": only_with, "prose": prose, "one_word": one_word,
-        "after_dashes": after_dashes, "beside": beside,
+        "commas": commas, "after_dashes": after_dashes, "beside": beside,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -165,6 +167,9 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
         if other := known[name].metadata.get("instead_of"):
             values.pop(other, None)
     values |= options
+    for name in values:
+        if known[name].metadata.get("commas"):
+            values[name] = [word.strip() for text in values[name] for word in text.split(",") if word.strip()]
     for name, value in values.items():
         if not known[name].metadata.get("prose"):
             _check_text(value, flag_of(known[name]))

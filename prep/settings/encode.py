@@ -78,6 +78,7 @@ class PlanSettings:
         "pictures go to those of one frame, as 1x480x720",
         shown="required",
         section="Cut",
+        commas=True,
     )
     frames: FrameMode = setting(
         "auto",

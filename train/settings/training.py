@@ -259,7 +259,9 @@ class LoraSettings(TrainSettings):
         None, "LoRA file to begin with, of any rank, alpha and tool (names of diffusers, PEFT, kohya or ComfyUI)",
         section=_LORA,
     )  # fmt: skip
-    target_modules: list[str] = setting([*TARGET_MODULES], "linear layers that get an adapter", section=_LORA)
+    target_modules: list[str] = setting(
+        [*TARGET_MODULES], "linear layers that get an adapter", section=_LORA, commas=True
+    )
     lora_dropout: float = setting(0.0, "dropout on the adapters' input", section=_LORA)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from cogcommon.errors import SettingError
 @dataclass(frozen=True)
 class Settings:
     shards: list[str] = setting([], "Shards.")
+    layers: list[str] = setting(["a", "b"], "Layers.", commas=True)
     validate_shards: list[str] = setting([], "Held out.")
     steps: int | None = setting(None, "Steps.", shown="10 epochs")
     lr: float = setting(1e-4, "Learning rate.")
@@ -75,6 +76,15 @@ def test_any_other_stray_word_is_an_error(words):
 
 def test_a_negative_number_is_a_value():
     assert run("--lr", "-1")[1].lr == -1
+
+
+@pytest.mark.parametrize("words", [["c", "d", "e"], ["c,d,e"], ["c,", "d", ", e,"]])
+def test_names_stand_between_spaces_or_commas(words, tmp_path):
+    result, settings = run("--layers", *words, "--shards", "a,b.tar")
+    assert result.exit_code == 0, result.output
+    assert (settings.layers, settings.shards) == (["c", "d", "e"], ["a,b.tar"])
+    (tmp_path / "config.toml").write_text(f"layers = {words}")
+    assert resolve(Settings, {}, tmp_path / "config.toml").layers == ["c", "d", "e"]
 
 
 def test_a_switch_can_be_switched_off():
