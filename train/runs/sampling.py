@@ -68,6 +68,6 @@ def check_sampler(sampler: Sampler, settings: TrainSettings, shards: ShardSet, g
     if one and shards.of_no_clip:
         rebuilt = f"{counted(shards.of_no_clip, 'sample')} in records that `cogprep index` rebuilt"
         notes.append(f"--captions one takes {rebuilt} for clips of their own")
-    if one and samples == len(shards):
+    if one and shards.clips == len(shards):
         notes.append("--captions one changes nothing: no clip of these shards has several captions")
     return notes

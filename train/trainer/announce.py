@@ -49,7 +49,7 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int, abandoned: Se
         * bool(run.followed)
     )
     if run.sampler.draw:
-        log.say(f"each epoch trains one caption of each of {counted(run.sampler.samples, 'clip')} (--captions one)")
+        log.say(f"each epoch trains one caption of each of {counted(run.shards.clips, 'clip')} (--captions one)")
     if run.repeated:
         log.say(run.repeated)
     for note in run.notes:

@@ -104,6 +104,10 @@ def test_a_mixed_run_resumes_exactly_and_says_what_it_repeats(out, tmp_path, tra
     whole = run("whole", steps=12)
     assert "each epoch trains 8 samples, of which 2 samples 3 times each (--repeat)" in capsys.readouterr().out
     assert [line.epoch for line in read_run(whole).steps] == [0] * 8 + [1] * 4
+    run("one", steps=1, captions="one")
+    said = capsys.readouterr().out
+    assert "one caption of each of 4 clips" in said and "each epoch trains 8 clips" in said
+    assert "--captions one changes nothing" in said
     run("halves", steps=5)
     # Named in another way, by its size.
     assert losses(run("halves", steps=12, repeat=["1x64x96=3"])) == losses(whole)
