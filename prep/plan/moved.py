@@ -14,6 +14,7 @@ from cogcommon.model.families import Task
 from cogcommon.shards.records import SampleRow
 
 from ..dataset.lists import Sample
+from ..source.addresses import remote_address
 from ..source.clip import BadClip, Hashed, toned
 from ..source.part import locate
 from ..source.source_file import file_state, hash_file, unchanged
@@ -59,13 +60,22 @@ class _Search:
         return not row.image or self._hash(self._root / name) == row.image_sha256
 
     def _find(self, rows: Sequence[SampleRow], samples: Sequence[Sample]) -> Iterator[tuple[bytes, str]]:
-        """The clips of some rows, by content hash: those with their captions first, and only files of their sizes."""
+        """The clips of some rows, by content hash: those with their captions first, and only files of their sizes.
+
+        Behind an address each size is a request, so there only lines with their captions are asked after.
+        """
         if not rows:
             return
         wanted, sizes = {row.source_sha256 for row in rows}, {row.source_size for row in rows}
         captions = {row.caption for row in rows}
         ordered = sorted(samples, key=lambda sample: sample.caption not in captions)
-        entries = list(dict.fromkeys(sample.source for sample in ordered))
+        entries = list(
+            dict.fromkeys(
+                sample.source
+                for sample in ordered
+                if sample.caption in captions or remote_address(self._root / sample.source) is None
+            )
+        )
         for entry, size in zip(entries, read_in_order(self._size, entries), strict=True):
             for identity in self._identities(entry) & wanted if size in sizes else ():
                 wanted.remove(identity)
