@@ -121,8 +121,11 @@ def claimed(folder: Path, wait: float = 0.0) -> Iterator[Made]:
                 (Made.read(folder) or made).close(*RUN_FILES)
 
 
-def move_in(run: Run, folder: Path, done: int) -> list[str]:
+def move_in(run: Run, folder: Path, done: int, *, kept: bool = False) -> list[str]:
     """Bring a claimed folder into the state after step ``done``; names of checkpoints removed.
+
+    Args:
+        kept: its settings stay as they are written there.
 
     Raises:
         PeerLost: another process has gone on in it, after this one had looked for the newest checkpoint.
@@ -133,7 +136,8 @@ def move_in(run: Run, folder: Path, done: int) -> list[str]:
         looked = run.resume.newest and run.resume.folder.parent.samefile(folder)
     if looked:
         check_newest(folder, run.resume)
-    write_config(run, folder)
+    if not kept:
+        write_config(run, folder)
     cut_metrics(folder, done)
     _cut_videos(folder, done)
     return clear(folder, after=done)

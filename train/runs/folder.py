@@ -95,6 +95,7 @@ class RunFacts:
     begun: float = 0.0  # when its first step was about to be made, in seconds since 1970; 0: not known
     exported: int = 0  # the step whose weights lie in the run's folder; 0: none yet, or not known
     ended: str = ""  # why it has ended before its last step, if it has
+    finished: int | None = None  # its last step, once all of that is exported and told; 0: not yet; None: not known
     samples_at_start: int = 0  # with --follow; `samples` are those of the newest epoch then
     started_by: list[str] = dataclasses.field(default_factory=list)  # launchers, and a job of Slurm (`runs.restart`)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogcommon.cli.progress import stage
-from cogcommon.errors import ModelError, SettingError, ShardError
+from cogcommon.errors import ModelError, RunError, SettingError, ShardError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16, is_gpu
 from cogcommon.model.families import Resolution
@@ -28,6 +28,7 @@ from .agreement import agree_on_resume
 from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
 from .claim import check_claimable
 from .config import settings_json, told_of_move
+from .folder import run_facts
 from .follow import open_followed
 from .global_batch import with_accumulation
 from .mirror.restore import restore
@@ -102,13 +103,14 @@ def open_run(
     if resume is not None and resume.state.step > steps:
         notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
         steps = resume.state.step
-    if resume is not None:
+    nothing_left = resume is not None and _nothing_left(settings, resume, steps)
+    if resume is not None and not nothing_left:
         then = resume.state.settings
         before = then.get("steps") or (then.get("epochs") or DEFAULT_EPOCHS) * sampler.steps_per_epoch
         notes += told_of_schedule(settings, resume.state.step, before, steps)
-    if settings.warmup is not None and settings.warmup >= steps:
+    if settings.warmup is not None and settings.warmup >= steps and not nothing_left:
         notes.append(f"all of the run is warm-up: {settings.warmup:,} steps to the rate of --lr, {steps:,} in all")
-    if settings.lr == 0:
+    if settings.lr == 0 and not nothing_left:
         notes.append("--lr 0 trains nothing")
     run = Run(
         settings=settings,
@@ -125,15 +127,23 @@ def open_run(
         resume=resume,
         notes=tuple(notes),
         followed=followed,
+        nothing_left=nothing_left,
         prompts=prompts,
     )
     if run.new_prompts:
         _check_text_encoder(checkpoint)
     if run.resume is not None:
         check_same(run.resume, run.resume_facts(), groups.count, given)
-        changed = _changed(run.resume, settings)
-        if changed:
-            notes.append("changed since the checkpoint: " + ", ".join(changed))
+        if changed := ", ".join(_changed(run.resume, settings)):
+            notes.append(
+                f"no step is made with these, so the run stays as it was: {changed}; a larger --steps goes on with them"
+                if nothing_left
+                else f"changed since the checkpoint: {changed}"
+            )
+        if nothing_left:
+            run = dataclasses.replace(
+                run, settings=_as_trained(settings, run.resume), given=_as_trained(given, run.resume)
+            )
     return dataclasses.replace(run, notes=tuple(notes))
 
 
@@ -307,10 +317,37 @@ def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | Non
 
 # They say where and how long, not what is trained.
 _FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "global_batch", "shards",
-         "validate_shards", "save_every", "save_minutes", "keep", "keep_best", "patience", "validate_every",
+         "validate_shards", "save_every", "save_minutes", "keep", "patience", "validate_every",
          "validate_videos", "validate_prompt", "validate_prompts", "validate_image", "tracker", "model", "memory",
          "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision",
          "cache", "cache_size", "init_lora", "repeat", "follow", "mirror"}  # fmt: skip
+
+
+def _nothing_left(settings: TrainSettings, found: SavedCheckpoint, steps: int) -> bool:
+    """Whether a run has made all its steps, or has ended before by a ``--patience`` that is no smaller than now's."""
+    if found.state.step >= steps:
+        return True
+    patience = found.state.settings.get("patience")
+    if not (found.newest and patience and settings.patience and settings.patience <= patience):
+        return False
+    try:
+        facts = run_facts(found.folder.parent)
+    except RunError:
+        return False
+    return bool(facts.ended) and facts.finished == found.state.step
+
+
+def _as_trained(settings: TrainSettings, found: SavedCheckpoint) -> TrainSettings:
+    """The settings for a run of which nothing is left to train: what made its last step is what it says of itself.
+
+    Where, how often and on what machine is as given; ``--keep-best`` stays on.
+    """
+    then = found.state.settings
+    now = settings_json(settings)
+    before = {name: then[name] for name in now if name in then and name not in _FREE and now[name] != then[name]}
+    if settings.keep_best:
+        before["keep_best"] = True
+    return dataclasses.replace(settings, **before)
 
 
 def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
@@ -318,5 +355,8 @@ def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
     return [
         f"{settings.option(name)} {found.state.settings.get(name)} -> {value}"
         for name, value in now.items()
-        if name not in _FREE and name in found.state.settings and found.state.settings[name] != value
+        if name not in _FREE
+        and not (name == "keep_best" and value)  # which takes nothing away, and which a finished run can still do
+        and name in found.state.settings
+        and found.state.settings[name] != value
     ]

@@ -50,6 +50,7 @@ class Run:
     resume: SavedCheckpoint | None
     notes: tuple[str, ...]  # what the user should know, one sentence each
     followed: Followed | None = None  # with --follow; shards and sampler are of the epoch at which it was opened
+    nothing_left: bool = False  # to train; its settings, too, are then those that its last step was made with
     prompts: tuple[Prompt, ...] = ()  # whose videos validation makes, beside those of held-out captions
 
     @property

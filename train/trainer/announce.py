@@ -20,7 +20,14 @@ from ..blocks.plan import BlockPlan
 from ..distributed.strategy import Runtime
 from ..model.method import Exported
 from ..runs.checkpoint import checkpoint_name
-from ..runs.folder import REPORT_FILE, RunFacts, ValidationLine, loss_text, lowest, run_facts
+from ..runs.folder import (
+    REPORT_FILE,
+    RunFacts,
+    ValidationLine,
+    loss_text,
+    lowest,
+    run_facts,
+)
 from ..runs.log import RunLog
 from ..runs.run import Run
 from .best import Best
@@ -29,11 +36,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def beginning(run: Run, log: RunLog, folder: Path, trainable: int, abandoned: Sequence[str]) -> None:
+def beginning(
+    run: Run, log: RunLog, folder: Path, trainable: int, abandoned: Sequence[str], *, kept: bool
+) -> None:  # fmt: skip
     """The first lines.
 
     Args:
         abandoned: names of checkpoints that were removed.
+        kept: the run has finished, and nothing of it is to be written.
     """
     if abandoned:
         log.say(f"removed {', '.join(abandoned)}: their steps are made again")
@@ -59,7 +69,8 @@ def beginning(run: Run, log: RunLog, folder: Path, trainable: int, abandoned: Se
         log.say(f"continues {run.resume.folder} after step {done:,}")
         if done >= run.steps:
             log.say(f"nothing is left to train: all {done:,} steps are done; a larger --steps goes on")
-    log.say(f"writes {folder}; {folder / REPORT_FILE} has its curves and videos, live: {watch(folder)}")
+    if not kept:
+        log.say(f"writes {folder}; {folder / REPORT_FILE} has its curves and videos, live: {watch(folder)}")
 
 
 def new_epoch(run: Run, log: RunLog, folder: Path) -> None:
@@ -140,6 +151,11 @@ def write_facts(
     _facts(run, runtime, trainable, plan, attention, begun, exported).write(folder)
 
 
+def write_finished(folder: Path, done: int) -> None:
+    """Write into ``facts.json`` that a run's end is whole on the disk, after all else of it (`finished`)."""
+    dataclasses.replace(run_facts(folder), finished=done).write(folder)
+
+
 def write_end(folder: Path, exported: int, ended: str) -> None:
     """Write into ``facts.json`` how a run has ended.
 
@@ -180,6 +196,7 @@ def _facts(
         id_token=run.shards.id_token,
         begun=begun,
         exported=exported,
+        finished=0,
         started_by=list(runtime.peers.started_by),
     )
 

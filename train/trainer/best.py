@@ -37,9 +37,10 @@ class Best:
             validation: that goes on; losses of other held-out samples are not compared with its own.
         """
         found: tuple[list[ValidationLine], set[int]] = ([], set())
-        if validation and peers.main:
+        if peers.main and (validation or settings.keep_best):  # which a finished run keeps without held-out samples
             lines = read_metrics(folder / METRICS_FILE)[1]
-            lines = [line for line in lines if line.base_val_loss == finite(validation.base_loss)]
+            if validation and validation.held_out:
+                lines = [line for line in lines if line.base_val_loss == finite(validation.base_loss)]
             found = lines, {step_of(path) for path in list_checkpoints(folder)}
         return cls(settings, *peers.broadcast(found))
 

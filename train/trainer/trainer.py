@@ -28,7 +28,7 @@ from ..report.page import write_report
 from ..runs import agreement
 from ..runs import checkpoint as checkpoints
 from ..runs.claim import claimed, move_in
-from ..runs.config import settings_json
+from ..runs.config import settings_json, write_config
 from ..runs.folder import CARD_FILE, CONFIG_FILE, asked_to_stop, read_run
 from ..runs.log import RunLog
 from ..runs.restart import seconds_to_wait
@@ -36,7 +36,7 @@ from ..runs.run import Run, run_folder
 from ..runs.tracker import open_tracker
 from ..validation.embed import embed_prompts
 from ..validation.validate import Validation
-from . import announce
+from . import announce, finished
 from .best import Best
 from .clock import StepClock
 from .failures import memory_errors
@@ -83,6 +83,7 @@ class Trainer:
 
     Attributes:
         done: steps that were made, and those before, by the run that this one resumes.
+        kept: the step that was exported, of a run that had finished before and stays as it is; else 0.
     """
 
     def __init__(self, run: Run, folder: Path, peers: Peers, stop: StopRequest, closing: ExitStack) -> None:
@@ -103,7 +104,8 @@ class Trainer:
             settings, run.strategy, run.precision, cpu=not torch.cuda.is_available(), autocast=run.method.full,
             peers=peers,
         )  # fmt: skip
-        abandoned = peers.together(lambda: move_in(run, folder, self.done) if peers.main else [])
+        self.kept = peers.broadcast(finished.exported_before(run, folder, self.done) if peers.main else 0)
+        abandoned = peers.together(lambda: move_in(run, folder, self.done, kept=bool(self.kept)) if peers.main else [])
         shown = settings_json(settings)
         tracker = open_tracker(settings.tracker, folder, shown, self.done) if runtime.main else None
         self.log = log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, self.done, tracker))
@@ -113,12 +115,17 @@ class Trainer:
         prompts = embed_prompts(run, runtime, folder, log)  # T5 has gone before the transformer comes
         self.model, self.optimizer, self.trained, engine = load_model(run, runtime, log)
         trainable = announce.count_weights(self.trained)
-        announce.beginning(run, log, folder, trainable, abandoned)
-        if runtime.main:
+        announce.beginning(run, log, folder, trainable, abandoned, kept=bool(self.kept))
+        if runtime.main and not self.kept:
             announce.write_facts(run, folder, runtime, trainable, engine.plan, engine.kernel)
         # It measures the base model, so it comes before the resume.
         self.validation = Validation.begin(run, runtime, self.model, folder, log, stop, prompts)
         self.best = Best.of(settings, folder, peers, self.validation)
+        if self.kept and finished.renews(self.validation, self.best, self.kept, self.done, log):
+            peers.together(lambda: write_config(run, folder) if peers.main else None)
+            if runtime.main:
+                announce.write_facts(run, folder, runtime, trainable, engine.plan, engine.kernel)
+            self.kept = 0
         self.ema = EMA(self.trained, settings.ema) if settings.ema else None
         self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log, engine, closing, mirror)
         if run.resume:
@@ -135,7 +142,7 @@ class Trainer:
         """Make the steps that are left, and validate and save between them."""
         if self.validation and self.validation.lacks(self.done, self.best.lines):
             self.validate_and_save(self.done)  # before it was stopped, the run had no time for it
-        while (step := self.done + 1) <= self.run.steps and not self.best.enough:
+        while (step := self.done + 1) <= self.run.steps and not self.best.enough and not self.run.nothing_left:
             self.step(step)
             if after_step:
                 after_step(step)
@@ -209,11 +216,14 @@ class Trainer:
     def finish(self) -> None:
         """Load back what is exported, of the last step or of the best, and say so."""
         run, folder, best, done = self.run, self.folder, self.best, self.done
-        if checked := self.saver.finish(done, best.line):
+        if self.kept:
+            finished.staying(self.log, folder, self.kept, done)  # rank 0's to say
+        elif checked := self.saver.finish(done, best.line):
             announce.write_end(folder, best.step or done, best.why() if best.enough and done < run.steps else "")
             if not write_card(folder, read_run(folder), "transformer" if run.method.full else "lora"):
                 self.log.say(f"{folder / CARD_FILE} was changed by somebody, and stays as it is")
             write_report(folder)
+            announce.write_finished(folder, done)
             announce.ending(run, self.log, folder, checked, best, done, self.saver.unsaved)
         self.saver.mirrored()  # in which rank 0 may yet fail
 
