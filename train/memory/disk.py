@@ -11,7 +11,7 @@ from cogcommon.files.failures import room_of
 from cogcommon.words import in_bytes
 
 from ..distributed.strategies import STRATEGIES
-from ..runs.checkpoint import list_checkpoints
+from ..runs.checkpoint import list_checkpoints, set_aside
 from ..settings.training import Strategy
 from .estimate import STATES, Trains
 from .weights import trained_weights
@@ -72,6 +72,12 @@ def writes(run: Trains, strategy: Strategy | None = None) -> Writes:
     return Writes(int(each * weights), export, settings.keep, prompts, settings.keep_best)
 
 
+def has_room_beside(run: Trains, folder: Path) -> bool:
+    """Whether a checkpoint and the weights find room beside all that is on the disk now."""
+    free, needs = room_of(folder), writes(run)
+    return free is None or free >= needs.checkpoint + needs.least
+
+
 def check_room(run: Run, folder: Path) -> list[str]:
     """Compare what a run is going to write with what is free, before it is loaded.
 
@@ -104,7 +110,8 @@ def check_room(run: Run, folder: Path) -> list[str]:
             to_come += run.steps // settings.validate_every - done // settings.validate_every
         return max(1, min(there + to_come, keep + needs.best + 1) - there) if to_come else 0
 
-    room = (free - needs.least) // max(1, needs.checkpoint)
+    later = sum(file.stat().st_size for old in set_aside(folder) for file in old.rglob("*") if file.is_file())
+    room = (free + later - needs.least) // max(1, needs.checkpoint)
     every = settings.save_every if settings.save_minutes is None else 1  # as far as anybody can tell
     if at_most(every, settings.keep) <= room:
         return []

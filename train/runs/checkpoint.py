@@ -8,18 +8,20 @@ of the settings and the shards.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogcommon.cli.names import command_line
 from cogcommon.errors import RunError
-from cogcommon.files.atomic import TEMPORARY
-from cogcommon.files.ownership import is_file, is_folder, remove_folder, state_of
+from cogcommon.files.atomic import TEMPORARY, commit
+from cogcommon.files.ownership import RECORD_FILE, Made, is_file, is_folder, remove_folder, state_of
 from cogcommon.files.typed import build, parse_object
 
 from ..distributed.leaving import PeerLost
@@ -29,6 +31,7 @@ from .folder import A_CHECKPOINT, CONFIG_FILE
 if TYPE_CHECKING:
     from ..settings.training import TrainSettings
 
+ASIDE = "set-aside"  # in a run: checkpoints of steps that are made again, until there is a new one
 CHECKPOINT_NAME = re.compile("checkpoint-[0-9]{1,18}")
 _SCHEMA = 1
 
@@ -91,16 +94,17 @@ def step_of(path: Path) -> int:
     return int(path.name[11:])
 
 
-def clear(run: Path, after: int) -> list[str]:
+def clear(run: Path, after: int, *, aside: bool = False) -> list[str]:
     """Remove what a killed run left half-written, and checkpoints of steps that will be made again.
 
     Args:
         run: its folder, claimed.
         after: the step from which the run goes on; 0 for one that starts anew. Later
             checkpoints would pass for newer ones, and be kept in the new ones' place.
+        aside: whether the whole ones are moved into `ASIDE` instead, until there is a new one (`drop_set_aside`).
 
     Returns:
-        Names of the whole checkpoints that were removed.
+        Names of the whole checkpoints that are no longer there.
 
     Raises:
         RunError: a later checkpoint is not as a run of ours made it.
@@ -116,6 +120,8 @@ def clear(run: Path, after: int) -> list[str]:
             remove_folder(path, A_CHECKPOINT)
     abandoned = [path for path in whole if step_of(path) > after]
     for path in abandoned:
+        if aside and _set_aside(path):
+            continue
         if not remove_folder(path, A_CHECKPOINT, first=STATE_FILE):
             raise RunError(
                 f"{path.name} is newer than the step to go on from, and not one that this run has made",
@@ -123,6 +129,37 @@ def clear(run: Path, after: int) -> list[str]:
                 fix="move it elsewhere, or start a new run with another --out",
             )
     return [path.name for path in abandoned]
+
+
+def _set_aside(checkpoint: Path) -> bool:
+    """Move a checkpoint into `ASIDE`, if all that is in it is ours."""
+    made = Made.read(checkpoint)
+    there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not is_folder(path)}
+    if made is None or made.by != A_CHECKPOINT or not all(map(made.owns, there - {RECORD_FILE})):
+        return False
+    aside = checkpoint.parent / ASIDE
+    if os.path.lexists(aside) and not is_folder(aside):
+        return False
+    aside.mkdir(exist_ok=True)
+    remove_folder(aside / checkpoint.name, A_CHECKPOINT, first=STATE_FILE)  # of one that began anew before
+    if os.path.lexists(aside / checkpoint.name):
+        return False
+    commit(checkpoint, aside / checkpoint.name)
+    return True
+
+
+def set_aside(run: Path) -> list[Path]:
+    """Checkpoints in `ASIDE`."""
+    return list_checkpoints(run / ASIDE) if is_folder(run / ASIDE) else []
+
+
+def drop_set_aside(run: Path) -> None:
+    """Remove what `clear` has set aside: a new checkpoint is durable."""
+    for path in set_aside(run):
+        remove_folder(path, A_CHECKPOINT, first=STATE_FILE)
+    if is_folder(run / ASIDE):
+        with suppress(OSError):  # there is something of somebody's in it
+            (run / ASIDE).rmdir()
 
 
 def find_checkpoint(path: Path) -> SavedCheckpoint:

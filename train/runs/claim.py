@@ -121,10 +121,11 @@ def claimed(folder: Path, wait: float = 0.0) -> Iterator[Made]:
                 (Made.read(folder) or made).close(*RUN_FILES)
 
 
-def move_in(run: Run, folder: Path, done: int, *, kept: bool = False) -> list[str]:
-    """Bring a claimed folder into the state after step ``done``; names of checkpoints removed.
+def move_in(run: Run, folder: Path, done: int, *, aside: bool, kept: bool = False) -> list[str]:
+    """Bring a claimed folder into the state after step ``done``; names of later checkpoints, which are gone.
 
     Args:
+        aside: whether those are only set aside until there is a new one (`checkpoint.clear`).
         kept: its settings stay as they are written there.
 
     Raises:
@@ -140,7 +141,7 @@ def move_in(run: Run, folder: Path, done: int, *, kept: bool = False) -> list[st
         write_config(run, folder)
     cut_metrics(folder, done)
     _cut_videos(folder, done)
-    return clear(folder, after=done)
+    return clear(folder, after=done, aside=aside)
 
 
 def _cut_videos(folder: Path, step: int) -> None:

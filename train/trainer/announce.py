@@ -19,15 +19,8 @@ from ..blocks.attention import Kernel
 from ..blocks.plan import BlockPlan
 from ..distributed.strategy import Runtime
 from ..model.method import Exported
-from ..runs.checkpoint import checkpoint_name
-from ..runs.folder import (
-    REPORT_FILE,
-    RunFacts,
-    ValidationLine,
-    loss_text,
-    lowest,
-    run_facts,
-)
+from ..runs.checkpoint import ASIDE, checkpoint_name, set_aside
+from ..runs.folder import REPORT_FILE, RunFacts, ValidationLine, loss_text, lowest, run_facts
 from ..runs.log import RunLog
 from ..runs.run import Run
 from .best import Best
@@ -42,11 +35,14 @@ def beginning(
     """The first lines.
 
     Args:
-        abandoned: names of checkpoints that were removed.
+        abandoned: names of checkpoints of steps that are made again.
         kept: the run has finished, and nothing of it is to be written.
     """
-    if abandoned:
-        log.say(f"removed {', '.join(abandoned)}: their steps are made again")
+    waiting = {path.name for path in set_aside(folder)}
+    if aside := [name for name in abandoned if name in waiting]:
+        log.say(f"set aside in {folder / ASIDE} until there is a new checkpoint: {', '.join(aside)}")
+    if removed := [name for name in abandoned if name not in waiting]:
+        log.say(f"removed {', '.join(removed)}: their steps are made again")
     log.say(
         f"{run.method.name} of {run.checkpoint.name} ({run.checkpoint.family.name}): {trainable:,} weights trained, "
         f"{run.precision}, {run.strategy}, {counted(run.world, 'process', 'processes')}"

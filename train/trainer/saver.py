@@ -146,7 +146,7 @@ class Saver:
             with stage("saving a checkpoint"):
                 saving = begin_saving(
                     runtime, self.model, self.optimizer, self._shadow, state, self.folder,
-                    room=self._has_room, needs=size, then=partial(self._prune, best),
+                    room=self._has_room, needs=size, then=partial(self._durable, best),
                 )  # fmt: skip
         except NotSaved as failed:
             self._conclude(step, failed.fault)
@@ -206,6 +206,10 @@ class Saver:
         if self.mirror:
             self.mirror.best = self._best
             self.mirror.soon()
+
+    def _durable(self, best: int | None) -> None:
+        checkpoints.drop_set_aside(self.folder)
+        self._prune(best)
 
     def _prune(self, best: int | None) -> None:
         held = self.mirror.uploading if self.mirror else ()

@@ -19,7 +19,7 @@ from ..distributed.optimizer import clip_gradients, learning_rate
 from ..distributed.peers import Peers, meet
 from ..distributed.signals import BY_A_PERSON, Stopped, StopRequest
 from ..distributed.strategy import start
-from ..memory.disk import check_room
+from ..memory.disk import check_room, has_room_beside
 from ..model.batch import Batch
 from ..model.ema import EMA
 from ..model.objective import Objective
@@ -105,7 +105,8 @@ class Trainer:
             peers=peers,
         )  # fmt: skip
         self.kept = peers.broadcast(finished.exported_before(run, folder, self.done) if peers.main else 0)
-        abandoned = peers.together(lambda: move_in(run, folder, self.done, kept=bool(self.kept)) if peers.main else [])
+        later = {"kept": bool(self.kept), "aside": has_room_beside(run, folder)}
+        abandoned = peers.together(lambda: move_in(run, folder, self.done, **later) if peers.main else [])
         shown = settings_json(settings)
         tracker = open_tracker(settings.tracker, folder, shown, self.done) if runtime.main else None
         self.log = log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, self.done, tracker))

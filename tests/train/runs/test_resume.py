@@ -177,6 +177,38 @@ def test_a_shard_that_goes_bad_costs_no_step(here, tmp_path, losses, accumulate)
     assert losses(here(steps=9, accumulate=accumulate)) == losses(whole)
 
 
+def test_beginning_anew_costs_no_checkpoint_before_there_is_a_new_one(here, tmp_path, losses):
+    """A kill, or a lack of memory, may come first; and somebody may have thought better of it."""
+    run = here(steps=4, save_every=2)
+    first = losses(run)
+
+    def killed(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        here(killed, steps=4, save_every=2, resume="never")
+    assert not checkpoints.list_checkpoints(run)
+    assert [path.name for path in checkpoints.set_aside(run)] == ["checkpoint-2", "checkpoint-4"]
+    back = here(steps=5, resume=str(run / checkpoints.ASIDE / "checkpoint-4"), out=tmp_path / "back")
+    assert losses(back).keys() == {5}
+    again = here(steps=4, save_every=2, resume="never")
+    assert losses(again) == first and not (run / checkpoints.ASIDE).exists()
+
+    (run / "checkpoint-4/notes.txt").write_text("mine")  # as a whole it is not ours to move
+    with pytest.raises(KeyboardInterrupt):
+        here(killed, steps=4, save_every=2, resume=str(run / "checkpoint-2"))
+    assert (run / "checkpoint-4/notes.txt").read_text() == "mine" and not checkpoints.set_aside(run)
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-2"]
+
+
+def test_where_the_disk_has_no_room_beside_them_the_old_ones_go_at_once(here, monkeypatch):
+    run = here(steps=2, save_every=1)
+    monkeypatch.setattr("cogtrain.trainer.trainer.has_room_beside", lambda *_: False)
+    seen = []
+    here(lambda step: seen.append(checkpoints.set_aside(run)), steps=1, resume="never")
+    assert seen == [[]] and [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-1"]
+
+
 def test_a_resume_clears_what_a_kill_left_half_written(here):
     run = here(steps=2)
     temporary_beside(run / "report.html").write_text("half")
