@@ -82,15 +82,17 @@ def machine_for(settings: ForecastSettings) -> Machine:
 def _named(settings: ForecastSettings) -> Machine:
     """The same over its own link."""
     here = visible_gpus()
+    if settings.check and not here:
+        raise SettingError("--check needs a GPU, and there is none here", where="--check", fix="leave it out")
+    if settings.check and (settings.gpu or settings.host or (settings.gpus or 1) > here):
+        raise SettingError(
+            "--check runs on the GPUs of this machine only", where="--check", fix="leave out --gpu, --gpus and --host"
+        )
     if settings.gpu is None and not here:
         raise SettingError(
             "there is no GPU here to plan for",
             where="--gpu",
             fix="name one, or say its memory: --gpu 4090, --gpu 24GB; --gpu none for CPUs",
-        )
-    if settings.check and (not here or settings.gpu or settings.host or (settings.gpus or 1) > here):
-        raise SettingError(
-            "--check runs on the GPUs of this machine only", where="--check", fix="leave out --gpu, --gpus and --host"
         )
     if settings.gpus is not None and settings.gpus < 1:
         raise SettingError(f"{settings.gpus} GPUs", where="--gpus", fix="--gpus 1 or more")
