@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from in_process import InlinePool
 from PIL import Image
@@ -191,6 +193,12 @@ def a_table(chance: random.Random) -> tuple[str, bytes]:
         text = "\n".join(lines)
     elif name.endswith(".jsonl"):
         text = "\n".join(json.dumps(row) for row in rows)
+    elif name.endswith(".parquet"):
+        used = dict.fromkeys(key for row in rows for key in row) or {"file_name": None}
+        words = {key: [str(row.get(key)).encode("utf-8", "replace").decode() for row in rows] for key in used}
+        pq.write_table(pa.table(words), stream := io.BytesIO())
+        data = stream.getvalue()
+        return name, damaged(chance, data) if chance.random() < 0.4 else data
     else:
         text = json.dumps(chance.choice([rows, {"data": rows}, {str(row["file_name"]): row for row in rows}, *odd]))
     data = text.encode("utf-8", "surrogatepass")
