@@ -346,6 +346,7 @@ def test_a_run_that_ends_does_not_wait_for_its_readers(server, monkeypatch):
 
 LEAVES = """
 import sys
+from cogcommon.cli.leaving import run_and_leave
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.store import http_store
 from cogtrain.data.batches import Collator, prefetch
@@ -353,17 +354,20 @@ from cogtrain.data.sampler import Slot
 from cogtrain.data.shards import open_shards
 from cogtrain.model.objective import Objective
 
-http_store.STALLED = 1000.0
-shards = open_shards([sys.argv[1]])
-batches = prefetch(
-    shards, iter([[Slot(index, 0, 0)] for index in range(len(shards))]),
-    Collator(Objective.of(open_checkpoint("random-tiny")), 0), ahead=4, pin=False,
-)
-next(batches)
-print("leaving", flush=True)
-if sys.argv[2] == "failed":
-    raise SystemExit(2)
-batches.close()
+def run():
+    http_store.STALLED = 1000.0
+    shards = open_shards([sys.argv[1]])
+    batches = prefetch(
+        shards, iter([[Slot(index, 0, 0)] for index in range(len(shards))]),
+        Collator(Objective.of(open_checkpoint("random-tiny")), 0), ahead=4, pin=False,
+    )
+    next(batches)
+    print("leaving", flush=True)
+    if sys.argv[2] == "failed":
+        raise SystemExit(2)
+    batches.close()
+
+run_and_leave(run)  # as both programs end: the interpreter's own end can abort a thread that is inside C++
 """
 
 
