@@ -57,6 +57,8 @@ def run(settings: GenerateSettings) -> None:
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
+    if settings.out:
+        refuse_data_root(settings.out, "--out")
     answers = [
         _Answer(request, request_text(settings, tuned, request, fps, precision), fps, settings, len(requests) > 1)
         for request in requests
@@ -130,8 +132,6 @@ class _Answer(VideoFolder):
     """
 
     def __init__(self, request: Request, asked: str, fps: float, settings: GenerateSettings, several: bool) -> None:
-        if settings.out:
-            refuse_data_root(settings.out, "--out")
         own = default_folder(settings, request.prompt, asked)
         folder = (settings.out / own.name if several else settings.out) if settings.out else own
         super().__init__(folder, _VIDEOS, asked, fps)
