@@ -105,8 +105,7 @@ class Trainer:
             peers=peers,
         )  # fmt: skip
         self.kept = peers.broadcast(finished.exported_before(run, folder, self.done) if peers.main else 0)
-        later = {"kept": bool(self.kept), "aside": has_room_beside(run, folder)}
-        abandoned = peers.together(lambda: move_in(run, folder, self.done, **later) if peers.main else [])
+        abandoned = peers.together(lambda: self._move_in() if peers.main else [])
         shown = settings_json(settings)
         tracker = open_tracker(settings.tracker, folder, shown, self.done) if runtime.main else None
         self.log = log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, self.done, tracker))
@@ -138,6 +137,10 @@ class Trainer:
         self.copies = CopyStream(runtime.device)
         self.readout = Readout(run, runtime, self.optimizer, log)
         closing.enter_context(stop.listening())  # before this there is nothing to save
+
+    def _move_in(self) -> list[str]:
+        aside = has_room_beside(self.run, self.folder)
+        return move_in(self.run, self.folder, self.done, aside=aside, kept=bool(self.kept))
 
     def make_steps(self, after_step: Callable[[int], None] | None) -> None:
         """Make the steps that are left, and validate and save between them."""
