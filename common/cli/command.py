@@ -6,8 +6,8 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -280,16 +280,8 @@ def run_app(app: Callable[[], None]) -> None:
 
     print_in_any_encoding()
     guard_output()
-    # Before torch is loaded: its threads soon sleep while they wait for one another. By default they spin 30 times as
-    # long, and where other programs want the same cores, keep them from the very thread that they wait for. Never to
-    # spin costs a sixth of a step's time where nobody else wants them (workshop/LEDGER.md).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Python's processes that we and libraries start (ranks, decoders, torch's compilers) would look for modules in the
-    # working folder first: the user's, where a queue.py may lie.
-    os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
-        with shown():
+        with _variables_of_our_processes(), shown():
             app()
         sys.stdout.flush()  # what fails only at the interpreter's end has no one to say it
     except CogError as error:
@@ -301,6 +293,29 @@ def run_app(app: Callable[[], None]) -> None:
         if fault is None:
             raise
         _end(fault)
+
+
+@contextmanager
+def _variables_of_our_processes() -> Iterator[None]:
+    """Environment variables of this process and of those that it starts; what the user has set stands.
+
+    They are taken back at the end: who calls `run_app` may start programs that are not ours.
+    """
+    # Python's processes that we and libraries start (ranks, decoders, torch's compilers) would look for modules in the
+    # working folder first: the user's, where a queue.py may lie.
+    ours = {"PYTHONSAFEPATH": "1"}
+    # Before torch is loaded: its threads soon sleep while they wait for one another. By default they spin 30 times as
+    # long, and where other programs want the same cores, keep them from the very thread that they wait for. Never to
+    # spin costs a sixth of a step's time where nobody else wants them (workshop/LEDGER.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        ours["GOMP_SPINCOUNT"] = "10000"
+    ours = {name: value for name, value in ours.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _end(error: CogError) -> NoReturn:

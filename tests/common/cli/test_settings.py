@@ -1,3 +1,4 @@
+import os
 import re
 import signal
 import sys
@@ -221,13 +222,14 @@ def typed(monkeypatch):
 
     def go(program, *words):
         monkeypatch.setattr("sys.argv", [program, *words])
+        before = dict(os.environ)
         with pytest.raises(SystemExit) as ended:
             import_module(f"{program}.cli").run()
+        assert dict(os.environ) == before, "a program that is started next is not ours"
         return ended.value.code
 
     monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # it may be `python -m pytest`
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield go
     for number, handler in handlers.items():
