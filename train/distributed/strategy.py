@@ -31,14 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Runtime:
-    """One process of a run: accelerate's handle and what the loop asks of it."""
+    """One process of a run: accelerate's handle and what the loop asks of it.
+
+    Attributes:
+        config: DeepSpeed's; None: DDP.
+        converts: the checkpoint that `load_state` will read was written by another number of processes, and has to be
+            converted for that.
+    """
 
     accelerator: Accelerator
     strategy: Strategy
     precision: str
-    config: dict[str, Any] | None  # DeepSpeed's, None for DDP
+    config: dict[str, Any] | None
     peers: Peers
-    _converts: bool = False  # the checkpoint was written by another number of processes
+    converts: bool = False
 
     @property
     def rank(self) -> int:
@@ -104,8 +110,8 @@ class Runtime:
         Args:
             saved_by: processes that wrote the checkpoint which `load_state` will read; None without one.
         """
-        self._converts = self.sharded and saved_by not in (None, self.world)
-        if self._converts:
+        self.converts = self.sharded and saved_by not in (None, self.world)
+        if self.converts:
             self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
         if self.sharded:
             engine, wrapped = self.accelerator.prepare(model, optimizer)
@@ -163,7 +169,7 @@ class Runtime:
         try:
             if not self.sharded:
                 self._load_plain(model, optimizer, shadow, folder)
-            elif self._converts:
+            elif self.converts:
                 zero.load_converted(model, folder, self.peers)
             else:
                 zero.load(model, folder)

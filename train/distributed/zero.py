@@ -7,11 +7,13 @@ import contextlib
 import errno
 import fcntl
 import io
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cogcommon.cli.names import command_line
 from cogcommon.cli.progress import stage
@@ -25,6 +27,7 @@ from .peers import Peers
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 _TAG = "state"  # DeepSpeed's folder inside a checkpoint
 
 
@@ -222,7 +225,8 @@ def load_converted(engine: Any, folder: Path, peers: Peers) -> None:
         if peers.main:
             _convert_for_now(folder, scratch)
         peers.barrier()
-        load(engine, scratch)
+        with _without_warnings():
+            load(engine, scratch)
         peers.barrier()
     finally:
         if peers.main:
@@ -265,10 +269,11 @@ def convert(folder: Path, into: Path) -> None:
         folder: a checkpoint.
         into: a new folder.
     """
-    from deepspeed.checkpoint.ds_to_universal import main
+    from deepspeed.checkpoint import ds_to_universal
 
     from .zero_files import numbers_only
 
+    ds_to_universal.tqdm = SimpleNamespace(tqdm=_counted)  # its bars
     (into / _TAG).mkdir(parents=True)
     options = argparse.Namespace(
         input_folder=str(folder / _TAG),
@@ -280,4 +285,24 @@ def convert(folder: Path, into: Path) -> None:
         inject_missing_state=True,
     )
     with contextlib.redirect_stdout(io.StringIO()), numbers_only():
-        main(options)
+        ds_to_universal.main(options)
+
+
+def _counted(parts: Sequence[T]) -> Iterator[T]:
+    with stage("converting the checkpoint", len(parts), "part") as bar:
+        for part in parts:
+            yield part
+            bar.advance()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """DeepSpeed warns on every process that a converted checkpoint is not split by tensor parallelism."""
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

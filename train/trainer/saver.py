@@ -96,6 +96,10 @@ class Saver:
         Raises:
             RunError: it is damaged, does not fit this model, or holds what is not finite.
         """
+        if self.runtime.converts:
+            then, now = checkpoint.state.world, self.runtime.world
+            name = checkpoint.folder.name
+            self.log.say(f"converts {name} from {then} to {now} processes, in a copy beside it that goes again")
         averaged = bool(checkpoint.state.settings.get("ema", True))
         shadow = self._shadow if averaged else None
         load_checkpoint(self.runtime, self.model, self.optimizer, shadow, checkpoint.folder)

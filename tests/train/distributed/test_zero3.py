@@ -74,7 +74,7 @@ def test_a_disk_without_room_for_the_converted_checkpoint_is_told_as_such_and_ke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(zero, "convert", convert)
-    runtime = Runtime(SimpleNamespace(process_index=0), "zero2", "fp32", {}, ALONE, _converts=True)
+    runtime = Runtime(SimpleNamespace(process_index=0), "zero2", "fp32", {}, ALONE, converts=True)
     with pytest.raises(DiskError, match="the disk is full: 3 MB are to be written") as caught:
         runtime.load_state(None, None, None, checkpoint)
     assert "as many processes as wrote" in caught.value.fix and str(checkpoint) == caught.value.where

@@ -46,6 +46,7 @@ def begin_ranks(strategy, world, run):
 def finish_ranks(ranks):
     found = ranks.end()
     assert all(code == 0 for code, _, _ in found), found
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,15 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, strategy, bef
     assert losses(run) == pytest.approx(expected, rel=1e-5)
     assert {path.name for path in run.iterdir() if path.name.startswith(".")} == {".cogtune.json", ".lock"}
     assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_another_number_of_processes_is_told_in_a_line_of_ours_and_in_none_of_deepspeeds(place, undisturbed):
+    undisturbed("zero3")
+    words = [*words_for("zero3", 1, "zero3-on-one"), "--resume", "zero3-undisturbed/checkpoint-5"]
+    ((_, out, err),) = finish_ranks(ForkedRanks(1, ["cogtrain", *words], place))
+    (line,) = [line for line in out.splitlines() if line.startswith("converts")]
+    assert "checkpoint-5 from 2 to 1 processes" in line
+    assert "%|" not in out + err and "WARNING" not in out + err
 
 
 HALTING = """
