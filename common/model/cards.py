@@ -122,10 +122,9 @@ def card_named(text: str) -> Card:
     if found := card_like(text):
         return found
     if not amount:
-        near = difflib.get_close_matches(_plain(text), [_plain(card.name) for card in CARDS], n=1, cutoff=0.75)
-        names = [card.name for card in CARDS if [_plain(card.name)] == near]
+        meant = _name_like(text)
         raise SettingError(
-            f"no card that we know is called {text!r}" + (f"; did you mean {names[0]}?" if names else ""),
+            f"no card that we know is called {text!r}" + (f"; did you mean {meant.name}?" if meant else ""),
             where="--gpu",
             fix="--gpu with its memory, as 24GB, or with one of: " + ", ".join(card.name for card in CARDS),
         )
@@ -140,12 +139,13 @@ def card_named(text: str) -> Card:
         )
     sold = sorted({card.sold for card in CARDS})
     if number not in sold:
-        near_sizes = sorted(sold, key=lambda size: abs(size - number))[:2]
+        near = sorted(sorted(sold, key=lambda size: abs(size - number))[:2])
+        meant = _name_like(amount[1]) if number > sold[-1] else None  # 4091
+        do = f"--gpu {as_typed(meant)}" if meant else " or ".join(f"--gpu {size}GB" for size in near)
         raise SettingError(
             f"no card is sold with {number:g} GB, nor called {text.strip()!r}",
             where="--gpu",
-            fix=" or ".join(f"--gpu {size}GB" for size in sorted(near_sizes))
-            + "; the name of a card; or what is free of one, as --gpu 22GiB",
+            fix=f"{do}; the name of a card; or what is free of one, as --gpu 22GiB",
         )
     least = min(card.usable for card in CARDS if card.sold == number)
     return Card(f"a card of {number:g} GB", int(number), least)
@@ -167,8 +167,19 @@ def sizes_note(text: str) -> str | None:
     if len(found) < 2:
         return None
     taken, *others = found
-    names = [f"{card.name.removesuffix(f' {card.sold}GB')} {card.sold}GB".replace(" ", "-") for card in others]
+    names = [f"{as_typed(card).removesuffix(f'-{card.sold}GB')}-{card.sold}GB" for card in others]
     return f"{text.strip()} is read as the {taken.sold} GB card; {' and '.join(names)} is another"
+
+
+def as_typed(card: Card) -> str:
+    """A card's name as one word of a command line."""
+    return card.name.replace(" ", "-")
+
+
+def _name_like(text: str) -> Card | None:
+    """The card whose name is nearly this."""
+    near = difflib.get_close_matches(_plain(text), [_plain(card.name) for card in CARDS], n=1, cutoff=0.75)
+    return next((card for card in CARDS if [_plain(card.name)] == near), None)
 
 
 def _spellings(card: Card) -> set[str]:

@@ -93,8 +93,9 @@ def test_an_amount_stands_for_the_least_that_a_card_sold_with_it_gives():
 @pytest.mark.parametrize(
     ("typed", "says", "fix"),
     [
-        ("4091", "no card is sold with 4091 GB", "--gpu 288GB"),
-        ("4090GB", "no card is sold with 4090 GB", "--gpu 288GB"),
+        ("4091", "no card is sold with 4091 GB", "--gpu RTX-4090; "),
+        ("4090GB", "no card is sold with 4090 GB", "--gpu RTX-4090; "),
+        ("7777", "no card is sold with 7777 GB", "--gpu 288GB"),
         ("42GB", "no card is sold with 42 GB", "--gpu 40GB or --gpu 48GB"),
         ("0GB", "no card is sold with 0 GB", "--gpu 6GB"),
         ("2400GiB", "no card has 2400 GiB free", "22GiB"),
