@@ -60,11 +60,11 @@ def check_host_memory(run: Run, processes: int, device: torch.device | None = No
     gpu = visible_gpus() > 0
     card = free_gpu_memory(device) if device is not None and device.type == "cuda" else sys.maxsize
 
-    def takes(batch: int = asked, memory: Memory = run.settings.memory, of: Run = run) -> int:
-        needs = estimate(
-            of, card=card, host=there, processes=processes, batch=batch, memory=memory, gpu=gpu
-        )  # fmt: skip
-        return needs.host_at_most(processes)
+    def takes(
+        batch: int = asked, memory: Memory = run.settings.memory, of: Run = run, count: int = processes
+    ) -> int:  # fmt: skip
+        needs = estimate(of, card=card, host=there, processes=count, batch=batch, memory=memory, gpu=gpu)
+        return needs.host_at_most(count)
 
     needed = takes()
     if needed <= there:
@@ -75,7 +75,11 @@ def check_host_memory(run: Run, processes: int, device: torch.device | None = No
     if run.settings.keep_best:  # at whose end a base is loaded again
         without = dataclasses.replace(run, settings=dataclasses.replace(run.settings, keep_best=False))
         ways += ["leave --keep-best out"] * (takes(of=without) <= there)
-    ways += ["--nproc with fewer processes"] * (processes > 1)
+    for count in range(processes - 1, 0, -1):
+        fewer = dataclasses.replace(run, world=max(1, run.world // processes) * count)
+        if takes(of=fewer, count=count) <= there:
+            ways.append(f"--nproc {count}")
+            break
     ways += ["another --strategy"] * STRATEGIES[run.strategy].offloads
     each = f", {in_gib(needed / processes)} for each of {processes} processes" if processes > 1 else ""
     raise RunError(

@@ -154,7 +154,7 @@ def test_host_memory_that_is_not_enough_is_said_once_and_for_all_processes(open_
     check_ready(run, 2)
     with pytest.raises(RunError, match="for each of 3 processes") as caught:
         check_ready(run, 3)
-    assert "--nproc with fewer" in caught.value.fix and caught.value.where == "the memory limit of box"
+    assert "--nproc 2," in caught.value.fix and caught.value.where == "the memory limit of box"
     assert "of host memory" in caught.value.what and "are there" in caught.value.what
 
 
