@@ -16,10 +16,11 @@ from cogcommon.words import GIB
 
 from ..data.shard_words import unexpanded
 from ..distributed.optimizer import check_optimizer
+from ..distributed.strategies import STRATEGIES
 from ..distributed.zero_config import choose_strategy
 from ..memory.disk import writes
 from ..memory.estimate import Estimate, Intent, Trains, choices
-from ..memory.machine import Machine
+from ..memory.machine import TRY_IT, Machine
 from ..memory.measured import Measured, measured
 from ..memory.seconds import seconds, speed_of
 from ..model.method import method_of
@@ -42,6 +43,7 @@ class TrainForecast:
     strategy: Strategy
     memory: Memory
     precision: Precision
+    gpus: int  # one process each; or processes, where there are none
     peak_gib: float  # of the GPU, for each process
     host_gib: float  # of the host while it trains, for each process
     host_total_gib: float  # of the host at its worst moment, by all processes on it: loading, training or exporting
@@ -49,9 +51,9 @@ class TrainForecast:
     lacks: Literal["", "GPU memory", "host memory", "GPU and host memory"]
     computed_s: float | None  # a step, on ``computed_on``; None where there is nothing to compute it from
     computed_on: str | None
-    s_per_step: float | None  # measured by us, where it was, on ``measured_on``
+    s_per_step: float | None  # measured by us, on such GPUs
     measured_gib: float | None  # the peak there
-    measured_on: str | None
+    no_seconds: str  # where there are neither: why, and what to type
     flash4_s: float | None  # a step with FlashAttention 4, where that is not what is told already
     checkpoint_gb: float  # on the disk, in powers of 1000 as disks are sold; each
     export_gb: float  # on the disk: the trained weights
@@ -135,6 +137,15 @@ def _pays(fast: TrainForecast, auto: TrainForecast, machine: Machine) -> bool:
     return fast.computed_s <= _FASTER * auto.computed_s and fast.peak_gib * GIB <= _WITH_ROOM * machine.gpu
 
 
+def on_fewer_gpus(run: Run | Intent, machine: Machine) -> list[TrainForecast]:
+    """What fits a host that has too little memory for a process on each of its GPUs, on the most GPUs that do."""
+    for gpus in range(machine.together - 1, 0, -1):
+        fewer = lines_of(replace(run, world=gpus), replace(machine, gpus=gpus))
+        if fitting := [line for line in fewer if line.fits]:
+            return fitting
+    return []
+
+
 def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
     same = _measured(run, needs, machine)
     takes = seconds(run, needs, machine.speed, machine.kernel) if machine.speed else None
@@ -153,6 +164,7 @@ def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
         strategy=needs.strategy,
         memory=needs.memory,
         precision=run.precision,
+        gpus=machine.gpus,
         peak_gib=round(needs.peak / GIB, 2),
         host_gib=round(needs.host / GIB, 2),
         host_total_gib=round(total / GIB, 2),
@@ -162,7 +174,7 @@ def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
         computed_on=machine.computed_on,
         s_per_step=same.s_per_step if same else None,
         measured_gib=same.peak_gib if same else None,
-        measured_on=same.gpu if same else None,
+        no_seconds="" if takes or same else _no_seconds(needs, machine),
         flash4_s=_with_flash4(run, needs, machine, measured=same is not None),
         checkpoint_gb=round(disk.checkpoint / 1e9, 6),
         export_gb=round(disk.export / 1e9, 6),
@@ -170,6 +182,12 @@ def _line(run: Trains, needs: Estimate, machine: Machine) -> TrainForecast:
         keep=disk.keep,
         command=command_line(*_words(run, needs)),
     )
+
+
+def _no_seconds(needs: Estimate, machine: Machine) -> str:
+    if machine.untimed or not STRATEGIES[needs.strategy].stage:
+        return machine.untimed
+    return f"seconds are not known: what cards exchange was measured of H200s alone; {TRY_IT}"
 
 
 def _with_flash4(run: Trains, needs: Estimate, machine: Machine, *, measured: bool) -> float | None:
@@ -214,7 +232,7 @@ def _words(run: Trains, needs: Estimate) -> list[str]:
 
 
 def _measured(run: Trains, needs: Estimate, machine: Machine) -> Measured | None:
-    """The newest run of the same thing; None where nobody has measured it."""
+    """The newest run of the same thing on such GPUs; None where nobody has measured it."""
     settings = run.settings
     if run.checkpoint.transformer_config["num_layers"] != run.checkpoint.family.layers:
         return None  # a built-in model: of the family's form, not of its size
@@ -230,6 +248,7 @@ def _measured(run: Trains, needs: Estimate, machine: Machine) -> Measured | None
         "rank": getattr(settings, "rank", None),
         "resolution": str(resolution),
         "batch_size": settings.batch_size,
+        "gpu": machine.name,
         "gpus": machine.gpus,
         "strategy": needs.strategy,
         "block_plan": needs.plan.fields(),

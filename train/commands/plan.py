@@ -20,13 +20,12 @@ from cogcommon.store.store import without_secrets
 from cogcommon.words import GIB, counted, in_bytes, in_words
 
 from ..blocks.trial import INSTALL_FLASH4
-from ..distributed.strategies import STRATEGIES
 from ..memory.estimate import Intent
 from ..memory.machine import Machine, machine_for
 from ..runs.folder import METRICS_FILE, read_metrics
 from ..runs.run import Run
 from ..settings.planning import ForecastSettings
-from .forecast import TrainForecast, lines_of, wanted_runs
+from .forecast import TrainForecast, lines_of, on_fewer_gpus, wanted_runs
 
 _NAMES = {"lora": "LoRA", "sft": "Full fine-tuning"}
 _TOO_SMALL = {
@@ -46,7 +45,7 @@ def run(settings: ForecastSettings) -> None:
         say(f"note: {note}")
     with stage("computing what fits"):
         runs = wanted_runs(settings, machine)
-        found = [line for run in runs for line in lines_of(run, machine)]
+        found = [line for run in runs for line in _lines(run, machine)]
     if settings.json:
         print(without_secrets(json_text([dataclasses.asdict(line) for line in found])))
     else:
@@ -61,10 +60,13 @@ def _show(
     from cogcommon.cli.terminal import Console
 
     console = Console(soft_wrap=True)
+    console.width = max(80, console.width)  # the terminal breaks lines of the table where a cell would be cut
     sizes = ", ".join(map(str, run.buckets))
-    here, rest = machine.described()
+    here, host, *rest = machine.described()
     console.print(f"{run.checkpoint.name} at {sizes}, {here}")
-    console.print(rest + (f"; {run.shards.described}" if isinstance(run, Run) else ""))
+    console.print(host + (f"; {run.shards.described}" if isinstance(run, Run) else ""))
+    for line in rest:
+        console.print(line)
     console.print(f"{run.repeated}\n" if isinstance(run, Run) and run.repeated else "")
     for method in _methods(lines):
         for number, words in enumerate(_answer(lines, method, machine, settings)):
@@ -76,6 +78,14 @@ def _show(
         console.print(f"{counted(len(lines) - len(shown), 'line')} more: --all")
     if not machine.bf16 and any(line.precision == "bf16" for line in lines):
         console.print("note: " + EMULATED.format(machine.name))
+
+
+def _lines(run: Run | Intent, machine: Machine) -> list[TrainForecast]:
+    """Those of a run; where none fits for want of host memory, those that fit on fewer GPUs, too."""
+    lines = lines_of(run, machine)
+    if not any(line.fits for line in lines) and any(line.lacks == "host memory" for line in lines):
+        lines += on_fewer_gpus(run, machine)
+    return lines
 
 
 def _methods(lines: Sequence[TrainForecast]) -> list[Literal["lora", "sft"]]:
@@ -92,25 +102,33 @@ def _answer(
 ) -> Iterator[str]:
     """Whether it fits, how long it takes, what it writes, and the command; a line each."""
     line, steps, batch = advised(lines, method), settings.steps, settings.batch_size
+    each, them = ("process", "processes") if machine.cpu else ("GPU", "GPUs")
+    nothing = ""
+    if line is None or line.gpus < machine.gpus:
+        asked = [line for line in lines if line.method == method and line.gpus == machine.gpus]
+        nothing = f"nothing fits; {_remedy(asked, method, machine, settings)}"
     if line is None:
-        yield f"nothing fits; {_remedy([line for line in lines if line.method == method], method, machine, settings)}"
+        yield nothing
         return
     host = f"{line.host_total_gib:.1f} GiB of host memory"
-    yield f"fits, in {host}" if machine.cpu else f"fits, in {line.peak_gib:.1f} GiB of GPU memory and {host}"
-    if line.s_per_step and line.measured_on == machine.name:
+    on = f" on {counted(line.gpus, each, them)} of {machine.gpus}" if nothing else ""
+    yield f"fits{on}, in " + (host if machine.cpu else f"{line.peak_gib:.1f} GiB of GPU memory and {host}")
+    if nothing:
+        yield f"on all {machine.gpus} {nothing}"
+    if line.s_per_step:
         yield f"{_time(line.s_per_step, steps)}, measured"
     elif line.computed_s:
         published = machine.speed is not None and machine.speed.published
         yield _time(line.computed_s, steps) + (", by the card's published speed" if published else ", computed")
-    elif machine.speed and STRATEGIES[line.strategy].stage:
-        yield "seconds are not known: what cards exchange was measured of H200s alone"
+    elif not machine.untimed:  # which stands above
+        yield from line.no_seconds.split("; ")
     if line.flash4_s:
         yield f"{line.flash4_s:.2f} s with FlashAttention 4: {INSTALL_FLASH4}"
-    if machine.gpus > 1:
-        samples = f"{batch * machine.gpus * steps:,} samples in global batches of {batch * machine.gpus:,}"
-        yield f"{samples}: as many as {steps * machine.gpus:,} steps on one {'process' if machine.cpu else 'GPU'}"
-    disk, export, each = (in_bytes(1e9 * size) for size in (line.disk_gb, line.export_gb, line.checkpoint_gb))
-    yield f"writes up to {disk}: weights of {export}, and checkpoints of {each} each"
+    if line.gpus > 1:
+        samples = f"{batch * line.gpus * steps:,} samples in global batches of {batch * line.gpus:,}"
+        yield f"{samples}: as many as {steps * line.gpus:,} steps on one {each}"
+    disk, export, checkpoint = (in_bytes(1e9 * size) for size in (line.disk_gb, line.export_gb, line.checkpoint_gb))
+    yield f"writes up to {disk}: weights of {export}, and checkpoints of {checkpoint} each"
     yield _saves(line, machine)
     yield without_secrets(line.command)
 
@@ -180,26 +198,29 @@ def _remedy(
     of_card = [line for line in lines if line.lacks == "host memory"]
     if of_card:
         least = min(line.host_total_gib for line in of_card)
-        return f"{'it' if machine.cpu else 'the GPU'} would do with {least:.0f} GiB of host memory"
+        them = "it" if machine.cpu else "the GPU" if machine.gpus == 1 else "the GPUs"
+        return f"{them} would do with {least:.0f} GiB of host memory"
     return "encode with a smaller --resolution, or take a larger card"
 
 
 def _table(lines: Sequence[TrainForecast]) -> Any:
-    """At most 80 characters wide. Seconds that were measured stand with the GPU that they were measured on."""
+    """At most 80 characters wide."""
     from rich.table import Table
 
     shown = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     timed = any(line.computed_s for line in lines)
     tried = any(line.s_per_step for line in lines)
-    names = ["", "strategy", "memory", "GPU GiB", "host GiB", *(["s/step"] if timed else [])]
-    for name in [*names, *(["measured"] if tried else []), ""]:
-        shown.add_column(name, justify="right" if "GiB" in name or "s/" in name else "left")
+    counts = len({line.gpus for line in lines}) > 1
+    names = ["", "strategy", "memory", *(["GPUs"] if counts else []), "GPU GiB", "host GiB"]
+    for name in [*names, *(["s/step"] if timed else []), *(["measured"] if tried else []), ""]:
+        shown.add_column(name, justify="left" if name in ("", "strategy", "memory") else "right")
     for line in lines:
-        cells = [line.method, line.strategy, line.memory, f"{line.peak_gib:.1f}", f"{line.host_total_gib:.1f}"]
+        cells = [line.method, line.strategy, line.memory, *([str(line.gpus)] if counts else [])]
+        cells += [f"{line.peak_gib:.1f}", f"{line.host_total_gib:.1f}"]
         if timed:
             cells.append(f"{line.computed_s:.2f}" if line.computed_s else "-")
         if tried:
-            cells.append(f"{line.s_per_step:.2f} s ({line.measured_on})" if line.s_per_step else "-")
+            cells.append(f"{line.s_per_step:.2f}" if line.s_per_step else "-")
         verdict = "fits" if line.fits else _TOO_SMALL[line.lacks]
         shown.add_row(*cells, verdict, style=None if line.fits else "dim")
     return shown

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cogcommon.errors import SettingError
 from cogcommon.files.memory import free_host_memory, held_here
-from cogcommon.model.cards import Card, card_like, card_named
+from cogcommon.model.cards import CARDS, Card, as_typed, card_like, card_named
 from cogcommon.model.device import has_bf16, visible_gpus
 from cogcommon.words import GIB, counted, in_gib
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..settings.planning import ForecastSettings
 
 _GPUS_OF_A_HOST = 8  # at most; of more, each eight are taken to have a host of their own
+TRY_IT = "`cogtrain plan --check` on such a machine makes two steps"
 _OF_A_HOST = 0.93  # of its memory, what the system and what runs beside leave
 
 
@@ -35,6 +36,7 @@ class Machine:
     host: int | None = None  # free memory of each host; None: as much as it takes
     speed: Speed | None = None  # None: not known
     computed_on: str | None = None  # whose seconds those are
+    untimed: str = ""  # where its speed is not known: why, and what to type
     kernel: Kernel = "cudnn"
     bf16: bool = True
 
@@ -54,9 +56,11 @@ class Machine:
         if self.host is not None:
             host = f"{in_gib(self.host)} of host memory free"
         if self.cpu:
-            return [f"on {counted(self.gpus, 'process', 'processes')} of CPUs", host]
-        link = f"; copies at {self.speed.link / 1e9:.0f} GB/s" if self.speed else ""
-        return [f"on {counted(self.gpus, 'GPU')}: {self.name}, {in_gib(self.gpu)} each", host + link]
+            return [f"on {counted(self.gpus, 'process', 'processes')} of CPUs", host, self.untimed]
+        here = f"on {counted(self.gpus, 'GPU')}: {self.name}, {in_gib(self.gpu)} each"
+        if self.speed is None:
+            return [here, host, self.untimed]
+        return [here, f"{host}; copies at {self.speed.link / 1e9:.0f} GB/s"]
 
 
 def machine_for(settings: ForecastSettings) -> Machine:
@@ -72,9 +76,7 @@ def machine_for(settings: ForecastSettings) -> Machine:
         raise SettingError(f"no link copies {settings.link:g} GB/s", where="--link", fix="--link 12")
     if machine.speed is None:
         raise SettingError(
-            f"{machine.name}: its seconds are not computed, and the link changes nothing else",
-            where="--link",
-            fix="leave it out",
+            "--link changes seconds alone, and there are none", where="--link", fix=f"leave it out; {machine.untimed}"
         )
     return replace(machine, speed=replace(machine.speed, link=settings.link * 1e9))
 
@@ -98,7 +100,9 @@ def _named(settings: ForecastSettings) -> Machine:
         raise SettingError(f"{settings.gpus} GPUs", where="--gpus", fix="--gpus 1 or more")
     if (settings.gpu or "").strip().lower() == "none":
         there = host_memory(settings.host) if settings.host else _here()
-        return Machine("no GPU", 0, settings.gpus or 1, there)
+        return Machine(
+            "no GPU", 0, settings.gpus or 1, there, untimed="no seconds of CPUs are known; a run's first steps say them"
+        )
     gpus = settings.gpus or max(1, here)
     if settings.gpu is not None:
         card = card_named(settings.gpu)
@@ -137,10 +141,17 @@ def host_memory(text: str) -> int:
     return int(gib * GIB * _OF_A_HOST)
 
 
-def _speed(name: str, card: Card | None) -> tuple[Speed | None, str | None]:
-    """What a card gives, and how its seconds are called."""
+def _speed(name: str, card: Card | None) -> tuple[Speed | None, str | None, str]:
+    """What a card gives, and how its seconds are called; where that is not known, why."""
     if speed := speed_of(name):
-        return speed, name
+        return speed, name, ""
     if card and (speed := published_speed(card)):
-        return speed, f"{name}, from its published {card.rate:g} TFLOP/s"
-    return None, None
+        return speed, f"{name}, from its published {card.rate:g} TFLOP/s", ""
+    if card is None or card.rate:
+        why = "which has no bf16 in hardware" if card else "which is not in our table"
+        return None, None, f"no seconds of {name} are known, {why}; {TRY_IT}"
+    timed = [it for it in CARDS if published_speed(it)]
+    near = min(timed, key=lambda it: abs(it.usable - card.usable)).sold
+    *some, last = [as_typed(it) for it in timed if it.sold == near][::2][:3]
+    named = f"{', '.join(some)} or {last}" if some else last
+    return None, None, f"seconds depend on the card: name yours for them, as --gpu {named}"

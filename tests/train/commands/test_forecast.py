@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 import socket
 
@@ -27,9 +28,9 @@ GIB = 2**30
 def plan_of():
     """plan_of(gib, gpus, host, speed, family, **settings): forecasts for a family's true shape at its native size."""
 
-    def forecasts(gib, gpus=1, *, host=None, speed=H200, on="H200", family="5b", **settings):
+    def forecasts(gib, gpus=1, *, host=None, speed=H200, on="H200", name="a card", family="5b", **settings):
         host = None if host is None else int(host * GIB)
-        machine = Machine("a card", int(gib * GIB), gpus, host, speed, on)
+        machine = Machine(name, int(gib * GIB), gpus, host, speed, on)
         family = BY_NAME[family]
         runs = forecast.intents(ForecastSettings(**settings), published(family), [family.native], machine)
         return [line for run in runs for line in forecast.lines_of(run, machine)]
@@ -74,15 +75,16 @@ def test_seconds_stand_only_where_they_were_measured(plan_of, monkeypatch):
     oldest = measured()[-1]
     assert (oldest.family, oldest.method, oldest.rank, oldest.memory) == ("5b", "lora", 128, "auto")
     monkeypatch.setattr(forecast, "measured", lambda: (oldest,))
-    (line,) = [line for line in plan_of(80) if line.s_per_step]
-    assert (line.method, line.memory, line.measured_on) == ("lora", "auto", oldest.gpu)
+    (line,) = [line for line in plan_of(80, name=oldest.gpu) if line.s_per_step]
+    assert (line.method, line.memory) == ("lora", "auto")
     assert (line.s_per_step, line.measured_gib) == (oldest.s_per_step, oldest.peak_gib)
-    assert not any(line.s_per_step for line in plan_of(80, rank=64))
+    for other in ({"name": oldest.gpu, "rank": 64}, {"name": "RTX 4090"}):
+        assert not any(line.s_per_step or line.measured_gib for line in plan_of(80, **other))
 
 
 def test_seconds_that_no_longer_hold_are_not_told(plan_of, monkeypatch):
     monkeypatch.setattr(forecast, "measured", lambda: (dataclasses.replace(measured()[-1], faster_since=True),))
-    assert not any(line.s_per_step for line in plan_of(80))
+    assert not any(line.s_per_step for line in plan_of(80, name=measured()[-1].gpu))
 
 
 @pytest.mark.parametrize("run", [run for run in measured() if run.memory != REFERENCE], ids=lambda run: run.row)
@@ -215,7 +217,7 @@ def test_a_slower_link_than_the_cards_own_is_planned_for():
     assert slow.computed_s > 2 * own.computed_s and slow.command == own.command
     assert line("fast", link=6) == line("fast")  # it copies nothing
     for settings, said in (
-        ({"gpu": "none", "link": 12}, "no GPU: its seconds"),
+        ({"gpu": "none", "link": 12}, "--link changes seconds alone, and there are none"),
         ({"link": 0}, "no link copies 0 GB/s"),
     ):
         with pytest.raises(SettingError, match=said):
@@ -238,6 +240,54 @@ def test_plan_says_why_it_gives_no_seconds(capsys):
     assert "seconds are not known" in said and "s a step" not in said
     plan.run(ForecastSettings(gpu="h200", gpus=8, method="sft"))
     assert "seconds are not known" not in (said := capsys.readouterr().out) and "s a step" in said
+
+
+@pytest.mark.parametrize(
+    ("gpu", "why"),
+    [
+        ("24GB", "name yours for them, as --gpu RTX-3090, RTX-4090 or A10G"),
+        ("22GiB", "name yours for them, as --gpu RTX-3090, RTX-4090 or A10G"),
+        ("T4", "no seconds of T4 are known, which has no bf16 in hardware; `cogtrain plan --check`"),
+        ("none", "no seconds of CPUs are known"),
+    ],
+)
+def test_a_machine_without_seconds_says_why_and_has_none_of_another_card(gpu, why, capsys):
+    """And the cards that it names have seconds."""
+    settings = ForecastSettings(gpu=gpu, host="512GB", method="lora")
+    plan.run(settings)
+    said = capsys.readouterr().out
+    assert why in said and "s a step" not in said and "measured" not in said
+    plan.run(dataclasses.replace(settings, json=True))
+    for line in json.loads(capsys.readouterr().out):
+        assert not any(line[name] for name in ("computed_s", "s_per_step", "measured_gib", "flash4_s"))
+        assert why in line["no_seconds"]
+    for card in re.findall(r"RTX-\d+|A10G", said):
+        plan.run(dataclasses.replace(settings, gpu=card))
+        assert "s a step" in capsys.readouterr().out
+
+
+def test_fewer_gpus_are_planned_where_the_host_is_too_small_for_all(capsys):
+    settings = ForecastSettings(gpu="4090", gpus=8, host="64GB")
+    plan.run(settings)
+    lora, sft = capsys.readouterr().out.split("Full fine-tuning")
+    assert "LoRA: fits on 4 GPUs of 8, in 1" in lora and "global batches of 4" in lora and "--nproc 4" in lora
+    assert "on all 8 nothing fits; the GPUs would do with 112 GiB of host memory" in lora
+    assert sft.startswith(": nothing fits") and "sft  zero3-offload low       8 " in sft
+    plan.run(dataclasses.replace(settings, json=True))
+    lines = json.loads(capsys.readouterr().out)
+    assert {(line["gpus"], line["fits"]) for line in lines if line["method"] == "lora"} == {(8, False), (4, True)}
+    assert all(f"--nproc {line['gpus']}" in line["command"] for line in lines)
+    plan.run(dataclasses.replace(settings, gpus=16, method="lora"))  # of which eight share a host
+    assert "fits on 4 GPUs of 16, in 1" in capsys.readouterr().out
+    plan.run(dataclasses.replace(settings, host="128GB", method="lora"))
+    assert "LoRA: fits, in 1" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_breaks_lines_of_the_table_and_cuts_no_cell(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    plan.run(ForecastSettings(gpu="4090", gpus=8, host="64GB"))
+    said = capsys.readouterr().out
+    assert "…" not in said and "zero3-offload low" in said and "host too small" in said
 
 
 def test_a_quick_link_changes_no_plan(plan_of):
