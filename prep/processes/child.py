@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import signal
 import tempfile
 import threading
 import time
@@ -23,8 +22,6 @@ BEAT = "beat"  # in place of an answer: the work gets on
 
 def answer_calls(pipe: Connection) -> None:
     """Answer calls from the pipe; the first answer, None, says that we are here."""
-    for number in (signal.SIGINT, signal.SIGUSR1):  # they go to the whole group, or job; the parent decides
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     heartbeat.on_beat(lambda: pipe.send(BEAT))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone

@@ -11,20 +11,21 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from cogcommon.cli.stages import before_each
 
 # Ctrl-C; what Slurm and Kubernetes send (and process 1 of a container would never hear by itself); what
 # `sbatch --signal` is told to send before the time is up.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _asked = 0  # the signal that came first
 
 
 def catch_interrupts() -> None:
     """Remember these signals from now on. One that is ignored, as in a shell's background job, stays ignored."""
     before_each(raise_if_interrupted)
-    for number in _SIGNALS:
+    for number in SIGNALS:
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
             signal.signal(number, _interrupted)
 
@@ -37,6 +38,17 @@ def raise_if_interrupted() -> None:
     """
     if _asked:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Processes started within never hear Ctrl-C and USR1, which go to a whole group, or job: this one ends them."""
+    resource_tracker.ensure_running()  # it lets them through again where it starts with the first process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from ..source.clip import ClipFault
 from ..source.heartbeat import TIMEOUT_S
 from ..source.source_file import IN_MEMORY
 from .child import BEAT, answer_calls
+from .interrupt import unheard
 
 R = TypeVar("R")
 
@@ -81,7 +82,8 @@ class _Child:
         self.pipe, far_end = context.Pipe()
         self.process = context.Process(target=answer_calls, args=(far_end,), name="cogprep-decode", daemon=True)
         try:
-            self.process.start()
+            with unheard():
+                self.process.start()
         except BaseException:
             self.pipe.close()
             raise

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 import time
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +50,19 @@ def test_results_keep_the_order_of_the_tasks_and_runs_follow_each_other():
     with Pool(2) as pool:
         assert list(pool.run(pool_tasks.square, ((n,) for n in range(20)))) == [n * n for n in range(20)]
         assert list(pool.run(pool_tasks.square, [])) == []
+        assert list(pool.run(pool_tasks.square, [(3,)])) == [9]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_what_goes_to_the_whole_group_is_not_for_a_child_not_even_while_it_starts(number, monkeypatch):
+    start = SpawnProcess.start
+
+    def start_and_hit(process):
+        start(process)
+        os.kill(process.pid, number)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_and_hit)
+    with Pool(1) as pool:
         assert list(pool.run(pool_tasks.square, [(3,)])) == [9]
 
 
