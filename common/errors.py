@@ -10,13 +10,18 @@ AGAIN = 75  # exit code, "temporary failure" in sysexits.h: nothing is to be men
 
 
 class CogError(Exception):
-    """Something the user can put right. The command line prints it and exits with 2.
+    """Something the user can put right. The command line prints it and exits with its code.
 
     Args:
         what: the fault in one sentence.
         where: file and line, option, or shard it was found in.
         fix: what to type or change next.
+
+    Attributes:
+        code: to exit with: 2, or `AGAIN`.
     """
+
+    code = 2
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         super().__init__(what)
@@ -54,7 +59,7 @@ class StoreError(CogError):
 
 
 class RunError(CogError):
-    """A training run that cannot start, go on, or be resumed as asked."""
+    """A run that cannot start, go on, or be resumed as asked."""
 
 
 class DiskError(CogError):

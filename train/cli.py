@@ -30,7 +30,7 @@ def train(settings: TrainSettings) -> None:
         from cogcommon.model.device import pick_device, start_gpu
 
         from .distributed import elastic
-        from .distributed.leaving import LOST, REFUSED, PeerFailed, PeerLost
+        from .distributed.leaving import REFUSED, PeerFailed, PeerLost
         from .distributed.peers import meet
         from .memory.ready import check_ready
         from .runs.opening import open_run
@@ -64,7 +64,7 @@ def train(settings: TrainSettings) -> None:
             from cogcommon.cli.terminal import show_error
 
             show_error(lost)
-            sys.exit(LOST)
+            sys.exit(lost.code)
         except Stopped as stopped:
             if stopped.for_good:
                 elastic.not_again()

@@ -275,7 +275,7 @@ def _escaped(text: str) -> str:
 
 
 def run_app(app: Callable[[], None]) -> None:
-    """Run a command line: exit 0 done, 2 the user can fix it, 1 a bug (traceback)."""
+    """Run a command line: exit 0 done, an error's code (2: the user can fix it), 1 a bug (traceback)."""
     from .terminal import print_in_any_encoding
 
     print_in_any_encoding()
@@ -324,4 +324,4 @@ def _end(error: CogError) -> NoReturn:
 
     with suppress(OSError):
         show_error(error)
-    sys.exit(2)
+    sys.exit(error.code)

@@ -10,9 +10,10 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import IO
 from cogcommon.cli.names import plain
 from cogcommon.cli.progress import paused, shown
 from cogcommon.cli.streams import guard_output, outlive_output
-from cogcommon.errors import CogError, RunError, SettingError
+from cogcommon.errors import AGAIN, CogError, RunError, SettingError
+from cogcommon.files.failures import machines_fault
 
 from ..plan.slice import Slice
+from ..processes.interrupt import SIGNALS, unheard
 from ..processes.pool import default_workers
 from ..settings.encode import EncodeSettings
 from ..store.outlet import read_beside
@@ -49,7 +52,7 @@ def encode_in_parts(settings: EncodeSettings, part: Slice, parts: int) -> Report
     """Encode a slice with ``parts`` processes, one a GPU, and add up their reports.
 
     Raises:
-        RunError: a process failed; what the others committed stays good.
+        RunError: a process failed, or was killed; what the others committed stays good.
     """
     started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
@@ -59,7 +62,8 @@ def encode_in_parts(settings: EncodeSettings, part: Slice, parts: int) -> Report
     for index, own in enumerate(slices):
         given = replace(settings, worker=str(own), gpus="1", workers=workers)
         child = context.Process(target=_child, args=(given, index, parts), name=f"cogprep-gpu-{index}")
-        child.start()
+        with unheard():
+            child.start()
         children.append(child)
     try:
         with paused():  # the children say what they do
@@ -69,15 +73,34 @@ def encode_in_parts(settings: EncodeSettings, part: Slice, parts: int) -> Report
         for child in children:
             if child.is_alive():
                 child.terminate()
-    failed = [index for index, child in enumerate(children) if child.exitcode != 0]
-    if failed:
-        raise RunError(
-            f"{len(failed)} of {parts} processes failed (see above)",
-            where=", ".join(f"gpu {index}, slice {slices[index]}" for index in failed),
-            fix="run the same command again; finished shards are kept",
-        )
+    if failed := {index: child.exitcode or 0 for index, child in enumerate(children) if child.exitcode != 0}:
+        raise _error(failed, slices)
     reports = [_read_report(settings.out, own) for own in slices]
     return add_up(reports, part, time.perf_counter() - started)
+
+
+def _error(failed: Mapping[int, int], slices: Sequence[Slice]) -> RunError:
+    """The error for processes that have failed; what a person must see to decides its code.
+
+    Args:
+        failed: exit codes by GPU; -n: killed by signal n.
+    """
+    said = [code for code in failed.values() if code > 0]
+    killed = [-code for code in failed.values() if code < 0]
+    what = [f"{len(said)} of {len(slices)} processes failed (see above)"] if said else []
+    if killed:
+        what.append(f"{len(killed)} of {len(slices)} processes killed by signal {killed[0]}")
+    where = ", ".join(f"gpu {index}, slice {slices[index]}" for index in failed)
+    error = RunError(
+        "; ".join(what),
+        where=where + ("; the system's log says whether memory ran out" if signal.SIGKILL in killed else ""),
+        fix="run the same command again; finished shards are kept",
+    )
+    if said:
+        error.code = max(said)  # 2 before 1: the user can put it right
+    else:
+        error.code = 128 + killed[0] if killed[0] in SIGNALS else AGAIN
+    return error
 
 
 def _read_report(out: Path, own: Slice) -> Report:
@@ -155,6 +178,9 @@ def _child(settings: EncodeSettings, index: int, parts: int) -> None:
     try:
         with shown():
             encode_slice(settings).write(settings.out)
-    except CogError as error:
-        print(plain(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        fault = error if isinstance(error, CogError) else machines_fault(error)
+        if fault is None:
+            raise
+        print(plain(f"error: {fault}"), file=sys.stderr)
+        sys.exit(fault.code)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # What has come to a process of the run: an error that a person can put right; another; it has died. "gone": process 0
 # has died.
 _Fault = Literal["refused", "failed", "lost", "gone"]
-REFUSED, FAILED = 2, 1  # exit codes, as of any command
+REFUSED, FAILED = CogError.code, 1  # exit codes, as of any command
 LOST = AGAIN
 _CODES: dict[str, int] = {"refused": REFUSED, "failed": FAILED, "lost": LOST, "gone": LOST}
 _LOOK = 0.5  # seconds between looks for a peer that has failed
@@ -46,7 +46,9 @@ class PeerFailed(RunError):
 
 
 class PeerLost(RunError):
-    """Another process of the run is not there, or not any more. The command exits with `LOST`."""
+    """Another process of the run is not there, or not any more."""
+
+    code = LOST
 
 
 class Leaving:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
 
+from cogcommon.cli.command import run_app
 from cogcommon.errors import RunError, SettingError
+from cogprep.cli import app
 from cogprep.commands.encode import encode
 from cogprep.encode import part as encode_slice
 from cogprep.encode.gpus import encode_in_parts, gpu_count
@@ -124,3 +129,26 @@ def test_a_process_that_fails_is_named(encoded, settings_of, capfd):
     with pytest.raises(RunError, match="2 of 2 processes failed") as caught:
         encode_in_parts(settings_of(encoded, out=encoded / "new"), Slice(1, 1, "default"), 2)
     assert "slice 1/2" in str(caught.value) and "[gpu 0] error" in capfd.readouterr().err
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 75), (signal.SIGTERM, 143)])
+def test_a_process_that_is_killed_leaves_nothing_to_mend(number, code, encoded, monkeypatch, capfd):
+    """A job's queue takes 75 for an end from which the same command goes on."""
+    start = SpawnProcess.start
+
+    def start_and_kill(process):
+        start(process)
+        if process.name == "cogprep-gpu-1":
+            os.kill(process.pid, number)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_and_kill)
+    monkeypatch.setattr("cogprep.commands.encode.visible_gpus", lambda: 2)
+    folders = "--data-root", str(encoded / "ds"), "--out", str(encoded / "out")
+    monkeypatch.setattr("sys.argv", ["cogprep", "encode", *folders, "--model", "tiny", "--resolution", "9x64x96"])
+    with pytest.raises(SystemExit) as ended:
+        run_app(app)
+    said = capfd.readouterr().err
+    assert ended.value.code == code, said
+    assert f"1 of 2 processes killed by signal {number.value}" in said and "gpu 1, slice 2/2" in said
+    assert "run the same command again" in said
