@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,9 +30,8 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self._handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own in its place
-        self._temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the names of its sockets must be short
         head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head | {"temp_dir": self._temporary})
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address: str = self._cluster.address
         self._nodes: list[Any] = []
         self._named = 0
@@ -65,7 +62,6 @@ class Nodes:
 
         ray.shutdown()
         self._cluster.shutdown()
-        shutil.rmtree(self._temporary, ignore_errors=True)
         signal.signal(signal.SIGTERM, self._handler)
 
 

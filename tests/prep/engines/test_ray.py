@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,7 +33,10 @@ CAMPAIGN = int(os.environ.get("COGTUNE_RAY_RUNS", "10"))  # runs with random kil
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    with pytest.MonkeyPatch.context() as patch:
+    # Under a short name, since sockets lie there, too.
+    short = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+    with pytest.MonkeyPatch.context() as patch, short as folder:
+        patch.setenv("RAY_TMPDIR", folder)  # else all clusters write one file, /tmp/ray/..., which may not exist
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # it kills workers where other programs fill the memory
         nodes = Nodes()
