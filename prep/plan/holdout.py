@@ -32,7 +32,8 @@ def choose_holdout(
 
     The same number as before keeps the clips of before, also those that are not here now; where one
     of them has gone, a clip that was never trained on takes its place, if there is any. Another number
-    takes as few clips as it can from where they are.
+    takes as few clips as it can from where they are: those are encoded again, since their samples go from the
+    shards of one side before those of the other are written.
 
     Args:
         asked: how many; None for as many as before.
@@ -62,7 +63,11 @@ def describe_moves(
     moves = [f"{counted(count, 'clip')} from {way}" for way, count in ways.items() if count]
     if after == before or not moves:
         return ""
-    return f"--holdout {after.count} moves {' and '.join(moves)}; {out} was encoded with --holdout {before.count}"
+    again = "which is" if sum(ways.values()) == 1 else "which are"
+    return (
+        f"--holdout {after.count} moves {' and '.join(moves)}, {again} encoded again, so as to be on both sides at no "
+        f"moment; {out} was encoded with --holdout {before.count}"
+    )
 
 
 def ask_to_move(

@@ -231,7 +231,10 @@ def test_the_holdout_is_remembered_and_moves_only_when_asked_to(encoded, setting
     for same in ({}, {"holdout": 2}):
         report = run(**same)
         assert (report.encoded, report.reused, report.dropped) == (0, 5, 0) and tree(out) == before
-    for other, moves in ((0, "2 clips from validation to training"), (3, "1 clip from training to validation")):
+    for other, moves in (
+        (0, "2 clips from validation to training, which are encoded again"),
+        (3, "1 clip from training to validation, which is encoded again"),
+    ):
         monkeypatch.setattr(holdout_module.sys, "stdin", io.StringIO())
         with pytest.raises(SettingError, match=moves) as caught:
             run(holdout=other)
