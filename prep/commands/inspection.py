@@ -15,11 +15,15 @@ from cogcommon.cli.terminal import Console, styled
 from cogcommon.errors import ShardError
 from cogcommon.model.families import Resolution
 from cogcommon.shards.contract import CONTRACT_FILE, Contract
-from cogcommon.shards.records import read_table
+from cogcommon.shards.records import SampleRow, read_record, read_table
 from cogcommon.words import counted, in_bytes
 
 from ..plan.folder import SPLITS, Split, read_contract, records_in, shard_label, split_folder
+from ..plan.moved import named_now
+from ..plan.origin import read_origin
 from ..settings.shards import InspectSettings
+from ..source.addresses import remote_address
+from ..source.source_file import file_state
 from ..store.committed import tars_without_record
 from ..store.outlet import open_image
 
@@ -29,11 +33,8 @@ _COLUMNS = [
     "reason",
     "bucket",
     "size",
-    "caption",
     "caption_truncated",
-    "source",
     "source_sha256",
-    "effective_fps",
 ]
 
 
@@ -97,7 +98,7 @@ def inspect(out: Path) -> Contents:
     buckets: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     clips: set[bytes] = set()
-    rows: list[InspectedSample] = []
+    first: list[tuple[str, SampleRow]] = []
     lost: list[str] = []
     tar_bytes = truncated = 0
     for split, number, path in records_in(out):
@@ -114,12 +115,9 @@ def inspect(out: Path) -> Contents:
             buckets[row["bucket"]] += 1
             clips.add(row["source_sha256"])
             truncated += row["caption_truncated"]
-            if len(rows) < _ROWS:
-                rows.append(
-                    InspectedSample(
-                        shard_label(split, number), row["source"], row["bucket"], row["effective_fps"], row["caption"]
-                    )
-                )
+        if len(first) < _ROWS:
+            whole = [row for row in read_record(path).rows if row.status == "ok"]
+            first += [(shard_label(split, number), row) for row in whole[: _ROWS - len(first)]]
     uncommitted = [
         str(tar.relative_to(out)) for split in SPLITS for tar in tars_without_record(split_folder(out, split))
     ]
@@ -135,8 +133,25 @@ def inspect(out: Path) -> Contents:
         captions_truncated=truncated,
         uncommitted=uncommitted,
         lost=lost,
-        rows=rows,
+        rows=[
+            InspectedSample(shard, row.source, row.bucket, row.effective_fps, row.caption)
+            for (shard, _), row in zip(first, _named_now(out, contract, [row for _, row in first]), strict=True)
+        ],
     )
+
+
+def _named_now(out: Path, contract: Contract, rows: Sequence[SampleRow]) -> list[SampleRow]:
+    """Samples with their clips' names of now. Only of clips that are not where they were is more asked than that.
+
+    Behind an address it would be many requests; there all keep the names that they had.
+    """
+    origin = read_origin(out)
+    if origin is None:
+        return list(rows)
+    paths = [(row, Path(origin.data_root) / row.source) for row in rows]
+    away = [row for row, path in paths if remote_address(path) is None and file_state(path)[0] < 0]
+    now = {row.key: row for row in named_now(origin, contract.task, away)}
+    return [now.get(row.key, row) for row in rows]
 
 
 def show(contents: Contents, console: Console) -> None:

@@ -202,6 +202,16 @@ def test_inspect_counts(encoded):
         inspect(encoded / "ds")
 
 
+def test_inspect_names_a_clip_as_it_is_named_now(encoded, lay_lists):
+    root = encoded / "ds"
+    (root / "3.mp4").rename(root / "three.mp4")
+    lay_lists(root, [f"wave number {index}" for index in range(5)], ["0.mp4", "1.mp4", "2.mp4", "three.mp4", "4.mp4"])
+    named = ["0.mp4", "1.mp4", "2.mp4", "three.mp4", "4.mp4"]
+    assert [row.source for row in inspect(encoded / "out").rows] == named
+    shutil.rmtree(root)
+    assert inspect(encoded / "out").rows[3].source == "3.mp4"
+
+
 def test_the_commands_from_a_shell(encoded):
     shutil.rmtree(encoded / "ds")  # none of them needs it
     for command in ("inspect", "verify", "index"):
