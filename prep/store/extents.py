@@ -14,7 +14,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from cogcommon.shards.records import SampleRow
 
@@ -123,9 +123,19 @@ def whole_extents(stream: IO[bytes]) -> Iterator[TarExtent]:
 
 
 def holds_samples(tar: Path) -> bool:
-    """Whether a tar begins with a whole sample."""
+    """Whether a tar begins with a sample that is there to its end, by its headers and the tar's size alone.
+
+    A tar behind an address has a stand-in here that holds no more than these.
+    """
     with tar.open("rb") as stream:
-        return next(whole_extents(stream), None) is not None
+        names = []
+        for _ in range(2):
+            if (member := _read_header(stream)) is None:
+                return False
+            names.append(member.name)
+            stream.seek(_padded(member.size), os.SEEK_CUR)
+        key = names[0].removesuffix(".json")
+        return names == [f"{key}.json", f"{key}.safetensors"] and stream.tell() <= os.fstat(stream.fileno()).st_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,15 +146,28 @@ class _Member:
 
 
 def _read_member(stream: IO[bytes]) -> _Member | None:
-    header = stream.read(tarfile.BLOCKSIZE)
-    try:
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError):
+    member = _read_header(stream)
+    if member is None:
         return None
     body = stream.read(_padded(member.size))
     if len(body) < _padded(member.size):
         return None
-    return _Member(member.name, body[: member.size], header + body)
+    return _Member(member.name, body[: member.size], member.raw + body)
+
+
+class _Header(NamedTuple):
+    name: str
+    size: int
+    raw: bytes
+
+
+def _read_header(stream: IO[bytes]) -> _Header | None:
+    raw = stream.read(tarfile.BLOCKSIZE)
+    try:
+        member = tarfile.TarInfo.frombuf(raw, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError):
+        return None
+    return _Header(member.name, member.size, raw)
 
 
 def signed(path: Path) -> bool:
