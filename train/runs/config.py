@@ -31,7 +31,10 @@ def settings_json(settings: TrainSettings) -> dict[str, Any]:
 
 
 def write_config(run: Run, folder: Path) -> None:
-    """``config.toml``: every setting, as ``--config`` reads it. One that somebody has changed is set aside."""
+    """``config.toml``: every setting, as ``--config`` reads it, for a resume and for a new run.
+
+    One that somebody has changed is set aside.
+    """
     made = Made.read(folder)
     assert made, folder  # it is claimed
     folder = folder.absolute()
@@ -41,9 +44,10 @@ def write_config(run: Run, folder: Path) -> None:
         out=folder,
         model=run.checkpoint.name + (f"@{run.checkpoint.revision}" if run.checkpoint.revision else ""),
         precision=run.precision,
-        strategy=run.strategy,
-        accumulate=1,
-        global_batch=run.global_batch,  # so that any number of processes goes on with it
+        # As asked for: what came of them on these processes, a checkpoint knows, and a new run may have others.
+        strategy=run.given.strategy,
+        accumulate=run.given.accumulate,
+        global_batch=run.given.global_batch,
         config=None,
         resume="auto",  # the command that resumes a stopped run names this file
         steps=run.steps,
@@ -52,7 +56,6 @@ def write_config(run: Run, folder: Path) -> None:
     if signed := _signed(run.settings):
         lines.append(f"# Signatures and passwords of URLs are left out: give {', '.join(signed)} again.")
     values = settings_json(resolved)
-    del values["accumulate"]  # follows from the global batch
     lines += [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
     try:
         made.set_aside(CONFIG_FILE)

@@ -7,13 +7,13 @@ and the accumulation steps follow. Sizes are in samples.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cogcommon.errors import SettingError
+from cogcommon.errors import RunError, SettingError
 from cogcommon.words import counted
 
 from ..distributed.groups import DataGroups
+from .folder import CONFIG_FILE, FACTS_FILE, run_facts
 
 if TYPE_CHECKING:
     from ..settings.training import TrainSettings
@@ -28,8 +28,8 @@ def with_accumulation(
 ) -> TrainSettings:
     """The settings with the accumulation steps that make up the global batch on these processes.
 
-    It is what ``--global-batch`` says. Without it, a run that is resumed with the batch size and accumulation of its
-    first start keeps the checkpoint's, whatever the number of processes.
+    It is what ``--global-batch`` says. Without it, a run that is resumed with the accumulation of its first start keeps
+    the checkpoint's, whatever the batch size and the number of processes: any other would be refused.
 
     Args:
         here: processes on each host; for the message.
@@ -38,7 +38,7 @@ def with_accumulation(
         SettingError: it does not divide; says on which numbers of processes it does.
     """
     wanted = settings.global_batch
-    if wanted is None and resume is not None and _as_begun(settings, resume.state.settings):
+    if wanted is None and resume is not None and resume.state.settings.get("accumulate") == settings.accumulate:
         wanted = int(resume.state.facts.get(FACT, 0)) or None
     if wanted is None:
         return settings
@@ -48,20 +48,43 @@ def with_accumulation(
             f"a global batch of {wanted} cannot be divided among {_processes(groups.count)} "
             f"with --batch-size {settings.batch_size}",
             where="--global-batch" if resume is None else f"--global-batch, {resume.folder}",
-            fix=what_divides(wanted, settings.batch_size, groups.count, here),
+            fix=what_divides(wanted, settings.batch_size, groups.count, here)
+            + f"; or --global-batch {-(-wanted // each) * each}" * (resume is None),
         )
     steps = wanted // each
-    if resume is not None and resume.state.world != groups.world:
-        notes.append(
-            f"on {_processes(groups.world)} instead of {resume.state.world}: {counted(steps, 'accumulation step')} "
-            f"of {each} keep{'s' * (steps == 1)} the global batch of {wanted}"
-        )
+    if resume is not None:
+        size, changed = resume.state.settings.get("batch_size"), []
+        if resume.state.world != groups.world:
+            changed.append(f"on {_processes(groups.world)} instead of {resume.state.world}")
+        if size != settings.batch_size:
+            changed.append(f"with --batch-size {settings.batch_size} instead of {size}")
+        if changed:
+            notes.append(
+                f"{', '.join(changed)}: {counted(steps, 'accumulation step')} of {each} keep{'s' * (steps == 1)} the "
+                f"global batch of {wanted}"
+            )
     return dataclasses.replace(settings, accumulate=steps, global_batch=None)
 
 
-def _as_begun(settings: TrainSettings, then: Mapping[str, Any]) -> bool:
-    """Whether batch size and accumulation are as they were given when the checkpoint was written."""
-    return all(then.get(name) == getattr(settings, name) for name in ("batch_size", "accumulate"))
+def told_of_another(settings: TrainSettings, now: int) -> list[str]:
+    """A note where a new run by another one's config.toml takes more or fewer samples in a step.
+
+    Args:
+        now: its global batch.
+    """
+    config = settings.config
+    if config is None or config.name != CONFIG_FILE or not (config.parent / FACTS_FILE).is_file():
+        return []
+    try:
+        then = run_facts(config.parent)
+    except RunError:
+        return []
+    if then.global_batch == now:
+        return []
+    return [
+        f"a step takes {counted(now, 'sample')}, and that of {config.parent} took {then.global_batch}, on "
+        f"{_processes(then.processes)}: --global-batch {then.global_batch} takes as many"
+    ]
 
 
 def what_divides(wanted: int, size: int, count: int, here: int) -> str:

@@ -30,7 +30,7 @@ from .claim import check_claimable
 from .config import settings_json, told_of_move
 from .folder import run_facts
 from .follow import open_followed
-from .global_batch import with_accumulation
+from .global_batch import told_of_another, with_accumulation
 from .mirror.restore import restore
 from .restart import own_folder, seconds_to_wait
 from .run import PRECISION, REVISION, STRATEGY, Run
@@ -99,6 +99,8 @@ def open_run(
     sampler = followed.newest.sampler if followed else make_sampler(settings, shards, groups.count)
     if followed is None:
         notes += check_sampler(sampler, given, shards, groups.count)
+    if resume is None:
+        notes += told_of_another(given, sampler.global_batch)
     steps = settings.steps or (settings.epochs or DEFAULT_EPOCHS) * sampler.steps_per_epoch
     if resume is not None and resume.state.step > steps:
         notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")

@@ -44,15 +44,39 @@ def test_a_resume_on_other_processes_keeps_it_and_says_so(place):
         open_run(LoraSettings(**place, accumulate=3), CPU, 1)
     run = open_run(LoraSettings(**place, batch_size=3, global_batch=6), CPU, 2)
     assert run.settings.accumulate == 1
+    run = open_run(LoraSettings(**place, accumulate=6, batch_size=2), CPU, 1)
+    assert (run.settings.accumulate, run.global_batch) == (3, 6)
+    assert "with --batch-size 2 instead of 1: 3 accumulation steps of 2 keep the global batch of 6" in run.notes
 
 
 def test_the_config_of_a_run_goes_on_with_any_number_of_processes(place):
     file = place["out"] / "config.toml"
     values = tomllib.loads(file.read_text())
-    assert values["global_batch"] == 6 and "accumulate" not in values
+    assert values["accumulate"] == 6 and "global_batch" not in values
     assert open_run(resolve(LoraSettings, {}, file), CPU, 2).settings.accumulate == 3
     with pytest.raises(RunError, match="another global batch"):
         open_run(resolve(LoraSettings, {"accumulate": 2}, file), CPU, 1)
+
+
+def test_the_config_of_a_run_begins_another_with_what_the_line_says(place, tmp_path):
+    """It names no global batch that was not asked for: another batch size, or more processes, could not begin."""
+    file = place["out"] / "config.toml"
+    for given, world, size in (({}, 1, 6), ({}, 2, 12), ({"batch_size": 2}, 1, 12), ({"accumulate": 1}, 1, 1),
+                               ({"batch_size": 2, "accumulate": 1}, 2, 4), ({"global_batch": 6}, 3, 6)):  # fmt: skip
+        run = open_run(resolve(LoraSettings, {"out": tmp_path / "new", "config": file} | given, file), CPU, world)
+        assert run.resume is None and run.global_batch == size, given
+        (*told,) = (note for note in run.notes if "--global-batch 6 takes as many" in note)
+        assert len(told) == (size != 6) and all(f"a step takes {size} sample" in note for note in told)
+    with pytest.raises(SettingError, match="cannot be divided among 4 processes") as caught:
+        open_run(resolve(LoraSettings, {"out": tmp_path / "new", "global_batch": 6}, file), CPU, 4)
+    assert "or --global-batch 8" in caught.value.fix
+
+
+def test_the_config_of_a_run_begins_another_with_its_own_strategy(place, tmp_path, train_here):
+    """Full fine-tuning on one GPU is ddp, and on two zero2, as without the file."""
+    run = train_here(SftSettings(shards=place["shards"], out=tmp_path / "run", steps=1))
+    again = resolve(SftSettings, {"out": tmp_path / "new"}, run / "config.toml")
+    assert open_run(again, "cuda", 2).strategy == "zero2" and open_run(again, "cuda", 1).strategy == "ddp"
 
 
 def test_what_does_not_divide_names_what_does(place, monkeypatch):

@@ -365,7 +365,7 @@ def test_a_run_goes_on_with_the_base_model_that_it_began_with(here, tmp_path, ch
 @pytest.mark.parametrize(
     ("change", "says", "fix"),
     [
-        ({"batch_size": 2}, "another global batch: 1 then, 2 now", "batch size x accumulate is 1"),
+        ({"batch_size": 2, "accumulate": 2}, "another global batch: 1 then, 4 now", "batch size x accumulate is 1"),
         ({"global_batch": 2}, "another global batch: 1 then, 2 now", "--global-batch 1"),
         ({"seed": 7}, "another --seed: 42 then, 7 now", "set --seed back"),
         ({"rank": 8}, "another --rank: 4 then, 8 now", "another --out"),
@@ -389,10 +389,13 @@ def test_other_shards_are_refused(here, tmp_path, make_shards):
 
 
 def test_a_global_batch_that_accumulation_can_restore_is_named(here):
-    here(steps=1, batch_size=4)
+    here(steps=1, batch_size=2, accumulate=2)
     with pytest.raises(RunError) as caught:
         here(steps=2, batch_size=2)
     assert caught.value.fix == "--accumulate 2"
+    with pytest.raises(SettingError, match="4 cannot be divided among 1 process with --batch-size 3") as caught:
+        here(steps=2, batch_size=3, accumulate=2)
+    assert "--batch-size 1, 2 or 4" in caught.value.fix
 
 
 def test_a_damaged_checkpoint_is_named(here):
