@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from cogcommon.cli.command import add_command, make_app, run_app
 from cogcommon.cli.leaving import run_and_leave
 from cogcommon.cli.progress import paused
+from cogcommon.cli.streams import result_alone
 from cogcommon.errors import CogError
 from cogcommon.jobs.settings import LaunchSettings
 
@@ -21,17 +23,15 @@ app = make_app("cogtrain", "Fine-tune CogVideoX on the shards that cogprep encod
 def train(settings: TrainSettings) -> None:
     """Start a run; in several processes where there are several GPUs."""
     from .distributed.launch import Hosts, join_environment, relaunch, wanted_processes
-    from .distributed.signals import Stopped, StopRequest, ending_at_once
+    from .distributed.signals import ending_at_once
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ending_at_once():
         from cogcommon.files.memory import give_back_what_is_freed
-        from cogcommon.libraries import hash_triton_ahead, quiet_libraries
-        from cogcommon.model.device import pick_device, start_gpu
+        from cogcommon.model.device import pick_device
 
         from .distributed import elastic
         from .distributed.leaving import REFUSED, PeerFailed, PeerLost
-        from .distributed.peers import meet
         from .memory.ready import check_ready
         from .runs.opening import open_run
 
@@ -40,22 +40,13 @@ def train(settings: TrainSettings) -> None:
             if not join_environment():
                 processes, hosts = wanted_processes(settings), Hosts.of(os.environ)
                 if (world := processes * hosts.count) > 1:
-                    check_ready(open_run(settings, pick_device(), world), processes)  # refuse it before they start
-                    with paused():  # rank 0 says what goes on
+                    with result_alone(settings.json):
+                        check_ready(open_run(settings, pick_device(), world), processes)  # refuse it before they start
+                    with paused():  # rank 0 says what goes on, and the result
                         code = relaunch(processes, hosts)
                     sys.exit(code)
-            peers = meet()
-            with peers.leaving_together():
-                device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
-                start_gpu(device)
-                run = peers.together(lambda: open_run(settings, device, peers.world, peers))
-                peers.together(lambda: check_ready(run, peers.here, device))
-                quiet_libraries()
-                if settings.compile != "off":
-                    hash_triton_ahead(device)
-                from .trainer.trainer import train as train_run
-
-                train_run(run, StopRequest(), peers)
+            with result_alone(settings.json) as tell:
+                _train_here(settings, tell)
         except PeerFailed as failed:  # the one that has failed says why
             if failed.code == REFUSED:
                 elastic.not_again()
@@ -65,12 +56,47 @@ def train(settings: TrainSettings) -> None:
 
             show_error(lost)
             sys.exit(lost.code)
-        except Stopped as stopped:
-            if stopped.for_good:
-                elastic.not_again()
-            if peers.main:
-                print(f"stopped; to resume: {stopped.command}", flush=True)
-            sys.exit(stopped.code)
+
+
+def _train_here(settings: TrainSettings, tell: Callable[[str], None]) -> None:
+    """One process of a run.
+
+    Args:
+        tell: takes what came of it, of process 0.
+    """
+    from cogcommon.libraries import hash_triton_ahead, quiet_libraries
+    from cogcommon.model.device import pick_device, start_gpu
+
+    from .distributed import elastic
+    from .distributed.peers import meet
+    from .distributed.signals import Stopped, StopRequest
+    from .memory.ready import check_ready
+    from .report.outcome import outcome
+    from .runs.opening import open_run
+
+    peers = meet()
+    try:
+        with peers.leaving_together():
+            device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
+            start_gpu(device)
+            run = peers.together(lambda: open_run(settings, device, peers.world, peers))
+            peers.together(lambda: check_ready(run, peers.here, device))
+            quiet_libraries()
+            if settings.compile != "off":
+                hash_triton_ahead(device)
+            from .trainer.trainer import train as train_run
+
+            folder = train_run(run, StopRequest(), peers)
+        if peers.main and settings.json:
+            tell(outcome(folder))
+    except Stopped as stopped:
+        if stopped.for_good:
+            elastic.not_again()
+        if peers.main:
+            print(f"stopped; to resume: {stopped.command}", flush=True)
+        if peers.main and settings.json:
+            tell(outcome(stopped.folder, stopped.command))
+        sys.exit(stopped.code)
 
 
 def plan(settings: ForecastSettings) -> None:

@@ -6,11 +6,13 @@ A command that prints its result ends there. One that writes files goes on: hour
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 _NAMES = {1: "the standard output", 2: "the standard error"}
@@ -72,6 +74,53 @@ def outlive_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if (end := _end_of(stream)) is not None:
             end.outlived = True
+
+
+@contextmanager
+def result_alone(wanted: bool) -> Iterator[Callable[[str], None]]:
+    """Give a function that takes the result; it is printed, alone on stdout, at the end of the ``with``.
+
+    What is printed meanwhile goes to stderr: what libraries print, in C too, and the processes that are started.
+
+    Args:
+        wanted: else nothing is changed.
+    """
+    result: list[str] = []
+    if not wanted:
+        yield result.append
+        return
+    try:
+        with _as_descriptor_2(), redirect_stdout(sys.stderr):
+            yield result.append
+    finally:
+        for text in result:
+            print(text, flush=True)
+
+
+@contextmanager
+def _as_descriptor_2() -> Iterator[None]:
+    """Let descriptor 1 be 2, inside the ``with``; nothing where one of them is closed."""
+    _flush()
+    try:
+        before = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        _flush()
+        os.dup2(before, 1)
+        os.close(before)
+
+
+def _flush() -> None:
+    """Write out what Python's stdout and C's hold."""
+    with suppress(AttributeError, OSError, ValueError):
+        sys.stdout.flush()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).fflush(None)
 
 
 def _guarded(stream: io.TextIOWrapper) -> io.TextIOWrapper:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -28,7 +29,7 @@ def leave(how: str, victim: int) -> None:
         others = peers.all_gather(os.getpid())
         with peers.leaving_together():
             if how == "stops":
-                raise Stopped(143, "")
+                raise Stopped(143, "", Path())
             if peers.rank != victim:
                 # The network library tells only one that waits in it.
                 time.sleep(600) if how != "dies" or victim == 0 else peers.barrier()

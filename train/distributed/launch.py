@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cogcommon.cli.progress import say
 from cogcommon.errors import SettingError
 from cogcommon.libraries import importing
 
@@ -150,7 +151,7 @@ def relaunch(processes: int, hosts: Hosts = Hosts()) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if passing.signal and failure.exitcode in (-passing.signal, -signal.SIGKILL):
-            print("stopped; nothing was trained since the last checkpoint, if there is one", flush=True)
+            say("stopped; nothing was trained since the last checkpoint, if there is one")
             return 128 + passing.signal
         if failure.exitcode >= 0:
             return int(failure.exitcode)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 # SIGUSR1 is what `sbatch --signal` is told to send before the time is up; SIGHUP comes when a terminal closes.
@@ -25,12 +26,13 @@ class Stopped(Exception):
     Attributes:
         code: to exit with.
         command: that resumes it.
+        folder: of the run.
         for_good: a person asked for it, so no launcher is to start it again.
     """
 
-    def __init__(self, code: int, command: str, *, for_good: bool = False) -> None:
+    def __init__(self, code: int, command: str, folder: Path, *, for_good: bool = False) -> None:
         super().__init__(command)
-        self.code, self.command, self.for_good = code, command, for_good
+        self.code, self.command, self.folder, self.for_good = code, command, folder, for_good
 
 
 class StopRequest:

@@ -136,7 +136,7 @@ def _state(run: RecordedRun) -> str:
     if run.steps:
         times.append(f"{in_words(sum(line.s_per_step + line.compile_s for line in run.steps))} of training")
         if done < facts.steps and not ended:
-            times.append(f"about {in_words((facts.steps - done) * _middle(run))} left")
+            times.append(f"about {in_words((facts.steps - done) * seconds_a_step(run))} left")
     return (
         f'<p class="faint">{escape(str(run.folder))} · {state} · {facts.device} · {escape(facts.strategy)}, '
         f"{facts.precision}, {counted(facts.processes, 'process', 'processes')}</p>"
@@ -144,7 +144,7 @@ def _state(run: RecordedRun) -> str:
     )
 
 
-def _middle(run: RecordedRun) -> float:
+def seconds_a_step(run: RecordedRun) -> float:
     """Seconds a step, median. The first steps warm caches and compile kernels."""
     return median(line.s_per_step for line in run.steps[min(3, len(run.steps) - 1) :])
 
@@ -166,7 +166,7 @@ def _figures(run: RecordedRun) -> str:
     if run.facts.exported:
         shown.append((f"step {run.facts.exported:,}", "is exported"))
     if run.steps:
-        middle = _middle(run)
+        middle = seconds_a_step(run)
         shown.append((number(middle), "seconds a step, median"))
         shown.append((number(run.facts.global_batch / middle), "samples a second"))
         place = "of the GPU" if run.facts.device != "CPU" else "of a process"

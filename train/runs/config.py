@@ -25,6 +25,7 @@ def settings_json(settings: TrainSettings) -> dict[str, Any]:
     plain = dataclasses.asdict(settings)
     plain |= {name: [without_secrets(word) for word in plain[name]] for name in ("shards", "validate_shards")}
     plain["repeat"] = [_repeat_without_secrets(word) for word in settings.repeat]
+    del plain["json"]  # it says how a command answers, not what is trained
     plain["mirror"] = settings.mirror and without_secrets(settings.mirror)
     plain["validate_image"] = [str(path) for path in settings.validate_image]
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}

@@ -72,6 +72,7 @@ class TrainSettings:
         "stop", "when a loss or a gradient is not finite: stop, or skip the loss's samples, which both name, or the "
         "gradient's step", section=_RUN,
     )  # fmt: skip
+    json: bool = setting(False, "print what came of it as JSON, and all else to stderr", section=_RUN)
 
     batch_size: int = setting(1, "samples per process and accumulation step", section=_OPTIM)
     accumulate: int = setting(1, "accumulation steps per optimizer step", section=_OPTIM, instead_of="global_batch")

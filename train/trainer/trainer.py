@@ -211,7 +211,7 @@ class Trainer:
         if stop and not last:
             self.saver.leave(step)
             again = command_line("cogtrain", self.run.method.name, "--config", self.folder / CONFIG_FILE)
-            raise Stopped(128 + stop % BY_A_PERSON, again, for_good=stop > BY_A_PERSON)
+            raise Stopped(128 + stop % BY_A_PERSON, again, self.folder, for_good=stop > BY_A_PERSON)
 
     def _export(self, step: int) -> None:
         self.readout.end()

@@ -73,3 +73,29 @@ def test_where_there_is_room_again_a_log_goes_on(tmp_path):
     with (tmp_path / "log").open("w") as log:
         os.dup2(log.fileno(), out.fileno())
     assert out.write(b"kept") == 4 and (tmp_path / "log").read_text() == "kept"
+
+
+ALONE = """
+import os, subprocess, sys
+from cogcommon.cli.streams import guard_output, result_alone
+guard_output()
+kept = sys.stdout
+with result_alone(True) as tell:
+    print("ours")
+    kept.write("of a library that has kept the stream\\n")
+    os.write(1, b"in C\\n")
+    subprocess.run(["echo", "another process"], check=True)
+    tell("result")
+    sys.exit(3)
+"""
+
+
+def test_a_result_stands_alone_whatever_is_printed_beside_it():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (3, "result\n")
+    assert sorted(done.stderr.splitlines()) == [
+        "another process",
+        "in C",
+        "of a library that has kept the stream",
+        "ours",
+    ]
