@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def beginning(
-    run: Run, log: RunLog, folder: Path, trainable: int, abandoned: Sequence[str], *, kept: bool
+    run: Run, log: RunLog, folder: Path, trainable: int, abandoned: Sequence[str], *, kept: bool = False
 ) -> None:  # fmt: skip
     """The first lines.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +41,8 @@ class Best:
         if peers.main and (validation or settings.keep_best):  # which a finished run keeps without held-out samples
             lines = read_metrics(folder / METRICS_FILE)[1]
             if validation and validation.held_out:
-                lines = [line for line in lines if line.base_val_loss == finite(validation.base_loss)]
+                base = math.nan if validation.base_loss is None else validation.base_loss
+                lines = [line for line in lines if line.base_val_loss == finite(base)]
             found = lines, {step_of(path) for path in list_checkpoints(folder)}
         return cls(settings, *peers.broadcast(found))
 

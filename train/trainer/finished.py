@@ -8,12 +8,15 @@ from cogcommon.cli.names import command_line
 from cogcommon.errors import CogError
 from cogcommon.files.ownership import Made
 
+from ..distributed.peers import Peers
 from ..model.lora_file import read_facts
 from ..runs.checkpoint import checkpoint_name
+from ..runs.config import write_config
 from ..runs.folder import CARD_FILE, CONFIG_FILE, REPORT_FILE, exported_weights, run_facts
 from ..runs.log import RunLog
 from ..runs.run import Run
 from ..validation.validate import Validation
+from . import announce
 from .best import Best
 
 
@@ -42,28 +45,34 @@ def exported_before(run: Run, folder: Path, done: int) -> int:
         return 0
 
 
-def renews(validation: Validation | None, best: Best, exported: int, done: int, log: RunLog) -> bool:
-    """Whether there is something new to say of a finished run after all; every rank calls it.
+def stays(run: Run, folder: Path, peers: Peers, validation: Validation | None, exported: int, log: RunLog) -> int:
+    """Say of a finished run that it stays as it is, where there is nothing new to say; every rank calls it.
+
+    Its files decide it: the model need not be loaded.
 
     Args:
         exported: the step whose weights lie there.
+
+    Returns:
+        That step; 0: there is something new, and the settings of now are the run's.
     """
-    if validation and validation.lacks(done, best.lines):
-        return True  # before it was stopped, the run had no time for it
-    line = best.line
-    if line is None or line.step == exported:
-        return False
-    log.say(f"note: --keep-best exports step {line.step:,} ({line}) in the place of step {exported:,}")
-    return True
+    assert run.resume
+    best = Best.of(run.settings, folder, peers, validation)
+    # Before it was stopped, the run may have had no time to validate its last step.
+    if not (validation and validation.lacks(run.resume.state.step, best.lines)):
+        line = best.line
+        if line is None or line.step == exported:
+            _say(run, log, folder, exported)
+            return exported
+        log.say(f"note: --keep-best exports step {line.step:,} ({line}) in the place of step {exported:,}")
+    peers.together(lambda: write_config(run, folder) if peers.main else None)
+    return 0
 
 
-def staying(log: RunLog, folder: Path, exported: int, done: int) -> None:
-    """The last lines of a run that had finished before, and stays as it was.
-
-    Args:
-        exported: the step whose weights lie there.
-    """
-    facts = run_facts(folder)
+def _say(run: Run, log: RunLog, folder: Path, exported: int) -> None:
+    assert run.resume
+    facts, done = run_facts(folder), run.resume.state.step
+    announce.beginning(run, log, folder, facts.trainable, [], kept=True)
     if facts.ended:
         log.say(f"ended after step {done:,} of {facts.steps:,}: {facts.ended}; a larger --patience goes on")
     chosen = f"step {exported:,} of {done:,}" if exported != done else f"step {done:,}"

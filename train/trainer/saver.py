@@ -15,6 +15,7 @@ from cogcommon.files.failures import room_of
 from cogcommon.words import in_bytes
 
 from ..blocks.engine import BlockEngine
+from ..distributed.peers import Peers
 from ..distributed.strategy import Runtime
 from ..memory.disk import writes
 from ..memory.estimate import host_needs
@@ -262,26 +263,27 @@ class Saver:
             CogError: as `checkpoint`.
         """
         self.settle(step)
-        self.mirrored(must=False)
+        finish_mirror(self.mirror, self.runtime.peers, self.log, must=False)
 
-    def mirrored(self, *, must: bool = True) -> None:
-        """Wait until the mirror, if there is one, holds all that the folder does; every rank calls it.
 
-        Args:
-            must: else a fault is only said.
+def finish_mirror(mirror: Mirror | None, peers: Peers, log: RunLog, *, must: bool = True) -> None:
+    """Wait until the mirror, if there is one, holds all that the folder does; every rank calls it.
 
-        Raises:
-            CogError: it does not, and why.
-        """
-        try:
-            with stage("waiting for the mirror"):
-                self.runtime.peers.together(lambda: self.mirror.finish() if self.mirror else None)
-        except CogError as fault:
-            if must:
-                raise
-            self.log.say(f"note: {fault.what} ({fault.where})")
-        if self.mirror:
-            checkpoints.prune(self.folder, self.run.settings.keep, self.mirror.best)  # none is on its way any more
+    Args:
+        must: else a fault is only said.
+
+    Raises:
+        CogError: it does not, and why.
+    """
+    try:
+        with stage("waiting for the mirror"):
+            peers.together(lambda: mirror.finish() if mirror else None)
+    except CogError as fault:
+        if must:
+            raise
+        log.say(f"note: {fault.what} ({fault.where})")
+    if mirror:
+        checkpoints.prune(mirror.folder, mirror.keep, mirror.best)  # none is on its way any more
 
 
 def open_mirror(run: Run, folder: Path, done: int, log: RunLog, closing: ExitStack) -> Mirror | None:

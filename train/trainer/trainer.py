@@ -28,7 +28,7 @@ from ..report.page import write_report
 from ..runs import agreement
 from ..runs import checkpoint as checkpoints
 from ..runs.claim import claimed, move_in
-from ..runs.config import settings_json, write_config
+from ..runs.config import settings_json
 from ..runs.folder import CARD_FILE, CONFIG_FILE, asked_to_stop, read_run
 from ..runs.log import RunLog
 from ..runs.restart import seconds_to_wait
@@ -43,7 +43,7 @@ from .failures import memory_errors
 from .feed import Feed
 from .load import load_model
 from .readout import Readout
-from .saver import Saver, open_mirror
+from .saver import Saver, finish_mirror, open_mirror
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +72,11 @@ def train(
     go_on = partial(checkpoints.how_to_go_on, folder, run.method.name)
     with disk_errors(folder, go_on=go_on), ExitStack() as closing, memory_errors(run):
         trainer = Trainer(run, folder, peers, stop, closing)
-        with trainer.log.training():
-            trainer.make_steps(after_step)
-        trainer.finish()
+        if not trainer.kept:
+            with trainer.log.training():
+                trainer.make_steps(after_step)
+            trainer.finish()
+        finish_mirror(trainer.mirror, peers, trainer.log)  # in which rank 0 may yet fail
     return folder
 
 
@@ -106,28 +108,30 @@ class Trainer:
         )  # fmt: skip
         self.kept = peers.broadcast(finished.exported_before(run, folder, self.done) if peers.main else 0)
         abandoned = peers.together(lambda: self._move_in() if peers.main else [])
-        shown = settings_json(settings)
-        tracker = open_tracker(settings.tracker, folder, shown, self.done) if runtime.main else None
+        tracker = open_tracker(settings.tracker, folder, settings_json(settings), self.done) if runtime.main else None
         self.log = log = closing.enter_context(RunLog(folder if runtime.main else None, run.steps, self.done, tracker))
         for note in peers.together(lambda: check_room(run, folder) if peers.main else []):
             log.say(f"note: {note}")
-        mirror = peers.together(lambda: open_mirror(run, folder, self.done, log, closing) if peers.main else None)
+        self.mirror = peers.together(lambda: open_mirror(run, folder, self.done, log, closing) if peers.main else None)
         prompts = embed_prompts(run, runtime, folder, log)  # T5 has gone before the transformer comes
+        self.validation = Validation.of(run, runtime, folder, log, stop, prompts)
+        self.kept = self.kept and finished.stays(run, folder, peers, self.validation, self.kept, log)
+        if not self.kept:
+            self._load(abandoned, closing)
+
+    def _load(self, abandoned: list[str], closing: ExitStack) -> None:
+        """Load the model, and make ready to train it."""
+        run, runtime, folder, log, settings = self.run, self.runtime, self.folder, self.log, self.run.settings
         self.model, self.optimizer, self.trained, engine = load_model(run, runtime, log)
         trainable = announce.count_weights(self.trained)
-        announce.beginning(run, log, folder, trainable, abandoned, kept=bool(self.kept))
-        if runtime.main and not self.kept:
+        announce.beginning(run, log, folder, trainable, abandoned)
+        if runtime.main:
             announce.write_facts(run, folder, runtime, trainable, engine.plan, engine.kernel)
-        # It measures the base model, so it comes before the resume.
-        self.validation = Validation.begin(run, runtime, self.model, folder, log, stop, prompts)
-        self.best = Best.of(settings, folder, peers, self.validation)
-        if self.kept and finished.renews(self.validation, self.best, self.kept, self.done, log):
-            peers.together(lambda: write_config(run, folder) if peers.main else None)
-            if runtime.main:
-                announce.write_facts(run, folder, runtime, trainable, engine.plan, engine.kernel)
-            self.kept = 0
-        self.ema = EMA(self.trained, settings.ema) if settings.ema else None
-        self.saver = Saver(run, runtime, self.model, self.optimizer, self.ema, folder, log, engine, closing, mirror)
+        if self.validation:  # it measures the base model, so it comes before the resume
+            self.validation = self.validation.begin(self.model)
+        self.best = Best.of(settings, folder, runtime.peers, self.validation)
+        self.ema = ema = EMA(self.trained, settings.ema) if settings.ema else None
+        self.saver = Saver(run, runtime, self.model, self.optimizer, ema, folder, log, engine, closing, self.mirror)
         if run.resume:
             self.saver.resume(run.resume)
         gamma = settings.min_snr_gamma if settings.loss_weighting == "min-snr" else None
@@ -136,7 +140,7 @@ class Trainer:
         closing.callback(self.feed.close)
         self.copies = CopyStream(runtime.device)
         self.readout = Readout(run, runtime, self.optimizer, log)
-        closing.enter_context(stop.listening())  # before this there is nothing to save
+        closing.enter_context(self.stop.listening())  # before this there is nothing to save
 
     def _move_in(self) -> list[str]:
         aside = has_room_beside(self.run, self.folder)
@@ -220,16 +224,13 @@ class Trainer:
     def finish(self) -> None:
         """Load back what is exported, of the last step or of the best, and say so."""
         run, folder, best, done = self.run, self.folder, self.best, self.done
-        if self.kept:
-            finished.staying(self.log, folder, self.kept, done)  # rank 0's to say
-        elif checked := self.saver.finish(done, best.line):
+        if checked := self.saver.finish(done, best.line):
             announce.write_end(folder, best.step or done, best.why() if best.enough and done < run.steps else "")
             if not write_card(folder, read_run(folder), "transformer" if run.method.full else "lora"):
                 self.log.say(f"{folder / CARD_FILE} was changed by somebody, and stays as it is")
             write_report(folder)
             announce.write_finished(folder, done)
             announce.ending(run, self.log, folder, checked, best, done, self.saver.unsaved)
-        self.saver.mirrored()  # in which rank 0 may yet fail
 
     def _batch(self, step: int) -> Batch:
         try:

@@ -46,7 +46,7 @@ class Validation:
 
     Args:
         drawing: whose objective is without any weighting of the loss, and whose stop is asked between samples, too.
-        base_loss: of the untouched base model; NaN without held-out samples.
+        base_loss: of the untouched base model; NaN without held-out samples, None until it is measured (`begin`).
     """
 
     run: Run
@@ -55,50 +55,61 @@ class Validation:
     prompts: Sequence[EmbeddedPrompt]
     drawing: Drawing
     log: RunLog
-    base_loss: float
+    base_loss: float | None
 
     @classmethod
-    def begin(
-        cls, run: Run, runtime: Runtime, model: torch.nn.Module, folder: Path, log: RunLog, stop: StopRequest,
+    def of(
+        cls, run: Run, runtime: Runtime, folder: Path, log: RunLog, stop: StopRequest,
         prompts: Sequence[EmbeddedPrompt] = (),
     ) -> Validation | None:  # fmt: skip
-        """Measure the base model, unless this run has done so before; None where there is nothing to validate.
-
-        Call it when nothing has been trained or resumed yet: LoRA's B is zero
-        (`Method.as_base`) and full fine-tuning's weights are the checkpoint's, so
-        ``model`` is the base model. Every rank calls it.
+        """What a run validates, before its model is there; None where it has nothing to validate. Every rank calls it.
 
         Args:
             prompts: the run's (`embed_prompts`).
-
-        Raises:
-            ShardError: a held-out sample is damaged.
         """
         if run.held_out is None and not prompts:
             return None
         drawing = Drawing(run, runtime, Objective.of(run.checkpoint), folder / VALIDATION, stop)
         validation = cls(run, runtime, run.held_out, prompts, drawing, log, math.nan)
-        known = validation._remembered() if run.held_out else math.nan
-        undrawn = validation._undrawn(0)
+        return dataclasses.replace(validation, base_loss=validation._remembered()) if run.held_out else validation
+
+    @property
+    def begun(self) -> bool:
+        """Whether the base model has been measured, and has drawn each prompt; every rank asks."""
+        return self.base_loss is not None and not self._undrawn(0)
+
+    def begin(self, model: torch.nn.Module) -> Validation:
+        """Measure the base model, unless this run has done so before.
+
+        Call it when nothing has been trained or resumed yet: LoRA's B is zero
+        (`Method.as_base`) and full fine-tuning's weights are the checkpoint's, so
+        ``model`` is the base model. Every rank calls it.
+
+        Raises:
+            ShardError: a held-out sample is damaged.
+        """
+        run, runtime, log, drawing, known = self.run, self.runtime, self.log, self.drawing, self.base_loss
+        undrawn = self._undrawn(0)
         if known is None or undrawn:
-            log.say(f"validation: {validation._described()}; base model first")
-            if validation.draws and not runtime.whole:
+            log.say(f"validation: {self._described()}; base model first")
+            if self.draws and not runtime.whole:
                 log.say(
                     f"validation videos: {run.strategy} gathers the weights once, into host memory of each process "
                     "that draws; if that is too much, leave --validate-videos and --validate-prompt out"
                 )
             with run.method.as_base(model):
-                found, peak = validation._take(model, 0, measured=known is None, prompts=undrawn)
+                found, peak = self._take(model, 0, measured=known is None, prompts=undrawn)
             if runtime.device.type == "cuda":
                 log.say(f"validation held at most {peak:.1f} GiB of the GPU")
             if known is None:
                 known = found
-                validation._remember(known)
-        if prompts and runtime.main:  # of those of before there are videos
-            now = {one.prompt.name: one.prompt.text for one in prompts}
-            listed = json.dumps(now | {n: p for n, p in drawn_prompts(folder).items() if n not in now}, indent=1)
+                self._remember(known)
+        if self.prompts and runtime.main:  # of those of before there are videos
+            now = {one.prompt.name: one.prompt.text for one in self.prompts}
+            before = drawn_prompts(drawing.folder.parent)
+            listed = json.dumps(now | {n: p for n, p in before.items() if n not in now}, indent=1)
             commit_bytes(drawing.folder / PROMPTS_FILE, listed.encode())
-        return dataclasses.replace(validation, base_loss=known)
+        return dataclasses.replace(self, base_loss=known)
 
     def _described(self) -> str:
         held_out, prompts = len(self.held_out or ()), len(self.prompts)
@@ -160,6 +171,8 @@ class Validation:
         """
         if not self.due(step):
             return False
+        if not self.begun:
+            return True
         if self.held_out:  # whose line comes last of all
             return all(line.step != step for line in lines)
         return bool(self._undrawn(step))
@@ -180,7 +193,10 @@ class Validation:
                 f"validation held {peak:.1f} GiB of the GPU, training {training:.1f}"
                 + ("; without videos it holds less" if self.draws else "")
             )
-        return ValidationLine(step, finite(value), finite(self.base_loss), peak) if self.held_out else None
+        if self.held_out is None:
+            return None
+        assert self.base_loss is not None
+        return ValidationLine(step, finite(value), finite(self.base_loss), peak)
 
     def _take(
         self, model: torch.nn.Module, step: int, *, measured: bool, prompts: Sequence[EmbeddedPrompt]

@@ -10,6 +10,7 @@ from cogtrain.model.lora_file import FILE, read_facts
 from cogtrain.runs.checkpoint import list_checkpoints
 from cogtrain.runs.folder import CARD_FILE, CONFIG_FILE, REPORT_FILE, read_run
 from cogtrain.settings.training import LoraSettings
+from cogtrain.trainer import trainer
 from cogtrain.validation import validate
 
 
@@ -52,6 +53,24 @@ def test_a_shorter_line_changes_nothing_and_what_is_missing_is_made_as_it_was_tr
     train_here(line(steps=4))
     assert (read_run(run).settings["lr"], read_run(run).settings["ema"]) == (1e-4, 0.0)
     assert read_run(run).facts.finished == 4
+
+
+def test_a_finished_run_says_so_before_its_model_is_loaded(line, train_here, monkeypatch, capsys):
+    settings = line(validate_prompt=["a red fox"], keep_best=True)
+    run = train_here(settings)
+    before = contents(run)
+
+    def load(*arguments):
+        raise AssertionError("it is loaded")
+
+    monkeypatch.setattr(trainer, "load_model", load)
+    train_here(settings)
+    assert "stay as they are" in capsys.readouterr().out and contents(run) == before
+    train_here(line(steps=2, validate_shards=[]))
+    assert contents(run) == before
+    (run / "validation" / "base.json").unlink()  # without it nobody knows what the losses are to be compared with
+    with pytest.raises(AssertionError, match="it is loaded"):
+        train_here(settings)
 
 
 def test_the_best_step_stays_exported_without_the_option_and_the_option_exports_it(
