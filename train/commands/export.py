@@ -29,6 +29,7 @@ from ..model.compare import check_answer, output_on_noise
 from ..model.lora_file import FILE, PEFT_CONFIG, PEFT_FILE, read_facts
 from ..model.method import Exported, method_of, of_checkpoint
 from ..report.card import Kind, write_card
+from ..report.published import published_model
 from ..runs import checkpoint as checkpoints
 from ..runs.folder import CARD_FILE, RecordedRun, open_base, read_run, trained_settings
 from ..runs.mirror.restore import local_run
@@ -223,7 +224,7 @@ def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: P
     ranks = {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name}
     assert len(ranks) == 1, ranks
     config.r = config.lora_alpha = ranks.pop()
-    config.base_model_name_or_path = model.name
+    config.base_model_name_or_path = published_model(model.name, model.family.name)
     config.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)
     renamed = {f"base_model.model.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}

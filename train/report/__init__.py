@@ -1,4 +1,4 @@
 """What is left to look at: the report page, charts, contact sheets, the model card.
 
-Imports runs, settings.
+Imports data, runs, settings.
 """

@@ -19,6 +19,7 @@ from ..runs.folder import CARD_FILE, RecordedRun, lowest
 from ..settings.results import GUIDANCE, STEPS
 from .chart import number, smoothed
 from .drawn import Drawn, drawn_with
+from .published import published_model, published_settings
 
 Kind = Literal["lora", "comfyui", "peft", "transformer"]
 
@@ -71,13 +72,13 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[s
     """The card, as Markdown with the header that model hubs read.
 
     Args:
-        folder: of the weights; its code works from any other.
+        folder: of the weights, in which its code works.
         shown: videos, by their names in the folder.
     """
     facts = run.facts
-    i2v = facts.task == "i2v"
+    i2v, base = facts.task == "i2v", published_model(facts.model, facts.family)
     header = {
-        "base_model": facts.model,
+        "base_model": base,
         "library_name": "peft" if kind == "peft" else "diffusers",
         "pipeline_tag": "image-to-video" if i2v else "text-to-video",
         "tags": ["cogvideox", *{"transformer": [], "comfyui": ["lora", "comfyui"]}.get(kind, ["lora"])],
@@ -88,7 +89,7 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[s
     yaml = "\n".join(f"{name}: {json_text(value, indent=None)}" for name, value in header.items())
     sizes = ", ".join(f"{bucket} ({count:,})" for bucket, count in facts.samples.items())
     rows = {
-        "base model": facts.model + (f" at `{facts.revision}`" if facts.revision else ""),
+        "base model": base + (f" at `{facts.revision}`" if facts.revision else ""),
         "family": f"{facts.family}, {facts.task}",
         "steps": f"{step:,} of {facts.steps:,}",
         "global batch": f"{facts.global_batch:,}",
@@ -99,7 +100,8 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[s
         "trained with": f"cogtrain {facts.version}, {facts.strategy}, {facts.precision}, {facts.device}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    settings = "\n".join(f"{name} = {json_text(value, indent=None)}" for name, value in run.settings.items())
+    published = published_settings(run.settings, facts.family)
+    settings = "\n".join(f"{name} = {json_text(value, indent=None)}" for name, value in published.items())
     prompt = next((one.prompt for one in shown.values()), f"{facts.id_token} ...".strip())
     trigger = f"Begin each prompt with the word it was trained with: `{facts.id_token}`.\n\n" if facts.id_token else ""
     videos = "\n\n".join(
@@ -107,12 +109,12 @@ def card(run: RecordedRun, kind: Kind, step: int, folder: Path, shown: Mapping[s
         + (f"\n\nDrawn with {_in_a_line(one.otherwise)}." if one.otherwise else "")
         for name, one in shown.items()
     )
-    use = _COMFYUI.format(file=_comfyui_file(folder)) if kind == "comfyui" else _code(run, kind, folder, prompt)
+    use = _COMFYUI.format(file=_comfyui_file(folder)) if kind == "comfyui" else _code(run, kind, prompt)
     return f"""---
 {yaml}
 ---
 
-# {facts.title} of {facts.model}
+# {facts.title} of {base}
 
 {trigger}{videos + chr(10) * 2 if videos else ""}{use}
 
@@ -136,14 +138,15 @@ def _comfyui_file(folder: Path) -> str:
     return next((path.name for path in sorted(folder.glob("*-comfyui.safetensors"))), "the file")
 
 
-def _code(run: RecordedRun, kind: Kind, folder: Path, prompt: str) -> str:
-    """Python that draws a video with the weights, from whatever folder it is run in."""
+def _code(run: RecordedRun, kind: Kind, prompt: str) -> str:
+    """Python that draws a video with the weights, in their folder."""
     facts = run.facts
     family = BY_NAME[facts.family]
     i2v = facts.task == "i2v"
     pipeline = "CogVideoXImageToVideoPipeline" if i2v else "CogVideoXPipeline"
     builtin = facts.model.removeprefix(RANDOM) in BUILTIN_NAMES  # diffusers knows it by its folder only
-    quoted = json.dumps(facts.model, ensure_ascii=False)  # as Python writes it, too
+    base = published_model(facts.model, facts.family)
+    quoted = json.dumps(base, ensure_ascii=False)  # as Python writes it, too
     model = f"builtin_folder({quoted})" if builtin else quoted
     names = ", CogVideoXTransformer3DModel" if kind == "transformer" else ""
     helpers = "export_to_video" + (", load_image" if i2v else "")
@@ -155,14 +158,15 @@ def _code(run: RecordedRun, kind: Kind, folder: Path, prompt: str) -> str:
     options += [] if family.ddim else ["use_dynamic_cfg=True"]
     options += [] if family.text_tokens == 226 else [f"max_sequence_length={family.text_tokens}"]  # diffusers' default
     image = 'image=load_image("first_frame.png"), ' if i2v else ""
+    elsewhere = "" if builtin or "/" in base else f"# {quoted} is a folder: give yours of that base model\n"
     load = _USE[kind].format(pipeline=pipeline, model=model, dtype=DTYPES[facts.precision])
     return f"""```python
 import torch
 from diffusers import {pipeline}{names}
 from diffusers.utils import {helpers}  # it writes videos by imageio: pip install imageio imageio-ffmpeg
 {more}
-weights = {json.dumps(str(folder), ensure_ascii=False)}  # or what it is called on the hub
-{load}
+weights = "."  # this folder; elsewhere its path, or what it is called on the hub
+{elsewhere}{load}
 if torch.cuda.is_available():
     pipe.enable_model_cpu_offload()
 prompt = {json.dumps(prompt, ensure_ascii=False)}

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import shutil
 import tomllib
+from typing import get_args
 
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from forked import ForkedRanks
 from huggingface_hub import ModelCard
@@ -23,7 +25,7 @@ from cogtrain.commands import export
 from cogtrain.model import lora
 from cogtrain.model.compare import difference, output_on_noise
 from cogtrain.model.sft import load
-from cogtrain.report.card import card, write_card
+from cogtrain.report.card import Kind, card, write_card
 from cogtrain.report.drawn import Drawn
 from cogtrain.runs.folder import read_run
 from cogtrain.settings.results import ExportSettings
@@ -130,18 +132,47 @@ def test_an_earlier_checkpoint_gives_its_own_weights(lora_run, capsys):
 
 
 def test_the_run_has_a_card_whose_code_runs(lora_run, monkeypatch):
-    """From another folder than the weights', and it draws a video."""
+    """In its folder, and it draws a video."""
     card = (lora_run / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     assert "num_frames=17, height=64, width=96" in code
     code = code.replace("num_inference_steps=50", "num_inference_steps=1").replace("num_frames=17", "num_frames=9")
-    (lora_run.parent / "elsewhere").mkdir()
-    monkeypatch.chdir(lora_run.parent / "elsewhere")
+    monkeypatch.chdir(lora_run)
     drawn = {}  # diffusers needs a library for that which we do not
     monkeypatch.setattr("diffusers.utils.export_to_video", lambda frames, path, fps: drawn.update({path: frames}))
     exec(code, space := {})
     assert difference(output_on_noise(through_pipeline(lora_run)), output_on_noise(space["pipe"].transformer)) == 0
     assert len(drawn["video.mp4"]) == 9
+
+
+def test_a_card_tells_others_names_and_no_path_of_this_machine(recorded_run):
+    """Whatever setting names a file or folder, one that is yet to come, too."""
+    home = "/home/jane"
+    paths = {field.name: f"{home}/{field.name}.x" for field in dataclasses.fields(LoraSettings) if "Path" in field.type}
+    lists = {"shards": [f"{home}/fox/00.tar", f"{home}/fox/01.tar", "s3://jane/more/*.tar", "hf://datasets/a/known"]}
+    lists |= {
+        "repeat": [f"{home}/fox/=8", "1x480x720=2"],
+        "validate_image": [f"{home}/first.png"],
+        "mirror": "s3://jane",
+    }
+    lists |= {"validate_prompt": ["/ a fox"]}
+    run = read_run(recorded_run)
+    for model, family, base in (
+        (f"{home}/models/CogVideoX-5b", "5b", "THUDM/CogVideoX-5b"),
+        (f"{home}/.cache/hub/models--a--mine/snapshots/0", "5b", "a/mine"),
+        (f"{home}/my-model", "2b", "my-model"),
+    ):
+        facts = dataclasses.replace(run.facts, model=model, family=family)
+        told = dataclasses.replace(run, facts=facts, settings=paths | lists | {"model": model})
+        for kind in get_args(Kind):
+            text = card(told, kind, 40, recorded_run, {})
+            assert "jane" not in text and str(recorded_run) not in text
+            settings = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
+            assert settings["shards"] == ["fox", "more", "hf://datasets/a/known"] and settings["model"] == base
+            assert settings["repeat"] == ["fox=8", "1x480x720=2"] and settings["validate_image"] == ["first.png"]
+            assert settings["init_lora"] == "init_lora.x" and settings["validate_prompt"] == ["/ a fox"]
+            assert yaml.safe_load(text.split("---")[1])["base_model"] == base and f"# LoRA of {base}" in text
+            assert kind == "comfyui" or f'.from_pretrained("{base}"' in text
 
 
 def test_the_card_has_the_trigger_word_and_samples_which_go_with_an_export(tmp_path, recorded_run):
