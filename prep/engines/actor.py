@@ -6,6 +6,7 @@ might not survive the way.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -125,6 +126,7 @@ class EncodeActor:
                 fix="the same weights and the same cogtune on every node",
             )
         workers = settings.workers or max(1, default_workers() // self._share)
+        os.environ.setdefault("PYTHONSAFEPATH", "1")  # see `run_app`; the working folder is where `ray start` was typed
         pool = Pool(workers, timeout_s=settings.clip_timeout)
         pool.__enter__()  # to the end of this process
         assert settings.precision is not None  # the driver's

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -48,7 +48,8 @@ def ray_engine(settings: EncodeSettings, actor: type[EncodeActor] = EncodeActor)
 
     stops = signal.getsignal(signal.SIGTERM)
     try:
-        with stage("connecting to Ray"):
+        # Its workers look for modules in this process's working folder first: the user's, where a queue.py may lie.
+        with stage("connecting to Ray"), chdir("/"):
             ray.init(address=settings.ray_address, logging_level=logging.WARNING, log_to_driver=False)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stops)  # Ray has put its own in its place

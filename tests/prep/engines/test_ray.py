@@ -68,6 +68,16 @@ def assert_as_a_local_run(encoded: Path) -> None:
     assert not [name for name in half if not name.startswith(".encode.")]  # the mark of a killed one; the next run's
 
 
+def test_no_module_of_the_users_folder_is_imported(nodes, encoded, settings_on, tmp_path, monkeypatch):
+    """As on one machine: a random.py or queue.py there is the user's own."""
+    nodes.have(1)
+    for name in ("queue", "random"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('no module of ours')")
+    monkeypatch.chdir(tmp_path)
+    assert encode(settings_on()).encoded == 5 and Path.cwd() == tmp_path
+    assert_as_a_local_run(encoded)
+
+
 def test_a_node_killed_in_the_middle_and_one_added(nodes, encoded, settings_on, tmp_path):
     nodes.have(2)
     log, out = tmp_path / "log", encoded / "new"
