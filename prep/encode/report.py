@@ -39,7 +39,7 @@ Bound = Literal["decode", "vae", "disk", "nothing"]
 
 @dataclass(frozen=True)
 class Rejection:
-    """A sample that could not be encoded: where the lists name it, and why."""
+    """A sample that could not be encoded: where the lists name it, and why; what is about its picture names that."""
 
     line: int
     source: str
@@ -48,8 +48,10 @@ class Rejection:
 
     @classmethod
     def of(cls, rejected: Rejected) -> Rejection:
-        sample = rejected.sample
-        return cls(sample.line, sample.source, sample.caption, rejected.reason)
+        sample, about, reason = rejected.sample, "image: ", rejected.reason
+        if sample.image and reason.startswith(about):
+            reason = f"image {sample.image}: {reason.removeprefix(about)}"
+        return cls(sample.line, sample.source, sample.caption, reason)
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def test_an_image_that_cannot_be_used_rejects_its_sample(run_encode, root, lay_l
     lay_lists(root, ["a", "b"], ["0.mp4", "1.mp4"], ["pipe.png", "gone.png"])
     report = run_encode(model="tiny-i2v", resolution=["17x64x96"])
     assert [rejection.reason for rejection in report.rejections] == [
-        "image: not a regular file (a pipe, socket or device)", "image: the file is missing",
+        "image pipe.png: not a regular file (a pipe, socket or device)", "image gone.png: the file is missing",
     ]  # fmt: skip
     assert not report.usable
 
