@@ -262,6 +262,8 @@ def _notes(found: FoundFiles, captions: Captions, images: int, clips: int, kept:
         yield f"{table} has another caption for {counted(len(names), 'clip')}, which was not used: {_some(names)}"
     if captions.shared:
         yield f"beside more than one clip of their name, and used for each: {_some(captions.shared)}"
+    if captions.joined:
+        yield f"of several lines, which were joined into one caption: {_some(captions.joined)}"
     if found.alone and VIDEOS not in kept:
         said = f"{counted(len(found.alone), 'picture')} of no clip's name: {_some(found.alone)}"
         if _pictures(found):

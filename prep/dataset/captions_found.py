@@ -31,6 +31,7 @@ class Captions:
     absent: dict[str, list[str]] = field(default_factory=dict)  # by table, clips in it that are not there
     differ: dict[str, list[str]] = field(default_factory=dict)  # by table, clips of which another one was believed
     shared: list[str] = field(default_factory=list)  # texts that lie beside more than one clip of their name
+    joined: list[str] = field(default_factory=list)  # texts of several lines, which are one caption
     faults: dict[str, str] = field(default_factory=dict)  # by file, why it gave no caption
 
     def counts(self, clips: Iterable[str]) -> dict[str, int]:
@@ -68,7 +69,10 @@ def _take_texts(captions: Captions, found: FoundFiles, clips: Sequence[str]) -> 
         if text in found.texts and text not in _LISTS:
             beside[text].append(clip)
     for text, theirs in beside.items():
-        caption = _read(found.root / text, text, captions.faults)
+        lines = _read(found.root / text, text, captions.faults)
+        caption = in_a_line(lines)
+        if len([line for line in lines.splitlines() if line.strip()]) > 1:
+            captions.joined.append(text)
         for clip in theirs if caption else ():
             captions.take(clip, (caption,), ".txt files beside them")
         if caption and len(theirs) > 1:
@@ -99,14 +103,14 @@ def _take_table(captions: Captions, found: FoundFiles, name: str, places: Places
 
 
 def _read(path: Path, name: str, faults: dict[str, str]) -> str:
-    """The caption in a text; empty without one."""
+    """What a text holds; empty where that is no caption."""
     try:
         with path.open("rb") as file:
             data = file.read(_LONGEST + 1)
         if len(data) > _LONGEST:
             faults[name] = "too long for a caption"
             return ""
-        return in_a_line(text_of(data))
+        return text_of(data)
     except UnicodeDecodeError:
         faults[name] = "not UTF-8; save it as UTF-8"
     except OSError as error:

@@ -83,6 +83,7 @@ def test_clips_of_all_folders_in_order_with_the_texts_beside_them(tmp_path):
     assert pairs(tmp_path) == [("a.mp4", ""), ("b/1.webm", "a cat runs"), ("b/2.MOV", "a")]
     assert (told.clips, told.lines, told.blank, told.captions) == (3, 3, [1], {".txt files beside them": 2})
     assert told.written == ["videos.txt", "prompts.txt"]
+    assert "of several lines, which were joined into one caption: b/1.txt" in said(told)
 
 
 TABLES = {
