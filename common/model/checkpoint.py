@@ -186,6 +186,10 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+_CONFIGS = {
+    "transformer": "config.json", "vae": "config.json", "text_encoder": "config.json",
+    "scheduler": "scheduler_config.json",
+}  # fmt: skip
 # What we read of the parts' own JSON without asking; the rest is the business of the libraries.
 _FACTS: tuple[tuple[str, str, tuple[type, ...]], ...] = (
     *(
@@ -197,6 +201,8 @@ _FACTS: tuple[tuple[str, str, tuple[type, ...]], ...] = (
     ),
     ("vae", "scaling_factor", (int, float)),
     ("text_encoder", "d_model", (int,)),
+    ("scheduler", "num_train_timesteps", (int,)),
+    *(("scheduler", key, (int, float)) for key in ("beta_start", "beta_end", "snr_shift_scale")),
 )  # fmt: skip
 
 
@@ -240,23 +246,16 @@ def _open(name: str, given: str | None) -> Checkpoint:
         raise _no_such_model(name)
     if not on_hub and name.removeprefix(RANDOM) not in BUILTIN_NAMES:
         name = str(root)  # shards and runs remember it, and are read from other working folders
-    configs = {
-        part: _read_json(root / part / file, name)
-        for part, file in {
-            "transformer": "config.json",
-            "vae": "config.json",
-            "text_encoder": "config.json",
-            "scheduler": "scheduler_config.json",
-        }.items()
-    }
-    family = family_of(configs["transformer"], where=str(root / "transformer" / "config.json"))
+    files = {part: root / part / file for part, file in _CONFIGS.items()}
+    configs = {part: _read_json(file, name) for part, file in files.items()}
+    family = family_of(configs["transformer"], where=str(files["transformer"]))
     for part, key, kinds in _FACTS:
         value = configs[part].get(key)
-        if type(value) not in kinds or not value > 0:  # type: ignore[operator]
+        if type(value) not in kinds or not 0 < value < float("inf"):  # type: ignore[operator]
             raise ModelError(
-                f"{part}/{key} of {name} is {value!r}, which cannot be",
-                where=str(root / part / "config.json"),
-                fix="take the config.json of the published checkpoint",
+                f"{part}/{key} of {name} is {'missing' if value is None else f'{value!r}, which cannot be'}",
+                where=str(files[part]),
+                fix=f"take that file of {family.hub_id}",
             )
     return Checkpoint(
         name=name,

@@ -55,6 +55,33 @@ def published(family: Family) -> Checkpoint:
     )  # fmt: skip
 
 
+# How latents and noise are scaled: what a fine-tuned checkpoint has no reason to change, by part.
+_SCALES = (
+    ("vae", "scaling_factor"), ("vae", "invert_scale_latents"), ("scheduler", "snr_shift_scale"),
+    ("scheduler", "beta_start"), ("scheduler", "beta_end"), ("scheduler", "rescale_betas_zero_snr"),
+    ("scheduler", "num_train_timesteps"),
+)  # fmt: skip
+
+
+def scaled_otherwise(checkpoint: Checkpoint) -> list[str]:
+    """A note where a checkpoint scales latents or noise otherwise than its family's published one; else nothing.
+
+    Its own values count everywhere: latents are stored unscaled, and training, validation and `generate` read its JSON.
+    """
+    family, theirs = checkpoint.family, published(checkpoint.family)
+    found = []
+    for part, key in _SCALES:
+        own, usual = (getattr(of, f"{part}_config").get(key, False) for of in (checkpoint, theirs))
+        if own != usual and (key != "invert_scale_latents" or family.task == "i2v"):  # of image latents alone
+            found.append(f"{part}/{key} {own} ({usual} in {family.hub_id})")
+    if not found:
+        return []
+    return [
+        f"{checkpoint.name} has values of its own, and encode, training and generate go by them: {', '.join(found)}; "
+        f"if that is not meant, take the JSON of {family.hub_id}"
+    ]
+
+
 def known_checkpoint(name: str) -> Checkpoint:
     """A published checkpoint from our table, by its hub id (of any owner, for it has moved); any other is opened.
 

@@ -18,6 +18,7 @@ from cogcommon.libraries import quiet_libraries
 from cogcommon.model.checkpoint import Checkpoint
 from cogcommon.model.device import DTYPES, item_bytes
 from cogcommon.model.families import BUILTIN_NAMES, Family, Resolution
+from cogcommon.model.published import scaled_otherwise
 from cogcommon.store.address import as_shown
 from cogcommon.words import counted
 
@@ -271,6 +272,7 @@ def _notes(
     if data.images_unused:
         name = settings.images or "images.txt"
         notes.append(f"{name} is not used: {checkpoint.name} is a text-to-video model")
+    notes += scaled_otherwise(checkpoint)
     if looked:
         precision = settings.precision or checkpoint.family.precision
         said = f"Sizes are for {precision}" + (", the family's on a GPU" if settings.precision is None else "")

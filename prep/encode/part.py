@@ -23,6 +23,7 @@ from cogcommon.errors import CogError
 from cogcommon.files.readers import Readers
 from cogcommon.model.checkpoint import Checkpoint, WeightedPart, WeightsIdentity
 from cogcommon.model.device import DTYPES, Dtype, default_precision
+from cogcommon.model.published import scaled_otherwise
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE, Contract
 from cogcommon.shards.records import SampleRow
 from cogcommon.words import counted
@@ -78,6 +79,8 @@ def _encode_slice(settings: EncodeSettings, part: Slice, outlet: Outlet, engine:
     data = settings.read_lists(checkpoint.family.task).trusted()
     if data.images_unused:
         say(f"{settings.images or 'images.txt'} is not used: {checkpoint.name} is a text-to-video model")
+    for note in scaled_otherwise(checkpoint):
+        say(f"note: {note}")
     if quoted := sum(in_quotes(sample.caption) for sample in data.samples):
         say(f"note: {counted(quoted, 'caption')} in quotes, which are trained as a part of them")
     device_type = engine.device_type()

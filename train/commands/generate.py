@@ -18,6 +18,7 @@ from cogcommon.files.ownership import refuse_data_root, state_of
 from cogcommon.libraries import quiet_libraries
 from cogcommon.model.device import default_precision, dtype_of, pick_device
 from cogcommon.model.families import Resolution
+from cogcommon.model.published import scaled_otherwise
 from cogcommon.words import counted
 
 from ..data.prompts import (
@@ -170,8 +171,9 @@ def _stopped(answers: list[_Answer]) -> str:
 
 
 def notes_on(requests: Sequence[Request], tuned: Tuned) -> Iterator[str]:
-    """What to know of prompts that are longer than the model reads, or lack the word that stood before the captions of
-    the run (`cogprep encode --id-token`)."""
+    """What to know of the model's scales, of prompts that are longer than it reads, and of those that lack the word
+    that stood before the captions of the run (`cogprep encode --id-token`)."""
+    yield from scaled_otherwise(tuned.checkpoint)
     texts = [(shortened(request.prompt), request.prompt) for request in requests]
     yield from cut_notes([*texts, ("the negative prompt", requests[0].negative_prompt)], tuned.checkpoint)
     if lacking := lacking_token([request.prompt for request in requests], tuned.id_token):

@@ -48,7 +48,7 @@ class Schedule:
         abar = torch.cumprod(1 - betas, 0)
         shift = config["snr_shift_scale"]
         abar = abar / (shift + (1 - shift) * abar)
-        if config["rescale_betas_zero_snr"]:
+        if config.get("rescale_betas_zero_snr", False):  # as diffusers has it
             root = abar.sqrt()
             abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
         return cls(abar)

@@ -12,6 +12,7 @@ from cogcommon.errors import ModelError, RunError, SettingError, ShardError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16, is_gpu
 from cogcommon.model.families import Resolution
+from cogcommon.model.published import scaled_otherwise
 
 from ..data.compatibility import check_model, check_shards_alike, lost_tars
 from ..data.prompts import Prompt, read_prompts, validation_prompts, without_token
@@ -78,6 +79,7 @@ def open_run(
         notes.append(f"missing beside these shards, and not trained: {names} (`cogprep encode` makes them anew)")
     checkpoint = _base_model(settings, shards, resume)
     check_model(shards.contract, checkpoint, shards.shards[0].shown)
+    notes += scaled_otherwise(checkpoint)
     precision = _check_training(settings, method, checkpoint, strategy, device, world, new=resume is None)
     if precision == "bf16" and not has_bf16(device):
         notes.append(EMULATED.format("this GPU"))

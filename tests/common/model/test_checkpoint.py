@@ -7,6 +7,8 @@ import torch
 
 from cogcommon.errors import ModelError
 from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import BUILTIN_NAMES
+from cogcommon.model.published import scaled_otherwise
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,38 @@ def test_a_folder_with_a_part_missing_says_which(copied, tmp_path):
     (folder / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(ModelError, match=r"scheduler/scheduler_config\.json"):
         open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("value", [None, 0, "3", float("inf")])
+def test_a_scheduler_without_its_snr_shift_is_refused(copied, tmp_path, value):
+    """Diffusers' scheduler would take 3 in the place of none, which is 2B's alone."""
+    folder = tmp_path / "shift"
+    shutil.copytree(copied, folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    values = json.loads(config.read_text()) | {"snr_shift_scale": value}
+    config.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    with pytest.raises(ModelError, match=r"scheduler/snr_shift_scale of .* is ") as caught:
+        open_checkpoint(str(folder))
+    assert caught.value.where == str(config) and "THUDM/CogVideoX-5b" in caught.value.fix
+
+
+def test_a_folder_that_scales_otherwise_than_its_family_is_told(copied, tmp_path):
+    folder = tmp_path / "otherwise"
+    shutil.copytree(copied, folder)
+    assert scaled_otherwise(open_checkpoint(str(folder))) == []
+    for file, changes in (
+        ("vae/config.json", {"scaling_factor": 0.9, "invert_scale_latents": True}),  # of image latents alone
+        ("scheduler/scheduler_config.json", {"snr_shift_scale": 3.0}),
+    ):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    (note,) = scaled_otherwise(open_checkpoint(str(folder)))
+    assert "vae/scaling_factor 0.9 (0.7 in THUDM/CogVideoX-5b), scheduler/snr_shift_scale 3.0 (1.0 in" in note
+    assert "invert" not in note
+
+
+@pytest.mark.parametrize("name", BUILTIN_NAMES)
+def test_a_built_in_form_scales_as_its_family(name):
+    assert scaled_otherwise(open_checkpoint(name)) == []
 
 
 def test_damaged_weights_are_one_message(copied, tmp_path):

@@ -89,6 +89,19 @@ def test_a_second_run_reuses_and_another_folder_gets_the_same_bytes(run_encode, 
     assert tars(tmp_path / "other") == before
 
 
+def test_a_model_folder_that_scales_otherwise_than_its_family_is_told(run_encode, root, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(open_checkpoint("tiny").root, model)
+    config = model / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.9}))
+    told = "vae/scaling_factor 0.9 (0.7 in THUDM/CogVideoX-5b)"
+    run_encode(model=str(model))
+    assert told in capsys.readouterr().err
+    assert Contract.from_json((tmp_path / "out" / CONTRACT_FILE).read_bytes(), where="test").scaling_factor == 0.9
+    validate(ValidateSettings(data_root=root, out=tmp_path / "out", model=str(model), resolution=[SIZE], workers=1))
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_latents_and_text_equal_plain_diffusers_bit_for_bit(run_encode, root, tmp_path):
     run_encode(resolution=["9x64x96"])
     checkpoint = open_checkpoint("tiny")

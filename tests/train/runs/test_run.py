@@ -1,6 +1,7 @@
 """`cogtrain lora` from shards to weights, as a user starts it."""
 
 import dataclasses
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -14,12 +15,17 @@ from cogcommon.cli.command import parse
 from cogcommon.cli.settings import resolve
 from cogcommon.errors import ModelError, RunError
 from cogcommon.model.checkpoint import open_checkpoint
+from cogtrain.commands.generate import notes_on, requests_of
 from cogtrain.model import lora
+from cogtrain.model.objective import Objective
 from cogtrain.runs.claim import claimed
 from cogtrain.runs.config import write_config
 from cogtrain.runs.folder import read_run
 from cogtrain.runs.opening import open_run
+from cogtrain.settings.results import GenerateSettings
 from cogtrain.settings.training import LoraSettings
+from cogtrain.validation.tuned import Tuned
+from cogtrain.validation.videos import scheduler_of
 
 
 def cogtrain(*words, cwd):
@@ -39,6 +45,28 @@ def test_two_steps_from_several_words(tmp_path, make_shards):
     assert len(state) == 2 * 4 * 4  # A and B, four blocks, four layers each
     assert any(tensor.abs().max() > 0 for name, tensor in state.items() if "lora_B" in name)
     assert out.splitlines()[-1].startswith("next: cogtrain generate --run runs/")
+
+
+def test_a_model_that_scales_otherwise_trains_and_draws_by_its_own_values(tmp_path, make_shards):
+    model = tmp_path / "model"
+    shutil.copytree(open_checkpoint("tiny").root, model)
+    for file, changes in (
+        ("vae/config.json", {"scaling_factor": 0.9}),
+        ("scheduler/scheduler_config.json", {"snr_shift_scale": 3.0}),
+    ):
+        (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | changes))
+    make_shards(tmp_path / "out", str(model), samples=2)
+    run = open_run(LoraSettings(shards=[str(tmp_path / "out")]), torch.device("cpu"), 1)
+    assert any("vae/scaling_factor 0.9 (0.7 in" in note for note in run.notes)
+    objective = Objective.of(run.checkpoint)
+    usual = Objective.of(open_checkpoint("tiny"))
+    assert (objective.scaling_factor, usual.scaling_factor) == (0.9, 0.7)
+    assert objective.schedule.abar_T[500] < 0.5 * usual.schedule.abar_T[500]
+    drawn = scheduler_of(run.checkpoint).alphas_cumprod
+    assert torch.allclose(drawn.double(), objective.schedule.abar_T, atol=1e-5)
+    tuned = Tuned(run.checkpoint, (), None, run.buckets)
+    asked = requests_of(GenerateSettings(prompt=["a ball"]), tuned)
+    assert any("scheduler/snr_shift_scale 3.0 (1.0 in" in note for note in notes_on(asked, tuned))
 
 
 def test_full_fine_tuning(tmp_path, make_shards):
