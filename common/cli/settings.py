@@ -41,6 +41,7 @@ def setting(
     commas: bool = False,
     after_dashes: bool = False,
     beside: str = "",
+    file_of: type[Any] | None = None,
 ) -> Any:
     """Declare a setting.
 
@@ -62,11 +63,14 @@ def setting(
         after_dashes: of a positional list: it is all that follows ``--``, the command line of another command.
         beside: of the folder to write: a file that each of those has which the program has made. The settings file that
             it writes into one means the folder where it lies, wherever that was when it was written.
+        file_of: of ``config``: the settings of another command, whose file may be given; what only those have is
+            checked, and left out.
     """
     metadata = {
         "help": help, "shown": shown, "flag": flag, "section": section, "positional": positional,
         "instead_of": instead_of, "only_with": only_with, "prose": prose, "one_word": one_word,
         "commas": commas, "after_dashes": after_dashes, "beside": beside,
+        "file_of": file_of,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -133,35 +137,7 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
         SettingError: the file cannot be read, or names a setting that does not exist; an option would change nothing.
     """
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    if config is not None:
-        try:
-            text = config.read_bytes()
-            loaded = parse_toml(text)
-        except OSError as error:
-            raise SettingError(
-                f"cannot read the settings file: {error.strerror}",
-                where=f"--config {config}",
-                fix=f"{files_like(config)} --config takes a TOML file; a run's own is its config.toml".lstrip(),
-            ) from error
-        except ValueError as error:
-            fix = 'one option a line, as in steps = 500 or strategy = "zero2"; a run\'s config.toml has all of its own'
-            raise SettingError(f"not TOML: {error}", where=f"--config {config}", fix=fix) from error
-        types = get_type_hints(cls)
-        for key, value in loaded.items():
-            name = key.replace("-", "_")
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise SettingError(
-                    f"there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-                    where=str(config),
-                    fix="settings are called like the options: " + ", ".join(sorted(known)),
-                )
-            if name == "config":
-                raise SettingError("a settings file names no other", where=f"{config}: {key}", fix="leave it out")
-            values[name] = _coerced(value, types[name], where=f"{config}: {key}")
-            if beside := known[name].metadata.get("beside"):
-                values[name] = _where_it_lies(config, text, values[name], beside)
+    values = _of_file(cls, config) if config is not None else {}
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
         if other := known[name].metadata.get("instead_of"):
@@ -176,6 +152,80 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
     for name in options:
         _check_counts(known[name], {field for field in values if values[field] != default_of(known[field])})
     return cls(**values)
+
+
+def _of_file(cls: type[Any], config: Path) -> dict[str, Any]:
+    """The settings of a TOML file; those that only the command has whose file it may be, too, are left out.
+
+    Raises:
+        SettingError: names all that is wrong with it.
+    """
+    try:
+        data = config.read_bytes()
+        loaded = parse_toml(data)
+    except OSError as error:
+        raise SettingError(
+            f"cannot read the settings file: {error.strerror}",
+            where=f"--config {config}",
+            fix=f"{files_like(config)} --config takes a TOML file; a run's own is its config.toml".lstrip(),
+        ) from error
+    except ValueError as error:
+        fix = 'one option a line, as in steps = 500 or strategy = "zero2"; a run\'s config.toml has all of its own'
+        raise SettingError(f"not TOML: {error}", where=f"--config {config}", fix=fix) from error
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    types = get_type_hints(cls)
+    also = fields["config"].metadata.get("file_of") if "config" in fields else None
+    known = (get_type_hints(also) if also else {}) | types
+    values: dict[str, Any] = {}
+    faults: list[tuple[int, str]] = []
+    fixes: list[str] = []
+
+    def take(key: str, value: Any) -> None:
+        name = key.replace("-", "_")
+        if name == "config":
+            fault, fix = "a settings file names no other", f"leave {key} out"
+        elif name in known:
+            try:
+                found = _coerced(value, known[name])
+            except SettingError as error:
+                fault, fix = f"{key}: {error.what}", ""
+            else:
+                if name in types:
+                    beside = fields[name].metadata.get("beside")
+                    values[name] = _where_it_lies(config, data, found, beside) if beside else found
+                return
+        elif isinstance(value, dict):
+            fault, fix = f"[{key}] is a table, and settings stand in none", f"take the line [{key}] out"
+            for inner in value.items():
+                take(*inner)
+        else:
+            near = difflib.get_close_matches(name, known, n=1)
+            fault = f"there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            fix = "" if near else "settings are called like the options: " + ", ".join(sorted(known))
+        faults.append((_line_of(key, data), fault))
+        if fix and fix not in fixes:
+            fixes.append(fix)
+
+    for item in loaded.items():
+        take(*item)
+    if not faults:
+        return values
+    faults.sort(key=lambda fault: fault[0])
+    (line, what), *more = faults
+    where = f"--config {config}" + f", line {line}" * (line > 0 and not more)
+    if more:
+        what = f"{len(faults)} mistakes" + "".join(
+            f"\n  line {line}: {fault}" if line else f"\n  {fault}" for line, fault in faults
+        )
+    raise SettingError(what, where=where, fix="; ".join(fixes) or None)
+
+
+def _line_of(key: str, data: bytes) -> int:
+    """The line of a TOML file that sets a key, or begins a table of its name; 0: it is written in another way."""
+    word = rf"[\"']?{re.escape(key)}[\"']?\s*"
+    lines = data.decode("utf-8-sig").splitlines()
+    numbers = (number for number, line in enumerate(lines, 1) if re.match(rf"\s*(\[+\s*{word}[].]|{word}[=.])", line))
+    return next(numbers, 0)
 
 
 def _where_it_lies(config: Path, text: bytes, folder: Path, beside: str) -> Path:
@@ -241,13 +291,13 @@ def _check_text(value: Any, flag: str) -> None:
             raise SettingError("this is not UTF-8", where=f"{flag} {text}", fix="rename it, or type it in UTF-8")
 
 
-def _coerced(value: Any, annotation: Any, *, where: str) -> Any:
+def _coerced(value: Any, annotation: Any) -> Any:
     """A TOML value as the field's type; the command line's own checks are Typer's."""
     options = [option for option in (get_args(annotation) or (annotation,)) if option is not type(None)]
     if get_origin(annotation) is list:
         inner = options[0]
         items = value if isinstance(value, list) else [value]
-        return [_coerced(item, inner, where=where) for item in items]
+        return [_coerced(item, inner) for item in items]
     for option in options:
         if option in (str, int, float, bool, Path):
             if option is Path and isinstance(value, str):
@@ -257,10 +307,10 @@ def _coerced(value: Any, annotation: Any, *, where: str) -> Any:
             if type(value) is option:
                 return value
         elif get_origin(option) is list and isinstance(value, list):
-            return _coerced(value, option, where=where)
+            return _coerced(value, option)
         elif (get_args(option) and value in get_args(option)) or value == option:
             return value
-    raise SettingError(f"{value!r} is not {_wanted(options)}", where=where)
+    raise SettingError(f"{value!r} is not {_wanted(options)}")
 
 
 _IN_WORDS = {

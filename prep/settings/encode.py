@@ -298,6 +298,10 @@ class EncodeSettings(PlanSettings):
 class ValidateSettings(PlanSettings):
     """Every option of `cogprep validate`: the plan's, so that what is looked at is what is encoded."""
 
+    config: Path | None = setting(
+        None, "TOML file of settings, the one of encode; what is given here as an option wins", section="Work",
+        file_of=EncodeSettings,
+    )  # fmt: skip
     gpu: str | None = setting(
         None,
         "the card whose time is foretold, as 4090, l4 or a100-80",

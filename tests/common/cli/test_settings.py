@@ -130,6 +130,45 @@ def test_a_wrong_file_is_named_with_the_key(tmp_path, text, told):
     assert told in str(caught.value) and str(file) in str(caught.value)
 
 
+def test_all_mistakes_of_a_file_are_named_at_once_with_their_lines(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('stepz = 5\nlr = 1e-4\n"strategy" = "zero9"\nconfig = "x"\n\n[ train ]\nout = "run"\nsteps = "x"\n')
+    with pytest.raises(SettingError) as caught:
+        resolve(Settings, {}, file)
+    assert caught.value.what.splitlines() == [
+        "5 mistakes",
+        "  line 1: there is no setting 'stepz'; did you mean 'steps'?",
+        "  line 3: strategy: 'zero9' is not 'ddp' or 'zero2'",
+        "  line 4: a settings file names no other",
+        "  line 6: [train] is a table, and settings stand in none",
+        "  line 8: steps: 'x' is not a whole number",
+    ]
+    assert caught.value.where == f"--config {file}"
+    assert caught.value.fix == "leave config out; take the line [train] out"
+
+
+def test_a_table_of_settings_is_told_to_be_none(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nsteps = 5\n")
+    with pytest.raises(SettingError, match=r"\[train\] is a table") as caught:
+        resolve(Settings, {}, file)
+    assert (caught.value.where, caught.value.fix) == (f"--config {file}, line 1", "take the line [train] out")
+
+
+def test_a_file_of_another_command_is_checked_and_what_only_that_has_is_left_out(tmp_path):
+    @dataclass(frozen=True)
+    class Look:
+        steps: int = setting(1, "Steps.")
+        config: Path | None = setting(None, "File.", file_of=Settings)
+
+    file = tmp_path / "run.toml"
+    file.write_text('steps = 3\nstrategy = "zero2"\n')
+    assert resolve(Look, {}, file) == Look(steps=3)
+    file.write_text('steps = 3\nstrategy = "zero9"\nlook = 1\n')
+    with pytest.raises(SettingError, match="2 mistakes"):
+        resolve(Look, {}, file)
+
+
 def test_a_file_that_is_not_there_is_asked_for_by_a_name_that_is(tmp_path):
     (tmp_path / "mine.toml").touch()
     with pytest.raises(SettingError, match="No such file") as caught:

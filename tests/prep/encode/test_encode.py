@@ -18,6 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from cogcommon.cli.names import tars_in
+from cogcommon.cli.settings import resolve
 from cogcommon.errors import DataRootError, ModelError, SettingError, ShardError
 from cogcommon.files.locks import open_locked
 from cogcommon.model.checkpoint import open_checkpoint
@@ -87,6 +88,18 @@ def test_a_second_run_reuses_and_another_folder_gets_the_same_bytes(run_encode, 
     assert tars(tmp_path / "out") == before
     run_encode(out=tmp_path / "other", workers=2)
     assert tars(tmp_path / "other") == before
+
+
+def test_validate_takes_the_settings_file_of_encode(root, tmp_path, capsys):
+    file = tmp_path / "ds.toml"
+    file.write_text(
+        f'data-root = "{root}"\nresolution = ["{SIZE}"]\nmodel = "tiny"\nworkers = 1\nout = "{tmp_path}/out"\n'
+        'gpus = "1"\nstrict = true\n'
+    )
+    look, encode = (resolve(cls, {}, file) for cls in (ValidateSettings, EncodeSettings))
+    assert (look.root, look.buckets, look.model) == (encode.root, encode.buckets, encode.model) and encode.strict
+    validate(look)
+    assert "5 clips for tiny" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_model_folder_that_scales_otherwise_than_its_family_is_told(run_encode, root, tmp_path, capsys):
