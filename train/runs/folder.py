@@ -43,6 +43,7 @@ from ..model.adapters import ADAPTERS
 from ..settings import training
 from ..settings.training import AdapterName, LoraSettings, SftSettings, TrainSettings
 
+RUNS = Path("runs")  # where folders lie that nobody has named
 CONFIG_FILE = "config.toml"
 FACTS_FILE = training.FACTS_FILE
 METRICS_FILE = "metrics.jsonl"
@@ -97,7 +98,7 @@ class RunFacts:
     ended: str = ""  # why it has ended before its last step, if it has
     finished: int | None = None  # its last step, once all of that is exported and told; 0: not yet; None: not known
     samples_at_start: int = 0  # with --follow; `samples` are those of the newest epoch then
-    started_by: list[str] = dataclasses.field(default_factory=list)  # launchers, and a job of Slurm (`runs.restart`)
+    started_by: list[str] = dataclasses.field(default_factory=list)  # launchers, and a job of Slurm (`runs.resuming`)
 
     @property
     def title(self) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogcommon.cli.progress import stage
-from cogcommon.errors import ModelError, RunError, SettingError, ShardError
+from cogcommon.errors import ModelError, SettingError, ShardError
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.device import EMULATED, Precision, default_precision, has_bf16, is_gpu
 from cogcommon.model.families import Resolution
@@ -26,15 +25,13 @@ from ..model.method import Method, method_of
 from ..settings.training import Strategy, TrainSettings
 from ..store.cache import SampleCache
 from .agreement import agree_on_resume
-from .checkpoint import SavedCheckpoint, check_same, find_checkpoint, list_checkpoints
+from .checkpoint import SavedCheckpoint, check_same
 from .claim import check_claimable
-from .config import settings_json, told_of_move
-from .folder import run_facts
+from .config import told_of_move
 from .follow import open_followed
 from .global_batch import told_of_another, with_accumulation
-from .mirror.restore import restore
-from .restart import own_folder, seconds_to_wait
-from .run import PRECISION, REVISION, STRATEGY, Run
+from .resuming import as_it_began, as_trained, changes_since, find_resume, has_nothing_left
+from .run import REVISION, Run
 from .sampling import check_sampler, make_sampler
 from .tracker import check_tracker_installed
 
@@ -60,7 +57,7 @@ def open_run(
     """
     notes = [moved] if (moved := told_of_move(settings)) else []
     resume = agree_on_resume(
-        lambda: _find_resume(settings, peers), peers
+        lambda: find_resume(settings, peers), peers
     )  # together, so before anything that may fail here
     given, groups = settings, data_groups(world)
     # Together, so that none waits for shards, or for one that has a fault.
@@ -107,7 +104,7 @@ def open_run(
     if resume is not None and resume.state.step > steps:
         notes.append(f"{steps} steps are asked for, and {resume.state.step} have been made")
         steps = resume.state.step
-    nothing_left = resume is not None and _nothing_left(settings, resume, steps)
+    nothing_left = resume is not None and has_nothing_left(settings, resume, steps)
     if resume is not None and not nothing_left:
         then = resume.state.settings
         before = then.get("steps") or (then.get("epochs") or DEFAULT_EPOCHS) * sampler.steps_per_epoch
@@ -138,7 +135,7 @@ def open_run(
         _check_text_encoder(checkpoint)
     if run.resume is not None:
         check_same(run.resume, run.resume_facts(), groups.count, given)
-        if changed := ", ".join(_changed(run.resume, settings)):
+        if changed := ", ".join(changes_since(run.resume, settings)):
             notes.append(
                 f"no step is made with these, so the run stays as it was: {changed}; a larger --steps goes on with them"
                 if nothing_left
@@ -146,7 +143,7 @@ def open_run(
             )
         if nothing_left:
             run = dataclasses.replace(
-                run, settings=_as_trained(settings, run.resume), given=_as_trained(given, run.resume)
+                run, settings=as_trained(settings, run.resume), given=as_trained(given, run.resume)
             )
     return dataclasses.replace(run, notes=tuple(notes))
 
@@ -162,7 +159,7 @@ def _without_shards(
     """
     world = groups.world
     settings = with_accumulation(given, groups, resume, peers.here if peers.world > 1 else world, notes)
-    settings = _as_it_began(settings, resume)
+    settings = as_it_began(settings, resume)
     method = method_of(settings)
     strategy = choose_strategy(settings, full=method.full, gpus=world if is_gpu(device) else 0)
     _check_settings(settings, strategy, device)
@@ -175,18 +172,6 @@ def _without_shards(
         if not checkpoint.on_hub:  # which may have a newer revision than the shards were made with
             _check_weights(settings, checkpoint)
     return settings, method, strategy
-
-
-def _as_it_began(settings: TrainSettings, resume: SavedCheckpoint | None) -> TrainSettings:
-    """What is chosen by the number of processes and by the device stays what it was when the run began."""
-    if resume is None:
-        return settings
-    facts, chosen = resume.state.facts, {}
-    if settings.strategy == "auto" and settings.deepspeed is None and STRATEGY in facts:
-        chosen["strategy"] = facts[STRATEGY]
-    if settings.precision is None and PRECISION in facts:
-        chosen["precision"] = facts[PRECISION]
-    return dataclasses.replace(settings, **chosen)
 
 
 def _base_model(settings: TrainSettings, shards: ShardSet, resume: SavedCheckpoint | None) -> Checkpoint:
@@ -299,68 +284,3 @@ def check_validation(settings: TrainSettings) -> None:
                 where=option,
                 fix=f"--validate-shards with some that `cogprep encode --holdout` set aside, or leave {option} out",
             )
-
-
-def _find_resume(settings: TrainSettings, peers: Peers) -> SavedCheckpoint | None:
-    """The checkpoint that ``--resume`` asks for; of a run that its launcher starts again, its own."""
-    own = own_folder(settings, peers)
-    if own is not None and list_checkpoints(own):
-        if settings.mirror is not None:  # the job may have gone further on another machine since
-            restore(own, settings.mirror, seconds_to_wait(own, peers))
-        return find_checkpoint(own)
-    if settings.resume == "never":
-        return None
-    if settings.resume != "auto":
-        return find_checkpoint(Path(settings.resume))
-    if settings.mirror is not None and settings.out is not None:
-        restore(settings.out, settings.mirror, seconds_to_wait(settings.out, peers))
-    if settings.out is not None and list_checkpoints(settings.out):
-        return find_checkpoint(settings.out)
-    return None
-
-
-# They say where and how long, not what is trained.
-_FREE = {"out", "config", "resume", "steps", "epochs", "nproc", "batch_size", "accumulate", "global_batch", "shards",
-         "validate_shards", "save_every", "save_minutes", "keep", "patience", "validate_every",
-         "validate_videos", "validate_prompt", "validate_prompts", "validate_image", "tracker", "model", "memory",
-         "compile", "deepspeed", "nvme", "on_nonfinite", "strategy", "precision",
-         "cache", "cache_size", "init_lora", "repeat", "follow", "mirror"}  # fmt: skip
-
-
-def _nothing_left(settings: TrainSettings, found: SavedCheckpoint, steps: int) -> bool:
-    """Whether a run has made all its steps, or has ended before by a ``--patience`` that is no smaller than now's."""
-    if found.state.step >= steps:
-        return True
-    patience = found.state.settings.get("patience")
-    if not (found.newest and patience and settings.patience and settings.patience <= patience):
-        return False
-    try:
-        facts = run_facts(found.folder.parent)
-    except RunError:
-        return False
-    return bool(facts.ended) and facts.finished == found.state.step
-
-
-def _as_trained(settings: TrainSettings, found: SavedCheckpoint) -> TrainSettings:
-    """The settings for a run of which nothing is left to train: what made its last step is what it says of itself.
-
-    Where, how often and on what machine is as given; ``--keep-best`` stays on.
-    """
-    then = found.state.settings
-    now = settings_json(settings)
-    before = {name: then[name] for name in now if name in then and name not in _FREE and now[name] != then[name]}
-    if settings.keep_best:
-        before["keep_best"] = True
-    return dataclasses.replace(settings, **before)
-
-
-def _changed(found: SavedCheckpoint, settings: TrainSettings) -> list[str]:
-    now = settings_json(settings)
-    return [
-        f"{settings.option(name)} {found.state.settings.get(name)} -> {value}"
-        for name, value in now.items()
-        if name not in _FREE
-        and not (name == "keep_best" and value)  # which takes nothing away, and which a finished run can still do
-        and name in found.state.settings
-        and found.state.settings[name] != value
-    ]

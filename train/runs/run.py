@@ -20,10 +20,9 @@ from ..distributed.groups import DataGroups, data_groups
 from ..model.method import Method
 from ..settings.training import Strategy, TrainSettings
 from .checkpoint import SavedCheckpoint
-from .folder import embedding_file
+from .folder import RUNS, embedding_file
 from .follow import Followed
 from .global_batch import FACT
-from .restart import RUNS
 
 REVISION, STRATEGY, PRECISION = "revision of the base model", "--strategy", "--precision"  # facts of a checkpoint
 

@@ -31,7 +31,7 @@ from ..runs.claim import claimed, move_in
 from ..runs.config import settings_json
 from ..runs.folder import CARD_FILE, CONFIG_FILE, asked_to_stop, read_run
 from ..runs.log import RunLog
-from ..runs.restart import seconds_to_wait
+from ..runs.resuming import seconds_to_wait
 from ..runs.run import Run, run_folder
 from ..runs.tracker import open_tracker
 from ..validation.embed import embed_prompts

@@ -311,7 +311,7 @@ def test_a_job_that_comes_back_takes_what_others_have_mirrored(begun, tmp_path, 
     """Requeued: first here, then on another machine, then here again, where the folder is older than the mirror."""
     here = begun("run", steps=2, mirror=there)
     begun("elsewhere", steps=4, mirror=there)
-    monkeypatch.setattr("cogtrain.runs.opening.own_folder", lambda *_: here)
+    monkeypatch.setattr("cogtrain.runs.resuming.own_folder", lambda *_: here)
     begun("run", steps=5, mirror=there)
     assert f"restored checkpoint-4 from {there} into {here}" in capsys.readouterr().err
     assert index_of(there).names[-1] == "checkpoint-5" and "checkpoint-4" in index_of(there).names
