@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 GIB = 2**30  # bytes
 
@@ -10,6 +11,17 @@ GIB = 2**30  # bytes
 def counted(count: int, noun: str, plural: str = "") -> str:
     """``1 clip``, ``1,200 clips``."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def did_you_mean(meant: Iterable[object], advice: str = "") -> str:
+    """``did you mean holiday or holidays? give the folder of a run``; where nobody can tell, the advice alone.
+
+    Args:
+        meant: what may have been meant, the likeliest first.
+        advice: what to type in any case.
+    """
+    names = " or ".join(map(str, meant))
+    return " ".join(filter(None, [f"did you mean {names}?" if names else "", advice]))
 
 
 def in_words(seconds: float) -> str:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from ..errors import SettingError
 from ..files.near import files_like
 from ..files.ownership import Made, is_file
-from ..words import bytes_of
+from ..words import bytes_of, did_you_mean
 from .names import command_line
 
 S = TypeVar("S")
@@ -167,7 +167,7 @@ def _of_file(cls: type[Any], config: Path) -> dict[str, Any]:
         raise SettingError(
             f"cannot read the settings file: {error.strerror}",
             where=f"--config {config}",
-            fix=f"{files_like(config)} --config takes a TOML file; a run's own is its config.toml".lstrip(),
+            fix=did_you_mean(files_like(config), "--config takes a TOML file; a run's own is its config.toml"),
         ) from error
     except ValueError as error:
         fix = 'one option a line, as in steps = 500 or strategy = "zero2"; a run\'s config.toml has all of its own'
@@ -200,7 +200,7 @@ def _of_file(cls: type[Any], config: Path) -> dict[str, Any]:
                 take(*inner)
         else:
             near = difflib.get_close_matches(name, known, n=1)
-            fault = f"there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            fault = "; ".join(filter(None, [f"there is no setting {key!r}", did_you_mean(map(repr, near))]))
             fix = "" if near else "settings are called like the options: " + ", ".join(sorted(known))
         faults.append((_line_of(key, data), fault))
         if fix and fix not in fixes:

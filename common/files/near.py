@@ -11,8 +11,8 @@ from pathlib import Path
 _MOST = 20_000  # names of a folder that are looked at
 
 
-def folders_like(path: Path, fits: Callable[[Path], bool] = lambda folder: True) -> str:
-    """What folders beside one have names like its: ``did you mean holiday?``; empty where none has.
+def folders_like(path: Path, fits: Callable[[Path], bool] = lambda folder: True) -> list[Path]:
+    """Folders beside one with names like its, at most three.
 
     Args:
         path: of the folder that is missing, or is not what was asked for; it is never named itself.
@@ -21,7 +21,7 @@ def folders_like(path: Path, fits: Callable[[Path], bool] = lambda folder: True)
     return _like(path, os.DirEntry.is_dir, "", fits)
 
 
-def files_like(path: Path) -> str:
+def files_like(path: Path) -> list[Path]:
     """The same of a missing file, and of files with its suffix."""
     end = path.suffix
     return _like(path, lambda entry: entry.is_file() and Path(entry.name).suffix == end, end, lambda file: True)
@@ -29,7 +29,7 @@ def files_like(path: Path) -> str:
 
 def _like(
     path: Path, wanted: Callable[[os.DirEntry[str]], bool], end: str, fits: Callable[[Path], bool]
-) -> str:  # fmt: skip
+) -> list[Path]:  # fmt: skip
     """
     Args:
         end: of all names that are wanted; what stands before it is compared.
@@ -39,8 +39,7 @@ def _like(
         with os.scandir(path.parent) as entries:
             names = [entry.name for entry in islice(entries, _MOST) if entry.name != path.name and wanted(entry)]
     except (OSError, ValueError):
-        return ""
+        return []
     stems = [name.removesuffix(end) for name in names]
     near = get_close_matches(path.name.removesuffix(end), stems, n=len(stems) or 1)
-    meant = [str(found) for found in islice(filter(fits, (path.with_name(stem + end) for stem in near)), 3)]
-    return f"did you mean {' or '.join(meant)}?" if meant else ""
+    return [*islice(filter(fits, (path.with_name(stem + end) for stem in near)), 3)]

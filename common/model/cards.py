@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import SettingError
-from ..words import GIB
+from ..words import GIB, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,12 @@ def card_named(text: str) -> Card:
     if not amount:
         meant = _name_like(text)
         raise SettingError(
-            f"no card that we know is called {text!r}" + (f"; did you mean {meant.name}?" if meant else ""),
+            f"no card that we know is called {text!r}",
             where="--gpu",
-            fix="--gpu with its memory, as 24GB, or with one of: " + ", ".join(card.name for card in CARDS),
+            fix=did_you_mean(
+                [meant.name] if meant else [],
+                "--gpu with its memory, as 24GB, or with one of: " + ", ".join(card.name for card in CARDS),
+            ),
         )
     number, largest = float(amount[1]), max(CARDS, key=lambda card: card.usable)
     if (amount[2] or "").lower() == "gib":

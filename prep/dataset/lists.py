@@ -20,7 +20,7 @@ from cogcommon.files.near import files_like, folders_like
 from cogcommon.files.regular_file import Empty, Missing, Unreadable, open_regular
 from cogcommon.model.families import Task
 from cogcommon.store.address import as_shown
-from cogcommon.words import counted
+from cogcommon.words import counted, did_you_mean
 
 from ..source.addresses import named_without_secrets, remote_address
 from ..source.clip import BadClip
@@ -118,7 +118,7 @@ def check_root(root: Path, *lists: str, named: str = "--data-root", holds: str =
         raise DataRootError(
             "the data root is not a folder" if _is_there(root) else "there is no such data root",
             where=f"{named} {root}",
-            fix=" ".join(filter(None, [folders_like(root), f"{named} takes the folder that holds {holds}"])),
+            fix=did_you_mean(folders_like(root), f"{named} takes the folder that holds {holds}"),
         )
     if lists and not any(_is_there(root / name) for name in lists):
         raise DataRootError(
@@ -274,7 +274,7 @@ def read_list(root: Path, name: str, of_files: bool, faults: list[ListFault]) ->
 def _remedy(root: Path, name: str) -> str:
     """What a missing list may be called, or what writes it: `cogprep init` can where it has the clips' to go by."""
     if meant := files_like(root / name):
-        return f"; {meant}"
+        return f"; {did_you_mean(meant)}"
     if name == "prompts.txt" and _is_there(root / "videos.txt"):
         return f"; to write it: {command_line('cogprep', 'init', root)}"
     return ""

@@ -35,6 +35,7 @@ from cogcommon.files.ownership import is_file
 from cogcommon.files.typed import build, parse_object
 from cogcommon.model.checkpoint import Checkpoint, open_checkpoint
 from cogcommon.model.families import Resolution
+from cogcommon.words import did_you_mean
 
 from ..data.shard_set import usual_sizes
 from ..distributed.snapshot import STATE_FILE
@@ -279,7 +280,7 @@ def read_settings(run: Path) -> Mapping[str, Any]:
     raise RunError(
         f"not a run folder: there is no {CONFIG_FILE}" if run.is_dir() else "there is no such run or checkpoint",
         where=str(run),
-        fix=f"{folders_like(run, _is_one)} give the folder of a run, or a checkpoint-N that is in it".lstrip(),
+        fix=did_you_mean(folders_like(run, _is_one), "give the folder of a run, or a checkpoint-N that is in it"),
     )
 
 

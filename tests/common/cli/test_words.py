@@ -1,11 +1,16 @@
 import pytest
 
-from cogcommon.words import bytes_of, counted, in_bytes, in_words
+from cogcommon.words import bytes_of, counted, did_you_mean, in_bytes, in_words
 
 
 def test_counts_agree_with_their_noun():
     assert [counted(n, "clip") for n in (0, 1, 1200)] == ["0 clips", "1 clip", "1,200 clips"]
     assert counted(2, "process", "processes") == "2 processes"
+
+
+def test_what_was_meant_stands_before_the_advice():
+    assert did_you_mean(["a", "b"], "give a folder") == "did you mean a or b? give a folder"
+    assert (did_you_mean([], "give a folder"), did_you_mean(["a"])) == ("give a folder", "did you mean a?")
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(4, "4.0 s"), (61, "61 s"), (720, "12 min"), (12_000, "3 h 20 min")])

@@ -101,7 +101,7 @@ def test_an_amount_stands_for_the_least_that_a_card_sold_with_it_gives():
         ("2400GiB", "no card has 2400 GiB free", "22GiB"),
         ("0GiB", "no card has 0 GiB free", "22GiB"),
         ("much", "no card that we know is called 'much'", "as 24GB"),
-        ("409o", "did you mean RTX 4090?", "as 24GB"),
+        ("409o", "no card that we know is called '409o'", "did you mean RTX 4090? --gpu with its memory, as 24GB"),
         ("-24GB", "no card that we know", "as 24GB"),
         ("nanGB", "no card that we know", "as 24GB"),
     ],
