@@ -74,6 +74,7 @@ class _ListCommand(_BareHelp, TyperCommand):
     option stay errors.
     """
 
+    prose: frozenset[str] = frozenset()  # options that take a sentence
     one_word: frozenset[str] = frozenset()  # list options that take one word each time they are given
     after_dashes = ""  # an example, if what follows -- is the command line of another command
 
@@ -109,7 +110,7 @@ class _ListCommand(_BareHelp, TyperCommand):
         try:
             return super().parse_args(ctx, [*spread])  # which it empties
         except _UsageError as error:
-            raise in_our_words(ctx, self.params, spread, error) from None
+            raise in_our_words(ctx, self.params, spread, error, self.prose) from None
 
 
 def _is_number(word: str) -> bool:
@@ -211,7 +212,9 @@ def add_command(
     one_word = frozenset(flag_of(field) for field in fields if field.metadata.get("one_word"))
     dashes = next(iter(examples), "") if any(field.metadata.get("after_dashes") for field in lists) else ""
     bare = {field.name: _type_text(hints[field.name]) for field in fields if field.metadata.get("positional")}
-    kind = type("_Command", (_ListCommand,), {"one_word": one_word, "after_dashes": dashes, "positional": bare})
+    prose = frozenset(flag_of(field) for field in fields if field.metadata.get("prose"))
+    forms = {"prose": prose, "one_word": one_word, "after_dashes": dashes, "positional": bare}
+    kind = type("_Command", (_ListCommand,), forms)
     made = app.command(
         name, cls=kind, help=help, short_help=first, epilog=epilog, rich_help_panel=panel, context_settings=_HELP
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import SettingError
+from .names import command_line
 
 # What other trainers call it.
 _OTHER_COMMANDS = {
@@ -102,8 +103,17 @@ def given_twice(parameters: Sequence[Any], words: Sequence[str]) -> list[str]:
     ]
 
 
-def in_our_words(ctx: Any, parameters: Sequence[Any], words: Sequence[str], error: Any) -> SettingError:
-    """What is wrong, the value that was typed, and what was meant."""
+def in_our_words(
+    ctx: Any, parameters: Sequence[Any], words: Sequence[str], error: Any, prose: Collection[str] = ()
+) -> SettingError:  # fmt: skip
+    """What is wrong, the value that was typed, and what was meant.
+
+    Args:
+        prose: options that take a sentence, which may lack its quotes.
+    """
+    bare = {
+        parameter.name: parameter.name.upper() for parameter in parameters if parameter.param_type_name == "argument"
+    }
     help = f"{ctx.command_path} --help lists them"
     if name := getattr(error, "option_name", ""):
         options = [option for parameter in parameters for option in parameter.opts if option.startswith("--")]
@@ -113,6 +123,9 @@ def in_our_words(ctx: Any, parameters: Sequence[Any], words: Sequence[str], erro
         names = [word.split("=", 1)[0] for word in itertools.takewhile(lambda word: word != "--", words)]
         unknown = list(dict.fromkeys([name, *(word for word in names if word[:2] == "--" and word not in known)]))
         instead = {word: _meant(word, options, ctx.command_path.split()[-1]) for word in unknown}
+        for word in unknown:
+            if (own := word.lstrip("-")) in bare:
+                instead[word] = command_line(*ctx.command_path.split(), _typed_for([word], words) or bare[own])
         if len(unknown) == 1:
             return SettingError(f"there is no option {name}", where=name, fix=instead[name] or help)
         each = [f"{word}: {told}" for word, told in instead.items() if told]
@@ -125,6 +138,12 @@ def in_our_words(ctx: Any, parameters: Sequence[Any], words: Sequence[str], erro
     if parameter is None:
         stray = re.search(r"\(([^()]*)\)$", str(error.message))
         text = f"{stray[1]!r} belongs to no option" if stray else str(error.message)
+        if stray and (sentence := _without_quotes(stray[1].split()[0], words, prose)):
+            return SettingError(text, where=ctx.command_path, fix=f"a sentence in quotes: {sentence}")
+        there = ", ".join(f"{name} is {ctx.params[own]}" for own, name in bare.items() if ctx.params.get(own))
+        if stray and there:
+            fix = f"leave it out ({there}), or put it behind its option; {help}"
+            return SettingError(text, where=ctx.command_path, fix=fix)
         first = next((option for parameter in parameters for option in parameter.opts if option.startswith("--")), "")
         such = f", as {first} {stray[1]}" if stray and first and words[:1] == [stray[1]] else ""
         return SettingError(text, where=ctx.command_path, fix=f"put it behind its option{such}; {help}")
@@ -139,6 +158,14 @@ def in_our_words(ctx: Any, parameters: Sequence[Any], words: Sequence[str], erro
     choices = takes.split("|") if "|" in takes else []
     meant = nearest(typed or "", choices, {}) or (choices[0] if choices else "NUMBER" if "number" in takes else takes)
     return SettingError(what, where=flag, fix=f"{flag} {meant}")
+
+
+def _without_quotes(stray: str, words: Sequence[str], prose: Collection[str]) -> str:
+    """An option with the sentence that follows it, of which ``stray`` is the second word; empty where there is none."""
+    for at, (option, _, second) in enumerate(zip(words, words[1:], words[2:], strict=False), 1):
+        if option in prose and second == stray:
+            return f'{option} "{" ".join(itertools.takewhile(lambda word: word[:1] != "-", words[at:]))}"'
+    return ""
 
 
 def _typed_for(options: Sequence[str], words: Sequence[str]) -> str | None:

@@ -87,6 +87,7 @@ class CompareSettings:
         prose=True,
         one_word=True,
     )
+    prompts: Path | None = setting(None, "text file with a prompt in each line")
     image: Path | None = setting(None, "first frame (image-to-video only), cut to the videos' shape")
     model: str | None = setting(None, "base checkpoint, if it is elsewhere now", shown="as trained")
     resolution: str | None = setting(
