@@ -116,7 +116,7 @@ def tell(
         return
     for prompt, files in drawn:
         if len(drawn) > 1:
-            console.print(prompt, soft_wrap=True)
+            console.print(shortened(prompt, 72), soft_wrap=True)
         for name, file in files.items():
             console.print(f"{name:<14} {file}", soft_wrap=True)
 

@@ -184,13 +184,13 @@ def cut_notes(texts: Iterable[tuple[str, str]], checkpoint: Checkpoint) -> Itera
         if cut := cut_text(text, tokenizer, limit):
             yield (
                 f"{name} has {cut.tokens} tokens, and {checkpoint.family.name} reads {limit}: "
-                f'it ends at "...{cut.kept[-30:]}"; this is lost: "{cut.lost}"'
+                f'it ends at "...{cut.kept[-30:]}"; this is lost: {shortened(cut.lost, 120)}'
             )
 
 
-def shortened(prompt: str) -> str:
-    """What a prompt is called in a message."""
-    return f'"{prompt[:30]}..."' if len(prompt) > 30 else f'"{prompt}"'
+def shortened(prompt: str, most: int = 30) -> str:
+    """What a prompt is called in a line for people: at most so many letters of it."""
+    return f'"{prompt[:most]}..."' if len(prompt) > most else f'"{prompt}"'
 
 
 def named_after(prompt: str, seed: int, asked: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -82,10 +83,11 @@ def _names_nothing(what: str, shards: ShardSet) -> SettingError:
     if is_size(what):
         sizes = ", ".join(map(str, shards.buckets))
         return SettingError(f"no sample is of {what}", where=_OPTION, fix=f"one of {sizes}")
+    folders = dict.fromkeys(shard.shown.rpartition("/")[0] or "." for shard in shards.shards)
     return SettingError(
         f"{without_secrets(what)} holds none of the samples that are trained",
         where=_OPTION,
-        fix="name a folder of --shards, too",
+        fix="name a folder of --shards: " + " or ".join(itertools.islice(folders, 3)),
     )
 
 

@@ -12,21 +12,29 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import braceexpand
 
 from cogcommon.errors import ShardError
+from cogcommon.files.near import folders_like
 from cogcommon.shards.contract import EMPTY_CAPTION_FILE
 from cogcommon.store.fsspec_store import open_fsspec
 from cogcommon.store.http_faults import NO_LIST
 from cogcommon.store.http_store import HttpStore
 from cogcommon.store.store import OPENING, Store, StoredFile, is_web, patiently, without_secrets
+from cogcommon.words import did_you_mean
 
 from ..store.local_store import LocalStore
 
 _MOST = 1_000_000  # names that one word may stand for
 _RANGE = re.compile(r"\{(-?\d{1,4000})\.\.(-?\d{1,4000})(?=\.\.|\})", re.ASCII)
 _FILES = (".tar", ".parquet", ".safetensors")
+_ADVICE = {
+    "--shards": "give the tars that `cogprep encode` wrote, for example --shards out/*.tar",
+    "--validate-shards": "`cogprep encode --holdout N` sets samples apart, in out/val/; or leave --validate-shards out",
+    "--repeat": "give a folder of --shards, as --repeat out/=8, or a size, as --repeat 1x480x720=8",
+}
 _LOCAL, _HTTP = LocalStore(), HttpStore()
 
 
@@ -61,15 +69,16 @@ def expand(words: Iterable[str], option: str, *, growing: bool = False) -> list[
         if growing:
             files = [file for file in files if file.remote or file.path.endswith(".tar") or os.path.lexists(file.path)]
         elif not files:
-            fix = "give the tars that `cogprep encode` wrote, for example --shards out/*.tar"
-            if option == "--validate-shards":
-                fix = f"`cogprep encode --holdout N` sets samples apart, in out/val/; or leave {option} out"
-            raise ShardError(f"no shard matches {shown}", where=option, fix=NO_LIST if is_web(word) else fix)
+            fix = NO_LIST if is_web(word) else _ADVICE[option]
+            raise ShardError(f"no shard matches {shown}", where=option, fix=fix)
         for file in files:
             if file.remote and (file.shown.endswith(".parquet") or file.shown.endswith("/" + EMPTY_CAPTION_FILE)):
                 beside[file.shown] = file
                 continue
             if not file.shown.endswith(".tar"):
+                if not (file.remote or os.path.lexists(file.path)):
+                    fix = did_you_mean(folders_like(Path(file.path)), _ADVICE[option])
+                    raise ShardError(f"there is no {file.shown}", where=option, fix=fix)
                 raise ShardError(
                     f"{file.shown} is not a shard",
                     where=option,

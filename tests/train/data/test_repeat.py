@@ -137,6 +137,7 @@ def test_the_plan_says_the_counts_and_repeats_in_its_command(out, capsys):
         (["out"], "does not say how many"), (["out=0"], "does not say how many"), (["=3"], "does not say how many"),
         (["out=2.5"], "does not say how many"), (["5x64x96=3"], "one of 1x64x96, 9x64x96"),
         (["none/*=3"], "no shard matches none"), (["out=3", "1x64x96=2"], "named already"),
+        (["otu/=8"], "did you mean out? give a folder of --shards, as --repeat out/=8"),
     ],
 )  # fmt: skip
 def test_a_repeat_that_cannot_be_meant_is_refused(out, words, told, monkeypatch):

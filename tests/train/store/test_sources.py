@@ -68,6 +68,7 @@ def test_shards_behind_a_url(tmp_path, make_shards):
         ([], "--shards is not given"),
         (["nothing/*.tar"], "no shard matches nothing/"),
         (["out/000009.tar"], "no such shard"),
+        (["otu/"], r"there is no otu/[^?]*did you mean out\? give the tars that"),
         (["out/contract.json"], "is not a shard"),
         (["s4://x/*.tar"], "cannot be looked up"),
     ],
