@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -17,7 +18,8 @@ def run_and_leave(run: Callable[[], None]) -> None:
 
     Exit code, output and ``atexit`` functions are as ever; only then the interpreter would free one by one the modules
     of torch and what they hold of memory and of the GPU, for a second or more, which the system does at once. An error
-    that is no `SystemExit` ends the process the interpreter's way, and so does multiprocessing a process of its own.
+    that is neither `SystemExit` nor Ctrl-C ends the process the interpreter's way, and so does multiprocessing a
+    process of its own.
     """
     code = 0
     try:
@@ -26,6 +28,10 @@ def run_and_leave(run: Callable[[], None]) -> None:
         if multiprocessing.parent_process() is not None or not isinstance(ended.code, int | None):
             raise
         code = ended.code or 0
+    except KeyboardInterrupt:  # between the program's first line and its command, which would say what becomes of it
+        if multiprocessing.parent_process() is not None:
+            raise
+        code = 128 + signal.SIGINT
     else:
         if multiprocessing.parent_process() is not None:
             return

@@ -35,6 +35,13 @@ def test_the_code_is_the_programs_own(leave, code):
     assert leave(lambda: sys.exit(code)) == code
 
 
+def test_ctrl_c_outside_of_any_command_shows_no_traceback(leave):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert leave(interrupted) == 130
+
+
 def test_a_program_that_was_started_with_closed_streams_ends_well(leave, monkeypatch):
     """`cogtrain lora ... >&- 2>&-`: Python has no streams then."""
     monkeypatch.setattr(sys, "stdout", None)
