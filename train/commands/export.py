@@ -92,7 +92,7 @@ def run(settings: ExportSettings) -> None:
         if run.facts.method == "sft" or settings.to == "merged":
             kind, exported = "transformer", _as_transformer(transformer, model, out, stored)
         elif settings.to == "peft":
-            kind, exported = "peft", _as_peft(transformer, model, out, compute)
+            kind, exported = "peft", _as_peft(transformer, model, out, compute, run, step)
         else:
             kind = "comfyui" if settings.to == "comfyui" else "lora"
             exported = _as_lora(transformer, model, out / files[0], compute, run, step)
@@ -184,7 +184,16 @@ def _as_lora(
     """A LoRA file, with the names of diffusers or, under another name than diffusers looks for, of ComfyUI."""
     import torch
 
-    facts = {
+    expected = output_on_noise(transformer)
+    state = lora.state_dict(transformer)
+    facts = _facts(model, run, step)
+    lora.save(state if file.name == FILE else lora.for_comfyui(state), file.parent, facts, file.name)
+    return Exported(file, lora.check(file, model, state, expected, torch.device("cpu"), dtype))
+
+
+def _facts(model: Checkpoint, run: RecordedRun, step: int) -> dict[str, str]:
+    """What our own commands read of a LoRA: the base model as it is called here, among others."""
+    return {
         "base_model": model.name,
         "revision": model.revision or "",
         "family": model.family.name,
@@ -192,10 +201,6 @@ def _as_lora(
         "shards": run.facts.shards_fingerprint,
         "contract": run.facts.contract_fingerprint,
     }
-    expected = output_on_noise(transformer)
-    state = lora.state_dict(transformer)
-    lora.save(state if file.name == FILE else lora.for_comfyui(state), file.parent, facts, file.name)
-    return Exported(file, lora.check(file, model, state, expected, torch.device("cpu"), dtype))
 
 
 @stage("writing and proving the export")
@@ -213,7 +218,14 @@ def _as_transformer(
 
 
 @stage("writing and proving the export")
-def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: Path, dtype: torch.dtype) -> Exported:
+def _as_peft(
+    transformer: CogVideoXTransformer3DModel,
+    model: Checkpoint,
+    out: Path,
+    dtype: torch.dtype,
+    run: RecordedRun,
+    step: int,
+) -> Exported:
     """A folder for ``PeftModel.from_pretrained``; the scale is folded, so its config says alpha = rank."""
     from peft import PeftModel
     from safetensors.torch import save as to_bytes
@@ -228,7 +240,7 @@ def _as_peft(transformer: CogVideoXTransformer3DModel, model: Checkpoint, out: P
     config.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)
     renamed = {f"base_model.model.{name.removeprefix('transformer.')}": tensor for name, tensor in state.items()}
-    commit_bytes(out / PEFT_FILE, to_bytes(renamed, metadata={"format": "pt"}))
+    commit_bytes(out / PEFT_FILE, to_bytes(renamed, metadata=lora.metadata(_facts(model, run, step))))
     commit_bytes(out / PEFT_CONFIG, _json(config.to_dict()))
 
     loaded = PeftModel.from_pretrained(model.load_transformer(dtype), str(out)).get_base_model()

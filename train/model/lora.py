@@ -193,12 +193,16 @@ def save(state: Mapping[str, torch.Tensor], folder: Path, facts: Mapping[str, st
     from safetensors.torch import save_file
 
     path = folder / name
-    metadata = {"format": "pt", FACTS: json.dumps(dict(facts), sort_keys=True)}
     folder.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
-        save_file(dict(state), temporary, metadata)
+        save_file(dict(state), temporary, metadata(facts))
         honour_umask(temporary)
     return path
+
+
+def metadata(facts: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a safetensors file with facts that `lora_file.read_facts` reads."""
+    return {"format": "pt", FACTS: json.dumps(dict(facts), sort_keys=True)}
 
 
 def for_comfyui(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -97,6 +97,18 @@ def test_every_form_of_a_lora_answers_as_the_run(lora_run, capsys):
     assert config["r"] == config["lora_alpha"] == 4
 
 
+def test_a_peft_folder_tells_our_commands_which_folder_its_base_model_is(tmp_path, make_shards, train_here):
+    """Its config, which is published, has that folder's name alone."""
+    model = tmp_path / "my-model"
+    shutil.copytree(open_checkpoint("tiny").root, model)
+    make_shards(tmp_path / "out", str(model), samples=2)
+    run = train_here(LoraSettings(shards=[str(tmp_path / "out")], out=tmp_path / "run", steps=1, rank=4))
+    export.run(ExportSettings(run=run, to="peft", out=tmp_path / "peft"))
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == "my-model"
+    tuned = find_tuned(None, [str(tmp_path / "peft")], None, None)
+    assert tuned.checkpoint.root == model and tuned.checkpoint.family.name == "5b"
+
+
 def test_a_peft_file_that_is_a_little_off_is_refused_in_half_precision_too(lora_run, monkeypatch, capsys):
     export.run(ExportSettings(run=lora_run, to="peft", precision="bf16", json=True))
     assert json.loads(capsys.readouterr().out)["difference"] < 0.1
