@@ -202,7 +202,7 @@ class Trainer:
             self._export(step)
         if self.validation and validates:
             with self.saver.exporter.averaged():
-                line = self.validation.measure(self.model, step)
+                line = self.validation.measure(self.model, step, self.best.lines)
             if line:
                 self.log.validation(self.best.take(line))
             stop, saves = self._signal(), saves or self.best.step == step

@@ -164,28 +164,35 @@ class Validation:
         return step > 0 and (step == self.run.steps or step % self.run.settings.validate_every == 0)
 
     def lacks(self, step: int, lines: Sequence[ValidationLine]) -> bool:
-        """Whether a step should have been validated, and a signal has come first, or meanwhile; every rank calls it.
+        """Whether something of a step's validation is not there; every rank calls it.
+
+        A signal has come first, or meanwhile, or a prompt is new.
 
         Args:
             lines: of the validations so far.
         """
         if not self.due(step):
             return False
-        if not self.begun:
-            return True
-        if self.held_out:  # whose line comes last of all
-            return all(line.step != step for line in lines)
-        return bool(self._undrawn(step))
+        return not self.begun or self._unmeasured(step, lines) or bool(self._undrawn(step))
 
-    def measure(self, model: torch.nn.Module, step: int) -> ValidationLine | None:
+    def _unmeasured(self, step: int, lines: Sequence[ValidationLine]) -> bool:
+        return bool(self.held_out) and all(line.step != step for line in lines)
+
+    def measure(
+        self, model: torch.nn.Module, step: int, lines: Sequence[ValidationLine]
+    ) -> ValidationLine | None:  # fmt: skip
         """Loss, and videos where asked for; every rank calls it.
 
+        Args:
+            lines: of the validations so far: one of this step is not made again.
+
         Returns:
-            None if the run is asked to stop meanwhile, or without held-out samples.
+            None if the run is asked to stop meanwhile, or where no held-out samples were measured.
         """
         training = peak_gib(self.runtime.device)  # since the last validation
+        measured = self._unmeasured(step, lines)
         try:
-            value, peak = self._take(model, step, measured=self.held_out is not None, prompts=self.prompts)
+            value, peak = self._take(model, step, measured=measured, prompts=self.prompts)
         except Asked:
             return None
         if self.runtime.device.type == "cuda" and peak > training:
@@ -193,7 +200,7 @@ class Validation:
                 f"validation held {peak:.1f} GiB of the GPU, training {training:.1f}"
                 + ("; without videos it holds less" if self.draws else "")
             )
-        if self.held_out is None:
+        if not measured:
             return None
         assert self.base_loss is not None
         return ValidationLine(step, finite(value), finite(self.base_loss), peak)

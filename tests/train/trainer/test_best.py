@@ -32,8 +32,8 @@ def held_out(monkeypatch):
     def script(*losses):
         told, real, seen = iter(losses), validate.Validation.measure, []
 
-        def measure(self, model, step):
-            line = real(self, model, step)
+        def measure(self, model, step, lines):
+            line = real(self, model, step, lines)
             # What is measured is what is to be exported, averaged or not.
             seen.append(
                 {n: p.detach().clone() for n, p in self.runtime.plain(model).named_parameters() if p.requires_grad}
@@ -141,8 +141,8 @@ def test_a_validation_that_a_signal_has_kept_from_its_end_is_made_up_for(
 
     measure = validate.Validation.measure
 
-    def rising(self, model, step):  # on any machine: which step is the best hangs on the validation of each
-        line = measure(self, model, step)
+    def rising(self, model, step, lines):  # on any machine: which step is the best hangs on the validation of each
+        line = measure(self, model, step, lines)
         return line and validate.dataclasses.replace(line, val_loss=line.val_loss + step)
 
     monkeypatch.setattr(validate.Validation, "measure", rising)

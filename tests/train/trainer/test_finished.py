@@ -73,12 +73,21 @@ def test_a_finished_run_says_so_before_its_model_is_loaded(line, train_here, mon
         train_here(settings)
 
 
+def test_a_new_prompt_of_a_finished_run_is_drawn_and_nothing_is_measured_again(line, train_here):
+    run = train_here(line())
+    trained, measured = load_file(run / FILE), read_run(run).validations
+    train_here(line(validate_prompt=["a red fox"]))
+    assert [len(list((run / "validation" / f"step-{step:06d}").glob("*fox*.mp4"))) for step in (0, 3)] == [1, 1]
+    assert read_run(run).validations == measured and len(measured) == 3
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in load_file(run / FILE).items())
+
+
 def test_the_best_step_stays_exported_without_the_option_and_the_option_exports_it(
     line, train_here, monkeypatch, capsys
 ):
     found = iter((0.5, 0.2, 0.9) * 2)
 
-    def measure(self, model, step):
+    def measure(self, model, step, lines):
         return validate.ValidationLine(step, next(found), self.base_loss)
 
     monkeypatch.setattr(validate.Validation, "measure", measure)
