@@ -47,7 +47,8 @@ def with_accumulation(
         raise SettingError(
             f"a global batch of {wanted} cannot be divided among {_processes(groups.count)} "
             f"with --batch-size {settings.batch_size}",
-            where="--global-batch" if resume is None else f"--global-batch, {resume.folder}",
+            where=("--global-batch" if settings.global_batch else "--batch-size")
+            + (f", {resume.folder}" if resume else ""),
             fix=what_divides(wanted, settings.batch_size, groups.count, here)
             + f"; or --global-batch {-(-wanted // each) * each}" * (resume is None),
         )
@@ -104,7 +105,7 @@ def what_divides(wanted: int, size: int, count: int, here: int) -> str:
         parts.append(f"start {_either(near)} {'process' if near == [1] else 'processes'}{told}")
     sizes = [number for number in range(1, wanted // count + 1) if wanted % (count * number) == 0]
     if sizes:
-        parts.append(f"--batch-size {_either(sizes[-_NAMED:])} on {'this one' if count == 1 else f'these {count}'}")
+        parts.append(f"--batch-size {_either(sizes[-_NAMED:])} on {_processes(count)}")
     return "; or ".join(parts) or what_divides(wanted, 1, count, here) + " with --batch-size 1"
 
 

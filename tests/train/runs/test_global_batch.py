@@ -82,13 +82,14 @@ def test_the_config_of_a_run_begins_another_with_its_own_strategy(place, tmp_pat
 def test_what_does_not_divide_names_what_does(place, monkeypatch):
     with pytest.raises(SettingError, match="6 cannot be divided among 4 processes with --batch-size 1") as caught:
         open_run(LoraSettings(**place, accumulate=6), CPU, 4)
-    assert "1, 2, 3 or 6 processes" in caught.value.fix and str(place["out"]) in caught.value.where
+    assert "1, 2, 3 or 6 processes" in caught.value.fix
+    assert caught.value.where.startswith("--batch-size, ") and str(place["out"]) in caught.value.where
     with pytest.raises(SettingError) as caught:
         open_run(LoraSettings(**place | {"out": None}, batch_size=4, global_batch=12), CPU, 2)
-    assert "1 or 3 processes" in caught.value.fix and "--batch-size 1, 2, 3 or 6 on these 2" in caught.value.fix
+    assert "1 or 3 processes" in caught.value.fix and "--batch-size 1, 2, 3 or 6 on 2 processes" in caught.value.fix
     with pytest.raises(SettingError) as caught:
         open_run(LoraSettings(**place | {"out": None}, batch_size=8, global_batch=4), CPU, 1)
-    assert "--batch-size 1, 2 or 4 on this one" in caught.value.fix
+    assert "--batch-size 1, 2 or 4 on 1 process" in caught.value.fix
 
 
 def test_hosts_are_counted_where_there_are_several():
