@@ -7,6 +7,7 @@ from pathlib import Path
 from cogcommon.cli.names import command_line
 from cogcommon.errors import CogError
 from cogcommon.files.ownership import Made
+from cogcommon.words import counted
 
 from ..distributed.peers import Peers
 from ..model.lora_file import read_facts
@@ -62,20 +63,22 @@ def stays(run: Run, folder: Path, peers: Peers, validation: Validation | None, e
     if not (validation and validation.lacks(run.resume.state.step, best.lines)):
         line = best.line
         if line is None or line.step == exported:
-            _say(run, log, folder, exported)
+            _say(run, log, folder, exported, best)
             return exported
         log.say(f"note: --keep-best exports step {line.step:,} ({line}) in the place of step {exported:,}")
     peers.together(lambda: write_config(run, folder) if peers.main else None)
     return 0
 
 
-def _say(run: Run, log: RunLog, folder: Path, exported: int) -> None:
+def _say(run: Run, log: RunLog, folder: Path, exported: int, best: Best) -> None:
     assert run.resume
     facts, done = run_facts(folder), run.resume.state.step
     announce.beginning(run, log, folder, facts.trainable, [], kept=True)
     if facts.ended:
         log.say(f"ended after step {done:,} of {facts.steps:,}: {facts.ended}; a larger --patience goes on")
     chosen = f"step {exported:,} of {done:,}" if exported != done else f"step {done:,}"
+    if best.line:
+        chosen += f", the lowest loss of {counted(len(best.lines), 'validation')}"
     other = command_line("cogtrain", "export", "--run", folder / checkpoint_name(done))
     log.say(f"{exported_weights(folder)} and all that the run says of itself stay as they are ({chosen})")
     log.say(f"weights of a checkpoint, or in another form: {other} --to diffusers")

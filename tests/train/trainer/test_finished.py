@@ -65,7 +65,8 @@ def test_a_finished_run_says_so_before_its_model_is_loaded(line, train_here, mon
 
     monkeypatch.setattr(trainer, "load_model", load)
     train_here(settings)
-    assert "stay as they are" in capsys.readouterr().out and contents(run) == before
+    said = capsys.readouterr().out
+    assert "stay as they are (step " in said and "of 3 validations)" in said and contents(run) == before
     train_here(line(steps=2, validate_shards=[]))
     assert contents(run) == before
     (run / "validation" / "base.json").unlink()  # without it nobody knows what the losses are to be compared with
