@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,11 @@ from cogcommon.errors import RunError
 from cogcommon.model.cards import sizes_note
 from cogcommon.model.device import EMULATED
 from cogcommon.store.store import without_secrets
-from cogcommon.words import GIB, counted, in_bytes, in_words
+from cogcommon.words import GIB, counted, in_bytes, in_gib, in_words
 
 from ..blocks.trial import INSTALL_FLASH4
 from ..memory.estimate import Intent
-from ..memory.machine import Machine, machine_for
+from ..memory.machine import HOSTS, Machine, host_memory, machine_for
 from ..runs.folder import METRICS_FILE, read_metrics
 from ..runs.run import Run
 from ..settings.planning import ForecastSettings
@@ -105,8 +106,7 @@ def _answer(
     each, them = ("process", "processes") if machine.cpu else ("GPU", "GPUs")
     nothing = ""
     if line is None or line.gpus < machine.gpus:
-        asked = [line for line in lines if line.method == method and line.gpus == machine.gpus]
-        nothing = f"nothing fits; {_remedy(asked, method, machine, settings)}"
+        nothing = f"nothing fits; {_remedy(dataclasses.replace(settings, method=method), machine)}"
     if line is None:
         yield nothing
         return
@@ -181,26 +181,55 @@ def check(lines: Sequence[TrainForecast]) -> None:
         )
 
 
-def _remedy(
-    lines: Sequence[TrainForecast], method: Literal["lora", "sft"], machine: Machine, settings: ForecastSettings
-) -> str:
-    """What to do where none of a method's lines fits."""
+def _remedy(settings: ForecastSettings, machine: Machine) -> str:
+    """What to do where nothing of the settings' method fits: lighter settings or a larger host, either of which does.
+
+    The host's memory is named as --host takes it, which is more than has to be free there.
+    """
     lighter: dict[str, dict[str, Any]] = {
         "with --batch-size 1": {"batch_size": 1}, "with --optimizer adamw": {"optimizer": "adamw"},
-        "without --ema": {"ema": 0.0}, "with --rank 16": {"rank": 16 if method == "lora" else settings.rank},
+        "without --ema": {"ema": 0.0}, "with --rank 16": {"rank": 16 if settings.method == "lora" else settings.rank},
     }  # fmt: skip
     asked = {name: change for name, change in lighter.items() if dataclasses.replace(settings, **change) != settings}
+    ways, runs = [], wanted_runs(settings, machine)
     for names in [*([name] for name in asked), [*asked]]:
         changed = {field: value for name in names for field, value in asked[name].items()}
-        runs = wanted_runs(dataclasses.replace(settings, method=method, **changed), machine)
-        if advised([line for run in runs for line in lines_of(run, machine)], method):
-            return f"{' and '.join(names)} it would"
-    of_card = [line for line in lines if line.lacks == "host memory"]
-    if of_card:
-        least = min(line.host_total_gib for line in of_card)
-        them = "it" if machine.cpu else "the GPU" if machine.gpus == 1 else "the GPUs"
-        return f"{them} would do with {least:.0f} GiB of host memory"
-    return "encode with a smaller --resolution, or take a larger card"
+        runs_then = wanted_runs(dataclasses.replace(settings, **changed), machine)
+        if _fit(runs_then, machine):
+            ways.append(" and ".join(names))
+            break
+    if host := _least_host(runs, machine):
+        ways.append(_with_host(host, settings))
+    elif not ways and (host := _least_host(runs_then, machine)):
+        ways.append(" and ".join([*asked, _with_host(host, settings)]))
+    if not ways:
+        return "encode with a smaller --resolution, or take a larger card"
+    return ", or ".join([f"{ways[0]} it would", *ways[1:]])
+
+
+def _with_host(gb: int, settings: ForecastSettings) -> str:
+    if settings.host:
+        return f"with --host {gb}GB"
+    return f"with {in_gib(host_memory(f'{gb}GB'))} of host memory free (--host {gb}GB)"
+
+
+def _fit(runs: Sequence[Run | Intent], machine: Machine) -> bool:
+    return any(line.fits for run in runs for line in lines_of(run, machine))
+
+
+def _least_host(runs: Sequence[Run | Intent], machine: Machine) -> int | None:
+    """The least memory of a host, in --host's GB, on which something fits; None where more does not help.
+
+    It is tried, not added up: with more memory than it takes itself a run may be planned in another way.
+    """
+    if machine.host is None:
+        return None
+
+    def does(gb: int) -> bool:
+        return _fit(runs, dataclasses.replace(machine, host=host_memory(f"{gb}GB")))
+
+    found = bisect_left(HOSTS, True, key=does)
+    return HOSTS[found] if found < len(HOSTS) else None
 
 
 def _table(lines: Sequence[TrainForecast]) -> Any:

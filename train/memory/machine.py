@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _GPUS_OF_A_HOST = 8  # at most; of more, each eight are taken to have a host of their own
 TRY_IT = "`cogtrain plan --check` on such a machine makes two steps"
+HOSTS = range(4, 32 * 1024 + 1)  # GB of memory that a host may have
 _OF_A_HOST = 0.93  # of its memory, what the system and what runs beside leave
 
 
@@ -136,7 +137,7 @@ def host_memory(text: str) -> int:
     if not match:
         raise SettingError(f"{text!r} is not an amount of memory", where="--host", fix="--host 64GB")
     gib = float(match[1]) * (1024 if (match[2] or "").upper().startswith("T") else 1)  # memory modules' GB are GiB
-    if not 4 <= gib <= 32 * 1024:
+    if not HOSTS[0] <= gib <= HOSTS[-1]:
         raise SettingError(f"no host has {gib:g} GB of memory", where="--host", fix="--host 64GB")
     return int(gib * GIB * _OF_A_HOST)
 

@@ -22,6 +22,7 @@ from cogtrain.settings.planning import ForecastSettings
 from workshop.bench_train.hardware import computed_for
 
 GIB = 2**30
+LONG = {"model": "THUDM/CogVideoX1.5-5B", "resolution": "81x768x1360"}
 
 
 @pytest.fixture
@@ -271,7 +272,7 @@ def test_fewer_gpus_are_planned_where_the_host_is_too_small_for_all(capsys):
     plan.run(settings)
     lora, sft = capsys.readouterr().out.split("Full fine-tuning")
     assert "LoRA: fits on 4 GPUs of 8, in 1" in lora and "global batches of 4" in lora and "--nproc 4" in lora
-    assert "on all 8 nothing fits; the GPUs would do with 112 GiB of host memory" in lora
+    assert "on all 8 nothing fits; with --host 121GB it would" in lora
     assert sft.startswith(": nothing fits") and "sft  zero3-offload low       8 " in sft
     plan.run(dataclasses.replace(settings, json=True))
     lines = json.loads(capsys.readouterr().out)
@@ -382,7 +383,7 @@ def test_the_first_answer_needs_no_shards_no_network_and_80_columns(gpus, monkey
 def test_where_nothing_fits_the_smallest_is_shown_and_what_it_lacks(capsys):
     plan.run(ForecastSettings(gpu="4090", host="32GB", method="sft"))
     said = capsys.readouterr().out
-    assert "Full fine-tuning: nothing fits; the GPU would do with 103 GiB of host memory" in said
+    assert "Full fine-tuning: nothing fits; with --host 111GB it would" in said
     assert "host too small" in said
 
 
@@ -393,13 +394,47 @@ def test_where_nothing_fits_the_smallest_is_shown_and_what_it_lacks(capsys):
         ({"optimizer": "prodigy"}, "with --optimizer adamw it would"),
         ({"ema": 0.9, "batch_size": 64}, "with --batch-size 1 and without --ema it would"),
         ({"gpu": "6GB", "method": "lora", "rank": 4096}, "with --rank 16 it would"),
-        ({"gpu": "none", "host": "64GB"}, "it would do with 1"),
+        ({"gpu": "none", "host": "64GB"}, "with --host 135GB it would"),
+        ({"gpu": "3060", "method": "lora", **LONG, "host": "32GB"}, "with --rank 16 it would, or with --host 33GB"),
     ],
 )
 def test_what_would_fit_is_said_where_nothing_does(settings, do, capsys):
     """A smaller picture does not help where the weights alone are too many."""
     plan.run(ForecastSettings(**{"gpu": "4090", "gpus": 1, "method": "sft"} | settings))
     assert f"nothing fits; {do}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", ["16GB", "30GiB", "32GB"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gpu": "3060", "method": "lora", **LONG},
+        {"gpu": "4090", "gpus": 8, "method": "sft"},
+        {"gpu": "none", "method": "sft"},
+    ],
+)
+def test_the_host_that_is_named_where_nothing_fits_does_and_one_gb_less_does_not(settings, host, capsys):
+    """And is the same whatever host was asked for."""
+    plan.run(ForecastSettings(host=host, **settings))
+    (named,) = re.findall(r"nothing fits; .*with --host (\d+)GB", capsys.readouterr().out)
+    plan.run(ForecastSettings(host=f"{named}GB", **settings))
+    assert "nothing fits" not in capsys.readouterr().out
+    plan.run(ForecastSettings(host=f"{int(named) - 1}GB", **settings))
+    assert f"with --host {named}GB" in capsys.readouterr().out
+
+
+def test_host_memory_that_is_missing_here_is_named_as_free_and_as_typed(monkeypatch, capsys):
+    monkeypatch.setattr("cogtrain.memory.machine._here", lambda: 16 * GIB)
+    plan.run(ForecastSettings(gpu="none", method="lora"))
+    assert "nothing fits; with 31.6 GiB of host memory free (--host 34GB) it would" in capsys.readouterr().out
+
+
+def test_lighter_settings_and_a_larger_host_are_named_together_where_neither_does_alone(capsys):
+    settings = {"gpu": "6GB", "method": "lora"}
+    plan.run(ForecastSettings(**settings, host="16GB", rank=4096))
+    assert "nothing fits; with --rank 16 and with --host 22GB it would" in capsys.readouterr().out
+    plan.run(ForecastSettings(**settings, host="22GB", rank=16))
+    assert "LoRA: fits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
