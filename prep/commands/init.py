@@ -20,11 +20,12 @@ from cogcommon.words import counted
 
 from ..dataset.append import Lists, append_lines
 from ..dataset.captions_found import Captions, find_captions
-from ..dataset.found import CLIPS, TABLES, FoundFiles, find, split_name
+from ..dataset.found import TABLES, FoundFiles, find, split_name
 from ..dataset.lists import ListFault, check_root, read_list, refuse_address
 from ..dataset.new_lists import IMAGES, PROMPTS, VIDEOS, entry_of, refuse_output, set_aside, sheets_among, write_list
 from ..dataset.next_steps import next_steps
 from ..settings.lists import InitSettings
+from ..source.clip import CLIPS
 from ..source.part import file_named
 
 _SHOWN = 4  # names that one line shows

@@ -19,14 +19,14 @@ from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.failures import disk_errors
 from cogcommon.words import counted, in_words
 
-from ..dataset.found import CLIPS, find, fits_a_line
+from ..dataset.found import find, fits_a_line
 from ..dataset.lists import check_root, refuse_address
 from ..dataset.new_lists import PROMPTS, SHEETS, VIDEOS, entry_of, refuse_output, set_aside, sheet_of, write_list
 from ..dataset.next_steps import next_steps
 from ..processes.pool import Pool, default_workers
 from ..settings.lists import SplitSettings
 from ..show.cut_sheet import ShownPart, draw_cut_sheets
-from ..source.clip import ClipFault
+from ..source.clip import CLIPS, ClipFault
 from ..split.film import Film, Stretch, look_at_stretch, open_film
 from ..split.parts import SHORT, Chosen, LeftOut, Lengths, choose
 

@@ -163,7 +163,8 @@ def find_faults(
         for line, entry in enumerate(data.columns.get(column, ()), 1):
             result = results.get(entry)
             if isinstance(result, ClipFault):
-                found.append(Finding(names[column], line, entry, result.reason, fixes.of(result)))
+                fix = fixes.of(result) if column == "clips" else fixes.of_picture(result, settings.images is None)
+                found.append(Finding(names[column], line, entry, result.reason, fix))
     return found
 
 

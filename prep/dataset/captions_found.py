@@ -15,7 +15,8 @@ from pathlib import Path
 
 from cogcommon.files.ownership import LISTS
 
-from .found import CLIPS, FoundFiles, split_name
+from ..source.clip import CLIPS
+from .found import FoundFiles, split_name
 from .metadata import in_a_line, read_table, text_of
 
 _LISTS = frozenset({*LISTS, "images.txt"})

@@ -17,13 +17,9 @@ from cogcommon.files.ownership import RECORD_FILE
 from cogcommon.media.image import HEIC_PICTURES, PICTURES
 from cogcommon.shards.contract import CONTRACT_FILE
 
-CLIPS = frozenset(
-    {
-        ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".flv", ".gif", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4",
-        ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv", ".y4m",
-    }
-)  # fmt: skip
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet", "captions.json")  # likewise
+from ..source.clip import CLIPS
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet", "captions.json")  # names of tables
 TABLES = {".csv": ".csv", ".tsv": ".csv", ".jsonl": ".jsonl", ".parquet": ".parquet"}  # how metadata.* would end
 
 _UNFINISHED = (".part", ".crdownload", ".download", ".aria2", ".ytdl", ".tmp")  # beside a download, or at its end

@@ -9,6 +9,7 @@ from cogcommon.model.families import Family, Resolution
 
 from ..source.clip import ClipFault, Kind
 from .lists import ListFault, ListKind
+from .new_lists import IMAGES
 
 _OUT = "take its line out of every list"
 _REPEAT = "--short repeat shows the last frame again until there are enough"
@@ -60,6 +61,15 @@ class Remedies:
     def __init__(self, faults: Iterable[ClipFault], buckets: Sequence[Resolution], family: Family) -> None:
         least = min((fault.frames for fault in faults if fault.kind in ("short", "thinned")), default=0)
         self._shorter = _shorter_sizes(least, buckets, family)
+
+    def of_picture(self, fault: ClipFault, listed: bool) -> str:
+        """The remedy for a first frame.
+
+        Args:
+            listed: in images.txt, which is read because it is there; no other list was asked for.
+        """
+        without = f"; or remove {IMAGES}: the first used frame of each clip is taken then"
+        return self.of(fault) + without * (listed and fault.kind == "missing")
 
     def of(self, fault: ClipFault | ListFault) -> str:
         """The remedy for one; for one that may be gone the next time, and of no known kind, the next time."""

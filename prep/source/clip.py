@@ -7,6 +7,13 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
+# How the names of clips end.
+CLIPS = frozenset(
+    {
+        ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".flv", ".gif", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4",
+        ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".webm", ".wmv", ".y4m",
+    }
+)  # fmt: skip
 TONED = "tone-mapped to SDR"  # in what is recorded of the colours of a clip that is HDR
 
 

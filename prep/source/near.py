@@ -17,6 +17,8 @@ from pathlib import Path
 
 from cogcommon.media.image import PICTURES
 
+from .clip import CLIPS
+
 _MOST = 20_000  # names of a folder that are looked at
 _FOLDERS = 200  # folders that a bare name is looked for in
 _QUOTES = "\"'`“”„«»‘’"
@@ -112,7 +114,7 @@ def _down(folder: Path, parts: list[str]) -> str | None:
             continue
         name = part if (at / part).exists() else _names(at).get(_alike(part))
         if name is None and part is parts[-1]:
-            name = _stems(at).get(_alike(Path(part).stem))
+            name = _stems(at, _kinds(part)).get(_alike(Path(part).stem))
         if name is None:
             return None
         names.append(name)
@@ -136,10 +138,16 @@ def _names(folder: Path) -> dict[str, str]:
         return {}
 
 
+def _kinds(name: str) -> frozenset[str]:
+    """What a file that was meant by a name may end in: a clip stands for no first frame of the same name."""
+    pictures = frozenset(PICTURES)
+    return next((kinds for kinds in (pictures, CLIPS) if Path(name).suffix.lower() in kinds), pictures | CLIPS)
+
+
 @lru_cache(maxsize=8)
-def _stems(folder: Path) -> dict[str, str]:
-    """The same without what comes after the last dot: the clip may have been converted since."""
-    return {_alike(Path(name).stem): name for name in _names(folder).values() if Path(name).suffix}
+def _stems(folder: Path, kinds: frozenset[str]) -> dict[str, str]:
+    """Those of such kinds, without what comes after the last dot: the file may have been converted since."""
+    return {_alike(Path(name).stem): name for name in _names(folder).values() if Path(name).suffix.lower() in kinds}
 
 
 def _folders(folder: Path) -> Iterator[Path]:

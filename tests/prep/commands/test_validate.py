@@ -266,11 +266,25 @@ def test_images_are_looked_at_for_i2v(settings, root):
         replace(settings, model="tiny-i2v", videos="three.txt", prompts="captions.txt", images="stills.txt")
     )
     assert [(f.file, f.line, f.what) for f in verdict.faults] == [("stills.txt", 3, "image: the file is missing")]
+    assert "images.txt" not in verdict.faults[0].fix
     shapes = next(advice for advice in verdict.advice if advice.kind == "image of another shape")
     assert shapes.lines == [(2, "image 96x96, clip 144x96")]
     ((line, why),) = next(advice for advice in verdict.advice if advice.kind == "colour profile of an image").lines
     assert line == 2 and why.startswith("square.png: ")
     assert verdict.usable == 2
+
+
+def test_without_the_first_frames_that_are_listed_those_of_the_clips_are_a_way_out(settings, root):
+    (root / "one.txt").write_text("videos/good.mp4\n")
+    (root / "images.txt").write_text("images/good.png\n")  # no picture; a clip has its name
+    chosen = replace(settings, model="tiny-i2v", videos="one.txt", prompts="one.txt")
+    try:
+        (fault,) = validate(chosen).faults
+    finally:
+        (root / "images.txt").unlink()
+    assert (fault.file, fault.what) == ("images.txt", "image: the file is missing")
+    assert fault.fix.endswith("; or remove images.txt: the first used frame of each clip is taken then")
+    assert not validate(chosen).faults
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,10 @@ from cogprep.source.source_file import open_named
 def root(tmp_path) -> Path:
     """Alone in its folder: what other tests have made beside ``tmp_path`` is near it, too."""
     root = tmp_path / "alone" / "ds"
-    for name in ("videos/a.mp4", "videos/deep/b b.mp4", "videos/e\u0301te\u0301.mp4", "Screen Shot 3.04\u202fPM.mov"):
+    for name in (
+        "videos/a.mp4", "videos/deep/b b.mp4", "videos/e\u0301te\u0301.mp4", "Screen Shot 3.04\u202fPM.mov",
+        "videos/c.mp4", "stills/d.jpg", "captions/e.txt",
+    ):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"x")
     (root / "videos.txt").write_text("videos/a.mp4\n")
@@ -33,6 +36,10 @@ def root(tmp_path) -> Path:
         ("Videos/a.mp4", "the file is missing; videos/a.mp4 is there, in other capitals"),
         ("videos/a.mov", "the file is missing; videos/a.mp4 is there"),
         ("videos/a", "the file is missing; videos/a.mp4 is there"),
+        ("images/c.png", "the file is missing"),  # a first frame is no clip
+        ("images/d.png", "the file is missing; stills/d.jpg is there"),
+        ("videos/d.mov", "the file is missing"),
+        ("videos/e.mov", "the file is missing"),
         ("videos/b  b.mp4", "the file is missing; videos/deep/b b.mp4 is there"),
         ("videos/deep/b\u00a0b.mp4", "the file is missing; videos/deep/b b.mp4 is there"),
         ("videos/a\u200e.mp4", "the file is missing; videos/a.mp4 is there"),
