@@ -173,7 +173,7 @@ def add_command(
             outlive_output()
         try:
             with stage("starting"):  # until a stage of the command's own: its libraries take seconds to import
-                run(resolve(cls, given, given.get("config")))
+                run(resolve(cls, given, given.get("config"), command=f"{app.info.name} {name}"))
         except KeyboardInterrupt as stopped:
             with suppress(OSError):
                 say(str(stopped) or "stopped; run the same command again")

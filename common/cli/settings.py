@@ -130,14 +130,17 @@ def size_of(settings: Any, name: str, example: str) -> int:
     return size
 
 
-def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) -> S:
+def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None, *, command: str = "") -> S:
     """Defaults, then the TOML file, then what the command line gave (not None).
+
+    Args:
+        command: whose settings they are, as typed, where that is known: ``cogtrain lora``.
 
     Raises:
         SettingError: the file cannot be read, or names a setting that does not exist; an option would change nothing.
     """
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values = _of_file(cls, config) if config is not None else {}
+    values = _of_file(cls, config, command) if config is not None else {}
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
         if other := known[name].metadata.get("instead_of"):
@@ -154,7 +157,7 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None) 
     return cls(**values)
 
 
-def _of_file(cls: type[Any], config: Path) -> dict[str, Any]:
+def _of_file(cls: type[Any], config: Path, command: str) -> dict[str, Any]:
     """The settings of a TOML file; those that only the command has whose file it may be, too, are left out.
 
     Raises:
@@ -180,6 +183,9 @@ def _of_file(cls: type[Any], config: Path) -> dict[str, Any]:
     faults: list[tuple[int, str]] = []
     fixes: list[str] = []
 
+    def like(key: str) -> list[str]:
+        return difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+
     def take(key: str, value: Any) -> None:
         name = key.replace("-", "_")
         if name == "config":
@@ -196,12 +202,15 @@ def _of_file(cls: type[Any], config: Path) -> dict[str, Any]:
                 return
         elif isinstance(value, dict):
             fault, fix = f"[{key}] is a table, and settings stand in none", f"take the line [{key}] out"
-            for inner in value.items():
-                take(*inner)
+            if value and not any(map(like, value)):
+                fix = f"take [{key}] out, and all that stands in it: none of that is a setting"
+            else:
+                for inner in value.items():
+                    take(*inner)
         else:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = like(key)
             fault = "; ".join(filter(None, [f"there is no setting {key!r}", did_you_mean(map(repr, near))]))
-            fix = "" if near else "settings are called like the options: " + ", ".join(sorted(known))
+            fix = "" if near else f"settings are called like the options: {f'{command} --help'.strip()} lists them"
         faults.append((_line_of(key, data), fault))
         if fix and fix not in fixes:
             fixes.append(fix)

@@ -295,7 +295,8 @@ def trained_settings(folder: Path, method: Literal["lora", "sft"]) -> TrainSetti
     Raises:
         SettingError: they are none that this version knows.
     """
-    return resolve(LoraSettings if method == "lora" else SftSettings, {}, folder / CONFIG_FILE)
+    cls = LoraSettings if method == "lora" else SftSettings
+    return resolve(cls, {}, folder / CONFIG_FILE, command=f"cogtrain {method}")
 
 
 def open_base(named: str | None, trained: str, revision: str | None, said_by: Path, family: str | None) -> Checkpoint:

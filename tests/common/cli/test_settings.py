@@ -155,6 +155,32 @@ def test_a_table_of_settings_is_told_to_be_none(tmp_path):
     assert (caught.value.where, caught.value.fix) == (f"--config {file}, line 1", "take the line [train] out")
 
 
+@pytest.mark.parametrize("command", ["", "program go"])
+def test_a_table_without_settings_is_one_mistake_and_names_are_told_by_help(tmp_path, command):
+    file = tmp_path / "run.toml"
+    file.write_text("[extra]\na = 1\nb = 2\n")
+    with pytest.raises(SettingError) as caught:
+        resolve(Settings, {}, file, command=command)
+    assert (caught.value.what, caught.value.where, caught.value.fix) == (
+        "[extra] is a table, and settings stand in none",
+        f"--config {file}, line 1",
+        "take [extra] out, and all that stands in it: none of that is a setting",
+    )
+    file.write_text("stepz = 1\nbogus = 1\nother = 1\n")
+    with pytest.raises(SettingError, match="3 mistakes") as caught:
+        resolve(Settings, {}, file, command=command)
+    assert caught.value.fix == f"settings are called like the options: {f'{command} --help'.strip()} lists them"
+
+
+def test_a_command_names_its_own_help_for_a_setting_of_a_file_that_there_is_not(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("bogus = 1\n")
+    app = make_app("program", "Does it.")
+    add_command(app, "go", Settings, print, "Go.")
+    result = CliRunner().invoke(app, ["go", "--config", str(file)])
+    assert "program go --help lists them" in str(result.exception)
+
+
 def test_a_file_of_another_command_is_checked_and_what_only_that_has_is_left_out(tmp_path):
     @dataclass(frozen=True)
     class Look:
