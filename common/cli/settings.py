@@ -140,25 +140,32 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None, 
         SettingError: the file cannot be read, or names a setting that does not exist; an option would change nothing.
     """
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values = _of_file(cls, config, command) if config is not None else {}
+    values, lines = _of_file(cls, config, command) if config is not None else ({}, {})
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
         if other := known[name].metadata.get("instead_of"):
             values.pop(other, None)
+    in_file = {flag_of(known[name]): lines[name] for name in values if name not in options}
     values |= options
     for name in values:
         if known[name].metadata.get("commas"):
             values[name] = [word.strip() for text in values[name] for word in text.split(",") if word.strip()]
-    for name, value in values.items():
-        if not known[name].metadata.get("prose"):
-            _check_text(value, flag_of(known[name]))
-    for name in options:
-        _check_counts(known[name], {field for field in values if values[field] != default_of(known[field])})
-    return cls(**values)
+    try:
+        for name, value in values.items():
+            if not known[name].metadata.get("prose"):
+                _check_text(value, flag_of(known[name]))
+        for name in options:
+            _check_counts(known[name], {field for field in values if values[field] != default_of(known[field])})
+        return cls(**values)
+    except SettingError as error:
+        flags = re.findall(r"--[\w-]+", error.where or "")
+        if numbers := [in_file[flag] for flag in flags if flag in in_file]:
+            error.where = ", ".join([f"{error.where}; set in {config}", *(f"line {line}" for line in numbers if line)])
+        raise
 
 
-def _of_file(cls: type[Any], config: Path, command: str) -> dict[str, Any]:
-    """The settings of a TOML file; those that only the command has whose file it may be, too, are left out.
+def _of_file(cls: type[Any], config: Path, command: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The settings of a TOML file and their lines; those that only the command has whose file it may be are left out.
 
     Raises:
         SettingError: names all that is wrong with it.
@@ -180,6 +187,7 @@ def _of_file(cls: type[Any], config: Path, command: str) -> dict[str, Any]:
     also = fields["config"].metadata.get("file_of") if "config" in fields else None
     known = (get_type_hints(also) if also else {}) | types
     values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
     faults: list[tuple[int, str]] = []
     fixes: list[str] = []
 
@@ -199,6 +207,7 @@ def _of_file(cls: type[Any], config: Path, command: str) -> dict[str, Any]:
                 if name in types:
                     beside = fields[name].metadata.get("beside")
                     values[name] = _where_it_lies(config, data, found, beside) if beside else found
+                    lines[name] = _line_of(key, data)
                 return
         elif isinstance(value, dict):
             fault, fix = f"[{key}] is a table, and settings stand in none", f"take the line [{key}] out"
@@ -218,7 +227,7 @@ def _of_file(cls: type[Any], config: Path, command: str) -> dict[str, Any]:
     for item in loaded.items():
         take(*item)
     if not faults:
-        return values
+        return values, lines
     faults.sort(key=lambda fault: fault[0])
     (line, what), *more = faults
     where = f"--config {config}" + f", line {line}" * (line > 0 and not more)

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from cogcommon.cli.command import add_command, make_app
-from cogcommon.cli.settings import resolve, setting
+from cogcommon.cli.settings import check_least, resolve, setting
 from cogcommon.errors import SettingError
 
 
@@ -179,6 +179,30 @@ def test_a_command_names_its_own_help_for_a_setting_of_a_file_that_there_is_not(
     add_command(app, "go", Settings, print, "Go.")
     result = CliRunner().invoke(app, ["go", "--config", str(file)])
     assert "program go --help lists them" in str(result.exception)
+
+
+def test_a_value_of_a_file_that_cannot_be_is_told_with_its_line(tmp_path):
+    @dataclass(frozen=True)
+    class Least:
+        batch_size: int = setting(1, "Batch.")
+        steps: int = setting(1, "Steps.")
+        out: Path | None = setting(None, "Folder.")
+        config: Path | None = setting(None, "File.")
+
+        def __post_init__(self):
+            check_least(self, batch_size=1, steps=1)
+
+    file = tmp_path / "run.toml"
+    for text, given, where in (
+        ("steps = 2\nbatch-size = 0\n", {}, f"--batch-size; set in {file}, line 2"),
+        ("steps = 2\nbatch-size = 0\n", {"batch_size": -1}, "--batch-size"),
+        ("steps = 2\n", {"batch_size": -1}, "--batch-size"),
+        ('out = "a\\nb"\n', {}, f"--out; set in {file}, line 1"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SettingError) as caught:
+            resolve(Least, given, file)
+        assert caught.value.where == where
 
 
 def test_a_file_of_another_command_is_checked_and_what_only_that_has_is_left_out(tmp_path):
