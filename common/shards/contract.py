@@ -123,16 +123,24 @@ class Contract:
         return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Contract, *, but: Collection[str] = ()) -> list[str]:
-        """``name: ours, theirs`` for every fact in which two contracts differ, but for some names; likely first."""
+        """``name: ours, theirs`` for every fact in which two contracts differ, but for some names; likely first.
+
+        Where only one was drawn at random, its seed is nobody's doing: what drew it (task, crop, posterior) is told.
+        """
         ours, theirs = self.facts(), other.facts()
 
-        def short(value: Any) -> str:
+        def short(facts: Mapping[str, Any], name: str) -> str:
+            value = facts.get(name)
+            if name not in facts:
+                return "not recorded"
             return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)  # a hash
 
-        names = (name for name in (ours.keys() | theirs.keys()) - set(but) if ours.get(name) != theirs.get(name))
+        names = {name for name in (ours.keys() | theirs.keys()) - set(but) if ours.get(name) != theirs.get(name)}
+        if len(names) > 1 and ("--seed" in ours) != ("--seed" in theirs):
+            names.discard("--seed")
         order = {name: place for place, name in enumerate(_TOLD_FIRST)}
         return [
-            f"{name}: {short(ours.get(name))} here, {short(theirs.get(name))} there"
+            f"{name}: {short(ours, name)} here, {short(theirs, name)} there"
             for name in sorted(names, key=lambda name: (order.get(name, len(order)), name))
         ]
 

@@ -50,7 +50,11 @@ def test_the_contract_tells_which_fact_differs(record):
     drawn = {**contract.settings, "crop": "random", "seed": 1, "resolution": ["9x64x64"]}
     many = dataclasses.replace(contract, family="2b", scaling_factor=0.5, settings=drawn)
     names = [line.partition(":")[0] for line in contract.differences(many)]  # the likeliest cause first
-    assert names == ["family", "--resolution", "--crop", "--seed", "scaling_factor"]
+    assert names == ["family", "--resolution", "--crop", "scaling_factor"]  # nobody chose a seed
+    seeds = [dataclasses.replace(contract, settings={**drawn, "seed": seed}) for seed in (1, 2)]
+    assert seeds[0].differences(seeds[1]) == ["--seed: 1 here, 2 there"]
+    alone = dataclasses.replace(contract, settings={**contract.settings, "seed": 1})
+    assert alone.differences(contract) == ["--seed: 1 here, not recorded there"]
     assert contract.fingerprint == dataclasses.replace(contract, tool_version="0.0.0", model="elsewhere").fingerprint
 
 
