@@ -6,11 +6,11 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from cogcommon.cli import interrupt
 from cogcommon.cli.command import add_command, make_app, run_app
 from cogcommon.cli.leaving import run_and_leave
 from cogcommon.jobs.settings import LaunchSettings
 
-from .processes import interrupt
 from .settings.encode import EncodeSettings, ValidateSettings
 from .settings.lists import CaptionSettings, InitSettings, SplitSettings
 from .settings.shards import CleanSettings, IndexSettings, InspectSettings, PreviewSettings, VerifySettings

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from cogcommon.cli import interrupt
 from cogcommon.cli.command import add_command, make_app, run_app
 from cogcommon.cli.leaving import run_and_leave
 from cogcommon.cli.progress import paused
@@ -224,10 +225,17 @@ def run() -> None:
     """The command line; raises SystemExit."""
     from .distributed import elastic
 
+    if not _trains():  # a run saves first, and says how to resume it
+        interrupt.catch_interrupts()
     try:
-        run_app(_run)
+        with interrupt.exit_code():
+            run_app(_run)
     finally:
         elastic.at_end()
+
+
+def _trains() -> bool:
+    return sys.argv[1:2] in (["lora"], ["sft"])
 
 
 def _run() -> None:
@@ -235,7 +243,7 @@ def _run() -> None:
     try:
         app()
     except CogError as error:
-        if sys.argv[1:2] not in (["lora"], ["sft"]):
+        if not _trains():
             raise
         from .distributed import elastic
         from .distributed.launch import join_environment

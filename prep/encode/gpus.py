@@ -19,6 +19,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import IO
 
+from cogcommon.cli.interrupt import SIGNALS, unheard
 from cogcommon.cli.names import plain
 from cogcommon.cli.progress import paused, shown
 from cogcommon.cli.streams import guard_output, outlive_output
@@ -26,7 +27,6 @@ from cogcommon.errors import AGAIN, CogError, RunError, SettingError
 from cogcommon.files.failures import machines_fault
 
 from ..plan.slice import Slice
-from ..processes.interrupt import SIGNALS, unheard
 from ..processes.pool import default_workers
 from ..settings.encode import EncodeSettings
 from ..store.outlet import read_beside

@@ -1,4 +1,4 @@
-"""Child processes for work that may crash or hang in native code, and the Ctrl-C that ends it.
+"""Child processes for work that may crash or hang in native code.
 
 Imports source.
 """

@@ -31,6 +31,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
+from cogcommon.cli.interrupt import unheard
 from cogcommon.errors import CogError
 from cogcommon.files.memory import free_host_memory
 
@@ -38,7 +39,6 @@ from ..source.clip import ClipFault
 from ..source.heartbeat import TIMEOUT_S
 from ..source.source_file import IN_MEMORY
 from .child import BEAT, answer_calls
-from .interrupt import unheard
 
 R = TypeVar("R")
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+import signal
 
 import av
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from in_process import OneCommand
 from PIL import Image
 
@@ -124,6 +126,21 @@ def test_stopped_it_keeps_what_is_drawn_and_the_same_command_makes_the_rest(make
     assert done.exception is None, done.output
     assert len(calls) == 7 and len(list((run / COMPARED).glob("*/*.mp4"))) == 8
     assert command(*words).exception is None and len(calls) == 13  # all of it was there: drawn anew
+
+
+def test_a_scheduler_that_stops_it_gets_its_code_and_a_person_the_way_on(make_run, tmp_path):
+    run = make_run(LoraSettings, rank=4)
+    stopping = tmp_path / "stopping.py"
+    stopping.write_text(
+        "import os, signal, cogtrain.commands.compare as compare\n"
+        "compare.generate_video = lambda *_arguments: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from cogtrain.cli import main\n"
+        "if __name__ == '__main__': main()\n"
+    )
+    code, _, said = Forked([stopping, "compare", run, "--prompt", "a ball", *SMALL]).end()
+    assert code == 128 + signal.SIGTERM
+    assert "stopped; 0 of 3 videos drawn; run the same command again to have the rest" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
 
-from cogcommon.cli.stages import before_each
+from .stages import before_each
 
 # Ctrl-C; what Slurm and Kubernetes send (and process 1 of a container would never hear by itself); what
 # `sbatch --signal` is told to send before the time is up.
