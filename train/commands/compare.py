@@ -26,7 +26,7 @@ from cogcommon.media.video import read_mp4
 from cogcommon.model.device import default_precision, dtype_of, pick_device
 from cogcommon.words import counted
 
-from ..data.prompts import named_after, read_prompts
+from ..data.prompts import given_twice, named_after, read_prompts
 from ..model.method import Lora, Method, method_of, of_checkpoint
 from ..report.renew import renew_report
 from ..report.sheet import Column, grid
@@ -113,7 +113,8 @@ def run(settings: CompareSettings) -> None:
         wanted = dataclasses.replace(settings, prompt=read_prompts(*watched_by, "--validate-prompt"))
     asked = list(_asked(wanted, tuned, cells, precision, fps))
     console = Console(stderr=settings.json)
-    for note in generate.notes_on([one.request for one in asked], tuned):
+    notes = generate.notes_on([one.request for one in asked], tuned)
+    for note in [*given_twice(wanted.prompt, wanted.prompts), *notes]:
         console.print(f"note: {note}", soft_wrap=True)
 
     quiet_libraries()

@@ -23,6 +23,7 @@ from cogcommon.words import counted
 
 from ..data.prompts import (
     cut_notes,
+    given_twice,
     lacking_token,
     named_after,
     read_first_frame,
@@ -66,7 +67,7 @@ def run(settings: GenerateSettings) -> None:
     ]
     console = Console(stderr=settings.json)
     first = requests[0]
-    for note in notes_on(requests, tuned):
+    for note in [*given_twice(settings.prompt, settings.prompts), *notes_on(requests, tuned)]:
         console.print(f"note: {note}", soft_wrap=True)
 
     quiet_libraries()

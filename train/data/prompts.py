@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,13 @@ def read_prompts(
             "there is no prompt", where=where, fix=f'{option} "what the video shows", or {option}s FILE'
         )  # fmt: skip
     return list(dict.fromkeys(found)) if once else found
+
+
+def given_twice(given: Sequence[str], file: Path | None) -> Iterator[str]:
+    """What to know of prompts of --prompt and --prompts that are given more than once, and meant once."""
+    for prompt, times in Counter(read_prompts(given, file, once=False)).items():
+        if times > 1:
+            yield f"{shortened(prompt)} is given {'twice' if times == 2 else f'{times} times'}; it is drawn once"
 
 
 def size_of(image: Path | None, sizes: Sequence[Resolution], option: str = "--image") -> Resolution:

@@ -199,6 +199,7 @@ def test_several_prompts_load_the_models_once(make_run, tmp_path, monkeypatch):
     assert f'this is lost: "{cut.lost}"' in result.stderr
     assert "0.5" in json.loads((Path(videos[0]["files"]["tuned"]).parent / ".cogtune.json").read_text())["request"]
     assert "in front of its captions" not in result.stderr  # it is not known
+    assert 'note: "a red ball" is given twice; it is drawn once' in result.stderr
     # A sentence without its quotes is no list of prompts.
     stray = command("--run", run, "--prompt", "a", "red", "ball").exception
     assert isinstance(stray, SettingError) and "red ball" in stray.what
