@@ -18,7 +18,8 @@ from cogcommon.errors import CogError, SettingError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.failures import machines_fault
 from cogcommon.files.ownership import replace_folder, take_output
-from cogcommon.model.families import BY_NAME, Resolution
+from cogcommon.model.checkpoint import open_checkpoint
+from cogcommon.model.families import Resolution
 from cogtrain.commands import export, generate
 from cogtrain.distributed.peers import ALONE
 from cogtrain.model.sft import A_TRANSFORMER
@@ -100,10 +101,7 @@ def _finite(monkeypatch) -> None:
 def generate_in(tmp_path, monkeypatch) -> Callable:
     """generate_in(folder or None, **settings): the command, with drawn frames in place of a model's."""
     frames = np.zeros((9, 16, 16, 3), np.uint8)
-    family = BY_NAME["5b"]
-    checkpoint = SimpleNamespace(
-        family=family, name="tiny", native=Resolution(17, 64, 96), transformer_config={"max_text_seq_length": 226}
-    )
+    checkpoint = open_checkpoint("tiny")
     tuned = Tuned(checkpoint, (AppliedLora(tmp_path / "lora.safetensors"),), None, [checkpoint.native])
     tuned.loras[0].file.write_bytes(b"weights")
 
