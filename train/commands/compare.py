@@ -108,13 +108,14 @@ def run(settings: CompareSettings) -> None:
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
     watched_by = trained.validate_prompt, trained.validate_prompts
-    wanted = settings
     if any(watched_by) and not (settings.prompt or settings.prompts):
-        wanted = dataclasses.replace(settings, prompt=read_prompts(*watched_by, "--validate-prompt"))
-    asked = list(_asked(wanted, tuned, cells, precision, fps))
+        prompts = read_prompts(*watched_by, "--validate-prompt")
+    else:
+        prompts = read_prompts(settings.prompt, settings.prompts, once=False)  # once: the file may be a pipe
+    asked = list(_asked(dataclasses.replace(settings, prompt=prompts), tuned, cells, precision, fps))
     console = Console(stderr=settings.json)
     notes = generate.notes_on([one.request for one in asked], tuned)
-    for note in [*given_twice(wanted.prompt, wanted.prompts), *notes]:
+    for note in [*given_twice(prompts), *notes]:
         console.print(f"note: {note}", soft_wrap=True)
 
     quiet_libraries()
@@ -282,8 +283,8 @@ def _asked(
         "strengths": sorted({cell.strength for cell in cells if cell.step}),
     }  # fmt: skip
     wanted = GenerateSettings(
-        prompt=settings.prompt, prompts=settings.prompts, image=settings.image, resolution=settings.resolution,
-        steps=settings.steps, guidance=settings.guidance, seed=settings.seed, fps=settings.fps,
+        prompt=settings.prompt, image=settings.image, resolution=settings.resolution, steps=settings.steps,
+        guidance=settings.guidance, seed=settings.seed, fps=settings.fps,
     )  # fmt: skip
     if settings.out:
         refuse_data_root(settings.out, "--out")

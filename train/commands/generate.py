@@ -55,7 +55,8 @@ def run(settings: GenerateSettings) -> None:
     tuned = find_tuned(named, settings.lora, settings.transformer, settings.model, settings.strength)
     settings = dataclasses.replace(settings, run=run_and_checkpoint(named)[0] if named else None)
     checkpoint = tuned.checkpoint
-    requests = requests_of(settings, tuned)
+    prompts = read_prompts(settings.prompt, settings.prompts, once=False)  # once: the file may be a pipe
+    requests = requests_of(dataclasses.replace(settings, prompt=prompts, prompts=None), tuned)
     device = pick_device()
     precision = settings.precision or default_precision(checkpoint.family, device)
     fps = settings.fps or float(checkpoint.family.fps)
@@ -67,7 +68,7 @@ def run(settings: GenerateSettings) -> None:
     ]
     console = Console(stderr=settings.json)
     first = requests[0]
-    for note in [*given_twice(settings.prompt, settings.prompts), *notes_on(requests, tuned)]:
+    for note in [*given_twice(prompts), *notes_on(requests, tuned)]:
         console.print(f"note: {note}", soft_wrap=True)
 
     quiet_libraries()

@@ -135,9 +135,9 @@ def read_prompts(
     return list(dict.fromkeys(found)) if once else found
 
 
-def given_twice(given: Sequence[str], file: Path | None) -> Iterator[str]:
-    """What to know of prompts of --prompt and --prompts that are given more than once, and meant once."""
-    for prompt, times in Counter(read_prompts(given, file, once=False)).items():
+def given_twice(prompts: Iterable[str]) -> Iterator[str]:
+    """What to know of prompts that are given more than once, and meant once."""
+    for prompt, times in Counter(prompts).items():
         if times > 1:
             yield f"{shortened(prompt)} is given {'twice' if times == 2 else f'{times} times'}; it is drawn once"
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +204,21 @@ def test_several_prompts_load_the_models_once(make_run, tmp_path, monkeypatch):
     # A sentence without its quotes is no list of prompts.
     stray = command("--run", run, "--prompt", "a", "red", "ball").exception
     assert isinstance(stray, SettingError) and "red ball" in stray.what
+
+
+def test_prompts_may_come_through_a_pipe(make_run, tmp_path, monkeypatch):
+    """`--prompts <(...)`: it can be read once."""
+
+    def load(*_words):
+        raise SettingError("all that was asked is known")
+
+    monkeypatch.setattr(generate, "load_pipeline", load)
+    run = make_run()
+    os.mkfifo(tmp_path / "prompts")
+    threading.Thread(target=(tmp_path / "prompts").write_text, args=("a ball\na ball\n",), daemon=True).start()
+    result = command("--run", run, "--prompts", tmp_path / "prompts", "--steps", "1")
+    assert "all that was asked is known" in str(result.exception)
+    assert 'note: "a ball" is given twice; it is drawn once' in result.output
 
 
 def test_a_first_frame_is_drawn_at_the_runs_size_that_keeps_most_of_it(tmp_path):
