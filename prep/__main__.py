@@ -1,17 +1,10 @@
-"""The command line: ``cogprep``, and ``python -m cogprep``.
+"""The command line: ``cogprep``, and ``python -m cogprep``."""
 
-It imports nothing but what Ctrl-C may interrupt without a word, and the rest then.
-"""
+from functools import partial
 
-from cogcommon.cli.beginning import ending_silently
+from cogcommon.cli.beginning import begin
 
-
-def main() -> None:
-    """The program, which ends this process."""
-    with ending_silently():
-        from .cli import main as run
-    run()
-
+main = partial(begin, "cogprep")
 
 if __name__ == "__main__":
     main()

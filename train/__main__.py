@@ -1,17 +1,10 @@
-"""The command line: ``cogtrain``, and ``python -m cogtrain``, by which the launcher starts the processes of a run.
+"""The command line: ``cogtrain``, and ``python -m cogtrain``, by which the launcher starts the processes of a run."""
 
-It imports nothing but what Ctrl-C may interrupt without a word, and the rest then.
-"""
+from functools import partial
 
-from cogcommon.cli.beginning import ending_silently
+from cogcommon.cli.beginning import begin
 
-
-def main() -> None:
-    """The program, which ends this process."""
-    with ending_silently():
-        from .cli import main as run
-    run()
-
+main = partial(begin, "cogtrain")
 
 if __name__ == "__main__":
     main()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
 
 
-@contextmanager
-def ending_silently() -> Iterator[None]:
-    """Let Ctrl-C end the process where it would show a traceback of its imports; nothing has been done yet."""
+def begin(program: str) -> None:
+    """Import the command line of a program (its ``cli``), and run it, which ends this process.
+
+    Ctrl-C ends the process while it imports, where it would show a traceback; nothing has been done yet.
+    """
     hears = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell's background job does not
     if hears:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    yield
+    main = import_module(f"{program}.cli").main
     if hears:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()
