@@ -1,5 +1,5 @@
 """The command line that both programs share: settings as dataclasses, help, errors, progress, names
 printed harmlessly, the signals that stop a command, output that nobody reads any more.
 
-Imports errors, files, words.
+Imports environment, errors, files, words.
 """

@@ -6,8 +6,8 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
+from ..environment import set_variables
 from ..errors import CogError, SettingError
 from ..files.failures import machines_fault
 from .mistyped import given_twice, in_our_words, no_such_command
@@ -283,8 +284,9 @@ def run_app(app: Callable[[], None]) -> None:
 
     print_in_any_encoding()
     guard_output()
+    variables = set_variables()
     try:
-        with _variables_of_our_processes(), shown():
+        with shown():
             app()
         sys.stdout.flush()  # what fails only at the interpreter's end has no one to say it
     except CogError as error:
@@ -296,30 +298,8 @@ def run_app(app: Callable[[], None]) -> None:
         if fault is None:
             raise
         _end(fault)
-
-
-@contextmanager
-def _variables_of_our_processes() -> Iterator[None]:
-    """Environment variables of this process and of those that it starts; what the user has set stands.
-
-    They are taken back at the end: who calls `run_app` may start programs that are not ours.
-    """
-    # Python's processes that we and libraries start (ranks, decoders, torch's compilers) would look for modules in the
-    # working folder first: the user's, where a queue.py may lie.
-    ours = {"PYTHONSAFEPATH": "1"}
-    # Kernels add and multiply in one rounding, as all that we measured; Triton 3.10 would not, and 3.9 warns of that.
-    ours["TRITON_DEFAULT_FP_FUSION"] = "1"
-    # Before torch is loaded: its threads soon sleep while they wait for one another. By default they spin 30 times as
-    # long, and where other programs want the same cores, keep them from the very thread that they wait for. Never to
-    # spin costs a sixth of a step's time where nobody else wants them (workshop/LEDGER.md).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        ours["GOMP_SPINCOUNT"] = "10000"
-    ours = {name: value for name, value in ours.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
+    finally:  # who calls this may start programs that are not ours
+        for name in variables:
             os.environ.pop(name, None)
 
 

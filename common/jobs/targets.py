@@ -121,7 +121,7 @@ def submit(target: Target, file: Path) -> None:
             fix=f"where it is: {command}",
         )
     # A job may inherit our environment, and its lines of the user's may run scripts that import what lies beside them.
-    ours = () if sys.flags.safe_path else ("PYTHONSAFEPATH",)  # set by `run_app`
+    ours = () if sys.flags.safe_path else ("PYTHONSAFEPATH",)  # ours, of `environment.set_variables`
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run([*target.submit, str(file)], env=environment)
     if done.returncode:

@@ -6,7 +6,6 @@ might not survive the way.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import traceback
@@ -14,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cogcommon.cli.stages import before_each
+from cogcommon.environment import set_variables
 from cogcommon.errors import CogError, ModelError, SettingError
 from cogcommon.model.checkpoint import open_checkpoint
 from cogcommon.model.device import pick_device
@@ -126,7 +126,7 @@ class EncodeActor:
                 fix="the same weights and the same cogtune on every node",
             )
         workers = settings.workers or max(1, default_workers() // self._share)
-        os.environ.setdefault("PYTHONSAFEPATH", "1")  # see `run_app`; the working folder is where `ray start` was typed
+        set_variables()  # as every command of ours; nobody has typed one here
         pool = Pool(workers, timeout_s=settings.clip_timeout)
         pool.__enter__()  # to the end of this process
         assert settings.precision is not None  # the driver's
