@@ -50,16 +50,17 @@ def run(settings: ForecastSettings) -> None:
     if settings.json:
         print(without_secrets(json_text([dataclasses.asdict(line) for line in found])))
     else:
-        _show(runs[0], found, machine, settings)
+        _show(runs, found, machine, settings)
     if settings.check:
         check([line for method in _methods(found) if (line := advised(found, method))])
 
 
 def _show(
-    run: Run | Intent, lines: Sequence[TrainForecast], machine: Machine, settings: ForecastSettings
+    runs: Sequence[Run | Intent], lines: Sequence[TrainForecast], machine: Machine, settings: ForecastSettings
 ) -> None:  # fmt: skip
     from cogcommon.cli.terminal import Console
 
+    run = runs[0]
     console = Console(soft_wrap=True)
     console.width = max(80, console.width)  # the terminal breaks lines of the table where a cell would be cut
     sizes = ", ".join(map(str, run.buckets))
@@ -70,7 +71,8 @@ def _show(
         console.print(line)
     console.print(f"{run.repeated}\n" if isinstance(run, Run) and run.repeated else "")
     for method in _methods(lines):
-        for number, words in enumerate(_answer(lines, method, machine, settings)):
+        own = [run for run in runs if run.method.name == method]
+        for number, words in enumerate(_answer(own, lines, method, machine, settings)):
             console.print(f"{_NAMES[method]}: {words}" if number == 0 else f"  {words}")
         console.print()
     shown = lines if settings.all else best_few(lines)
@@ -99,14 +101,22 @@ def advised(lines: Sequence[TrainForecast], method: str) -> TrainForecast | None
 
 
 def _answer(
-    lines: Sequence[TrainForecast], method: Literal["lora", "sft"], machine: Machine, settings: ForecastSettings
+    runs: Sequence[Run | Intent],
+    lines: Sequence[TrainForecast],
+    method: Literal["lora", "sft"],
+    machine: Machine,
+    settings: ForecastSettings,
 ) -> Iterator[str]:
-    """Whether it fits, how long it takes, what it writes, and the command; a line each."""
+    """Whether it fits, how long it takes, what it writes, and the command; a line each.
+
+    Args:
+        runs: those of the method.
+    """
     line, steps, batch = advised(lines, method), settings.steps, settings.batch_size
     each, them = ("process", "processes") if machine.cpu else ("GPU", "GPUs")
     nothing = ""
     if line is None or line.gpus < machine.gpus:
-        nothing = f"nothing fits; {_remedy(dataclasses.replace(settings, method=method), machine)}"
+        nothing = f"nothing fits; {_remedy(runs, dataclasses.replace(settings, method=method), machine)}"
     if line is None:
         yield nothing
         return
@@ -181,7 +191,7 @@ def check(lines: Sequence[TrainForecast]) -> None:
         )
 
 
-def _remedy(settings: ForecastSettings, machine: Machine) -> str:
+def _remedy(runs: Sequence[Run | Intent], settings: ForecastSettings, machine: Machine) -> str:
     """What to do where nothing of the settings' method fits: lighter settings or a larger host, either of which does.
 
     The host's memory is named as --host takes it, which is more than has to be free there.
@@ -191,16 +201,16 @@ def _remedy(settings: ForecastSettings, machine: Machine) -> str:
         "without --ema": {"ema": 0.0}, "with --rank 16": {"rank": 16 if settings.method == "lora" else settings.rank},
     }  # fmt: skip
     asked = {name: change for name, change in lighter.items() if dataclasses.replace(settings, **change) != settings}
-    ways, runs = [], wanted_runs(settings, machine)
-    for names in [*([name] for name in asked), [*asked]]:
+    ways = []
+    for names in [*([name] for name in asked), *([[*asked]] if len(asked) > 1 else [])]:
         changed = {field: value for name in names for field, value in asked[name].items()}
-        runs_then = wanted_runs(dataclasses.replace(settings, **changed), machine)
-        if _fit(runs_then, machine):
+        lightened = wanted_runs(dataclasses.replace(settings, **changed), machine)
+        if _fit(lightened, machine):
             ways.append(" and ".join(names))
             break
     if host := _least_host(runs, machine):
         ways.append(_with_host(host, settings))
-    elif not ways and (host := _least_host(runs_then, machine)):
+    elif asked and not ways and (host := _least_host(lightened, machine)):  # by all of them at once
         ways.append(" and ".join([*asked, _with_host(host, settings)]))
     if not ways:
         return "encode with a smaller --resolution, or take a larger card"
