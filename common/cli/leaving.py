@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,6 +10,8 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+
+from .streams import flush_c
 
 
 def run_and_leave(run: Callable[[], None]) -> None:
@@ -45,6 +46,5 @@ def run_and_leave(run: Callable[[], None]) -> None:
             stream.flush()
         except (OSError, ValueError):
             code = code or 120  # as the interpreter's own end does
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).fflush(None)  # what libraries in C have printed
+    flush_c()
     os._exit(code & 0xFF)

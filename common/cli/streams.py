@@ -102,11 +102,12 @@ def _as_descriptor_2() -> Iterator[None]:
     """Let descriptor 1 be 2, inside the ``with``; nothing where one of them is closed."""
     _flush()
     try:
+        os.fstat(2)
         before = os.dup(1)
-        os.dup2(2, 1)
     except OSError:
         yield
         return
+    os.dup2(2, 1)
     try:
         yield
     finally:
@@ -119,6 +120,11 @@ def _flush() -> None:
     """Write out what Python's stdout and C's hold."""
     with suppress(AttributeError, OSError, ValueError):
         sys.stdout.flush()
+    flush_c()
+
+
+def flush_c() -> None:
+    """Write out what libraries in C have printed."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).fflush(None)
 
