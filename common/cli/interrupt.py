@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from types import FrameType
 
 from .stages import before_each
@@ -43,6 +42,8 @@ def raise_if_interrupted() -> None:
 @contextmanager
 def unheard() -> Iterator[None]:
     """Processes started within never hear Ctrl-C and USR1, which go to a whole group, or job: this one ends them."""
+    from multiprocessing import resource_tracker
+
     resource_tracker.ensure_running()  # it lets them through again where it starts with the first process
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
     try:

@@ -8,20 +8,16 @@ order "default, then file, then command line" needs no special case anywhere.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from ..errors import SettingError
-from ..files.near import files_like
-from ..files.ownership import Made, is_file
-from ..words import bytes_of, did_you_mean
-from .names import command_line
+from ..words import bytes_of
+from .settings_file import read_file
 
 S = TypeVar("S")
 
@@ -140,7 +136,7 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None, 
         SettingError: the file cannot be read, or names a setting that does not exist; an option would change nothing.
     """
     known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values, lines = _of_file(cls, config, command) if config is not None else ({}, {})
+    values, lines = read_file(cls, config, command) if config is not None else ({}, {})
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
         if other := known[name].metadata.get("instead_of"):
@@ -164,105 +160,6 @@ def resolve(cls: type[S], given: Mapping[str, Any], config: Path | None = None, 
         raise
 
 
-def _of_file(cls: type[Any], config: Path, command: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The settings of a TOML file and their lines; those that only the command has whose file it may be are left out.
-
-    Raises:
-        SettingError: names all that is wrong with it.
-    """
-    try:
-        data = config.read_bytes()
-        loaded = parse_toml(data)
-    except OSError as error:
-        raise SettingError(
-            f"cannot read the settings file: {error.strerror}",
-            where=f"--config {config}",
-            fix=did_you_mean(files_like(config), "--config takes a TOML file; a run's own is its config.toml"),
-        ) from error
-    except ValueError as error:
-        fix = 'one option a line, as in steps = 500 or strategy = "zero2"; a run\'s config.toml has all of its own'
-        raise SettingError(f"not TOML: {error}", where=f"--config {config}", fix=fix) from error
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    types = get_type_hints(cls)
-    also = fields["config"].metadata.get("file_of") if "config" in fields else None
-    known = (get_type_hints(also) if also else {}) | types
-    values: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    faults: list[tuple[int, str]] = []
-    fixes: list[str] = []
-
-    def like(key: str) -> list[str]:
-        return difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-
-    def take(key: str, value: Any) -> None:
-        name = key.replace("-", "_")
-        if name == "config":
-            fault, fix = "a settings file names no other", f"leave {key} out"
-        elif name in known:
-            try:
-                found = _coerced(value, known[name])
-            except SettingError as error:
-                fault, fix = f"{key}: {error.what}", ""
-            else:
-                if name in types:
-                    beside = fields[name].metadata.get("beside")
-                    values[name] = _where_it_lies(config, data, found, beside) if beside else found
-                    lines[name] = _line_of(key, data)
-                return
-        elif isinstance(value, dict):
-            fault, fix = f"[{key}] is a table, and settings stand in none", f"take the line [{key}] out"
-            if value and not any(map(like, value)):
-                fix = f"take [{key}] out, and all that stands in it: none of that is a setting"
-            else:
-                for inner in value.items():
-                    take(*inner)
-        else:
-            near = like(key)
-            fault = "; ".join(filter(None, [f"there is no setting {key!r}", did_you_mean(map(repr, near))]))
-            fix = "" if near else f"settings are called like the options: {f'{command} --help'.strip()} lists them"
-        faults.append((_line_of(key, data), fault))
-        if fix and fix not in fixes:
-            fixes.append(fix)
-
-    for item in loaded.items():
-        take(*item)
-    if not faults:
-        return values, lines
-    faults.sort(key=lambda fault: fault[0])
-    (line, what), *more = faults
-    where = f"--config {config}" + f", line {line}" * (line > 0 and not more)
-    if more:
-        what = f"{len(faults)} mistakes" + "".join(
-            f"\n  line {line}: {fault}" if line else f"\n  {fault}" for line, fault in faults
-        )
-    raise SettingError(what, where=where, fix="; ".join(fixes) or None)
-
-
-def _line_of(key: str, data: bytes) -> int:
-    """The line of a TOML file that sets a key, or begins a table of its name; 0: it is written in another way."""
-    word = rf"[\"']?{re.escape(key)}[\"']?\s*"
-    lines = data.decode("utf-8-sig").splitlines()
-    numbers = (number for number, line in enumerate(lines, 1) if re.match(rf"\s*(\[+\s*{word}[].]|{word}[=.])", line))
-    return next(numbers, 0)
-
-
-def _where_it_lies(config: Path, text: bytes, folder: Path, beside: str) -> Path:
-    """The folder that a settings file means: its own, if the program wrote it into that; else the one that it names.
-
-    Args:
-        text: of the file. Its heading says where it was written; one that names another folder by now is somebody's.
-        folder: that it names.
-        beside: as `setting`.
-    """
-    here, heading = config.absolute().parent, text.partition(b"\n")[0].decode("utf-8-sig", "replace").rstrip()
-    ours = heading.endswith(command_line("--config", folder / config.name))
-    if not ours or here.resolve() == folder.resolve():
-        return folder
-    if not is_file(here / beside) and Made.read(here) is None:  # only the file was copied
-        return folder
-    return here.resolve() if ".." in here.parts else here
-
-
 def _check_counts(field: dataclasses.Field[Any], changed: Collection[str]) -> None:
     """Refuse an option that has no effect beside the others.
 
@@ -276,20 +173,6 @@ def _check_counts(field: dataclasses.Field[Any], changed: Collection[str]) -> No
     if needed and not any(word.split()[0][2:].replace("-", "_") in changed for word in needed):
         one, flag = " or ".join(needed), flag_of(field)
         raise SettingError(f"{flag} changes nothing without {one}", where=flag, fix=f"{one}, too; or leave {flag} out")
-
-
-def parse_toml(data: bytes) -> dict[str, Any]:
-    """TOML, with or without a byte order mark.
-
-    Raises:
-        ValueError: it is none, whatever is wrong with it.
-    """
-    try:
-        return tomllib.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError("it is no UTF-8; save the file as UTF-8") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def _check_text(value: Any, flag: str) -> None:
@@ -307,44 +190,3 @@ def _check_text(value: Any, flag: str) -> None:
             )
         if isinstance(text, str) and not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
             raise SettingError("this is not UTF-8", where=f"{flag} {text}", fix="rename it, or type it in UTF-8")
-
-
-def _coerced(value: Any, annotation: Any) -> Any:
-    """A TOML value as the field's type; the command line's own checks are Typer's."""
-    options = [option for option in (get_args(annotation) or (annotation,)) if option is not type(None)]
-    if get_origin(annotation) is list:
-        inner = options[0]
-        items = value if isinstance(value, list) else [value]
-        return [_coerced(item, inner) for item in items]
-    for option in options:
-        if option in (str, int, float, bool, Path):
-            if option is Path and isinstance(value, str):
-                return Path(value)
-            if option is float and isinstance(value, int) and not isinstance(value, bool):
-                return float(value)
-            if type(value) is option:
-                return value
-        elif get_origin(option) is list and isinstance(value, list):
-            return _coerced(value, option)
-        elif (get_args(option) and value in get_args(option)) or value == option:
-            return value
-    raise SettingError(f"{value!r} is not {_wanted(options)}")
-
-
-_IN_WORDS = {
-    str: "a text in quotes",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    Path: "a path in quotes",
-}
-
-
-def _wanted(options: list[Any]) -> str:
-    """What a TOML value may be, for people."""
-    return " or ".join(
-        dict.fromkeys(
-            _IN_WORDS.get(option) or " or ".join(repr(choice) for choice in get_args(option) or (option,))
-            for option in options
-        )
-    )

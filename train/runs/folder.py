@@ -26,7 +26,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from cogcommon.cli.settings import parse_toml, resolve
+from cogcommon.cli.settings import resolve
+from cogcommon.cli.settings_file import parse_toml
 from cogcommon.errors import ModelError, RunError
 from cogcommon.files.atomic import commit_bytes
 from cogcommon.files.locks import locked_elsewhere
